@@ -1,0 +1,1 @@
+"""What is decided: one pure machine a subsystem, run by the kernel."""
