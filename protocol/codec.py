@@ -1,0 +1,159 @@
+"""The one file that knows how messages become bytes.
+
+Wire and disk are MessagePack: msgspec encodes and validates typed messages; `msgpack.Unpacker` frames byte streams with
+a hard buffer limit. Whatever the bytes are, decoding ends in a message or in `Violation`, in bounded time and memory.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from typing import Any, Generic, TypeVar
+
+import msgpack
+import msgspec
+
+from protocol.types import Message, Violation
+
+MAX_FRAME_BYTES = 4 * 1024 * 1024  # a batch of envelopes, or one call, on any pipe or socket
+MAX_BODY_BYTES = 1024 * 1024  # one message
+MAX_BATCH = 64  # envelopes in a frame
+T = TypeVar("T")
+
+_encoder = msgspec.msgpack.Encoder()
+
+
+class Envelope(msgspec.Struct, frozen=True, array_like=True):
+    """A message on a link. `seq` counts the link's messages; `after` is the sequence number of the one before it.
+
+    The two differ by more than one where messages in between passed their deadline and were given up. `epoch` names
+    the sender's journal: a peer that lost its disk starts a new one, and is not taken for a repetition of itself.
+    """
+
+    sender: str
+    to: str
+    epoch: str
+    seq: int
+    after: int
+    trace: str
+    body: bytes
+
+
+class Ack(msgspec.Struct, frozen=True, array_like=True):
+    """All messages of the link up to `have` are committed. `note` says why there may be no progress (`busy`, `gap`)."""
+
+    have: int
+    note: str = ""
+
+
+class Decoder(Generic[T]):
+    """Decodes one type (or union of message types) and turns every failure into `Violation`."""
+
+    def __init__(self, kind: Any, max_bytes: int = MAX_BODY_BYTES) -> None:
+        self._decode = msgspec.msgpack.Decoder(kind).decode
+        self._max_bytes = max_bytes
+
+    def __call__(self, data: bytes) -> T:
+        """Raises `Violation` for bytes that are no such message, or too many."""
+        if len(data) > self._max_bytes:
+            raise Violation(f"message of {len(data)} bytes is over the limit of {self._max_bytes}")
+        try:
+            return self._decode(data)  # type: ignore[no-any-return]
+        except (msgspec.DecodeError, RecursionError, UnicodeDecodeError, OverflowError, ValueError) as error:
+            raise Violation(f"malformed message: {str(error)[:200]}") from None
+
+
+def encode(value: Any) -> bytes:
+    """Return the MessagePack form of a message, row or envelope."""
+    return _encoder.encode(value)
+
+
+def tag_of(body: bytes) -> str:
+    """Return the tag of an encoded message without decoding it, for logs (`?` if there is none)."""
+    try:
+        first = next(iter(msgspec.msgpack.decode(body)), "?")
+    except (msgspec.DecodeError, RecursionError, TypeError, StopIteration):
+        return "?"
+    return first if isinstance(first, str) else "?"
+
+
+_batch = Decoder[list[Envelope]](list[Envelope], MAX_FRAME_BYTES)
+_ack = Decoder[Ack](Ack, 1024)
+
+
+def encode_batch(envelopes: list[Envelope]) -> bytes:
+    """Return a frame of envelopes, all of one link, in order."""
+    return _encoder.encode(envelopes)
+
+
+def decode_batch(frame: bytes) -> list[Envelope]:
+    """Return 1 to 64 envelopes of one link in rising order. Raises `Violation`."""
+    batch = _batch(frame)
+    if not 1 <= len(batch) <= MAX_BATCH:
+        raise Violation(f"a batch has 1 to {MAX_BATCH} envelopes, not {len(batch)}")
+    first, seq = batch[0], 0
+    for e in batch:
+        if (e.sender, e.to, e.epoch) != (first.sender, first.to, first.epoch):
+            raise Violation("a batch belongs to one link")
+        if not (0 <= e.after < e.seq < 2**63 and e.seq > seq and (not seq or e.after == seq)):
+            raise Violation("sequence numbers of a batch do not rise one by one")
+        if len(e.sender) > 200 or len(e.to) > 200 or len(e.epoch) > 64 or len(e.trace) > 64:
+            raise Violation("an address, epoch or trace is too long")
+        if len(e.body) > MAX_BODY_BYTES:
+            raise Violation("a message of the batch is too long")
+        seq = e.seq
+    return batch
+
+
+def encode_ack(ack: Ack) -> bytes:
+    """Return the bytes of an acknowledgement."""
+    return _encoder.encode(ack)
+
+
+def decode_ack(data: bytes) -> Ack:
+    """Raises `Violation`."""
+    ack = _ack(data)
+    if not 0 <= ack.have < 2**63:
+        raise Violation("acknowledged number out of range")
+    return ack
+
+
+class Framer:
+    """Cuts a byte stream into MessagePack values of bounded size (pipes and Unix sockets of this machine)."""
+
+    def __init__(self, max_bytes: int = MAX_FRAME_BYTES) -> None:
+        self._unpacker = msgpack.Unpacker(
+            max_buffer_size=max_bytes, strict_map_key=False, raw=False, max_ext_len=0, max_array_len=1 << 16, max_map_len=1 << 12
+        )
+
+    def feed(self, data: bytes) -> Iterator[Any]:
+        """Yield the values completed by `data`. Raises `Violation`."""
+        try:
+            self._unpacker.feed(data)
+            yield from self._unpacker
+        except (msgpack.exceptions.UnpackException, ValueError, RecursionError, UnicodeDecodeError) as error:
+            raise Violation(f"malformed frame: {str(error)[:200]}") from None
+
+
+def length_prefixed(frame: bytes) -> bytes:
+    """Return `frame` behind its length as four bytes, big-endian (the framing between nodes)."""
+    return struct.pack(">I", len(frame)) + frame
+
+
+__all__ = [
+    "MAX_BATCH",
+    "MAX_BODY_BYTES",
+    "MAX_FRAME_BYTES",
+    "Ack",
+    "Decoder",
+    "Envelope",
+    "Framer",
+    "Message",
+    "decode_ack",
+    "decode_batch",
+    "encode",
+    "encode_ack",
+    "encode_batch",
+    "length_prefixed",
+    "tag_of",
+]
