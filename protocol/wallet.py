@@ -1,0 +1,114 @@
+"""What is said about paying out: ledger -> wallet -> chain port and back. Handled by `actors/wallet.py`.
+
+All of it stays on the node; what the payee is told is in `protocol/ledger.py`. Amounts are decimal strings in GLM.
+"""
+
+from __future__ import annotations
+
+from protocol.types import Message
+
+
+# -- ledger <-> wallet
+class PayOut(Message, frozen=True):
+    """ledger -> wallet: pay this, once. A repeat of `order_id` changes nothing."""
+
+    order_id: str
+    platform: str  # "erc20-holesky-tglm"
+    payer: str
+    payee: str
+    amount: str
+
+
+class PaidOut(Message, frozen=True):
+    """wallet -> ledger: these orders are paid, final at the network's confirmation depth."""
+
+    order_ids: tuple[str, ...]
+    platform: str
+    payer: str
+    payee: str
+    amount: str  # the sum
+    tx_hash: str  # 0x + 64 hex
+
+
+class PayOutDelayed(Message, frozen=True):
+    """wallet -> ledger: why orders wait (no gas, no token, network down ...). Shown to people; they stay queued."""
+
+    order_ids: tuple[str, ...]
+    reason: str
+
+
+# -- wallet <-> chain port
+class Transfer(Message, frozen=True):
+    """wallet -> chain: send this batch with exactly this nonce. A repeat of (platform, payer, nonce) changes nothing."""
+
+    batch_id: str
+    platform: str
+    payer: str
+    nonce: int
+    payees: tuple[tuple[str, str], ...]  # (address, amount), 1 to 50
+
+
+class TransferSent(Message, frozen=True):
+    """chain -> wallet: broadcast (again); not final."""
+
+    batch_id: str
+    tx_hash: str
+
+
+class TransferMined(Message, frozen=True):
+    """chain -> wallet: in a block, and final at the confirmation depth."""
+
+    batch_id: str
+    tx_hash: str
+    block: int
+    gas_used: int
+    fee: str  # in the network's coin
+
+
+class TransferFailed(Message, frozen=True):
+    """chain -> wallet: final failure of this nonce: reverted, or taken by a foreign transaction. Nothing was paid."""
+
+    batch_id: str
+    reason: str
+
+
+class TransferDelayed(Message, frozen=True):
+    """chain -> wallet: not sent or not final yet, and why; the chain port keeps trying."""
+
+    batch_id: str
+    reason: str
+
+
+class NonceFloor(Message, frozen=True):
+    """chain -> wallet: the account's next free nonce on chain, as seen at start and after a lost nonce."""
+
+    platform: str
+    payer: str
+    nonce: int
+
+
+# -- ledger <-> chain port (the payee's side)
+class VerifyTransfer(Message, frozen=True):
+    """ledger -> chain: does this transaction pay `amount` beyond what it already settled?"""
+
+    claim_id: str
+    platform: str
+    tx_hash: str
+    payer: str
+    payee: str
+    amount: str
+    already_claimed: str
+
+
+class TransferVerified(Message, frozen=True):
+    """chain -> ledger: yes, at the confirmation depth."""
+
+    claim_id: str
+    tx_hash: str
+
+
+class TransferRejected(Message, frozen=True):
+    """chain -> ledger: no, and why."""
+
+    claim_id: str
+    reason: str
