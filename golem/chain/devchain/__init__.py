@@ -1,0 +1,128 @@
+"""The embedded dev chain: an Ethereum chain in a process of its own, shared by every node on a data root.
+
+This module is the client side and imports nothing heavy: `ensure_devchain` starts the process if nobody serves the
+directory, `stop_devchain` ends it, `url_of` looks without starting. The process itself is `__main__`: `chain` (py-evm,
+mempool, mining) over `store` (SQLite), spoken to by `server` (HTTP) through `methods` (JSON-RPC).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import trio
+
+INFO_NAME = "chain.json"
+LOCK_NAME = "chain.lock"
+LOG_NAME = "devchain.log"
+BUSY_EXIT = 3
+LOG_LIMIT = 4 << 20  # bytes; a longer log moves aside at the next start
+START_S = 60.0  # about 1.5 s on an idle machine
+
+_started: list[subprocess.Popen[bytes]] = []  # our own children, kept so that a dead one is reaped
+
+
+class DevChainError(Exception):
+    """The dev chain does not start, answer or stop; says where its log is."""
+
+
+def _info(directory: Path) -> dict[str, int] | None:
+    try:
+        info = json.loads((directory / INFO_NAME).read_text())
+        return {name: int(info[name]) for name in ("port", "pid", "chain_id")}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _is_served(directory: Path) -> bool:
+    """Does a living process hold the lock of this directory?"""
+    try:
+        with (directory / LOCK_NAME).open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+async def url_of(directory: Path | str) -> str | None:
+    """URL of the chain served from `directory`, or None when none answers there."""
+    info = _info(Path(directory))
+    if info is None:
+        return None
+    url = f"http://127.0.0.1:{info['port']}"
+    call = {"jsonrpc": "2.0", "id": 1, "method": "web3_clientVersion", "params": []}
+    try:
+        async with httpx.AsyncClient(timeout=5.0, trust_env=False) as client:
+            told = (await client.post(url, json=call)).json().get("result", "")
+    except (httpx.HTTPError, ValueError, AttributeError):
+        return None
+    return url if str(told).startswith("golem-devchain/") else None
+
+
+def _spawn(directory: Path, arguments: tuple[str, ...]) -> subprocess.Popen[bytes]:
+    import golem
+
+    log = directory / LOG_NAME
+    if log.exists() and log.stat().st_size > LOG_LIMIT:
+        log.replace(directory / (LOG_NAME + ".old"))
+    root = str(Path(golem.__file__).resolve().parents[1])  # also works from a checkout that is not installed
+    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    command = [sys.executable, "-W", "ignore", "-m", "golem.chain.devchain", "--data-dir", str(directory), *arguments]
+    with log.open("ab") as out:
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            cwd=directory,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            start_new_session=True,  # it serves other nodes too: our Ctrl-C is not for it
+        )
+    _started[:] = [each for each in _started if each.poll() is None] + [child]
+    return child
+
+
+async def ensure_devchain(directory: Path | str, *arguments: str) -> str:
+    """URL of the chain in `directory`, starting its process (with extra command-line `arguments`) if none serves it.
+
+    Safe to call from many processes at once: the lock lets one win and the others wait for it. Raises DevChainError.
+    """
+    directory = Path(directory).resolve()
+    directory.mkdir(parents=True, exist_ok=True)
+    child: subprocess.Popen[bytes] | None = None
+    with trio.move_on_after(START_S):
+        while True:
+            if (url := await url_of(directory)) is not None:
+                return url
+            status = child.poll() if child else None
+            if child is not None and status not in (None, BUSY_EXIT):
+                raise DevChainError(f"the dev chain ended with status {status}, see {directory / LOG_NAME}")
+            if (child is None or status == BUSY_EXIT) and not _is_served(directory):
+                child = _spawn(directory, arguments)
+            await trio.sleep(0.05)
+    raise DevChainError(f"the dev chain did not answer within {START_S:.0f} s, see {directory / LOG_NAME}")
+
+
+async def stop_devchain(directory: Path | str, timeout_s: float = 10.0) -> bool:
+    """End the chain's process. False when none was running; DevChainError when it does not end."""
+    directory = Path(directory).resolve()
+    if not _is_served(directory):
+        return False
+    info = _info(directory)
+    if info is None:
+        raise DevChainError(f"{directory} is locked by a process that has not said its id yet")
+    os.kill(info["pid"], signal.SIGTERM)  # the held lock vouches that this id is still that process
+    with trio.move_on_after(timeout_s):
+        while _is_served(directory):
+            await trio.sleep(0.05)
+        _started[:] = [each for each in _started if each.poll() is None]
+        return True
+    raise DevChainError(f"the dev chain (process {info['pid']}) did not end within {timeout_s:.0f} s")

@@ -1,0 +1,93 @@
+"""The dev chain's process: `python -m golem.chain.devchain --data-dir D [--port N] [--block-time S] [--idle-exit S]`.
+
+A lock file makes it the only one on its directory; `chain.json` beside it tells clients {"port", "pid", "chain_id"}.
+It prefers the port it had last time, so that nodes survive its restart. Exit status 3: another process serves already.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+import trio
+
+from golem.chain.devchain import BUSY_EXIT, INFO_NAME, LOCK_NAME
+from golem.chain.devchain.genesis import CHAIN_ID
+
+
+def write_info(directory: Path, info: dict[str, int]) -> None:
+    """Replace chain.json whole: a reader never sees half of it."""
+    fresh = directory / (INFO_NAME + ".new")
+    fresh.write_text(json.dumps(info))
+    fresh.replace(directory / INFO_NAME)
+
+
+def last_port(directory: Path) -> int:
+    try:
+        return int(json.loads((directory / INFO_NAME).read_text())["port"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+async def serve(options: argparse.Namespace) -> None:
+    # py-evm is heavy: imported only once the lock is ours
+    from golem.chain.devchain.chain import DevChain
+    from golem.chain.devchain.server import Server
+
+    directory: Path = options.data_dir
+    chain = DevChain(directory, chain_id=options.chain_id, tail=options.tail)
+    server = Server(chain, options.block_time)
+    wanted = options.port or last_port(directory)
+    try:
+        listeners = await server.listen(wanted)
+    except OSError:
+        if options.port:
+            raise
+        listeners = await server.listen(0)
+    port = listeners[0].socket.getsockname()[1]
+    write_info(directory, {"port": port, "pid": os.getpid(), "chain_id": chain.chain_id})
+    print(f"dev chain {chain.chain_id} at http://127.0.0.1:{port}, block {chain.head.block_number}", flush=True)
+    async with trio.open_nursery() as nursery:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+
+            async def run() -> None:
+                await server.run(listeners, options.idle_exit)
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(run)
+            async for _ in signals:
+                nursery.cancel_scope.cancel()
+                break
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m golem.chain.devchain", description="The embedded dev chain.")
+    parser.add_argument("--data-dir", type=Path, required=True, help="directory of this chain")
+    parser.add_argument("--port", type=int, default=0, help="TCP port on 127.0.0.1 (default: the last one, or any)")
+    parser.add_argument("--block-time", type=float, default=0.5, metavar="S", help="seconds between empty blocks")
+    parser.add_argument("--tail", type=int, default=12, help="empty blocks after the last transaction")
+    parser.add_argument("--chain-id", type=int, default=CHAIN_ID)
+    parser.add_argument("--idle-exit", type=float, default=0.0, metavar="S", help="end after S seconds without a call")
+    options = parser.parse_args(argv)
+    if options.block_time <= 0 or options.tail < 0:
+        parser.error("--block-time must be positive and --tail not negative")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    options.data_dir.mkdir(parents=True, exist_ok=True)
+    with (options.data_dir / LOCK_NAME).open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"another process serves {options.data_dir}", file=sys.stderr)
+            return BUSY_EXIT
+        trio.run(serve, options)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

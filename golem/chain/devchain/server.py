@@ -1,0 +1,145 @@
+"""JSON-RPC over HTTP for one dev chain: h11 on Trio, loopback only, everything bounded.
+
+The chain is synchronous, so requests are served one at a time; a block of 200 transactions holds the loop for about
+two seconds, an ordinary request for milliseconds.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sqlite3
+from typing import Any
+
+import h11
+import trio
+from eth.exceptions import PyEVMError
+from eth_utils import ValidationError
+
+from golem.chain.devchain.chain import ChainError, DevChain
+from golem.chain.devchain.methods import Methods
+
+log = logging.getLogger(__name__)
+
+BODY_LIMIT = 1 << 20  # bytes; a block's worth of raw transactions in a batch fits
+BATCH_LIMIT = 100
+CONNECTION_LIMIT = 256
+IDLE_S = 120.0  # a silent connection is closed
+PARSE_ERROR = {"jsonrpc": "2.0", "id": None, "error": {"code": -32700, "message": "parse error"}}
+
+
+class Server:
+    """Serves `chain` until cancelled."""
+
+    def __init__(self, chain: DevChain, block_time_s: float) -> None:
+        self.chain, self.block_time_s = chain, block_time_s
+        self.methods = Methods(chain)
+        self.last_request = trio.current_time()
+        self._connections = 0
+
+    async def listen(self, port: int) -> list[trio.SocketListener]:
+        """Bind on loopback; port 0 picks one."""
+        return await trio.open_tcp_listeners(port, host="127.0.0.1")
+
+    async def run(self, listeners: list[trio.SocketListener], idle_exit_s: float = 0.0) -> None:
+        """Serve and mine. Returns after `idle_exit_s` seconds without a request (0: never)."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._mine)
+            nursery.start_soon(trio.serve_listeners, self._connection, listeners)
+            while idle_exit_s and (quiet_s := trio.current_time() - self.last_request) < idle_exit_s:
+                await trio.sleep(idle_exit_s - quiet_s)
+            if idle_exit_s:
+                nursery.cancel_scope.cancel()
+
+    async def _mine(self) -> None:
+        while True:
+            await trio.sleep(self.chain.interval_s or self.block_time_s)
+            self.chain.tick()
+
+    # -- HTTP
+
+    async def _connection(self, stream: trio.SocketStream) -> None:
+        if self._connections >= CONNECTION_LIMIT:
+            await trio.aclose_forcefully(stream)
+            return
+        self._connections += 1
+        http = h11.Connection(h11.SERVER)
+        try:
+            while await self._exchange(http, stream):
+                http.start_next_cycle()
+        except (trio.BrokenResourceError, trio.ClosedResourceError, h11.ProtocolError, trio.TooSlowError):
+            pass  # the client's fault or its end: the connection is all there is to clean up
+        finally:
+            self._connections -= 1
+            await trio.aclose_forcefully(stream)
+
+    async def _exchange(self, http: h11.Connection, stream: trio.SocketStream) -> bool:
+        """One request and its answer. False when the connection is to be closed."""
+        body, method = bytearray(), b""
+        with trio.fail_after(IDLE_S):
+            while True:
+                event = http.next_event()
+                if event is h11.NEED_DATA:
+                    http.receive_data(await stream.receive_some(65_536))
+                elif isinstance(event, h11.Request):
+                    method = event.method
+                elif isinstance(event, h11.Data):
+                    body += event.data
+                    if len(body) > BODY_LIMIT:
+                        await self._send(http, stream, 413, b'{"error": "body too large"}', close=True)
+                        return False
+                elif isinstance(event, h11.EndOfMessage):
+                    break
+                else:  # ConnectionClosed
+                    return False
+        if method == b"POST":
+            await self._send(http, stream, 200, self.answer(bytes(body)))
+        else:
+            await self._send(http, stream, 405, b'{"error": "POST JSON-RPC here"}')
+        return http.our_state is h11.DONE and http.their_state is h11.DONE
+
+    async def _send(
+        self, http: h11.Connection, stream: trio.SocketStream, status: int, body: bytes, close: bool = False
+    ) -> None:
+        headers = [("content-type", "application/json"), ("content-length", str(len(body)))]
+        if close:
+            headers.append(("connection", "close"))
+        parts = [h11.Response(status_code=status, headers=headers), h11.Data(data=body), h11.EndOfMessage()]
+        with trio.fail_after(IDLE_S):
+            await stream.send_all(b"".join(http.send(part) or b"" for part in parts))
+
+    # -- JSON-RPC
+
+    def answer(self, body: bytes) -> bytes:
+        """The answer to a request body: one call or a batch."""
+        self.last_request = trio.current_time()
+        try:
+            asked = json.loads(body)
+        except (ValueError, RecursionError):
+            return json.dumps(PARSE_ERROR).encode()
+        if not isinstance(asked, list):
+            return json.dumps(self._one(asked)).encode()
+        if not 0 < len(asked) <= BATCH_LIMIT:
+            return json.dumps(_failure(None, -32600, f"a batch has 1 to {BATCH_LIMIT} calls")).encode()
+        return json.dumps([self._one(each) for each in asked]).encode()
+
+    def _one(self, asked: Any) -> dict[str, Any]:
+        if not isinstance(asked, dict) or not isinstance(asked.get("method"), str):
+            return _failure(None, -32600, "invalid request")
+        ident, params = asked.get("id"), asked.get("params") or []
+        if not isinstance(params, list):
+            return _failure(ident, -32602, "parameters by position are expected")
+        try:
+            return {"jsonrpc": "2.0", "id": ident, "result": self.methods.call(asked["method"], params)}
+        except ChainError as error:
+            return _failure(ident, error.code, str(error), error.data)
+        except (PyEVMError, ValidationError, ValueError, TypeError, KeyError, sqlite3.OperationalError) as error:
+            # py-evm's own checks of a strange input, or a full disk: this call fails, the chain lives on
+            log.exception("%s failed", asked["method"])
+            self.chain.store.forget()
+            return _failure(ident, -32603, f"{type(error).__name__}: {str(error)[:200]}")
+
+
+def _failure(ident: Any, code: int, message: str, data: str | None = None) -> dict[str, Any]:
+    error = {"code": code, "message": message} | ({} if data is None else {"data": data})
+    return {"jsonrpc": "2.0", "id": ident, "error": error}
