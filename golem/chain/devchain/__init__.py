@@ -52,6 +52,12 @@ def _is_served(directory: Path) -> bool:
     return False
 
 
+def _folder(directory: Path | str) -> Path:
+    path = Path(directory).resolve()
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
 async def url_of(directory: Path | str) -> str | None:
     """URL of the chain served from `directory`, or None when none answers there."""
     info = _info(Path(directory))
@@ -95,8 +101,7 @@ async def ensure_devchain(directory: Path | str, *arguments: str) -> str:
 
     Safe to call from many processes at once: the lock lets one win and the others wait for it. Raises DevChainError.
     """
-    directory = Path(directory).resolve()
-    directory.mkdir(parents=True, exist_ok=True)
+    directory = _folder(directory)
     child: subprocess.Popen[bytes] | None = None
     with trio.move_on_after(START_S):
         while True:
@@ -113,7 +118,7 @@ async def ensure_devchain(directory: Path | str, *arguments: str) -> str:
 
 async def stop_devchain(directory: Path | str, timeout_s: float = 10.0) -> bool:
     """End the chain's process. False when none was running; DevChainError when it does not end."""
-    directory = Path(directory).resolve()
+    directory = _folder(directory)
     if not _is_served(directory):
         return False
     info = _info(directory)
@@ -121,7 +126,7 @@ async def stop_devchain(directory: Path | str, timeout_s: float = 10.0) -> bool:
         raise DevChainError(f"{directory} is locked by a process that has not said its id yet")
     os.kill(info["pid"], signal.SIGTERM)  # the held lock vouches that this id is still that process
     with trio.move_on_after(timeout_s):
-        while _is_served(directory):
+        while _is_served(directory):  # noqa: ASYNC110 - another process's lock: nothing to wait on
             await trio.sleep(0.05)
         _started[:] = [each for each in _started if each.poll() is None]
         return True

@@ -2,9 +2,9 @@
 
 Synchronous and single-threaded; `server` is its only user, `methods` turns JSON-RPC into calls on it.
 
-Mining: *automine* (a block as soon as a transaction is ready), *interval* (blocks at a period) or *manual*. In the first
-two, up to `tail` empty blocks follow the last busy one, a `tick` apart, so that confirmations advance while somebody may
-wait for them and an idle chain does not grow for ever.
+Mining: *automine* (a block as soon as a transaction is ready), *interval* (blocks at a period) or *manual*. In the
+first two, up to `tail` empty blocks follow the last busy one, a `tick` apart, so that confirmations advance while
+somebody may wait for them and an idle chain does not grow for ever.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from eth.constants import (
 )
 from eth.db.atomic import AtomicDB
 from eth.exceptions import CanonicalHeadNotFound, PyEVMError
-from eth.vm.forks import PragueVM
-from eth_keys.exceptions import BadSignature  # type: ignore[attr-defined]
-from eth_utils import ValidationError
+from eth.vm.forks.prague import PragueVM
+from eth_keys.exceptions import BadSignature
+from eth_utils.exceptions import ValidationError
 from rlp.exceptions import RLPException  # type: ignore[import-untyped]
 
 from golem.chain.devchain import genesis
@@ -66,7 +66,8 @@ class DevChain:
         self.next_base_fee: int | None = None  # for the next block only: a simulated fee spike
         self.pool: dict[bytes, dict[int, Any]] = {}  # sender -> nonce -> transaction
         self.snapshots: list[bytes] = []  # block hashes
-        self._chain_class = self._make_class()
+        self._chain_class: Any = self._make_class()  # py-evm's types (NewTypes of bytes and int) stop at this file's door
+        self.chain: Any
         self._open()
         self.last_busy = self.store.last_busy_block()
         for raw in self.store.pooled():
@@ -84,7 +85,7 @@ class DevChain:
 
         class Chain(MiningChain):
             chain_id = outer.chain_id
-            vm_configuration = ((0, DevVM),)
+            vm_configuration = ((0, DevVM),)  # type: ignore[assignment]
 
             def create_header_from_parent(self, parent_header: Any, **params: Any) -> Any:
                 params["gas_limit"] = parent_header.gas_limit
@@ -119,7 +120,7 @@ class DevChain:
             "transaction_root": BLANK_ROOT_HASH,
         }
         self.chain = self._chain_class.from_genesis(database, params, rich)
-        # the genesis pairs stay uncommitted until block 1 commits with them: a chain is never seen without its contracts
+        # genesis commits together with block 1: the chain is never seen without its contracts
         self._mine([self._decode(signed.raw) for signed in genesis.deploy_transactions(self.chain_id)])
 
     # -- state
@@ -157,7 +158,7 @@ class DevChain:
         if tx.chain_id != self.chain_id:
             raise ChainError(f"invalid chain id for signer: have {tx.chain_id} want {self.chain_id}")
         slot = self.pool.get(tx.sender, {})
-        old = slot.get(tx.nonce)
+        old: Any = slot.get(tx.nonce)
         if (old is not None and old.hash == tx.hash) or self.store.place(tx.hash):
             raise ChainError("already known")
         self._check(tx, old, len(slot))

@@ -23,7 +23,7 @@ LOG_LIMIT = 10_000
 MINE_LIMIT = 10_000
 HISTORY_LIMIT = 1_024
 REVERT = bytes.fromhex("08c379a0")  # Error(string)
-ESTIMATES = (64, 66, 70, 80, 100, 150, 250)  # 64ths of the gas used: a call needs more than it uses (63/64 rule, refunds)
+ESTIMATES = (64, 66, 70, 80, 100, 150, 250)  # 64ths of the gas used: a call may need more (63/64 rule, refunds)
 
 
 def invalid(what: str) -> ChainError:
@@ -147,7 +147,7 @@ class Methods:
             raise invalid("a call object is expected")
         # no base fee, as geth does for eth_call: the caller need not hold ether
         header = self.chain.chain.create_header_from_parent(self._header(tag)).copy(base_fee_per_gas=0)
-        vm = self.chain.chain.get_vm(header)
+        vm: Any = self.chain.chain.get_vm(header)
         sender = bytes_of(call["from"], 20) if call.get("from") else ZERO_ADDRESS
         limit = number_of(call["gas"]) if call.get("gas") else header.gas_limit
         tx = vm.create_unsigned_transaction(

@@ -14,7 +14,7 @@ from typing import Any
 import h11
 import trio
 from eth.exceptions import PyEVMError
-from eth_utils import ValidationError
+from eth_utils.exceptions import ValidationError
 
 from golem.chain.devchain.chain import ChainError, DevChain
 from golem.chain.devchain.methods import Methods
@@ -39,17 +39,21 @@ class Server:
 
     async def listen(self, port: int) -> list[trio.SocketListener]:
         """Bind on loopback; port 0 picks one."""
-        return await trio.open_tcp_listeners(port, host="127.0.0.1")
+        return list(await trio.open_tcp_listeners(port, host="127.0.0.1"))
 
     async def run(self, listeners: list[trio.SocketListener], idle_exit_s: float = 0.0) -> None:
         """Serve and mine. Returns after `idle_exit_s` seconds without a request (0: never)."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._mine)
             nursery.start_soon(trio.serve_listeners, self._connection, listeners)
-            while idle_exit_s and (quiet_s := trio.current_time() - self.last_request) < idle_exit_s:
-                await trio.sleep(idle_exit_s - quiet_s)
             if idle_exit_s:
+                await self._quiet_for(idle_exit_s)
                 nursery.cancel_scope.cancel()
+
+    async def _quiet_for(self, seconds: float) -> None:
+        """Return once no request has come for `seconds`."""
+        while (rest_s := self.last_request + seconds - trio.current_time()) > 0:  # noqa: ASYNC110 - a moving deadline
+            await trio.sleep(rest_s)
 
     async def _mine(self) -> None:
         while True:

@@ -30,7 +30,7 @@ TxRow = tuple[bytes, int, int, str]
 LogRow = tuple[int, int, bytes, bytes | None, bytes | None, bytes | None, bytes | None, str]
 
 
-class Store(BaseDB):  # type: ignore[misc]
+class Store(BaseDB):
     """A write-back key-value cache (what py-evm sees) and the indexes (what JSON-RPC reads)."""
 
     def __init__(self, path: Path) -> None:
@@ -99,7 +99,7 @@ class Store(BaseDB):  # type: ignore[misc]
 
     def last_busy_block(self) -> int:
         """Number of the newest block with a transaction."""
-        return self.connection.execute("select coalesce(max(block), 0) from tx").fetchone()[0]
+        return int(self.connection.execute("select coalesce(max(block), 0) from tx").fetchone()[0])
 
     def pooled(self) -> list[bytes]:
         """Raw transactions of the mempool in order of arrival."""
