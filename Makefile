@@ -1,0 +1,42 @@
+# demo   a whole market on this machine: two providers render an image for a requestor and are paid
+# test   all tests            make test ARGS="tests/protocol -k terms"
+# lint   ruff, mypy, the layers
+# bench  every benchmark      make bench ARGS="bench_codec bench_links" for some
+# clean  what the targets made, environments included
+#
+# Each sets up what it needs (see .ci/setup); PYTHON chooses the interpreter, ARGS are passed on.
+
+PYTHON ?= python3
+ARGS ?=
+RUNTIME ?=
+BENCHES = $(if $(ARGS),$(ARGS:%=benchmarks/%.py),$(sort $(wildcard benchmarks/bench_*.py)))
+
+export PYTHON
+
+.PHONY: demo test lint bench setup clean
+
+demo:
+	@.ci/setup node yapapi
+	@.venv/bin/python -m golem.demo $(if $(RUNTIME),--runtime $(RUNTIME)) $(ARGS)
+
+test:
+	@.ci/setup node yapapi
+	@.venv/bin/python -m pytest $(ARGS)
+
+lint:
+	@.ci/setup node
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+
+bench:
+	@.ci/setup node yapapi
+	@set -e; for bench in $(BENCHES); do echo "== $$bench"; .venv/bin/python $$bench; done
+
+setup:
+	@.ci/setup node yapapi
+
+clean:
+	rm -rf .venv .venv-yapapi .demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis \
+	    .import_linter_cache benchmarks/results
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
