@@ -1,8 +1,8 @@
-"""How one property value is compared with the operand of one clause: the lower half of `protocol.terms`.
+"""What one clause says of one property: the lower half of `protocol.terms`.
 
-Properties are JSON values and an operand is bare text, so the property's type decides how the operand is read: text, number,
-boolean or list; `$d`, `$v` and `$t` references read a *string* property as a decimal, a semantic version or an RFC 3339 moment.
-Everything here is pure and takes time linear in its input up to the stated limits, whatever a hostile peer writes.
+Properties are JSON values and an operand is bare text, so the property's type decides how the operand is read: as text,
+number, boolean or list; `$d`, `$v` and `$t` references read a *string* property as a decimal, a semantic version or an
+RFC 3339 moment. All is pure and takes bounded time, linear where operands have wildcards, whatever a peer writes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import enum
 import functools
 import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 MAX_LIST_DEPTH: Final = 16
@@ -53,7 +53,7 @@ _find_unusable = re.compile(r"[\x00-\x08\x0b-\x1f]").search
 def escape_text(text: str) -> str | None:
     """The text as it stands between the quotes of its JSON form, which is what constraints compare.
 
-    None if JSON would need an escape other than `\\"`, `\\\\`, `\\n` and `\\t`: such a property is invisible to constraints.
+    None if JSON would need an escape other than `\\"`, `\\\\`, `\\n` and `\\t`: constraints do not see such a property.
     """
     if _find_special(text) is None:
         return text
@@ -159,7 +159,9 @@ def _read_items(text: str, depth: int) -> Sequence[Operand] | None:
     return tuple(Operand(part, depth + 1) for part in parts)
 
 
-_is_number = re.compile(r"[+-]?(?:inf|infinity|nan|(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?)", re.IGNORECASE).fullmatch
+_is_number = re.compile(
+    r"[+-]?(?:inf|infinity|nan|(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?)", re.IGNORECASE | re.ASCII
+).fullmatch
 
 
 def read_number(text: str) -> float | None:
@@ -184,13 +186,15 @@ def read_decimal(text: str) -> decimal.Decimal | None:
 
 _NUMERIC = r"0|[1-9][0-9]*"
 _IDENTIFIERS = r"[0-9A-Za-z-]+(?:\.[0-9A-Za-z-]+)*"
-_is_version = re.compile(rf"({_NUMERIC})\.({_NUMERIC})\.({_NUMERIC})(?:-({_IDENTIFIERS}))?(?:\+{_IDENTIFIERS})?").fullmatch
+_is_version = re.compile(
+    rf"({_NUMERIC})\.({_NUMERIC})\.({_NUMERIC})(?:-({_IDENTIFIERS}))?(?:\+{_IDENTIFIERS})?"
+).fullmatch
 
 Version = tuple[int, int, int, bool, tuple[tuple[bool, int, str], ...]]
 
 
 def read_version(text: str) -> Version | None:
-    """A semantic version (`1.2.3`, `1.2.3-rc.1+build`) as a key in order of precedence; build metadata does not count."""
+    """A semantic version (`1.2.3-rc.1+build`) as a key in order of precedence, where build metadata does not count."""
     found = _is_version(text) if len(text) <= MAX_VERSION_CHARS else None
     if found is None:
         return None
@@ -249,17 +253,20 @@ class _BrokenPatternError(Exception):
 class Pattern:
     """An operand with `*`: every `*` stands for `.*`, the rest is a regular expression over the whole text.
 
-    Understood: literals, `.`, classes (`[a-z]`, `[^...]`, `\\d \\w \\s` and their opposites), escaped punctuation, `\\n \\t \\r`,
-    `?`, `+`, `|`, `^` at the start and `$` at the end of an alternative. Groups cannot occur, for an operand ends at the first
-    `)`. All else (`{n}`, nested classes, `\\b`, back references, over 256 characters ...) is a broken pattern and matches nothing,
-    as does a text over 4096 characters.
+    Understood: literals, `.`, classes (`[a-z]`, `[^...]`, `\\d \\w \\s` and their opposites), escaped punctuation,
+    `\\n \\t \\r`, `?`, `+`, `|`, `^` at the start and `$` at the end of an alternative. Groups cannot occur, as an
+    operand ends at the first `)`. All else (`{n}`, nested classes, `\\b`, back references, over 256 characters ...) is
+    a broken pattern and matches nothing, as does a text of over 4096 characters.
 
     The pattern is a row of positions, each a character set that may be optional, repeated or both. The set of positions
-    where the text read so far may stand is one integer, and a character moves it by a fixed number of integer operations: the work
-    is text length times (pattern length / word size), with no backtracking and no way to make it more.
+    where the text read so far may stand is one integer, and a character moves it by a fixed number of integer
+    operations: work is proportional to the text, with no backtracking and no way to make it more.
     """
 
-    __slots__ = ("_accept", "_any", "_block_ends", "_block_starts", "_cache", "_classes", "_literals", "_repeat", "_skip", "_start")
+    __slots__ = (
+        "_accept", "_any", "_block_ends", "_block_starts", "_cache",
+        "_classes", "_literals", "_repeat", "_skip", "_start",
+    )
 
     def __init__(self, operand: str) -> None:
         self._any = self._repeat = self._skip = self._block_starts = self._block_ends = self._start = self._accept = 0
@@ -306,8 +313,8 @@ class Pattern:
     def _closure(self, states: int) -> int:
         """Add what is reachable by skipping optional positions.
 
-        Positions that may be skipped stand in blocks. Subtracting the block's first bit from (states + its end) borrows exactly up to
-        the lowest active position, so the bits left unchanged are the ones above it: those that become active.
+        Positions that may be skipped stand in blocks. Subtracting a block's first bit from the states with its end set
+        borrows up to the lowest active position, so the bits left unchanged are those above it: they become active.
         """
         ended = states | self._block_ends
         return states | (self._skip & (~(ended - self._block_starts) ^ ended))
@@ -382,28 +389,28 @@ class _Reader:
 
     def alternatives(self) -> list[list[_Item]]:
         found: list[list[_Item]] = [[]]
-        quantifiable = at_start = True
+        # what may stand here: an anchor, a quantifier, or a `?` that only asks a quantifier for its shortest match
+        # (which changes nothing where the whole text must match)
+        at_start, after_item, after_quantifier = True, False, False
         while self.at < len(self.text):
             char = self._next()
+            if char in "?+*":
+                if not after_item:
+                    raise _BrokenPatternError
+                if char == "?" and after_quantifier:
+                    after_quantifier = False
+                    continue
+                found[-1][-1].optional |= char != "+"
+                found[-1][-1].repeated |= char != "?"
+                after_quantifier = True
+                continue
+            after_item = after_quantifier = False
             if char == "|":
                 found.append([])
                 at_start = True
-                continue
-            if char == "^" and at_start:
-                quantifiable = False
-                continue
-            if char == "$" and self._peek() in ("", "|"):
-                quantifiable = False
-                continue
-            if char in "?+*":
-                if at_start or not quantifiable or not found[-1]:
-                    raise _BrokenPatternError
-                # a second `?` only asks for the shortest match, which is the same when the whole text must match
-                found[-1][-1].optional |= char != "+"
-                found[-1][-1].repeated |= char != "?"
-                continue
-            found[-1].append(_Item(self._atom(char)))
-            at_start, quantifiable = False, True
+            elif not (char == "^" and at_start) and not (char == "$" and self._peek() in ("", "|")):
+                found[-1].append(_Item(self._atom(char)))
+                at_start, after_item = False, True
         return found
 
     def _atom(self, char: str) -> Belongs | str | None:
@@ -459,3 +466,57 @@ class _Reader:
 
 def _in_range(low: str, high: str, char: str) -> bool:
     return low <= char <= high
+
+
+# ---- one clause ----
+
+Test = Callable[[Mapping[str, Any]], Truth]
+"""Flat properties -> Truth; never raises, whatever the values are."""
+
+TRUE, FALSE, UNDEFINED = Truth.TRUE, Truth.FALSE, Truth.UNDEFINED
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Property name and type letter, "" if the reference has no type."""
+    return (name[:-2], name[-1]) if name[-2:-1] == "$" and name[-1] in READERS else (name, "")
+
+
+def clause_test(full_name: str, op: str, text: str) -> Test:
+    """The test that a clause makes: `op` is `=*` (presence) or one of COMPARISONS, `text` the operand as written."""
+    name, kind = split_name(full_name)
+    if name.endswith("]") and "[" in name:  # an aspect: JSON properties have none
+        truth = FALSE if op == "=*" else UNDEFINED
+        return lambda properties: truth
+    if op == "=*":
+        return lambda properties: TRUE if usable(properties.get(name)) is not None else FALSE
+    comparison = COMPARISONS[op]
+    if kind:
+        return _typed_test(name, READERS[kind][0], comparison, text)
+    operand = Operand(text)
+
+    def is_equal(properties: Mapping[str, Any]) -> Truth:
+        value = usable(properties.get(name))
+        if value is None:
+            return UNDEFINED
+        return TRUE if equals(value, operand) else FALSE
+
+    def is_ordered(properties: Mapping[str, Any]) -> Truth:
+        value = usable(properties.get(name))
+        if value is None:
+            return UNDEFINED
+        return TRUE if ordered(value, operand, comparison) else FALSE
+
+    return is_equal if op == "=" else is_ordered
+
+
+def _typed_test(name: str, read: Callable[[str], Any], comparison: Comparison, text: str) -> Test:
+    operand = read(text)
+
+    def test(properties: Mapping[str, Any]) -> Truth:
+        value = usable(properties.get(name))
+        typed = read(value) if isinstance(value, str) else None
+        if typed is None:
+            return UNDEFINED
+        return TRUE if operand is not None and comparison(typed, operand) else FALSE
+
+    return test
