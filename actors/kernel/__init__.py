@@ -1,0 +1,1 @@
+"""The kernel: runs pure machines durably. See `machine` for the vocabulary, `system` for the whole."""

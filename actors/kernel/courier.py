@@ -1,0 +1,129 @@
+"""Couriers carry committed messages from outboxes to mailboxes, here and on other nodes.
+
+One courier serves one link (an actor's messages to one recipient). A window of messages is under way in a few frames at
+once; acknowledgements are cumulative; on silence, a gap or a full mailbox the courier backs off and goes back to the
+first message that is not acknowledged. A courier ends when its link has nothing left, and starts with the next message.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import trio
+
+from actors.kernel.journal import Posted
+from actors.kernel.machine import LinkDown
+from protocol.codec import MAX_BATCH, Ack, Envelope, decode_ack, encode_batch
+from protocol.types import Violation, node_of
+
+if TYPE_CHECKING:
+    from actors.kernel.system import System
+
+WINDOW = 256  # messages of a link under way
+FRAMES = 4  # frames of a link under way
+FRAME_BYTES = 1 << 20
+EXCHANGE_TIMEOUT_S = 10.0
+FIRST_BACKOFF_S, LAST_BACKOFF_S = 0.1, 5.0
+
+
+class Courier:
+    """Delivers the messages of one link."""
+
+    def __init__(self, system: System, actor: str, recipient: str) -> None:
+        self.system, self.actor, self.recipient = system, actor, recipient
+        self.acked = 0  # committed by the recipient up to here
+        self._next = 0  # sent up to here
+        self._frames = 0
+        self._backoff_s = FIRST_BACKOFF_S
+        self._not_before = 0.0
+        self._news = trio.Event()
+        self.trouble = ""  # why the link does not move, for people
+
+    def nudge(self) -> None:
+        """There may be more to deliver, or the peer may be back."""
+        self._news.set()
+
+    def hurry(self) -> None:
+        """The peer is back: do not wait out the back-off."""
+        self._not_before, self._backoff_s = 0.0, FIRST_BACKOFF_S
+        self._news.set()
+
+    async def run(self) -> None:
+        """Deliver until nothing is pending."""
+        async with trio.open_nursery() as nursery:
+            while True:
+                self._news = trio.Event()
+                now = trio.current_time()
+                if now < self._not_before:
+                    with trio.move_on_at(self._not_before):
+                        await self._news.wait()
+                    continue
+                if self._frames < FRAMES and self._next - self.acked < WINDOW and (batch := self._gather()):
+                    self._frames += 1
+                    self._next = batch[-1].seq
+                    nursery.start_soon(self._exchange, batch)
+                elif not self._frames and not self._pending(self.acked, 1):
+                    return
+                else:
+                    await self._news.wait()
+
+    def _pending(self, after: int, limit: int) -> list[Posted]:
+        return self.system.journal.pending(self.actor, self.recipient, max(after, self.acked), limit)
+
+    def _gather(self) -> list[Envelope]:
+        """Return the next envelopes of the window, linked by sequence number."""
+        room = min(MAX_BATCH, WINDOW - (self._next - self.acked))
+        sender = f"{self.system.node}/{self.actor}"
+        batch: list[Envelope] = []
+        size = 0
+        # The first message that is not acknowledged comes behind nothing: all before it are committed there or given up.
+        before = self._next if self._next > self.acked else 0
+        for posted in self._pending(self._next, room):
+            size += len(posted.body)
+            if batch and size > FRAME_BYTES:
+                break
+            batch.append(
+                Envelope(sender, self.recipient, self.system.journal.epoch, posted.seq, before, posted.trace, posted.body)
+            )
+            before = posted.seq
+        return batch
+
+    async def _exchange(self, batch: list[Envelope]) -> None:
+        acked_before = self.acked
+        ack: Ack | None = None
+        try:
+            if node_of(self.recipient) == self.system.node and self.system.has_actor(self.recipient):
+                ack = await self.system.deliver_local(batch)
+            else:
+                with trio.move_on_after(EXCHANGE_TIMEOUT_S):
+                    raw = await self.system.transport.exchange(node_of(self.recipient), encode_batch(batch))
+                    ack = decode_ack(raw)
+                if ack is None:
+                    self.trouble = "no acknowledgement in time"
+        except LinkDown as error:
+            self.trouble = str(error)
+        except Violation as error:
+            self.trouble = f"bad acknowledgement: {error}"
+        self._frames -= 1
+        self._judge(ack, batch, acked_before)
+        self._news.set()
+
+    def _judge(self, ack: Ack | None, batch: list[Envelope], acked_before: int) -> None:
+        """Move the window by an acknowledgement, or go back."""
+        last = batch[-1].seq
+        if ack is not None and ack.have > self.system.journal.last_sent(self.actor, self.recipient):
+            self.trouble = f"the peer acknowledges {ack.have}, which was never sent"
+        elif ack is not None:
+            if ack.have < acked_before:
+                self.system.log_lost_peer(self.actor, self.recipient, acked_before, ack.have)
+            if ack.have > self.acked:
+                self.acked = ack.have
+                self.system.acknowledged(self.actor, self.recipient, ack.have)
+                self._next = max(self._next, ack.have)
+                self._backoff_s = FIRST_BACKOFF_S
+            self.trouble = "" if ack.have >= last else ack.note or "no progress"
+            if ack.have >= last:
+                return
+        self._next = self.acked
+        self._not_before = trio.current_time() + self._backoff_s * self.system.jitter()
+        self._backoff_s = min(self._backoff_s * 2, LAST_BACKOFF_S)

@@ -1,0 +1,322 @@
+"""The journal: one SQLite file that holds everything a process must not forget.
+
+Rows, inbox positions, outbox, feeds and timers of a step are written in one transaction; several actors' steps that are
+ready together share one (`Journal.commit`). Nothing leaves the process before its transaction is on disk.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import trio
+
+MIGRATIONS = (
+    """
+    create table meta (key text primary key, value text not null) without rowid;
+    create table row (actor text, key text, body blob not null, primary key (actor, key)) without rowid;
+    create table inbox (actor text, sender text, epoch text not null, seq int not null, retired text not null,
+                        primary key (actor, sender)) without rowid;
+    create table sent (actor text, recipient text, seq int not null, primary key (actor, recipient)) without rowid;
+    create table outbox (actor text, recipient text, seq int, deadline real not null, trace text not null,
+                         body blob not null, primary key (actor, recipient, seq)) without rowid;
+    create index outbox_deadline on outbox (deadline);
+    create table feed (name text, seq int, at real not null, body blob not null, primary key (name, seq)) without rowid;
+    create index feed_at on feed (name, at);
+    create table feed_head (name text primary key, seq int not null, at real not null) without rowid;
+    create table timer (actor text, key text, at real not null, trace text not null, body blob not null,
+                        primary key (actor, key)) without rowid;
+    create index timer_at on timer (at);
+    create table quarantine (id integer primary key, at real not null, actor text not null, sender text not null,
+                             trace text not null, error text not null, body blob not null);
+    """,
+)
+
+
+class JournalError(Exception):
+    """The journal cannot be opened or written; the process must end rather than forget."""
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """How far an actor has read a link: `seq` in `epoch`; `retired` are former epochs of the sender."""
+
+    epoch: str = ""
+    seq: int = 0
+    retired: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Posted:
+    """A message in the outbox."""
+
+    seq: int
+    deadline: float
+    trace: str
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Timer:
+    """A durable timer of an actor."""
+
+    actor: str
+    key: str
+    at: float
+    trace: str
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """An entry of a feed. `seq` counts from 1; `at` (seconds since the epoch) rises strictly inside a feed."""
+
+    seq: int
+    at: float
+    body: bytes
+
+
+@dataclass(slots=True)
+class Commit:
+    """What one actor wants written at once."""
+
+    actor: str
+    rows: dict[str, bytes | None] = field(default_factory=dict)
+    inbox: dict[str, Position] = field(default_factory=dict)
+    outbox: list[tuple[str, Posted]] = field(default_factory=list)
+    expired: list[tuple[str, int]] = field(default_factory=list)
+    events: list[tuple[str, Event]] = field(default_factory=list)
+    dropped_feeds: list[str] = field(default_factory=list)
+    taken: list[tuple[str, int]] = field(default_factory=list)
+    timers: dict[str, Timer | None] = field(default_factory=dict)
+    quarantined: list[tuple[float, str, str, str, bytes]] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(
+            self.rows or self.inbox or self.outbox or self.expired or self.events or self.dropped_feeds or self.taken
+            or self.timers or self.quarantined
+        )  # fmt: skip
+
+
+class Journal:
+    """Opens the file, reads committed state, writes commits.
+
+    `path=":memory:"` or `threads=False` writes inline on one connection (simulation, short-lived tools); otherwise a
+    worker thread writes on a connection of its own, so that an fsync never stops the event loop.
+    """
+
+    def __init__(self, path: str, new_epoch: Callable[[], str], *, threads: bool = True, synchronous: str = "FULL") -> None:
+        self._threads = threads and path != ":memory:"
+        self._writer = self._open(path, synchronous)
+        self._migrate(new_epoch)
+        self._reader = self._open(path, synchronous) if self._threads else self._writer
+        self._limiter = trio.CapacityLimiter(1)
+        self._queue: list[tuple[Commit, trio.Event]] = []
+        self._wake = trio.Event()
+        self.acks: dict[tuple[str, str], int] = {}  # (actor, recipient) -> acknowledged up to; flushed with a commit
+        self.commits = 0  # transactions so far, for benchmarks and metrics
+        self.epoch: str = self._reader.execute("select value from meta where key='epoch'").fetchone()[0]
+
+    @classmethod
+    def over(cls, connection: sqlite3.Connection, new_epoch: Callable[[], str]) -> Journal:
+        """A journal over a connection that outlives it: the disk of a simulated machine."""
+        journal = cls.__new__(cls)
+        journal._threads = False
+        journal._writer = journal._reader = connection
+        connection.isolation_level = None
+        journal._migrate(new_epoch)
+        journal._limiter = trio.CapacityLimiter(1)
+        journal._queue, journal._wake, journal.acks, journal.commits = [], trio.Event(), {}, 0
+        journal.epoch = connection.execute("select value from meta where key='epoch'").fetchone()[0]
+        return journal
+
+    @staticmethod
+    def _open(path: str, synchronous: str) -> sqlite3.Connection:
+        try:
+            db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10)
+            if path != ":memory:":
+                os.chmod(path, 0o600)
+            db.execute("pragma journal_mode=wal")
+            db.execute(f"pragma synchronous={synchronous}")
+            db.execute("pragma wal_autocheckpoint=2000")
+        except (sqlite3.Error, OSError) as error:
+            raise JournalError(f"cannot open the journal {path}: {error}") from error
+        return db
+
+    def _migrate(self, new_epoch: Callable[[], str]) -> None:
+        db = self._writer
+        version = db.execute("pragma user_version").fetchone()[0]
+        if version > len(MIGRATIONS):
+            raise JournalError(f"the journal was written by a newer version (schema {version}, known {len(MIGRATIONS)})")
+        for number, script in enumerate(MIGRATIONS[version:], version + 1):
+            db.executescript(f"begin immediate; {script} pragma user_version={number}; commit;")
+        db.execute("insert or ignore into meta values ('epoch', ?)", (new_epoch(),))
+
+    def close(self) -> None:
+        """Close the file. Everything committed is on disk."""
+        if self._reader is not self._writer:
+            self._reader.close()
+        self._writer.close()
+
+    # -- reading committed state (event loop)
+    def row(self, actor: str, key: str) -> bytes | None:
+        found = self._reader.execute("select body from row where actor=? and key=?", (actor, key)).fetchone()
+        return found[0] if found else None
+
+    def rows(self, actor: str, prefix: str) -> Iterator[tuple[str, bytes]]:
+        """Yield (key, body) of the actor's rows whose key starts with `prefix`, in key order."""
+        yield from self._reader.execute(
+            "select key, body from row where actor=? and key>=? and key<? order by key", (actor, prefix, prefix + "\U0010ffff")
+        )
+
+    def position(self, actor: str, sender: str) -> Position:
+        found = self._reader.execute("select epoch, seq, retired from inbox where actor=? and sender=?", (actor, sender))
+        row = found.fetchone()
+        return Position(row[0], row[1], tuple(row[2].split())) if row else Position()
+
+    def last_sent(self, actor: str, recipient: str) -> int:
+        found = self._reader.execute("select seq from sent where actor=? and recipient=?", (actor, recipient)).fetchone()
+        return found[0] if found else 0
+
+    def pending(self, actor: str, recipient: str, after: int, limit: int) -> list[Posted]:
+        """Return at most `limit` unacknowledged messages of a link behind sequence number `after`."""
+        query = "select seq, deadline, trace, body from outbox where actor=? and recipient=? and seq>? order by seq limit ?"
+        return [Posted(*found) for found in self._reader.execute(query, (actor, recipient, after, limit))]
+
+    def posted(self, actor: str, recipient: str, seq: int) -> Posted | None:
+        query = "select seq, deadline, trace, body from outbox where actor=? and recipient=? and seq=?"
+        found = self._reader.execute(query, (actor, recipient, seq)).fetchone()
+        return Posted(*found) if found else None
+
+    def links(self) -> list[tuple[str, str]]:
+        """Return (actor, recipient) of all links with something to deliver."""
+        return self._reader.execute("select distinct actor, recipient from outbox").fetchall()
+
+    def overdue(self, now: float, limit: int = 256) -> list[tuple[str, str, int]]:
+        """Return (actor, recipient, seq) of messages whose deadline has passed."""
+        query = "select actor, recipient, seq from outbox where deadline<=? order by deadline, actor, recipient, seq limit ?"
+        return self._reader.execute(query, (now, limit)).fetchall()
+
+    def due(self, now: float, limit: int = 256) -> list[Timer]:
+        """Return timers whose time has come, earliest first."""
+        query = "select actor, key, at, trace, body from timer where at<=? order by at, actor, key limit ?"
+        return [Timer(*found) for found in self._reader.execute(query, (now, limit))]
+
+    def timer(self, actor: str, key: str) -> Timer | None:
+        query = "select actor, key, at, trace, body from timer where actor=? and key=?"
+        found = self._reader.execute(query, (actor, key)).fetchone()
+        return Timer(*found) if found else None
+
+    def next_alarm(self) -> float | None:
+        """Return the time of the earliest timer or deadline, `None` if there is none."""
+        first = self._reader.execute("select min(at) from timer").fetchone()[0]
+        second = self._reader.execute("select min(deadline) from outbox").fetchone()[0]
+        return min((at for at in (first, second) if at is not None), default=None)
+
+    def feed_head(self, feed: str) -> tuple[int, float]:
+        found = self._reader.execute("select seq, at from feed_head where name=?", (feed,)).fetchone()
+        return (found[0], found[1]) if found else (0, 0.0)
+
+    def events(self, feed: str, after_seq: int, limit: int) -> list[Event]:
+        query = "select seq, at, body from feed where name=? and seq>? order by seq limit ?"
+        return [Event(*found) for found in self._reader.execute(query, (feed, after_seq, limit))]
+
+    def events_after(self, feed: str, after_at: float, limit: int) -> list[Event]:
+        query = "select seq, at, body from feed where name=? and at>? order by seq limit ?"
+        return [Event(*found) for found in self._reader.execute(query, (feed, after_at, limit))]
+
+    def quarantined(self) -> list[tuple[Any, ...]]:
+        """Return (at, actor, sender, trace, error) of messages set aside because they crashed their actor."""
+        return self._reader.execute("select at, actor, sender, trace, error from quarantine order by id").fetchall()
+
+    # -- writing
+    async def commit(self, commit: Commit) -> None:
+        """Return when `commit` is on disk. Raises `JournalError`; then nothing of it is."""
+        if not self._threads:
+            await trio.lowlevel.checkpoint()
+            self._write([commit], self._take_acks())
+            return
+        done = trio.Event()
+        self._queue.append((commit, done))
+        self._wake.set()
+        with trio.CancelScope(shield=True):
+            await done.wait()
+
+    async def run(self) -> None:
+        """Serve commits, all that are ready in one transaction. Runs as long as the process' actors do."""
+        if not self._threads:
+            await trio.sleep_forever()
+        while True:
+            await self._wake.wait()
+            self._wake = trio.Event()
+            while self._queue or self.acks:
+                batch, self._queue = self._queue[:256], self._queue[256:]
+                with trio.CancelScope(shield=True):
+                    await trio.to_thread.run_sync(self._write, [c for c, _ in batch], self._take_acks(), limiter=self._limiter)
+                for _, done in batch:
+                    done.set()
+
+    def flush_soon(self) -> None:
+        """Ask for acknowledgements to be written though no commit is due."""
+        if self._threads:
+            self._wake.set()
+        elif self.acks:
+            self._write([], self._take_acks())
+
+    def _take_acks(self) -> dict[tuple[str, str], int]:
+        acks, self.acks = self.acks, {}
+        return acks
+
+    def _write(self, commits: list[Commit], acks: dict[tuple[str, str], int]) -> None:
+        db = self._writer
+        try:
+            db.execute("begin immediate")
+            try:
+                for commit in commits:
+                    _apply(db, commit)
+                delete = "delete from outbox where actor=? and recipient=? and seq<=?"
+                db.executemany(delete, [(*link, seq) for link, seq in acks.items()])
+                db.execute("commit")
+            except BaseException:
+                if db.in_transaction:
+                    db.execute("rollback")
+                raise
+        except sqlite3.Error as error:
+            raise JournalError(f"cannot write the journal: {error}") from error
+        self.commits += 1
+
+    def prune(self, before: float) -> int:
+        """Delete feed events older than `before`; return how many. Blocking: call at start or from a thread."""
+        deleted = self._writer.execute("delete from feed where at<?", (before,)).rowcount
+        return int(deleted)
+
+
+def _apply(db: sqlite3.Connection, c: Commit) -> None:
+    actor = c.actor
+    db.executemany("delete from row where actor=? and key=?", [(actor, k) for k, body in c.rows.items() if body is None])
+    kept = [(actor, key, body) for key, body in c.rows.items() if body is not None]
+    db.executemany("replace into row values (?,?,?)", kept)
+    positions = [(actor, sender, p.epoch, p.seq, " ".join(p.retired)) for sender, p in c.inbox.items()]
+    db.executemany("replace into inbox values (?,?,?,?,?)", positions)
+    for recipient, p in c.outbox:
+        db.execute("insert into outbox values (?,?,?,?,?,?)", (actor, recipient, p.seq, p.deadline, p.trace, p.body))
+    last = {recipient: p.seq for recipient, p in c.outbox}
+    db.executemany("replace into sent values (?,?,?)", [(actor, recipient, seq) for recipient, seq in last.items()])
+    db.executemany("delete from outbox where actor=? and recipient=? and seq=?", [(actor, *link) for link in c.expired])
+    for name in c.dropped_feeds:
+        db.execute("delete from feed where name=?", (name,))
+        db.execute("delete from feed_head where name=?", (name,))
+    db.executemany("insert into feed values (?,?,?,?)", [(name, e.seq, e.at, e.body) for name, e in c.events])
+    heads = {name: (e.seq, e.at) for name, e in c.events}
+    db.executemany("replace into feed_head values (?,?,?)", [(name, *head) for name, head in heads.items()])
+    db.executemany("delete from feed where name=? and seq=?", c.taken)
+    for key, timer in c.timers.items():
+        if timer is None:
+            db.execute("delete from timer where actor=? and key=?", (actor, key))
+        else:
+            db.execute("replace into timer values (?,?,?,?,?)", (actor, key, timer.at, timer.trace, timer.body))
+    insert = "insert into quarantine (at, actor, sender, trace, error, body) values (?,?,?,?,?,?)"
+    db.executemany(insert, [(at, actor, sender, trace, error, body) for at, sender, trace, error, body in c.quarantined])

@@ -1,0 +1,111 @@
+"""A port's actor: mailbox, link position and durable answers around an async handler of the outside world."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import trio
+
+from actors.kernel.actor import (
+    CAPACITY,
+    CRASHES_BEFORE_QUARANTINE,
+    RETIRED_EPOCHS,
+    Ask,
+    CrashedOn,
+    Delivery,
+    LinkBatch,
+)
+from actors.kernel.journal import Commit, Position
+from actors.kernel.machine import ActorFailed, Busy, Meta, Port
+from protocol.codec import Decoder, Envelope
+from protocol.types import Message, Violation, node_of
+
+if TYPE_CHECKING:
+    from actors.kernel.system import System
+
+
+class PortActor:
+    """Serves a port's mailbox one message at a time. A message may come again after a crash: ports are idempotent."""
+
+    def __init__(self, system: System, port: Port, capacity: int = CAPACITY) -> None:
+        self.system, self.port, self.name = system, port, port.name
+        self.post, self._mailbox = trio.open_memory_channel[Delivery](capacity)
+        none = type(None)
+        self._decode_local: Callable[[bytes], Message] = Decoder(port.local | port.peer | none)
+        self._decode_peer: Callable[[bytes], Message] = Decoder(port.peer | none)
+        self._crashes: dict[tuple[str, str, int], int] = {}
+
+    def offer(self, delivery: Delivery) -> None:
+        """Put a delivery into the mailbox now. Raises `Busy` when it is full."""
+        try:
+            self.post.send_nowait(delivery)
+        except trio.WouldBlock:
+            raise Busy(f"{self.name} has {CAPACITY} messages waiting") from None
+
+    async def run(self) -> None:
+        """Serve the mailbox. Raises `CrashedOn` when the port's handler crashed."""
+        while True:
+            delivery = await self._mailbox.receive()
+            if isinstance(delivery, LinkBatch):
+                await self._take_link(delivery)
+            elif isinstance(delivery, Ask):
+                await self._take_ask(delivery)
+
+    async def _take_ask(self, ask: Ask) -> None:
+        meta = Meta(f"{self.system.node}/edge", self.system.now(), ask.trace)
+        try:
+            sends = await self.port.handle(ask.message, meta)
+            await self.system.post(self.name, sends, ask.trace)
+        except Exception as error:  # an edge's message is tried once: the edge hears of it
+            self.system.log_crash(self.name, meta, error)
+            ask.error = ActorFailed(f"{self.name} failed (trace {ask.trace}): {error}")
+        finally:
+            ask.done.set()
+
+    async def _take_link(self, link: LinkBatch) -> None:
+        first = link.envelopes[0]
+        position = self.system.journal.position(self.name, first.sender)
+        try:
+            if first.epoch in position.retired:
+                link.note = "retired epoch"
+                return
+            if first.epoch != position.epoch:
+                retired = (*position.retired, position.epoch)[-RETIRED_EPOCHS:] if position.epoch else position.retired
+                position = Position(first.epoch, 0, retired)
+            for e in link.envelopes:
+                if e.seq <= position.seq:
+                    continue
+                if e.after > position.seq:
+                    link.note = "gap"
+                    return
+                position = Position(position.epoch, e.seq, position.retired)
+                await self._take_envelope(e, position)
+                link.have = position.seq
+        except CrashedOn:
+            link.note = "crash"
+            raise
+        finally:
+            link.have = max(link.have, self.system.journal.position(self.name, first.sender).seq)
+            link.done.set()
+
+    async def _take_envelope(self, e: Envelope, position: Position) -> None:
+        meta = Meta(e.sender, self.system.now(), e.trace)
+        remote = node_of(e.sender) != self.system.node
+        commit = Commit(self.name, inbox={e.sender: position})
+        try:
+            message = (self._decode_peer if remote else self._decode_local)(e.body)
+            sends = await self.port.handle(message, meta)
+            self.system.fill(commit, sends, e.trace)
+        except Violation as violation:
+            self.system.log_violation(self.name, meta, violation)
+        except Exception as error:  # our bug or the world's whim: try again, then set the message aside
+            self.system.log_crash(self.name, meta, error)
+            key = (e.sender, e.epoch, e.seq)
+            self._crashes[key] = count = self._crashes.get(key, 0) + 1
+            if count < CRASHES_BEFORE_QUARANTINE:
+                raise CrashedOn(error, remote) from error
+            del self._crashes[key]
+            commit.quarantined.append((meta.now, meta.sender, meta.trace, repr(error)[:1000], e.body))
+        await self.system.journal.commit(commit)
+        self.system.released(self.name, commit, [])

@@ -1,0 +1,293 @@
+"""The system: all actors of one process on one journal, with their couriers, clock and supervision.
+
+Edges (REST, CLI, tests) `ask` with a deadline and read committed rows and feeds; actors only tell. Transports bring
+frames from other nodes to `deliver`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+import trio
+
+from actors.kernel.actor import CAPACITY, Actor, Ask, CrashedOn, DeadlinePassed, LinkBatch, RowView, TimerDue
+from actors.kernel.courier import Courier
+from actors.kernel.feed import Feeds
+from actors.kernel.journal import Commit, Journal, Posted
+from actors.kernel.machine import (
+    AskTimeout,
+    Busy,
+    Machine,
+    Meta,
+    NodeFailed,
+    Port,
+    Publish,
+    PublishHook,
+    Send,
+    Step,
+    Transport,
+)
+from actors.kernel.port import PortActor
+from actors.kernel.trace import Line, StepLog, step_line
+from protocol.codec import Ack, Envelope, decode_batch, encode, encode_ack
+from protocol.types import Message, Violation, actor_of, node_of
+
+log = logging.getLogger("golem.kernel")
+
+RESTARTS, RESTART_WINDOW_S = 5, 60.0
+FIRST_RESTART_S, LAST_RESTART_S = 0.05, 5.0
+CLOCK_LOOK_S = 1.0  # how long an alarm may wait because a mailbox was full
+
+
+class System:
+    """All actors of one process.
+
+    `clock` gives seconds since the epoch, `new_trace` short unique ids, `jitter` factors around 1 for back-offs;
+    `crash_point` lets a simulation stop the process between any two moments that matter.
+    """
+
+    def __init__(
+        self,
+        node: str,
+        journal: Journal,
+        transport: Transport,
+        *,
+        clock: Callable[[], float],
+        new_trace: Callable[[], str],
+        jitter: Callable[[], float] = lambda: 1.0,
+        publish: PublishHook = lambda topic, message: None,
+        step_log: StepLog | None = None,
+        crash_point: Callable[[str, str], None] = lambda actor, moment: None,
+    ) -> None:
+        self.node, self.journal, self.transport = node, journal, transport
+        self.new_trace, self.jitter, self.crash_point = new_trace, jitter, crash_point
+        self.feeds = Feeds(journal)
+        self._clock, self._publish, self._step_log = clock, publish, step_log
+        self._last_now = 0.0
+        self._sent: dict[tuple[str, str], int] = {}  # of ports and edges; actors count their own
+        self._actors: dict[str, Actor | PortActor] = {}
+        self._couriers: dict[tuple[str, str], Courier] = {}
+        self._new_links: set[tuple[str, str]] = set()
+        self._links_changed = trio.Event()
+        self._alarm_changed = trio.Event()
+        self._next_alarm: float | None = None
+        self.violations: deque[Line] = deque(maxlen=256)
+
+    # -- wiring
+    def add(self, machine: Machine, capacity: int = CAPACITY) -> None:
+        """Give a machine an actor. Before `run`."""
+        self._actors[machine.name] = Actor(self, machine, capacity)
+
+    def add_port(self, port: Port) -> None:
+        """Give a port an address. Before `run`."""
+        self._actors[port.name] = PortActor(self, port)
+
+    def has_actor(self, address: str) -> bool:
+        """Return whether `address` is an actor of this process."""
+        return node_of(address) == self.node and actor_of(address) in self._actors
+
+    async def run(self, *, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
+        """Run until cancelled. Raises `NodeFailed` when an actor keeps crashing, `JournalError` when the disk fails."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.journal.run)
+            for actor in self._actors.values():
+                nursery.start_soon(self._supervise, actor)
+            nursery.start_soon(self._watch_clock)
+            self._new_links.update(self.journal.links())
+            task_status.started()
+            while True:
+                self._links_changed = trio.Event()
+                for link in sorted(self._new_links):
+                    courier = self._couriers[link] = Courier(self, *link)
+                    nursery.start_soon(self._carry, courier)
+                self._new_links.clear()
+                await self._links_changed.wait()
+
+    # -- edges
+    def now(self) -> float:
+        """Return the time in seconds since the epoch; it never goes back, and names whole microseconds."""
+        self._last_now = max(self._last_now, round(self._clock(), 6))
+        return self._last_now
+
+    def rows(self, actor: str) -> RowView:
+        """Return the committed rows of an actor, for reading at once (not across an await)."""
+        found = self._actors[actor]
+        assert isinstance(found, Actor)
+        return RowView(self.journal, actor, found.machine.rows)
+
+    async def ask(self, actor: str, message: Message, timeout_s: float = 10.0, trace: str | None = None) -> Message | None:
+        """Give `message` to an actor of this process and return its reply, after what it changed is on disk.
+
+        Raises `Busy` (mailbox full), `AskTimeout` (the message may still be handled), `ActorFailed` (our bug) and
+        `Violation` (the machine would not have such a message at all).
+        """
+        found = self._actors[actor]
+        ask = Ask(message, trace or self.new_trace())
+        found.offer(ask)
+        with trio.move_on_after(timeout_s):
+            await ask.done.wait()
+        if not ask.done.is_set():
+            raise AskTimeout(f"{actor} did not answer within {timeout_s:g} s (trace {ask.trace})")
+        if ask.error is not None:
+            raise ask.error
+        return ask.reply
+
+    async def post(self, sender: str, sends: Sequence[Send], trace: str | None = None) -> None:
+        """Send durably from the address of a port (or of an edge that must not wait): news that answers nothing."""
+        commit = Commit(sender)
+        self.fill(commit, sends, trace or self.new_trace())
+        await self.journal.commit(commit)
+        self.released(sender, commit, [])
+
+    def fill(self, commit: Commit, sends: Sequence[Send], trace: str) -> None:
+        """Number messages of a port and put them into a commit."""
+        now = self.now()
+        for send in sends:
+            recipient = send.to if "/" in send.to else f"{self.node}/{send.to}"
+            seq = self._advance(commit.actor, recipient)
+            commit.outbox.append((recipient, Posted(seq, now + send.deadline_s, trace, encode(send.message))))
+
+    def _advance(self, sender: str, recipient: str) -> int:
+        if (sender, recipient) not in self._sent:
+            self._sent[sender, recipient] = self.journal.last_sent(sender, recipient)
+        self._sent[sender, recipient] += 1
+        return self._sent[sender, recipient]
+
+    # -- frames from other processes
+    async def deliver(self, frame: bytes, peer: str) -> bytes:
+        """Take a batch from the authenticated node `peer`; return the acknowledgement once it is committed.
+
+        `peer` may also be a full address (an exe-unit on this node's bus). Raises `Violation`.
+        """
+        batch = decode_batch(frame)
+        first = batch[0]
+        if first.sender != peer and (node_of(first.sender) != peer or peer == self.node):
+            raise Violation(f"{peer} sends in the name of {first.sender}")
+        if node_of(first.to) != self.node:
+            raise Violation(f"not for this node: {first.to}")
+        actor = self._actors.get(actor_of(first.to))
+        if actor is None:
+            raise Violation(f"no such actor: {actor_of(first.to)[:80]}")
+        link = LinkBatch(batch)
+        try:
+            actor.offer(link)
+        except Busy:
+            return encode_ack(Ack(self.journal.position(actor.name, first.sender).seq, "busy"))
+        await link.done.wait()
+        return encode_ack(Ack(link.have, link.note))
+
+    async def deliver_local(self, batch: list[Envelope]) -> Ack:
+        """Take a batch from an actor of this process; waits for room in the mailbox (couriers may block, actors not)."""
+        link = LinkBatch(batch)
+        await self._actors[actor_of(batch[0].to)].post.send(link)
+        await link.done.wait()
+        return Ack(link.have, link.note)
+
+    def peer_up(self, node: str) -> None:
+        """A session with `node` came up: whatever waits for it goes now."""
+        for (_, recipient), courier in self._couriers.items():
+            if node_of(recipient) == node:
+                courier.hurry()
+
+    def troubles(self) -> list[tuple[str, str, str]]:
+        """Return (actor, recipient, why) of links that do not move."""
+        return sorted((*link, courier.trouble) for link, courier in self._couriers.items() if courier.trouble)
+
+    # -- what actors and couriers report
+    def released(self, actor: str, commit: Commit, published: Sequence[Publish]) -> None:
+        """A commit is on disk: wake couriers, clock and readers; gossip."""
+        for recipient in {recipient for recipient, _ in commit.outbox}:
+            if courier := self._couriers.get((actor, recipient)):
+                courier.nudge()
+            else:
+                self._new_links.add((actor, recipient))
+                self._links_changed.set()
+        alarms = [timer.at for timer in commit.timers.values() if timer] + [posted.deadline for _, posted in commit.outbox]
+        if alarms and (self._next_alarm is None or min(alarms) < self._next_alarm):
+            self._alarm_changed.set()
+        for feed in {name for name, _ in commit.events}.union(commit.dropped_feeds):
+            self.feeds.notify(feed)
+        for gossip in published:
+            self._publish(gossip.topic, gossip.message)
+
+    def acknowledged(self, actor: str, recipient: str, seq: int) -> None:
+        """A recipient has committed a link up to `seq`; the outbox forgets it with the next transaction."""
+        self.journal.acks[actor, recipient] = max(seq, self.journal.acks.get((actor, recipient), 0))
+        self.journal.flush_soon()
+
+    def log_step(self, actor: str, meta: Meta, tag: str, step: Step) -> None:
+        if self._step_log:
+            self._step_log(step_line(actor, meta, tag, step))
+
+    def log_violation(self, actor: str, meta: Meta, violation: Violation) -> None:
+        line = Line(meta.now, meta.trace, actor, meta.sender, "", (str(violation)[:300],), "violation")
+        self.violations.append(line)
+        log.warning("%s broke the protocol with %s: %s", meta.sender, actor, str(violation)[:300])
+        if self._step_log:
+            self._step_log(line)
+
+    def log_crash(self, actor: str, meta: Meta, error: Exception) -> None:
+        log.error("%s crashed on a message from %s (trace %s)", actor, meta.sender, meta.trace, exc_info=error)
+        if self._step_log:
+            self._step_log(Line(meta.now, meta.trace, actor, meta.sender, "", (repr(error)[:300],), "crash"))
+
+    def log_lost_peer(self, actor: str, recipient: str, acked: int, have: int) -> None:
+        log.warning("%s lost its journal: had %d messages of %s, now has %d", recipient, acked, actor, have)
+
+    # -- tasks
+    async def _carry(self, courier: Courier) -> None:
+        link = (courier.actor, courier.recipient)
+        try:
+            await courier.run()
+        finally:
+            del self._couriers[link]
+        if self.journal.pending(*link, courier.acked, 1):  # posted between the last look and now
+            self._new_links.add(link)
+            self._links_changed.set()
+
+    async def _supervise(self, actor: Actor | PortActor) -> None:
+        """Restart an actor that crashed; give up on the node when it keeps crashing on its own account."""
+        crashes: deque[float] = deque(maxlen=RESTARTS + 1)
+        pause_s = FIRST_RESTART_S
+        while True:
+            try:
+                await actor.run()
+            except CrashedOn as crash:
+                if not crash.remote:  # a peer's message is isolated by its quarantine: no peer can end this node
+                    crashes.append(trio.current_time())
+                if len(crashes) > RESTARTS and crashes[-1] - crashes[0] <= RESTART_WINDOW_S:
+                    raise NodeFailed(f"actor {actor.name} crashed {len(crashes)} times within {RESTART_WINDOW_S:g} s") from crash
+                pause_s = FIRST_RESTART_S if len(crashes) < 2 else min(pause_s * 2, LAST_RESTART_S)
+                await trio.sleep(pause_s)
+
+    async def _watch_clock(self) -> None:
+        """Bring due timers and passed deadlines to their actors."""
+        while True:
+            self._alarm_changed = trio.Event()
+            self._next_alarm = self.journal.next_alarm()
+            wait_s = math.inf if self._next_alarm is None else self._next_alarm - self.now()
+            if wait_s > 0:
+                with trio.move_on_after(wait_s):
+                    await self._alarm_changed.wait()
+                continue
+            now = self.now()
+            for timer in self.journal.due(now):
+                if isinstance(actor := self._actors.get(timer.actor), Actor):
+                    actor.offer_alarm(TimerDue(timer))
+            for name, recipient, seq in self.journal.overdue(now):
+                await self._give_up(name, recipient, seq)
+            self._next_alarm = None
+            with suppress(trio.TooSlowError), trio.fail_after(CLOCK_LOOK_S):
+                await self._alarm_changed.wait()
+
+    async def _give_up(self, name: str, recipient: str, seq: int) -> None:
+        actor = self._actors.get(name)
+        if isinstance(actor, Actor):
+            actor.offer_alarm(DeadlinePassed(recipient, seq))
+        else:  # a port (or an actor of a former version) hears nothing of it: it repeats itself
+            await self.journal.commit(Commit(name, expired=[(recipient, seq)]))
