@@ -1,0 +1,322 @@
+"""The one place where py-libp2p 0.8.1 is used: a host that a hostile or dying peer cannot hang or crash.
+
+What is guarded, and why (each has a regression test in tests/net/test_net_guards.py):
+
+- security is Noise only: the stock host also accepts /plaintext/2.0.0, with which anybody is anybody;
+- the multiplexer is ours (`yamux.py`);
+- an exception out of a stream handler or of pubsub's message path would cancel the whole swarm: both are fenced;
+- the slot of an inbound connection is given back when the connection ends, not when the node does;
+- the auto-connector, which dials every peer ever heard of, is off;
+- addresses are dialled one by one by us: the swarm tries the first only, then blocks the peer for a minute;
+- gossip starts its sequence numbers at the clock's nanoseconds, else a restarted node is mute for a while.
+
+All patches sit on the instance of one host and touch private names, so the version is asserted at import.
+Neighbours: `gossip.py` runs on `pubsub`, `sessions.py` on dials and streams. Importing this module takes 0.6 s.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import coincurve
+import trio
+from libp2p import new_host
+from libp2p.abc import INotifee
+from libp2p.crypto.keys import KeyPair
+from libp2p.crypto.secp256k1 import Secp256k1PrivateKey
+from libp2p.crypto.x25519 import create_new_key_pair as new_x25519_pair
+from libp2p.custom_types import TProtocol
+from libp2p.exceptions import BaseLibp2pError
+from libp2p.network.config import ConnectionConfig, RetryConfig
+from libp2p.network.connection.raw_connection import RawConnection
+from libp2p.peer.id import ID
+from libp2p.protocol_muxer.exceptions import MultiselectClientError, MultiselectCommunicatorError
+from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicator
+from libp2p.pubsub.gossipsub import PROTOCOL_ID_V11, GossipSub
+from libp2p.pubsub.pubsub import Pubsub
+from libp2p.rcmgr.connection_limits import ConnectionLimits
+from libp2p.rcmgr.manager import ResourceLimits, new_resource_manager
+from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
+from libp2p.security.noise.transport import Transport as Noise
+from libp2p.stream_muxer.exceptions import MuxedConnError, MuxedStreamError
+from libp2p.tools.anyio_service import background_trio_service
+from multiaddr import Multiaddr
+
+from golem.net.peerid import node_id_of, pubkey_of, public_key
+from golem.net.types import ListenError, Timing, Unreachable
+from golem.net.yamux import Mux, MuxStream
+
+PINNED = "0.8.1"
+if importlib.metadata.version("libp2p") != PINNED:
+    raise ImportError(
+        f"golem.net guards libp2p {PINNED} by its private names; installed is {importlib.metadata.version('libp2p')}"
+    )
+
+log = logging.getLogger(__name__)
+
+MAX_CONNECTIONS = 1000
+MAX_CONNECTIONS_PER_PEER = 8  # two of each side when both dial at once, and some still closing
+StreamHandler = Callable[[str, MuxStream], Awaitable[None]]
+
+
+class Host:
+    """A running host. Peers are named by node id; `Mux` is a connection, `MuxStream` a stream."""
+
+    def __init__(self, key: bytes, timing: Timing) -> None:
+        self.timing = timing
+        self.node_id = node_id_of(public_key(key))
+        self.on_connected: Callable[[str, Mux], None] = lambda node_id, conn: None
+        self.on_dead: Callable[[Mux], None] = lambda conn: None
+        self.inner: Any = _build(key)
+        self.swarm: Any = self.inner.get_network()
+        self.peer_id = str(self.inner.get_id())
+        self._guard()
+        router = GossipSub(
+            [PROTOCOL_ID_V11],
+            degree=6,
+            degree_low=4,
+            degree_high=12,
+            heartbeat_interval=timing.gossip_heartbeat_s,  # type: ignore[arg-type]  # any number serves
+            spam_protection_enabled=False,  # 10 messages a second and forwarder: it would punish honest forwarders
+        )
+        self.pubsub: Any = Pubsub(self.inner, router, seen_ttl=330, max_concurrent_validator_count=64)
+        self.pubsub.counter = time.time_ns()
+        self._guard_pubsub()
+        self._router = router
+
+    @asynccontextmanager
+    async def run(self, listen: list[tuple[str, int]]) -> AsyncIterator[None]:
+        """Listen on concrete addresses and serve. ListenError when one cannot be bound."""
+        addresses = [Multiaddr(f"/{'ip6' if ':' in ip else 'ip4'}/{ip}/tcp/{port}") for ip, port in listen]
+        async with self.inner.run(addresses):
+            missing = [str(address) for address in addresses if str(address) not in self.swarm.listeners]
+            if missing:
+                raise ListenError(f"cannot listen on {', '.join(missing)}")
+            async with background_trio_service(self.pubsub), background_trio_service(self._router):
+                await self.pubsub.wait_until_ready()
+                try:
+                    yield
+                finally:
+                    await self._stop()
+
+    async def _stop(self) -> None:
+        """Upstream closes its listeners in a cancelled scope, so it leaves them open: do it before."""
+        for scope in self.inner._identify_tasks:
+            scope.cancel()
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
+            for listener in list(self.swarm.listeners.values()):
+                await listener.close()
+            for conns in list(self.swarm.connections.values()):
+                for conn in list(conns):
+                    conn.muxed_conn.kill("the host stops")
+
+    def addresses(self) -> list[str]:
+        """Our listen addresses as multiaddrs without the /p2p/ part."""
+        found = [str(address) for address in self.inner.get_transport_addrs()]
+        return [address.split("/p2p/")[0] for address in found]
+
+    def serve_streams(self, protocol: str, handler: StreamHandler) -> None:
+        """Let `handler(node_id, stream)` run for each inbound stream of a protocol; the stream ends with it."""
+
+        async def fenced(net_stream: Any) -> None:
+            stream: MuxStream = net_stream.muxed_stream
+            try:
+                await handler(node_of(net_stream.muxed_conn), stream)
+            except (MuxedStreamError, MuxedConnError, trio.TooSlowError):
+                stream.abort()
+            except Exception:
+                # Our own bug, or input nobody foresaw; out of here it would take the whole swarm down.
+                log.exception("handler of %s", protocol)
+                stream.abort()
+            finally:
+                stream.release()
+
+        self.inner.set_stream_handler(TProtocol(protocol), fenced)
+
+    async def dial(self, peer_id: str, addresses: list[str]) -> Mux:
+        """Connect to a peer, each address with a small head start over the next. Unreachable with what went wrong."""
+        if not addresses:
+            raise Unreachable(f"no address of {peer_id} is known")
+        target = ID.from_base58(peer_id)
+        errors: list[str] = []
+        won: list[Mux] = []
+
+        async def attempt(address: str, lost: trio.Event) -> None:
+            try:
+                with trio.fail_after(self.timing.dial_timeout_s):
+                    conn = await self.swarm.dial_addr(Multiaddr(address), target)
+                won.append(conn.muxed_conn)
+                nursery.cancel_scope.cancel()
+            except (BaseLibp2pError, trio.TooSlowError, OSError, ValueError) as error:
+                reason = str(error.__cause__ or error) or "timed out"
+                errors.append(f"{address}: {reason}")
+            finally:
+                lost.set()
+
+        self.swarm.unblock_peer(target)
+        async with trio.open_nursery() as nursery:
+            for address in addresses:
+                lost = trio.Event()
+                nursery.start_soon(attempt, address, lost)
+                with trio.move_on_after(self.timing.dial_stagger_s):
+                    await lost.wait()
+        if not won:
+            raise Unreachable(f"{node_id_of(pubkey_of(peer_id))} does not answer ({'; '.join(errors)})"[:600])
+        return won[0]
+
+    async def open_stream(self, conn: Mux, protocol: str) -> MuxStream:
+        """A stream of one protocol on a connection. Unreachable when the peer does not speak it or is gone."""
+        try:
+            stream = await conn.open_stream()
+        except (MuxedStreamError, MuxedConnError) as error:
+            raise Unreachable(str(error)) from error
+        negotiated = False
+        try:
+            with trio.fail_after(self.timing.open_timeout_s):
+                await self.inner.multiselect_client.select_one_of(
+                    [TProtocol(protocol)], MultiselectCommunicator(stream), 3600
+                )
+            negotiated = True
+        except trio.TooSlowError as error:
+            raise Unreachable(f"the peer took too long to answer for {protocol}") from error
+        except (BaseLibp2pError, MultiselectClientError, MultiselectCommunicatorError, ValueError) as error:
+            raise Unreachable(f"the peer does not speak {protocol}: {error}") from error
+        finally:
+            if not negotiated:
+                stream.abort()
+        return stream
+
+    # guards
+
+    def _guard(self) -> None:
+        swarm = self.swarm
+
+        async def no_auto_connect() -> None:
+            await trio.lowlevel.checkpoint()
+
+        swarm.auto_connector.maybe_connect = no_auto_connect
+        swarm._do_handle_inbound_connection = self._inbound
+        stock_handler = self.inner._swarm_stream_handler
+
+        async def fenced_stream(net_stream: Any) -> None:
+            try:
+                await stock_handler(net_stream)
+            except Exception as error:
+                # Raised by what a peer sent (identify, ping, pubsub, negotiation); it must not reach the swarm.
+                log.debug("stream of %s: %r", net_stream.muxed_conn.peer_id, error)
+                net_stream.muxed_stream.abort()
+            finally:
+                net_stream.muxed_stream.release()
+
+        swarm.set_stream_handler(fenced_stream)
+        muxers = swarm.upgrader.muxer_multistream
+
+        async def new_conn(conn: Any, peer_id: Any) -> Mux:
+            await muxers._selector.select(conn, conn.is_initiator, muxers.negotiate_timeout)
+            pubkey_of(str(peer_id))  # ValueError for a peer without a secp256k1 key: no node id, no connection
+            return Mux(conn, peer_id, self.timing, lambda mux: self.on_dead(mux))
+
+        muxers.new_conn = new_conn
+        swarm.register_notifee(_Notifee(self))
+
+    async def _inbound(self, stream: Any, listen_address: Any, failure_event: Any) -> None:
+        """As upstream, but over when the connection is: the caller's slot is then free for another peer."""
+        raw = RawConnection(stream, False)
+        try:
+            conn = await self.swarm.upgrade_inbound_raw_conn(raw, listen_address)
+            await conn.event_closed.wait()
+        except Exception as error:
+            # Garbage, half handshakes and refused limits end here, in as many types as there are layers.
+            log.debug("inbound connection failed: %r", error)
+        finally:
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
+                try:
+                    await raw.close()
+                except OSError as error:
+                    log.debug("closing an inbound socket: %r", error)
+
+    def _guard_pubsub(self) -> None:
+        stock_push = self.pubsub.push_msg
+        me = self.pubsub.my_id
+
+        async def fenced_push(forwarder: Any, message: Any) -> None:
+            if forwarder == me:
+                await stock_push(forwarder, message)
+                return
+            try:
+                await stock_push(forwarder, message)
+            except Exception as error:
+                # A malformed key, origin or protobuf in a message; upstream lets it end the process.
+                log.debug("gossip from %s: %r", forwarder, error)
+
+        self.pubsub.push_msg = fenced_push
+
+
+class _Notifee(INotifee):
+    """Tells the host of new connections; their end is told by the connection itself."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+
+    async def connected(self, network: Any, conn: Any) -> None:
+        self._host.on_connected(node_of(conn.muxed_conn), conn.muxed_conn)
+        await trio.lowlevel.checkpoint()
+
+    async def disconnected(self, network: Any, conn: Any) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def opened_stream(self, network: Any, stream: Any) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def closed_stream(self, network: Any, stream: Any) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def listen(self, network: Any, multiaddr: Any) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def listen_close(self, network: Any, multiaddr: Any) -> None:
+        await trio.lowlevel.checkpoint()
+
+
+def node_of(conn: Any) -> str:
+    """The node id of a connection's authenticated peer."""
+    return node_id_of(pubkey_of(str(conn.peer_id)))
+
+
+def _build(key: bytes) -> Any:
+    private = Secp256k1PrivateKey(coincurve.PrivateKey(key))
+    pair = KeyPair(private, private.get_public_key())
+    limits = ConnectionLimits(
+        max_established_per_peer=MAX_CONNECTIONS_PER_PEER,
+        max_established_inbound=MAX_CONNECTIONS,
+        max_established_outbound=MAX_CONNECTIONS,
+        max_established_total=2 * MAX_CONNECTIONS,
+    )
+    config = ConnectionConfig(
+        min_connections=0,
+        low_watermark=0,
+        high_watermark=MAX_CONNECTIONS,
+        max_connections=MAX_CONNECTIONS,
+        max_connections_per_peer=MAX_CONNECTIONS_PER_PEER,
+    )
+    host: Any = new_host(
+        key_pair=pair,
+        sec_opt={NOISE: Noise(pair, noise_privkey=new_x25519_pair().private_key)},
+        listen_addrs=[Multiaddr("/ip4/127.0.0.1/tcp/0")],
+        connection_config=config,
+        resource_manager=new_resource_manager(
+            limits=ResourceLimits(max_connections=2 * MAX_CONNECTIONS),
+            connection_limits=limits,
+            enable_memory_limits=False,
+            enable_circuit_breaker=False,
+            enable_graceful_degradation=False,
+        ),
+        disable_identify_address_discovery=True,
+    )
+    host.get_network().retry_config = RetryConfig(max_retries=0)
+    return host
