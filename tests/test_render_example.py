@@ -190,7 +190,7 @@ def test_tiles_cover_the_image_once() -> None:
         image.cut(3, 3, 4, 1)
 
 
-@pytest.mark.parametrize("ppm", [b"", b"P5\n2 1\n255\n" + bytes(6), b"P6 2 1 255 " + bytes(5), b"P6 1 2 255 " + bytes(6)])
+@pytest.mark.parametrize("ppm", [b"", b"P5 2 1 255 " + bytes(6), b"P6 2 1 255 " + bytes(5), b"P6 1 2 255 " + bytes(6)])
 def test_a_tile_that_is_none_is_refused(ppm: bytes) -> None:
     with pytest.raises(ValueError, match=r"PPM|pixels"):
         image.Canvas(4, 4).paste(image.Tile(0, 0, 0, 2, 1), ppm)
