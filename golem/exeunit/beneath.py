@@ -1,0 +1,126 @@
+"""Opening files in directories that a guest can write, without being led out of them or left hanging.
+
+A guest can plant symlinks (and, in containers, device nodes and FIFOs) under any name. Every path here is resolved by
+`openat2` with RESOLVE_BENEATH, NO_SYMLINKS, NO_MAGICLINKS and NO_XDEV, and only regular files are opened. New files are
+written beside their place and take it by rename. Neighbour: `transfer`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import stat
+import struct
+import uuid
+from pathlib import Path
+from types import TracebackType
+
+_NR_OPENAT2 = 437  # on every architecture
+_RESOLVE = 0x08 | 0x04 | 0x02 | 0x01  # BENEATH, NO_SYMLINKS, NO_MAGICLINKS, NO_XDEV
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def open_beneath(root_fd: int, path: str, flags: int, mode: int = 0) -> int:
+    """Descriptor of `path` below an open directory.
+
+    Errors: OSError; ELOOP is told as a symlink in the way, EXDEV as leading out of the volume.
+    """
+    how = struct.pack("<QQQ", flags | os.O_CLOEXEC | os.O_NOFOLLOW, mode, _RESOLVE)
+    descriptor = int(_libc.syscall(_NR_OPENAT2, root_fd, os.fsencode(path), how, ctypes.c_size_t(len(how))))
+    if descriptor >= 0:
+        return descriptor
+    code = ctypes.get_errno()
+    texts = {errno.ELOOP: "a symbolic link is in the way", errno.EXDEV: "the path leads out of the volume"}
+    raise OSError(code, texts.get(code, os.strerror(code)))
+
+
+def _open_root(root: Path) -> int:
+    return os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+
+class OpenFile:
+    """A regular file below `root`, open for reading; `with` gives its descriptor.
+
+    Errors: OSError, also when it is no regular file.
+    """
+
+    def __init__(self, root: Path, path: str) -> None:
+        root_fd = _open_root(root)
+        try:
+            self.descriptor = open_beneath(root_fd, path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+        finally:
+            os.close(root_fd)
+        if not stat.S_ISREG(os.fstat(self.descriptor).st_mode):
+            os.close(self.descriptor)
+            raise OSError(errno.EINVAL, "not a regular file")
+
+    def __enter__(self) -> int:
+        return self.descriptor
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        os.close(self.descriptor)
+
+
+class NewFile:
+    """A file being written below `root`; `commit` puts it in its place, leaving the block without it removes it.
+
+    Parents are made. File and parents get the owner of `root`, so that the guest can use them.
+    """
+
+    def __init__(self, root: Path, path: str) -> None:
+        """Errors: OSError."""
+        root_fd = _open_root(root)
+        try:
+            self._owner = os.fstat(root_fd)
+            *parents, self._name = path.split("/")
+            self._directory = self._make_parents(root_fd, parents)
+        finally:
+            os.close(root_fd)
+        self._temporary: str | None = f".transfer-{uuid.uuid4().hex}"
+        try:
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NONBLOCK
+            self.descriptor = open_beneath(self._directory, self._temporary, flags, 0o644)
+        except OSError:
+            os.close(self._directory)
+            raise
+
+    def _make_parents(self, root_fd: int, parents: list[str]) -> int:
+        current = os.dup(root_fd)
+        for name in parents:
+            try:
+                try:
+                    inner = open_beneath(current, name, os.O_PATH | os.O_DIRECTORY)
+                except FileNotFoundError:
+                    os.mkdir(name, 0o755, dir_fd=current)
+                    inner = open_beneath(current, name, os.O_PATH | os.O_DIRECTORY)
+                    if os.geteuid() == 0:
+                        os.chown(name, self._owner.st_uid, self._owner.st_gid, dir_fd=current, follow_symlinks=False)
+            finally:
+                os.close(current)
+            current = inner
+        return current
+
+    def __enter__(self) -> NewFile:
+        return self
+
+    def commit(self) -> None:
+        """Take the final name, replacing a file that has it.
+
+        Errors: OSError, for one if that name is a directory.
+        """
+        assert self._temporary is not None
+        if os.geteuid() == 0:
+            os.fchown(self.descriptor, self._owner.st_uid, self._owner.st_gid)
+        os.rename(self._temporary, self._name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
+        self._temporary = None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        os.close(self.descriptor)
+        try:
+            if self._temporary is not None:
+                os.unlink(self._temporary, dir_fd=self._directory)
+        except FileNotFoundError:
+            pass
+        finally:
+            os.close(self._directory)

@@ -1,0 +1,248 @@
+"""Task packages: downloaded once into a cache by digest, kept while in use, told apart by content.
+
+The cache directory is shared by all exe-units of a provider. Files arrive by rename after their digest is checked.
+Locks are `flock`s, so they end with their process: a user of an image holds a shared lock on it, a downloader an
+exclusive one on the part file; eviction takes the least recently used images that nobody holds.
+Neighbours: `transfer` (the download), `runtimes.base` (which formats a runtime takes).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import gzip
+import os
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+import trio
+
+from golem.exeunit.runtimes.base import ImageFormat
+from golem.exeunit.spool import Progress, TransferError
+from golem.exeunit.transfer import Location, Notice, Transfers, parse_location
+
+CACHE_HIT = "Deployed image from cache"
+DOWNLOAD_POLL_S = 0.2
+MAX_SCANNED_MEMBERS = 200_000
+MAX_INFLATED_BYTES = 2 << 30
+TAR_BLOCK_BYTES = 512
+_ARCHIVE_MARKS = {"manifest.json": ImageFormat.DOCKER_ARCHIVE, "index.json": ImageFormat.OCI_ARCHIVE}
+
+
+@dataclass
+class Image:
+    """A cached package, held until `close` (or the end of its `with` block)."""
+
+    path: Path
+    digest: str
+    format: ImageFormat
+    size_bytes: int
+    cached: bool
+    _lock: int
+
+    def close(self) -> None:
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def __enter__(self) -> Image:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+class ImageStore:
+    """A directory of images, named `sha3-<bits>-<hex>`."""
+
+    def __init__(self, directory: Path, transfers: Transfers, max_bytes: int, max_image_bytes: int) -> None:
+        """`max_bytes` bounds the cache (images in use may exceed it), `max_image_bytes` one image."""
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._directory = directory
+        self._transfers = transfers
+        self._max_bytes = max_bytes
+        self._max_image_bytes = max_image_bytes
+
+    async def obtain(
+        self,
+        task_package: str,
+        formats: frozenset[ImageFormat],
+        *,
+        progress: Progress | None = None,
+        notice: Notice | None = None,
+    ) -> Image:
+        """The image of a `hash:sha3:<hex>:<url>` reference, downloaded if it is not here yet.
+
+        Errors: TransferError, also when the content is of a format not in `formats`.
+        """
+        location = parse_location(task_package)
+        if location.digest is None:
+            raise TransferError("Missing hash: a task package is hash:sha3:<hex>:<url>")
+        if location.scheme == "container":
+            raise TransferError("a task package cannot be in a container")
+        name = f"sha3-{location.digest.bits}-{location.digest.hex}"
+        lock = self._hold(name)
+        cached = lock is not None
+        if lock is None:
+            lock = await self._download(location, name, progress, notice)
+        if cached and notice is not None:
+            notice(CACHE_HIT)
+        path = self._directory / name
+        try:
+            found = await trio.to_thread.run_sync(detect_format, path)
+            if found is None or found not in formats:
+                wanted = ", ".join(sorted(item.value for item in formats))
+                what = found.value if found else "of an unknown format"
+                raise TransferError(f"the task package is {what}; this runtime takes: {wanted}")
+        except BaseException:
+            os.close(lock)
+            raise
+        return Image(path, location.digest.hex, found, os.fstat(lock).st_size, cached, lock)
+
+    def _hold(self, name: str) -> int | None:
+        """Descriptor with a shared lock on a cached image, or None if it is not here."""
+        path = self._directory / name
+        while True:
+            try:
+                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            except FileNotFoundError:
+                return None
+            fcntl.flock(descriptor, fcntl.LOCK_SH)  # eviction holds its exclusive lock for an instant only
+            if os.fstat(descriptor).st_nlink:
+                os.utime(descriptor)
+                return descriptor
+            os.close(descriptor)  # evicted between open and lock
+
+    async def _download(self, location: Location, name: str, progress: Progress | None, notice: Notice | None) -> int:
+        """Fetch an image, or wait for another exe-unit that is fetching it; returns the held descriptor."""
+        part = self._directory / f"{name}.part"
+        while True:
+            descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            try:
+                if _lock_now(descriptor, part):
+                    held = self._hold(name)
+                    if held is not None:  # the other one finished meanwhile
+                        part.unlink()
+                        return held
+                    await self._fill(location, part, descriptor, progress, notice)
+                    os.rename(part, self._directory / name)
+                    fcntl.flock(descriptor, fcntl.LOCK_SH)
+                    held = os.dup(descriptor)  # the lock lives on in the copy
+                    self._evict()
+                    return held
+            finally:
+                os.close(descriptor)
+            await trio.sleep(DOWNLOAD_POLL_S)
+
+    async def _fill(
+        self, location: Location, part: Path, descriptor: int, progress: Progress | None, notice: Notice | None
+    ) -> None:
+        try:
+            await self._transfers.fetch(
+                location, descriptor, max_bytes=self._max_image_bytes, progress=progress, notice=notice
+            )
+            os.fsync(descriptor)
+        except BaseException:  # also when cancelled: half a file is of no use, as a download starts anew
+            part.unlink(missing_ok=True)
+            raise
+
+    def _evict(self) -> None:
+        """Remove the least recently used images that nobody holds, until the rest fits."""
+        images = []
+        for path in self._directory.glob("sha3-*"):
+            try:
+                status = path.stat()
+            except FileNotFoundError:  # another exe-unit evicts as well
+                continue
+            images.append((status.st_mtime_ns, status.st_size, path))
+        total = sum(size for _, size, _ in images)
+        for _, size, path in sorted(images):
+            if total <= self._max_bytes:
+                return
+            try:
+                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            except FileNotFoundError:
+                continue
+            try:
+                if _lock_now(descriptor, path):
+                    path.unlink()
+                    total -= size
+            finally:
+                os.close(descriptor)
+
+
+def _lock_now(descriptor: int, path: Path) -> bool:
+    """Whether an exclusive lock could be had, and the file still has its name."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            return False
+        raise
+    try:
+        return path.stat().st_ino == os.fstat(descriptor).st_ino
+    except FileNotFoundError:
+        return False
+
+
+def detect_format(path: Path) -> ImageFormat | None:
+    """Tell what a file is from its content; None if it is nothing we know."""
+    with path.open("rb") as file:
+        head = file.read(512)
+        if head[:4] == b"\0asm":
+            return ImageFormat.WASM_MODULE
+        if head[:4] == b"hsqs":
+            return ImageFormat.GVMI
+        if head[:4] == b"PK\x03\x04":
+            return ImageFormat.WASI_PACKAGE
+        file.seek(0)
+        if head[:2] == b"\x1f\x8b":
+            try:
+                with gzip.open(file) as inner:
+                    return _detect_tar(inner, MAX_INFLATED_BYTES)  # type: ignore[arg-type]
+            except (OSError, EOFError, zlib.error):
+                return None
+        return _detect_tar(file, None)
+
+
+def _detect_tar(file: BinaryIO, max_bytes: int | None) -> ImageFormat | None:
+    """Walk the headers of a tar; `max_bytes` bounds what is read of a compressed one."""
+    names: set[str] = set()
+    position = 0
+    for _ in range(MAX_SCANNED_MEMBERS):
+        header = file.read(TAR_BLOCK_BYTES)
+        if len(header) < TAR_BLOCK_BYTES or not header.strip(b"\0"):
+            break
+        if header[257:262] != b"ustar":
+            return None
+        name = header[:100].split(b"\0")[0].decode("utf-8", "replace").removeprefix("./")
+        if name in _ARCHIVE_MARKS:
+            names.add(name)
+        size = _tar_number(header[124:136])
+        if size is None:
+            return None
+        position += TAR_BLOCK_BYTES + -(-size // TAR_BLOCK_BYTES) * TAR_BLOCK_BYTES
+        if max_bytes is not None and position > max_bytes:
+            break
+        file.seek(position)
+    else:
+        return None
+    if not position:
+        return None
+    for mark, form in _ARCHIVE_MARKS.items():
+        if mark in names:
+            return form
+    return ImageFormat.ROOTFS_ARCHIVE
+
+
+def _tar_number(field: bytes) -> int | None:
+    """A size field: octal text, or base 256 if its first bit is set; None if it is neither."""
+    if field[0] & 0x80:
+        return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
+    try:
+        return int(field.strip(b" \0") or b"0", 8)
+    except ValueError:
+        return None

@@ -1,0 +1,227 @@
+"""The port between an exe-unit and the thing that runs its commands.
+
+A runtime is one module here with one class that implements `Runtime`; nothing else of the exe-unit knows which one it
+is. An instance serves one activity, through one pass of deploy, start, any number of runs, stop. Neighbours:
+`golem.exeunit.images` brings the image file, `golem.exeunit.transfer` moves files in and out of a deployment's volumes,
+`golem.exeunit.usage` adds up what `usage` tells.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+
+Side = Literal["stdout", "stderr"]
+OutputSink = Callable[[Side, bytes], Awaitable[None]]
+
+GIB = 1 << 30
+MAX_ARGUMENTS = 4096
+MAX_ARGUMENT_BYTES = 1 << 20
+
+
+class ImageFormat(Enum):
+    """What a task package can be, told by its content; the value is the name used in messages."""
+
+    WASM_MODULE = "WebAssembly module"
+    WASI_PACKAGE = "WASI package (zip with manifest.json)"
+    GVMI = "GVMI image (squashfs)"
+    DOCKER_ARCHIVE = "Docker archive (tar with manifest.json)"
+    OCI_ARCHIVE = "OCI layout (tar with index.json)"
+    ROOTFS_ARCHIVE = "root file system (tar)"
+
+
+class RuntimeFault(Exception):
+    """A runtime refused or failed; the text is for the requestor."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one activity may use. The first three are what the agreement grants."""
+
+    cpu_threads: int = 1
+    mem_gib: float = 0.5
+    storage_gib: float = 1.0
+    run_time_s: float | None = None  # wall clock of one command
+    cpu_time_s: float | None = None  # CPU time of one command
+    output_bytes: int = 1 << 30  # of one command, both sides together
+    files: int = 100_000  # in all volumes together
+
+    @property
+    def mem_bytes(self) -> int:
+        return int(self.mem_gib * GIB)
+
+    @property
+    def storage_bytes(self) -> int:
+        return int(self.storage_gib * GIB)
+
+
+@dataclass(frozen=True)
+class VolumeRequest:
+    """A volume the requestor asks for at deploy: a guest path, where it lives, and its size if given."""
+
+    path: str
+    kind: Literal["host", "ram", "storage"] = "host"
+    size_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class DeployOptions:
+    """`work_dir` exists, is empty and belongs to the supervisor alone; `limits` bind every later command."""
+
+    work_dir: Path
+    limits: Limits = field(default_factory=Limits)
+    env: Mapping[str, str] = field(default_factory=dict)
+    volumes: tuple[VolumeRequest, ...] = ()
+    hostname: str | None = None
+    hosts: Mapping[str, str] = field(default_factory=dict)
+    networks: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Volume:
+    """A directory of the host that the guest sees at `container_path`.
+
+    `read_only` binds the guest, not transfers (it is how input gets in); a `private` one takes no transfers.
+    """
+
+    container_path: str
+    host_dir: Path
+    read_only: bool = False
+    private: bool = False
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """`start_mode` "empty": start is a one-shot and each run its own process; "blocking": start keeps a service up."""
+
+    volumes: tuple[Volume, ...]
+    start_mode: Literal["empty", "blocking"] = "empty"
+
+
+@dataclass(frozen=True)
+class ExitStatus:
+    """How a command ended: the guest's exit code, or one above 123 with the `reason` why it has none of its own."""
+
+    code: int
+    reason: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        return self.code == 0 and self.reason is None
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Running totals of one activity: CPU seconds, peak memory and storage in GiB."""
+
+    cpu_sec: float = 0.0
+    gib: float = 0.0
+    storage_gib: float = 0.0
+
+
+@runtime_checkable
+class Runtime(Protocol):
+    """What an exe-unit asks of a runtime. All failures the requestor may hear of are `RuntimeFault`."""
+
+    name: str
+    version: str
+    formats: frozenset[ImageFormat]
+
+    async def self_test(self) -> str | None:
+        """None if this runtime works here, else why it is not to be offered."""
+
+    def offer_properties(self) -> dict[str, Any]:
+        """Properties this runtime adds to an offer."""
+
+    async def deploy(self, image: Path, options: DeployOptions) -> Deployment:
+        """Check the image and lay out volumes."""
+
+    async def start(self, args: Sequence[str]) -> None:
+        """Make ready to run commands."""
+
+    async def run(
+        self, entry_point: str, args: Sequence[str], output: OutputSink, env: Mapping[str, str] | None = None
+    ) -> ExitStatus:
+        """Run one command to its end, handing output on as it comes; a slow `output` slows the guest.
+
+        Cancelling it kills the guest.
+        """
+
+    async def stop(self) -> None:
+        """Kill whatever runs and remove the volumes; may be repeated."""
+
+    def usage(self) -> Usage:
+        """Totals so far; cheap, and also right while a command runs."""
+
+
+def check_arguments(words: Sequence[str]) -> None:
+    """Refuse arguments that no program could be given: NUL bytes, lone surrogates, too many or too long."""
+    if len(words) > MAX_ARGUMENTS:
+        raise RuntimeFault(f"too many arguments: {len(words)}, at most {MAX_ARGUMENTS}")
+    total = 0
+    for word in words:
+        if "\0" in word:
+            raise RuntimeFault("an argument holds a NUL byte")
+        try:
+            total += len(word.encode("utf-8")) + 1
+        except UnicodeEncodeError:
+            raise RuntimeFault("an argument is not valid Unicode") from None
+    if total > MAX_ARGUMENT_BYTES:
+        raise RuntimeFault(f"arguments are too long: {total} bytes, at most {MAX_ARGUMENT_BYTES}")
+
+
+_UNITS = {"": 1, "b": 1}
+_UNITS |= {f"{letter}{tail}": 1000 ** (n + 1) for n, letter in enumerate("kmgtp") for tail in ("", "b")}
+_UNITS |= {f"{letter}i{tail}": 1024 ** (n + 1) for n, letter in enumerate("kmgtp") for tail in ("", "b")}
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes of a size such as `512`, `1g` (10^9) or `1.5 GiB` (2^30).
+
+    Errors: RuntimeFault.
+    """
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,9})?)\s*([a-z]*)\s*", str(text).lower())
+    if match is None or match[2] not in _UNITS:
+        raise RuntimeFault(f"not a size: {text!r} (for example 512m, 1g, 2gib)")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def parse_volumes(raw: object) -> tuple[VolumeRequest, ...]:
+    """Read the `volumes` of a deploy command: a list of paths, or a map of path to host, ram or storage.
+
+    Errors: RuntimeFault.
+    """
+    if raw is None:
+        return ()
+    if isinstance(raw, Mapping):
+        return tuple(_volume(path, body) for path, body in raw.items())
+    if isinstance(raw, Sequence) and not isinstance(raw, str | bytes):
+        return tuple(VolumeRequest(guest_path(path)) for path in raw)
+    raise RuntimeFault("volumes must be a list of paths or a map of paths")
+
+
+def _volume(path: object, body: object) -> VolumeRequest:
+    if not isinstance(body, Mapping) or len(body) != 1:
+        raise RuntimeFault(f"volume {path!r} must name one of host, ram and storage")
+    ((kind, details),) = body.items()
+    if kind not in ("host", "ram", "storage"):
+        raise RuntimeFault(f"volume {path!r}: unknown kind {kind!r}")
+    size = details.get("size") if isinstance(details, Mapping) else None
+    return VolumeRequest(guest_path(path), kind, None if size is None else parse_size(size))
+
+
+def guest_path(raw: object) -> str:
+    """An absolute, clean path inside the guest; a missing leading slash is put in front.
+
+    Errors: RuntimeFault on `.` or `..` parts, NUL bytes and anything that is not a text.
+    """
+    if not isinstance(raw, str) or not raw or "\0" in raw or len(raw) > 4096:
+        raise RuntimeFault(f"not a path: {raw!r}"[:200])
+    parts = [part for part in raw.split("/") if part]
+    if "." in parts or ".." in parts:
+        raise RuntimeFault(f"a path may not hold . or .. parts: {raw!r}")
+    return "/" + "/".join(parts)

@@ -1,0 +1,1 @@
+"""How a child gives up everything it does not need: `lockdown` and `seccomp`; `process` starts and ends it."""

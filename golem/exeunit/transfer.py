@@ -1,0 +1,355 @@
+"""Files into, out of and past an activity: `transfer` commands and the download of task packages.
+
+A transfer has a source and a target, each `container:` (a volume of the runtime), `http(s):` or `gftp:`; at deploy also
+`file:` below directories the provider allows. Remote bytes go into a spool file first, are checked against the hash if
+the URL names one, and take their place in a volume by rename, so a command never sees half a file or an unchecked one.
+Failures that may pass are tried again twice. Neighbours: `spool` (where downloads go, and the policy), `web` (HTTP),
+`beneath` (paths in directories that a guest can write), `images` (the package cache); gftp comes in as a `GftpClient`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+from urllib.parse import unquote, urlsplit
+
+import trio
+
+from golem.exeunit import beneath
+from golem.exeunit.runtimes.base import RuntimeFault, Volume, guest_path
+from golem.exeunit.spool import (
+    CHUNK_BYTES,
+    Digest,
+    Progress,
+    Spool,
+    TransferError,
+    TransferPolicy,
+    Write,
+    redacted,
+)
+from golem.exeunit.web import Web
+
+__all__ = [
+    "OFFERED_PROTOCOLS",
+    "Digest",
+    "GftpClient",
+    "Location",
+    "TransferError",
+    "TransferPolicy",
+    "Transfers",
+    "parse_location",
+]
+
+Notice = Callable[[str], None]
+
+RETRY_DELAYS_S = (2.0, 4.0)
+SCHEMES = ("container", "gftp", "http", "https", "file")
+OFFERED_PROTOCOLS = ("http", "https", "gftp")
+_HASH_BITS = (224, 256, 384, 512)
+
+
+class GftpClient(Protocol):
+    """Access to files published by nodes. Failures are TransferError, passing unless the publisher refused."""
+
+    async def size(self, url: str) -> int:
+        """Size of the published file in bytes."""
+
+    async def download(self, url: str, offset: int, write: Write) -> None:
+        """Hand the file's bytes from `offset` to its end to `write`, in order."""
+
+    async def upload(self, url: str, read: Callable[[int], Awaitable[bytes]]) -> None:
+        """Send what `read(most_bytes)` gives, in order, until it gives b""; then finish with the SHA3-256 of it all."""
+
+
+@dataclass(frozen=True)
+class Location:
+    """A parsed URL. `rest` is the path for container and file, the whole URL for the others."""
+
+    scheme: str
+    rest: str
+    digest: Digest | None = None
+
+    @property
+    def remote(self) -> bool:
+        return self.scheme in ("http", "https", "gftp")
+
+    def __str__(self) -> str:
+        return redacted(self.rest) if self.remote else f"{self.scheme}:{self.rest}"
+
+
+def parse_location(text: str) -> Location:
+    """Read `[hash:sha3:<hex>:]<url>`; without a scheme it is a container path.
+
+    Errors: TransferError.
+    """
+    digest = None
+    if text[:5].lower() == "hash:":
+        match = re.fullmatch(r"hash:(?://)?([a-z0-9-]+):(?:0x)?([0-9a-f]+):(.+)", text, re.IGNORECASE | re.DOTALL)
+        if match is None:
+            raise TransferError("malformed hash URL: expected hash:sha3:<hex>:<url>")
+        bits = len(match[2]) * 4
+        if match[1].lower() != "sha3" or bits not in _HASH_BITS:
+            raise TransferError(f"unsupported hash {match[1]} of {bits} bits: expected sha3 of 224, 256, 384 or 512")
+        digest, text = Digest(bits, match[2].lower()), match[3]
+    if len(text) > 8192 or "\0" in text:
+        raise TransferError("malformed URL: too long, or with a NUL byte")
+    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):", text)
+    scheme = match[1].lower() if match else "container"
+    if scheme not in SCHEMES:
+        raise TransferError(f"unsupported transfer protocol {scheme!r}")
+    if scheme in ("container", "file"):
+        rest = text[match.end() :] if match else text
+        if rest.startswith("//"):
+            rest = "/" + rest[2:].lstrip("/")
+        return Location(scheme, unquote(rest) if scheme == "file" else rest, digest)
+    try:
+        host = urlsplit(text).hostname
+    except ValueError:
+        host = None
+    if not host:
+        raise TransferError(f"malformed {scheme} URL: no host")
+    return Location(scheme, text, digest)
+
+
+class Remote(Protocol):
+    """One protocol's way to download and upload; `web.Web` and `GftpRemote` are the two."""
+
+    async def download(self, url: str, spool: Spool) -> None:
+        """Append to the spool from its present size on (or restart it) up to the end."""
+
+    async def upload(self, url: str, descriptor: int, size: int, progress: Progress | None) -> None:
+        """Send the whole open file."""
+
+
+class GftpRemote:
+    """Fits a `GftpClient` to spools and open files."""
+
+    def __init__(self, client: GftpClient) -> None:
+        self._client = client
+
+    async def download(self, url: str, spool: Spool) -> None:
+        spool.expect(await self._client.size(url))
+        await self._client.download(url, spool.size, spool.write)
+        if spool.size != spool.total:
+            raise TransferError(f"{redacted(url)}: got {spool.size} bytes of {spool.total}", passing=True)
+
+    async def upload(self, url: str, descriptor: int, size: int, progress: Progress | None) -> None:
+        sent = 0
+
+        async def read(most_bytes: int) -> bytes:
+            nonlocal sent
+            chunk = os.pread(descriptor, min(most_bytes, size - sent), sent)
+            sent += len(chunk)
+            if progress is not None and chunk:
+                progress(sent, size)
+            await trio.lowlevel.checkpoint()
+            return chunk
+
+        await self._client.upload(url, read)
+
+
+class Transfers:
+    """Carries out transfers under one policy."""
+
+    def __init__(
+        self,
+        policy: TransferPolicy,
+        gftp: GftpClient | None = None,
+        sleep: Callable[[float], Awaitable[None]] = trio.sleep,
+        web: Remote | None = None,
+    ) -> None:
+        """`web`: the HTTP side, if not the ordinary one. Temporary files go where the system keeps them."""
+        self.policy = policy
+        self._web = web or Web(policy)
+        self._gftp = GftpRemote(gftp) if gftp is not None else None
+        self._sleep = sleep
+
+    async def transfer(
+        self,
+        source: str,
+        target: str,
+        volumes: Sequence[Volume],
+        *,
+        progress: Progress | None = None,
+        notice: Notice | None = None,
+        max_bytes: int | None = None,
+    ) -> int:
+        """Carry out a transfer command; returns the number of bytes.
+
+        `max_bytes`: room left in the volumes, if less than the policy allows.
+        Errors: TransferError.
+        """
+        origin, goal = parse_location(source), parse_location(target)
+        for location in (origin, goal):
+            if location.scheme == "file":
+                raise TransferError("file: URLs are not supported in transfers")
+        if goal.digest is not None:
+            raise TransferError("a hash belongs to the source of a transfer, not to its target")
+        most = min(self.policy.max_bytes, max_bytes if max_bytes is not None else self.policy.max_bytes)
+        with trio.move_on_after(self.policy.max_time_s) as scope:
+            if goal.scheme == "container":
+                return await self._into_volume(origin, goal, volumes, most, progress, notice)
+            return await self._to_remote(origin, goal, volumes, most, progress, notice)
+        assert scope.cancelled_caught
+        raise TransferError(f"the transfer took longer than {self.policy.max_time_s:g} s")
+
+    async def fetch(
+        self,
+        location: Location,
+        descriptor: int,
+        *,
+        max_bytes: int,
+        progress: Progress | None = None,
+        notice: Notice | None = None,
+    ) -> int:
+        """Bring a remote or `file:` location into an open, writable file; returns its size. The hash is checked.
+
+        Errors: TransferError.
+        """
+        spool = Spool(descriptor, min(max_bytes, self.policy.max_bytes), location.digest, progress)
+        spool.restart()
+        with trio.move_on_after(self.policy.max_time_s) as scope:
+            if location.scheme == "file":
+                await self._copy_file(location.rest, spool)
+            else:
+                remote = self._remote(location)
+                await self._try(lambda: remote.download(location.rest, spool), notice)
+            spool.check()
+        if scope.cancelled_caught:
+            raise TransferError(f"the download took longer than {self.policy.max_time_s:g} s")
+        return spool.size
+
+    async def _into_volume(
+        self,
+        origin: Location,
+        goal: Location,
+        volumes: Sequence[Volume],
+        max_bytes: int,
+        progress: Progress | None,
+        notice: Notice | None,
+    ) -> int:
+        volume, path = find_volume(volumes, goal.rest)
+        try:
+            with beneath.NewFile(volume.host_dir, path) as new:
+                if origin.remote:
+                    size = await self.fetch(
+                        origin, new.descriptor, max_bytes=max_bytes, progress=progress, notice=notice
+                    )
+                else:
+                    spool = Spool(new.descriptor, max_bytes, origin.digest, progress)
+                    with self._open_in_volume(volumes, origin.rest) as descriptor:
+                        await _copy(descriptor, spool)
+                    spool.check()
+                    size = spool.size
+                new.commit()
+                return size
+        except OSError as error:
+            raise TransferError(f"cannot write container:{goal.rest}: {_os_text(error)}") from None
+
+    async def _to_remote(
+        self,
+        origin: Location,
+        goal: Location,
+        volumes: Sequence[Volume],
+        max_bytes: int,
+        progress: Progress | None,
+        notice: Notice | None,
+    ) -> int:
+        remote = self._remote(goal)
+        if origin.remote:
+            with tempfile.TemporaryFile() as file:
+                size = await self.fetch(origin, file.fileno(), max_bytes=max_bytes, notice=notice)
+                await self._try(lambda: remote.upload(goal.rest, file.fileno(), size, progress), notice)
+                return size
+        with self._open_in_volume(volumes, origin.rest) as descriptor:
+            size = os.fstat(descriptor).st_size
+            if size > max_bytes:
+                raise TransferError(f"the file is too large: {size} bytes, at most {max_bytes}")
+            if origin.digest is not None:
+                await _check_file(descriptor, origin.digest)
+            await self._try(lambda: remote.upload(goal.rest, descriptor, size, progress), notice)
+            return size
+
+    def _open_in_volume(self, volumes: Sequence[Volume], container_path: str) -> beneath.OpenFile:
+        volume, path = find_volume(volumes, container_path)
+        try:
+            return beneath.OpenFile(volume.host_dir, path)
+        except OSError as error:
+            raise TransferError(f"cannot read container:{container_path}: {_os_text(error)}") from None
+
+    async def _copy_file(self, path: str, spool: Spool) -> None:
+        """A `file:` package: only below the provider's directories, and not through symlinks inside them."""
+        for root in self.policy.file_roots:
+            if Path(path).is_relative_to(root):
+                try:
+                    with beneath.OpenFile(root.resolve(), str(Path(path).relative_to(root))) as descriptor:
+                        spool.expect(os.fstat(descriptor).st_size)
+                        await _copy(descriptor, spool)
+                    return
+                except OSError as error:
+                    raise TransferError(f"cannot read file:{path}: {_os_text(error)}") from None
+        raise TransferError(f"file:{path} is not below a directory that this provider allows")
+
+    def _remote(self, location: Location) -> Remote:
+        if location.scheme in ("http", "https"):
+            return self._web
+        if location.scheme == "gftp" and self._gftp is not None:
+            return self._gftp
+        raise TransferError(f"transfers of {location.scheme}: URLs are not available here")
+
+    async def _try(self, attempt: Callable[[], Awaitable[None]], notice: Notice | None) -> None:
+        """Make an attempt, and after a passing failure two more with growing waits."""
+        for delay_s in RETRY_DELAYS_S:
+            try:
+                return await attempt()
+            except TransferError as error:
+                if not error.passing:
+                    raise
+                if notice is not None:
+                    notice(f"Retry in {delay_s:g}s because of error: {error}")
+            await self._sleep(delay_s)
+        return await attempt()
+
+
+def find_volume(volumes: Sequence[Volume], container_path: str) -> tuple[Volume, str]:
+    """The volume with the longest prefix of a container path, and the path inside it.
+
+    Errors: TransferError if no volume holds it or it names no file.
+    """
+    try:
+        path = guest_path(container_path)
+    except RuntimeFault as error:
+        raise TransferError(str(error)) from None
+    best: tuple[Volume, str] | None = None
+    for volume in volumes:
+        prefix = volume.container_path.rstrip("/") + "/"
+        if path.startswith(prefix) and (best is None or len(prefix) > len(best[0].container_path.rstrip("/")) + 1):
+            best = (volume, path[len(prefix) :])
+    if best is None or best[0].private:
+        raise TransferError(f"path not found in container: {container_path}")
+    if not best[1] or container_path.endswith("/"):
+        raise TransferError(f"container:{container_path} names a directory, not a file")
+    return best
+
+
+async def _copy(descriptor: int, spool: Spool) -> None:
+    while chunk := os.read(descriptor, CHUNK_BYTES):
+        await spool.write(chunk)
+
+
+async def _check_file(descriptor: int, digest: Digest) -> None:
+    found, offset = digest.new(), 0
+    while chunk := os.pread(descriptor, CHUNK_BYTES, offset):
+        found.update(chunk)
+        offset += len(chunk)
+        await trio.lowlevel.checkpoint()
+    digest.check(found)
+
+
+def _os_text(error: OSError) -> str:
+    return error.strerror or str(error)

@@ -1,0 +1,181 @@
+"""Counters that an activity is billed by: `duration_sec`, `cpu_sec`, `gib`, `storage_gib`.
+
+`Counters` is what the exe-unit reports from; the functions below it read /proc and directories, and runtimes use them.
+Neighbours: `runtimes.base.Runtime.usage`; the exe-unit's reporting port.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import uuid
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from golem.exeunit.runtimes.base import GIB, Usage
+
+COUNTERS = ("golem.usage.duration_sec", "golem.usage.cpu_sec", "golem.usage.gib", "golem.usage.storage_gib")
+MAX_DEPTH = 128
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+
+
+class Counters:
+    """Running values; none of them ever goes down."""
+
+    def __init__(self, runtime_usage: Callable[[], Usage], now_s: float) -> None:
+        """`now_s`: the monotonic clock when the activity started."""
+        self._runtime_usage = runtime_usage
+        self._started_s = now_s
+        self._last = dict.fromkeys(COUNTERS, 0.0)
+
+    def read(self, now_s: float) -> dict[str, float]:
+        """Values by counter name at monotonic time `now_s`."""
+        usage = self._runtime_usage()
+        fresh = (now_s - self._started_s, usage.cpu_sec, usage.gib, usage.storage_gib)
+        for name, value in zip(COUNTERS, fresh, strict=True):
+            self._last[name] = max(self._last[name], value)
+        return dict(self._last)
+
+    def vector(self, names: Iterable[str], now_s: float) -> list[float]:
+        """Values in the order of an offer's `golem.com.usage.vector`; a counter not known here stays 0."""
+        values = self.read(now_s)
+        return [values.get(name, 0.0) for name in names]
+
+
+def process_cpu_s(pid: int) -> float:
+    """User and system CPU seconds of a live process and all its threads; 0 once it is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    except (OSError, IndexError):
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
+
+
+def process_peak_bytes(pid: int) -> int:
+    """Peak resident memory (VmHWM) of a live process; 0 once it is gone."""
+    try:
+        return peak_from_status(Path(f"/proc/{pid}/status").read_bytes())
+    except OSError:
+        return 0
+
+
+def peak_from_status(status: bytes) -> int:
+    """VmHWM in bytes from the text of a /proc/<pid>/status file; 0 if it has none."""
+    for line in status.splitlines():
+        if line.startswith(b"VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def own_usage() -> Usage:
+    """What this process itself has used (the supervisor's own work, such as hashing a download)."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return Usage(cpu_sec=used.ru_utime + used.ru_stime, gib=used.ru_maxrss * 1024 / GIB)
+
+
+@dataclass(frozen=True)
+class TreeSize:
+    """Disk space and number of entries below a directory; `complete` is False if the walk had to give up."""
+
+    size_bytes: int
+    entries: int
+    complete: bool = True
+
+
+def measure_tree(root: Path, max_entries: int = 1_000_000) -> TreeSize:
+    """Walk a directory that a guest may be changing meanwhile: follows no symlink, never leaves it, is bounded.
+
+    A tree deeper than MAX_DEPTH or with more than `max_entries` entries is reported as not complete.
+    """
+    size = entries = 0
+    complete = True
+    seen_links: set[int] = set()
+
+    def walk(descriptor: int, depth: int) -> None:
+        nonlocal size, entries, complete
+        with os.scandir(descriptor) as listing:
+            for entry in listing:
+                entries += 1
+                if entries > max_entries:
+                    complete = False
+                    return
+                try:
+                    found = entry.stat(follow_symlinks=False)
+                except OSError:
+                    continue
+                if found.st_nlink > 1 and not entry.is_dir(follow_symlinks=False):
+                    if found.st_ino in seen_links:
+                        continue
+                    seen_links.add(found.st_ino)
+                size += max(found.st_blocks * 512, 0)
+                if entry.is_dir(follow_symlinks=False):
+                    descend(entry.name, descriptor, depth + 1)
+                if not complete:
+                    return
+
+    def descend(name: str, parent: int | None, depth: int) -> None:
+        nonlocal complete
+        if depth > MAX_DEPTH:
+            complete = False
+            return
+        try:
+            descriptor = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+        except OSError:
+            return
+        try:
+            walk(descriptor, depth)
+        finally:
+            os.close(descriptor)
+
+    descend(os.fspath(root), None, 0)
+    return TreeSize(size, entries, complete)
+
+
+def remove_tree(root: Path) -> None:
+    """Remove a directory that a guest has filled, however deep.
+
+    Subdirectories are first moved up beside each other, so neither path lengths nor recursion depth matter.
+    Errors: OSError if something cannot be removed; a missing `root` is no error.
+    """
+    try:
+        top = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    prefix, serial = uuid.uuid4().hex, 0  # a name that the guest cannot have guessed
+    try:
+        waiting = _empty_directory(top, top, lambda: "")
+        while waiting:
+            name = waiting.pop()
+            inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=top)
+
+            def fresh() -> str:
+                nonlocal serial
+                serial += 1
+                return f"{prefix}-{serial}"
+
+            try:
+                waiting += _empty_directory(inner, top, fresh)
+            finally:
+                os.close(inner)
+            os.rmdir(name, dir_fd=top)
+    finally:
+        os.close(top)
+    os.rmdir(root)
+
+
+def _empty_directory(directory: int, top: int, fresh: Callable[[], str]) -> list[str]:
+    """Unlink the files of a directory and move its subdirectories to `top`; returns their names there."""
+    moved = []
+    with os.scandir(directory) as listing:
+        names = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in listing]
+    for name, is_directory in names:
+        if not is_directory:
+            os.unlink(name, dir_fd=directory)
+        elif directory == top:
+            moved.append(name)
+        else:
+            target = fresh()
+            os.rename(name, target, src_dir_fd=directory, dst_dir_fd=top)
+            moved.append(target)
+    return moved

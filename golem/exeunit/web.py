@@ -1,0 +1,168 @@
+"""HTTP transfers: range resume, redirects, PUT, basic auth from the URL, and an address policy that cannot be dodged.
+
+A requestor chooses the URLs, so without care a provider would fetch from its own network on a stranger's behalf. Names
+are therefore resolved here, every address is checked, and the connection goes to a checked address, also after each
+redirect; proxies from the environment are not used. Neighbours: `spool`, `transfer`.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+from collections.abc import AsyncIterator
+from http import HTTPStatus
+
+import httpx
+import trio
+
+from golem.exeunit.spool import CHUNK_BYTES, Progress, Spool, TransferError, TransferPolicy, redacted
+
+CONNECT_TIMEOUT_S = 15.0
+IDLE_TIMEOUT_S = 60.0
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_PASSING = {408, 425, 429, 500, 502, 503, 504}
+
+
+def refusal(address: str, policy: TransferPolicy) -> str | None:
+    """Why the policy forbids an IP address, or None."""
+    ip: ipaddress.IPv4Address | ipaddress.IPv6Address = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(ip, ipaddress.IPv6Address):
+        if ip.ipv4_mapped is not None:
+            ip = ip.ipv4_mapped
+        elif ip in _NAT64:
+            ip = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+        elif ip.sixtofour is not None:
+            ip = ip.sixtofour
+    if ip.is_loopback:
+        return None if policy.allow_loopback else "a loopback address"
+    if ip.is_link_local or ip.is_multicast or ip.is_unspecified:
+        return "a link-local, multicast or unspecified address"
+    if not ip.is_global:
+        return None if policy.allow_private else "a private address"
+    return None
+
+
+class _PinnedTransport(httpx.AsyncBaseTransport):
+    """Resolves, checks, and connects to the address that was checked."""
+
+    def __init__(self, policy: TransferPolicy) -> None:
+        self._policy = policy
+        self._inner = httpx.AsyncHTTPTransport()
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        host = request.url.host
+        request.extensions["sni_hostname"] = host  # certificates are checked against the name, not the address
+        error: httpx.TransportError = httpx.ConnectError("the name has no address")
+        for address in await self._addresses(host, request.url.port or 0):
+            request.url = request.url.copy_with(host=address)
+            try:
+                return await self._inner.handle_async_request(request)
+            except (httpx.ConnectError, httpx.ConnectTimeout) as failed:
+                error = failed
+        raise error
+
+    async def _addresses(self, host: str, port: int) -> list[str]:
+        try:
+            found = await trio.socket.getaddrinfo(host, port, type=trio.socket.SOCK_STREAM)
+        except (OSError, UnicodeError) as failed:
+            raise httpx.ConnectError(f"cannot resolve {host}: {failed}") from None
+        addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
+        for address in addresses:
+            reason = refusal(address, self._policy)
+            if reason is not None:
+                raise TransferError(f"{host} is {reason}, which this provider does not let transfers reach")
+        return addresses
+
+    async def aclose(self) -> None:
+        await self._inner.aclose()
+
+
+class Web:
+    """Downloads and uploads over HTTP; see `transfer.Remote`."""
+
+    def __init__(self, policy: TransferPolicy) -> None:
+        self._policy = policy
+
+    def _client(self) -> httpx.AsyncClient:
+        return httpx.AsyncClient(
+            transport=_PinnedTransport(self._policy),
+            timeout=httpx.Timeout(IDLE_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
+            max_redirects=self._policy.max_redirects,
+            trust_env=False,
+            headers={"Accept-Encoding": "identity", "User-Agent": "golem-exe-unit"},
+        )
+
+    async def download(self, url: str, spool: Spool) -> None:
+        headers = {}
+        if spool.size and spool.validator:
+            headers = {"Range": f"bytes={spool.size}-", "If-Range": spool.validator}
+        try:
+            async with self._client() as client:
+                async with client.stream("GET", url, headers=headers, follow_redirects=True) as response:
+                    if response.status_code == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and headers:
+                        spool.restart()
+                        raise TransferError(f"{redacted(url)}: cannot be resumed", passing=True)
+                    _check_status("GET", url, response)
+                    offset = _offset(response)
+                    if offset != spool.size:
+                        spool.restart()
+                        if offset:
+                            raise TransferError(f"{redacted(url)}: the server sent another range", passing=True)
+                    spool.expect(_total(response, offset))
+                    spool.validator = _validator(response)
+                    async for chunk in response.aiter_raw(CHUNK_BYTES):
+                        await spool.write(chunk)
+                    if spool.total is not None and spool.size != spool.total:
+                        raise TransferError(f"{redacted(url)}: got {spool.size} bytes of {spool.total}", passing=True)
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise _translated("GET", url, error) from None
+
+    async def upload(self, url: str, descriptor: int, size: int, progress: Progress | None) -> None:
+        async def body() -> AsyncIterator[bytes]:
+            sent = 0
+            while sent < size and (chunk := os.pread(descriptor, min(CHUNK_BYTES, size - sent), sent)):
+                sent += len(chunk)
+                yield chunk
+                if progress is not None:
+                    progress(sent, size)
+
+        headers = {"Content-Length": str(size), "Content-Type": "application/octet-stream"}
+        try:
+            async with self._client() as client:
+                async with client.stream("PUT", url, content=body(), headers=headers) as response:
+                    _check_status("PUT", url, response)
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise _translated("PUT", url, error) from None
+
+
+def _check_status(method: str, url: str, response: httpx.Response) -> None:
+    if not response.is_success:
+        text = f"{method} {redacted(url)} answered {response.status_code} {response.reason_phrase}".rstrip()
+        raise TransferError(text, passing=response.status_code in _PASSING)
+
+
+def _offset(response: httpx.Response) -> int:
+    """Where the body starts in the file."""
+    if response.status_code != HTTPStatus.PARTIAL_CONTENT:
+        return 0
+    match = re.match(r"bytes (\d{1,18})-", response.headers.get("Content-Range", ""))
+    return int(match[1]) if match else 0
+
+
+def _validator(response: httpx.Response) -> str | None:
+    """What tells this version of the file from another: a strong ETag, or else the date of its last change."""
+    tag = str(response.headers.get("ETag", ""))
+    changed = str(response.headers.get("Last-Modified", ""))
+    return (tag if not tag.startswith("W/") else "") or changed or None
+
+
+def _total(response: httpx.Response, offset: int) -> int | None:
+    length = response.headers.get("Content-Length", "")
+    return offset + int(length) if re.fullmatch(r"\d{1,18}", length) else None
+
+
+def _translated(method: str, url: str, error: Exception) -> TransferError:
+    """httpx errors as ours. Protocol errors of the request itself will not pass; everything on the way may."""
+    passing = isinstance(error, httpx.TransportError) and not isinstance(error, httpx.UnsupportedProtocol)
+    return TransferError(f"{method} {redacted(url)}: {error or type(error).__name__}", passing)
