@@ -23,7 +23,7 @@ MAX_LIST_ITEMS: Final = 256
 """Items of a `[x,y]` operand: comparing lists costs items times elements."""
 
 MAX_PATTERN_CHARS: Final = 256
-MAX_PATTERN_TEXT_CHARS: Final = 4096
+MAX_PATTERN_TEXT_CHARS: Final = 1024
 MAX_NUMBER_CHARS: Final = 1024
 MAX_DECIMAL_CHARS: Final = 128
 MAX_DECIMAL_EXPONENT: Final = 1000
@@ -256,7 +256,7 @@ class Pattern:
     Understood: literals, `.`, classes (`[a-z]`, `[^...]`, `\\d \\w \\s` and their opposites), escaped punctuation,
     `\\n \\t \\r`, `?`, `+`, `|`, `^` at the start and `$` at the end of an alternative. Groups cannot occur, as an
     operand ends at the first `)`. All else (`{n}`, nested classes, `\\b`, back references, over 256 characters ...) is
-    a broken pattern and matches nothing, as does a text of over 4096 characters.
+    a broken pattern and matches nothing, as does a text of over 1024 characters.
 
     The pattern is a row of positions, each a character set that may be optional, repeated or both. The set of positions
     where the text read so far may stand is one integer, and a character moves it by a fixed number of integer

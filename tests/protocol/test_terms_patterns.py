@@ -110,7 +110,7 @@ class Counting(Pattern):
         ".?" * 100 + "*z",
     ],
 )
-@pytest.mark.parametrize("length", [10, 1000, MAX_PATTERN_TEXT_CHARS])
+@pytest.mark.parametrize("length", [10, 100, MAX_PATTERN_TEXT_CHARS])
 def test_one_step_a_character_whatever_the_pattern(pattern: str, length: int) -> None:
     compiled = Counting(pattern)
     compiled.matches("a" * length)
@@ -128,5 +128,5 @@ def test_texts_over_the_bound_do_not_match() -> None:
 
 def test_known_characters_stay_bounded() -> None:
     compiled = Counting("[^a]+*")
-    assert compiled.matches("".join(chr(0x4E00 + number) for number in range(3000)))
+    assert compiled.matches("".join(chr(0x4E00 + number) for number in range(1000)))
     assert len(compiled._cache) <= MAX_PATTERN_CHARS
