@@ -40,6 +40,7 @@ from yapapi.log import log_event_repr
 from yapapi.payload import Payload
 from yapapi.props import inf
 from yapapi.props.base import constraint, prop
+from yapapi.rest.activity import CommandExecutionError
 from yapapi.script import Script
 from yapapi.storage import gftp
 
@@ -170,6 +171,8 @@ class Rendering:
 
     def note_failure(self, tile: Tile, ctx: WorkContext, failure: Exception) -> None:
         text = f"{type(failure).__name__}: {failure}"
+        if isinstance(failure, CommandExecutionError):  # whose text has the whole command line
+            text = ": ".join(filter(None, [failure.message, (failure.stderr or "").strip()]))
         self.failures.append({"tile": tile.index, "provider_name": ctx.provider_name, "error": text})
         self.screen.say(f"tile {tile.index} failed at {ctx.provider_name}: {text}")
         if self.attempts[tile.index] >= MAX_ATTEMPTS and not self.error:
