@@ -66,7 +66,7 @@ class DevChain:
         self.next_base_fee: int | None = None  # for the next block only: a simulated fee spike
         self.pool: dict[bytes, dict[int, Any]] = {}  # sender -> nonce -> transaction
         self.snapshots: list[bytes] = []  # block hashes
-        self._chain_class: Any = self._make_class()  # py-evm's types (NewTypes of bytes and int) stop at this file's door
+        self._chain_class: Any = self._make_class()  # py-evm's types stop here: NewTypes of bytes and int
         self.chain: Any
         self._open()
         self.last_busy = self.store.last_busy_block()
@@ -157,16 +157,16 @@ class DevChain:
         tx = self._decode(raw)
         if tx.chain_id != self.chain_id:
             raise ChainError(f"invalid chain id for signer: have {tx.chain_id} want {self.chain_id}")
-        slot = self.pool.get(tx.sender, {})
-        old: Any = slot.get(tx.nonce)
-        if (old is not None and old.hash == tx.hash) or self.store.place(tx.hash):
+        slot: Any = self.pool.get(tx.sender, {})
+        old = slot.get(tx.nonce)
+        if (old and old.hash == tx.hash) or self.store.place(tx.hash):
             raise ChainError("already known")
         self._check(tx, old, len(slot))
         self.pool.setdefault(tx.sender, {})[tx.nonce] = tx
         if self.automine:
             self.mine()
         if self.pool.get(tx.sender, {}).get(tx.nonce) is tx:
-            replaced = [("delete from pool where hash=?", [(old.hash,)])] if old is not None else []
+            replaced = [("delete from pool where hash=?", [(old.hash,)])] if old else []
             row = (tx.hash, tx.encode(), time.time_ns())
             self.store.commit([*replaced, ("insert or replace into pool values(?,?,?)", [row])])
         return bytes(tx.hash)

@@ -1,0 +1,262 @@
+"""The engine's disk: batches, transactions and their signed attempts, in one SQLite file with synchronous=FULL.
+
+A *batch* is what the wallet asked for. A *transaction* is one nonce of one account. An *attempt* is one signed form of
+it; several differ in their fees only, and at most one can ever be mined. What is here is on disk before it is sent.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+SCHEMA = """
+create table if not exists batch(
+  account text, id text, nonce int, payees text, state text, reason text, announced int, seq integer primary key,
+  unique(account, id));
+create table if not exists tx(
+  id integer primary key, account text, nonce int, kind text, batch text, recipient text, data blob, gas int,
+  total_wei text, state text, block int, block_hash text, winner text, gas_used int, fee_wei text,
+  unique(account, nonce));
+create index if not exists tx_state on tx(account, state);
+create table if not exists attempt(
+  hash text primary key, tx int, raw blob, max_fee text, priority_fee text, created real, head int, sends int);
+create index if not exists attempt_tx on attempt(tx);
+create table if not exists chain(id text primary key, genesis text);
+"""
+OPEN = ("signed", "sent", "mined")
+
+
+@dataclass(frozen=True, slots=True)
+class TransferBatch:
+    """Pay these, once. `nonce` is the nonce the wallet expects; `payees` are (address, wei), 1 to 50."""
+
+    batch_id: str
+    nonce: int
+    payees: tuple[tuple[str, int], ...]
+
+    @property
+    def total_wei(self) -> int:
+        return sum(amount_wei for _, amount_wei in self.payees)
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRow:
+    """A batch and how far it is: queued, assigned (to a transaction), confirmed, failed or nonce_lost."""
+
+    batch: TransferBatch
+    state: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class TxRow:
+    """One nonce: signed, sent, mined, then confirmed, failed or nonce_lost. `kind`: pay, approve or mint."""
+
+    id: int
+    nonce: int
+    kind: str
+    batch_id: str
+    recipient: str
+    data: bytes
+    gas: int
+    total_wei: int
+    state: str
+    block: int
+    block_hash: str
+    winner: str
+    gas_used: int
+    fee_wei: int
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One signed form of a transaction. Fees in wei per gas; `created` in seconds of the epoch; `head` then."""
+
+    hash: str
+    tx_id: int
+    raw: bytes
+    max_fee: int
+    priority_fee: int
+    created: float
+    head: int
+    sends: int
+
+
+_TX_COLUMNS = (
+    "id, nonce, kind, coalesce(batch,''), recipient, data, gas, total_wei, state, coalesce(block,0),"
+    " coalesce(block_hash,''), coalesce(winner,''), coalesce(gas_used,0), coalesce(fee_wei,'0')"
+)
+
+
+def _tx(row: tuple[object, ...]) -> TxRow:
+    values = list(row)
+    values[7], values[13] = int(str(values[7])), int(str(values[13]))
+    return TxRow(*values)  # type: ignore[arg-type]
+
+
+class Store:
+    """Rows of one account (a chain and an address)."""
+
+    def __init__(self, path: Path | str, account: str) -> None:
+        self.account = account
+        self._sql = sqlite3.connect(path, isolation_level=None, timeout=10.0)
+        self._sql.execute("pragma journal_mode=wal")
+        self._sql.execute("pragma synchronous=full")
+        self._sql.executescript(SCHEMA)
+
+    def close(self) -> None:
+        self._sql.close()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._sql.execute("begin immediate")
+        try:
+            yield
+            self._sql.execute("commit")
+        except BaseException:
+            self._sql.execute("rollback")
+            raise
+
+    def bind_genesis(self, chain: str, genesis: str) -> str:
+        """Remember which chain this is; returns the genesis hash first seen under this id."""
+        self._sql.execute("insert or ignore into chain values(?,?)", (chain, genesis))
+        row = self._sql.execute("select genesis from chain where id=?", (chain,)).fetchone()
+        return str(row[0])
+
+    # -- batches
+
+    def add_batch(self, batch: TransferBatch) -> bool:
+        """False when the id is there already; then a finished batch will be announced again. ValueError when the same
+        id was given with other payees."""
+        payees = json.dumps(batch.payees)
+        with self._transaction():
+            row = self._sql.execute(
+                "select payees from batch where account=? and id=?", (self.account, batch.batch_id)
+            ).fetchone()
+            if row is None:
+                self._sql.execute(
+                    "insert into batch(account, id, nonce, payees, state, reason, announced)"
+                    " values(?,?,?,?,'queued','',0)",
+                    (self.account, batch.batch_id, batch.nonce, payees),
+                )
+                return True
+            if row[0] != payees:
+                raise ValueError(f"batch {batch.batch_id} was submitted before with other payees")
+            self._sql.execute(
+                "update batch set announced=0 where account=? and id=?", (self.account, batch.batch_id)
+            )
+            return False
+
+    def batches(self, where: str) -> list[BatchRow]:
+        """Batches in order of arrival; `where` is one of this module's own conditions."""
+        rows = self._sql.execute(
+            f"select id, nonce, payees, state, reason from batch where account=? and {where} order by seq",
+            (self.account,),
+        )
+        return [
+            BatchRow(TransferBatch(i, n, tuple((a, int(w)) for a, w in json.loads(p))), state, reason)
+            for i, n, p, state, reason in rows
+        ]
+
+    def queued(self) -> list[BatchRow]:
+        return self.batches("state='queued'")
+
+    def unannounced(self) -> list[BatchRow]:
+        """Finished batches whose end nobody has taken note of."""
+        return self.batches("announced=0 and state in ('confirmed','failed','nonce_lost')")
+
+    def announced(self, batch_id: str) -> None:
+        self._sql.execute("update batch set announced=1 where account=? and id=?", (self.account, batch_id))
+
+    # -- transactions
+
+    def open(self) -> list[TxRow]:
+        """Transactions that are not final, in nonce order."""
+        rows = self._sql.execute(
+            f"select {_TX_COLUMNS} from tx where account=? and state in {OPEN} order by nonce", (self.account,)
+        )
+        return [_tx(row) for row in rows]
+
+    def tx_of_batch(self, batch_id: str) -> TxRow | None:
+        row = self._sql.execute(
+            f"select {_TX_COLUMNS} from tx where account=? and batch=?", (self.account, batch_id)
+        ).fetchone()
+        return _tx(row) if row else None
+
+    def tx(self, tx_id: int) -> TxRow:
+        return _tx(self._sql.execute(f"select {_TX_COLUMNS} from tx where id=?", (tx_id,)).fetchone())
+
+    def next_nonce(self) -> int:
+        """One over the highest nonce ever used here; 0 at first."""
+        row = self._sql.execute("select max(nonce) from tx where account=?", (self.account,)).fetchone()
+        return 0 if row[0] is None else int(row[0]) + 1
+
+    def add_tx(self, tx: TxRow, attempt: Attempt) -> int:
+        """Store a signed transaction and assign its batch, all or nothing. IntegrityError when the nonce is taken."""
+        with self._transaction():
+            cursor = self._sql.execute(
+                "insert into tx(account, nonce, kind, batch, recipient, data, gas, total_wei, state)"
+                " values(?,?,?,?,?,?,?,?,'signed')",
+                (self.account, tx.nonce, tx.kind, tx.batch_id or None, tx.recipient, tx.data, tx.gas, str(tx.total_wei)),
+            )
+            tx_id = int(cursor.lastrowid or 0)
+            self._insert(attempt, tx_id)
+            if tx.batch_id:
+                self._sql.execute(
+                    "update batch set state='assigned' where account=? and id=?", (self.account, tx.batch_id)
+                )
+        return tx_id
+
+    def add_attempt(self, attempt: Attempt) -> None:
+        with self._transaction():
+            self._insert(attempt, attempt.tx_id)
+
+    def _insert(self, attempt: Attempt, tx_id: int) -> None:
+        values = (attempt.hash, tx_id, attempt.raw, str(attempt.max_fee), str(attempt.priority_fee))
+        self._sql.execute(
+            "insert into attempt values(?,?,?,?,?,?,?,0)", (*values, attempt.created, attempt.head)
+        )
+
+    def attempts(self, tx_id: int) -> list[Attempt]:
+        """Newest first."""
+        rows = self._sql.execute(
+            "select hash, tx, raw, max_fee, priority_fee, created, head, sends from attempt where tx=?"
+            " order by created desc, rowid desc",
+            (tx_id,),
+        )
+        return [Attempt(h, t, raw, int(m), int(p), c, head, s) for h, t, raw, m, p, c, head, s in rows]
+
+    def count_send(self, tx_hash: str) -> None:
+        self._sql.execute("update attempt set sends=sends+1 where hash=?", (tx_hash,))
+
+    def mark_sent(self, tx_id: int) -> None:
+        """Broadcast, or thrown back out of the chain by a reorganisation."""
+        self._sql.execute("update tx set state='sent', block=null, block_hash=null where id=?", (tx_id,))
+
+    def mark_mined(self, tx_id: int, block: int, block_hash: str, winner: str) -> None:
+        self._sql.execute(
+            "update tx set state='mined', block=?, block_hash=?, winner=? where id=?", (block, block_hash, winner, tx_id)
+        )
+
+    def finish(self, tx: TxRow, state: str, reason: str = "", gas_used: int = 0, fee_wei: int = 0) -> None:
+        """Final: the transaction and its batch together."""
+        with self._transaction():
+            self._sql.execute(
+                "update tx set state=?, gas_used=?, fee_wei=? where id=?", (state, gas_used, str(fee_wei), tx.id)
+            )
+            if tx.batch_id:
+                self._sql.execute(
+                    "update batch set state=?, reason=? where account=? and id=?",
+                    (state, reason, self.account, tx.batch_id),
+                )
+
+    def lose_queued(self, batch_id: str, reason: str) -> None:
+        """End a batch for which nothing was signed."""
+        self._sql.execute(
+            "update batch set state='failed', reason=? where account=? and id=? and state='queued'",
+            (reason, self.account, batch_id),
+        )

@@ -1,0 +1,102 @@
+"""The payee's side: does this transaction really pay what is claimed of it? Nothing that the payer says is trusted.
+
+The answer is asked of our own node: chain id (checked by the pool), success, a canonical block deep enough, and the sum
+of the token's own Transfer logs from payer to payee, less what the same transaction has settled before.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from golem.chain.contracts import TRANSFER_TOPIC
+from golem.chain.networks import Network
+from golem.chain.rpc import Receipt, Rpc, RpcError
+from golem.chain.signer import address_bytes
+
+_HASH = re.compile(r"0x[0-9a-fA-F]{64}\Z")
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """Paid and final. `transferred_wei`: all that the transaction moves from payer to payee."""
+
+    transferred_wei: int
+
+
+@dataclass(frozen=True, slots=True)
+class NotYet:
+    """Cannot be said now: not mined, not deep enough, or the node does not answer. Ask again."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """Final: the claim is false."""
+
+    reason: str
+
+
+async def verify_transfer(
+    rpc: Rpc, network: Network, tx_hash: str, payer: str, payee: str, amount_wei: int, already_claimed_wei: int = 0
+) -> Verified | NotYet | Rejected:
+    """Does `tx_hash` pay `payee` at least `amount_wei` beyond `already_claimed_wei`? Never raises for a bad claim."""
+    if not _HASH.match(tx_hash):
+        return Rejected(f"not a transaction hash: {tx_hash[:80]!r}")
+    try:
+        address_bytes(payer), address_bytes(payee)
+    except ValueError as error:
+        return Rejected(str(error))
+    if amount_wei <= 0 or already_claimed_wei < 0:
+        return Rejected(f"amount out of range: {amount_wei} wei, {already_claimed_wei} claimed before")
+    try:
+        return await _verify(rpc, network, tx_hash, payer, payee, amount_wei, already_claimed_wei)
+    except RpcError as error:
+        return NotYet(f"{network.name}: {error}")
+
+
+async def _verify(
+    rpc: Rpc, network: Network, tx_hash: str, payer: str, payee: str, amount_wei: int, already_claimed_wei: int
+) -> Verified | NotYet | Rejected:
+    receipt = await rpc.receipt(tx_hash)
+    if receipt is None:
+        where = "is not in a block yet" if await rpc.knows(tx_hash) else f"is not known on {network.name} (yet)"
+        return NotYet(f"transaction {tx_hash} {where}")
+    depth = (await rpc.head()).number - receipt.block
+    if depth < network.depth:
+        return NotYet(f"{max(depth, 0)} of {network.depth} confirmations")
+    if await rpc.block_hash(receipt.block) != receipt.block_hash:
+        return NotYet("its block is not on the canonical chain")
+    # only now is the outcome final: a reorganisation may turn failure into success and the reverse
+    if not receipt.succeeded:
+        return Rejected(f"transaction {tx_hash} was reverted")
+    moved = transferred(receipt, network, payer, payee)
+    if moved == 0:
+        return Rejected(f"transaction {tx_hash} moves no {network.symbol} from {payer} to {payee}")
+    if moved - already_claimed_wei < amount_wei:
+        return Rejected(
+            f"transaction {tx_hash} moves {moved} wei, {already_claimed_wei} of it settled before: "
+            f"less than the {amount_wei} claimed"
+        )
+    return Verified(moved)
+
+
+def transferred(receipt: Receipt, network: Network, payer: str, payee: str) -> int:
+    """Tokens in wei that a transaction moves from payer to payee: the sum over its logs.
+
+    A multi-transfer's direct call logs the true payer. Its indirect call logs the contract as sender: that counts when
+    the payer itself called the known contract, which passes on nothing but what its caller gave.
+    """
+    senders = {payer.lower()}
+    multi = (network.multi_transfer or "").lower()
+    if multi and receipt.to == multi and receipt.sender == payer.lower():
+        senders.add(multi)
+    moved = 0
+    for log in receipt.logs:
+        if log.address != network.token.lower() or len(log.topics) != 3 or log.topics[0] != TRANSFER_TOPIC:
+            continue  # another contract may emit the same event
+        sender, receiver = ("0x" + topic[-40:] for topic in log.topics[1:])
+        if sender in senders and receiver == payee.lower() and len(log.data) == 32:
+            moved += int.from_bytes(log.data, "big")
+    return moved
