@@ -6,6 +6,7 @@ import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import trio
 from support import mock_trio_test, trio_test
 
 from actors.kernel.journal import Journal
-from actors.kernel.machine import NOTHING, ActorFailed, DropFeed, Emit, LinkDown, Meta, Reply, Rows, Send, Step, Wake
+from actors.kernel.machine import NOTHING, ActorFailed, Emit, LinkDown, Meta, Reply, Rows, Send, Step, Wake
 from actors.kernel.system import System
 from protocol.types import Message, Refused, Undelivered, Violation
 
@@ -220,32 +221,25 @@ async def test_taking_hands_out_each_event_once() -> None:
 
 
 @trio_test
-async def test_threads_write_the_same_journal(tmp_path: Any = None) -> None:
-    import tempfile
+async def test_threads_write_the_same_journal(tmp_path: Path) -> None:
+    journal = Journal(f"{tmp_path}/node.db", lambda: "e")
+    system = System("A", journal, Wire(), clock=trio.current_time, new_trace=lambda: "t")
+    system.add(Keeper())
+    async with trio.open_nursery() as nursery:
+        await nursery.start(system.run)
 
-    with tempfile.TemporaryDirectory() as folder:
-        journal = Journal(f"{folder}/node.db", lambda: "e")
-        system = System("A", journal, Wire(), clock=trio.current_time, new_trace=lambda: "t")
-        system.add(Keeper())
-        async with trio.open_nursery() as nursery:
-            await nursery.start(system.run)
+        async def put(i: int) -> None:
+            assert await system.ask("keeper", Put(f"k{i}", str(i))) == Item(str(i))
 
-            async def put(i: int) -> None:
-                assert await system.ask("keeper", Put(f"k{i}", str(i))) == Item(str(i))
-
-            async with trio.open_nursery() as inner:
-                for i in range(50):
-                    inner.start_soon(put, i)
-            await system.ask("keeper", Forward("A/keeper", "to myself"))
-            assert await system.feeds.wait("notes", 0, 10)
-            nursery.cancel_scope.cancel()
-        assert journal.commits < 50  # fsyncs were merged
-        journal.close()
-        again = Journal(f"{folder}/node.db", lambda: "other")
-        assert again.epoch == "e"
-        assert again.row("keeper", "k49") is not None
-        again.close()
-
-
-def test_dropping_a_feed_forgets_its_events() -> None:
-    assert DropFeed("x") == DropFeed("x")
+        async with trio.open_nursery() as inner:
+            for i in range(50):
+                inner.start_soon(put, i)
+        await system.ask("keeper", Forward("A/keeper", "to myself"))
+        assert await system.feeds.wait("notes", 0, 10)
+        nursery.cancel_scope.cancel()
+    assert journal.commits < 50  # fsyncs were merged
+    journal.close()
+    again = Journal(f"{tmp_path}/node.db", lambda: "other")
+    assert again.epoch == "e"
+    assert again.row("keeper", "k49") is not None
+    again.close()

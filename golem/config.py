@@ -1,0 +1,150 @@
+"""What a node is told by flags and environment. Every setting has a flag of `golem run` or a variable, and a default."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import platformdirs
+from dotenv import load_dotenv
+
+VERSION = "0.17.6"  # the API level that agents check; the SDKs want at least 0.15.2
+DEFAULT_API_URL = "http://127.0.0.1:7465"
+PROFILES = ("local", "testnet", "mainnet")
+
+
+class ConfigError(Exception):
+    """A setting that cannot be used; the text says which and why."""
+
+
+def default_data_root() -> Path:
+    """Return the folder below which nodes of this user keep their data unless told otherwise."""
+    return Path(platformdirs.user_data_dir("golem"))
+
+
+def data_dir_from(env: Mapping[str, str]) -> Path:
+    """Return the data directory that the environment names, or the default."""
+    named = env.get("GOLEM_DATA_DIR") or env.get("YAGNA_DATADIR")
+    return Path(named).expanduser() if named else default_data_root() / "node"
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Settings of one node."""
+
+    data_dir: Path
+    api_host: str = "127.0.0.1"
+    api_port: int = 7465
+    api_port_fixed: bool = False  # the user named a port: a taken one is an error, not a reason to look for another
+    profile: str = "local"
+    listen: tuple[str, ...] = ()  # "host:port" for peers; empty = every interface, any free port
+    bootstrap: tuple[str, ...] = ()
+    mdns: bool = True
+    network_name: str = "golem"
+    chain_dir: Path = Path()
+    allow_origins: tuple[str, ...] = ()
+    autoconf_app_key: str = ""
+    autoconf_id_secret: str = ""
+    password_file: Path | None = None
+    password: str = ""
+    plain_key: bool = False
+    payment_cycle_s: float = 0.0  # 0 = the network's own
+    subscription_ttl_s: float = 3600.0
+    max_events_default: int = 20
+    max_events: int = 100
+    skip_allocation_validation: bool = False
+
+    @property
+    def bus_path(self) -> Path:
+        return self.data_dir / "bus.sock"
+
+    @property
+    def status_path(self) -> Path:
+        """The file in which a running node says where it serves (`node.json`)."""
+        return self.data_dir / "node.json"
+
+
+def load_environment() -> dict[str, str]:
+    """Return the environment, with a `.env` of the working directory below it."""
+    load_dotenv(Path.cwd() / ".env", override=False)
+    return dict(os.environ)
+
+
+def parse_api_url(url: str) -> tuple[str, int]:
+    """Return host and port of an API URL. Raises `ConfigError`."""
+    parts = urlsplit(url if "//" in url else f"//{url}")
+    try:
+        port = parts.port
+    except ValueError as error:
+        raise ConfigError(f"API URL {url!r}: {error}") from None
+    if not parts.hostname or parts.scheme not in ("", "http"):
+        raise ConfigError(f"API URL {url!r}: expected http://HOST:PORT")
+    return parts.hostname, port if port is not None else 7465
+
+
+def _number(env: Mapping[str, str], name: str, default: float, low: float, high: float) -> float:
+    text = env.get(name, "")
+    if not text:
+        return default
+    try:
+        value = float(text)
+    except ValueError:
+        raise ConfigError(f"{name}={text!r}: expected a number") from None
+    if not low <= value <= high:
+        raise ConfigError(f"{name}={text!r}: expected a number from {low:g} to {high:g}")
+    return value
+
+
+def _duration(env: Mapping[str, str], name: str, default: float) -> float:
+    """Read seconds, or a number with one of the units s, m (or min), h."""
+    text = env.get(name, "").strip()
+    for unit, factor in (("min", 60.0), ("s", 1.0), ("m", 60.0), ("h", 3600.0)):
+        if text.endswith(unit):
+            return _number({name: text.removesuffix(unit)}, name, default, 0, 1e9) * factor
+    return _number(env, name, default, 0, 1e9)
+
+
+def config_from(env: Mapping[str, str], **flags: object) -> Config:
+    """Return the configuration of `env` with `flags` above it (flags that are `None` or empty say nothing).
+
+    Raises `ConfigError`.
+    """
+    given = {key: value for key, value in flags.items() if value not in (None, "", ())}
+    data_dir = Path(str(given.pop("data_dir", data_dir_from(env)))).expanduser().absolute()
+    api_url = str(given.pop("api_url", "") or env.get("YAGNA_API_URL", ""))
+    host, port = parse_api_url(api_url or DEFAULT_API_URL)
+    profile = str(given.pop("profile", env.get("GOLEM_PROFILE", "local")))
+    if profile not in PROFILES:
+        raise ConfigError(f"profile {profile!r}: expected one of {', '.join(PROFILES)}")
+    chain_dir = given.pop("chain_dir", env.get("GOLEM_CHAIN_DIR") or default_data_root() / "chain")
+    values: dict[str, object] = {
+        "data_dir": data_dir,
+        "api_host": host,
+        "api_port": port,
+        "api_port_fixed": bool(api_url),
+        "profile": profile,
+        "chain_dir": Path(str(chain_dir)).expanduser().absolute(),
+        "listen": _list(env.get("GOLEM_LISTEN", "")),
+        "bootstrap": _list(env.get("GOLEM_BOOTSTRAP", "")),
+        "mdns": env.get("GOLEM_MDNS", "1") not in ("0", "false", "no"),
+        "network_name": env.get("GOLEM_NETWORK_NAME", "golem"),
+        "allow_origins": _list(env.get("YAGNA_API_ALLOW_ORIGIN", "")),
+        "autoconf_app_key": env.get("YAGNA_AUTOCONF_APPKEY", ""),
+        "autoconf_id_secret": env.get("YAGNA_AUTOCONF_ID_SECRET", ""),
+        "password": env.get("GOLEM_PASSWORD", ""),
+        "password_file": Path(env["GOLEM_PASSWORD_FILE"]) if env.get("GOLEM_PASSWORD_FILE") else None,
+        "plain_key": env.get("GOLEM_PLAIN_KEY", "") in ("1", "true", "yes"),
+        "payment_cycle_s": _duration(env, "PAYMENT_CYCLE_DEFAULT_INTERVAL", 0.0),
+        "subscription_ttl_s": _duration(env, "DEFAULT_SUBSCRIPTION_TTL", 3600.0),
+        "max_events_default": int(_number(env, "MARKET_MAX_EVENTS_DEFAULT", 20, 1, 100)),
+        "max_events": int(_number(env, "MARKET_MAX_EVENTS_MAX", 100, 1, 1000)),
+        "skip_allocation_validation": env.get("YAGNA_DEV_SKIP_ALLOCATION_VALIDATION", "") == "1",
+    }
+    return Config(**{**values, **given})  # type: ignore[arg-type]
+
+
+def _list(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())

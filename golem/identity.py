@@ -1,0 +1,187 @@
+"""The node's identity: one secp256k1 key, kept in a keystore file or given by the environment; and the app-keys.
+
+The keystore is the standard encrypted JSON of Ethereum wallets. The unencrypted mode has to be asked for: a file with the
+bare key, readable by its owner only. Keys leave this module as signatures, never as text.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from golem.config import Config
+from protocol.signing import Document, node_id_of, sign
+from protocol.types import timestamp_text
+
+KEYSTORE, PLAIN_KEY, APP_KEYS = "keystore.json", "identity.key", "app-keys.json"
+AskPassword = Callable[[str, bool], str]  # (prompt, ask twice) -> password
+
+
+class IdentityError(Exception):
+    """The identity cannot be opened or made; the text says what to do."""
+
+
+class Identity:
+    """The key of this node."""
+
+    def __init__(self, key: bytes, *, encrypted: bool) -> None:
+        self._key = key
+        self.node_id = node_id_of(key)
+        self.encrypted = encrypted
+
+    def __repr__(self) -> str:
+        return f"Identity({self.node_id})"
+
+    def sign(self, kind: str, body: bytes) -> Document:
+        """Return `body` as a signed document of `kind` (see `protocol.signing`)."""
+        return sign(self._key, kind, body)
+
+    def secret(self) -> bytes:
+        """Return the key (32 bytes), for the two places that need it: the peer host and the transaction signer."""
+        return self._key
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a file that only its owner may read, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(handle, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def parse_key(text: str) -> bytes:
+    """Return the 32 bytes of a hex private key. Raises `IdentityError` (which does not repeat the text)."""
+    digits = text.strip().removeprefix("0x")
+    try:
+        key = bytes.fromhex(digits)
+        node_id_of(key)
+    except ValueError:
+        raise IdentityError("a private key is 64 hex digits of a number in the range of secp256k1") from None
+    return key
+
+
+def open_identity(config: Config, ask_password: AskPassword | None = None) -> Identity:
+    """Return the node's identity, making one at the first start.
+
+    `ask_password` asks at a terminal; `None` where there is none. Raises `IdentityError`.
+    """
+    if config.autoconf_id_secret:
+        return Identity(parse_key(config.autoconf_id_secret), encrypted=False)
+    keystore, plain = config.data_dir / KEYSTORE, config.data_dir / PLAIN_KEY
+    if plain.exists():
+        return Identity(parse_key(plain.read_text()), encrypted=False)
+    if keystore.exists():
+        return Identity(_decrypt(keystore, _password(config, ask_password, twice=False)), encrypted=True)
+    if config.plain_key:
+        key = secrets.token_bytes(32)
+        write_private(plain, key.hex() + "\n")
+        return Identity(key, encrypted=False)
+    password = _password(config, ask_password, twice=True)
+    key = secrets.token_bytes(32)
+    save_encrypted(keystore, key, password)
+    return Identity(key, encrypted=True)
+
+
+def save_encrypted(path: Path, key: bytes, password: str) -> None:
+    """Write `key` as standard encrypted keystore JSON."""
+    import eth_keyfile
+
+    write_private(path, json.dumps(eth_keyfile.create_keyfile_json(key, password.encode(), kdf="scrypt", iterations=1 << 15)))
+
+
+def _decrypt(path: Path, password: str) -> bytes:
+    import eth_keyfile
+
+    try:
+        return bytes(eth_keyfile.decode_keyfile_json(json.loads(path.read_text()), password.encode()))
+    except ValueError:
+        raise IdentityError(f"wrong password for {path}, or the file is damaged") from None
+
+
+def _password(config: Config, ask_password: AskPassword | None, *, twice: bool) -> str:
+    if config.password_file:
+        try:
+            return config.password_file.read_text().rstrip("\r\n")
+        except OSError as error:
+            raise IdentityError(f"cannot read the password file: {error}") from None
+    if config.password:
+        return config.password
+    if ask_password:
+        return ask_password("Password of this node's key: ", twice)
+    raise IdentityError(
+        "the key of this node needs a password: --password-file FILE, or GOLEM_PASSWORD in the environment, "
+        "or --plain-key to keep it unencrypted (for automation)"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class AppKey:
+    """The right of an agent to use this node's API."""
+
+    name: str
+    key: str
+    identity: str
+    role: str
+    created: str
+    allow_origins: tuple[str, ...] = ()
+
+
+class AppKeys:
+    """The node's app-keys, in a private JSON file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._by_key: dict[str, AppKey] = {}
+        if path.exists():
+            try:
+                for entry in json.loads(path.read_text()):
+                    found = AppKey(**{**entry, "allow_origins": tuple(entry.get("allow_origins", ()))})
+                    self._by_key[found.key] = found
+            except (ValueError, TypeError, AttributeError) as error:
+                raise IdentityError(f"{path} is damaged: {type(error).__name__}") from None
+
+    def find(self, key: str) -> AppKey | None:
+        return self._by_key.get(key)
+
+    def named(self, name: str) -> AppKey | None:
+        return next((one for one in self._by_key.values() if one.name == name), None)
+
+    def all(self) -> list[AppKey]:
+        return sorted(self._by_key.values(), key=lambda one: (one.created, one.name))
+
+    def create(self, name: str, identity: str, *, key: str = "", allow_origins: tuple[str, ...] = ()) -> AppKey:
+        """Return the app-key of this name, making it if there is none. Raises `IdentityError` for another identity's."""
+        if not name or len(name) > 100:
+            raise IdentityError("an app-key's name has 1 to 100 characters")
+        existing = self.named(name)
+        if existing and existing.identity != identity:
+            raise IdentityError(f"app-key {name!r} belongs to another identity ({existing.identity})")
+        if existing and (not key or existing.key == key):
+            return existing
+        made = AppKey(name, key or secrets.token_hex(16), identity, "manager", timestamp_text(time.time()), allow_origins)
+        if existing:
+            del self._by_key[existing.key]
+        self._by_key[made.key] = made
+        self._save()
+        return made
+
+    def drop(self, name: str) -> None:
+        """Raises `IdentityError` where there is no such key."""
+        existing = self.named(name)
+        if existing is None:
+            raise IdentityError(f"no app-key named {name!r}")
+        del self._by_key[existing.key]
+        self._save()
+
+    def _save(self) -> None:
+        entries: list[dict[str, Any]] = [asdict(one) for one in self._by_key.values()]
+        write_private(self._path, json.dumps(entries, indent=1))

@@ -1,0 +1,131 @@
+"""The HTTP application: authentication, CORS, errors, the root endpoints and the modules of each API."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from typing import TYPE_CHECKING
+
+from quart import Response, g, request
+from quart_trio import QuartTrio
+from werkzeug.exceptions import HTTPException
+
+from golem.config import VERSION
+from golem.rest.edge import BODY_LIMIT, ApiError, Caller, caller, respond_json
+from protocol.types import timestamp_text
+
+if TYPE_CHECKING:
+    from golem.node import Node
+
+log = logging.getLogger("golem.rest")
+
+OPEN_PATHS = ("/metrics-api", "/version/get", "/dashboard")
+CORS_MAX_AGE_S = 3600
+
+
+def create_app(node: Node) -> QuartTrio:
+    """Return the REST application of `node`."""
+    app = QuartTrio("golem", static_folder=None)
+    app.config.update(MAX_CONTENT_LENGTH=BODY_LIMIT, RESPONSE_TIMEOUT=None, BODY_TIMEOUT=60, PROVIDE_AUTOMATIC_OPTIONS=False)
+    app.url_map.merge_slashes = False
+    app.url_map.strict_slashes = False
+    _authenticate(app, node)
+    _cors(app, node)
+    _errors(app)
+    _root(app, node)
+    from golem.rest import activity, identity, market, net, payment
+
+    for module in (market, activity, payment, net, identity):
+        app.register_blueprint(module.blueprint(node))
+    return app
+
+
+def _authenticate(app: QuartTrio, node: Node) -> None:
+    @app.before_request
+    async def check_key() -> Response | None:
+        g.trace = secrets.token_hex(6)
+        path = request.path
+        if path.startswith(OPEN_PATHS):
+            return None
+        if request.method == "OPTIONS" and _origin_known(node, request.headers.get("Origin", "")):
+            return Response(b"", status=200)
+        scheme, _, key = request.headers.get("Authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not key:
+            key = request.args.get("authToken", "")
+        if not key:
+            return Response("Missing application key", status=401, content_type="text/plain; charset=utf-8")
+        found = node.app_keys.find(key.strip())
+        if found is None:
+            return Response("Invalid application key", status=401, content_type="text/plain; charset=utf-8")
+        g.caller = Caller(found.identity, found.name, found.role, found.allow_origins)
+        return None
+
+
+def _origin_known(node: Node, origin: str) -> bool:
+    allowed = set(node.config.allow_origins).union(*(key.allow_origins for key in node.app_keys.all()))
+    return bool(origin) and ("*" in allowed or origin in allowed)
+
+
+def _cors(app: QuartTrio, node: Node) -> None:
+    @app.after_request
+    async def headers(response: Response) -> Response:
+        origin = request.headers.get("Origin", "")
+        who = getattr(g, "caller", None)
+        allowed = {*node.config.allow_origins, *(who.allow_origins if who else ())}
+        if origin and ("*" in allowed or origin in allowed or (request.method == "OPTIONS" and _origin_known(node, origin))):
+            response.headers["Access-Control-Allow-Origin"] = origin
+            response.headers["Vary"] = "Origin"
+            response.headers["Access-Control-Allow-Credentials"] = "true"
+            if request.method == "OPTIONS":
+                method = request.headers.get("Access-Control-Request-Method", "")
+                response.headers["Access-Control-Allow-Methods"] = method or "GET, POST, PUT, DELETE, OPTIONS"
+                wanted = request.headers.get("Access-Control-Request-Headers", "")
+                response.headers["Access-Control-Allow-Headers"] = wanted or "authorization, content-type"
+                response.headers["Access-Control-Max-Age"] = str(CORS_MAX_AGE_S)
+        return response
+
+
+def _errors(app: QuartTrio) -> None:
+    @app.errorhandler(ApiError)
+    async def api_error(error: ApiError) -> Response:
+        return error.response()
+
+    @app.errorhandler(HTTPException)
+    async def http_error(error: HTTPException) -> Response:
+        text = f"no such endpoint: {request.method} {request.path[:200]}" if error.code == 404 else error.description
+        return ApiError(error.code or 500, text).response()
+
+    @app.errorhandler(Exception)
+    async def our_bug(error: Exception) -> Response:
+        log.error("%s %s failed (trace %s)", request.method, request.path, g.trace, exc_info=error)
+        return ApiError(500, f"internal error (trace {g.trace})").response()
+
+
+def _root(app: QuartTrio, node: Node) -> None:
+    @app.get("/me")
+    async def me() -> Response:
+        who = caller()
+        return respond_json({"identity": who.identity, "name": who.name, "role": who.role})
+
+    @app.get("/version/get")
+    async def version() -> Response:
+        since = timestamp_text(node.started_at)[:19]
+        current = {
+            "version": VERSION, "name": "golem-node", "seen": True,
+            "releaseTs": since, "insertionTs": since, "updateTs": None,
+        }  # fmt: skip
+        return respond_json({"current": current, "pending": None})
+
+    @app.get("/healthcheck")
+    async def healthcheck() -> Response:
+        problem = node.health_problem()
+        if problem is None:
+            return respond_json({"status": "ok"})
+        body = {"type": "/error/health", "title": "unhealthy", "detail": problem}
+        raise ApiError(500, problem, body, "application/problem+json")
+
+    @app.get("/metrics-api/v1/expose")
+    @app.get("/metrics-api/v1/sorted")
+    @app.get("/metrics-api/v1/filtered")
+    async def metrics() -> Response:
+        return Response(node.metrics_text(), content_type="text/plain; version=0.0.4")
