@@ -565,7 +565,8 @@ int main(int argc, char **argv)
             uint8_t rgb[3] = {encode(c.x), encode(c.y), encode(c.z)};
             fwrite(rgb, 1, 3, out);
         }
-    if (ferror(out) | fclose(out)) fail("cannot write %s", argv[2]);
+    bool failed = ferror(out);
+    if (fclose(out) || failed) fail("cannot write %s", argv[2]);
     printf("%dx%d tile at %d,%d of %dx%d: %d samples a pixel, %llu rays\n", w, h, left, top, width, height, samples,
            (unsigned long long)rays);
     return 0;

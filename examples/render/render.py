@@ -247,7 +247,7 @@ async def published(module: Path, digest: str, image_url: str | None) -> AsyncIt
 
 def tile_grid(text: str) -> tuple[int, int]:
     if not re.fullmatch(r"[1-9]\d?x[1-9]\d?", text):
-        raise argparse.ArgumentTypeError("columns x rows wanted, such as 4x4")
+        raise argparse.ArgumentTypeError("columns x rows wanted, such as 6x4")
     columns, rows = text.split("x")
     return int(columns), int(rows)
 
@@ -280,9 +280,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, default=Path("render.png"), help="the PNG to write (default: %(default)s)")
     add("--width", type=bounded(1, 16384), default=480)
     add("--height", type=bounded(1, 16384), default=320)
-    add("--samples", type=bounded(1, 65536), default=64, help="a pixel (default: %(default)s)")
+    add("--samples", type=bounded(1, 65536), default=81, help="a pixel, best a square (default: %(default)s)")
     add("--seed", type=bounded(0, 2**31 - 1), default=1, help="of the random numbers; same seed, same image")
-    add("--tiles", type=tile_grid, default=(4, 4), metavar="COLUMNSxROWS", help="default: 4x4")
+    add("--tiles", type=tile_grid, default=(6, 4), metavar="COLUMNSxROWS", help="default: 6x4")
     add("--subnet", default=None, help="default: YAGNA_SUBNET, else public")
     add("--driver", default="erc20", help="payment driver (default: %(default)s)")
     add("--network", default="holesky", help="payment network (default: %(default)s)")
