@@ -1,0 +1,603 @@
+"""What happens to activities: created, told to run scripts, destroyed. One machine for both roles.
+
+Requestor's side: `CreateActivity`, `Exec` and `DestroyActivity` come from edges; the provider's node tells the state
+(`StateChanged`), the exe-unit tells results (`CommandResult`). Provider's side: a request of the agreement's requestor
+becomes an event for the agent in feed `activities`; the exe-unit reports states, which go on to the requestor.
+An activity always ends: where the other side stays silent, a timer or an undelivered message ends it here, with a reason.
+
+Rows: `agreement/<id>`, `activity/<id>`, `batch/<activity>/<batch>`, `result/<batch>/<index>`, and `held/<activity>` for
+a request that came before the news of its agreement. Feeds: `activities`, `activity/<id>`, `batch/<id>`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import msgspec
+
+from actors.kernel.machine import NOTHING, DropFeed, Effect, Emit, Meta, Reply, Rows, Send, Step, Wake
+from protocol.activity import (
+    MAX_BATCH_OUTPUT_BYTES,
+    MAX_OUTPUT_BYTES,
+    MAX_TEXT,
+    STATES,
+    ActivityChanged,
+    ActivityEvent,
+    ActivityKnown,
+    ActivityRequested,
+    BatchExpired,
+    CommandResult,
+    CreateActivity,
+    CreateExpired,
+    DestroyActivity,
+    DestroyExpired,
+    DestroyRequested,
+    Done,
+    Exec,
+    FeedExpired,
+    HeldExpired,
+    ResultArrived,
+    StateChanged,
+    StateReported,
+    UsageChanged,
+    UsageReported,
+    check_id,
+    check_usage,
+    fit_output,
+    output_size,
+)
+from protocol.codec import Decoder
+from protocol.exeunit import RunBatch, ScriptError, parse_script
+from protocol.negotiation import AgreementApproved, AgreementEnded
+from protocol.types import Message, Refused, Undelivered, Violation, actor_of, address, node_of
+
+REQUESTOR, PROVIDER = "Requestor", "Provider"
+CREATE_MARGIN_S = 5.0  # beyond what the requestor waits for
+MAX_CREATE_S = 300.0
+REQUEST_DEADLINE_S = 600.0  # a silent provider ends the activity here
+DESTROY_PATIENCE_S = 60.0  # from the destroy event until the activity counts as ended whatever the agent says
+HELD_S, MAX_HELD = 10.0, 64
+KEEP_S = 24 * 3600.0  # results after their batch, feeds after their activity
+MAX_ACTIVITIES = 1000  # of one agreement
+MAX_UNFINISHED = 64  # batches of one activity
+UNREACHABLE = "provider unreachable"
+
+
+class AgreementRow(Message, frozen=True):
+    """An approved agreement, as far as activities care."""
+
+    agreement_id: str
+    role: str
+    requestor: str
+    provider: str
+    app_session_id: str | None
+    ended: bool = False
+    activities: tuple[str, ...] = ()
+
+
+class ActivityRow(Message, frozen=True):
+    """An activity. `unfinished`: batches that wait for results, at the requestor."""
+
+    activity_id: str
+    agreement_id: str
+    role: str
+    requestor: str
+    provider: str
+    created_at: float
+    state: str = "New"
+    pending: str | None = None
+    reason: str | None = None
+    error_message: str | None = None
+    usage: list[float] | None = None
+    usage_at: float = 0.0
+    destroying: bool = False
+    unfinished: tuple[str, ...] = ()
+
+    @property
+    def ended(self) -> bool:
+        return self.state == "Terminated"
+
+
+class BatchRow(Message, frozen=True):
+    """A batch at the requestor: `have` of `size` results are there, with `stored_bytes` of output."""
+
+    batch_id: str
+    activity_id: str
+    size: int
+    have: int = 0
+    finished: bool = False
+    stored_bytes: int = 0
+
+
+class ResultRow(Message, frozen=True):
+    """How a command of a batch ended."""
+
+    index: int
+    ok: bool
+    stdout: str | bytes | None
+    stderr: str | bytes | None
+    message: str | None
+    at: float
+    batch_finished: bool
+
+
+class HeldRow(Message, frozen=True):
+    """A request that came before the news of its agreement."""
+
+    activity_id: str
+    agreement_id: str
+    requestor: str
+    timeout_s: float
+
+
+_SENT = Decoder[Any](
+    ActivityKnown | ActivityRequested | DestroyRequested | RunBatch | StateChanged | UsageChanged
+)  # what `Undelivered` may hold
+
+
+def batch_key(activity_id: str, batch_id: str) -> str:
+    """Return the key of a batch's row."""
+    return f"batch/{activity_id}/{batch_id}"
+
+
+def result_key(batch_id: str, index: int) -> str:
+    """Return the key of a result's row; keys sort by index."""
+    return f"result/{batch_id}/{index:06d}"
+
+
+class _Changes:
+    """Rows and effects of a step as it is put together, read over the committed rows."""
+
+    def __init__(self, rows: Rows) -> None:
+        self._committed = rows
+        self.rows: dict[str, Message | None] = {}
+        self.effects: list[Effect] = []
+
+    def get(self, key: str) -> Any:
+        return self.rows[key] if key in self.rows else self._committed.get(key)
+
+    def step(self) -> Step:
+        return Step(self.rows, self.effects)
+
+
+class Activity:
+    """The machine, on either side."""
+
+    name = "activity"
+    local = (
+        AgreementApproved
+        | AgreementEnded
+        | CreateActivity
+        | DestroyActivity
+        | Exec
+        | StateReported
+        | UsageReported
+        | CreateExpired
+        | DestroyExpired
+        | HeldExpired
+        | BatchExpired
+        | FeedExpired
+        | Undelivered
+    )
+    peer = ActivityRequested | DestroyRequested | StateChanged | UsageChanged | CommandResult
+    rows = AgreementRow | ActivityRow | BatchRow | ResultRow | HeldRow
+
+    def __init__(self, node_id: str) -> None:
+        self._me = node_id
+
+    def handle(self, rows: Rows, message: Any, meta: Meta) -> Step:
+        """Decide on one message."""
+        changes = _Changes(rows)
+        match message:
+            case AgreementApproved():
+                return self._approved(rows, message, meta)
+            case AgreementEnded():
+                self._agreement_ended(changes, message, meta)
+            case CreateActivity():
+                return self._create(rows, message, meta)
+            case DestroyActivity(activity_id):
+                return self._destroy(rows, activity_id, meta)
+            case Exec():
+                return self._exec(rows, message)
+            case ActivityRequested():
+                return self._requested(rows, message, meta)
+            case DestroyRequested(activity_id):
+                self._destroy_requested(changes, activity_id, meta)
+            case StateReported():
+                return self._reported(rows, message, meta)
+            case UsageReported():
+                return self._usage_reported(rows, message, meta)
+            case StateChanged():
+                self._state_changed(changes, message, meta)
+            case UsageChanged():
+                return self._usage_changed(rows, message, meta)
+            case CommandResult():
+                self._result(changes, message, meta)
+            case CreateExpired(activity_id):
+                self._create_expired(changes, activity_id, meta)
+            case DestroyExpired(activity_id):
+                self._destroy_expired(changes, activity_id, meta)
+            case HeldExpired(activity_id):
+                return self._held_expired(rows, activity_id)
+            case BatchExpired(activity_id, batch_id):
+                return _forget_batch(rows, activity_id, batch_id)
+            case FeedExpired(activity_id):
+                return Step(effects=[DropFeed(f"activity/{activity_id}")])
+            case Undelivered():
+                self._undelivered(changes, message, meta)
+            case _:
+                raise Violation(f"no message for activities: {type(message).__name__}")
+        return changes.step()
+
+    # -- agreements
+    def _approved(self, rows: Rows, message: AgreementApproved, meta: Meta) -> Step:
+        key = f"agreement/{message.agreement_id}"
+        if key in rows:
+            return NOTHING
+        changes = _Changes(rows)
+        changes.rows[key] = AgreementRow(
+            message.agreement_id, message.role, message.requestor, message.provider, message.app_session_id
+        )
+        for held_key, held in rows.prefix("held/"):
+            if held.agreement_id == message.agreement_id:
+                changes.rows[held_key] = None
+                changes.effects.append(Wake(f"held/{held.activity_id}", None))
+                if message.role == PROVIDER and held.requestor == message.requestor:
+                    self._begin(changes, held.activity_id, held.agreement_id, held.timeout_s, meta)
+        return changes.step()
+
+    def _agreement_ended(self, changes: _Changes, message: AgreementEnded, meta: Meta) -> None:
+        key = f"agreement/{message.agreement_id}"
+        agreement = changes.get(key)
+        if agreement is None or agreement.ended:
+            return
+        changes.rows[key] = msgspec.structs.replace(agreement, ended=True)
+        for activity_id in agreement.activities:
+            self._ask_to_end(changes, activity_id, meta)
+
+    # -- the requestor's side
+    def _create(self, rows: Rows, message: CreateActivity, meta: Meta) -> Step:
+        agreement: AgreementRow | None = rows.get(f"agreement/{message.agreement_id}")
+        if agreement is None:
+            return _refuse("bad_request", f"agreement {message.agreement_id} is not approved")
+        if agreement.role != REQUESTOR:
+            return _refuse("forbidden", f"not the requestor of agreement {message.agreement_id}")
+        if agreement.ended:
+            return _refuse("bad_request", f"agreement {message.agreement_id} is not approved: it is terminated")
+        if agreement.provider == self._me:
+            return _refuse("conflict", "a node cannot be its own provider")
+        if f"activity/{message.activity_id}" in rows:
+            return Step(effects=[Reply(Done(message.activity_id))])
+        if len(agreement.activities) >= MAX_ACTIVITIES:
+            return _refuse("conflict", f"agreement {message.agreement_id} has had {MAX_ACTIVITIES} activities")
+        timeout_s = _bounded_timeout(message.timeout_s)
+        row = ActivityRow(
+            message.activity_id, agreement.agreement_id, REQUESTOR, agreement.requestor, agreement.provider, meta.now
+        )
+        grown = msgspec.structs.replace(agreement, activities=(*agreement.activities, row.activity_id))
+        request = ActivityRequested(row.activity_id, row.agreement_id, timeout_s)
+        return Step(
+            {f"activity/{row.activity_id}": row, f"agreement/{row.agreement_id}": grown},
+            [
+                Reply(Done(row.activity_id)),
+                Send("ledger", ActivityKnown(row.activity_id, row.agreement_id)),
+                Send(address(row.provider, self.name), request, timeout_s + CREATE_MARGIN_S),
+                Wake(
+                    f"create/{row.activity_id}", meta.now + timeout_s + 2 * CREATE_MARGIN_S, CreateExpired(row.activity_id)
+                ),
+                Emit(f"activity/{row.activity_id}", ActivityChanged("New")),
+            ],
+        )
+
+    def _destroy(self, rows: Rows, activity_id: str, meta: Meta) -> Step:
+        row: ActivityRow | None = rows.get(f"activity/{activity_id}")
+        if row is None:
+            return _refuse("unknown", f"no such activity: {activity_id}")
+        if row.role != REQUESTOR:
+            return _refuse("forbidden", f"not the requestor of activity {activity_id}")
+        changes = _Changes(rows)
+        self._ask_to_end(changes, activity_id, meta)
+        changes.effects.append(Reply(Done(activity_id)))
+        return changes.step()
+
+    def _exec(self, rows: Rows, message: Exec) -> Step:
+        row: ActivityRow | None = rows.get(f"activity/{message.activity_id}")
+        if row is None:
+            return _refuse("unknown", f"no such activity: {message.activity_id}")
+        if row.role != REQUESTOR:
+            return _refuse("forbidden", f"not the requestor of activity {message.activity_id}")
+        key = batch_key(message.activity_id, message.batch_id)
+        if key in rows:
+            return Step(effects=[Reply(Done(message.batch_id))])
+        if row.ended:
+            return _refuse("unreachable", f"activity {message.activity_id} is terminated")
+        if len(row.unfinished) >= MAX_UNFINISHED:
+            return _refuse("busy", f"activity {message.activity_id} has {MAX_UNFINISHED} unfinished batches")
+        try:
+            size = len(parse_script(message.script))
+        except ScriptError as error:
+            return _refuse("bad_request", f"Bad request: {error}")
+        waiting = msgspec.structs.replace(row, unfinished=(*row.unfinished, message.batch_id))
+        run = RunBatch(message.activity_id, message.batch_id, message.script)
+        return Step(
+            {f"activity/{row.activity_id}": waiting, key: BatchRow(message.batch_id, row.activity_id, size)},
+            [
+                Reply(Done(message.batch_id)),
+                Send(address(row.provider, f"exeunit:{row.activity_id}"), run, REQUEST_DEADLINE_S),
+            ],
+        )
+
+    def _state_changed(self, changes: _Changes, message: StateChanged, meta: Meta) -> None:
+        row = self._peers_activity(changes, message.activity_id, meta)
+        if row is None or row.ended:
+            return
+        self._set_state(changes, row, message, meta)
+
+    def _usage_changed(self, rows: Rows, message: UsageChanged, meta: Meta) -> Step:
+        row = self._peers_activity(_Changes(rows), message.activity_id, meta)
+        if row is None or row.ended:
+            return NOTHING
+        updated = msgspec.structs.replace(row, usage=check_usage(message.usage), usage_at=_sane(message.at, meta.now))
+        return Step({f"activity/{row.activity_id}": updated})
+
+    def _peers_activity(self, changes: _Changes, activity_id: str, meta: Meta) -> ActivityRow | None:
+        """Return the requestor's row if the sender is the provider's activity actor; None if there is no such row."""
+        row: ActivityRow | None = changes.get(f"activity/{activity_id}")
+        if row is None:
+            return None
+        if row.role != REQUESTOR or meta.sender != address(row.provider, self.name):
+            raise Violation(f"{meta.sender} is not the provider of activity {activity_id}")
+        return row
+
+    def _result(self, changes: _Changes, message: CommandResult, meta: Meta) -> None:
+        row: ActivityRow | None = changes.get(f"activity/{message.activity_id}")
+        batch: BatchRow | None = changes.get(batch_key(message.activity_id, message.batch_id))
+        if row is None or batch is None:
+            return  # long over, and forgotten
+        if row.role != REQUESTOR or meta.sender != address(row.provider, f"exeunit:{row.activity_id}"):
+            raise Violation(f"{meta.sender} is not the exe-unit of activity {row.activity_id}")
+        if batch.finished or message.index < batch.have:
+            return
+        if message.index != batch.have or message.index >= batch.size:
+            raise Violation(f"result {message.index} of a batch that has {batch.have} of {batch.size} results")
+        self._store(changes, row, batch, message, meta)
+
+    def _store(self, changes: _Changes, row: ActivityRow, batch: BatchRow, result: CommandResult, meta: Meta) -> None:
+        finished = not result.ok or result.is_last or result.index + 1 == batch.size
+        room = min(MAX_OUTPUT_BYTES, max(0, MAX_BATCH_OUTPUT_BYTES - batch.stored_bytes))
+        stdout, stderr, text = fit_output(result.stdout, result.stderr, result.message, room)
+        changes.rows[result_key(batch.batch_id, result.index)] = ResultRow(
+            result.index, result.ok, stdout or None, stderr or None, text, _sane(result.at, meta.now), finished
+        )
+        changes.rows[batch_key(row.activity_id, batch.batch_id)] = msgspec.structs.replace(
+            batch,
+            have=result.index + 1,
+            finished=finished,
+            stored_bytes=batch.stored_bytes + output_size(stdout) + output_size(stderr),
+        )
+        changes.effects.append(Emit(f"batch/{batch.batch_id}", ResultArrived(result.index, finished)))
+        if finished:
+            left = tuple(other for other in row.unfinished if other != batch.batch_id)
+            changes.rows[f"activity/{row.activity_id}"] = msgspec.structs.replace(row, unfinished=left)
+            forget = BatchExpired(row.activity_id, batch.batch_id)
+            changes.effects.append(Wake(f"batch/{batch.batch_id}", meta.now + KEEP_S, forget))
+
+    # -- the provider's side
+    def _requested(self, rows: Rows, message: ActivityRequested, meta: Meta) -> Step:
+        check_id(message.activity_id)
+        sender = node_of(meta.sender)
+        row: ActivityRow | None = rows.get(f"activity/{message.activity_id}")
+        if row is not None:
+            if row.role != PROVIDER or row.requestor != sender or row.agreement_id != message.agreement_id:
+                raise Violation(f"activity {message.activity_id} belongs to somebody else")
+            return NOTHING
+        timeout_s = _bounded_timeout(message.timeout_s)
+        agreement: AgreementRow | None = rows.get(f"agreement/{message.agreement_id}")
+        if agreement is None:
+            return self._hold(rows, HeldRow(message.activity_id, message.agreement_id, sender, timeout_s), meta)
+        if agreement.role != PROVIDER or agreement.requestor != sender:
+            raise Violation(f"{sender} is not the requestor of agreement {message.agreement_id}")
+        if agreement.ended or len(agreement.activities) >= MAX_ACTIVITIES:
+            reason = "agreement terminated" if agreement.ended else f"over {MAX_ACTIVITIES} activities"
+            return self._turn_down(message.activity_id, sender, reason)
+        changes = _Changes(rows)
+        self._begin(changes, message.activity_id, message.agreement_id, timeout_s, meta)
+        return changes.step()
+
+    def _hold(self, rows: Rows, held: HeldRow, meta: Meta) -> Step:
+        """Keep a request for a moment: the news of its agreement may still be on its way inside this node."""
+        key = f"held/{held.activity_id}"
+        if key in rows or len(held.agreement_id) > 200:
+            return NOTHING
+        if sum(1 for _ in rows.prefix("held/")) >= MAX_HELD:
+            return self._turn_down(held.activity_id, held.requestor, "agreement not approved")
+        return Step({key: held}, [Wake(key, meta.now + HELD_S, HeldExpired(held.activity_id))])
+
+    def _held_expired(self, rows: Rows, activity_id: str) -> Step:
+        held: HeldRow | None = rows.get(f"held/{activity_id}")
+        if held is None:
+            return NOTHING
+        refusal = self._turn_down(activity_id, held.requestor, "agreement not approved")
+        return Step({f"held/{activity_id}": None}, refusal.effects)
+
+    def _turn_down(self, activity_id: str, requestor: str, reason: str) -> Step:
+        told = StateChanged(activity_id, "Terminated", reason=reason)
+        return Step(effects=[Send(address(requestor, self.name), told)])
+
+    def _begin(self, changes: _Changes, activity_id: str, agreement_id: str, timeout_s: float, meta: Meta) -> None:
+        agreement: AgreementRow = changes.get(f"agreement/{agreement_id}")
+        row = ActivityRow(activity_id, agreement_id, PROVIDER, agreement.requestor, agreement.provider, meta.now)
+        changes.rows[f"activity/{activity_id}"] = row
+        changes.rows[f"agreement/{agreement_id}"] = msgspec.structs.replace(
+            agreement, activities=(*agreement.activities, activity_id)
+        )
+        event = ActivityEvent(activity_id, agreement_id, "CreateActivity", agreement.app_session_id)
+        changes.effects += [
+            Send("ledger", ActivityKnown(activity_id, agreement_id)),
+            Emit("activities", event),
+            Emit(f"activity/{activity_id}", ActivityChanged("New")),
+            Wake(f"create/{activity_id}", meta.now + timeout_s + CREATE_MARGIN_S, CreateExpired(activity_id)),
+        ]
+
+    def _destroy_requested(self, changes: _Changes, activity_id: str, meta: Meta) -> None:
+        held: HeldRow | None = changes.get(f"held/{activity_id}")
+        if held is not None and held.requestor == node_of(meta.sender):
+            changes.rows[f"held/{activity_id}"] = None
+            changes.effects.append(Wake(f"held/{activity_id}", None))
+        row: ActivityRow | None = changes.get(f"activity/{activity_id}")
+        if row is None:
+            told = StateChanged(activity_id, "Terminated", reason="no such activity")
+            changes.effects.append(Send(address(node_of(meta.sender), self.name), told))
+            return
+        if row.role != PROVIDER or row.requestor != node_of(meta.sender):
+            raise Violation(f"{meta.sender} is not the requestor of activity {activity_id}")
+        if row.ended:
+            changes.effects.append(self._tell_requestor(row))
+        else:
+            self._ask_to_end(changes, activity_id, meta)
+
+    def _reported(self, rows: Rows, message: StateReported, meta: Meta) -> Step:
+        row = self._own_activity(rows, message.activity_id, meta)
+        by_edge = actor_of(meta.sender) == "edge"
+        if isinstance(row, Refused):
+            return Step(effects=[Reply(row)])
+        changes = _Changes(rows)
+        if by_edge:
+            changes.effects.append(Reply(Done(message.activity_id)))
+        if not row.ended:
+            self._set_state(changes, row, message, meta)
+        return changes.step()
+
+    def _usage_reported(self, rows: Rows, message: UsageReported, meta: Meta) -> Step:
+        row = self._own_activity(rows, message.activity_id, meta)
+        if isinstance(row, Refused):
+            return Step(effects=[Reply(row)])
+        if row.ended:
+            return NOTHING
+        at = _sane(message.at, meta.now)
+        updated = msgspec.structs.replace(row, usage=check_usage(message.usage), usage_at=at)
+        told = UsageChanged(row.activity_id, message.usage, at)
+        return Step({f"activity/{row.activity_id}": updated}, [Send(address(row.requestor, self.name), told, KEEP_S)])
+
+    def _own_activity(self, rows: Rows, activity_id: str, meta: Meta) -> ActivityRow | Refused:
+        """Return the provider's row if an edge or the activity's own exe-unit says something of it."""
+        row: ActivityRow | None = rows.get(f"activity/{activity_id}")
+        if actor_of(meta.sender) not in ("edge", f"exeunit:{activity_id}"):
+            raise Violation(f"{meta.sender} may not report on activity {activity_id}")
+        if row is None:
+            return Refused("unknown", f"no such activity: {activity_id}")
+        if row.role != PROVIDER:
+            return Refused("forbidden", f"not the provider of activity {activity_id}")
+        return row
+
+    # -- both sides
+    def _set_state(self, changes: _Changes, row: ActivityRow, news: StateReported | StateChanged, meta: Meta) -> None:
+        if news.state not in STATES or (news.pending is not None and news.pending not in STATES):
+            raise Violation(f"not a state of an activity: {news.state[:64]!r}, {str(news.pending)[:64]!r}")
+        if news.usage is not None:
+            row = msgspec.structs.replace(row, usage=check_usage(news.usage), usage_at=_sane(news.at, meta.now))
+        row = msgspec.structs.replace(
+            row,
+            state=news.state,
+            pending=news.pending,
+            reason=news.reason and news.reason[:MAX_TEXT],
+            error_message=news.error_message and news.error_message[:MAX_TEXT],
+        )
+        changes.rows[f"activity/{row.activity_id}"] = row
+        changes.effects.append(Emit(f"activity/{row.activity_id}", ActivityChanged(row.state)))
+        if row.state != "New":
+            changes.effects.append(Wake(f"create/{row.activity_id}", None))
+        if row.role == PROVIDER:
+            changes.effects.append(self._tell_requestor(row))
+        if row.ended:
+            self._wind_up(changes, row, meta)
+
+    def _wind_up(self, changes: _Changes, row: ActivityRow, meta: Meta) -> None:
+        """The activity is over: no timer is left, and no batch stays without its last result."""
+        changes.effects.append(Wake(f"destroy/{row.activity_id}", None))
+        changes.effects.append(Wake(f"feed/{row.activity_id}", meta.now + KEEP_S, FeedExpired(row.activity_id)))
+        why = ": ".join(text for text in (row.reason, row.error_message) if text) or "no reason given"
+        for batch_id in row.unfinished:
+            current: ActivityRow = changes.get(f"activity/{row.activity_id}")
+            batch: BatchRow | None = changes.get(batch_key(row.activity_id, batch_id))
+            if batch is None or batch.finished:
+                continue
+            message = f"activity terminated: {why}"
+            last = CommandResult(
+                row.activity_id, batch_id, batch.have, False, None, None, message, meta.now, is_last=True
+            )
+            self._store(changes, current, batch, last, meta)
+
+    def _tell_requestor(self, row: ActivityRow) -> Send:
+        told = StateChanged(
+            row.activity_id, row.state, row.pending, row.reason, row.error_message, row.usage, row.usage_at
+        )
+        return Send(address(row.requestor, self.name), told)
+
+    def _ask_to_end(self, changes: _Changes, activity_id: str, meta: Meta) -> None:
+        """Begin to end a live activity; once is enough."""
+        row: ActivityRow | None = changes.get(f"activity/{activity_id}")
+        if row is None or row.ended or row.destroying:
+            return
+        changes.rows[f"activity/{activity_id}"] = msgspec.structs.replace(row, destroying=True)
+        if row.role == REQUESTOR:
+            wait_s = REQUEST_DEADLINE_S
+            request = DestroyRequested(activity_id)
+            changes.effects.append(Send(address(row.provider, self.name), request, wait_s))
+        else:
+            wait_s = DESTROY_PATIENCE_S
+            session = changes.get(f"agreement/{row.agreement_id}").app_session_id
+            changes.effects.append(
+                Emit("activities", ActivityEvent(activity_id, row.agreement_id, "DestroyActivity", session))
+            )
+        changes.effects.append(Wake(f"create/{activity_id}", None))
+        changes.effects.append(Wake(f"destroy/{activity_id}", meta.now + wait_s, DestroyExpired(activity_id)))
+
+    def _create_expired(self, changes: _Changes, activity_id: str, meta: Meta) -> None:
+        row: ActivityRow | None = changes.get(f"activity/{activity_id}")
+        if row is not None and row.state == "New":
+            self._ask_to_end(changes, activity_id, meta)
+
+    def _destroy_expired(self, changes: _Changes, activity_id: str, meta: Meta) -> None:
+        row: ActivityRow | None = changes.get(f"activity/{activity_id}")
+        if row is None or row.ended:
+            return
+        silent = "the provider" if row.role == REQUESTOR else "the exe-unit and the agent"
+        self._end(changes, row, "destroyed", f"{silent} did not confirm the end", meta)
+
+    def _end(self, changes: _Changes, row: ActivityRow, reason: str, error_message: str, meta: Meta) -> None:
+        over = StateChanged(row.activity_id, "Terminated", reason=reason, error_message=error_message)
+        self._set_state(changes, row, over, meta)
+
+    def _undelivered(self, changes: _Changes, message: Undelivered, meta: Meta) -> None:
+        lost = _SENT(message.body)
+        if not isinstance(lost, ActivityRequested | DestroyRequested | RunBatch):
+            return
+        row: ActivityRow | None = changes.get(f"activity/{lost.activity_id}")
+        if row is None or row.ended or row.role != REQUESTOR:
+            return
+        if isinstance(lost, RunBatch | ActivityRequested):
+            # it may have arrived all the same, or its exe-unit is gone while the node is there: let go of it there too
+            request = DestroyRequested(row.activity_id)
+            changes.effects.append(Send(address(row.provider, self.name), request, REQUEST_DEADLINE_S))
+        self._end(changes, row, UNREACHABLE, message.reason, meta)
+
+
+def _refuse(code: str, message: str) -> Step:
+    return Step(effects=[Reply(Refused(code, message))])
+
+
+def _bounded_timeout(timeout_s: float) -> float:
+    return min(max(timeout_s, 1.0), MAX_CREATE_S) if math.isfinite(timeout_s) else MAX_CREATE_S
+
+
+def _sane(at: float, now: float) -> float:
+    """Return a reporter's time, or ours where its clock is far off."""
+    return round(at, 6) if math.isfinite(at) and abs(at - now) < KEEP_S else now
+
+
+def _forget_batch(rows: Rows, activity_id: str, batch_id: str) -> Step:
+    gone: dict[str, Message | None] = {key: None for key, _ in rows.prefix(f"result/{batch_id}/")}
+    gone[batch_key(activity_id, batch_id)] = None
+    return Step(gone, [DropFeed(f"batch/{batch_id}")])
