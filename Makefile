@@ -25,9 +25,8 @@ test:
 
 lint:
 	@.ci/setup node
-	.venv/bin/ruff check .
-	.venv/bin/mypy
-	.venv/bin/lint-imports
+	@status=0; for check in "ruff check ." mypy lint-imports; do \
+	    echo "== $$check"; .venv/bin/$$check || status=1; done; exit $$status
 
 bench:
 	@.ci/setup node yapapi
