@@ -1,0 +1,541 @@
+"""Agreements: the second half of the machine `negotiation`.
+
+    Proposal --confirm--> Pending --approve--> (Approving) --commit--> Approved --terminate--> Terminated
+        Proposal, Pending, Approving -> Cancelled | Rejected | Expired
+
+The requestor's node decides. `Approving` exists on the provider only: its approval counts once the requestor has
+committed, which its node does by itself when the approval arrives in time. Whatever the provider says that crosses a
+decision of the requestor is answered with that decision (`AgreementClosed`), and the provider takes it over, so both
+sides end in the same state in whatever order messages cross. Where both terminate at once, the requestor's reason
+stands on both. Each command is committed here before it is replied to; the durable link delivers, and what cannot be
+delivered becomes an event with a reason: nobody waits for ever.
+
+Both sides sign the same bytes, the requestor when it confirms, the provider when it approves; the requestor's commit
+stands under the signature it proposed with.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from msgspec.structs import replace
+
+from actors.draft import Draft
+from actors.kernel.machine import Emit, Meta, Reply, Send, Wake
+from actors.proposals import ACCEPTED, DRAFT, INITIAL, REJECTED, Proposal
+from protocol.market import Done, Rematch, canonical, loads
+from protocol.negotiation import (
+    PROVIDER,
+    REQUESTOR,
+    AgreementApproval,
+    AgreementApproved,
+    AgreementApprovedEvent,
+    AgreementCancelledEvent,
+    AgreementClosed,
+    AgreementCommitted,
+    AgreementDue,
+    AgreementEnded,
+    AgreementEvent,
+    AgreementExpired,
+    AgreementProposed,
+    AgreementRejected,
+    AgreementRejectedEvent,
+    AgreementTerminated,
+    AgreementTerminatedEvent,
+    ApproveAgreement,
+    CancelAgreement,
+    ConfirmAgreement,
+    CreateAgreement,
+    Created,
+    ForgetAgreement,
+    RejectAgreement,
+    TerminateAgreement,
+    agreement_body,
+    check_reason,
+    read_properties,
+    reason_text,
+)
+from protocol.signing import verify
+from protocol.types import Message, Refused, Violation, address, node_of
+
+DELIVERY_S = 60.0  # to bring a confirmed agreement to the provider
+COMMIT_DELIVERY_S = 3600.0  # to bring the commit to the provider; after that the agreement is terminated
+VERDICT_S = 60.0  # how long past `validTo` a provider that approved waits for the requestor's decision
+LAST_APPROVAL_S = 0.03  # an approval this close to `validTo` could not arrive in time
+KEEP_ENDED_S = 90 * 24 * 3600.0
+MAX_VALID_S = 366 * 24 * 3600.0 * 100
+
+PROPOSAL, PENDING, APPROVING, APPROVED = "Proposal", "Pending", "Approving", "Approved"
+CANCELLED, EXPIRED, TERMINATED = "Cancelled", "Expired", "Terminated"
+OPEN = (PROPOSAL, PENDING, APPROVING)
+
+
+class Agreement(Message, frozen=True, tag="agreement"):
+    """An agreement as this node sees it. `body` is what both sign; signatures are hex, "" as long as there is none."""
+
+    agreement_id: str
+    role: str  # ours
+    requestor: str
+    provider: str
+    proposal_id: str
+    demand_id: str
+    offer_id: str
+    body: bytes
+    state: str
+    created: float
+    valid_to: float
+    approved_at: float | None = None
+    app_session_id: str | None = None
+    proposed_signature: str = ""
+    approved_signature: str = ""
+    committed_signature: str = ""
+    terminator: str = ""
+    reason: str = ""
+    ended_at: float | None = None
+
+    @property
+    def counterpart(self) -> str:
+        """The node on the other side."""
+        return self.provider if self.role == REQUESTOR else self.requestor
+
+
+def lapsed(agreement: Agreement, now: float) -> bool:
+    """Return whether the agreement's time is over, whatever its row says."""
+    grace = VERDICT_S if agreement.state == APPROVING else 0.0
+    return agreement.state in OPEN and agreement.valid_to + grace <= now
+
+
+def state_at(agreement: Agreement, now: float) -> str:
+    """Return the state that an agent is shown: expiry is seen at once, `Approving` as `Pending`."""
+    state = EXPIRED if lapsed(agreement, now) else agreement.state
+    return PENDING if state == APPROVING else state
+
+
+def state_error(agreement: Agreement, new: str, now: float) -> str:
+    """Return the text that agents know for a step that the state does not allow."""
+    state = EXPIRED if lapsed(agreement, now) else agreement.state
+    return f"Agreement [{agreement.agreement_id}]. Error: Can't update Agreement state from {state} to {new}."
+
+
+# -- common moves
+def _find(draft: Draft, agreement_id: str, role: str, now: float) -> Agreement | None:
+    """Return an agreement in which we have `role` (any if ""), expired if its time is over; else refuse as unknown."""
+    agreement: Agreement | None = draft.get(f"agreement/{agreement_id}")
+    if agreement is None or role not in ("", agreement.role):
+        draft.do(Reply(Refused("unknown", f"Agreement [{agreement_id}] not found{role and f' with us as {role}'}.")))
+        return None
+    return _expire(draft, agreement, now) if lapsed(agreement, now) else agreement
+
+
+def _put(draft: Draft, agreement: Agreement, **changes: Any) -> Agreement:
+    agreement = replace(agreement, **changes)
+    draft.put(f"agreement/{agreement.agreement_id}", agreement)
+    return agreement
+
+
+def _end(draft: Draft, agreement: Agreement, state: str, now: float, reason: str = "", **changes: Any) -> Agreement:
+    """Put a final state, which is forgotten after a long time."""
+    draft.do(Wake(f"forget/{agreement.agreement_id}", now + KEEP_ENDED_S, ForgetAgreement(agreement.agreement_id)))
+    return _put(draft, agreement, state=state, reason=reason, ended_at=now, **changes)
+
+
+def _tell_agent(draft: Draft, agreement_id: str, event: Message) -> None:
+    draft.do(Emit("agreements", event), Emit(f"agreement/{agreement_id}", event))
+
+
+def _tell_peer(draft: Draft, agreement: Agreement, message: Message, deadline_s: float | None = None) -> None:
+    to = address(agreement.counterpart, "negotiation")
+    draft.do(Send(to, message) if deadline_s is None else Send(to, message, max(deadline_s, 1.0)))
+
+
+def _expire(draft: Draft, agreement: Agreement, now: float) -> Agreement:
+    draft.do(Emit(f"agreement/{agreement.agreement_id}", AgreementExpired(agreement.agreement_id)))
+    return _end(draft, agreement, EXPIRED, now)
+
+
+def _wrong_state(draft: Draft, agreement: Agreement, new: str, now: float, early: str = "gone") -> None:
+    """Refuse; `early` is the code where the agreement was never sent."""
+    code = early if agreement.state == PROPOSAL else "gone"
+    draft.do(Reply(Refused(code, state_error(agreement, new, now))))
+
+
+def _approved(draft: Draft, agreement: Agreement, at: float) -> Agreement:
+    """Both sides have committed: tell the agent, and whoever deals with activities and money."""
+    agreement = _put(
+        draft, agreement, state=APPROVED, approved_at=at, reason="", ended_at=None,
+        committed_signature=agreement.proposed_signature,
+    )  # fmt: skip
+    draft.do(Wake(f"due/{agreement.agreement_id}", None), Wake(f"forget/{agreement.agreement_id}", None))
+    body = loads(agreement.body)
+    news = AgreementApproved(
+        agreement.agreement_id,
+        agreement.role,
+        agreement.requestor,
+        agreement.provider,
+        canonical(body["demand"]["properties"]).decode(),
+        canonical(body["offer"]["properties"]).decode(),
+        at,
+        agreement.app_session_id,
+    )
+    draft.do(Send("activity", news), Send("ledger", news))
+    _tell_agent(draft, agreement.agreement_id, AgreementApprovedEvent(agreement.agreement_id, agreement.app_session_id))
+    return agreement
+
+
+def _terminated(draft: Draft, agreement: Agreement, terminator: str, reason: str, now: float) -> None:
+    was_approved = agreement.state == APPROVED
+    _end(draft, agreement, TERMINATED, now, reason, terminator=terminator)
+    if was_approved:
+        ended = AgreementEnded(agreement.agreement_id, terminator, reason)
+        draft.do(Send("activity", ended), Send("ledger", ended))
+        if agreement.role == REQUESTOR:
+            draft.do(Send("market", Rematch(agreement.demand_id, agreement.offer_id)))
+    event = AgreementTerminatedEvent(agreement.agreement_id, agreement.app_session_id, terminator, reason)
+    _tell_agent(draft, agreement.agreement_id, event)
+
+
+def _cancelled(draft: Draft, agreement: Agreement, reason: str, now: float) -> None:
+    _end(draft, agreement, CANCELLED, now, reason)
+    event = AgreementCancelledEvent(agreement.agreement_id, agreement.app_session_id, reason)
+    _tell_agent(draft, agreement.agreement_id, event)
+
+
+# -- what our agent says
+def create(draft: Draft, node: str, message: CreateAgreement, now: float) -> None:
+    """Make an agreement of the last proposals of both sides."""
+    proposal: Proposal | None = draft.get(f"proposal/{message.proposal_id}")
+    label = f"Proposal [R-{message.proposal_id}]"
+    code, why = "bad_request", ""
+    if proposal is None or proposal.role != REQUESTOR:
+        why = "not found."
+    elif proposal.issuer == node:
+        why = "is your own: only the provider's can become an agreement."
+    elif proposal.state == INITIAL or not proposal.previous_id:
+        why = "is initial. No negotiation with Provider took place, so there is nothing to agree on."
+    elif proposal.agreement_id:
+        code, why = "conflict", f"has an agreement already: [{proposal.agreement_id}]."
+    elif proposal.answer_id:
+        why = "was already countered."
+    elif proposal.state == REJECTED:
+        why = "was rejected."
+    elif proposal.expires <= now:
+        code, why = "gone", "has expired."
+    elif not now < message.valid_to < now + MAX_VALID_S:
+        why = "cannot become an agreement: validTo is in the past or too far ahead."
+    mine: Proposal | None = draft.get(f"proposal/{proposal.previous_id}") if proposal else None
+    if not why and mine is None:
+        why = "not found."
+    if why or proposal is None or mine is None:
+        draft.do(Reply(Refused(code, f"{label} {why}")))
+        return
+    agreement = _from_proposals(proposal, mine, round(now, 6), round(message.valid_to, 6), PROPOSAL)
+    _accept(draft, proposal, agreement)
+    draft.do(Reply(Created(agreement.agreement_id)))
+
+
+def _from_proposals(proposal: Proposal, mine: Proposal, created: float, valid_to: float, state: str) -> Agreement:
+    """Return the agreement of a provider's proposal and the requestor's one that it answers."""
+    demand = {
+        "demandId": proposal.demand_id,
+        "requestorId": proposal.requestor,
+        "properties": read_properties(mine.properties),
+        "constraints": mine.constraints,
+    }
+    offer = {
+        "offerId": proposal.offer_id,
+        "providerId": proposal.provider,
+        "properties": read_properties(proposal.properties),
+        "constraints": proposal.constraints,
+    }
+    agreement_id, body = agreement_body(proposal.proposal_id, created, valid_to, demand, offer)
+    return Agreement(
+        agreement_id, proposal.role, proposal.requestor, proposal.provider, proposal.proposal_id, proposal.demand_id,
+        proposal.offer_id, body, state, created, valid_to,
+    )  # fmt: skip
+
+
+def _accept(draft: Draft, proposal: Proposal, agreement: Agreement) -> None:
+    """Write a new agreement, which takes its proposal."""
+    agreement_id = agreement.agreement_id
+    draft.put(f"proposal/{proposal.proposal_id}", replace(proposal, state=ACCEPTED, agreement_id=agreement_id))
+    draft.put(f"agreement/{agreement_id}", agreement)
+    draft.do(Wake(f"due/{agreement_id}", agreement.valid_to, AgreementDue(agreement_id)))
+
+
+def confirm(draft: Draft, node: str, message: ConfirmAgreement, now: float) -> None:
+    """Send the agreement to the provider."""
+    agreement = _find(draft, message.agreement_id, REQUESTOR, now)
+    if not agreement:
+        return
+    if agreement.state != PROPOSAL:
+        _wrong_state(draft, agreement, PENDING, now)
+        return
+    try:
+        verify(message.agreement, "agreement", node)
+        if message.agreement.body != agreement.body:
+            raise Violation("the signature is of another agreement")
+    except Violation as error:
+        draft.do(Reply(Refused("bad_request", str(error))))
+        return
+    signature = message.agreement.signature.hex()
+    _put(draft, agreement, state=PENDING, app_session_id=message.app_session_id, proposed_signature=signature)
+    _tell_peer(draft, agreement, AgreementProposed(message.agreement), min(DELIVERY_S, agreement.valid_to - now))
+    draft.do(Reply(Done()))
+
+
+def cancel(draft: Draft, message: CancelAgreement, now: float) -> None:
+    """Take back an agreement that we have not committed to; the provider follows, even if it has approved."""
+    agreement = _find(draft, message.agreement_id, REQUESTOR, now)
+    if not agreement:
+        return
+    if agreement.state not in (PROPOSAL, PENDING):
+        _wrong_state(draft, agreement, CANCELLED, now)
+        return
+    _close(draft, agreement, check_reason(message.reason), now)
+    draft.do(Reply(Done()))
+
+
+def _close(draft: Draft, agreement: Agreement, reason: str, now: float) -> None:
+    if agreement.state == PENDING:
+        _tell_peer(draft, agreement, AgreementClosed(agreement.agreement_id, CANCELLED, reason))
+    _cancelled(draft, agreement, reason, now)
+
+
+def approve(draft: Draft, node: str, message: ApproveAgreement, now: float) -> None:
+    """Send our approval; the agreement is made when the requestor's commit comes back."""
+    agreement = _find(draft, message.agreement_id, PROVIDER, now)
+    if not agreement:
+        return
+    if agreement.state == APPROVING:  # asked again while the requestor decides
+        draft.do(Reply(Done()))
+        return
+    if agreement.state != PENDING:
+        _wrong_state(draft, agreement, APPROVED, now, early="conflict")
+        return
+    if agreement.valid_to - now <= LAST_APPROVAL_S:
+        draft.do(Reply(Refused("gone", f"Agreement [{agreement.agreement_id}] expires before an approval can arrive.")))
+        return
+    try:
+        verify(message.approval, "approval", node)
+        if message.approval.body != agreement.body:
+            raise Violation("the signature is of another agreement")
+    except Violation as error:
+        draft.do(Reply(Refused("bad_request", str(error))))
+        return
+    signature = message.approval.signature.hex()
+    _put(draft, agreement, state=APPROVING, app_session_id=message.app_session_id, approved_signature=signature)
+    approval = AgreementApproval(agreement.agreement_id, message.approval)
+    _tell_peer(draft, agreement, approval, agreement.valid_to - now)
+    draft.do(Reply(Done()))
+
+
+def reject(draft: Draft, message: RejectAgreement, now: float) -> None:
+    """Do not agree."""
+    agreement = _find(draft, message.agreement_id, PROVIDER, now)
+    if not agreement:
+        return
+    if agreement.state != PENDING:
+        _wrong_state(draft, agreement, REJECTED, now, early="conflict")
+        return
+    reason = check_reason(message.reason)
+    _rejected(draft, agreement, reason, now)
+    _tell_peer(draft, agreement, AgreementRejected(agreement.agreement_id, reason))
+    draft.do(Reply(Done()))
+
+
+def _rejected(draft: Draft, agreement: Agreement, reason: str, now: float) -> None:
+    _end(draft, agreement, REJECTED, now, reason)
+    event = AgreementRejectedEvent(agreement.agreement_id, agreement.app_session_id, reason)
+    _tell_agent(draft, agreement.agreement_id, event)
+
+
+def terminate(draft: Draft, message: TerminateAgreement, now: float) -> None:
+    """End an approved agreement, from either side."""
+    agreement = _find(draft, message.agreement_id, "", now)
+    if not agreement:
+        return
+    if agreement.state != APPROVED:
+        _wrong_state(draft, agreement, TERMINATED, now, early="conflict")
+        return
+    reason = check_reason(message.reason)
+    _terminated(draft, agreement, agreement.role, reason, now)
+    _tell_peer(draft, agreement, AgreementTerminated(agreement.agreement_id, agreement.role, reason))
+    draft.do(Reply(Done()))
+
+
+# -- what the other side says
+def proposed(draft: Draft, node: str, message: AgreementProposed, meta: Meta) -> None:
+    """Provider: a requestor sends an agreement. It must be, to the byte, what the last proposals say."""
+    requestor = node_of(meta.sender)
+    verify(message.agreement, "agreement", requestor)
+    try:
+        body = loads(message.agreement.body)
+        agreement_id, proposal_id = body["agreementId"], body["proposalId"]
+        created, valid_to = body["created"], body["validTo"]
+        if not isinstance(created, float) or not isinstance(valid_to, float) or not isinstance(agreement_id, str):
+            raise Violation("malformed agreement: created, validTo or agreementId")
+    except (ValueError, KeyError, TypeError) as error:
+        raise Violation(f"malformed agreement: {error!r}"[:200]) from None
+    if len(agreement_id) != 64 or draft.get(f"agreement/{agreement_id}"):
+        return
+    proposal: Proposal | None = draft.get(f"proposal/{proposal_id}")
+    mine = draft.get(f"proposal/{proposal.previous_id}") if proposal else None
+    why = ""
+    if proposal is None or mine is None or proposal.requestor != requestor or proposal.issuer != node:
+        why = "it is about a proposal that is not known here."
+    elif proposal.agreement_id or proposal.answer_id or proposal.state != DRAFT:
+        state = "countered" if proposal.answer_id else proposal.state
+        why = f"its proposal is {state} here."
+    elif proposal.expires <= meta.now or not meta.now < valid_to < meta.now + MAX_VALID_S:
+        why = "it has expired."
+    else:
+        agreement = _from_proposals(proposal, mine, created, valid_to, PENDING)
+        if agreement.body == message.agreement.body:
+            agreement = replace(agreement, proposed_signature=message.agreement.signature.hex())
+            _accept(draft, proposal, agreement)
+            draft.do(Emit(f"offer/{proposal.offer_id}", AgreementEvent(agreement_id)))
+            return
+        why = "it is not what the last proposals say."
+    reason = reason_text(f"Agreement not taken: {why}")
+    draft.do(Send(address(requestor, "negotiation"), AgreementRejected(agreement_id, reason)))
+
+
+def _from_peer(draft: Draft, agreement_id: str, role: str, meta: Meta) -> Agreement | None:
+    """Return an agreement of the sender with us in which it has `role` (any if ""); raises `Violation` otherwise."""
+    agreement: Agreement | None = draft.get(f"agreement/{agreement_id}")
+    if agreement is None:
+        return None  # forgotten
+    if agreement.counterpart != node_of(meta.sender) or agreement.role == role:
+        raise Violation(f"agreement {agreement_id} does not allow the sender to say this")
+    return agreement
+
+
+def approval(draft: Draft, message: AgreementApproval, meta: Meta) -> None:
+    """Requestor: the provider agrees. In time, that makes the agreement; else it hears what we decided before."""
+    agreement = _from_peer(draft, message.agreement_id, PROVIDER, meta)
+    if not agreement:
+        closed_message = AgreementClosed(message.agreement_id, EXPIRED, reason_text("The agreement is not known here."))
+        draft.do(Send(meta.sender, closed_message))
+        return
+    if lapsed(agreement, meta.now):
+        agreement = _expire(draft, agreement, meta.now)
+    if agreement.state in (APPROVED, TERMINATED):
+        return
+    if agreement.state != PENDING:
+        _insist(draft, agreement)
+        return
+    verify(message.approval, "approval", agreement.provider)
+    if message.approval.body != agreement.body:
+        raise Violation("the approval is of another agreement")
+    agreement = replace(agreement, approved_signature=message.approval.signature.hex())
+    at = round(meta.now, 6)
+    _approved(draft, agreement, at)
+    _tell_peer(draft, agreement, AgreementCommitted(agreement.agreement_id, at), COMMIT_DELIVERY_S)
+
+
+def _insist(draft: Draft, agreement: Agreement) -> None:
+    """Tell the provider what we had decided when its word crossed ours."""
+    if agreement.state in (CANCELLED, EXPIRED, REJECTED):
+        _tell_peer(draft, agreement, AgreementClosed(agreement.agreement_id, agreement.state, agreement.reason))
+
+
+def rejected(draft: Draft, message: AgreementRejected, meta: Meta) -> None:
+    """Requestor: the provider does not agree."""
+    agreement = _from_peer(draft, message.agreement_id, PROVIDER, meta)
+    if not agreement:
+        return
+    if lapsed(agreement, meta.now):
+        agreement = _expire(draft, agreement, meta.now)
+    if agreement.state == PENDING:
+        _rejected(draft, agreement, check_reason(message.reason), meta.now)
+    elif agreement.state in (CANCELLED, EXPIRED):
+        _insist(draft, agreement)
+    elif agreement.state != REJECTED:
+        raise Violation(state_error(agreement, REJECTED, meta.now))
+
+
+def committed(draft: Draft, message: AgreementCommitted, meta: Meta) -> None:
+    """Provider: the agreement is made, even if we had stopped waiting for it."""
+    agreement = _from_peer(draft, message.agreement_id, REQUESTOR, meta)
+    if not agreement or agreement.state in (APPROVED, TERMINATED):
+        return
+    if not agreement.approved_signature:
+        raise Violation("a commit to an agreement that was not approved")
+    if not 0 <= message.approved_at < 1e11:
+        raise Violation("the time of the approval is not in seconds since the epoch")
+    _approved(draft, agreement, message.approved_at)
+
+
+def closed(draft: Draft, message: AgreementClosed, meta: Meta) -> None:
+    """Provider: the requestor decided that there will be no agreement; what we thought of it meanwhile gives way."""
+    agreement = _from_peer(draft, message.agreement_id, REQUESTOR, meta)
+    if not agreement or agreement.state == message.state:
+        return
+    if agreement.state in (APPROVED, TERMINATED) or message.state not in (CANCELLED, EXPIRED, REJECTED):
+        raise Violation(state_error(agreement, message.state[:20], meta.now))
+    reason = check_reason(message.reason) if message.reason else ""
+    if message.state == CANCELLED:
+        _cancelled(draft, agreement, reason, meta.now)
+    elif message.state == EXPIRED:
+        draft.do(Emit(f"agreement/{agreement.agreement_id}", AgreementExpired(agreement.agreement_id)))
+        _end(draft, agreement, EXPIRED, meta.now, reason)
+    else:
+        _rejected(draft, agreement, reason, meta.now)
+
+
+def terminated(draft: Draft, message: AgreementTerminated, meta: Meta) -> None:
+    """The other side ends the agreement; of two at once the requestor's reason stands."""
+    agreement = _from_peer(draft, message.agreement_id, "", meta)
+    if not agreement:
+        return
+    if message.terminator != (PROVIDER if agreement.role == REQUESTOR else REQUESTOR):
+        raise Violation("who terminates says so of itself")
+    reason = check_reason(message.reason)
+    if agreement.state == APPROVED or (agreement.role == PROVIDER and agreement.state != TERMINATED):
+        if not agreement.approved_signature:
+            raise Violation(state_error(agreement, TERMINATED, meta.now))
+        _terminated(draft, agreement, message.terminator, reason, meta.now)
+    elif agreement.state != TERMINATED:
+        raise Violation(state_error(agreement, TERMINATED, meta.now))
+    elif agreement.terminator == PROVIDER and message.terminator == REQUESTOR:
+        _put(draft, agreement, terminator=REQUESTOR, reason=reason)
+
+
+# -- time, and what did not arrive
+def due(draft: Draft, message: AgreementDue, now: float) -> None:
+    """The time for the approval is over; a provider that approved still waits a little for the decision."""
+    agreement: Agreement | None = draft.get(f"agreement/{message.agreement_id}")
+    if not agreement or agreement.state not in OPEN:
+        return
+    if lapsed(agreement, now):
+        _expire(draft, agreement, now)
+    else:
+        grace = VERDICT_S if agreement.state == APPROVING else 0.0
+        draft.do(Wake(f"due/{agreement.agreement_id}", agreement.valid_to + grace, message))
+
+
+def forget(draft: Draft, message: ForgetAgreement) -> None:
+    """Delete an agreement that is long over."""
+    agreement: Agreement | None = draft.get(f"agreement/{message.agreement_id}")
+    if agreement and agreement.state not in (*OPEN, APPROVED):
+        draft.put(f"agreement/{message.agreement_id}", None)
+
+
+def undelivered(draft: Draft, message: AgreementProposed | AgreementApproval | AgreementCommitted, why: str, now: float) -> None:
+    """Something that the other side had to know did not arrive, or nobody said that it did."""
+    if isinstance(message, AgreementProposed):
+        agreement_id = loads(message.agreement.body)["agreementId"]
+    else:
+        agreement_id = message.agreement_id
+    agreement: Agreement | None = draft.get(f"agreement/{agreement_id}")
+    if not agreement:
+        return
+    other = PROVIDER if agreement.role == REQUESTOR else REQUESTOR
+    reason = reason_text(f"{other} {agreement.counterpart} could not be reached: {why}")
+    if isinstance(message, AgreementProposed) and agreement.state == PENDING:
+        _close(draft, agreement, reason, now)
+    elif isinstance(message, AgreementApproval) and agreement.state == APPROVING:
+        _cancelled(draft, agreement, reason, now)
+    elif isinstance(message, AgreementCommitted) and agreement.state == APPROVED:
+        _terminated(draft, agreement, agreement.role, reason, now)
+        _tell_peer(draft, agreement, AgreementTerminated(agreement.agreement_id, agreement.role, reason))

@@ -1,0 +1,45 @@
+"""A step in the making, for machines whose decisions take several small moves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from actors.kernel.machine import Effect, Rows, Step
+from protocol.types import Message
+
+
+class Draft:
+    """Collects rows and effects of one step; reads see what was put before."""
+
+    def __init__(self, rows: Rows) -> None:
+        self._rows = rows
+        self._changed: dict[str, Message | None] = {}
+        self._effects: list[Effect] = []
+
+    def get(self, key: str) -> Any:
+        """Return the row, or None."""
+        return self._changed[key] if key in self._changed else self._rows.get(key)
+
+    def prefix(self, prefix: str) -> Iterator[tuple[str, Any]]:
+        """Yield (key, row) of the keys that start with `prefix`: first the stored ones in order, then those put new."""
+        changed = {key: row for key, row in self._changed.items() if key.startswith(prefix)}
+        for key, row in self._rows.prefix(prefix):
+            current = changed.pop(key, row)
+            if current is not None:
+                yield key, current
+        for key, row in changed.items():
+            if row is not None:
+                yield key, row
+
+    def put(self, key: str, row: Message | None) -> None:
+        """Write a row; None deletes it."""
+        self._changed[key] = row
+
+    def do(self, *effects: Effect) -> None:
+        """Add effects, in order."""
+        self._effects.extend(effects)
+
+    def step(self) -> Step:
+        """Return what was collected."""
+        return Step(self._changed, self._effects)
