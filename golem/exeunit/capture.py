@@ -2,8 +2,8 @@
 
 A `Collector` takes the bytes of one side (stdout or stderr) in the order they came, hands back what to emit as a live
 event, and gives the final value when the command ends. Buffers are bounded: whatever a mode allows, no more than
-`max_bytes` is held. Neighbours: `protocol.exeunit` (the modes as requestors write them); the exe-unit's
-ports, which feed it from `runtimes.base.Runtime.run`.
+`max_bytes` is held. Neighbours: `protocol.exeunit` (the modes as requestors write them); the exe-unit's ports,
+which feed it from `runtimes.base.Runtime.run`.
 
 Values are as agents see them: `str` text, or a list of byte numbers for `bin`; None when nothing was captured.
 """
@@ -43,15 +43,17 @@ def _plan(mode: CaptureMode | None) -> _Plan | None:
     if mode.stream is not None:
         return _Plan("head", _size("limit", mode.stream.limit), _is_binary(mode.stream.format), stream=True)
     assert mode.at_end is not None
-    asked: dict[Part, int | None] = {
-        "head": mode.at_end.head,
-        "tail": mode.at_end.tail,
-        "headTail": mode.at_end.head_tail,
-    }
-    given = [(part, size) for part, size in asked.items() if size is not None]
+    sizes: tuple[tuple[Part, int | None], ...] = (
+        ("head", mode.at_end.head),
+        ("tail", mode.at_end.tail),
+        ("headTail", mode.at_end.head_tail),
+    )
+    given = [(part, size) for part, size in sizes if size is not None]
     if len(given) > 1:
         raise ValueError(f"capture takes one of head, tail and headTail, not {' and '.join(part for part, _ in given)}")
-    part, size = given[0] if given else ("head", None)
+    if not given:
+        return _Plan("head", None, _is_binary(mode.at_end.format), stream=False)
+    ((part, size),) = given
     return _Plan(part, _size(part, size), _is_binary(mode.at_end.format), stream=False)
 
 

@@ -146,7 +146,7 @@ class ImageStore:
             )
             os.fsync(descriptor)
         except BaseException:  # also when cancelled: half a file is of no use, as a download starts anew
-            part.unlink(missing_ok=True)
+            os.unlink(part)
             raise
 
     def _evict(self) -> None:

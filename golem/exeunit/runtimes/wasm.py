@@ -230,9 +230,9 @@ class WasmRuntime:
         environment = {**self._options.env, **(env or {})}
         check_arguments([*argv, *(f"{name}={value}" for name, value in environment.items())])
         limits = self._options.limits
-        await self._measure_storage()
+        countable = await self._measure_storage()
         left = limits.storage_bytes - self._storage_bytes
-        if left <= 0:
+        if left <= 0 or not countable:
             raise RuntimeFault(_storage_text(limits))
         spec = self._spec("run", limits, entry.compiled, limits.mem_bytes, file_bytes=left, cpu_s=limits.cpu_time_s)
         spec |= {

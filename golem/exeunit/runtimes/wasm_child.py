@@ -41,7 +41,6 @@ def engine_config() -> Any:
 def lock_in(spec: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Give up everything but the opened directories and the module; returns the guest's WASI set-up and a summary."""
     limits = spec["limits"]
-    lockdown.die_with_parent(spec["parent"])
     lockdown.limit_resources(
         cpu_s=limits["cpu_s"], data_bytes=limits["data"], file_bytes=limits["file"], open_files=64
     )
@@ -61,6 +60,7 @@ def lock_in(spec: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         rules.append((descriptor, lockdown.READ_WRITE if writable else lockdown.READ_ONLY))
     if root:
         lockdown.become(spec["uid"])
+    lockdown.die_with_parent(spec["parent"])
     landlock = lockdown.landlock_abi()
     if landlock:
         landlock = lockdown.restrict_files(rules)

@@ -1,7 +1,7 @@
 """What a child does to itself before it touches foreign code.
 
-Order matters and is that of the functions here: die with the parent, resource limits, own namespaces (root only), an
-unprivileged user (root only), Landlock, and seccomp last. Every step is irrevocable. Neighbours: `seccomp`;
+Order matters and is that of the functions here: resource limits, own namespaces (root only), an unprivileged user (root
+only), die with the parent, Landlock, and seccomp last. Every step is irrevocable. Neighbours: `seccomp`;
 `runtimes.wasm_child`, which calls these; `process`, which starts and ends such children.
 """
 
@@ -40,13 +40,6 @@ def _check(result: int, what: str) -> int:
     return result
 
 
-def die_with_parent(parent_pid: int) -> None:
-    """Be killed when the parent's starting thread ends; raises ProcessLookupError if it already has."""
-    _check(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl(PR_SET_PDEATHSIG)")
-    if os.getppid() != parent_pid:
-        raise ProcessLookupError("the supervisor is gone")
-
-
 def limit_resources(*, cpu_s: int | None, data_bytes: int | None, file_bytes: int | None, open_files: int) -> None:
     """Hard limits: CPU seconds (SIGXCPU, one second later SIGKILL), private memory, size of one file, descriptors."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -76,6 +69,16 @@ def become(uid: int) -> None:
     os.setgroups([])
     os.setresgid(uid, uid, uid)
     os.setresuid(uid, uid, uid)
+
+
+def die_with_parent(parent_pid: int) -> None:
+    """Be killed when the parent's starting thread ends; raises ProcessLookupError if it already has.
+
+    The kernel forgets this wish at a change of user, so it comes after `become`.
+    """
+    _check(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != parent_pid:
+        raise ProcessLookupError("the supervisor is gone")
 
 
 def landlock_abi() -> int:

@@ -1,0 +1,451 @@
+"""The wasmtime runtime with real children: friendly modules work, hostile ones end in a clear error."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import trio
+import wat_modules as wat
+from support import trio_test
+
+from golem.exeunit.runtimes.base import DeployOptions, ExitStatus, Limits, Runtime, RuntimeFault, Side, VolumeRequest
+from golem.exeunit.runtimes.wasm import WasmRuntime, WasmSettings
+
+MIB = 1 / 1024
+SMALL = Limits(mem_gib=32 * MIB, storage_gib=4 * MIB, run_time_s=10, output_bytes=1 << 20)
+
+
+@dataclass
+class Ran:
+    status: ExitStatus
+    stdout: bytes
+    stderr: bytes
+
+
+@dataclass
+class Bench:
+    """A deployed and started runtime in a directory of its own."""
+
+    directory: Path
+    limits: Limits = SMALL
+    settings: WasmSettings = field(default_factory=lambda: WasmSettings(storage_check_s=0.05))
+    options: dict[str, object] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.runtime = WasmRuntime(self.directory / "compiled", self.settings)
+        self.work = self.directory / "work"
+        self.work.mkdir()
+
+    async def up(self, image: bytes) -> Bench:
+        path = self.directory / "image"
+        path.write_bytes(image)
+        self.deployment = await self.runtime.deploy(path, DeployOptions(self.work, self.limits, **self.options))  # type: ignore[arg-type]
+        await self.runtime.start([])
+        return self
+
+    async def run(self, entry: str = "main", args: Sequence[str] = (), env: dict[str, str] | None = None) -> Ran:
+        got: dict[Side, bytearray] = {"stdout": bytearray(), "stderr": bytearray()}
+
+        async def output(side: Side, chunk: bytes) -> None:
+            got[side] += chunk
+
+        with trio.fail_after(30):
+            status = await self.runtime.run(entry, args, output, env)
+        return Ran(status, bytes(got["stdout"]), bytes(got["stderr"]))
+
+
+async def once(tmp_path: Path, image: bytes, limits: Limits = SMALL, **run: object) -> Ran:
+    bench = await Bench(tmp_path, limits).up(image)
+    try:
+        return await bench.run(**run)  # type: ignore[arg-type]
+    finally:
+        await bench.runtime.stop()
+
+
+def is_alive(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
+
+
+async def eventually(condition: Callable[[], bool]) -> None:
+    """Wait for what another process brings about."""
+    with trio.fail_after(10):
+        while not condition():  # noqa: ASYNC110 (there is no event to wait for)
+            await trio.sleep(0.01)
+
+
+def test_is_a_runtime(tmp_path: Path) -> None:
+    runtime = WasmRuntime(tmp_path)
+    assert isinstance(runtime, Runtime)
+    assert runtime.offer_properties()["golem.runtime.name"] == "wasmtime"
+
+
+@trio_test
+async def test_self_test_finds_every_door_shut(tmp_path: Path) -> None:
+    runtime = WasmRuntime(tmp_path)
+    assert await runtime.self_test() is None
+    assert runtime.isolation["seccomp"] is True
+    assert runtime.isolation["landlock"] > 0
+
+
+# -- friendly -----------------------------------------------------------------------------------------------------
+
+
+@trio_test
+async def test_both_outputs_arrive_apart_and_unfinished_lines_too(tmp_path: Path) -> None:
+    ran = await once(tmp_path, wat.say("to stdout", stderr="to stderr"))
+    assert ran == Ran(ExitStatus(0), b"to stdout", b"to stderr")
+
+
+@trio_test
+async def test_exit_code_is_the_guests(tmp_path: Path) -> None:
+    ran = await once(tmp_path, wat.say("x", code=7))
+    assert ran.status == ExitStatus(7)
+    assert not ran.status.ok
+
+
+@trio_test
+async def test_arguments_and_environment(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, options={"env": {"A": "deploy", "B": "deploy"}})
+    await bench.up(wat.package({"args.wasm": wat.ARGS, "env.wasm": wat.ENVIRONMENT}))
+    assert (await bench.run("args", ["ein", "zwei ß"])).stdout == "args.wasm\0ein\0zwei ß\0".encode()
+    assert (await bench.run("env", env={"B": "run"})).stdout == b"A=deploy\0B=run\0"
+    await bench.runtime.stop()
+
+
+@trio_test
+async def test_bare_module_is_its_own_entry_point(tmp_path: Path) -> None:
+    assert (await once(tmp_path, wat.ARGS, entry="/bin/anything", args=["x"])).stdout == b"/bin/anything\0x\0"
+
+
+@trio_test
+async def test_stdin_is_empty(tmp_path: Path) -> None:
+    assert (await once(tmp_path, wat.READ_STDIN)).status == ExitStatus(0)
+
+
+@trio_test
+async def test_root_volume_keeps_files_between_runs(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    await bench.up(wat.package({"w.wasm": wat.write_file("f", "kept"), "r.wasm": wat.read_file("f")},
+                               **{"mount-points": [{"rw": "/golem/out"}]}))  # fmt: skip
+    assert bench.deployment.volumes[0].container_path == "/golem/out"
+    assert (await bench.run("w")).status == ExitStatus(0)
+    assert (bench.deployment.volumes[0].host_dir / "f").read_bytes() == b"kept"
+    assert (await bench.run("r")).stdout == b"kept"
+    assert bench.runtime.usage().storage_gib > 0
+    await bench.runtime.stop()
+    assert not list(bench.work.iterdir())
+
+
+@trio_test
+async def test_mounts_of_a_package(tmp_path: Path) -> None:
+    mounts = [{"ro": "in"}, {"rw": "/out"}, {"private": "/tmp/cache"}]
+    bench = Bench(tmp_path, options={"volumes": (VolumeRequest("/extra"),)})
+    modules = {"w.wasm": wat.write_file("f", "x", 3), "r.wasm": wat.read_file("f", 3), "p.wasm": wat.write_file("f", "x", 5)}
+    await bench.up(wat.package(modules, **{"mount-points": mounts}))
+    found = [(item.container_path, item.read_only, item.private) for item in bench.deployment.volumes]
+    assert found == [("/in", True, False), ("/out", False, False), ("/tmp/cache", False, True), ("/extra", False, False)]
+    (bench.deployment.volumes[0].host_dir / "f").write_text("input")
+    assert (await bench.run("w")).status.code != 0  # read-only
+    assert (await bench.run("r")).stdout == b"input"
+    assert (await bench.run("p")).status.ok
+    await bench.runtime.stop()
+
+
+@trio_test
+async def test_compiled_code_is_found_again_but_not_for_another_engine(tmp_path: Path) -> None:
+    bench = await Bench(tmp_path).up(wat.say("x"))
+    (compiled,) = (tmp_path / "compiled").iterdir()
+    assert WasmRuntime(tmp_path).version in compiled.name
+    before = bench.runtime.usage().cpu_sec
+    assert before > 0  # compiling is charged
+    await bench.runtime.stop()
+    (tmp_path / "second").mkdir()
+    again = Bench(tmp_path / "second")
+    again.runtime = WasmRuntime(tmp_path / "compiled")
+    await again.up(wat.say("x"))
+    assert again.runtime.usage().cpu_sec == 0  # nothing was started to compile
+    assert (await again.run()).stdout == b"x"
+    await again.runtime.stop()
+
+
+@trio_test
+async def test_slow_reader_slows_the_guest(tmp_path: Path) -> None:
+    bench = await Bench(tmp_path, Limits(mem_gib=32 * MIB, storage_gib=4 * MIB, run_time_s=0.5)).up(wat.FLOOD)
+    taken = 0
+
+    async def output(side: Side, chunk: bytes) -> None:
+        nonlocal taken
+        taken += len(chunk)
+        await trio.sleep(0.05)
+
+    status = await bench.runtime.run("main", [], output)
+    assert status == ExitStatus(137, "time limit of 0.5 s reached")
+    assert taken < 4 << 20  # a free-running flood makes hundreds of MB in that time
+    await bench.runtime.stop()
+
+
+# -- hostile ------------------------------------------------------------------------------------------------------
+
+
+@trio_test
+async def test_infinite_loop_meets_the_time_limit(tmp_path: Path) -> None:
+    ran = await once(tmp_path, wat.LOOP, Limits(mem_gib=32 * MIB, run_time_s=0.3))
+    assert ran.status == ExitStatus(137, "time limit of 0.3 s reached")
+
+
+@trio_test
+async def test_infinite_loop_meets_the_cpu_limit(tmp_path: Path) -> None:
+    bench = await Bench(tmp_path, Limits(mem_gib=32 * MIB, cpu_time_s=1, run_time_s=20)).up(wat.LOOP)
+    ran = await bench.run()
+    assert ran.status.reason == "CPU time limit of 1 s reached"
+    assert 1 <= bench.runtime.usage().cpu_sec < 3
+    await bench.runtime.stop()
+
+
+@trio_test
+async def test_sleep_is_interrupted(tmp_path: Path) -> None:
+    ran = await once(tmp_path, wat.SLEEP, Limits(mem_gib=32 * MIB, run_time_s=0.3))
+    assert ran.status.reason == "time limit of 0.3 s reached"
+
+
+@trio_test
+async def test_memory_bomb(tmp_path: Path) -> None:
+    bench = await Bench(tmp_path).up(wat.MEMORY_BOMB)
+    ran = await bench.run()
+    assert ran.status == ExitStatus(134, "trap: unreachable (memory was at 31 of at most 32 MiB)")
+    assert 32 * MIB < bench.runtime.usage().gib < 200 * MIB
+    await bench.runtime.stop()
+
+
+@trio_test
+async def test_module_that_starts_with_too_much_memory(tmp_path: Path) -> None:
+    ran = await once(tmp_path, wat.program("", pages=1024))
+    assert ran.status.code == 125
+    assert "memory" in str(ran.status.reason)
+
+
+@trio_test
+async def test_compile_bomb_meets_the_cpu_limit_and_is_charged(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, settings=WasmSettings(compile_cpu_s=1, compile_time_s=30))
+    with pytest.raises(RuntimeFault, match="compiling failed: CPU time limit of 1 s reached"):
+        await bench.up(wat.compile_bomb())
+    assert bench.runtime.usage().cpu_sec >= 1
+    assert not list((tmp_path / "compiled").iterdir())
+    await bench.runtime.stop()
+
+
+@trio_test
+async def test_compile_bomb_meets_the_time_limit(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, settings=WasmSettings(compile_time_s=0.5))
+    with pytest.raises(RuntimeFault, match=r"compiling failed: time limit of 0\.5 s reached"):
+        await bench.up(wat.compile_bomb())
+
+
+@trio_test
+async def test_output_flood(tmp_path: Path) -> None:
+    ran = await once(tmp_path, wat.FLOOD)
+    assert ran.status == ExitStatus(137, "output limit of 1048576 bytes reached")
+    assert len(ran.stdout) == 1 << 20
+
+
+@trio_test
+async def test_one_huge_file(tmp_path: Path) -> None:
+    ran = await once(tmp_path, wat.FILE_BOMB)
+    # 22 = EFBIG to the guest at the size limit, unless the watch over the volumes was first.
+    assert ran.status.code == 22 or "storage limit" in str(ran.status.reason)
+
+
+@trio_test
+async def test_many_files(tmp_path: Path) -> None:
+    bench = await Bench(tmp_path).up(wat.MANY_FILES)
+    ran = await bench.run()
+    assert ran.status == ExitStatus(137, "storage limit of 0.00390625 GiB and 100000 files reached")
+    with pytest.raises(RuntimeFault, match="storage limit"):  # and no further command until there is room
+        await bench.run()
+    await bench.runtime.stop()
+    assert not list(bench.work.iterdir())
+
+
+@trio_test
+async def test_deep_directories_are_stopped_and_can_be_removed(tmp_path: Path) -> None:
+    bench = await Bench(tmp_path).up(wat.nested_directories(3000))
+    await bench.run()
+    with pytest.raises(RuntimeFault, match="storage limit"):
+        await bench.run()
+    await bench.runtime.stop()
+    assert not list(bench.work.iterdir())
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["../secret", "../../work/secret", "/etc/passwd", "link", "dirlink/passwd", "../../../../../etc/passwd"],
+)
+@trio_test
+async def test_no_path_leads_out(tmp_path: Path, path: str) -> None:
+    bench = await Bench(tmp_path).up(wat.read_file(path))
+    (root,) = [volume.host_dir for volume in bench.deployment.volumes]
+    (root.parent / "secret").write_text("secret")
+    (root / "link").symlink_to("/etc/passwd")
+    (root / "dirlink").symlink_to("/etc")
+    ran = await bench.run()
+    assert ran.status.code != 0
+    assert ran.stdout == b""
+    await bench.runtime.stop()
+
+
+@trio_test
+async def test_guest_made_symlink_leads_nowhere(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    modules = {"plant.wasm": wat.plant_symlink("../../../../../../etc/passwd", "l"), "read.wasm": wat.read_file("l")}
+    await bench.up(wat.package(modules, **{"mount-points": [{"rw": "/x"}]}))
+    await bench.run("plant")
+    ran = await bench.run("read")
+    assert ran.status.code != 0
+    assert ran.stdout == b""
+    await bench.runtime.stop()
+
+
+@trio_test
+async def test_traps_are_named(tmp_path: Path) -> None:
+    ran = await once(tmp_path, wat.package({"trap.wasm": wat.TRAP, "deep.wasm": wat.DEEP}), entry="trap")
+    assert ran.status == ExitStatus(134, "trap: unreachable")
+    (tmp_path / "again").mkdir()
+    ran = await once(tmp_path / "again", wat.DEEP)
+    assert ran.status == ExitStatus(134, "trap: stack overflow")
+
+
+@pytest.mark.parametrize(
+    ("image", "text"),
+    [
+        (wat.importing("wasi_snapshot_preview1", "proc_fork"), None),
+        (wat.importing("env", "socket"), "imports what this runtime does not have: env.socket"),
+        (wat.importing("wasi_unstable", "fd_write"), r"wasi_unstable \(WASI snapshot 0\), which is gone"),
+        (b"\0asm\x0d\0\1\0", "components are not supported"),
+        (b"\0asm\1\0\0\0garbage", "not a valid WebAssembly module"),
+        (b"\0asm\1\0\0\0", "no _start"),
+        (b"#!/bin/sh\n", "not a complete zip"),
+        (wat.package({"a.wasm": b"\x7fELF"}), "not a WebAssembly core module"),
+    ],
+)  # fmt: skip
+@trio_test
+async def test_unusable_modules_are_refused_at_deploy_or_start(tmp_path: Path, image: bytes, text: str | None) -> None:
+    if text is None:  # right namespace, unknown function: found when linking
+        ran = await once(tmp_path, image)
+        assert ran.status.code == 125
+        assert "proc_fork" in str(ran.status.reason)
+        return
+    with pytest.raises(RuntimeFault, match=text):
+        await Bench(tmp_path).up(image)
+
+
+@trio_test
+async def test_bad_calls_have_clear_errors(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    with pytest.raises(RuntimeFault, match="not started"):
+        await bench.run()
+    await bench.up(wat.package({"a.wasm": wat.ARGS}))
+    with pytest.raises(RuntimeFault, match="'b' not found: this package has a"):
+        await bench.run("b")
+    with pytest.raises(RuntimeFault, match="NUL"):
+        await bench.run("a", ["x\0y"])
+    with pytest.raises(RuntimeFault, match="Unicode"):
+        await bench.run("a", ["\ud800"])
+    with pytest.raises(RuntimeFault, match="already"):
+        await bench.runtime.start([])
+    await bench.runtime.stop()
+
+
+# -- ending -------------------------------------------------------------------------------------------------------
+
+
+@trio_test
+async def test_stop_ends_a_running_command(tmp_path: Path) -> None:
+    bench = await Bench(tmp_path).up(wat.LOOP)
+    ran: list[Ran] = []
+
+    async def run() -> None:
+        ran.append(await bench.run())
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(run)
+        await eventually(lambda: bool(bench.runtime._children))
+        await bench.runtime.stop()
+    assert ran[0].status == ExitStatus(137, "the activity was stopped")
+    await bench.runtime.stop()  # may be repeated
+
+
+@trio_test
+async def test_cancelled_run_leaves_no_process(tmp_path: Path) -> None:
+    bench = await Bench(tmp_path).up(wat.LOOP)
+    pids: list[int] = []
+
+    async def watch() -> None:
+        await eventually(lambda: bool(bench.runtime._children))
+        pids.extend(child.pid for child in bench.runtime._children)
+        nursery.cancel_scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watch)
+        await bench.run()
+    assert pids
+    assert not is_alive(pids[0])
+    await bench.runtime.stop()
+
+
+PLAIN_USER = """
+    import sys, trio
+    from pathlib import Path
+    from golem.exeunit.runtimes.base import DeployOptions
+    from golem.exeunit.runtimes.wasm import WasmRuntime
+    async def main():
+        root = Path(sys.argv[1])
+        runtime = WasmRuntime(root / "compiled")
+        print(await runtime.self_test())
+        (root / "work").mkdir()
+        await runtime.deploy(root / "image", DeployOptions(root / "work"))
+        await runtime.start([])
+        async def output(side, chunk):
+            print(side, chunk.decode())
+        print((await runtime.run("x", [], output)).ok, runtime.isolation["landlock"] > 0, runtime.isolation["own_user"])
+        await runtime.stop()
+    trio.run(main)
+"""
+
+
+@pytest.mark.root
+def test_works_for_a_plain_user(tmp_path: Path) -> None:
+    """In a user namespace that maps nobody: no capability counts and the user is not root, but files can be read."""
+    (tmp_path / "image").write_bytes(wat.say("hello"))
+    top = Path(__file__).parents[2]
+    code = f"""
+    import ctypes, os, sys
+    assert ctypes.CDLL(None).unshare(0x10000000) == 0
+    assert os.geteuid() != 0
+    sys.path.insert(0, {str(top)!r})
+    """
+    code = textwrap.dedent(code) + textwrap.dedent(PLAIN_USER)
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("None\nstdout hello\nTrue True False\n", "")
+
+
+def test_child_dies_with_its_supervisor(tmp_path: Path) -> None:
+    """Kill a supervisor outright: its guest must not outlive it."""
+    (tmp_path / "image").write_bytes(wat.UP_AND_LOOP)
+    top = Path(__file__).parents[2]
+    code = f"import sys; sys.path.insert(0, {str(top)!r})\n" + textwrap.dedent(PLAIN_USER)
+    supervisor = subprocess.Popen([sys.executable, "-u", "-c", code, str(tmp_path)], stdout=subprocess.PIPE)
+    try:
+        assert supervisor.stdout is not None
+        assert supervisor.stdout.readline() == b"None\n"
+        assert supervisor.stdout.readline() == b"stdout up!\n"
+        (child,) = Path(f"/proc/{supervisor.pid}/task/{supervisor.pid}/children").read_text().split()
+    finally:
+        supervisor.kill()
+        supervisor.communicate()
+    trio.run(eventually, lambda: not is_alive(int(child)))
