@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sqlite3
 from typing import Any
 
@@ -24,6 +25,8 @@ log = logging.getLogger(__name__)
 BODY_LIMIT = 1 << 20  # bytes; a block's worth of raw transactions in a batch fits
 BATCH_LIMIT = 100
 CONNECTION_LIMIT = 256
+DEPTH_LIMIT = 16
+BRACKETS = re.compile(rb"[\[{\]}]")
 IDLE_S = 120.0  # a silent connection is closed
 PARSE_ERROR = {"jsonrpc": "2.0", "id": None, "error": {"code": -32700, "message": "parse error"}}
 
@@ -118,8 +121,10 @@ class Server:
         """The answer to a request body: one call or a batch."""
         self.last_request = trio.current_time()
         try:
+            if _depth(body) > DEPTH_LIMIT:
+                raise ValueError("nested too deep")
             asked = json.loads(body)
-        except (ValueError, RecursionError):
+        except ValueError:
             return json.dumps(PARSE_ERROR).encode()
         if not isinstance(asked, list):
             return json.dumps(self._one(asked)).encode()
@@ -142,6 +147,15 @@ class Server:
             log.exception("%s failed", asked["method"])
             self.chain.store.forget()
             return _failure(ident, -32603, f"{type(error).__name__}: {str(error)[:200]}")
+
+
+def _depth(body: bytes) -> int:
+    """How deep brackets nest. py-evm raises Python's recursion limit so far that the JSON parser would crash first."""
+    depth = deepest = 0
+    for bracket in BRACKETS.findall(body):
+        depth += 1 if bracket in b"[{" else -1
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def _failure(ident: Any, code: int, message: str, data: str | None = None) -> dict[str, Any]:

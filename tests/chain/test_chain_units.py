@@ -1,0 +1,141 @@
+"""Parts of the chain layer that need no chain: signer, call data, networks, shipped contracts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import rlp
+from chain_support import key_of
+from eth_account import Account
+from eth_hash.auto import keccak
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from web3 import Web3
+
+from golem.chain import contracts, networks, token
+from golem.chain.contracts import build
+from golem.chain.devchain import genesis
+from golem.chain.networks import Platform, parse_platform
+from golem.chain.signer import Key, Transaction, address_bytes, checksum, sign
+
+U64 = st.integers(0, 2**64 - 1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    secret=st.integers(1, 2**250), chain_id=st.integers(1, 2**31), nonce=U64, gas=U64, value=st.integers(0, 2**128),
+    max_fee=st.integers(0, 2**80), part=st.floats(0, 1), data=st.binary(max_size=200),
+    to=st.none() | st.binary(min_size=20, max_size=20),
+)  # fmt: skip
+def test_signing_gives_the_bytes_of_eth_account(
+    secret: int, chain_id: int, nonce: int, gas: int, value: int, max_fee: int, part: float, data: bytes,
+    to: bytes | None,
+) -> None:
+    key, priority_fee = secret.to_bytes(32, "big"), int(max_fee * part) // 2
+    recipient = "0x" + to.hex() if to else None
+    ours = sign(Key(key), Transaction(chain_id, nonce, gas, max_fee, priority_fee, recipient, data, value))
+    fields = {
+        "type": 2, "chainId": chain_id, "nonce": nonce, "gas": gas, "maxFeePerGas": max_fee,
+        "maxPriorityFeePerGas": priority_fee, "to": checksum(recipient) if recipient else "", "value": value,
+        "data": data,
+    }  # fmt: skip
+    theirs = Account.from_key(key).sign_transaction(fields)
+    assert ours.raw == bytes(theirs.raw_transaction)
+    assert ours.hash == "0x" + bytes(theirs.hash).hex()
+
+
+def test_keys_and_addresses() -> None:
+    key = key_of("someone")
+    account = Account.from_key(keccak(b"test account someone"))
+    assert checksum(key.address) == account.address
+    assert bytes(account.key).hex() not in repr(key)
+    for bad in ("", "0x12", "12" * 20, "0x" + "zz" * 20):
+        with pytest.raises(ValueError):
+            address_bytes(bad)
+    with pytest.raises(ValueError, match="priority"):
+        sign(key, Transaction(1, 0, 21_000, 1, 2, None))
+    with pytest.raises(ValueError, match="negative"):
+        sign(key, Transaction(1, -1, 21_000, 1, 1, None))
+
+
+def test_call_data_is_what_the_abi_says() -> None:
+    glm = Web3().eth.contract(abi=contracts.load("TestToken").abi)
+    multi = Web3().eth.contract(abi=contracts.load("MultiTransfer").abi)
+    a, b = checksum(key_of("a").address), checksum(key_of("b").address)
+    assert "0x" + token.transfer_call(a, 7).hex() == glm.encode_abi("transfer", [a, 7])
+    assert "0x" + token.approve_call(b).hex() == glm.encode_abi("approve", [b, 2**256 - 1])
+    assert "0x" + token.CREATE.hex() == glm.encode_abi("create", [])
+    words = [bytes.fromhex(a[2:]) + (5).to_bytes(12, "big"), bytes.fromhex(b[2:]) + (2**96 - 1).to_bytes(12, "big")]
+    packed = token.packed_call(((a, 5), (b, 2**96 - 1)))
+    assert "0x" + packed.hex() == multi.encode_abi("golemTransferDirectPacked", [words])
+    assert "0x" + keccak(b"Transfer(address,address,uint256)").hex() == contracts.TRANSFER_TOPIC
+    assert keccak(b"getL1Fee(bytes)")[:4] == token.GET_L1_FEE
+
+
+def test_the_well_known_keys_and_addresses_belong_together() -> None:
+    faucet, deployer = Key(genesis.FAUCET_SECRET), Key(genesis.DEPLOYER_SECRET)
+    assert keccak(b"golem dev chain faucet") == genesis.FAUCET_SECRET
+    assert (checksum(faucet.address), checksum(deployer.address)) == (genesis.FAUCET_ADDRESS, genesis.DEPLOYER_ADDRESS)
+    made = [keccak(rlp.encode([address_bytes(deployer.address), nonce]))[12:] for nonce in (b"", 1)]
+    assert [checksum("0x" + address.hex()) for address in made] == [
+        genesis.TOKEN_ADDRESS, genesis.MULTI_TRANSFER_ADDRESS,
+    ]  # fmt: skip
+
+
+def test_the_shipped_bytecode_is_compiled_from_the_shipped_source() -> None:
+    vyper = build.find_vyper()
+    if vyper is None:
+        pytest.skip(f"vyper {build.VERSION} is not installed (it needs an environment of its own)")
+    for name in build.NAMES:
+        shipped = json.loads((build.HERE / f"{name}.json").read_text())
+        assert build.compile_contract(vyper, name) == shipped
+
+
+def test_platform_strings() -> None:
+    assert parse_platform("erc20-holesky-tglm") == Platform("erc20", "holesky", "tglm")
+    assert str(Platform("erc20", "polygon", "glm")) == "erc20-polygon-glm"
+    for bad in ("", "erc20-holesky", "erc20-holesky-tglm-x", "ERC20-holesky-tglm", "erc20--tglm", "a b-c-d"):
+        with pytest.raises(ValueError, match="platform"):
+            parse_platform(bad)
+
+
+def test_the_public_table() -> None:
+    table = networks.load("public", environ={"HOODI_GETH_ADDR": "http://a, http://b"})
+    assert set(table.platforms) == {
+        "erc20-mainnet-glm", "erc20-polygon-glm", "erc20-holesky-tglm", "erc20-hoodi-tglm", "erc20-amoy-tglm",
+        "erc20-sepolia-tglm",
+    }  # fmt: skip
+    assert table.by_name("hoodi").rpc_urls == ("http://a", "http://b")
+    assert not table.by_platform("erc20-polygon-glm").is_test
+    assert len({row.chain for row in table}) == 6
+    for row in table:
+        address_bytes(row.token)
+        assert row.multi_transfer is None or address_bytes(row.multi_transfer)
+        assert row.simulated_by is None
+    with pytest.raises(KeyError, match="served: erc20-mainnet-glm"):
+        table.by_platform("erc20-mumbai-tglm")
+    with pytest.raises(KeyError, match="known: mainnet"):
+        table.by_name("mumbai")
+
+
+def test_the_local_table_serves_the_agents_favourites_and_says_so() -> None:
+    table = networks.load("local", dev_url="http://127.0.0.1:1")
+    assert table.platforms == ("erc20-local-tglm", "erc20-holesky-tglm", "erc20-hoodi-tglm")
+    assert {row.simulated_by for row in table} == {"local dev chain"}
+    assert {row.chain for row in table} == {"1337"}
+    with pytest.raises(ValueError, match="URL"):
+        networks.load("local")
+
+
+def test_rows_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "networks.json"
+    row = {"name": "mine", "chain_id": 5, "rpc_urls": ["http://x"], "token": "0x" + "11" * 20, "fee_model": "zk"}
+    path.write_text(json.dumps([row]))
+    table = networks.load("local", dev_url="http://127.0.0.1:1", extra=path)
+    assert table.by_platform("erc20-mine-tglm").fee_model == "zk"
+    for wrong in ({**row, "colour": 1}, {"name": "mine"}, {**row, "fee_model": "free"}, {**row, "name": "a-b"}, 3):
+        path.write_text(json.dumps([wrong]))
+        with pytest.raises(ValueError):
+            networks.read_rows(path)

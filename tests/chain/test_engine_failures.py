@@ -1,0 +1,350 @@
+"""What can go wrong while paying, provoked and survived: on the dev chain, and on anvil wherever it is installed.
+
+Every test ends by asking the chain itself: each payee has what it was to get, exactly once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from chain_support import GLM, GWEI, Lab, address_of, anvil, devchain, find_anvil, key_of, payer
+from support import trio_test
+
+from golem.chain import token
+from golem.chain.engine import Confirmed, Failed, Mined, NonceLost, Sent, Stuck, TransferBatch
+
+MAX = 2**256 - 1
+
+
+@pytest.fixture(scope="module", params=["devchain", "anvil"])
+def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    if request.param == "devchain":
+        with devchain(tmp_path_factory.mktemp("chain")) as url:
+            yield Lab(url, "devchain")
+    else:
+        path = find_anvil()
+        if path is None:
+            pytest.skip("anvil is not installed (npm install @foundry-rs/anvil)")
+        with anvil(path) as url:
+            yield Lab(url, "anvil")
+
+
+@pytest.fixture(autouse=True)
+def _calm(lab: Lab) -> None:
+    """No test inherits the fees or the mempool of another."""
+    lab.call("anvil_dropAllTransactions")
+    lab.base_fee(GWEI)
+
+
+@pytest.fixture
+def db(tmp_path: Path) -> Path:
+    return tmp_path / "chain.db"
+
+
+class Faulty(httpx.AsyncHTTPTransport):
+    """The wire as it can be: `plan` maps a method (or "*") to "refuse" or "lose-reply"."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plan: dict[str, str] = {}
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        method = json.loads(request.content)["method"]
+        fault = self.plan.get(method) or self.plan.get("*")
+        if fault == "refuse":
+            raise httpx.ConnectError("refused")
+        response = await super().handle_async_request(request)
+        if fault == "lose-reply":
+            await response.aread()
+            raise httpx.ReadTimeout("the node took it, its reply was lost")
+        return response
+
+
+@trio_test
+async def test_one_payee_is_paid_by_a_plain_transfer_and_final_only_at_depth(lab: Lab, db: Path) -> None:
+    key, payee = lab.rich("plain"), address_of("plain payee")
+    async with payer(lab, key, db) as wallet:
+        nonce = await wallet.engine.next_nonce()
+        await wallet.pay("b1", (payee, 3 * GLM))
+        await wallet.engine.step()
+        assert [type(event) for event in wallet.events] == [Sent]
+        lab.mine()
+        await wallet.engine.step()
+        assert lab.tokens(payee) == 3 * GLM
+        assert wallet.told(Mined)
+        lab.mine()
+        await wallet.engine.step()
+        assert not wallet.told(Confirmed), "one block deep is not final"
+        lab.mine()
+        await wallet.engine.step()
+        (done,) = wallet.told(Confirmed)
+        assert (done.batch_id, done.gas_used) == ("b1", 51_132)
+        receipt = lab.call("eth_getTransactionReceipt", done.tx_hash)
+        assert done.fee_wei == int(receipt["gasUsed"], 16) * int(receipt["effectiveGasPrice"], 16)
+        assert await wallet.engine.next_nonce() == nonce + 1
+        assert wallet.problems == []
+
+
+@trio_test
+async def test_many_payees_take_one_approval_and_one_packed_call(lab: Lab, db: Path) -> None:
+    key = lab.rich("packed")
+    payees = [(address_of(f"packed {i}"), GLM + i) for i in range(10)]
+    async with payer(lab, key, db) as wallet:
+        before = lab.nonce(key.address)
+        await wallet.pay("b1", *payees)
+        done = await wallet.until(Confirmed)
+        assert lab.nonce(key.address) == before + 2
+        assert done.gas_used == 291_705  # 29,171 a payment to a new holder
+        wallet.events.clear()
+        await wallet.pay("b2", *payees)
+        await wallet.until(Confirmed)
+        assert lab.nonce(key.address) == before + 3, "the approval is for good"
+    assert [lab.tokens(payee) for payee, _ in payees] == [2 * amount for _, amount in payees]
+
+
+@trio_test
+async def test_a_repeated_batch_changes_nothing(lab: Lab, db: Path) -> None:
+    key, payee = lab.rich("repeat"), address_of("repeat payee")
+    async with payer(lab, key, db) as wallet:
+        batch = TransferBatch("b1", 1, ((payee, GLM),))
+        for _ in range(3):
+            await wallet.engine.submit(batch)
+            await wallet.engine.step()
+        first = await wallet.until(Confirmed)
+        await wallet.engine.submit(batch)
+        await wallet.engine.step()
+        assert wallet.told(Confirmed) == [first, first], "its end is told again, for a listener that died"
+        with pytest.raises(ValueError, match="other payees"):
+            await wallet.engine.submit(TransferBatch("b1", 1, ((payee, 2 * GLM),)))
+    async with payer(lab, key, db) as wallet:
+        await wallet.engine.submit(batch)
+        assert await wallet.until(Confirmed) == first
+        lab.mine(3)
+    assert lab.tokens(payee) == GLM
+
+
+@trio_test
+async def test_a_dropped_transaction_is_sent_again_with_the_same_bytes(lab: Lab, db: Path) -> None:
+    key, payee = lab.rich("dropped"), address_of("dropped payee")
+    async with payer(lab, key, db) as wallet:
+        await wallet.pay("b1", (payee, GLM))
+        await wallet.engine.step()
+        tx_hash = wallet.told(Sent)[0].tx_hash
+        lab.call("anvil_dropTransaction", tx_hash)
+        assert lab.call("eth_getTransactionByHash", tx_hash) is None
+        done = await wallet.until(Confirmed)
+        assert done.tx_hash == tx_hash
+    assert lab.tokens(payee) == GLM
+
+
+@trio_test
+async def test_a_fee_spike_after_sending_is_outbid_at_the_same_nonce(lab: Lab, db: Path) -> None:
+    key, payee = lab.rich("spike"), address_of("spike payee")
+    async with payer(lab, key, db) as wallet:
+        await wallet.pay("b1", (payee, GLM))
+        nonce = await wallet.engine.next_nonce()
+        await wallet.engine.step()
+        lab.base_fee(30 * GWEI)
+        wallet.clock.now += 1
+        await wallet.engine.step()
+        assert len(wallet.told(Sent)) == 2
+        done = await wallet.until(Confirmed)
+        assert done.tx_hash == wallet.told(Sent)[1].tx_hash
+        assert lab.nonce(key.address) == nonce + 1
+    assert lab.tokens(payee) == GLM
+
+
+@trio_test
+async def test_fees_over_the_cap_make_it_wait_and_say_so(lab: Lab, db: Path) -> None:
+    key, payee = lab.rich("cap"), address_of("cap payee")
+    async with payer(lab, key, db, fee_cap=5 * GWEI) as wallet:
+        lab.base_fee(90 * GWEI)
+        await wallet.pay("b1", (payee, GLM))
+        await wallet.engine.step()
+        await wallet.engine.step()
+        assert wallet.problems == ["TxStuck"]
+        assert len(wallet.told(Stuck)) == 1, "said once"
+        assert not wallet.told(Sent)
+        lab.base_fee(3 * GWEI)
+        await wallet.engine.step()
+        assert wallet.told(Sent)
+        lab.base_fee(90 * GWEI)
+        wallet.clock.now += 1
+        await wallet.engine.step()
+        assert wallet.problems == ["TxStuck"], "in flight, at the cap"
+        lab.base_fee(GWEI)
+        await wallet.until(Confirmed)
+    assert lab.tokens(payee) == GLM
+
+
+@trio_test
+async def test_a_reorganisation_takes_it_out_and_it_is_sent_again(lab: Lab, db: Path) -> None:
+    key, payee = lab.rich("reorg"), address_of("reorg payee")
+    async with payer(lab, key, db, depth=4) as wallet:
+        await wallet.pay("b1", (payee, GLM))
+        await wallet.engine.step()
+        lab.mine(2)
+        await wallet.engine.step()
+        assert wallet.told(Mined)
+        lab.call("anvil_reorg", 2, [])
+        assert lab.tokens(payee) == 0
+        await wallet.engine.step()
+        assert not wallet.told(Confirmed)
+        await wallet.until(Confirmed)
+        assert len(wallet.told(Mined)) == 2
+    assert lab.tokens(payee) == GLM
+
+
+@trio_test
+async def test_the_node_is_down_and_then_loses_its_reply(lab: Lab, db: Path) -> None:
+    key, payee, wire = lab.rich("down"), address_of("down payee"), Faulty()
+    async with payer(lab, key, db, transport=wire) as wallet:
+        await wallet.pay("b1", (payee, GLM))
+        wire.plan = {"*": "refuse"}
+        await wallet.engine.step()
+        assert wallet.problems == ["RpcError"]
+        wire.plan = {"eth_sendRawTransaction": "lose-reply"}
+        await wallet.engine.step()
+        assert wallet.problems == ["RpcError"]
+        wire.plan = {}
+        await wallet.until(Confirmed)
+        assert wallet.problems == []
+    assert lab.tokens(payee) == GLM
+
+
+@trio_test
+async def test_no_token_and_no_gas_are_named_and_payments_resume(lab: Lab, db: Path) -> None:
+    key, payee, friend = key_of("poor"), address_of("poor payee"), lab.rich("poor friend")
+    async with payer(lab, key, db) as wallet:
+        await wallet.pay("b1", (payee, 2 * GLM))
+        await wallet.engine.step()
+        (problem,) = wallet.engine.problems()
+        assert (problem.kind, problem.needed_wei, problem.address) == ("InsufficientToken", 2 * GLM, key.address)
+        lab.do(friend, lab.network.token, token.transfer_call(key.address, 5 * GLM))
+        await wallet.engine.step()
+        (problem,) = wallet.engine.problems()
+        assert problem.kind == "InsufficientGas"
+        assert problem.needed_wei > 0
+        assert len(wallet.told(Stuck)) == 2
+        lab.do(friend, key.address, value=GLM, gas=21_000)
+        await wallet.until(Confirmed)
+    assert lab.tokens(payee) == 2 * GLM
+
+
+@trio_test
+async def test_a_foreign_transaction_took_the_nonce(lab: Lab, db: Path) -> None:
+    class Dies(Exception):
+        pass
+
+    def die(point: str) -> None:
+        if point == "stored":
+            raise Dies
+
+    key, payee = lab.rich("nonce"), address_of("nonce payee")
+    async with payer(lab, key, db, checkpoint=die) as wallet:
+        await wallet.pay("b1", (payee, GLM))
+        with pytest.raises(Dies):
+            await wallet.engine.step()
+    lab.do(key, address_of("elsewhere"), value=1, gas=21_000)
+    async with payer(lab, key, db) as wallet:
+        await wallet.engine.step()
+        assert not wallet.told(NonceLost), "the other one may yet be reorganised away"
+        lost = await wallet.until(NonceLost)
+        assert lost.batch_id == "b1"
+        assert lab.tokens(payee) == 0
+        await wallet.pay("b2", (payee, GLM))
+        await wallet.until(Confirmed)
+    assert lab.tokens(payee) == GLM
+
+
+@trio_test
+async def test_a_foreign_transaction_waits_behind_a_nonce_gap(lab: Lab, db: Path) -> None:
+    key, payee, other = lab.rich("gap"), address_of("gap payee"), address_of("gap other")
+    nonce = lab.nonce(key.address)
+    later = lab.send(key, other, nonce=nonce + 1, value=1, gas=21_000)
+    lab.mine()
+    assert lab.call("eth_getTransactionReceipt", later) is None, "queued until the gap is filled"
+    async with payer(lab, key, db) as wallet:
+        await wallet.pay("b1", (payee, GLM))
+        await wallet.until(Confirmed)
+    assert lab.call("eth_getTransactionReceipt", later) is not None
+    assert lab.tokens(payee) == GLM
+
+
+@trio_test
+async def test_a_reverted_transaction_fails_with_its_cause(lab: Lab, db: Path) -> None:
+    key, payee, thief = lab.rich("revert"), address_of("revert payee"), lab.rich("revert thief")
+    lab.do(key, lab.network.token, token.approve_call(thief.address))
+    async with payer(lab, key, db) as wallet:
+        await wallet.pay("b1", (payee, 900 * GLM))
+        await wallet.engine.step()
+        lab.call("anvil_dropTransaction", wallet.told(Sent)[0].tx_hash)
+        words = [key.address, thief.address]
+        drain = bytes.fromhex("23b872dd") + b"".join(bytes(12) + bytes.fromhex(w[2:]) for w in words)
+        lab.do(thief, lab.network.token, drain + (500 * GLM).to_bytes(32, "big"))
+        failed = await wallet.until(Failed)
+        assert "transfer amount exceeds balance" in failed.reason
+    assert lab.tokens(payee) == 0
+
+
+@trio_test
+async def test_a_node_behind_our_own_history_is_not_sent_through(lab: Lab, db: Path) -> None:
+    key, payee = lab.rich("stale"), address_of("stale payee")
+    snapshot = lab.call("evm_snapshot")
+    async with payer(lab, key, db) as wallet:
+        await wallet.pay("b1", (payee, GLM))
+        await wallet.until(Confirmed)
+        lab.call("evm_revert", snapshot)
+        await wallet.engine.submit(TransferBatch("b2", 2, ((payee, GLM),)))
+        await wallet.engine.step()
+        assert wallet.problems == ["RpcError"]
+        assert "behind" in wallet.engine.problems()[0].message
+        assert len(wallet.told(Sent)) == 1
+
+
+@trio_test
+async def test_another_chain_id_is_a_problem_and_nothing_is_sent(lab: Lab, db: Path) -> None:
+    async with payer(lab, lab.rich("chain id"), db, chain_id=17000) as wallet:
+        await wallet.engine.submit(TransferBatch("b1", 0, ((address_of("x"), GLM),)))
+        await wallet.engine.step()
+        assert wallet.problems == ["InvalidChainId"]
+        assert wallet.told(Sent) == []
+
+
+@trio_test
+async def test_dying_at_every_point_pays_once(lab: Lab, db: Path) -> None:
+    class Dies(Exception):
+        pass
+
+    key, payee = lab.rich("dying"), address_of("dying payee")
+    points = ["signed", "stored", "sent", "mined"]
+    for number, deadly in enumerate(points):
+        lives = iter([True])
+
+        def die(point: str, deadly: str = deadly, lives: Iterator[bool] = lives) -> None:
+            if point == deadly and next(lives, False):
+                raise Dies
+
+        async with payer(lab, key, db, checkpoint=die) as wallet:
+            await wallet.engine.submit(TransferBatch(f"b{number}", 0, ((payee, GLM),)))
+            with pytest.raises(Dies):
+                await wallet.until(Confirmed)
+        async with payer(lab, key, db) as wallet:
+            await wallet.until(Confirmed)
+    assert lab.tokens(payee) == len(points) * GLM
+    assert lab.nonce(key.address) == 1 + len(points)
+
+
+@trio_test
+async def test_what_cannot_be_a_payment_is_refused(lab: Lab, db: Path) -> None:
+    good = address_of("good")
+    bad: list[Any] = [(), ((good, 0),), ((good, -1),), ((good, 2**96),), (("0x12", 1),), ((good, 1),) * 51]
+    async with payer(lab, key_of("refused"), db) as wallet:
+        for payees in bad:
+            with pytest.raises(ValueError):
+                await wallet.engine.submit(TransferBatch("b1", 0, payees))

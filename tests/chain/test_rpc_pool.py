@@ -1,0 +1,116 @@
+"""The RPC pool: failover, chain-id check, head lag, bounds; over an httpx transport that answers from a script."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import httpx
+import pytest
+from support import mock_trio_test
+
+from golem.chain import rpc as rpc_module
+from golem.chain.networks import local_rows
+from golem.chain.rpc import Pool, RpcError
+
+Answer = Callable[[str], Any]
+
+
+class Node:
+    """A JSON-RPC node with a chain id and a head; `fault` raises or returns a whole response."""
+
+    def __init__(self, chain_id: int = 1337, head: int = 100) -> None:
+        self.chain_id, self.head, self.asked = chain_id, head, 0
+        self.fault: Callable[[], httpx.Response] | None = None
+        self.error: dict[str, Any] | None = None
+
+    def answer(self, request: httpx.Request) -> httpx.Response:
+        self.asked += 1
+        if self.fault is not None:
+            return self.fault()
+        method = json.loads(request.content)["method"]
+        if self.error is not None and method != "eth_chainId":
+            return httpx.Response(200, json={"jsonrpc": "2.0", "id": 1, "error": self.error})
+        value = {"eth_chainId": hex(self.chain_id), "eth_blockNumber": hex(self.head)}.get(method, self.head)
+        return httpx.Response(200, json={"jsonrpc": "2.0", "id": 1, "result": value})
+
+
+def pool_of(*nodes: Node) -> Pool:
+    by_host = {f"node{i}": node for i, node in enumerate(nodes)}
+    row = replace(local_rows("http://unused")[0], rpc_urls=tuple(f"http://{host}/secret-key" for host in by_host))
+    transport = httpx.MockTransport(lambda request: by_host[request.url.host].answer(request))
+    return Pool(row, transport=transport)
+
+
+def refuse() -> httpx.Response:
+    raise httpx.ConnectError("refused")
+
+
+@mock_trio_test
+async def test_the_first_endpoint_serves_and_the_next_steps_in() -> None:
+    first, second = Node(head=100), Node(head=101)
+    pool = pool_of(first, second)
+    assert await pool.call("x") == 100
+    first.fault = refuse
+    assert await pool.call("x") == 101
+    asked = first.asked
+    assert await pool.call("x") == 101
+    assert first.asked == asked, "it rests for a while"
+
+
+@mock_trio_test
+async def test_all_down_is_one_clear_error_without_secrets() -> None:
+    nodes = Node(), Node()
+    for node in nodes:
+        node.fault = refuse
+    with pytest.raises(RpcError, match=r"local: node0.*node1") as caught:
+        await pool_of(*nodes).call("x")
+    assert caught.value.kind == "down"
+    assert "secret" not in str(caught.value)
+
+
+@mock_trio_test
+async def test_an_endpoint_on_another_chain_is_never_used() -> None:
+    wrong, right = Node(chain_id=1, head=7), Node(head=100)
+    assert await pool_of(wrong, right).call("x") == 100
+    with pytest.raises(RpcError, match="serves chain id 1, expected 1337") as caught:
+        await pool_of(wrong).call("x")
+    assert caught.value.kind == "chain_id"
+
+
+@mock_trio_test
+async def test_an_endpoint_that_lags_comes_last() -> None:
+    behind, ahead = Node(head=80), Node(head=100)
+    pool = pool_of(behind, ahead)
+    assert await pool.call("x") == 100
+    ahead.fault = refuse
+    assert await pool.call("x") == 80, "better than nothing"
+
+
+@mock_trio_test
+async def test_an_answered_error_is_final_but_a_rate_limit_is_not() -> None:
+    first, second = Node(), Node(head=200)
+    first.error = {"code": -32000, "message": "nonce too low", "data": "0x"}
+    pool = pool_of(first, second)
+    pool._surveyed = float("inf")
+    with pytest.raises(RpcError, match="nonce too low") as caught:
+        await pool.call("x")
+    assert (caught.value.kind, caught.value.code) == ("answer", -32000)
+    first.error = {"code": -32005, "message": "limit"}
+    assert await pool.call("x") == 200
+
+
+@mock_trio_test
+async def test_nonsense_is_a_dead_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rpc_module, "ANSWER_LIMIT", 1000)
+    for response in (
+        httpx.Response(502, text="bad gateway"), httpx.Response(200, text="<html>"), httpx.Response(200, text="[]"),
+        httpx.Response(200, text="{}"), httpx.Response(200, json={"result": "x" * 2000}),
+    ):  # fmt: skip
+        node = Node()
+        node.fault = lambda response=response: response
+        with pytest.raises(RpcError) as caught:
+            await pool_of(node).call("x")
+        assert caught.value.kind == "down"
