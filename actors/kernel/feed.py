@@ -20,6 +20,7 @@ class Feeds:
         self._owners: dict[str, str] = {}
         self._waiting: dict[str, set[trio.Event]] = {}
         self._taking: dict[str, trio.Lock] = {}
+        self.closed = False
 
     # -- reading
     def read(self, feed: str, after_seq: int = 0, limit: int = 100) -> list[Event]:
@@ -43,6 +44,13 @@ class Feeds:
                 waiting.discard(event)
                 if not waiting:
                     del self._waiting[feed]
+
+    def close(self) -> None:
+        """The process is stopping: long-polls end now instead of at their deadlines."""
+        self.closed = True
+        for waiting in self._waiting.values():
+            for event in waiting:
+                event.set()
 
     async def wait(self, feed: str, after_seq: int, timeout_s: float) -> bool:
         """Return whether `feed` has events behind `after_seq`, waiting at most `timeout_s` for one."""

@@ -208,7 +208,7 @@ async def until(node: Node, feeds: Sequence[str], probe: Callable[[], T | None],
         while True:
             news = node.system.feeds.watch(*feeds)
             try:
-                if (found := probe()) is not None:
+                if (found := probe()) is not None or node.system.feeds.closed:
                     return found
                 await news.wait()
             finally:

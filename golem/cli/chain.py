@@ -1,0 +1,41 @@
+"""`golem chain`: the embedded dev chain of this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from golem.cli.client import config_of
+
+
+@click.group()
+def chain() -> None:
+    """The embedded dev chain (simulates an Ethereum network; no real money)."""
+
+
+@chain.command("run")
+@click.option("--chain-dir", type=click.Path(path_type=Path), help="Where the chain keeps its blocks.")
+@click.option("--port", type=int, help="Port of its JSON-RPC on 127.0.0.1. [the last one, or a free one]")
+def run(chain_dir: Path | None, port: int | None) -> None:
+    """Run the dev chain in the foreground (nodes start it by themselves when they need it)."""
+    from golem.chain.devchain.__main__ import main as serve
+
+    config = config_of(chain_dir=chain_dir)
+    raise SystemExit(serve(["--data-dir", str(config.chain_dir), *(["--port", str(port)] if port else [])]))
+
+
+@chain.command("stop")
+@click.option("--chain-dir", type=click.Path(path_type=Path))
+def stop(chain_dir: Path | None) -> None:
+    """Stop the dev chain of this machine; its blocks stay."""
+    import trio
+
+    from golem.chain.devchain import stop_devchain
+
+    stopped = trio.run(stop_devchain, config_of(chain_dir=chain_dir).chain_dir)
+    click.echo("The dev chain is stopped." if stopped else "No dev chain was running.")
+
+
+def register(main: click.Group) -> None:
+    main.add_command(chain)

@@ -1,0 +1,45 @@
+"""How a command reaches the running node: a call over the bus, JSON in, JSON out."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from typing import Any
+
+import click
+import trio
+
+from golem.cli.output import fail
+from golem.config import Config, ConfigError, config_from, load_environment
+
+
+def config_of(context: click.Context | None = None, **flags: Any) -> Config:
+    """Return the configuration of the command at hand. Ends the command where it cannot be used."""
+    root = (context or click.get_current_context()).find_root()
+    try:
+        return config_from(load_environment(), data_dir=root.params.get("datadir"), **flags)
+    except ConfigError as error:
+        raise fail(str(error)) from None
+
+
+def ask_node(command: str, timeout_s: float = 60.0, **args: Any) -> Any:
+    """Return the running node's answer to `command`. Ends the command with a plain message when there is none."""
+    config = config_of()
+    return trio.run(partial(_ask, config, command, args, timeout_s))
+
+
+async def _ask(config: Config, command: str, args: dict[str, Any], timeout_s: float) -> Any:
+    from golem.bus import BusError, open_client
+    from golem.net.types import RemoteError, Unreachable
+
+    try:
+        async with open_client(config.bus_path, f"cli:{command}", "cli") as client:
+            return json.loads(await client.call("", f"cli:{command}", json.dumps(args).encode(), timeout_s))
+    except (BusError, OSError):
+        raise fail(
+            f"no node is running on {config.data_dir} (start one with `golem run`, or name another with --data-dir)"
+        ) from None
+    except RemoteError as error:
+        raise fail(str(error)) from None
+    except Unreachable as error:
+        raise fail(f"the node did not answer: {error}") from None

@@ -1,0 +1,86 @@
+"""How commands print: tables, objects and texts for people, or JSON with `--json` (tables keyed by column title)."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import click
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+console = Console(soft_wrap=True, highlight=False)
+
+
+def wants_json() -> bool:
+    """Return whether the user asked for machine output."""
+    context = click.get_current_context(silent=True)
+    return bool(context and context.find_root().params.get("as_json"))
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], note: str = "") -> None:
+    """Print rows under titled columns. `note` is a line for people below the table."""
+    if wants_json():
+        text(json.dumps([dict(zip(columns, row, strict=True)) for row in rows], indent=2))
+        return
+    view = Table(*columns, box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    for row in rows:
+        view.add_row(*("" if cell is None else str(cell) for cell in row))
+    if sys.stdout.isatty():
+        console.print(view)
+    else:  # a pipe has no width: never cut or wrap what a script reads
+        Console(width=400, highlight=False, color_system=None).print(view)
+    if note:
+        console.print(f"[dim]{note}[/dim]")
+
+
+def value(found: Any) -> None:
+    """Print an object like YAML, or as JSON."""
+    if wants_json():
+        text(json.dumps(found, indent=2))
+    elif isinstance(found, Mapping | list):
+        text("\n".join(_lines(found, 0)) or "{}")
+    elif found is not None:
+        text(str(found))
+
+
+def _lines(found: Any, depth: int) -> list[str]:
+    indent = "  " * depth
+    lines: list[str] = []
+    pairs = found.items() if isinstance(found, Mapping) else ((None, item) for item in found)
+    for key, item in pairs:
+        head = f"{indent}- " if key is None else f"{indent}{key}: "
+        if isinstance(item, Mapping | list) and item:
+            nested = _lines(item, depth + 1)
+            if key is None:
+                lines += [head + nested[0].strip(), *nested[1:]]
+            else:
+                lines += [head.rstrip(), *nested]
+        else:
+            shown = {None: "~", True: "true", False: "false"}.get(item) if isinstance(item, bool | None) else str(item)
+            lines.append(head + str(shown))
+    return lines
+
+
+def nothing() -> None:
+    """A command without output: `null` for machines."""
+    if wants_json():
+        text("null")
+
+
+def text(line: str) -> None:
+    """Print plain text."""
+    click.echo(line)
+
+
+def say(line: str) -> None:
+    """Tell a person something beside the result (standard error)."""
+    click.echo(line, err=True)
+
+
+def fail(message: str) -> click.ClickException:
+    """Return the error that ends a command with a message and a non-zero status."""
+    return click.ClickException(message)

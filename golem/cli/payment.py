@@ -1,0 +1,88 @@
+"""`golem payment`: accounts, balances, test funds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from golem.cli.client import ask_node
+from golem.cli.output import nothing, say, table, text, value, wants_json
+
+
+def _network_options(function: Any) -> Any:
+    function = click.option("--network", help="Name of the network. [local on the local profile, else hoodi]")(function)
+    function = click.option("--driver", default="erc20", hidden=True)(function)
+    return click.option("--account", hidden=True)(function)
+
+
+def _simulated(found: dict[str, Any]) -> str:
+    return f"{found['network']} is served by the {found['simulatedBy']}: no real money" if found.get("simulatedBy") else ""
+
+
+@click.group()
+def payment() -> None:
+    """Balances, accounts and test funds."""
+
+
+@payment.command("fund")
+@_network_options
+@click.option("--mint-only", is_flag=True, hidden=True)
+def fund(network: str | None, **_: Any) -> None:
+    """Get test coins and tokens, and wait for them."""
+    found = ask_node("payment_fund", 300, network=network)
+    if wants_json():
+        value(found)
+        return
+    text(f"This node has {found['amount']} {found['token']} and {found['gas']} {found['coin']} on {found['network']}.")
+    if note := _simulated(found):
+        say(note)
+
+
+@payment.command("init")
+@_network_options
+@click.option("--sender", is_flag=True)
+@click.option("--receiver", is_flag=True)
+def init(network: str | None, **_: Any) -> None:
+    """Make sure that payments on a network work (every platform of the profile is ready by itself)."""
+    ask_node("payment_init", network=network)
+    nothing()
+
+
+@payment.command("status")
+@_network_options
+@click.option("--last", hidden=True)
+@click.option("--precise", is_flag=True, hidden=True)
+def status(network: str | None, **_: Any) -> None:
+    """Balance, reserved and outstanding amounts."""
+    found = ask_node("payment_status", network=network)
+    if wants_json():
+        value(found)
+        return
+    token = found["token"]
+    rows = [
+        ["address", found["address"]], ["platform", found["platform"]], ["balance", f"{found['amount']} {token}"],
+        ["gas", f"{found['gas']['balance']} {found['gas']['currency_short_name']}"], ["reserved", f"{found['reserved']} {token}"],
+    ]  # fmt: skip
+    for way in ("outgoing", "incoming"):
+        for stage, sums in found[way].items():
+            rows.append([f"{way} {stage}", f"{sums['totalAmount']} {token} in {sums['agreementsCount']} agreements"])
+    rows += [["problem", problem] for problem in found["problems"]]
+    table(["", ""], rows, _simulated(found))
+
+
+@payment.command("accounts")
+def accounts() -> None:
+    """Platforms on which this node can pay and be paid."""
+    found = ask_node("payment_accounts")
+    if wants_json():
+        value(found)
+        return
+    columns = ["platform", "address", "driver", "network", "token", "send", "receive"]
+    simulated = sorted({row["network"] for row in found if row.get("simulatedBy")})
+    note = f"{', '.join(simulated)}: served by the local dev chain, no real money" if simulated else ""
+    table(columns, [[row[column] for column in columns] for row in found], note)
+
+
+def register(main: click.Group) -> None:
+    main.add_command(payment)

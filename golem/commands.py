@@ -1,0 +1,203 @@
+"""The node's side of the command line: `cli:<command>` calls of the bus, JSON in, JSON out.
+
+Only processes of this machine that may open the bus (the user's own) reach these.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+from golem.bus import BusPeer
+from golem.chain.networks import DRIVER
+from golem.chain.rpc import RpcError
+from golem.config import VERSION
+from golem.identity import AppKey, IdentityError
+from golem.net import NetError, RemoteError
+from protocol.types import amount_text, from_wei, node_id, timestamp_text
+
+if TYPE_CHECKING:
+    from golem.node import Node
+
+Command = Callable[["Node", dict[str, Any]], Awaitable[Any]]
+COMMANDS: dict[str, Command] = {}
+
+
+def command(function: Command) -> Command:
+    """Register `function` under its name."""
+    COMMANDS[function.__name__] = function
+    return function
+
+
+def serve_commands(node: Node) -> None:
+    """Answer the command line on the node's bus."""
+
+    def handler(run: Command) -> Callable[[BusPeer, bytes], Awaitable[bytes]]:
+        async def answer(client: BusPeer, payload: bytes) -> bytes:
+            try:
+                return json.dumps(await run(node, json.loads(payload))).encode()
+            except (IdentityError, NetError, RpcError, ValueError, LookupError) as error:
+                raise RemoteError(str(error).strip("'\"")) from None
+
+        return answer
+
+    for name, run in COMMANDS.items():
+        node.router.serve_local(f"cli:{name}", handler(run))
+
+
+@command
+async def status(node: Node, args: dict[str, Any]) -> Any:
+    """What this node is and does."""
+    return {
+        "nodeId": node.node_id, "apiUrl": node.api_url, "profile": node.config.profile, "dataDir": str(node.config.data_dir),
+        "version": VERSION, "uptime_s": round(time.time() - node.started_at, 1), "sessions": len(node.network.sessions()),
+        "problem": node.health_problem(), "links": [list(link) for link in node.system.troubles()],
+    }  # fmt: skip
+
+
+@command
+async def shutdown(node: Node, args: dict[str, Any]) -> Any:
+    """Stop the node."""
+    node.stopping.set()
+    return None
+
+
+# -- identity and app-keys
+@command
+async def id_show(node: Node, args: dict[str, Any]) -> Any:
+    """The node's identity."""
+    wanted = args.get("id")
+    if wanted and wanted != node.name and node_id(wanted) != node.node_id:
+        raise LookupError(f"this node has one identity, {node.node_id}; {wanted} is not it")
+    return {"alias": node.name, "nodeId": node.node_id, "isLocked": False, "isDefault": True, "deleted": False,
+            "encrypted": node.identity.encrypted}  # fmt: skip
+
+
+def _app_key(key: AppKey) -> dict[str, Any]:
+    return {"name": key.name, "key": key.key, "role": key.role, "identity": key.identity, "createdDate": key.created,
+            "allowOrigins": list(key.allow_origins)}  # fmt: skip
+
+
+@command
+async def app_key_create(node: Node, args: dict[str, Any]) -> Any:
+    """Make an app-key, or return the one of this name."""
+    identity = node_id(args["id"]) if args.get("id") else node.node_id
+    if identity != node.node_id:
+        raise IdentityError(f"this node has one identity, {node.node_id}")
+    return _app_key(node.app_keys.create(args["name"], identity, allow_origins=tuple(args.get("allow_origins", ()))))
+
+
+@command
+async def app_key_list(node: Node, args: dict[str, Any]) -> Any:
+    """All app-keys."""
+    return [_app_key(key) for key in node.app_keys.all()]
+
+
+@command
+async def app_key_show(node: Node, args: dict[str, Any]) -> Any:
+    """One app-key."""
+    if found := node.app_keys.named(args["name"]):
+        return _app_key(found)
+    raise LookupError(f"no app-key named {args['name']!r}")
+
+
+@command
+async def app_key_drop(node: Node, args: dict[str, Any]) -> Any:
+    """Forget an app-key."""
+    node.app_keys.drop(args["name"])
+
+
+# -- network
+@command
+async def net_status(node: Node, args: dict[str, Any]) -> Any:
+    """Addresses, sessions and traffic."""
+    sessions = node.network.sessions()
+    mib_in, mib_out = (round(sum(one) / 2**20, 3) for one in zip(*((s.bytes_in, s.bytes_out) for s in sessions), strict=True)) \
+        if sessions else (0.0, 0.0)  # fmt: skip
+    uptime_s = max(time.time() - node.started_at, 1.0)
+    addresses = node.network.addresses
+    return {
+        "nodeId": node.node_id, "listenAddress": addresses[0] if addresses else None, "publicAddress": None,
+        "addresses": addresses, "sessions": len(sessions),
+        "bandwidth": {"outKiBps": 0.0, "outAvgKiBps": round(mib_out * 1024 / uptime_s, 3), "outMib": mib_out,
+                      "inKiBps": 0.0, "inAvgKiBps": round(mib_in * 1024 / uptime_s, 3), "inMib": mib_in},
+    }  # fmt: skip
+
+
+@command
+async def net_sessions(node: Node, args: dict[str, Any]) -> Any:
+    """Live sessions."""
+    return [
+        {"nodeId": one.node_id, "address": one.address, "type": one.type, "seen": timestamp_text(one.seen.timestamp()),
+         "time": round(one.duration_s, 1), "ping": one.rtt_ms, "in": round(one.bytes_in / 2**20, 3),
+         "out": round(one.bytes_out / 2**20, 3)}
+        for one in node.network.sessions()
+    ]  # fmt: skip
+
+
+@command
+async def net_ping(node: Node, args: dict[str, Any]) -> Any:
+    """Round-trip times, of one peer or of all with a session."""
+    targets = [node_id(args["id"])] if args.get("id") else [one.node_id for one in node.network.sessions()]
+    rows = []
+    for target in targets:
+        try:
+            rows.append({"nodeId": target, "ping": round(await node.network.ping(target), 3), "error": None})
+        except NetError as error:
+            rows.append({"nodeId": target, "ping": None, "error": str(error)})
+    return rows
+
+
+@command
+async def net_connect(node: Node, args: dict[str, Any]) -> Any:
+    """Open a session with a node id or multiaddr."""
+    return await node.network.connect(args["target"])
+
+
+@command
+async def net_disconnect(node: Node, args: dict[str, Any]) -> Any:
+    """Close the session with a node."""
+    await node.network.disconnect(node_id(args["id"]))
+
+
+# -- payments
+@command
+async def payment_accounts(node: Node, args: dict[str, Any]) -> Any:
+    """Platforms this node can pay and be paid on."""
+    return node.chain.accounts()
+
+
+@command
+async def payment_status(node: Node, args: dict[str, Any]) -> Any:
+    """Balances and sums of one network."""
+    network = node.chain.networks.by_name(args.get("network") or node.chain.default_network)
+    balances = await node.chain.balances(network.name)
+    totals = node.chain.totals(network.platform)
+    head = await node.chain.head(network.name)
+    return {
+        "amount": amount_text(from_wei(balances.token_wei)), "reserved": totals["reserved"],
+        "outgoing": totals["outgoing"], "incoming": totals["incoming"], "driver": DRIVER, "network": network.name,
+        "token": network.symbol, "platform": network.platform, "simulatedBy": network.simulated_by,
+        "gas": {"currency_short_name": network.coin, "currency_long_name": network.coin,
+                "balance": amount_text(from_wei(balances.gas_wei))},
+        "block_number": head.number, "block_datetime": timestamp_text(head.timestamp), "address": node.node_id,
+        "problems": [f"{problem.kind}: {problem.detail}" for problem in node.chain.problems(network.name)],
+    }  # fmt: skip
+
+
+@command
+async def payment_fund(node: Node, args: dict[str, Any]) -> Any:
+    """Test coins and tokens for this node."""
+    network = node.chain.networks.by_name(args.get("network") or node.chain.default_network)
+    balances = await node.chain.fund(network.name)
+    return {"network": network.name, "simulatedBy": network.simulated_by, "token": network.symbol, "coin": network.coin,
+            "amount": amount_text(from_wei(balances.token_wei)), "gas": amount_text(from_wei(balances.gas_wei))}  # fmt: skip
+
+
+@command
+async def payment_init(node: Node, args: dict[str, Any]) -> Any:
+    """Accounts need no registration here: every platform of the profile is ready. Unknown networks are refused."""
+    if args.get("network"):
+        node.chain.networks.by_name(args["network"])

@@ -1,0 +1,256 @@
+"""The node: the wiring of one daemon, and no logic. Read it to see what there is and who talks to whom.
+
+Order of starting: lock, identity, journal, bus, actors, REST; the network and the chain come up behind it, so that agents
+are answered within a second. Order of stopping: REST, five seconds of grace, everything else; a crash needs no order.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import random
+import secrets
+import socket
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from actors.activity import Activity
+from actors.kernel.journal import Journal
+from actors.kernel.system import System
+from actors.kernel.trace import Line
+from actors.ledger import Ledger
+from actors.market import Market
+from actors.negotiation import Negotiation
+from actors.wallet import Wallet
+from golem.bus import Bus
+from golem.chain.port import Chain, open_chain
+from golem.commands import serve_commands
+from golem.config import Config, ConfigError
+from golem.files import FileServer
+from golem.gossip import Gossip
+from golem.identity import APP_KEYS, AppKeys, AskPassword, Identity, open_identity, write_private
+from golem.net import NetConfig, Network, open_network
+from golem.router import Router
+
+log = logging.getLogger("golem.node")
+
+GRACE_S = 5.0
+FEED_DAYS = 90
+STEP_LOG_BYTES, STEP_LOG_FILES = 16 * 1024 * 1024, 4
+
+
+class Node:
+    """What edges use. Built by `open_node`."""
+
+    def __init__(self, config: Config, identity: Identity, app_keys: AppKeys, router: Router, system: System,
+                 network: Network, bus: Bus, chain: Chain, files: FileServer) -> None:  # fmt: skip
+        self.config, self.identity, self.app_keys = config, identity, app_keys
+        self.router, self.calls, self.system = router, router.calls, system
+        self.network, self.bus, self.chain, self.files = network, bus, chain, files
+        self.node_id = identity.node_id
+        self.name = identity.node_id[:10]
+        self.started_at = time.time()
+        self.api_url = ""
+        self.stopping = trio.Event()
+
+    def clock(self) -> float:
+        """Return the time in seconds since the epoch."""
+        return self.system.now()
+
+    def new_id(self) -> str:
+        """Return 32 random hex digits."""
+        return uuid.uuid4().hex
+
+    def health_problem(self) -> str | None:
+        """Return what is wrong with this node, `None` if nothing is."""
+        if not self.network.is_up:
+            return "the peer-to-peer host is not running (yet)"
+        return None
+
+    def metrics_text(self) -> str:
+        """Return the node's counters in Prometheus' text format."""
+        sessions = self.network.sessions()
+        lines = [
+            ("golem_sessions", "gauge", len(sessions)),
+            ("golem_bytes_in_total", "counter", sum(one.bytes_in for one in sessions)),
+            ("golem_bytes_out_total", "counter", sum(one.bytes_out for one in sessions)),
+            ("golem_journal_commits_total", "counter", self.system.journal.commits),
+            ("golem_links_stuck", "gauge", len(self.system.troubles())),
+            ("golem_protocol_violations", "gauge", len(self.system.violations)),
+            ("golem_uptime_seconds", "gauge", round(time.time() - self.started_at, 1)),
+        ]
+        return "".join(f"# TYPE {name} {kind}\n{name} {value}\n" for name, kind, value in lines)
+
+
+@asynccontextmanager
+async def open_node(config: Config, ask_password: AskPassword | None = None) -> AsyncIterator[Node]:
+    """Run a node's actors, bus, network and chain for the length of the block; REST is `serve_rest`.
+
+    Raises `ConfigError`, `IdentityError`, `JournalError`.
+    """
+    async with AsyncExitStack() as stack:
+        lock_data_dir(config.data_dir, stack)
+        identity = await trio.to_thread.run_sync(open_identity, config, ask_password)
+        app_keys = AppKeys(config.data_dir / APP_KEYS)
+        if config.autoconf_app_key:
+            app_keys.create("autoconfigured", identity.node_id, key=config.autoconf_app_key)
+        journal = Journal(str(config.data_dir / "node.db"), lambda: secrets.token_hex(8))
+        stack.callback(journal.close)
+        await trio.to_thread.run_sync(journal.prune, time.time() - FEED_DAYS * 86400)
+        net_config = NetConfig(data_dir=config.data_dir, listen=config.listen, bootstrap=config.bootstrap, mdns=config.mdns,
+                               network_name=config.network_name)  # fmt: skip
+        network = await stack.enter_async_context(open_network(identity.secret(), net_config))
+        bus = Bus(config.bus_path, identity.node_id)
+        router = Router(identity.node_id, network, bus)
+        gossip = Gossip(network)
+        system = System(
+            identity.node_id, journal, router, clock=time.time, new_trace=lambda: secrets.token_hex(6),
+            jitter=partial(random.uniform, 0.8, 1.2), publish=gossip.publish, step_log=step_log(config.data_dir),
+        )  # fmt: skip
+        for machine in (Market, Negotiation, Activity, Ledger):
+            system.add(machine(identity.node_id))
+        system.add(Wallet(identity.node_id, cycle_s=config.payment_cycle_s))
+        chain = await stack.enter_async_context(open_chain(config, identity, system))
+        files = FileServer(router)
+        node = Node(config, identity, app_keys, router, system, network, bus, chain, files)
+        serve_commands(node)
+        nursery = await stack.enter_async_context(trio.open_nursery())
+        await nursery.start(bus.run)
+        await nursery.start(system.run)
+        router.attach(system.deliver)
+        gossip.attach(system)
+        nursery.start_soon(gossip.run)
+        network.on_peer(gossip.peer)
+        yield node
+        nursery.cancel_scope.cancel()
+
+
+def lock_data_dir(data_dir: Path, stack: AsyncExitStack) -> None:
+    """Make the data directory and hold its lock until the stack unwinds. Raises `ConfigError`."""
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        handle = os.open(data_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise ConfigError(f"cannot use the data directory {data_dir}: {error}") from None
+    stack.callback(os.close, handle)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ConfigError(f"another node runs on {data_dir} (choose another with --data-dir)") from None
+
+
+def step_log(data_dir: Path) -> Any:
+    """Return the sink of trace lines: `<data_dir>/steps.log`, rotated, read by `golem trace`."""
+    handler = RotatingFileHandler(data_dir / "steps.log", maxBytes=STEP_LOG_BYTES, backupCount=STEP_LOG_FILES)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.Logger("golem.steps", logging.INFO)
+    logger.addHandler(handler)
+
+    def write(line: Line) -> None:
+        logger.info(line.json())
+
+    return write
+
+
+def bind_api(config: Config) -> socket.socket:
+    """Return the socket of the REST API; the next free port when the default is taken. Raises `ConfigError`."""
+    family = socket.AF_INET6 if ":" in config.api_host else socket.AF_INET
+    for port in (config.api_port,) if config.api_port_fixed else (config.api_port, 0):
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind((config.api_host, port))
+            sock.listen(256)
+            return sock
+        except OSError as error:
+            sock.close()
+            reason = error
+    raise ConfigError(f"cannot serve REST on {config.api_host}:{config.api_port}: {reason.strerror or reason}")
+
+
+async def serve_rest(node: Node, sock: socket.socket, *, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
+    """Serve the REST API on a listening socket until the node stops, then end open requests within the grace."""
+    import hypercorn.trio
+    from hypercorn.config import Config as ServerConfig
+
+    from golem.rest.app import create_app
+
+    settings = ServerConfig()
+    settings.bind = [f"fd://{sock.fileno()}"]
+    settings.graceful_timeout = GRACE_S
+    settings.shutdown_timeout = GRACE_S
+    settings.keep_alive_timeout = 75
+    settings.h11_max_incomplete_size = 64 * 1024
+    settings.loglevel = "WARNING"
+    settings.errorlog = logging.getLogger("golem.http")
+    host, port = sock.getsockname()[:2]
+    node.api_url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    app = create_app(node)
+    task_status.started()
+    await hypercorn.trio.serve(app, settings, shutdown_trigger=node.stopping.wait)
+
+
+async def run_node(config: Config, ask_password: AskPassword | None = None, *, ready: Any = None) -> None:
+    """Run a whole node until `SIGTERM` or `SIGINT`. `ready(node)` is called when REST answers."""
+    import signal
+
+    sock = bind_api(config)
+    async with AsyncExitStack() as stack:
+        stack.callback(sock.close)
+        node = await stack.enter_async_context(open_node(config, ask_password))
+        nursery = await stack.enter_async_context(trio.open_nursery())
+        rest_ended = await nursery.start(_rest_until_stopped, node, sock)
+        status = {"pid": os.getpid(), "nodeId": node.node_id, "apiUrl": node.api_url, "bus": str(config.bus_path),
+                  "profile": config.profile, "startedAt": node.started_at}  # fmt: skip
+        write_private(config.status_path, json.dumps(status, indent=1))
+        stack.callback(config.status_path.unlink, missing_ok=True)
+        notify_systemd("READY=1")
+        if ready:
+            ready(node)
+        nursery.start_soon(node.chain.connect)
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            nursery.start_soon(_stop_on_signal, node, signals)
+            await node.stopping.wait()
+        notify_systemd("STOPPING=1")
+        node.system.feeds.close()
+        with trio.move_on_after(GRACE_S):
+            await rest_ended.wait()
+        nursery.cancel_scope.cancel()
+
+
+async def _rest_until_stopped(node: Node, sock: socket.socket, *, task_status: Any) -> None:
+    ended = trio.Event()
+    async with trio.open_nursery() as nursery:
+        await nursery.start(serve_rest, node, sock)
+        task_status.started(ended)
+        await node.stopping.wait()
+    ended.set()
+
+
+async def _stop_on_signal(node: Node, signals: Any) -> None:
+    async for number in signals:
+        log.info("signal %s: stopping", number)
+        node.stopping.set()
+        return
+
+
+def notify_systemd(state: str) -> None:
+    """Tell systemd, where it started us, of a state (`READY=1`)."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if address:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            try:
+                sock.connect("\0" + address[1:] if address.startswith("@") else address)
+                sock.send(state.encode())
+            except OSError as error:
+                log.warning("cannot notify systemd: %s", error)
