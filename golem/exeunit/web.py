@@ -111,7 +111,7 @@ class Web:
                             raise TransferError(f"{redacted(url)}: the server sent another range", passing=True)
                     spool.expect(_total(response, offset))
                     spool.validator = _validator(response)
-                    async for chunk in response.aiter_raw(CHUNK_BYTES):
+                    async for chunk in response.aiter_raw():
                         await spool.write(chunk)
                     if spool.total is not None and spool.size != spool.total:
                         raise TransferError(f"{redacted(url)}: got {spool.size} bytes of {spool.total}", passing=True)

@@ -1,0 +1,466 @@
+"""Transfers over a real loopback HTTP server, real directories, and a gftp client in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from base64 import b64encode
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import trio
+from support import trio_test
+
+from golem.exeunit.runtimes.base import Volume
+from golem.exeunit.spool import Write
+from golem.exeunit.transfer import TransferError, TransferPolicy, Transfers, find_volume, parse_location
+from golem.exeunit.web import refusal
+
+CONTENT = bytes(range(256)) * 1000
+SHA = hashlib.sha3_224(CONTENT).hexdigest()
+
+
+@dataclass
+class WebServer:
+    """A tiny HTTP/1.1 server: one connection a request, everything recorded."""
+
+    port: int = 0
+    files: dict[str, bytes] = field(default_factory=lambda: {"/f": CONTENT})
+    requests: list[tuple[str, dict[str, str]]] = field(default_factory=list)
+    cut_after: list[int] = field(default_factory=list)  # body bytes after which the next answers break off
+    statuses: list[int] = field(default_factory=list)  # of the next answers, instead of serving
+    redirects: dict[str, str] = field(default_factory=dict)
+
+    def url(self, path: str = "/f", user: str = "") -> str:
+        return f"http://{user}127.0.0.1:{self.port}{path}"
+
+    async def serve(self, stream: trio.SocketStream) -> None:
+        async with stream:
+            data = b""
+            while b"\r\n\r\n" not in data:
+                chunk = await stream.receive_some()
+                if not chunk:
+                    return
+                data += chunk
+            head, _, body = data.partition(b"\r\n\r\n")
+            first, *lines = head.decode().split("\r\n")
+            method, path, _ = first.split(" ")
+            headers = {key.lower(): value for key, value in (line.split(": ", 1) for line in lines)}
+            self.requests.append((f"{method} {path}", headers))
+            while len(body) < int(headers.get("content-length", 0)):
+                body += await stream.receive_some()
+            await stream.send_all(self.answer(method, path, headers, body))
+
+    def answer(self, method: str, path: str, headers: dict[str, str], body: bytes) -> bytes:
+        if self.statuses:
+            return _response(self.statuses.pop(0), b"sorry")
+        if path in self.redirects:
+            return _response(302, b"", Location=self.redirects[path])
+        if method == "PUT":
+            self.files[path] = body
+            return _response(201, b"")
+        if path not in self.files:
+            return _response(404, b"nothing here")
+        content, start = self.files[path], 0
+        if "range" in headers and headers.get("if-range") == '"v1"':
+            start = int(headers["range"].removeprefix("bytes=").rstrip("-"))
+            extra = {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}", "ETag": '"v1"'}
+            response = _response(206, content[start:], **extra)
+        else:
+            response = _response(200, content, ETag='"v1"')
+        if self.cut_after:
+            response = response[: response.index(b"\r\n\r\n") + 4 + self.cut_after.pop(0)]
+        return response
+
+
+def _response(status: int, body: bytes, **headers: str) -> bytes:
+    lines = [f"HTTP/1.1 {status} X", f"Content-Length: {len(body)}", "Connection: close"]
+    lines += [f"{key}: {value}" for key, value in headers.items()]
+    return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+@asynccontextmanager
+async def web_server() -> AsyncIterator[WebServer]:
+    server = WebServer()
+    async with trio.open_nursery() as nursery:
+        listeners = await nursery.start(trio.serve_tcp, server.serve, 0, )
+        server.port = listeners[0].socket.getsockname()[1]
+        yield server
+        nursery.cancel_scope.cancel()
+
+
+@dataclass
+class MemoryGftp:
+    """The client's contract over a dict; breaks off as often as told."""
+
+    files: dict[str, bytes] = field(default_factory=dict)
+    failures: int = 0
+    offsets: list[int] = field(default_factory=list)
+
+    async def size(self, url: str) -> int:
+        if url not in self.files:
+            raise TransferError(f"{url}: not found")
+        return len(self.files[url])
+
+    async def download(self, url: str, offset: int, write: Write) -> None:
+        self.offsets.append(offset)
+        data = self.files[url]
+        for at in range(offset, len(data), 40960):
+            await write(data[at : at + 40960])
+            if self.failures:
+                self.failures -= 1
+                raise TransferError("link lost", passing=True)
+
+    async def upload(self, url: str, read: Callable[[int], Awaitable[bytes]]) -> None:
+        if self.failures:
+            self.failures -= 1
+            raise TransferError("link lost", passing=True)
+        out = b""
+        while chunk := await read(40960):
+            out += chunk
+        self.files[url] = out
+
+
+@dataclass
+class Place:
+    """Two volumes, a gftp client, transfers that record their waits instead of waiting."""
+
+    root: Path
+    policy: TransferPolicy = field(default_factory=TransferPolicy.local)
+
+    def __post_init__(self) -> None:
+        self.gftp = MemoryGftp()
+        self.waits: list[float] = []
+        self.notices: list[str] = []
+        self.progress: list[tuple[int, int | None]] = []
+        for name in ("in", "out"):
+            (self.root / name).mkdir()
+        self.volumes = (
+            Volume("/golem/in", self.root / "in", read_only=True),
+            Volume("/golem", self.root / "out"),
+            Volume("/secret", self.root / "out", private=True),
+        )
+
+        async def sleep(seconds: float) -> None:
+            self.waits.append(seconds)
+
+        self.transfers = Transfers(self.policy, self.gftp, sleep)
+
+    async def move(self, source: str, target: str, max_bytes: int | None = None) -> int:
+        with trio.fail_after(20):
+            return await self.transfers.transfer(
+                source,
+                target,
+                self.volumes,
+                progress=lambda done, total: self.progress.append((done, total)),
+                notice=self.notices.append,
+                max_bytes=max_bytes,
+            )
+
+    def files(self) -> list[str]:
+        return sorted(str(path.relative_to(self.root)) for path in self.root.rglob("*") if not path.is_dir())
+
+
+# -- URLs ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "scheme", "rest"),
+    [
+        ("container:/golem/in/x", "container", "/golem/in/x"),
+        ("container:///golem/x", "container", "/golem/x"),
+        ("/golem/x y", "container", "/golem/x y"),
+        ("http://h/x?q", "http", "http://h/x?q"),
+        ("HTTPS://h/x", "https", "HTTPS://h/x"),
+        ("gftp://0xabc/def", "gftp", "gftp://0xabc/def"),
+        ("file:///a%20b", "file", "/a b"),
+    ],
+)
+def test_locations(text: str, scheme: str, rest: str) -> None:
+    assert (parse_location(text).scheme, parse_location(text).rest, parse_location(text).digest) == (scheme, rest, None)
+
+
+@pytest.mark.parametrize("prefix", ["hash:sha3:{}:", "hash://sha3:{}:", "hash:sha3:0x{}:", "HASH:SHA3:{}:"])
+@pytest.mark.parametrize("bits", [224, 256, 384, 512])
+def test_hashed_locations(prefix: str, bits: int) -> None:
+    found = parse_location(prefix.format("Ab" * (bits // 8)) + "http://h:80/x:y")
+    assert found.digest is not None
+    assert (found.digest.bits, found.digest.hex, found.rest) == (bits, "ab" * (bits // 8), "http://h:80/x:y")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("ftp://h/x", "unsupported transfer protocol 'ftp'"),
+        ("hash:sha3:abcd:http://h/x", "unsupported hash sha3 of 16 bits"),
+        (f"hash:md5:{SHA}:http://h/x", "unsupported hash md5"),
+        (f"hash:sha3:{SHA}", "malformed hash URL"),
+        ("http:///x", "no host"),
+        ("http://[::1/x", "no host"),
+        ("container:/a\0b", "NUL"),
+        ("http://h/" + "x" * 9000, "too long"),
+    ],
+)
+def test_bad_locations(text: str, reason: str) -> None:
+    with pytest.raises(TransferError, match=reason):
+        parse_location(text)
+
+
+# -- HTTP ---------------------------------------------------------------------------------------------------------
+
+
+@trio_test
+async def test_http_download_with_hash_auth_and_progress(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    async with web_server() as web:
+        size = await place.move(f"hash:sha3:{SHA}:" + web.url(user="me:secret@"), "container:/golem/in/deep/f")
+        assert web.requests[0][1]["authorization"] == "Basic " + b64encode(b"me:secret").decode()
+        assert web.requests[0][1]["host"] == f"127.0.0.1:{web.port}"
+    assert size == len(CONTENT)
+    assert (tmp_path / "in/deep/f").read_bytes() == CONTENT
+    assert place.progress[-1] == (len(CONTENT), len(CONTENT))
+    assert place.files() == ["in/deep/f"]
+
+
+@trio_test
+async def test_http_download_is_resumed(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    async with web_server() as web:
+        web.cut_after = [100_000, 50_000]
+        await place.move(f"hash:sha3:{SHA}:" + web.url(), "container:/golem/f")
+        assert [headers.get("range") for _, headers in web.requests] == [None, "bytes=100000-", "bytes=150000-"]
+    assert (tmp_path / "out/f").read_bytes() == CONTENT
+    assert place.waits == [2, 4]
+    assert place.notices[0].startswith("Retry in 2s because of error: ")
+
+
+@trio_test
+async def test_third_failure_is_final(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    async with web_server() as web:
+        web.statuses = [503, 503, 503]
+        with pytest.raises(TransferError, match="answered 503"):
+            await place.move(web.url(), "container:/golem/f")
+        assert len(web.requests) == 3
+    assert place.files() == []
+
+
+@trio_test
+async def test_missing_file_is_told_at_once(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    async with web_server() as web:
+        with pytest.raises(TransferError, match="answered 404") as caught:
+            await place.move(web.url("/gone?token=t", user="me:secret@"), "container:/golem/f")
+    assert place.waits == []
+    assert "secret" not in str(caught.value)
+    assert "token" not in str(caught.value)
+
+
+@trio_test
+async def test_wrong_hash_leaves_the_old_file(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    (tmp_path / "out/f").write_text("old")
+    async with web_server() as web:
+        with pytest.raises(TransferError, match="hash mismatch"):
+            await place.move(f"hash:sha3:{'0' * 56}:" + web.url(), "container:/golem/f")
+    assert (tmp_path / "out/f").read_text() == "old"
+    assert place.files() == ["out/f"]
+
+
+@trio_test
+async def test_size_limit_holds_with_and_without_an_announcement(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    async with web_server() as web:
+        with pytest.raises(TransferError, match="too large: 256000 bytes, at most 1000"):
+            await place.move(web.url(), "container:/golem/f", max_bytes=1000)
+    with pytest.raises(TransferError, match="too large"):
+        await place.move(_put(place, b"12345"), "container:/golem/f", max_bytes=4)
+    assert place.files() == []
+
+
+def _put(place: Place, data: bytes) -> str:
+    place.gftp.files["gftp://0x1/a"] = data
+    return "gftp://0x1/a"
+
+
+@trio_test
+async def test_redirects(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    async with web_server() as web:
+        web.redirects = {f"/{n}": f"/{n + 1}" for n in range(30)}
+        web.files["/30"] = b"end"
+        await place.move(web.url("/20"), "container:/golem/f")
+        assert (tmp_path / "out/f").read_bytes() == b"end"
+        with pytest.raises(TransferError, match="redirect"):
+            await place.move(web.url("/19"), "container:/golem/f")
+        web.redirects["/away"] = "file:///etc/passwd"
+        with pytest.raises(TransferError):
+            await place.move(web.url("/away"), "container:/golem/f")
+
+
+@trio_test
+async def test_upload(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    (tmp_path / "out/f").write_bytes(CONTENT)
+    async with web_server() as web:
+        web.statuses = [500]
+        assert await place.move(f"hash:sha3:{SHA}:container:/golem/f", web.url("/up")) == len(CONTENT)
+        assert web.files["/up"] == CONTENT
+        assert web.requests[0][1]["content-length"] == str(len(CONTENT))
+        with pytest.raises(TransferError, match="hash mismatch"):
+            await place.move(f"hash:sha3:{'0' * 56}:container:/golem/f", web.url("/up2"))
+        assert "/up2" not in web.files
+
+
+@trio_test
+async def test_private_addresses_are_out_of_reach(tmp_path: Path) -> None:
+    place = Place(tmp_path, TransferPolicy())
+    async with web_server() as web:
+        for host in ("127.0.0.1", "localhost", "[::1]", "2130706433", "[::ffff:127.0.0.1]"):
+            with pytest.raises(TransferError, match="loopback"):
+                await place.move(f"http://{host}:{web.port}/f", "container:/golem/f")
+        assert web.requests == []
+
+
+@trio_test
+async def test_redirect_to_a_private_address_is_refused(tmp_path: Path) -> None:
+    place = Place(tmp_path, TransferPolicy(allow_loopback=True))
+    async with web_server() as web:
+        web.redirects["/r"] = "http://10.0.0.1/"
+        with pytest.raises(TransferError, match="private"):
+            await place.move(web.url("/r"), "container:/golem/f")
+
+
+@pytest.mark.parametrize(
+    ("address", "allowed"),
+    [
+        ("1.1.1.1", True), ("2606:4700::1111", True), ("127.8.8.8", False), ("10.1.1.1", False), ("192.168.0.1", False),
+        ("172.16.0.1", False), ("169.254.169.254", False), ("100.64.0.1", False), ("0.0.0.0", False),
+        ("224.0.0.1", False), ("255.255.255.255", False), ("::1", False), ("::", False), ("fe80::1%eth0", False),
+        ("fd00::1", False), ("::ffff:10.0.0.1", False), ("64:ff9b::a00:1", False), ("2002:a00:1::", False),
+    ],
+)  # fmt: skip
+def test_address_policy(address: str, allowed: bool) -> None:
+    assert (refusal(address, TransferPolicy()) is None) is allowed
+
+
+def test_metadata_services_stay_out_of_reach_even_locally() -> None:
+    assert refusal("169.254.169.254", TransferPolicy.local()) is not None
+
+
+# -- gftp ---------------------------------------------------------------------------------------------------------
+
+
+@trio_test
+async def test_gftp_both_ways(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    place.gftp.files["gftp://0x1/a"] = CONTENT
+    place.gftp.failures = 2
+    await place.move("gftp://0x1/a", "container:/golem/f")
+    assert place.gftp.offsets == [0, 40960, 81920]  # taken up where it broke off
+    place.gftp.failures = 1
+    await place.move("container:/golem/f", "gftp://0x1/b")
+    assert place.gftp.files["gftp://0x1/b"] == CONTENT
+    with pytest.raises(TransferError, match="not found"):
+        await place.move("gftp://0x1/none", "container:/golem/g")
+
+
+@trio_test
+async def test_remote_to_remote(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    async with web_server() as web:
+        await place.move(f"hash:sha3:{SHA}:{web.url()}", "gftp://0x1/b")
+    assert place.gftp.files["gftp://0x1/b"] == CONTENT
+
+
+@trio_test
+async def test_without_gftp_it_says_so(tmp_path: Path) -> None:
+    transfers = Transfers(TransferPolicy())
+    with pytest.raises(TransferError, match="not available"):
+        await transfers.transfer("gftp://0x1/a", "container:/x", (Volume("/", tmp_path),))
+
+
+# -- volumes ------------------------------------------------------------------------------------------------------
+
+
+def test_longest_prefix_wins(tmp_path: Path) -> None:
+    volumes = Place(tmp_path).volumes
+    assert find_volume(volumes, "/golem/in/a/b") == (volumes[0], "a/b")
+    assert find_volume(volumes, "/golem/inner") == (volumes[1], "inner")
+    assert find_volume((Volume("/", tmp_path),), "/any/thing")[1] == "any/thing"
+    for path in ("/elsewhere", "/secret/f", "/golemx"):
+        with pytest.raises(TransferError, match="path not found in container"):
+            find_volume(volumes, path)
+    for path in ("/golem/a/", "/golem/in/"):
+        with pytest.raises(TransferError, match="directory"):
+            find_volume(volumes, path)
+    with pytest.raises(TransferError, match=r"\.\."):
+        find_volume(volumes, "/golem/../etc/passwd")
+
+
+@trio_test
+async def test_copy_within_the_container(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    (tmp_path / "in/f").write_bytes(CONTENT)
+    await place.move(f"hash:sha3:{SHA}:container:/golem/in/f", "container:/golem/a/b/c")
+    assert (tmp_path / "out/a/b/c").read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("path", ["link", "dir/f", "fifo", "up/x"])
+@trio_test
+async def test_planted_traps_are_not_stepped_into(tmp_path: Path, path: str) -> None:
+    place = Place(tmp_path)
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "f").write_text("secret")
+    (tmp_path / "out/link").symlink_to(outside / "f")
+    (tmp_path / "out/dir").symlink_to(outside)
+    (tmp_path / "out/up").symlink_to("..")
+    os.mkfifo(tmp_path / "out/fifo")
+    with pytest.raises(TransferError, match=r"cannot read|symbolic link|regular"):
+        await place.move(f"container:/golem/{path}", "gftp://0x1/b")
+    assert place.gftp.files == {}
+    place.gftp.files["gftp://0x1/a"] = b"new"
+    if "/" in path:
+        with pytest.raises(TransferError, match="cannot write"):
+            await place.move("gftp://0x1/a", f"container:/golem/{path}")
+    else:
+        await place.move("gftp://0x1/a", f"container:/golem/{path}")  # replaces the trap itself
+        assert (tmp_path / "out" / path).read_bytes() == b"new"
+    assert (outside / "f").read_text() == "secret"
+    assert sorted(item.name for item in outside.iterdir()) == ["f"]
+
+
+@trio_test
+async def test_directory_in_the_way(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    (tmp_path / "out/d").mkdir()
+    (tmp_path / "out/f").write_text("x")
+    for target in ("container:/golem/d", "container:/golem/f/g"):
+        with pytest.raises(TransferError, match="cannot write"):
+            await place.move(_put(place, b"x"), target)
+    assert place.files() == ["out/f"]
+
+
+@pytest.mark.root
+@trio_test
+async def test_what_is_brought_in_belongs_to_the_guest(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    os.chown(tmp_path / "out", 54321, 54322)
+    await place.move(_put(place, b"x"), "container:/golem/a/b")
+    for path in ("out/a", "out/a/b"):
+        found = (tmp_path / path).stat()
+        assert (found.st_uid, found.st_gid) == (54321, 54322)
+
+
+@trio_test
+async def test_file_urls_are_for_packages_only(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    for source, target in (("file:///etc/passwd", "container:/golem/f"), ("container:/golem/f", "file:///tmp/x")):
+        with pytest.raises(TransferError, match="file: URLs are not supported"):
+            await place.move(source, target)
+    with pytest.raises(TransferError, match="belongs to the source"):
+        await place.move("container:/golem/f", f"hash:sha3:{SHA}:gftp://0x1/b")
