@@ -1,0 +1,120 @@
+"""`golem run` (alias `yagna service run`): the node in the foreground; `service shutdown` stops it."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from golem.cli.client import ask_node, config_of
+from golem.cli.output import fail, nothing, say
+
+if TYPE_CHECKING:
+    from golem.node import Node
+
+OPTIONS = (
+    click.option("--api-url", metavar="URL",
+                 help="Where to serve REST. [YAGNA_API_URL; http://127.0.0.1:7465, or a free port]"),
+    click.option("--profile", type=click.Choice(["local", "testnet", "mainnet"]),
+                 help="Which chains: the embedded one, test networks, main networks. [local]"),
+    click.option("--listen", multiple=True, metavar="HOST:PORT",
+                 help="Where to listen for peers. [every interface, a free port]"),
+    click.option("--bootstrap", multiple=True, metavar="MULTIADDR", help="A peer to begin with (beyond the LAN)."),
+    click.option("--no-mdns", is_flag=True, help="Do not look for peers on the LAN."),
+    click.option("--network-name", metavar="NAME", help="Nodes of different network names never meet. [golem]"),
+    click.option("--chain-dir", type=click.Path(path_type=Path), help="Where the embedded chain of this machine lives."),
+    click.option("--password-file", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+                 help="File with the password of the node's key."),
+    click.option("--plain-key", is_flag=True, help="Keep the node's key unencrypted (for automation)."),
+    click.option("--api-allow-origin", "allow_origins", multiple=True, metavar="ORIGIN",
+                 help="CORS origin that browsers may use."),
+    click.option("--debug", is_flag=True, help="Log much."),
+    click.option("--max-rest-timeout", hidden=True),
+    click.option("--log-dir", hidden=True),
+    click.option("--disable-metrics-push", is_flag=True, hidden=True),
+)  # fmt: skip
+
+
+def _run_options(function: Any) -> Any:
+    for option in reversed(OPTIONS):
+        function = option(function)
+    return function
+
+
+def run_command(debug: bool, no_mdns: bool, **flags: Any) -> None:
+    """Run a node until it is told to stop (Ctrl-C, SIGTERM, `golem service shutdown`)."""
+    import trio
+
+    from golem.config import ConfigError
+
+    for ignored in ("max_rest_timeout", "log_dir", "disable_metrics_push"):
+        flags.pop(ignored, None)
+    config = config_of(**flags, **({"mdns": False} if no_mdns else {}))
+    logging.basicConfig(
+        level=logging.DEBUG if debug else logging.INFO, stream=sys.stderr,
+        format="%(asctime)s %(levelname)-7s %(name)s: %(message)s",
+    )  # fmt: skip
+    for noisy in ("hypercorn", "httpx", "httpcore", "zeroconf", "asyncio", "web3", "urllib3", "libp2p", "trio", "root"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    from actors.kernel.journal import JournalError
+    from golem.identity import IdentityError
+    from golem.net import NetError
+    from golem.node import run_node
+
+    ask_password = _ask_password if sys.stdin.isatty() else None
+    try:
+        trio.run(run_node, config, ask_password, lambda node: _say_ready(node, config.api_port, config.api_port_fixed))
+    except BaseExceptionGroup as group:
+        known, rest = group.split((ConfigError, IdentityError, JournalError, NetError, OSError))
+        if known is None or rest is not None:
+            raise
+        raise fail("; ".join(str(error) for error in _flat(known))) from None
+    except (ConfigError, IdentityError, JournalError, NetError, OSError) as error:
+        raise fail(str(error)) from None
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _flat(group: BaseExceptionGroup[Any]) -> list[BaseException]:
+    return [leaf for error in group.exceptions for leaf in (_flat(error) if isinstance(error, BaseExceptionGroup) else [error])]
+
+
+def _ask_password(prompt: str, twice: bool) -> str:
+    return str(click.prompt(prompt, hide_input=True, confirmation_prompt=twice, err=True))
+
+
+def _say_ready(node: Node, wanted_port: int, fixed: bool) -> None:
+    port = int(node.api_url.rpartition(":")[2])
+    if not fixed and port != wanted_port:
+        say(f"Port {wanted_port} is taken: this node serves REST on port {port}.")
+    say(f"Node {node.node_id} is ready.")
+    say(f"  REST     {node.api_url}")
+    say(f"  data     {node.config.data_dir}")
+    simulated = " (payments run on the embedded dev chain; no real money)" if node.config.profile == "local" else ""
+    say(f"  profile  {node.config.profile}{simulated}")
+    if not node.app_keys.all():
+        say("  next     golem app-key create requestor")
+
+
+@click.group()
+def service() -> None:
+    """The daemon, by the reference's names."""
+
+
+service.command("run")(_run_options(run_command))
+
+
+@service.command("shutdown")
+@click.option("--gracefully", is_flag=True, hidden=True)
+def service_shutdown(gracefully: bool) -> None:
+    """Stop the running node."""
+    ask_node("shutdown")
+    nothing()
+
+
+def register(main: click.Group) -> None:
+    main.command("run")(_run_options(run_command))
+    main.add_command(service)
