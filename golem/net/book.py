@@ -105,14 +105,17 @@ class Book:
             if len(self._entries) >= MAX_PEERS:
                 oldest = min(self._entries.values(), key=lambda other: other.seen_at)
                 del self._entries[oldest.node_id]
-                self._db.execute("DELETE FROM peers WHERE peer_id = ?", (oldest.peer_id,))
+                self._write("DELETE FROM peers WHERE peer_id = ?", oldest.peer_id)
             entry = self._entries[node_id] = Entry(node_id, peer_id)
         return entry
 
     def _save(self, entry: Entry) -> None:
         row = (entry.peer_id, entry.record.raw if entry.record else None, json.dumps(entry.hints), entry.good)
+        self._write("INSERT OR REPLACE INTO peers VALUES (?, ?, ?, ?, ?)", *row, entry.seen_at)
+
+    def _write(self, statement: str, *values: object) -> None:
         try:
-            self._db.execute("INSERT OR REPLACE INTO peers VALUES (?, ?, ?, ?, ?)", (*row, entry.seen_at))
+            self._db.execute(statement, values)
         except sqlite3.Error as error:
             log.warning("the address book is not saved: %s", error)  # a full disk must not stop the network
 

@@ -6,6 +6,7 @@ are announced. Neighbour: `network.py` puts what is found in the address book an
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 from collections.abc import Callable
@@ -19,6 +20,7 @@ log = logging.getLogger(__name__)
 
 SERVICE = "_p2p._udp.local."
 MAX_FOUND_ADDRESSES = 16
+MAX_FOUND = 256  # finds that wait to be looked at
 TTL_S = 120
 STOP_TIMEOUT_S = 0.7
 LOOKUP_TIMEOUT_MS = 2000
@@ -40,12 +42,15 @@ class Mdns:
         """Until cancelled. A machine without a usable network is logged, not raised: mDNS is a convenience."""
         token = trio.lowlevel.current_trio_token()
         running: list[zeroconf.Zeroconf] = []
+        sender, receiver = trio.open_memory_channel[tuple[str, list[str]]](MAX_FOUND)
 
-        def found(peer_id: str, addresses: list[str]) -> None:
-            try:
-                token.run_sync_soon(self._on_found, peer_id, addresses)
-            except trio.RunFinishedError:
-                log.debug("found a peer while stopping")
+        def hand_over(peer_id: str, addresses: list[str]) -> None:  # an exception in here would end the process
+            with contextlib.suppress(trio.WouldBlock, trio.BrokenResourceError):
+                sender.send_nowait((peer_id, addresses))
+
+        def found(peer_id: str, addresses: list[str]) -> None:  # runs in a thread of zeroconf
+            with contextlib.suppress(trio.RunFinishedError):
+                token.run_sync_soon(hand_over, peer_id, addresses)
 
         def changed(
             zeroconf: zeroconf.Zeroconf, service_type: str, name: str, state_change: zeroconf.ServiceStateChange
@@ -67,10 +72,12 @@ class Mdns:
 
         try:
             await trio.to_thread.run_sync(start, abandon_on_cancel=True)
-            await trio.sleep_forever()
+            async for peer_id, addresses in receiver:
+                self._on_found(peer_id, addresses)
         except (OSError, zeroconf.Error) as error:
             log.warning("no discovery by mDNS: %s", error)
         finally:
+            receiver.close()
             with trio.CancelScope(shield=True, deadline=trio.current_time() + STOP_TIMEOUT_S):
                 await trio.to_thread.run_sync(stop, abandon_on_cancel=True)
 

@@ -6,7 +6,8 @@ What is guarded, and why (each has a regression test in tests/net/test_net_guard
 - the multiplexer is ours (`yamux.py`);
 - an exception out of a stream handler or of pubsub's message path would cancel the whole swarm: both are fenced;
 - the slot of an inbound connection is given back when the connection ends, not when the node does;
-- the auto-connector, which dials every peer ever heard of, is off;
+- the auto-connector, which dials every peer ever heard of, identify, and gossipsub's peer exchange are off;
+- gossip is limited per neighbour, before any signature is checked;
 - addresses are dialled one by one by us: the swarm tries the first only, then blocks the peer for a minute;
 - gossip starts its sequence numbers at the clock's nanoseconds, else a restarted node is mute for a while.
 
@@ -18,7 +19,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+import os
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -31,11 +34,10 @@ from libp2p.crypto.keys import KeyPair
 from libp2p.crypto.secp256k1 import Secp256k1PrivateKey
 from libp2p.crypto.x25519 import create_new_key_pair as new_x25519_pair
 from libp2p.custom_types import TProtocol
-from libp2p.exceptions import BaseLibp2pError
+from libp2p.identity.identify_push.identify_push import ID_PUSH as IDENTIFY_PUSH
 from libp2p.network.config import ConnectionConfig, RetryConfig
 from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.peer.id import ID
-from libp2p.protocol_muxer.exceptions import MultiselectClientError, MultiselectCommunicatorError
 from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicator
 from libp2p.pubsub.gossipsub import PROTOCOL_ID_V11, GossipSub
 from libp2p.pubsub.pubsub import Pubsub
@@ -58,9 +60,12 @@ if importlib.metadata.version("libp2p") != PINNED:
     )
 
 log = logging.getLogger(__name__)
+if "LIBP2P_DEBUG" not in os.environ:
+    logging.getLogger("libp2p").setLevel(logging.CRITICAL)  # any stranger could fill our log with its warnings
 
 MAX_CONNECTIONS = 1000
 MAX_CONNECTIONS_PER_PEER = 8  # two of each side when both dial at once, and some still closing
+MAX_MESSAGES_PER_S = 200  # gossip that one neighbour may forward to us
 StreamHandler = Callable[[str, MuxStream], Awaitable[None]]
 
 
@@ -86,8 +91,8 @@ class Host:
         )
         self.pubsub: Any = Pubsub(self.inner, router, seen_ttl=330, max_concurrent_validator_count=64)
         self.pubsub.counter = time.time_ns()
-        self._guard_pubsub()
         self._router = router
+        self._guard_pubsub()
 
     @asynccontextmanager
     async def run(self, listen: list[tuple[str, int]]) -> AsyncIterator[None]:
@@ -152,9 +157,9 @@ class Host:
                     conn = await self.swarm.dial_addr(Multiaddr(address), target)
                 won.append(conn.muxed_conn)
                 nursery.cancel_scope.cancel()
-            except (BaseLibp2pError, trio.TooSlowError, OSError, ValueError) as error:
-                reason = str(error.__cause__ or error) or "timed out"
-                errors.append(f"{address}: {reason}")
+            except Exception as error:
+                # Whatever sits at the address may answer anything; what its bytes raise must not leave the dial.
+                errors.append(f"{address}: {error.__cause__ or error or 'timed out'}")
             finally:
                 lost.set()
 
@@ -184,7 +189,8 @@ class Host:
             negotiated = True
         except trio.TooSlowError as error:
             raise Unreachable(f"the peer took too long to answer for {protocol}") from error
-        except (BaseLibp2pError, MultiselectClientError, MultiselectCommunicatorError, ValueError) as error:
+        except Exception as error:
+            # As in `dial`: the negotiation parses what the peer sends.
             raise Unreachable(f"the peer does not speak {protocol}: {error}") from error
         finally:
             if not negotiated:
@@ -200,6 +206,9 @@ class Host:
             await trio.lowlevel.checkpoint()
 
         swarm.auto_connector.maybe_connect = no_auto_connect
+        # Identify runs unfenced in system tasks, and its push lets anybody write our peerstore: nothing of ours needs it.
+        self.inner._schedule_identify = lambda peer_id, *, reason: None
+        self.inner.remove_stream_handler(IDENTIFY_PUSH)
         swarm._do_handle_inbound_connection = self._inbound
         stock_handler = self.inner._swarm_stream_handler
 
@@ -243,18 +252,31 @@ class Host:
     def _guard_pubsub(self) -> None:
         stock_push = self.pubsub.push_msg
         me = self.pubsub.my_id
+        counts: Counter[Any] = Counter()
+        second = 0
 
         async def fenced_push(forwarder: Any, message: Any) -> None:
+            nonlocal second
             if forwarder == me:
                 await stock_push(forwarder, message)
                 return
+            if second != int(trio.current_time()):
+                second = int(trio.current_time())
+                counts.clear()
+            counts[forwarder] += 1
+            if counts[forwarder] > MAX_MESSAGES_PER_S:
+                return  # before the signature is checked: a flood must stay cheap
             try:
                 await stock_push(forwarder, message)
             except Exception as error:
                 # A malformed key, origin or protobuf in a message; upstream lets it end the process.
                 log.debug("gossip from %s: %r", forwarder, error)
 
+        async def no_exchange(px_peers: Any) -> None:
+            await trio.lowlevel.checkpoint()
+
         self.pubsub.push_msg = fenced_push
+        self._router._do_px = no_exchange  # type: ignore[method-assign]  # a prune would tell us whom to dial
 
 
 class _Notifee(INotifee):

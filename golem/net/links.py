@@ -161,7 +161,9 @@ class Link:
     async def _ask(self, kind: int, service: str, payload: bytes, timeout_s: float) -> Frame:
         if self.broken:
             raise Unreachable(f"the link to {self.peer} broke")
-        if len(self._waiting) >= MAX_IN_FLIGHT or self._channel.queued_bytes > MAX_QUEUED_BYTES:
+        if kind == REQUEST and (
+            len(self._waiting) >= MAX_IN_FLIGHT or self._channel.queued_bytes > MAX_QUEUED_BYTES
+        ):  # the keepalive's pings pass: a busy link is not a dead one
             raise Busy(f"{len(self._waiting)} requests to {self.peer} wait for an answer")
         self._last_id += 1
         number, waiter = self._last_id, _Waiter()

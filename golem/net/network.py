@@ -81,6 +81,10 @@ class Network:
         """Whether the host runs at this moment."""
         return self._sessions is not None
 
+    async def wait_up(self) -> None:
+        """Until the host listens."""
+        await self._ready()
+
     def serve(self, service: str, handler: Callable[[str, bytes], Awaitable[bytes]]) -> None:
         """Answer requests for a service: `handler(sender node id, payload)` gives the reply or raises NetRefusal."""
         self._services[service] = handler

@@ -54,6 +54,7 @@ class Peer:
     rtt_ms: float | None = None
     past_in: int = 0  # bytes of this session's connections that ended
     past_out: int = 0
+    bulk_failed_at: float = FAR_PAST
     bulk_lock: trio.Lock = field(default_factory=trio.Lock)
 
 
@@ -82,6 +83,7 @@ class Sessions:
         self._bulk_protocol = f"/{config.network_name}/bulk/1"
         self._bulk = StreamServer(stream_handlers, config.timing)
         self._nursery: trio.Nursery | None = None
+        self._stopped = False
         host.on_connected = self._connected
         host.on_dead = self._dead
         host.serve_streams(self._link_protocol, self._serve_link)
@@ -99,7 +101,7 @@ class Sessions:
                     self._maintain()
                     await trio.sleep(self._timing.maintenance_s)
         finally:
-            self._nursery = None
+            self._nursery, self._stopped = None, True
             for peer in self._peers.values():
                 for conn in list(peer.conns):
                     conn.kill("the host stops")
@@ -128,11 +130,12 @@ class Sessions:
         peer = self._peer(node_id)
         async with peer.bulk_lock:
             conn = self._bulk_conn(peer)
-            if conn is None:
+            if conn is None and trio.current_time() - peer.bulk_failed_at > self._timing.backoff_max_s:
                 try:
                     conn = await self._dial(peer)
                 except Unreachable:
-                    conn = peer.link_conn  # the peer dialled us and we cannot dial it
+                    peer.bulk_failed_at = trio.current_time()  # the peer dialled us and we cannot dial it
+            conn = conn or peer.link_conn
         if conn is None:
             raise Unreachable(f"{node_id} went away")
         stream = await self._host.open_stream(conn, self._bulk_protocol)
@@ -201,7 +204,7 @@ class Sessions:
         return peer
 
     def _connected(self, node_id: str, conn: Mux) -> None:
-        if self._nursery is None or node_id == self._host.node_id or len(self._peers) >= 2 * MAX_REMEMBERED:
+        if self._stopped or node_id == self._host.node_id or len(self._peers) >= 2 * MAX_REMEMBERED:
             conn.kill("not wanted")
             return
         peer = self._peer(node_id)
@@ -210,7 +213,7 @@ class Sessions:
             return
         if conn.death is None:
             peer.conns.append(conn)
-            if peer.link is None and peer.attempt is None:
+            if peer.link is None and peer.attempt is None and self._nursery is not None:
                 self._try(peer)
 
     def _dead(self, conn: Mux) -> None:
@@ -223,6 +226,8 @@ class Sessions:
                 peer.past_out += conn.bytes_out
                 if conn is peer.link_conn:
                     self._down(peer)
+                    if peer.conns and peer.attempt is None:
+                        self._try(peer)
                 return
 
     def _down(self, peer: Peer) -> None:
@@ -259,7 +264,7 @@ class Sessions:
             missing -= 1
 
     def _try(self, peer: Peer) -> None:
-        if self._nursery is None:
+        if self._nursery is None or self._stopped:
             peer.error = "the network is not up"
             return
         peer.attempt = trio.Event()

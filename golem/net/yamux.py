@@ -167,6 +167,7 @@ class MuxStream(IMuxedStream):
             if not (self._eof and self._fin_sent):
                 self.conn._control(WINDOW_UPDATE, RST, self.stream_id, 0)
             self._on_reset()
+            self._buffer.clear()
             self.conn._forget(self)
 
     async def close(self) -> None:
@@ -224,8 +225,7 @@ class MuxStream(IMuxedStream):
         self.conn._forget_if_done(self)
 
     def _on_reset(self) -> None:
-        self._reset = True
-        self._buffer.clear()
+        self._reset = True  # what had arrived can still be read
         self._wake()
 
     def _wake(self) -> None:
