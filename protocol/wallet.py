@@ -1,6 +1,8 @@
 """What is said about paying out: ledger -> wallet -> chain port and back. Handled by `actors/wallet.py`.
 
 All of it stays on the node; what the payee is told is in `protocol/ledger.py`. Amounts are decimal strings in GLM.
+The chain port may get another nonce than the wallet's number (an approval or a foreign transaction came between); a
+batch is told apart by its id.
 """
 
 from __future__ import annotations
@@ -112,3 +114,33 @@ class TransferRejected(Message, frozen=True):
 
     claim_id: str
     reason: str
+
+
+# -- payment cycles: commands of the node's edges, answered by `CycleSet` or `Refused`
+class SetCycle(Message, frozen=True):
+    """Pay what is queued on a platform every `interval_s` seconds; None leaves a value as it is."""
+
+    platform: str
+    interval_s: float | None
+    extra_pay_time_s: float | None = None
+    next_at: float | None = None
+
+
+class RunCycle(Message, frozen=True):
+    """Pay what is queued on a platform now, given-up orders included."""
+
+    platform: str
+
+
+class CycleSet(Message, frozen=True):
+    """It is done; the next run is due at `next_at`."""
+
+    platform: str
+    next_at: float
+
+
+# -- the wallet's own timer
+class CycleDue(Message, frozen=True):
+    """Time to gather what is queued on a platform."""
+
+    platform: str

@@ -1,0 +1,208 @@
+"""Rows of the ledger and the pure readings of them that edges use too.
+
+Keys: `allocation/<id>`, `agreement/<id>`, `activity/<id>`, `debit-note/<id>`, `invoice/<id>`, `order/<kind>:<id>`,
+`payment/<id>`, `tx/<hash>/<payer>/<payee>` (several platforms may be one chain, so none is named), and the index
+`open/<agreement>/<kind>/<id>` of accepted documents that are not settled. All amounts are decimal text in GLM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from decimal import Context, Decimal, Inexact
+from typing import Any, Protocol
+
+from protocol.ledger import AcceptanceBody, encode_body
+from protocol.types import Message, digest
+
+PAYEE, PAYER = "payee", "payer"
+FEEDS = {"debit-note": "debit-notes", "invoice": "invoices"}
+_EXACT = Context(prec=120, traps=[Inexact])
+
+ISSUED, RECEIVED, ACCEPTED, REJECTED, CANCELLED, SETTLED = (
+    "ISSUED",  # written by the payee, no receipt yet
+    "RECEIVED",  # on both nodes
+    "ACCEPTED",  # the payer owes it and has ordered payment
+    "REJECTED",
+    "CANCELLED",
+    "SETTLED",  # paid, final on chain
+)
+
+
+class Allocation(Message, frozen=True):
+    """Money set aside. What is left is `total` - `spent` while it lives and nothing after its release."""
+
+    allocation_id: str
+    address: str
+    platform: str
+    total: str
+    spent: str
+    created_at: float
+    updated_at: float
+    timeout_at: float
+    extend_timeout_s: float | None = None
+    released_at: float | None = None
+
+
+class Agreement(Message, frozen=True):
+    """The payment terms of an agreement and its sums. `fault` says why it cannot be billed, "" if it can."""
+
+    agreement_id: str
+    role: str  # ours
+    peer: str
+    platform: str
+    payee_addr: str
+    payer_addr: str
+    approved_at: float
+    app_session_id: str | None
+    fault: str = ""
+    ended: bool = False
+    accepted: str = "0"  # owed altogether
+    paid: str = "0"  # final on chain (and, for the payee, verified)
+    invoice_id: str = ""  # the newest that is neither rejected nor cancelled
+    invoice_accepted: bool = False
+    documents: int = 0  # notes and invoices received
+
+
+class Activity(Message, frozen=True):
+    """Sums of one activity. `due` is the highest running total seen in a debit note."""
+
+    activity_id: str
+    agreement_id: str
+    due: str = "0"
+    accepted: str = "0"
+    paid: str = "0"
+    last_debit_note_id: str | None = None
+
+
+class PaymentDocument(Message, frozen=True):
+    """A debit note or an invoice, as signed. `waiting` says in words what is to happen next, or why it does not."""
+
+    kind: str
+    document_id: str
+    role: str
+    agreement_id: str
+    activity_id: str  # "" for an invoice
+    amount: str
+    status: str
+    body: bytes
+    signature: bytes
+    issued_at: float
+    changed_at: float
+    waiting: str = ""
+    refused: bool = False  # the peer would not take it
+    rejection: str = ""
+    acceptance: bytes = b""  # the payer's signature over the acceptance
+
+
+class Order(Message, frozen=True):
+    """What accepting a document added to the debt; named by the document, so there is at most one."""
+
+    kind: str
+    document_id: str
+    agreement_id: str
+    activity_id: str
+    allocation_id: str
+    platform: str
+    peer: str
+    payer_addr: str
+    payee_addr: str
+    amount: str
+    ordered_at: float
+    payment_id: str = ""  # set once it is paid
+
+
+class Payment(Message, frozen=True):
+    """A payment made (payer) or claimed (payee). States: SIGNING SENT ACKNOWLEDGED REFUSED | VERIFYING VERIFIED REFUSED."""
+
+    payment_id: str
+    role: str
+    peer: str
+    state: str
+    body: bytes
+    signature: bytes
+    tx_hash: str
+    platform: str
+    amount: str
+    recorded_at: float
+    order_ids: tuple[str, ...] = ()
+    reason: str = ""
+    tries: int = 0
+
+
+class TxClaims(Message, frozen=True):
+    """What has been claimed of one transaction for one payee, in order: (payment id, amount), verified or in question."""
+
+    claims: tuple[tuple[str, str], ...]
+
+
+class Open(Message, frozen=True):
+    """An accepted document waits for its money."""
+
+    kind: str
+    document_id: str
+
+
+LedgerRow = Allocation | Agreement | Activity | PaymentDocument | Order | Payment | TxClaims | Open
+
+
+def total_of(amounts: Iterable[str | Decimal]) -> Decimal:
+    """Return the exact sum."""
+    result = Decimal(0)
+    for value in amounts:
+        result = _EXACT.add(result, Decimal(value))
+    return result
+
+
+def minus(left: str | Decimal, right: str | Decimal) -> Decimal:
+    """Return the exact difference."""
+    return _EXACT.subtract(Decimal(left), Decimal(right))
+
+
+def remaining(allocation: Allocation) -> Decimal:
+    """Return what an allocation still holds."""
+    return Decimal(0) if allocation.released_at is not None else minus(allocation.total, allocation.spent)
+
+
+class HasPrefix(Protocol):
+    """Committed rows or a draft of them."""
+
+    def prefix(self, prefix: str) -> Iterator[tuple[str, Any]]: ...
+
+
+def reserved(rows: HasPrefix, platform: str, besides: str = "") -> Decimal:
+    """Return what live allocations hold on a platform, leaving out the one with id `besides`."""
+    return total_of(
+        remaining(row)
+        for _, row in rows.prefix("allocation/")
+        if row.platform == platform and row.allocation_id != besides
+    )
+
+
+def acceptance_of(document: PaymentDocument) -> bytes:
+    """Return the body that the payer signs to accept `document`."""
+    return encode_body(
+        AcceptanceBody(
+            kind=document.kind,
+            document_id=document.document_id,
+            digest=digest(document.body),
+            total_amount_accepted=document.amount,
+        )
+    )
+
+
+def decorations(allocations: Sequence[Allocation]) -> dict[str, list[object]]:
+    """Return the demand properties and constraints by which a provider and these allocations find a common platform.
+
+    A single allocation gives a bare constraint: SDKs split every string at its operator and choke on a compound one.
+    """
+    prefix = "golem.com.payment.platform."
+    pairs = list(dict.fromkeys((f"{prefix}{a.platform}.address", a.address) for a in allocations))
+    tests = [f"({key}=*)" for key in dict.fromkeys(key for key, _ in pairs)]
+    platforms = tests[0] if len(tests) == 1 else "(|\n  " + "\n  ".join(tests) + "\n)"
+    return {
+        "properties": [
+            *({"key": key, "value": value} for key, value in pairs),
+            {"key": "golem.com.payment.protocol.version", "value": "3"},
+        ],
+        "constraints": [platforms, "(golem.com.payment.protocol.version>1)"],
+    }

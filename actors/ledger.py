@@ -1,0 +1,219 @@
+"""The ledger: allocations, debit notes, invoices and payments, for both sides of an agreement.
+
+Facts come from negotiation (`AgreementApproved`) and activity (`ActivityKnown`), commands from REST, documents from the
+ledger of the peer, `PaidOut` from the wallet, `TransferVerified` from the chain port. What it orders of the wallet is
+named by the accepted document, so nothing is paid twice; what a payer claims is checked on chain against everything
+claimed before of the same transaction.
+
+Flow of one invoice (payee P, payer R): P issues and signs -> `DocumentSent` -> R stores, receipt -> R accepts: document,
+allocation and order in one step -> `DocumentAccepted`; `PayOut` to the wallet -> `PaidOut` -> settled at R, payment
+signed -> `PaymentSent` -> P asks the chain -> settled at P -> `PaymentAcknowledged`.
+
+The machine has its parts in `_ledger_allocations`, `_ledger_documents`, `_ledger_payments`, its rows in `_ledger_rows`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from actors import _ledger_allocations as allocations
+from actors import _ledger_documents as documents
+from actors import _ledger_payments as payments
+from actors._ledger_rows import (
+    Activity,
+    Agreement,
+    Allocation,
+    LedgerRow,
+    Open,
+    Order,
+    Payment,
+    PaymentDocument,
+    TxClaims,
+    acceptance_of,
+    decorations,
+    minus,
+    remaining,
+    reserved,
+    total_of,
+)
+from actors._money_draft import Declined, MoneyDraft
+from actors.kernel.machine import Meta, Reply, Rows, Step
+from protocol.activity import ActivityKnown
+from protocol.codec import Decoder
+from protocol.ledger import (
+    AcceptDocument,
+    AllocationTimeout,
+    AmendAllocation,
+    CancelInvoice,
+    CreateAllocation,
+    DocumentAccepted,
+    DocumentReceived,
+    DocumentRefused,
+    DocumentSent,
+    InvoiceCancelled,
+    InvoiceCancelRequested,
+    InvoiceRejected,
+    IssueDebitNote,
+    IssueInvoice,
+    PaymentAcknowledged,
+    PaymentSent,
+    PaymentSigned,
+    RejectInvoice,
+    ReleaseAllocation,
+    SendDocument,
+    SendPaymentAgain,
+    SignPayment,
+    VerifyAgain,
+)
+from protocol.negotiation import AgreementApproved, AgreementEnded
+from protocol.types import Undelivered, Violation, address
+from protocol.wallet import PaidOut, PayOut, PayOutDelayed, TransferRejected, TransferVerified, VerifyTransfer
+
+__all__ = [
+    "Activity",
+    "Agreement",
+    "Allocation",
+    "Ledger",
+    "Open",
+    "Order",
+    "Payment",
+    "PaymentDocument",
+    "TxClaims",
+    "acceptance_of",
+    "decorations",
+    "minus",
+    "remaining",
+    "reserved",
+    "total_of",
+]
+
+RESEND = (DocumentAccepted, InvoiceRejected, InvoiceCancelRequested, PayOut, SignPayment, VerifyTransfer)
+_sent = Decoder[Any](
+    DocumentSent
+    | DocumentReceived
+    | DocumentRefused
+    | DocumentAccepted
+    | InvoiceRejected
+    | InvoiceCancelRequested
+    | InvoiceCancelled
+    | PaymentSent
+    | PaymentAcknowledged
+    | PayOut
+    | SignPayment
+    | VerifyTransfer
+)
+
+
+def _undelivered(draft: MoneyDraft, me: str, fact: Undelivered) -> None:
+    """What carries a duty is sent again; a document and a payment say that they could not be delivered."""
+    message = _sent(fact.body)
+    if isinstance(message, DocumentSent):
+        documents.undelivered(draft, message.document, fact.reason)
+    elif isinstance(message, PaymentSent):
+        payments.undelivered(draft, message.payment, fact.reason)
+    elif isinstance(message, RESEND):
+        draft.send(fact.to, message)
+
+
+_Handler = Callable[[MoneyDraft, str, Any], None]
+
+_HANDLERS: dict[type, _Handler] = {
+    AgreementApproved: documents.agreement_approved,
+    AgreementEnded: documents.agreement_ended,
+    ActivityKnown: documents.activity_known,
+    CreateAllocation: allocations.create,
+    AmendAllocation: allocations.amend,
+    ReleaseAllocation: allocations.release,
+    AllocationTimeout: allocations.timeout,
+    IssueDebitNote: documents.issue_debit_note,
+    IssueInvoice: documents.issue_invoice,
+    SendDocument: documents.send_document,
+    CancelInvoice: documents.cancel_invoice,
+    AcceptDocument: documents.accept,
+    RejectInvoice: documents.reject_invoice,
+    DocumentSent: documents.document_sent,
+    InvoiceCancelRequested: documents.cancel_requested,
+    DocumentReceived: documents.document_received,
+    DocumentRefused: documents.document_refused,
+    DocumentAccepted: documents.document_accepted,
+    InvoiceRejected: documents.invoice_rejected,
+    InvoiceCancelled: documents.invoice_cancelled,
+    PaidOut: payments.paid_out,
+    PayOutDelayed: payments.pay_out_delayed,
+    PaymentSigned: payments.payment_signed,
+    PaymentAcknowledged: payments.payment_acknowledged,
+    SendPaymentAgain: payments.send_payment_again,
+    PaymentSent: payments.payment_sent,
+    TransferVerified: payments.transfer_verified,
+    TransferRejected: payments.transfer_rejected,
+    VerifyAgain: payments.verify_again,
+    Undelivered: _undelivered,
+}
+
+#: Who alone may say what moves money: an exe-unit, too, has an address on this node.
+_SOURCES: dict[type, str] = {
+    CreateAllocation: "edge",
+    AmendAllocation: "edge",
+    AcceptDocument: "edge",
+    PaidOut: "wallet",
+    PaymentSigned: "signer",
+    TransferVerified: "chain",
+    TransferRejected: "chain",
+}
+
+
+class Ledger:
+    """The machine; see the module's docstring."""
+
+    name = "ledger"
+    local = (
+        AgreementApproved
+        | AgreementEnded
+        | ActivityKnown
+        | CreateAllocation
+        | AmendAllocation
+        | ReleaseAllocation
+        | AllocationTimeout
+        | IssueDebitNote
+        | IssueInvoice
+        | SendDocument
+        | CancelInvoice
+        | AcceptDocument
+        | RejectInvoice
+        | PaidOut
+        | PayOutDelayed
+        | PaymentSigned
+        | SendPaymentAgain
+        | TransferVerified
+        | TransferRejected
+        | VerifyAgain
+        | Undelivered
+    )
+    peer = (
+        DocumentSent
+        | InvoiceCancelRequested
+        | DocumentReceived
+        | DocumentRefused
+        | DocumentAccepted
+        | InvoiceRejected
+        | InvoiceCancelled
+        | PaymentSent
+        | PaymentAcknowledged
+    )
+    rows = LedgerRow
+
+    def __init__(self, node_id: str) -> None:
+        self._me = node_id
+
+    def handle(self, rows: Rows, message: Any, meta: Meta) -> Step:
+        """Carry out a message. An expected no changes nothing and is the reply. Raises `Violation`."""
+        source = _SOURCES.get(type(message))
+        if source is not None and meta.sender != address(self._me, source):
+            raise Violation(f"a {type(message).__name__} from {meta.sender}, which is not the {source}")
+        draft = MoneyDraft(rows, meta)
+        try:
+            _HANDLERS[type(message)](draft, self._me, message)
+        except Declined as no:
+            return Step(effects=[Reply(no.refusal)])
+        return draft.step()

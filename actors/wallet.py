@@ -1,0 +1,405 @@
+"""The wallet: pays each order of the ledger exactly once.
+
+    order  QUEUED -> BATCHED -> PAID;   BATCHED -> QUEUED when the batch failed;   -> GIVEN_UP after `MAX_TRIES`
+    batch  SENDING -> MINED | FAILED
+
+A payment cycle per (platform, payer) gathers queued orders, sums them by payee and puts up to 50 payees into a batch.
+The batch, with its number, is in its row before anything leaves; its id is made of that number, and the chain port takes
+an id once. So whatever is repeated, nothing is paid twice. Only the chain port's final word frees an order for another
+batch: `TransferFailed` says that the batch paid nothing and never will.
+
+Rows: `order/<id>`, `batch/<id>`, `account/<platform>/<payer>`, `cycle/<platform>`, and the index
+`queue/<platform>/<payer>/<order id>`. The ledger hears `PaidOut` and why things wait (`PayOutDelayed`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from decimal import Decimal
+from itertools import islice
+from typing import Any
+
+from msgspec.structs import replace
+
+from actors._ledger_rows import total_of
+from actors._money_draft import Declined, MoneyDraft
+from actors.kernel.machine import Meta, Reply, Rows, Step
+from protocol.codec import Decoder
+from protocol.types import Message, Undelivered, Violation, address, amount_text, digest
+from protocol.wallet import (
+    CycleDue,
+    CycleSet,
+    NonceFloor,
+    PaidOut,
+    PayOut,
+    PayOutDelayed,
+    RunCycle,
+    SetCycle,
+    Transfer,
+    TransferDelayed,
+    TransferFailed,
+    TransferMined,
+    TransferSent,
+)
+
+MAX_PAYEES = 50  # of a batch: one transaction
+MAX_BATCH_ORDERS = 1000
+MAX_RUN_ORDERS = 20_000  # gathered in one step; the rest follows a second later
+MAX_TRIES = 5
+INTERVALS_S = (0.5, 30 * 24 * 3600.0)
+QUEUED, BATCHED, PAID, GIVEN_UP = "QUEUED", "BATCHED", "PAID", "GIVEN_UP"
+SENDING, MINED, FAILED = "SENDING", "MINED", "FAILED"
+
+
+class PayOrder(Message, frozen=True):
+    """One order of the ledger. `batch_id` is the last batch it was in."""
+
+    order_id: str
+    platform: str
+    payer: str
+    payee: str
+    amount: str
+    state: str
+    queued_at: float
+    batch_id: str = ""
+    tries: int = 0
+    reason: str = ""
+
+
+class Payee(Message, frozen=True):
+    """What a batch pays one payee, and for which orders."""
+
+    payee: str
+    amount: str
+    order_ids: tuple[str, ...]
+
+
+class Batch(Message, frozen=True):
+    """One transfer to several payees."""
+
+    batch_id: str
+    platform: str
+    payer: str
+    nonce: int
+    payees: tuple[Payee, ...]
+    state: str
+    created_at: float
+    tx_hash: str = ""
+    reason: str = ""
+    block: int = 0
+    gas_used: int = 0
+    fee: str = "0"
+
+
+class Account(Message, frozen=True):
+    """The number of the next batch of a payer on a platform."""
+
+    next_nonce: int
+
+
+class Cycle(Message, frozen=True):
+    """When a platform's orders are gathered. `next_at` None: with the first order that comes, one interval later."""
+
+    platform: str
+    interval_s: float
+    extra_pay_time_s: float
+    next_at: float | None = None
+    last_at: float | None = None
+
+
+WalletRow = PayOrder | Batch | Account | Cycle
+
+
+class Wallet:
+    """The machine; see the module's docstring.
+
+    `intervals_s` gives cycle lengths of platforms, `default_interval_s` that of all others; a payee's sum below
+    `minimum` (GLM) waits for more. `payees` bounds a batch per platform where a network takes fewer than 50.
+    """
+
+    name = "wallet"
+    local = (
+        PayOut
+        | SetCycle
+        | RunCycle
+        | CycleDue
+        | TransferSent
+        | TransferMined
+        | TransferFailed
+        | TransferDelayed
+        | NonceFloor
+        | Undelivered
+    )
+    peer = None
+    rows = WalletRow
+
+    def __init__(
+        self,
+        node_id: str,
+        intervals_s: Mapping[str, float] | None = None,
+        default_interval_s: float = 300.0,
+        minimum: str = "0",
+        payees: Mapping[str, int] | None = None,
+    ) -> None:
+        self._me = node_id
+        self._intervals_s = dict(intervals_s or {})
+        self._default_interval_s = default_interval_s
+        self._minimum = Decimal(minimum)
+        self._payees = dict(payees or {})
+        self._handlers: dict[type, Callable[[MoneyDraft, Any], None]] = {
+            PayOut: self._pay_out,
+            SetCycle: self._set_cycle,
+            RunCycle: self._run_cycle,
+            CycleDue: self._cycle_due,
+            TransferSent: self._transfer_sent,
+            TransferMined: self._transfer_mined,
+            TransferFailed: self._transfer_failed,
+            TransferDelayed: self._transfer_delayed,
+            NonceFloor: self._nonce_floor,
+            Undelivered: self._undelivered,
+        }
+
+    def handle(self, rows: Rows, message: Any, meta: Meta) -> Step:
+        """Carry out a message. Raises `Violation` where somebody else speaks for ledger or chain."""
+        source = _SOURCES.get(type(message))
+        if source is not None and meta.sender != address(self._me, source):
+            raise Violation(f"a {type(message).__name__} from {meta.sender}, which is not the {source}")
+        draft = MoneyDraft(rows, meta)
+        try:
+            self._handlers[type(message)](draft, message)
+        except Declined as no:
+            return Step(effects=[Reply(no.refusal)])
+        return draft.step()
+
+    def cycle_of(self, rows: Rows, platform: str) -> Cycle:
+        """Return the cycle of a platform as it is or would be."""
+        row = rows.get(f"cycle/{platform}")
+        assert row is None or isinstance(row, Cycle)
+        return row or Cycle(platform, self._intervals_s.get(platform, self._default_interval_s), 0.0)
+
+    # -- orders and cycles
+    def _pay_out(self, draft: MoneyDraft, order: PayOut) -> None:
+        key = f"order/{order.order_id}"
+        if draft.row(PayOrder, key) is not None:
+            return
+        assert Decimal(order.amount) > 0, order
+        row = PayOrder(
+            order_id=order.order_id,
+            platform=order.platform,
+            payer=order.payer,
+            payee=order.payee,
+            amount=order.amount,
+            state=QUEUED,
+            queued_at=draft.now,
+        )
+        self._queue(draft, row)
+        self._schedule(draft, order.platform)
+
+    def _queue(self, draft: MoneyDraft, row: PayOrder) -> None:
+        draft.put(f"order/{row.order_id}", row)
+        draft.put(f"queue/{row.platform}/{row.payer}/{row.order_id}", row)
+
+    def _cycle(self, draft: MoneyDraft, platform: str) -> Cycle:
+        row = draft.row(Cycle, f"cycle/{platform}")
+        return row or Cycle(platform, self._intervals_s.get(platform, self._default_interval_s), 0.0)
+
+    def _schedule(self, draft: MoneyDraft, platform: str, at: float | None = None) -> float:
+        """Make sure that the platform's next run is set; `at` moves it. Returns its time."""
+        cycle = self._cycle(draft, platform)
+        if at is None and cycle.next_at is not None:
+            return cycle.next_at
+        next_at = draft.now + cycle.interval_s if at is None else at
+        draft.put(f"cycle/{platform}", replace(cycle, next_at=next_at))
+        draft.wake(f"cycle/{platform}", next_at, CycleDue(platform))
+        return next_at
+
+    def _set_cycle(self, draft: MoneyDraft, command: SetCycle) -> None:
+        cycle = self._cycle(draft, command.platform)
+        interval_s = cycle.interval_s if command.interval_s is None else command.interval_s
+        extra_s = cycle.extra_pay_time_s if command.extra_pay_time_s is None else command.extra_pay_time_s
+        if not INTERVALS_S[0] <= interval_s <= INTERVALS_S[1] or not 0 <= extra_s <= INTERVALS_S[1]:
+            raise Declined("bad_request", f"an interval is {INTERVALS_S[0]:g} to {INTERVALS_S[1]:g} seconds")
+        draft.put(f"cycle/{command.platform}", replace(cycle, interval_s=interval_s, extra_pay_time_s=extra_s))
+        at = command.next_at if command.next_at is not None else draft.now + interval_s
+        draft.reply(CycleSet(command.platform, self._schedule(draft, command.platform, max(at, draft.now))))
+
+    def _run_cycle(self, draft: MoneyDraft, command: RunCycle) -> None:
+        for _, row in list(draft.prefix("order/")):
+            if row.platform == command.platform and row.state == GIVEN_UP:
+                self._queue(draft, replace(row, state=QUEUED, tries=0))
+        draft.reply(CycleSet(command.platform, self._schedule(draft, command.platform, draft.now)))
+
+    def _cycle_due(self, draft: MoneyDraft, timer: CycleDue) -> None:
+        cycle = replace(self._cycle(draft, timer.platform), next_at=None, last_at=draft.now)
+        draft.put(f"cycle/{timer.platform}", cycle)
+        queued = [row for _, row in islice(draft.prefix(f"queue/{timer.platform}/"), MAX_RUN_ORDERS + 1)]
+        more = len(queued) > MAX_RUN_ORDERS
+        by_payer: dict[str, list[PayOrder]] = {}
+        for row in sorted(queued[:MAX_RUN_ORDERS], key=lambda row: (row.queued_at, row.order_id)):
+            by_payer.setdefault(row.payer, []).append(row)
+        for payer, orders in by_payer.items():
+            for payees in _batches(orders, self._minimum, self._payees.get(timer.platform, MAX_PAYEES)):
+                self._send_batch(draft, timer.platform, payer, payees)
+        if more or next(draft.prefix(f"queue/{timer.platform}/"), None) is not None:
+            self._schedule(draft, timer.platform, draft.now + 1.0 if more else None)
+
+    # -- batches
+    def _send_batch(self, draft: MoneyDraft, platform: str, payer: str, payees: list[list[PayOrder]]) -> None:
+        account_key = f"account/{platform}/{payer}"
+        nonce = (draft.row(Account, account_key) or Account(0)).next_nonce
+        batch_id = digest("batch", platform, payer, str(nonce))[:32]
+        assert draft.row(Batch, f"batch/{batch_id}") is None, f"number {nonce} of {payer} is used twice"
+        batch = Batch(
+            batch_id=batch_id,
+            platform=platform,
+            payer=payer,
+            nonce=nonce,
+            payees=tuple(
+                Payee(
+                    orders[0].payee,
+                    amount_text(total_of(order.amount for order in orders)),
+                    tuple(order.order_id for order in orders),
+                )
+                for orders in payees
+            ),
+            state=SENDING,
+            created_at=draft.now,
+        )
+        draft.put(account_key, Account(nonce + 1))
+        draft.put(f"batch/{batch_id}", batch)
+        for order in (order for orders in payees for order in orders):
+            assert order.state == QUEUED, order
+            draft.put(f"order/{order.order_id}", replace(order, state=BATCHED, batch_id=batch_id, reason=""))
+            draft.put(f"queue/{platform}/{payer}/{order.order_id}", None)
+        draft.send("chain", _transfer(batch))
+
+    def _transfer_sent(self, draft: MoneyDraft, fact: TransferSent) -> None:
+        batch = self._batch(draft, fact.batch_id)
+        if batch.state == SENDING and batch.tx_hash != fact.tx_hash:
+            reason = f"transaction {fact.tx_hash} sent; waiting for its confirmation"
+            self._explain(draft, replace(batch, tx_hash=fact.tx_hash), reason)
+
+    def _transfer_delayed(self, draft: MoneyDraft, fact: TransferDelayed) -> None:
+        batch = self._batch(draft, fact.batch_id)
+        if batch.state == SENDING and batch.reason != fact.reason:
+            self._explain(draft, batch, fact.reason)
+
+    def _explain(self, draft: MoneyDraft, batch: Batch, reason: str) -> None:
+        draft.put(f"batch/{batch.batch_id}", replace(batch, reason=reason))
+        order_ids = tuple(order_id for payee in batch.payees for order_id in payee.order_ids)
+        draft.send("ledger", PayOutDelayed(order_ids, reason))
+
+    def _transfer_mined(self, draft: MoneyDraft, fact: TransferMined) -> None:
+        batch = self._batch(draft, fact.batch_id)
+        if batch.state == MINED:
+            return
+        assert batch.state == SENDING, f"batch {batch.batch_id} was final as failed, and now is mined"
+        draft.put(
+            f"batch/{batch.batch_id}",
+            replace(
+                batch,
+                state=MINED,
+                tx_hash=fact.tx_hash,
+                reason="",
+                block=fact.block,
+                gas_used=fact.gas_used,
+                fee=fact.fee,
+            ),
+        )
+        for payee in batch.payees:
+            for order_id in payee.order_ids:
+                order = draft.row(PayOrder, f"order/{order_id}")
+                assert order is not None, order_id
+                assert (order.state, order.batch_id) == (BATCHED, batch.batch_id), order
+                draft.put(f"order/{order_id}", replace(order, state=PAID, reason=""))
+            draft.send(
+                "ledger",
+                PaidOut(payee.order_ids, batch.platform, batch.payer, payee.payee, payee.amount, fact.tx_hash),
+            )
+
+    def _transfer_failed(self, draft: MoneyDraft, fact: TransferFailed) -> None:
+        batch = self._batch(draft, fact.batch_id)
+        if batch.state == FAILED:
+            return
+        assert batch.state == SENDING, f"batch {batch.batch_id} was final as mined, and now has failed"
+        draft.put(f"batch/{batch.batch_id}", replace(batch, state=FAILED, reason=fact.reason))
+        given_up: list[str] = []
+        queued: list[str] = []
+        for order_id in (order_id for payee in batch.payees for order_id in payee.order_ids):
+            order = draft.row(PayOrder, f"order/{order_id}")
+            assert order is not None, order_id
+            assert (order.state, order.batch_id) == (BATCHED, batch.batch_id), order
+            order = replace(order, tries=order.tries + 1, reason=fact.reason)
+            if order.tries < MAX_TRIES:
+                self._queue(draft, replace(order, state=QUEUED))
+                queued.append(order_id)
+            else:
+                draft.put(f"order/{order_id}", replace(order, state=GIVEN_UP))
+                given_up.append(order_id)
+        if queued:
+            draft.send("ledger", PayOutDelayed(tuple(queued), f"a transfer failed, to be repeated: {fact.reason}"))
+            self._schedule(draft, batch.platform)
+        if given_up:
+            text = f"given up after {MAX_TRIES} transfers failed, until a payment cycle is run by hand: {fact.reason}"
+            draft.send("ledger", PayOutDelayed(tuple(given_up), text))
+
+    def _nonce_floor(self, draft: MoneyDraft, fact: NonceFloor) -> None:
+        key = f"account/{fact.platform}/{fact.payer}"
+        account = draft.row(Account, key) or Account(0)
+        if fact.nonce > account.next_nonce:
+            draft.put(key, Account(fact.nonce))
+
+    def _undelivered(self, draft: MoneyDraft, fact: Undelivered) -> None:
+        """Money messages stay on this node: whatever kept them back, they are sent again."""
+        draft.send(fact.to, _sent(fact.body))
+
+    def _batch(self, draft: MoneyDraft, batch_id: str) -> Batch:
+        batch = draft.row(Batch, f"batch/{batch_id}")
+        assert batch is not None, f"the chain speaks of batch {batch_id}, which the wallet never made"
+        return batch
+
+
+#: Who alone may say what moves money: an exe-unit, too, has an address on this node.
+_SOURCES: dict[type, str] = {
+    PayOut: "ledger",
+    SetCycle: "edge",
+    RunCycle: "edge",
+    TransferSent: "chain",
+    TransferMined: "chain",
+    TransferFailed: "chain",
+    TransferDelayed: "chain",
+    NonceFloor: "chain",
+}
+_sent = Decoder[Any](Transfer | PaidOut | PayOutDelayed)
+
+
+def _transfer(batch: Batch) -> Transfer:
+    payees = tuple((payee.payee, payee.amount) for payee in batch.payees)
+    return Transfer(batch.batch_id, batch.platform, batch.payer, batch.nonce, payees)
+
+
+def _batches(orders: list[PayOrder], minimum: Decimal, max_payees: int) -> Iterator[list[list[PayOrder]]]:
+    """Yield lists of payees, each a list of its orders: bounded numbers of payees and orders, every order once.
+
+    A payee who was in a failed batch gets one of his own: one whom no token can be sent to must not sink the others.
+    """
+    by_payee: dict[str, list[PayOrder]] = {}
+    for order in orders:
+        by_payee.setdefault(order.payee, []).append(order)
+    batch: list[list[PayOrder]] = []
+    size = 0
+    for theirs in by_payee.values():
+        if total_of(order.amount for order in theirs) < minimum:
+            continue
+        for start in range(0, len(theirs), MAX_BATCH_ORDERS):
+            part = theirs[start : start + MAX_BATCH_ORDERS]
+            if any(order.tries for order in part):
+                yield [part]
+                continue
+            if batch and (len(batch) == max_payees or size + len(part) > MAX_BATCH_ORDERS):
+                yield batch
+                batch, size = [], 0
+            batch.append(part)
+            size += len(part)
+    if batch:
+        yield batch

@@ -1,0 +1,314 @@
+"""What is said about allocations, debit notes, invoices and payments. Handled by `actors/ledger.py`.
+
+Debit notes, invoices, acceptances and payments are signed documents whose bodies are the JSON forms below: the issuer
+signs notes and invoices, the payer signs acceptances and payments. Amounts are decimal strings in GLM, times in bodies
+are RFC 3339, times in commands are seconds since the epoch. `kind` is "debit-note" or "invoice" throughout.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import msgspec
+
+from protocol.signing import Document
+from protocol.types import Message, Violation
+
+DEBIT_NOTE = "debit-note"
+INVOICE = "invoice"
+MAX_USAGE_COUNTERS = 64
+MAX_ACTIVITIES = 1000  # of one invoice
+MAX_ID_CHARS = 80
+MAX_DOCUMENT_BYTES = 256 * 1024
+
+
+# -- bodies of signed documents
+class DebitNoteBody(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
+    """A running total for one activity. `status` is no part of what is signed."""
+
+    debit_note_id: str
+    issuer_id: str
+    recipient_id: str
+    payee_addr: str
+    payer_addr: str
+    payment_platform: str
+    timestamp: str
+    agreement_id: str
+    activity_id: str
+    total_amount_due: str
+    previous_debit_note_id: str | None = None
+    usage_counter_vector: tuple[int | float, ...] | None = None
+    payment_due_date: str | None = None
+
+
+class InvoiceBody(msgspec.Struct, frozen=True, rename="camel"):
+    """The total of an agreement."""
+
+    invoice_id: str
+    issuer_id: str
+    recipient_id: str
+    payee_addr: str
+    payer_addr: str
+    payment_platform: str
+    timestamp: str
+    agreement_id: str
+    activity_ids: tuple[str, ...]
+    amount: str
+    payment_due_date: str
+
+
+class AcceptanceBody(msgspec.Struct, frozen=True, rename="camel"):
+    """The payer's word that it owes what a document says; `digest` names the very bytes that were accepted."""
+
+    kind: str
+    document_id: str
+    digest: str
+    total_amount_accepted: str
+
+
+class AgreementPayment(msgspec.Struct, frozen=True, rename="camel"):
+    """The part of a payment that is for an agreement as such (its invoice)."""
+
+    agreement_id: str
+    amount: str
+
+
+class ActivityPayment(msgspec.Struct, frozen=True, rename="camel"):
+    """The part of a payment that is for an activity (its debit notes)."""
+
+    activity_id: str
+    amount: str
+
+
+class PaymentBody(msgspec.Struct, frozen=True, rename="camel"):
+    """The payer's statement of what a transaction pays. `details` is the base64 of the 32 bytes of the hash."""
+
+    payment_id: str
+    payer_id: str
+    payee_id: str
+    payer_addr: str
+    payee_addr: str
+    payment_platform: str
+    amount: str
+    timestamp: str
+    agreement_payments: tuple[AgreementPayment, ...]
+    activity_payments: tuple[ActivityPayment, ...]
+    details: str
+
+
+B = TypeVar("B", DebitNoteBody, InvoiceBody, AcceptanceBody, PaymentBody)
+
+
+def encode_body(body: DebitNoteBody | InvoiceBody | AcceptanceBody | PaymentBody) -> bytes:
+    """Return the JSON that gets signed."""
+    return msgspec.json.encode(body)
+
+
+def decode_body(kind: type[B], raw: bytes) -> B:
+    """Return the typed body of a document. Raises `Violation` for bytes that are none."""
+    if len(raw) > MAX_DOCUMENT_BYTES:
+        raise Violation(f"a document of {len(raw)} bytes is over the limit of {MAX_DOCUMENT_BYTES}")
+    try:
+        return msgspec.json.decode(raw, type=kind)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError, ValueError) as error:
+        raise Violation(f"malformed {kind.__name__}: {str(error)[:200]}") from None
+
+
+# -- commands of the node's edges; answered by `Done` or `Refused`
+class Done(Message, frozen=True):
+    """The command is carried out (or was before)."""
+
+
+class CreateAllocation(Message, frozen=True):
+    """Set money aside. `balance` is the wallet's on the platform as just read; None where it is not to be checked."""
+
+    allocation_id: str
+    address: str  # as the caller wrote it; SDKs compare it as text
+    platform: str
+    total: str
+    balance: str | None
+    timeout_at: float | None = None  # None: ten years
+    extend_timeout_s: float | None = None  # each use moves the timeout at least this far ahead
+
+
+class AmendAllocation(Message, frozen=True):
+    """Change total or timeout; None leaves it. `balance` as in `CreateAllocation`."""
+
+    allocation_id: str
+    total: str | None
+    timeout_at: float | None
+    balance: str | None
+
+
+class ReleaseAllocation(Message, frozen=True):
+    """Free what is left of an allocation, for good."""
+
+    allocation_id: str
+
+
+class IssueDebitNote(Message, frozen=True):
+    """Write a debit note, not sent yet."""
+
+    debit_note_id: str
+    activity_id: str
+    total: str
+    usage: tuple[int | float, ...] | None = None
+    due_at: float | None = None
+
+
+class IssueInvoice(Message, frozen=True):
+    """Write an invoice, not sent yet."""
+
+    invoice_id: str
+    agreement_id: str
+    activity_ids: tuple[str, ...]
+    amount: str
+    due_at: float
+
+
+class SendDocument(Message, frozen=True):
+    """Send an issued document; `document` is its body signed by this node. The peer's receipt changes its status."""
+
+    kind: str
+    document_id: str
+    document: Document
+    timeout_s: float
+
+
+class AcceptDocument(Message, frozen=True):
+    """Accept a received document; `acceptance` is the matching `AcceptanceBody`, signed by this node."""
+
+    kind: str
+    document_id: str
+    amount: str
+    allocation_id: str
+    acceptance: Document
+
+
+class RejectInvoice(Message, frozen=True):
+    """Refuse to pay an invoice; `rejection` is JSON: rejectionReason, totalAmountAccepted, message."""
+
+    invoice_id: str
+    rejection: str
+
+
+class CancelInvoice(Message, frozen=True):
+    """Withdraw an invoice; if it was sent, the payer must agree."""
+
+    invoice_id: str
+
+
+# -- payee -> payer
+class DocumentSent(Message, frozen=True):
+    """A debit note or an invoice."""
+
+    document: Document
+
+
+class InvoiceCancelRequested(Message, frozen=True):
+    """The payee withdraws an invoice; an acceptance that is under way wins."""
+
+    invoice_id: str
+
+
+class PaymentAcknowledged(Message, frozen=True):
+    """The payee has looked at a payment: found on chain and booked, or refused and why."""
+
+    payment_id: str
+    verified: bool
+    reason: str = ""
+
+
+# -- payer -> payee
+class DocumentReceived(Message, frozen=True):
+    """Receipt for a document."""
+
+    kind: str
+    document_id: str
+
+
+class DocumentRefused(Message, frozen=True):
+    """The payer does not take the document, and why."""
+
+    kind: str
+    document_id: str
+    reason: str
+
+
+class DocumentAccepted(Message, frozen=True):
+    """The signed acceptance of a document."""
+
+    acceptance: Document
+
+
+class InvoiceRejected(Message, frozen=True):
+    """The payer will not pay."""
+
+    invoice_id: str
+    rejection: str  # JSON
+
+
+class InvoiceCancelled(Message, frozen=True):
+    """The payer agrees that an invoice is withdrawn."""
+
+    invoice_id: str
+
+
+class PaymentSent(Message, frozen=True):
+    """What a transaction paid, signed by the payer."""
+
+    payment: Document
+
+
+# -- ledger <-> signer port
+class SignPayment(Message, frozen=True):
+    """ledger -> signer: sign this `PaymentBody` with the node's key. A repeat gives the same answer."""
+
+    payment_id: str
+    body: bytes
+
+
+class PaymentSigned(Message, frozen=True):
+    """signer -> ledger: the signed document."""
+
+    payment_id: str
+    payment: Document
+
+
+# -- the ledger's own timers
+class AllocationTimeout(Message, frozen=True):
+    """An allocation may be at its end."""
+
+    allocation_id: str
+
+
+class VerifyAgain(Message, frozen=True):
+    """The chain port has not answered about a payment (it may have been restarted): ask again."""
+
+    payment_id: str
+
+
+class SendPaymentAgain(Message, frozen=True):
+    """The payee has refused a payment or could not be reached: try again."""
+
+    payment_id: str
+
+
+# -- events of the feeds "debit-notes", "invoices", "payments"
+class DocumentEvent(Message, frozen=True):
+    """Something happened to a document: RECEIVED ACCEPTED REJECTED CANCELLED SETTLED, or REFUSED, seen by nobody outside."""
+
+    document_id: str
+    what: str
+    role: str  # ours: "payee" | "payer"
+    app_session_id: str | None
+    detail: str = ""  # the rejection, as JSON
+
+
+class PaymentEvent(Message, frozen=True):
+    """A payment is final: sent by us, or verified."""
+
+    payment_id: str
+    role: str
+    platform: str
+    app_session_ids: tuple[str, ...]
