@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from msgspec.structs import replace
+
 from actors.draft import Draft
 from actors.kernel.machine import DropFeed, Emit, Meta, Publish, Reply, Rows, Send, Step, Wake
 from protocol.codec import Decoder
@@ -81,7 +83,7 @@ class OfferRow(Message, frozen=True, tag="offer"):
     document: Document
     owner: str
     expires: float
-    published: float  # when we came to know it
+    number: int  # rises with each offer that we came to know
 
 
 class DemandRow(Message, frozen=True, tag="demand"):
@@ -89,7 +91,7 @@ class DemandRow(Message, frozen=True, tag="demand"):
 
     document: Document
     expires: float
-    published: float
+    known: int  # `number` of the last offer that we knew when it was published
 
 
 class Ended(Message, frozen=True, tag="ended"):
@@ -122,6 +124,7 @@ class Scan(Message, frozen=True, tag="scan"):
     timeout_s: float
     owner: str
     until: float
+    known: int
 
 
 class Own(Message, frozen=True, tag="own"):
@@ -146,7 +149,8 @@ class Stats(Message, frozen=True, tag="stats"):
     offers: int = 0
     asked: int = 0
     scans: int = 0
-    next_scan: int = 1
+    last_scan: int = 0
+    last_offer: int = 0  # `number` of the offer that came last
     refused: tuple[Refusal, ...] = ()
 
 
@@ -223,7 +227,7 @@ class Market:
             Send("negotiation", SubscriptionOpened(subscription_id, message.document)),
         )
         if kind == "demand":
-            draft.put(f"demand/{subscription_id}", DemandRow(message.document, content.expires, now))
+            draft.put(f"demand/{subscription_id}", DemandRow(message.document, content.expires, _stats(draft).last_offer))
             draft.put("own", Own(own.offers, own.demands + 1, own.withdrawn))
             self._match_all(draft, f"demand/{subscription_id}", now)
             return
@@ -310,7 +314,7 @@ class Market:
                 self._end(draft, "offer", offer_id, "withdrawn", now)
         unknown: list[str] = []
         room = MAX_ASKED_PER_NODE - (draft.get(f"owner/{origin}") or Owner()).asked
-        room = min(room, MAX_ASKED - (draft.get("stats") or Stats()).asked)
+        room = min(room, MAX_ASKED - (_stats(draft)).asked)
         for offer_id in dict.fromkeys(message.offer_ids):
             asked = draft.get(f"asked/{offer_id}")
             if draft.get(f"offer/{offer_id}") or draft.get(f"ended/{offer_id}") or (asked and asked.until > now):
@@ -359,14 +363,17 @@ class Market:
         """Return why an offer is not kept, or nothing."""
         if content.owner == self.node:
             return "an offer of ours that we do not know; published before this journal began"
-        if (draft.get("stats") or Stats()).offers >= MAX_OFFERS:
+        if (_stats(draft)).offers >= MAX_OFFERS:
             return f"this node keeps {MAX_OFFERS} offers and no more"
         if (draft.get(f"owner/{content.owner}") or Owner()).offers >= MAX_OFFERS_PER_OWNER:
             return f"this node keeps {MAX_OFFERS_PER_OWNER} offers of one node and no more"
         return ""
 
     def _keep(self, draft: Draft, document: Document, content: Subscription, now: float) -> None:
-        draft.put(f"offer/{content.subscription_id}", OfferRow(document, content.owner, content.expires, now))
+        stats = _stats(draft)
+        draft.put("stats", replace(stats, last_offer=stats.last_offer + 1))
+        row = OfferRow(document, content.owner, content.expires, stats.last_offer + 1)
+        draft.put(f"offer/{content.subscription_id}", row)
         _count(draft, content.owner, offers=1)
         if content.owner == self.node:
             self._match_fresh(draft, [(document, content)], now)  # no demand of ours, but maybe a scan
@@ -388,7 +395,7 @@ class Market:
 
     def _match_all(self, draft: Draft, target: str, now: float) -> None:
         """Try a new demand or scan against all known offers: at once where they are few, else part by part."""
-        known = (draft.get("stats") or Stats()).offers
+        known = (_stats(draft)).offers
         if known <= AT_ONCE:
             self._match_part(draft, target, 0, 0, now)
         else:
@@ -399,12 +406,13 @@ class Market:
         row = draft.get(target)
         if not row:
             return
-        since = row.published if isinstance(row, DemandRow) else float("inf")
         prefix = f"{shard:0{digits}x}" if digits else ""
         for _, offer in draft.prefix(f"offer/{prefix}"):
+            if offer.number > row.known:
+                continue  # tried when it came
             if isinstance(row, Scan):
                 _try_scan(draft, target, row, read_subscription(offer.document.body))
-            elif offer.published <= since:  # later ones were tried when they came
+            else:
                 self._try(draft, row, offer.document, read_subscription(offer.document.body), now)
         if digits and shard + 1 < 16**digits:
             draft.do(Wake(f"match/{target}", now, MatchDue(target, shard + 1, digits)))
@@ -431,16 +439,16 @@ class Market:
             draft.do(Reply(Refused("unknown", f"Scan [{message.scan_id}] not found.")))
         elif isinstance(message, TouchScan):
             until = now + scan.timeout_s
-            draft.put(key, Scan(scan.kind, scan.constraints, scan.timeout_s, scan.owner, until))
+            draft.put(key, replace(scan, until=until))
             draft.do(Wake(key, until, ScanDue(message.scan_id)), Reply(Done()))
         elif isinstance(message, CloseScan) or scan.until <= now:
-            stats = draft.get("stats")
-            draft.put("stats", Stats(stats.offers, stats.asked, stats.scans - 1, stats.next_scan, stats.refused))
+            stats = _stats(draft)
+            draft.put("stats", replace(stats, scans=stats.scans - 1))
             draft.put(key, None)
             draft.do(Wake(key, None), Wake(f"match/{key}", None), DropFeed(key), Emit(key, ScanEnded()), Reply(Done()))
 
     def _open_scan(self, draft: Draft, message: OpenScan, now: float) -> None:
-        stats = draft.get("stats") or Stats()
+        stats = _stats(draft)
         try:
             compile_constraint(message.constraints)
         except ConstraintSyntaxError as error:
@@ -449,10 +457,10 @@ class Market:
         if stats.scans >= MAX_SCANS:
             draft.do(Reply(Refused("busy", f"this node has {MAX_SCANS} scans open; close one first")))
             return
-        scan_id, timeout_s = str(stats.next_scan), min(message.timeout_s, MAX_SCAN_TIMEOUT_S)
-        draft.put("stats", Stats(stats.offers, stats.asked, stats.scans + 1, stats.next_scan + 1, stats.refused))
+        scan_id, timeout_s = str(stats.last_scan + 1), min(message.timeout_s, MAX_SCAN_TIMEOUT_S)
+        draft.put("stats", replace(stats, scans=stats.scans + 1, last_scan=stats.last_scan + 1))
         key, until = f"scan/{scan_id}", now + timeout_s
-        draft.put(key, Scan(message.kind, message.constraints, timeout_s, message.owner, until))
+        draft.put(key, Scan(message.kind, message.constraints, timeout_s, message.owner, until, stats.last_offer))
         draft.do(Wake(key, until, ScanDue(scan_id)), Reply(ScanOpened(scan_id)))
         self._match_all(draft, key, now)
 
@@ -491,15 +499,18 @@ def _forget_asked(draft: Draft, offer_ids: Iterable[str], now: float) -> None:
 
 def _count(draft: Draft, node: str, offers: int = 0, asked: int = 0) -> None:
     """Keep the books of how much there is, of a node and in all."""
-    owner, stats = draft.get(f"owner/{node}") or Owner(), draft.get("stats") or Stats()
+    owner, stats = draft.get(f"owner/{node}") or Owner(), _stats(draft)
     owner = Owner(owner.offers + offers, owner.asked + asked)
     draft.put(f"owner/{node}", owner if owner.offers or owner.asked else None)
-    counts = stats.offers + offers, stats.asked + asked
-    draft.put("stats", Stats(*counts, stats.scans, stats.next_scan, stats.refused))
+    draft.put("stats", replace(stats, offers=stats.offers + offers, asked=stats.asked + asked))
 
 
 def _refuse(draft: Draft, offer_id: str, reason: str, now: float) -> None:
     """Note an offer that is not kept, and why."""
-    stats = draft.get("stats") or Stats()
-    refused = (*stats.refused, Refusal(offer_id, reason, now))[-MAX_REFUSALS:]
-    draft.put("stats", Stats(stats.offers, stats.asked, stats.scans, stats.next_scan, refused))
+    stats = _stats(draft)
+    draft.put("stats", replace(stats, refused=(*stats.refused, Refusal(offer_id, reason, now))[-MAX_REFUSALS:]))
+
+
+def _stats(draft: Draft) -> Stats:
+    stats: Stats | None = draft.get("stats")
+    return stats or Stats()
