@@ -47,7 +47,6 @@ __all__ = [
 GAS_SPARE = 20_000  # per payee over the estimate: a payee that emptied its purse meanwhile costs 17,100 more
 STUCK_BLOCKS = 6  # blocks that passed a well-paid transaction by, before it gets a higher fee
 FUND_S = 120.0
-IDLE_S = 60.0  # with nothing to do, the problems shown are refreshed this often
 
 KNOWN = ("already known", "already imported", "known transaction", "nonce too low", "nonce is too low")
 UNDERPRICED = ("underpriced", "less than block base fee", "fee too low", "fee cap less than")
@@ -113,14 +112,14 @@ Event = Sent | Mined | Confirmed | Failed | NonceLost | Stuck
 class Problem:
     """Why payments wait. `kind` as in the payment status of the REST API; `needed_wei` of coins or tokens."""
 
-    kind: str  # InsufficientGas InsufficientToken InvalidChainId CantSign TxStuck RpcError
-    message: str
+    kind: str  # InsufficientGas InsufficientToken InvalidChainId TxStuck RpcError
+    detail: str
     address: str
     needed_wei: int = 0
     chain_id: int = 0
 
 
-class FundError(Exception):
+class FundError(RpcError):
     """Test money could not be had, and why."""
 
 
@@ -128,7 +127,7 @@ class _Wait(Exception):
     """Nothing further can be signed now: the problem says why."""
 
     def __init__(self, problem: Problem) -> None:
-        super().__init__(problem.message)
+        super().__init__(problem.detail)
         self.problem = problem
 
 
@@ -185,33 +184,44 @@ class Engine:
         return tuple(self._problems)
 
     async def run(self) -> None:
-        """Work for ever: at the network's poll interval while anything is open, else when something is submitted."""
-        try:
-            while True:
-                self._wake = trio.Event()
-                await self.step()
-                busy = self.store.open() or self.store.queued() or self.store.unannounced()
-                with trio.move_on_after(self.network.poll_s if busy else IDLE_S):
-                    await self._wake.wait()
-        finally:
-            self.store.close()
+        """Work until cancelled: at the network's poll interval while anything is open, else when something comes."""
+        while True:
+            self._wake = trio.Event()
+            await self.step()
+            busy = self.store.open() or self.store.queued() or self.store.unannounced()
+            with trio.move_on_after(self.network.poll_s if busy else float("inf")):
+                await self._wake.wait()
+
+    def close(self) -> None:
+        """Close the store. After `run` has ended."""
+        self.store.close()
 
     async def step(self) -> None:
-        """One look at everything that is not final. Never raises RpcError: that becomes a problem."""
+        """One look at everything that is not final. Never raises RpcError: that becomes a problem.
+
+        With nothing to do it asks the chain nothing, so that an idle node leaves public endpoints alone.
+        """
         problems: list[Problem] = []
         async with self._turn:
-            try:
-                await self._check_chain()
-                head = await self.rpc.head()
-                await self._advance(head, problems)
-                await self._assign(head, problems)
-            except _Wait as wait:
-                problems.append(wait.problem)
-            except RpcError as error:
-                kind = "InvalidChainId" if error.kind == "chain_id" else "RpcError"
-                problems.append(Problem(kind, str(error), self.address, chain_id=self.network.chain_id))
+            if self.store.open() or self.store.queued():
+                await self._look(problems)
         self._problems = problems
         await self._announce()
+
+    async def _look(self, problems: list[Problem]) -> None:
+        try:
+            await self._check_chain()
+            head = await self.rpc.head()
+            await self._advance(head, problems)
+            await self._assign(head, problems)
+        except _Wait as wait:
+            problems.append(wait.problem)
+        except RpcError as error:
+            kind = "InvalidChainId" if error.kind == "chain_id" else "RpcError"
+            problems.append(Problem(kind, str(error), self.address, chain_id=self.network.chain_id))
+        if problems:
+            for row in self.store.queued()[:1]:
+                await self._tell_stuck(row.batch.batch_id, problems[-1].detail)
 
     # -- the chain under us
 
@@ -343,7 +353,7 @@ class Engine:
                 tx_id = await self._make(row.batch, head)
             except _Wait as wait:
                 problems.append(wait.problem)
-                await self._tell_stuck(row.batch.batch_id, wait.problem.message)
+                await self._tell_stuck(row.batch.batch_id, wait.problem.detail)
                 return  # later batches must not overtake: the oldest is paid first
             await self._broadcast(self.store.tx(tx_id), self.store.attempts(tx_id)[0], problems)
 

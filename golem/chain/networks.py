@@ -1,8 +1,8 @@
 """The table of networks: one row a network, and the platform strings that name them (`erc20-holesky-tglm`).
 
-Rows come in two profiles. *public* talks to the real chains. *local* serves `local`, `holesky` and `hoodi` from the
-dev chain, because agents ask for their favourite network by name: such rows say so in `simulated_by`, and displays
-must show it. All rows of one chain share accounts and nonces: `Network.chain` tells which do.
+Rows come in three profiles. *testnet* and *mainnet* talk to the real chains. *local* serves `local`, `holesky` and
+`hoodi` from the dev chain, because agents ask for their favourite network by name: such rows say so in `simulated_by`,
+and displays must show it. All rows of one chain share accounts and nonces: `Network.chain` tells which do.
 
 URLs may be replaced by the variable <NAME>_GETH_ADDR (comma separated); more rows come from a JSON file (`read_rows`).
 """
@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from golem.chain.devchain.genesis import CHAIN_ID, MULTI_TRANSFER_ADDRESS, TOKEN_ADDRESS
 
@@ -22,6 +22,7 @@ GWEI = 10**9
 DRIVER = "erc20"
 FEE_MODELS = ("eth", "op", "zk")
 SIMULATED = "local dev chain"
+DEFAULT_NETWORK = {"local": "hoodi", "testnet": "hoodi", "mainnet": "polygon"}  # by profile
 STAND_INS = ("holesky", "hoodi")  # the default networks of the agents' libraries
 
 FeeModel = Literal["eth", "op", "zk"]
@@ -171,7 +172,8 @@ def local_rows(dev_url: str) -> tuple[Network, ...]:
 class Networks:
     """Rows by network name and by platform."""
 
-    def __init__(self, rows: Iterable[Network]) -> None:
+    def __init__(self, rows: Iterable[Network], default: str) -> None:
+        self.default = default
         self.rows = {row.name: row for row in rows}
         self._platforms = {row.platform: row for row in self.rows.values()}
 
@@ -192,23 +194,26 @@ class Networks:
     def platforms(self) -> tuple[str, ...]:
         return tuple(self._platforms)
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[Network]:
         return iter(self.rows.values())
 
 
 def load(
     profile: str, *, dev_url: str | None = None, environ: Mapping[str, str] = os.environ, extra: Path | None = None
 ) -> Networks:
-    """The table of a profile: "local" (needs `dev_url`) or "public"; rows of the file `extra` replace or add."""
+    """The table of a profile: "local" (needs `dev_url`), "testnet" or "mainnet"; the file `extra` replaces or adds rows.
+
+    ValueError for an unknown profile or a bad file.
+    """
+    if profile not in DEFAULT_NETWORK:
+        raise ValueError(f"unknown network profile {profile[:40]!r}: one of {', '.join(DEFAULT_NETWORK)}")
     if profile == "local":
         if dev_url is None:
             raise ValueError("the local profile needs the dev chain's URL")
-        rows: tuple[Network, ...] = local_rows(dev_url)
-    elif profile == "public":
-        rows = tuple(_with_env(row, environ) for row in PUBLIC)
+        rows = list(local_rows(dev_url))
     else:
-        raise ValueError(f"unknown network profile {profile[:40]!r}: local or public")
-    return Networks([*rows, *(read_rows(extra) if extra and extra.exists() else ())])
+        rows = [_with_env(row, environ) for row in PUBLIC if row.is_test == (profile == "testnet")]
+    return Networks([*rows, *(read_rows(extra) if extra and extra.exists() else ())], DEFAULT_NETWORK[profile])
 
 
 def _with_env(row: Network, environ: Mapping[str, str]) -> Network:

@@ -26,6 +26,9 @@ create table if not exists attempt(
   hash text primary key, tx int, raw blob, max_fee text, priority_fee text, created real, head int, sends int);
 create index if not exists attempt_tx on attempt(tx);
 create table if not exists chain(id text primary key, genesis text);
+create table if not exists claim(
+  id text primary key, platform text, tx_hash text, payer text, payee text, amount_wei text, claimed_wei text,
+  created real);
 """
 OPEN = ("signed", "sent", "mined")
 
@@ -86,6 +89,52 @@ class Attempt:
     sends: int
 
 
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A claimed payment whose check is not finished. `created` in seconds of the epoch."""
+
+    claim_id: str
+    platform: str
+    tx_hash: str
+    payer: str
+    payee: str
+    amount_wei: int
+    claimed_wei: int
+    created: float
+
+
+class Claims:
+    """The claims that wait for an answer; in the same file, whatever their network."""
+
+    def __init__(self, path: Path | str) -> None:
+        self._sql = _connect(path)
+
+    def close(self) -> None:
+        self._sql.close()
+
+    def add(self, claim: Claim) -> None:
+        """A repeat replaces the first."""
+        c = claim
+        row = (c.claim_id, c.platform, c.tx_hash, c.payer, c.payee, str(c.amount_wei), str(c.claimed_wei), c.created)
+        self._sql.execute("insert or replace into claim values(?,?,?,?,?,?,?,?)", row)
+
+    def remove(self, claim_id: str) -> None:
+        self._sql.execute("delete from claim where id=?", (claim_id,))
+
+    def all(self) -> list[Claim]:
+        """Oldest first."""
+        rows = self._sql.execute("select * from claim order by created, id")
+        return [Claim(i, p, h, r, e, int(a), int(c), t) for i, p, h, r, e, a, c, t in rows]
+
+
+def _connect(path: Path | str) -> sqlite3.Connection:
+    sql = sqlite3.connect(path, isolation_level=None, timeout=10.0)
+    sql.execute("pragma journal_mode=wal")
+    sql.execute("pragma synchronous=full")
+    sql.executescript(SCHEMA)
+    return sql
+
+
 _TX_COLUMNS = (
     "id, nonce, kind, coalesce(batch,''), recipient, data, gas, total_wei, state, coalesce(block,0),"
     " coalesce(block_hash,''), coalesce(winner,''), coalesce(gas_used,0), coalesce(fee_wei,'0')"
@@ -103,10 +152,7 @@ class Store:
 
     def __init__(self, path: Path | str, account: str) -> None:
         self.account = account
-        self._sql = sqlite3.connect(path, isolation_level=None, timeout=10.0)
-        self._sql.execute("pragma journal_mode=wal")
-        self._sql.execute("pragma synchronous=full")
-        self._sql.executescript(SCHEMA)
+        self._sql = _connect(path)
 
     def close(self) -> None:
         self._sql.close()
@@ -253,10 +299,3 @@ class Store:
                     "update batch set state=?, reason=? where account=? and id=?",
                     (state, reason, self.account, tx.batch_id),
                 )
-
-    def lose_queued(self, batch_id: str, reason: str) -> None:
-        """End a batch for which nothing was signed."""
-        self._sql.execute(
-            "update batch set state='failed', reason=? where account=? and id=? and state='queued'",
-            (reason, self.account, batch_id),
-        )

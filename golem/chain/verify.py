@@ -26,9 +26,13 @@ class Verified:
 
 @dataclass(frozen=True, slots=True)
 class NotYet:
-    """Cannot be said now: not mined, not deep enough, or the node does not answer. Ask again."""
+    """Cannot be said now: not mined, not deep enough, or the node does not answer. Ask again.
+
+    `unknown`: our node answers and has never heard of the transaction, which for an honest claim passes soon.
+    """
 
     reason: str
+    unknown: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +65,9 @@ async def _verify(
 ) -> Verified | NotYet | Rejected:
     receipt = await rpc.receipt(tx_hash)
     if receipt is None:
-        where = "is not in a block yet" if await rpc.knows(tx_hash) else f"is not known on {network.name} (yet)"
-        return NotYet(f"transaction {tx_hash} {where}")
+        if await rpc.knows(tx_hash):
+            return NotYet(f"transaction {tx_hash} is not in a block yet")
+        return NotYet(f"transaction {tx_hash} is not known on {network.name} (yet)", unknown=True)
     depth = (await rpc.head()).number - receipt.block
     if depth < network.depth:
         return NotYet(f"{max(depth, 0)} of {network.depth} confirmations")

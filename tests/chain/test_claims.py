@@ -79,6 +79,7 @@ async def test_claims_about_the_wrong_thing_are_rejected(scene: Scene) -> None:
 async def test_an_unknown_transaction_may_still_come(scene: Scene) -> None:
     unknown = await scene.claim("0x" + "12" * 32)
     assert isinstance(unknown, NotYet)
+    assert unknown.unknown
     assert "not known" in unknown.reason
 
 

@@ -303,7 +303,7 @@ async def test_a_node_behind_our_own_history_is_not_sent_through(lab: Lab, db: P
         await wallet.engine.submit(TransferBatch("b2", 2, ((payee, GLM),)))
         await wallet.engine.step()
         assert wallet.problems == ["RpcError"]
-        assert "behind" in wallet.engine.problems()[0].message
+        assert "behind" in wallet.engine.problems()[0].detail
         assert len(wallet.told(Sent)) == 1
 
 

@@ -165,7 +165,7 @@ class DevChain:
         self.pool.setdefault(tx.sender, {})[tx.nonce] = tx
         if self.automine:
             self.mine()
-        if self.pool.get(tx.sender, {}).get(tx.nonce) is tx:  # not mined at once: keep it over a crash
+        if tx.nonce in self.pool.get(tx.sender, {}):  # not mined at once: keep it over a crash
             replaced = [("delete from pool where hash=?", [(old.hash,)])] if old else []
             row = (tx.hash, tx.encode(), time.time_ns())
             self.store.commit([*replaced, ("insert or replace into pool values(?,?,?)", [row])])

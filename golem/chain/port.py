@@ -1,0 +1,287 @@
+"""The actor `chain`: what the wallet wants sent and what the ledger wants verified, done by engines and `verify`.
+
+`Chain` is the port (a mailbox of the node's kernel) and the face of the chain layer to REST and command line: networks,
+accounts, balances, problems, test money. One engine serves all networks that are one chain. On the local profile the
+dev chain is started when nobody serves it, and again when it dies; everything here answers before it is up.
+
+Both kinds of work are on disk before the mailbox moves on (batches and claims in `chain.db`), and their ends are posted
+through the kernel's links before they are struck off: nothing is lost, and a repeat is recognised by its id.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import trio
+
+from actors.kernel.machine import Meta, Send
+from golem.chain import networks as table
+from golem.chain import token
+from golem.chain.devchain import DevChainError, ensure_devchain
+from golem.chain.engine import Confirmed, Engine, Event, Failed, NonceLost, Problem, Sent, Stuck, TransferBatch
+from golem.chain.networks import DRIVER, Network, Networks
+from golem.chain.rpc import Head, Rpc, RpcError
+from golem.chain.signer import Key
+from golem.chain.store import Claim, Claims
+from golem.chain.totals import totals
+from golem.chain.verify import NotYet, Rejected, verify_transfer
+from protocol.types import Message, amount, amount_text, from_wei, to_wei
+from protocol.wallet import (
+    Transfer,
+    TransferDelayed,
+    TransferFailed,
+    TransferMined,
+    TransferRejected,
+    TransferSent,
+    TransferVerified,
+    VerifyTransfer,
+)
+
+if TYPE_CHECKING:
+    from actors.kernel.system import System
+
+log = logging.getLogger("golem.chain")
+
+UNSTARTED = "http://127.0.0.1:9"  # stands for the dev chain until it is up: nothing listens on the discard port
+UNKNOWN_S = 1800.0  # a claimed transaction that our node has not heard of for so long does not exist
+DEVCHAIN_LOOK_S = 5.0
+START_WAIT_S = 60.0
+EXTRA_ROWS = "networks.json"  # in the data directory: rows of the user's own
+
+
+class Settings(Protocol):
+    """The part of the node's configuration that is read here."""
+
+    @property
+    def data_dir(self) -> Path: ...
+    @property
+    def profile(self) -> str: ...
+    @property
+    def chain_dir(self) -> Path: ...
+
+
+class Secret(Protocol):
+    """The node's identity, as far as the signer needs it."""
+
+    def secret(self) -> bytes: ...
+
+
+class Chain:
+    """See the module. `connect` does the work until cancelled."""
+
+    name = "chain"
+    local: Any = Transfer | VerifyTransfer
+    peer: Any = None
+
+    def __init__(self, config: Settings, key: Key, system: System, clock: Callable[[], float] = time.time) -> None:
+        self.address, self._system, self._clock = key.address, system, clock
+        self._dev_dir = config.chain_dir if config.profile == "local" else None
+        dev_url = UNSTARTED if self._dev_dir else None
+        self.networks: Networks = table.load(config.profile, dev_url=dev_url, extra=config.data_dir / EXTRA_ROWS)
+        self._claims = Claims(config.data_dir / "chain.db")
+        self._claimed = trio.Event()
+        self._up = trio.Event()
+        self._rpcs: dict[str, Rpc] = {}
+        self._engines: dict[str, Engine] = {}
+        for row in self.networks:
+            if row.chain not in self._rpcs:
+                self._rpcs[row.chain] = rpc = Rpc(row)
+                self._engines[row.chain] = Engine(row, rpc, key, config.data_dir / "chain.db", self._heard)
+        if not self._dev_dir:
+            self._up.set()
+
+    # -- life
+
+    async def connect(self) -> None:
+        """Send and verify until cancelled."""
+        async with trio.open_nursery() as nursery:
+            if self._dev_dir:
+                nursery.start_soon(self._keep_devchain, self._dev_dir)
+            nursery.start_soon(self._verify_claims)
+            for engine in self._engines.values():
+                nursery.start_soon(engine.run)
+
+    async def aclose(self) -> None:
+        for rpc in self._rpcs.values():
+            await rpc.pool.aclose()
+        for engine in self._engines.values():
+            engine.close()
+        self._claims.close()
+
+    async def _keep_devchain(self, directory: Path) -> None:
+        """Start the dev chain if nobody serves it; again whenever it is gone."""
+        while True:
+            try:
+                url = await ensure_devchain(directory)
+            except (DevChainError, OSError) as error:
+                log.error("%s", error)
+            else:
+                for row in self.networks:
+                    if row.simulated_by:
+                        self._rpcs[row.chain].pool.repoint((url,))
+                self._up.set()
+            await trio.sleep(DEVCHAIN_LOOK_S)
+
+    # -- the port
+
+    async def handle(self, message: Message, meta: Meta) -> Sequence[Send]:
+        """Take a transfer or a claim, durably. What cannot be done at all is answered at once."""
+        if isinstance(message, Transfer):
+            try:
+                await self._submit(message)
+            except (ValueError, KeyError) as error:
+                return [Send("wallet", TransferFailed(message.batch_id, _words(error)))]
+        elif isinstance(message, VerifyTransfer):
+            try:
+                self._claim(message)
+            except (ValueError, KeyError) as error:
+                return [Send("ledger", TransferRejected(message.claim_id, _words(error)))]
+        return []
+
+    async def _submit(self, transfer: Transfer) -> None:
+        network = self.networks.by_platform(transfer.platform)
+        if transfer.payer.lower() != self.address:
+            raise ValueError(f"this node holds no key of {transfer.payer[:50]}")
+        payees = tuple((payee, to_wei(amount(text))) for payee, text in transfer.payees)
+        await self._engines[network.chain].submit(TransferBatch(transfer.batch_id, transfer.nonce, payees))
+
+    def _claim(self, claim: VerifyTransfer) -> None:
+        self.networks.by_platform(claim.platform)
+        self._claims.add(
+            Claim(
+                claim.claim_id,
+                claim.platform,
+                claim.tx_hash,
+                claim.payer,
+                claim.payee,
+                to_wei(amount(claim.amount)),
+                to_wei(amount(claim.already_claimed)),
+                self._clock(),
+            )
+        )
+        self._claimed.set()
+
+    async def _heard(self, event: Event) -> None:
+        """An engine's event, to the wallet."""
+        message: Message | None = None
+        if isinstance(event, Sent):
+            message = TransferSent(event.batch_id, event.tx_hash)
+        elif isinstance(event, Confirmed):
+            fee = amount_text(from_wei(event.fee_wei))
+            message = TransferMined(event.batch_id, event.tx_hash, event.block, event.gas_used, fee)
+        elif isinstance(event, Failed | NonceLost):
+            message = TransferFailed(event.batch_id, event.reason)
+        elif isinstance(event, Stuck):
+            message = TransferDelayed(event.batch_id, event.reason)
+        if message is not None:
+            await self._system.post(self.name, [Send("wallet", message)])
+
+    async def _verify_claims(self) -> None:
+        while True:
+            self._claimed = trio.Event()
+            claims = self._claims.all()
+            for claim in claims:
+                await self._verify(claim)
+            poll_s = min(row.poll_s for row in self.networks) if self._claims.all() else float("inf")
+            with trio.move_on_after(poll_s):
+                await self._claimed.wait()
+
+    async def _verify(self, claim: Claim) -> None:
+        network = self.networks.by_platform(claim.platform)
+        found = await verify_transfer(
+            self._rpcs[network.chain],
+            network,
+            claim.tx_hash,
+            claim.payer,
+            claim.payee,
+            claim.amount_wei,
+            claim.claimed_wei,
+        )
+        answer: Message
+        if isinstance(found, NotYet):
+            if not found.unknown or self._clock() - claim.created < UNKNOWN_S:
+                return
+            answer = TransferRejected(claim.claim_id, found.reason)
+        elif isinstance(found, Rejected):
+            answer = TransferRejected(claim.claim_id, found.reason)
+        else:
+            answer = TransferVerified(claim.claim_id, claim.tx_hash)
+        await self._system.post(self.name, [Send("ledger", answer)])
+        self._claims.remove(claim.claim_id)
+
+    # -- for REST and command line; networks by name, KeyError for an unknown one
+
+    @property
+    def default_network(self) -> str:
+        return self.networks.default
+
+    def accounts(self) -> list[dict[str, Any]]:
+        """Every platform of the profile, as the payment API lists accounts. Test stand-ins carry `simulatedBy`."""
+        return [
+            {
+                "platform": row.platform,
+                "address": self.address,
+                "driver": DRIVER,
+                "network": row.name,
+                "token": row.symbol.lower(),
+                "send": True,
+                "receive": True,
+            }
+            | ({"simulatedBy": row.simulated_by} if row.simulated_by else {})
+            for row in self.networks
+        ]
+
+    def batch_sizes(self) -> dict[str, int]:
+        """Payees that one transaction takes, by platform."""
+        return {row.platform: self._engines[row.chain].max_payees for row in self.networks}
+
+    async def balances(self, network: str, address: str | None = None) -> token.Balances:
+        """Coins and tokens of an address (default: this node's). RpcError."""
+        row, rpc = await self._reach(network)
+        return await token.balances(rpc, row, address or self.address)
+
+    async def head(self, network: str) -> Head:
+        """The newest block. RpcError."""
+        _, rpc = await self._reach(network)
+        return await rpc.head()
+
+    async def fund(self, network: str) -> token.Balances:
+        """Get test coins and tokens; what the account holds then. RpcError says why not."""
+        row, _ = await self._reach(network)
+        return await self._engines[row.chain].fund()
+
+    def problems(self, network: str) -> tuple[Problem, ...]:
+        """Why payments wait on a network; empty is healthy."""
+        return self._engines[self.networks.by_name(network).chain].problems()
+
+    def totals(self, platform: str) -> dict[str, Any]:
+        """Reserved, outgoing and incoming sums of the ledger on one platform; see `golem.chain.totals`."""
+        return totals(self._system.rows("ledger"), platform)
+
+    async def _reach(self, network: str) -> tuple[Network, Rpc]:
+        row = self.networks.by_name(network)
+        with trio.move_on_after(START_WAIT_S):
+            await self._up.wait()
+            return row, self._rpcs[row.chain]
+        raise RpcError(f"the dev chain is not up: see devchain.log in {self._dev_dir}", "down")
+
+
+def _words(error: Exception) -> str:
+    return str(error).strip("'\"")
+
+
+@asynccontextmanager
+async def open_chain(config: Settings, identity: Secret, system: System) -> AsyncIterator[Chain]:
+    """The chain port, added to `system`; its `connect` has to be run. ValueError for a bad profile or network file."""
+    chain = Chain(config, Key(identity.secret()), system)
+    system.add_port(chain)
+    try:
+        yield chain
+    finally:
+        with trio.CancelScope(shield=True):
+            await chain.aclose()
