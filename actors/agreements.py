@@ -521,8 +521,17 @@ def forget(draft: Draft, message: ForgetAgreement) -> None:
         draft.put(f"agreement/{message.agreement_id}", None)
 
 
-def undelivered(draft: Draft, message: AgreementProposed | AgreementApproval | AgreementCommitted, why: str, now: float) -> None:
-    """Something that the other side had to know did not arrive, or nobody said that it did."""
+MustArrive = (
+    AgreementProposed | AgreementApproval | AgreementCommitted | AgreementClosed | AgreementRejected | AgreementTerminated
+)  # fmt: skip
+
+
+def undelivered(draft: Draft, message: MustArrive, why: str, now: float) -> None:
+    """Something that the other side had to know did not arrive, or nobody said that it did.
+
+    An end is told again, as long as we remember the agreement ourselves: the other side must not think it goes on. So is
+    an approval: past its time it is the question what the requestor decided, and any answer settles it.
+    """
     if isinstance(message, AgreementProposed):
         agreement_id = loads(message.agreement.body)["agreementId"]
     else:
@@ -534,8 +543,10 @@ def undelivered(draft: Draft, message: AgreementProposed | AgreementApproval | A
     reason = reason_text(f"{other} {agreement.counterpart} could not be reached: {why}")
     if isinstance(message, AgreementProposed) and agreement.state == PENDING:
         _close(draft, agreement, reason, now)
-    elif isinstance(message, AgreementApproval) and agreement.state == APPROVING:
-        _cancelled(draft, agreement, reason, now)
+    elif isinstance(message, AgreementApproval) and agreement.state in (APPROVING, EXPIRED):
+        _tell_peer(draft, agreement, message)
     elif isinstance(message, AgreementCommitted) and agreement.state == APPROVED:
         _terminated(draft, agreement, agreement.role, reason, now)
         _tell_peer(draft, agreement, AgreementTerminated(agreement.agreement_id, agreement.role, reason))
+    elif isinstance(message, AgreementClosed | AgreementRejected | AgreementTerminated):
+        _tell_peer(draft, agreement, message)

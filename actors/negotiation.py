@@ -40,9 +40,9 @@ from protocol.negotiation import (
     RejectProposal,
     TerminateAgreement,
 )
-from protocol.types import Message, Refused, Undelivered, Violation, node_of
+from protocol.types import Refused, Undelivered, Violation, node_of
 
-_peer = Decoder[Message](PeerNegotiation)
+_peer = Decoder[PeerNegotiation](PeerNegotiation)
 
 
 class Negotiation:
@@ -126,8 +126,8 @@ class Negotiation:
         """News for a peer that did not arrive; what becomes of those for our own actors is not ours to decide."""
         if node_of(message.to) in ("", self.node) or "/" not in message.to:
             return
-        body = _peer(message.body)
+        body: PeerNegotiation = _peer(message.body)
         if isinstance(body, ProposalOpened | ProposalCountered):
             proposals.undelivered(draft, body, message.reason)
-        elif isinstance(body, AgreementProposed | AgreementApproval | AgreementCommitted):
+        elif not isinstance(body, ProposalRejected):
             agreements.undelivered(draft, body, message.reason, now)
