@@ -18,6 +18,7 @@ from protocol.types import Message, Violation
 MAX_FRAME_BYTES = 4 * 1024 * 1024  # a batch of envelopes, or one call, on any pipe or socket
 MAX_BODY_BYTES = 1024 * 1024  # one message
 MAX_BATCH = 64  # envelopes in a frame
+MAX_ADDRESS_CHARS, MAX_EPOCH_CHARS, MAX_TRACE_CHARS = 200, 64, 64
 T = TypeVar("T")
 
 _encoder = msgspec.msgpack.Encoder()
@@ -97,7 +98,7 @@ def decode_batch(frame: bytes) -> list[Envelope]:
             raise Violation("a batch belongs to one link")
         if not (0 <= e.after < e.seq < 2**63 and e.seq > seq and (not seq or e.after == seq)):
             raise Violation("sequence numbers of a batch do not rise one by one")
-        if len(e.sender) > 200 or len(e.to) > 200 or len(e.epoch) > 64 or len(e.trace) > 64:
+        if max(len(e.sender), len(e.to)) > MAX_ADDRESS_CHARS or len(e.epoch) > MAX_EPOCH_CHARS or len(e.trace) > MAX_TRACE_CHARS:
             raise Violation("an address, epoch or trace is too long")
         if len(e.body) > MAX_BODY_BYTES:
             raise Violation("a message of the batch is too long")

@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Union
 
 import trio
 
+from actors.kernel.feed import next_head
 from actors.kernel.journal import Commit, Event, Journal, Position, Posted, Timer
 from actors.kernel.machine import (
     ActorFailed,
@@ -29,7 +30,7 @@ from actors.kernel.machine import (
     Step,
     Wake,
 )
-from protocol.codec import Decoder, Envelope, encode, tag_of
+from protocol.codec import MAX_BODY_BYTES, Decoder, Envelope, encode
 from protocol.types import Message, Undelivered, Violation, node_of
 
 if TYPE_CHECKING:
@@ -39,17 +40,27 @@ BATCH = 64  # deliveries taken at once
 CAPACITY = 256  # deliveries in a mailbox; more is `Busy` for edges and peers
 CACHED_ROWS = 4096
 CRASHES_BEFORE_QUARANTINE = 3
-RETIRED_EPOCHS = 8
+CACHED_LINKS = 4096
+COUNTED_CRASHES = 1024
+MAX_ROW_BYTES = 1 << 26
 
 
 @dataclass(slots=True, eq=False)
 class LinkBatch:
-    """Envelopes of one link, in order. `have` and `note` are the acknowledgement, once `done`."""
+    """Envelopes of one link, in order. `have` and `note` are the acknowledgement, once `done`.
+
+    Whoever no longer waits for the acknowledgement takes the envelopes back (empties the list): they come again.
+    """
 
     envelopes: list[Envelope]
     done: trio.Event = field(default_factory=trio.Event)
     have: int = 0
     note: str = ""
+    sender: str = ""
+    epoch: str = ""
+
+    def __post_init__(self) -> None:
+        self.sender, self.epoch = self.envelopes[0].sender, self.envelopes[0].epoch
 
 
 @dataclass(slots=True, eq=False)
@@ -78,15 +89,37 @@ class DeadlinePassed:
     seq: int
 
 
-Delivery = LinkBatch | Ask | TimerDue | DeadlinePassed
+@dataclass(slots=True, eq=False)
+class AlarmRings:
+    """There are alarms to take (they have a place of their own, so that a full mailbox cannot keep them out)."""
+
+
+Alarm = TimerDue | DeadlinePassed
+Delivery = LinkBatch | Ask | AlarmRings
+
+
+class Crashes:
+    """How often which message crashed its machine."""
+
+    def __init__(self) -> None:
+        self._counts: OrderedDict[tuple[str, str, int], int] = OrderedDict()
+
+    def count(self, key: tuple[str, str, int]) -> bool:
+        """Count a crash; return whether it was one too many, and then forget the message."""
+        self._counts[key] = self._counts.get(key, 0) + 1
+        if self._counts[key] >= CRASHES_BEFORE_QUARANTINE:
+            del self._counts[key]
+            return True
+        if len(self._counts) > COUNTED_CRASHES:
+            self._counts.popitem(last=False)
+        return False
 
 
 class RowView:
     """An actor's rows: committed ones read through a bounded cache, uncommitted ones on top."""
 
-    def __init__(self, journal: Journal, actor: str, kinds: Any) -> None:
-        self._journal, self._actor = journal, actor
-        self._decode: Callable[[bytes], Any] = Decoder(kinds, 1 << 26)
+    def __init__(self, journal: Journal, actor: str, decode: Callable[[bytes], Any]) -> None:
+        self._journal, self._actor, self.decode = journal, actor, decode
         self._cache: OrderedDict[str, Any] = OrderedDict()
         self.changed: dict[str, Message | None] = {}
 
@@ -98,7 +131,7 @@ class RowView:
             self._cache.move_to_end(key)
             return self._cache[key]
         body = self._journal.row(self._actor, key)
-        return default if body is None else self._remember(key, self._decode(body))
+        return default if body is None else self._remember(key, self.decode(body))
 
     def __getitem__(self, key: str) -> Any:
         row = self.get(key)
@@ -122,7 +155,7 @@ class RowView:
                     yield key, row
                 at += 1
             else:
-                yield key, self._cache[key] if key in self._cache else self._remember(key, self._decode(body))
+                yield key, self._cache[key] if key in self._cache else self._remember(key, self.decode(body))
         for key in changed[at:]:
             if (row := self.changed[key]) is not None:
                 yield key, row
@@ -152,6 +185,7 @@ class Batch:
     links: list[LinkBatch] = field(default_factory=list)
     published: list[Publish] = field(default_factory=list)
     sent: dict[str, int] = field(default_factory=dict)
+    heads: dict[str, tuple[int, float]] = field(default_factory=dict)  # of feeds: number and time of the last event
     failure: Exception | None = None
 
 
@@ -171,14 +205,13 @@ class Actor:
         self.system, self.machine, self.name = system, machine, machine.name
         self.address = f"{system.node}/{machine.name}"
         self.post, self._mailbox = trio.open_memory_channel[Delivery](capacity)
-        none = type(None)
-        self._decode_local: Callable[[bytes], Message] = Decoder(machine.local | machine.peer | none)
-        self._decode_peer: Callable[[bytes], Message] = Decoder(machine.peer | none)
-        self.rows = RowView(system.journal, self.name, machine.rows)
+        self._decode_local: Callable[[bytes], Message] = Decoder(Union[machine.local, machine.peer, None])  # noqa: UP007
+        self._decode_peer: Callable[[bytes], Message] = Decoder(Union[machine.peer, None])  # noqa: UP007
+        self.rows = RowView(system.journal, self.name, Decoder(machine.rows, MAX_ROW_BYTES))
         self._positions: dict[str, Position] = {}
         self._sent: dict[str, int] = {}
-        self._crashes: dict[tuple[str, str, int], int] = {}
-        self._alarms: set[object] = set()  # timers and deadlines that wait in the mailbox
+        self._crashes = Crashes()
+        self._alarms: dict[tuple[str, float], Alarm] = {}  # those that wait, by key and time or recipient and number
 
     # -- the mailbox
     def offer(self, delivery: Delivery) -> None:
@@ -188,15 +221,21 @@ class Actor:
         except trio.WouldBlock:
             raise Busy(f"{self.name} has {CAPACITY} messages waiting") from None
 
-    def offer_alarm(self, alarm: TimerDue | DeadlinePassed) -> None:
-        """Put an alarm into the mailbox, once; when there is no room it comes again with the next look at the clock."""
-        identity = (alarm.timer.key, alarm.timer.at) if isinstance(alarm, TimerDue) else (alarm.recipient, alarm.seq)
-        if identity not in self._alarms:
+    def offer_alarm(self, alarm: Alarm) -> None:
+        """Put an alarm behind those that wait, once. Over `CAPACITY` it comes again with the next look at the clock."""
+        match alarm:
+            case TimerDue(timer):
+                identity = (timer.key, timer.at)
+            case DeadlinePassed(recipient, seq):
+                identity = (recipient, seq)
+        if identity in self._alarms or len(self._alarms) >= CAPACITY:
+            return
+        if not self._alarms:
             try:
-                self.post.send_nowait(alarm)
-                self._alarms.add(identity)
+                self.post.send_nowait(AlarmRings())
             except trio.WouldBlock:
-                pass
+                pass  # a full mailbox wakes the actor as well
+        self._alarms[identity] = alarm
 
     # -- the loop
     async def run(self) -> None:
@@ -212,6 +251,9 @@ class Actor:
             try:
                 for delivery in deliveries:
                     self._take(delivery, batch)
+                alarms, self._alarms = self._alarms, {}
+                for alarm in alarms.values():
+                    self._take_alarm(alarm, batch)
                 await self._finish(batch)
             except Exception as error:
                 self._abandon(batch, error)
@@ -222,34 +264,41 @@ class Actor:
     def _take(self, delivery: Delivery, batch: Batch) -> None:
         match delivery:
             case LinkBatch():
-                self._take_link(delivery, batch)
+                if delivery.envelopes:
+                    self._take_link(delivery, batch)
             case Ask():
                 self._take_ask(delivery, batch)
+            case AlarmRings():
+                pass
+
+    def _take_alarm(self, alarm: Alarm, batch: Batch) -> None:
+        """Take what became due, unless a message before it replaced the timer or an acknowledgement came."""
+        journal, commit = self.system.journal, batch.commit
+        match alarm:
             case TimerDue(timer):
-                self._alarms.discard((timer.key, timer.at))
-                changes = batch.commit.timers
-                current = changes[timer.key] if timer.key in changes else self.system.journal.timer(self.name, timer.key)
-                if current == timer:
-                    self._alarm(batch, timer.key, timer.trace, timer.body, lambda: changes.__setitem__(timer.key, None))
+                known = timer.key in commit.timers
+                if (commit.timers[timer.key] if known else journal.timer(self.name, timer.key)) != timer:
+                    return
+                self._alarm(batch, timer.key, timer.trace, timer.body, lambda: commit.timers.__setitem__(timer.key, None))
             case DeadlinePassed(recipient, seq):
-                self._alarms.discard((recipient, seq))
-                posted = self.system.journal.posted(self.name, recipient, seq)
-                if posted and self.system.journal.acks.get((self.name, recipient), 0) < seq:
-                    body = encode(Undelivered(recipient, posted.body))
-                    given_up = batch.commit.expired
-                    self._alarm(batch, f"{recipient}#{seq}", posted.trace, body, lambda: given_up.append((recipient, seq)))
+                posted = journal.posted(self.name, recipient, seq)
+                if posted is None or journal.acked(self.name, recipient) >= seq:
+                    return
+                body = encode(Undelivered(recipient, posted.body))
+                self._alarm(batch, f"{recipient}#{seq}", posted.trace, body, lambda: commit.expired.append((recipient, seq)))
 
     def _alarm(self, batch: Batch, key: str, trace: str, body: bytes, accept: Callable[[], None]) -> None:
         """Step the machine with a message of its own."""
         meta = Meta(self.address, self.system.now(), trace)
         try:
-            step = self._decide(self._decode_local(body), meta)
+            message = self._decode_local(body)
+            step = self._decide(message, meta)
         except Exception as error:  # whatever a bug raises, the other messages go on
             if self._crashed(batch, (self.address, key, 0), error, meta, body):
                 accept()
             return
         accept()
-        self._apply(step, meta, batch, None, tag_of(body))
+        self._apply(step, meta, batch, None, type(message).__name__)
 
     def _take_ask(self, ask: Ask, batch: Batch) -> None:
         meta = Meta(f"{self.system.node}/edge", self.system.now(), ask.trace)
@@ -265,16 +314,11 @@ class Actor:
     def _take_link(self, link: LinkBatch, batch: Batch) -> None:
         """Take what is new of a link, in order; stop at a gap or a crash."""
         batch.links.append(link)
-        first = link.envelopes[0]
-        before = self._position(first.sender, batch)
-        if first.epoch in before.retired:
+        position = self._position(link.sender, batch)
+        if link.epoch in position.retired:
             link.note = "retired epoch"
             return
-        if first.epoch == before.epoch:
-            position = before
-        else:
-            retired = (*before.retired, before.epoch)[-RETIRED_EPOCHS:] if before.epoch else before.retired
-            position = Position(first.epoch, 0, retired)
+        position = position.under(link.epoch)
         for e in link.envelopes:
             if e.seq <= position.seq:
                 continue  # a duplicate: committed before
@@ -293,13 +337,15 @@ class Actor:
         meta = Meta(e.sender, self.system.now(), e.trace)
         remote = node_of(e.sender) != self.system.node
         try:
-            step = self._decide((self._decode_peer if remote else self._decode_local)(e.body), meta)
+            message = (self._decode_peer if remote else self._decode_local)(e.body)
+            tag = type(message).__name__
+            step = self._decide(message, meta)
         except Violation as violation:
             self.system.log_violation(self.name, meta, violation)
             return True
         except Exception as error:  # our bug: isolate the message, let the link go on behind it
             return self._crashed(batch, (e.sender, e.epoch, e.seq), error, meta, e.body, remote=remote)
-        self._apply(step, meta, batch, None, tag_of(e.body))
+        self._apply(step, meta, batch, None, tag)
         return True
 
     def _crashed(
@@ -307,11 +353,9 @@ class Actor:
     ) -> bool:
         """Count a crash; return True when the message is quarantined and may be left behind."""
         self.system.log_crash(self.name, meta, error)
-        self._crashes[key] = count = self._crashes.get(key, 0) + 1
-        if count < CRASHES_BEFORE_QUARANTINE:
+        if not self._crashes.count(key):
             batch.failure = batch.failure or CrashedOn(error, remote)
             return False
-        del self._crashes[key]
         batch.commit.quarantined.append((meta.now, meta.sender, meta.trace, repr(error)[:1000], body))
         return True
 
@@ -321,6 +365,11 @@ class Actor:
         step = self.machine.handle(self.rows, message, meta)
         rows = {key: None if row is None else encode(row) for key, row in step.rows.items()}
         bodies = [encode(getattr(effect, "message", None)) for effect in step.effects]
+        for effect, body in zip(step.effects, bodies, strict=True):
+            if len(body) > MAX_BODY_BYTES:
+                raise ValueError(f"{type(effect).__name__} of {len(body)} bytes is over the limit of {MAX_BODY_BYTES}")
+            if isinstance(effect, Emit | DropFeed):
+                self.system.feeds.claim(self.name, effect.feed)
         return Decided(step, rows, bodies)
 
     def _apply(self, decided: Decided, meta: Meta, batch: Batch, ask: Ask | None, tag: str) -> None:
@@ -341,12 +390,13 @@ class Actor:
                 if ask is not None:
                     ask.reply = message
             case Emit(feed, _):
-                seq, at = self.system.feeds.advance(self.name, feed, meta.now)
+                head = batch.heads[feed] if feed in batch.heads else self.system.journal.feed_head(feed)
+                batch.heads[feed] = seq, at = next_head(head, meta.now)
                 commit.events.append((feed, Event(seq, at, body)))
             case DropFeed(feed):
                 commit.events = [(name, event) for name, event in commit.events if name != feed]
                 commit.dropped_feeds.append(feed)
-                self.system.feeds.forget(feed)
+                batch.heads[feed] = (0, 0.0)  # its numbers start again at 1
             case Wake(key, at, _):
                 commit.timers[key] = None if at is None else Timer(self.name, key, at, meta.trace, body)
             case Publish():
@@ -356,6 +406,8 @@ class Actor:
         if sender in batch.commit.inbox:
             return batch.commit.inbox[sender]
         if sender not in self._positions:
+            if len(self._positions) >= CACHED_LINKS:  # what is committed can be read again
+                self._positions.clear()
             self._positions[sender] = self.system.journal.position(self.name, sender)
         return self._positions[sender]
 
@@ -363,6 +415,8 @@ class Actor:
         if recipient in batch.sent:
             return batch.sent[recipient]
         if recipient not in self._sent:
+            if len(self._sent) >= CACHED_LINKS:
+                self._sent.clear()
             self._sent[recipient] = self.system.journal.last_sent(self.name, recipient)
         return self._sent[recipient]
 
@@ -383,12 +437,11 @@ class Actor:
             ask.done.set()
         self.system.released(self.name, commit, batch.published)
 
-
     def _abandon(self, batch: Batch, error: Exception) -> None:
         """Nothing of the batch is committed: say so to everybody who waits for it."""
         self.rows.changed = {}
         for link in batch.links:
-            link.have, link.note = self._position(link.envelopes[0].sender, Batch(Commit(self.name))).seq, "crash"
+            link.have, link.note = self.system.journal.position(self.name, link.sender).have(link.epoch), "crash"
             link.done.set()
         for ask in batch.asks:
             ask.error = ask.error or ActorFailed(f"{self.name} failed (trace {ask.trace}): {type(error).__name__}")

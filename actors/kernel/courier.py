@@ -31,8 +31,8 @@ class Courier:
 
     def __init__(self, system: System, actor: str, recipient: str) -> None:
         self.system, self.actor, self.recipient = system, actor, recipient
-        self.acked = 0  # committed by the recipient up to here
-        self._next = 0  # sent up to here
+        self.acked = system.journal.acked(actor, recipient)  # committed by the recipient up to here
+        self._next = self.acked  # sent up to here
         self._frames = 0
         self._backoff_s = FIRST_BACKOFF_S
         self._not_before = 0.0

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 
 import trio
 
 from actors.kernel.journal import Commit, Event, Journal
 
 MICROSECOND = 1e-6
+REMEMBERED_OWNERS = 4096  # feeds whose owner is checked; the check finds bugs, nothing rests on it
 
 
 class Feeds:
@@ -16,8 +18,7 @@ class Feeds:
 
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
-        self._heads: dict[str, tuple[int, float]] = {}
-        self._owners: dict[str, str] = {}
+        self._owners: OrderedDict[str, str] = OrderedDict()
         self._waiting: dict[str, set[trio.Event]] = {}
         self._taking: dict[str, trio.Lock] = {}
         self.closed = False
@@ -34,6 +35,8 @@ class Feeds:
     def watch(self, *feeds: str) -> trio.Event:
         """Return an event that is set when one of `feeds` gets news. Watch first, then read, then wait; then `unwatch`."""
         event = trio.Event()
+        if self.closed:
+            event.set()
         for feed in feeds:
             self._waiting.setdefault(feed, set()).add(event)
         return event
@@ -60,6 +63,8 @@ class Feeds:
                 try:
                     if self.read(feed, after_seq, 1):
                         return True
+                    if self.closed:
+                        return False
                     await event.wait()
                 finally:
                     self.unwatch(event, feed)
@@ -72,31 +77,32 @@ class Feeds:
             async with lock:
                 events = self.read(feed, 0, limit)
                 if events:
-                    with trio.CancelScope(shield=True):  # deleted and delivered, or neither
-                        await self._journal.commit(Commit("", taken=[(feed, event.seq) for event in events]))
+                    # Deleted and delivered, or neither: a commit under way is not cancelled, and no checkpoint follows it.
+                    await self._journal.commit(Commit("", taken=[(feed, event.seq) for event in events]))
                 return events
         finally:
             if not lock.locked():
                 self._taking.pop(feed, None)
 
     # -- writing (the kernel)
-    def advance(self, owner: str, feed: str, now: float) -> tuple[int, float]:
-        """Return the sequence number and time of the feed's next event. A feed has one owner: order is commit order."""
+    def claim(self, owner: str, feed: str) -> None:
+        """Check that a feed has one writer: then the order of its events is the order of commits."""
         if self._owners.setdefault(feed, owner) != owner:
             raise RuntimeError(f"feed {feed} belongs to {self._owners[feed]}, not to {owner}")
-        seq, at = self._heads.get(feed) or self._journal.feed_head(feed)
-        head = (seq + 1, round(max(now, at + MICROSECOND), 6))
-        if head[1] <= at:
-            head = (seq + 1, round(math.nextafter(at, math.inf) + MICROSECOND, 6))
-        self._heads[feed] = head
-        return head
-
-    def forget(self, feed: str) -> None:
-        """The feed is dropped with the step at hand; its numbers start again at 1."""
-        self._heads[feed] = (0, 0.0)
-        self._owners.pop(feed, None)
+        self._owners.move_to_end(feed)
+        if len(self._owners) > REMEMBERED_OWNERS:
+            self._owners.popitem(last=False)
 
     def notify(self, feed: str) -> None:
         """Wake everybody who watches `feed`."""
         for event in self._waiting.get(feed, ()):
             event.set()
+
+
+def next_head(head: tuple[int, float], now: float) -> tuple[int, float]:
+    """Return sequence number and time (whole microseconds) of the event behind the one numbered and timed `head`."""
+    seq, before = head
+    at = round(max(now, before + MICROSECOND), 6)
+    if at <= before:
+        at = round(math.nextafter(before, math.inf) + MICROSECOND, 6)
+    return seq + 1, at

@@ -36,17 +36,38 @@ MIGRATIONS = (
 )
 
 
+READ_AT_ONCE = 256  # rows of a prefix read by one query
+MERGED_COMMITS = 256  # commits in one transaction
+ACK_FLUSH_S = 0.05  # how long acknowledgements wait for a commit to go with: losing them costs a repetition, no more
+KEPT_QUARANTINED = 1000
+RETIRED_EPOCHS = 8
+
+
 class JournalError(Exception):
     """The journal cannot be opened or written; the process must end rather than forget."""
 
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """How far an actor has read a link: `seq` in `epoch`; `retired` are former epochs of the sender."""
+    """How far an actor has read a link: `seq` in `epoch`; `retired` are former epochs of the sender.
+
+    Frames of a former epoch may come late, as copies of what was taken before. The first frame of an epoch must not come
+    after one of the next: a node takes longer to start on an empty disk than a frame outlives its process.
+    """
 
     epoch: str = ""
     seq: int = 0
     retired: tuple[str, ...] = ()
+
+    def under(self, epoch: str) -> Position:
+        """Return the position from which messages of `epoch` count: the start of it if the sender lost its disk."""
+        if epoch == self.epoch:
+            return self
+        return Position(epoch, 0, (*self.retired, self.epoch)[-RETIRED_EPOCHS:] if self.epoch else ())
+
+    def have(self, epoch: str) -> int:
+        """Return what may be acknowledged to a sender in `epoch`."""
+        return self.seq if epoch == self.epoch else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,11 +122,20 @@ class Commit:
         )  # fmt: skip
 
 
-class Journal:
-    """Opens the file, reads committed state, writes commits.
+@dataclass(slots=True, eq=False)
+class Waiting:
+    """A commit in the queue; `written` tells how it ended once `done` is set."""
 
-    `path=":memory:"` or `threads=False` writes inline on one connection (simulation, short-lived tools); otherwise a
-    worker thread writes on a connection of its own, so that an fsync never stops the event loop.
+    commit: Commit
+    done: trio.Event = field(default_factory=trio.Event)
+    written: bool = False
+
+
+class Journal:
+    """Opens the file, reads committed state, writes commits, in the order of the calls, while `run` runs.
+
+    `path=":memory:"` or `threads=False` writes inline on one connection (simulation); otherwise a worker thread writes
+    on a connection of its own, so that an fsync never stops the event loop.
     """
 
     def __init__(self, path: str, new_epoch: Callable[[], str], *, threads: bool = True, synchronous: str = "FULL") -> None:
@@ -113,12 +143,7 @@ class Journal:
         self._writer = self._open(path, synchronous)
         self._migrate(new_epoch)
         self._reader = self._open(path, synchronous) if self._threads else self._writer
-        self._limiter = trio.CapacityLimiter(1)
-        self._queue: list[tuple[Commit, trio.Event]] = []
-        self._wake = trio.Event()
-        self.acks: dict[tuple[str, str], int] = {}  # (actor, recipient) -> acknowledged up to; flushed with a commit
-        self.commits = 0  # transactions so far, for benchmarks and metrics
-        self.epoch: str = self._reader.execute("select value from meta where key='epoch'").fetchone()[0]
+        self._begin()
 
     @classmethod
     def over(cls, connection: sqlite3.Connection, new_epoch: Callable[[], str]) -> Journal:
@@ -128,10 +153,19 @@ class Journal:
         journal._writer = journal._reader = connection
         connection.isolation_level = None
         journal._migrate(new_epoch)
-        journal._limiter = trio.CapacityLimiter(1)
-        journal._queue, journal._wake, journal.acks, journal.commits = [], trio.Event(), {}, 0
-        journal.epoch = connection.execute("select value from meta where key='epoch'").fetchone()[0]
+        journal._begin()
         return journal
+
+    def _begin(self) -> None:
+        self._limiter = trio.CapacityLimiter(1)
+        self._queue: list[Waiting] = []
+        self._wake = trio.Event()
+        self._started = trio.Event()
+        self._ended = False
+        self._acks: dict[tuple[str, str], int] = {}  # (actor, recipient) -> acknowledged up to; written with a commit
+        self._acks_under_way: dict[tuple[str, str], int] = {}
+        self.commits = 0  # transactions so far, for benchmarks and metrics
+        self.epoch: str = self._reader.execute("select value from meta where key='epoch'").fetchone()[0]
 
     @staticmethod
     def _open(path: str, synchronous: str) -> sqlite3.Connection:
@@ -168,9 +202,16 @@ class Journal:
 
     def rows(self, actor: str, prefix: str) -> Iterator[tuple[str, bytes]]:
         """Yield (key, body) of the actor's rows whose key starts with `prefix`, in key order."""
-        yield from self._reader.execute(
-            "select key, body from row where actor=? and key>=? and key<? order by key", (actor, prefix, prefix + "\U0010ffff")
-        )
+        # Read piece by piece, each to its end: a statement left open by a caller that stopped half-way would hold the
+        # connection to an old snapshot, for everybody.
+        query = "select key, body from row where actor=? and key>=? and key<? order by key limit ?"
+        after, end = prefix, prefix + "\U0010ffff"
+        while True:
+            found = self._reader.execute(query, (actor, after, end, READ_AT_ONCE)).fetchall()
+            yield from found
+            if len(found) < READ_AT_ONCE:
+                return
+            after = found[-1][0] + "\0"
 
     def position(self, actor: str, sender: str) -> Position:
         found = self._reader.execute("select epoch, seq, retired from inbox where actor=? and sender=?", (actor, sender))
@@ -232,43 +273,71 @@ class Journal:
         """Return (at, actor, sender, trace, error) of messages set aside because they crashed their actor."""
         return self._reader.execute("select at, actor, sender, trace, error from quarantine order by id").fetchall()
 
+    def acked(self, actor: str, recipient: str) -> int:
+        """Return up to where a link is known to be acknowledged, as far as the outbox does not tell yet."""
+        link = (actor, recipient)
+        return max(self._acks.get(link, 0), self._acks_under_way.get(link, 0))
+
     # -- writing
-    async def commit(self, commit: Commit) -> None:
-        """Return when `commit` is on disk. Raises `JournalError`; then nothing of it is."""
-        if not self._threads:
-            await trio.lowlevel.checkpoint()
-            self._write([commit], self._take_acks())
-            return
-        done = trio.Event()
-        self._queue.append((commit, done))
+    def acknowledge(self, actor: str, recipient: str, seq: int) -> None:
+        """Let the outbox forget a link's messages up to `seq`, with the next transaction or soon."""
+        self._acks[actor, recipient] = max(seq, self._acks.get((actor, recipient), 0))
         self._wake.set()
-        with trio.CancelScope(shield=True):
-            await done.wait()
+
+    async def commit(self, commit: Commit) -> None:
+        """Return when `commit` is on disk. Raises `JournalError`; then it may or may not be, and the process ends.
+
+        Cancellation does not part a caller from a commit that is under way: what follows a commit follows it surely,
+        unless the whole process ends.
+        """
+        waiting = Waiting(commit)
+        if not self._ended:
+            self._queue.append(waiting)
+            self._wake.set()
+            if not self._started.is_set():
+                try:
+                    await self._started.wait()
+                except trio.Cancelled:
+                    self._queue.remove(waiting)
+                    raise
+            with trio.CancelScope(shield=True):
+                await waiting.done.wait()
+        if not waiting.written:
+            await trio.lowlevel.checkpoint()  # whoever belongs to the ending process is cancelled here
+            raise JournalError("the journal is closed")
 
     async def run(self) -> None:
         """Serve commits, all that are ready in one transaction. Runs as long as the process' actors do."""
-        if not self._threads:
-            await trio.sleep_forever()
-        while True:
-            await self._wake.wait()
-            self._wake = trio.Event()
-            while self._queue or self.acks:
-                batch, self._queue = self._queue[:256], self._queue[256:]
-                with trio.CancelScope(shield=True):
-                    await trio.to_thread.run_sync(self._write, [c for c, _ in batch], self._take_acks(), limiter=self._limiter)
-                for _, done in batch:
-                    done.set()
+        batch: list[Waiting] = []
+        self._started.set()
+        try:
+            while True:
+                await self._wake.wait()
+                with trio.move_on_after(ACK_FLUSH_S):
+                    while not self._queue:
+                        self._wake = trio.Event()
+                        await self._wake.wait()
+                self._wake = trio.Event()
+                while self._queue or self._acks:
+                    batch, self._queue = self._queue[:MERGED_COMMITS], self._queue[MERGED_COMMITS:]
+                    self._acks_under_way, self._acks = self._acks, {}
+                    await self._store([waiting.commit for waiting in batch], self._acks_under_way)
+                    self._acks_under_way = {}
+                    for waiting in batch:
+                        waiting.written = True
+                        waiting.done.set()
+        finally:
+            self._ended = True
+            for waiting in (*batch, *self._queue):
+                waiting.done.set()
 
-    def flush_soon(self) -> None:
-        """Ask for acknowledgements to be written though no commit is due."""
+    async def _store(self, commits: list[Commit], acks: dict[tuple[str, str], int]) -> None:
+        """Write one transaction. Once begun in its thread, it is not cancelled."""
         if self._threads:
-            self._wake.set()
-        elif self.acks:
-            self._write([], self._take_acks())
-
-    def _take_acks(self) -> dict[tuple[str, str], int]:
-        acks, self.acks = self.acks, {}
-        return acks
+            await trio.to_thread.run_sync(self._write, commits, acks, limiter=self._limiter)
+        else:
+            await trio.lowlevel.checkpoint()
+            self._write(commits, acks)
 
     def _write(self, commits: list[Commit], acks: dict[tuple[str, str], int]) -> None:
         db = self._writer
@@ -320,3 +389,5 @@ def _apply(db: sqlite3.Connection, c: Commit) -> None:
             db.execute("replace into timer values (?,?,?,?,?)", (actor, key, timer.at, timer.trace, timer.body))
     insert = "insert into quarantine (at, actor, sender, trace, error, body) values (?,?,?,?,?,?)"
     db.executemany(insert, [(at, actor, sender, trace, error, body) for at, sender, trace, error, body in c.quarantined])
+    if c.quarantined:
+        db.execute("delete from quarantine where id<=(select max(id) from quarantine)-?", (KEPT_QUARANTINED,))

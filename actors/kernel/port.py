@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Union
 
 import trio
 
 from actors.kernel.actor import (
     CAPACITY,
-    CRASHES_BEFORE_QUARANTINE,
-    RETIRED_EPOCHS,
     Ask,
     CrashedOn,
+    Crashes,
     Delivery,
     LinkBatch,
 )
-from actors.kernel.journal import Commit, Position
+from actors.kernel.journal import Commit, JournalError, Position
 from actors.kernel.machine import ActorFailed, Busy, Meta, Port
 from protocol.codec import Decoder, Envelope
 from protocol.types import Message, Violation, node_of
@@ -31,10 +30,9 @@ class PortActor:
     def __init__(self, system: System, port: Port, capacity: int = CAPACITY) -> None:
         self.system, self.port, self.name = system, port, port.name
         self.post, self._mailbox = trio.open_memory_channel[Delivery](capacity)
-        none = type(None)
-        self._decode_local: Callable[[bytes], Message] = Decoder(port.local | port.peer | none)
-        self._decode_peer: Callable[[bytes], Message] = Decoder(port.peer | none)
-        self._crashes: dict[tuple[str, str, int], int] = {}
+        self._decode_local: Callable[[bytes], Message] = Decoder(Union[port.local, port.peer, None])  # noqa: UP007
+        self._decode_peer: Callable[[bytes], Message] = Decoder(Union[port.peer, None])  # noqa: UP007
+        self._crashes = Crashes()
 
     def offer(self, delivery: Delivery) -> None:
         """Put a delivery into the mailbox now. Raises `Busy` when it is full."""
@@ -47,7 +45,7 @@ class PortActor:
         """Serve the mailbox. Raises `CrashedOn` when the port's handler crashed."""
         while True:
             delivery = await self._mailbox.receive()
-            if isinstance(delivery, LinkBatch):
+            if isinstance(delivery, LinkBatch) and delivery.envelopes:
                 await self._take_link(delivery)
             elif isinstance(delivery, Ask):
                 await self._take_ask(delivery)
@@ -57,6 +55,8 @@ class PortActor:
         try:
             sends = await self.port.handle(ask.message, meta)
             await self.system.post(self.name, sends, ask.trace)
+        except JournalError:
+            raise
         except Exception as error:  # an edge's message is tried once: the edge hears of it
             self.system.log_crash(self.name, meta, error)
             ask.error = ActorFailed(f"{self.name} failed (trace {ask.trace}): {error}")
@@ -64,15 +64,12 @@ class PortActor:
             ask.done.set()
 
     async def _take_link(self, link: LinkBatch) -> None:
-        first = link.envelopes[0]
-        position = self.system.journal.position(self.name, first.sender)
+        position = self.system.journal.position(self.name, link.sender)
         try:
-            if first.epoch in position.retired:
+            if link.epoch in position.retired:
                 link.note = "retired epoch"
                 return
-            if first.epoch != position.epoch:
-                retired = (*position.retired, position.epoch)[-RETIRED_EPOCHS:] if position.epoch else position.retired
-                position = Position(first.epoch, 0, retired)
+            position = position.under(link.epoch)
             for e in link.envelopes:
                 if e.seq <= position.seq:
                     continue
@@ -81,12 +78,11 @@ class PortActor:
                     return
                 position = Position(position.epoch, e.seq, position.retired)
                 await self._take_envelope(e, position)
-                link.have = position.seq
         except CrashedOn:
             link.note = "crash"
             raise
         finally:
-            link.have = max(link.have, self.system.journal.position(self.name, first.sender).seq)
+            link.have = self.system.journal.position(self.name, link.sender).have(link.epoch)
             link.done.set()
 
     async def _take_envelope(self, e: Envelope, position: Position) -> None:
@@ -101,11 +97,11 @@ class PortActor:
             self.system.log_violation(self.name, meta, violation)
         except Exception as error:  # our bug or the world's whim: try again, then set the message aside
             self.system.log_crash(self.name, meta, error)
-            key = (e.sender, e.epoch, e.seq)
-            self._crashes[key] = count = self._crashes.get(key, 0) + 1
-            if count < CRASHES_BEFORE_QUARANTINE:
+            if not self._crashes.count((e.sender, e.epoch, e.seq)):
                 raise CrashedOn(error, remote) from error
-            del self._crashes[key]
+            commit.outbox.clear()
             commit.quarantined.append((meta.now, meta.sender, meta.trace, repr(error)[:1000], e.body))
+        self.system.crash_point(self.name, "before commit")
         await self.system.journal.commit(commit)
+        self.system.crash_point(self.name, "after commit")
         self.system.released(self.name, commit, [])

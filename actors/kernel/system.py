@@ -34,14 +34,17 @@ from actors.kernel.machine import (
 )
 from actors.kernel.port import PortActor
 from actors.kernel.trace import Line, StepLog, step_line
-from protocol.codec import Ack, Envelope, decode_batch, encode, encode_ack
+from protocol.codec import MAX_BODY_BYTES, MAX_TRACE_CHARS, Ack, Envelope, decode_batch, encode, encode_ack
 from protocol.types import Message, Violation, actor_of, node_of
 
 log = logging.getLogger("golem.kernel")
 
 RESTARTS, RESTART_WINDOW_S = 5, 60.0
 FIRST_RESTART_S, LAST_RESTART_S = 0.05, 5.0
-CLOCK_LOOK_S = 1.0  # how long an alarm may wait because a mailbox was full
+CLOCK_LOOK_S = 1.0  # how long an alarm may wait because too many were due
+CLOCK_SLEEP_S = 60.0  # a clock that was set, or a machine that slept, is noticed this late at most
+PEER_FRAMES = 16  # frames of one node that wait for one actor
+TAKEN_BYTES = 64 << 20  # of frames that wait, all in all
 
 
 class System:
@@ -69,7 +72,9 @@ class System:
         self.feeds = Feeds(journal)
         self._clock, self._publish, self._step_log = clock, publish, step_log
         self._last_now = 0.0
-        self._sent: dict[tuple[str, str], int] = {}  # of ports and edges; actors count their own
+        self._sent: dict[tuple[str, str], int] = {}  # by ports and edges, not on disk yet; actors count their own
+        self._taking: dict[tuple[str, str], int] = {}  # (node, actor) -> frames being taken
+        self._taking_bytes = 0
         self._actors: dict[str, Actor | PortActor] = {}
         self._couriers: dict[tuple[str, str], Courier] = {}
         self._new_links: set[tuple[str, str]] = set()
@@ -118,7 +123,7 @@ class System:
         """Return the committed rows of an actor, for reading at once (not across an await)."""
         found = self._actors[actor]
         assert isinstance(found, Actor)
-        return RowView(self.journal, actor, found.machine.rows)
+        return RowView(self.journal, actor, found.rows.decode)
 
     async def ask(self, actor: str, message: Message, timeout_s: float = 10.0, trace: str | None = None) -> Message | None:
         """Give `message` to an actor of this process and return its reply, after what it changed is on disk.
@@ -127,7 +132,7 @@ class System:
         `Violation` (the machine would not have such a message at all).
         """
         found = self._actors[actor]
-        ask = Ask(message, trace or self.new_trace())
+        ask = Ask(message, (trace or self.new_trace())[:MAX_TRACE_CHARS])
         found.offer(ask)
         with trio.move_on_after(timeout_s):
             await ask.done.wait()
@@ -140,7 +145,7 @@ class System:
     async def post(self, sender: str, sends: Sequence[Send], trace: str | None = None) -> None:
         """Send durably from the address of a port (or of an edge that must not wait): news that answers nothing."""
         commit = Commit(sender)
-        self.fill(commit, sends, trace or self.new_trace())
+        self.fill(commit, sends, (trace or self.new_trace())[:MAX_TRACE_CHARS])
         await self.journal.commit(commit)
         self.released(sender, commit, [])
 
@@ -149,8 +154,11 @@ class System:
         now = self.now()
         for send in sends:
             recipient = send.to if "/" in send.to else f"{self.node}/{send.to}"
+            body = encode(send.message)
+            if len(body) > MAX_BODY_BYTES:
+                raise ValueError(f"a message of {len(body)} bytes is over the limit of {MAX_BODY_BYTES}")
             seq = self._advance(commit.actor, recipient)
-            commit.outbox.append((recipient, Posted(seq, now + send.deadline_s, trace, encode(send.message))))
+            commit.outbox.append((recipient, Posted(seq, now + send.deadline_s, trace, body)))
 
     def _advance(self, sender: str, recipient: str) -> int:
         if (sender, recipient) not in self._sent:
@@ -173,13 +181,27 @@ class System:
         actor = self._actors.get(actor_of(first.to))
         if actor is None:
             raise Violation(f"no such actor: {actor_of(first.to)[:80]}")
-        link = LinkBatch(batch)
+        link, quota = LinkBatch(batch), (node_of(peer), actor.name)
+        if self._taking.get(quota, 0) >= PEER_FRAMES or self._taking_bytes + len(frame) > TAKEN_BYTES:
+            return self._busy(actor.name, link)
         try:
             actor.offer(link)
         except Busy:
-            return encode_ack(Ack(self.journal.position(actor.name, first.sender).seq, "busy"))
-        await link.done.wait()
+            return self._busy(actor.name, link)
+        self._taking[quota] = self._taking.get(quota, 0) + 1
+        self._taking_bytes += len(frame)
+        try:
+            await link.done.wait()
+        finally:
+            link.envelopes = []  # whoever left before they were taken sends them again
+            self._taking_bytes -= len(frame)
+            self._taking[quota] -= 1
+            if not self._taking[quota]:
+                del self._taking[quota]
         return encode_ack(Ack(link.have, link.note))
+
+    def _busy(self, actor: str, link: LinkBatch) -> bytes:
+        return encode_ack(Ack(self.journal.position(actor, link.sender).have(link.epoch), "busy"))
 
     async def deliver_local(self, batch: list[Envelope]) -> Ack:
         """Take a batch from an actor of this process; waits for room in the mailbox (couriers may block, actors not)."""
@@ -201,7 +223,9 @@ class System:
     # -- what actors and couriers report
     def released(self, actor: str, commit: Commit, published: Sequence[Publish]) -> None:
         """A commit is on disk: wake couriers, clock and readers; gossip."""
-        for recipient in {recipient for recipient, _ in commit.outbox}:
+        for recipient, seq in {recipient: posted.seq for recipient, posted in commit.outbox}.items():
+            if self._sent.get((actor, recipient)) == seq:  # nothing behind it is under way: the journal knows the number
+                del self._sent[actor, recipient]
             if courier := self._couriers.get((actor, recipient)):
                 courier.nudge()
             else:
@@ -217,8 +241,7 @@ class System:
 
     def acknowledged(self, actor: str, recipient: str, seq: int) -> None:
         """A recipient has committed a link up to `seq`; the outbox forgets it with the next transaction."""
-        self.journal.acks[actor, recipient] = max(seq, self.journal.acks.get((actor, recipient), 0))
-        self.journal.flush_soon()
+        self.journal.acknowledge(actor, recipient, seq)
 
     def log_step(self, actor: str, meta: Meta, tag: str, step: Step) -> None:
         if self._step_log:
@@ -253,17 +276,17 @@ class System:
     async def _supervise(self, actor: Actor | PortActor) -> None:
         """Restart an actor that crashed; give up on the node when it keeps crashing on its own account."""
         crashes: deque[float] = deque(maxlen=RESTARTS + 1)
-        pause_s = FIRST_RESTART_S
         while True:
             try:
                 await actor.run()
             except CrashedOn as crash:
+                now = trio.current_time()
                 if not crash.remote:  # a peer's message is isolated by its quarantine: no peer can end this node
-                    crashes.append(trio.current_time())
-                if len(crashes) > RESTARTS and crashes[-1] - crashes[0] <= RESTART_WINDOW_S:
-                    raise NodeFailed(f"actor {actor.name} crashed {len(crashes)} times within {RESTART_WINDOW_S:g} s") from crash
-                pause_s = FIRST_RESTART_S if len(crashes) < 2 else min(pause_s * 2, LAST_RESTART_S)
-                await trio.sleep(pause_s)
+                    crashes.append(now)
+                recent = sum(now - at <= RESTART_WINDOW_S for at in crashes)
+                if recent > RESTARTS:
+                    raise NodeFailed(f"actor {actor.name} crashed {recent} times within {RESTART_WINDOW_S:g} s") from crash
+            await trio.sleep(min(FIRST_RESTART_S * 2 ** max(recent - 1, 0), LAST_RESTART_S))
 
     async def _watch_clock(self) -> None:
         """Bring due timers and passed deadlines to their actors."""
@@ -272,13 +295,15 @@ class System:
             self._next_alarm = self.journal.next_alarm()
             wait_s = math.inf if self._next_alarm is None else self._next_alarm - self.now()
             if wait_s > 0:
-                with trio.move_on_after(wait_s):
+                with trio.move_on_after(min(wait_s, CLOCK_SLEEP_S)):
                     await self._alarm_changed.wait()
                 continue
             now = self.now()
             for timer in self.journal.due(now):
                 if isinstance(actor := self._actors.get(timer.actor), Actor):
                     actor.offer_alarm(TimerDue(timer))
+                else:  # of an actor of a former version
+                    await self.journal.commit(Commit(timer.actor, timers={timer.key: None}))
             for name, recipient, seq in self.journal.overdue(now):
                 await self._give_up(name, recipient, seq)
             self._next_alarm = None
