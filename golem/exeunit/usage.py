@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from golem.exeunit.runtimes.base import GIB, Usage
+from golem.exeunit.runtimes.base import GIB, Limits, Usage, Volume
 
 COUNTERS = ("golem.usage.duration_sec", "golem.usage.cpu_sec", "golem.usage.gib", "golem.usage.storage_gib")
 MAX_DEPTH = 128
@@ -130,6 +130,17 @@ def measure_tree(root: Path, max_entries: int = 1_000_000) -> TreeSize:
 
     descend(os.fspath(root), None, 0)
     return TreeSize(size, entries, complete)
+
+
+def room_left(volumes: Iterable[Volume], limits: Limits) -> int:
+    """Bytes that may still be brought into an activity's volumes; 0 also when there are too many files to count."""
+    used, files = 0, 0
+    for directory in {volume.host_dir for volume in volumes}:
+        size = measure_tree(directory, limits.files)
+        used, files = used + size.size_bytes, files + size.entries
+        if not size.complete or files > limits.files:
+            return 0
+    return max(0, limits.storage_bytes - used)
 
 
 def remove_tree(root: Path) -> None:

@@ -48,7 +48,8 @@ class _PinnedTransport(httpx.AsyncBaseTransport):
 
     def __init__(self, policy: TransferPolicy) -> None:
         self._policy = policy
-        self._inner = httpx.AsyncHTTPTransport()
+        # Pools are keyed by address here: a connection kept alive could serve another name than it was made for.
+        self._inner = httpx.AsyncHTTPTransport(limits=httpx.Limits(max_keepalive_connections=0))
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         host = request.url.host

@@ -14,8 +14,10 @@ import trio
 import wat_modules as wat
 from support import trio_test
 
+from golem.exeunit.runtimes import make_runtime, runtime_names, wasm
 from golem.exeunit.runtimes.base import DeployOptions, ExitStatus, Limits, Runtime, RuntimeFault, Side, VolumeRequest
 from golem.exeunit.runtimes.wasm import WasmRuntime, WasmSettings
+from golem.exeunit.usage import room_left
 
 MIB = 1 / 1024
 SMALL = Limits(mem_gib=32 * MIB, storage_gib=4 * MIB, run_time_s=10, output_bytes=1 << 20)
@@ -75,13 +77,17 @@ def is_alive(pid: int) -> bool:
 async def eventually(condition: Callable[[], bool]) -> None:
     """Wait for what another process brings about."""
     with trio.fail_after(10):
-        while not condition():  # noqa: ASYNC110 (there is no event to wait for)
+        while not condition():
             await trio.sleep(0.01)
 
 
 def test_is_a_runtime(tmp_path: Path) -> None:
-    runtime = WasmRuntime(tmp_path)
+    runtime = make_runtime("wasmtime", tmp_path)
+    assert isinstance(runtime, WasmRuntime)
     assert isinstance(runtime, Runtime)
+    assert "wasmtime" in runtime_names()
+    with pytest.raises(ValueError, match="unknown runtime 'nope'"):
+        make_runtime("nope", tmp_path)
     assert runtime.offer_properties()["golem.runtime.name"] == "wasmtime"
 
 
@@ -91,6 +97,13 @@ async def test_self_test_finds_every_door_shut(tmp_path: Path) -> None:
     assert await runtime.self_test() is None
     assert runtime.isolation["seccomp"] is True
     assert runtime.isolation["landlock"] > 0
+
+
+@trio_test
+async def test_missing_landlock_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wasm, "landlock_abi", lambda: 0)
+    assert "no Landlock" in str(await WasmRuntime(tmp_path).self_test())
+    assert await WasmRuntime(tmp_path, WasmSettings(require_landlock=False)).self_test() is None  # it is there after all
 
 
 # -- friendly -----------------------------------------------------------------------------------------------------
@@ -136,6 +149,7 @@ async def test_root_volume_keeps_files_between_runs(tmp_path: Path) -> None:
     assert bench.deployment.volumes[0].container_path == "/golem/out"
     assert (await bench.run("w")).status == ExitStatus(0)
     assert (bench.deployment.volumes[0].host_dir / "f").read_bytes() == b"kept"
+    assert 0 < room_left(bench.deployment.volumes, SMALL) < SMALL.storage_bytes
     assert (await bench.run("r")).stdout == b"kept"
     assert bench.runtime.usage().storage_gib > 0
     await bench.runtime.stop()
@@ -187,6 +201,19 @@ async def test_slow_reader_slows_the_guest(tmp_path: Path) -> None:
     status = await bench.runtime.run("main", [], output)
     assert status == ExitStatus(137, "time limit of 0.5 s reached")
     assert taken < 4 << 20  # a free-running flood makes hundreds of MB in that time
+    await bench.runtime.stop()
+
+
+@trio_test
+async def test_reader_that_never_returns_cannot_hold_the_command(tmp_path: Path) -> None:
+    bench = await Bench(tmp_path, Limits(mem_gib=32 * MIB, run_time_s=0.3)).up(wat.say("x"))
+
+    async def output(side: Side, chunk: bytes) -> None:
+        await trio.sleep_forever()
+
+    with trio.fail_after(10):  # the guest is done at once; what waits is the output
+        status = await bench.runtime.run("main", [], output)
+    assert status.reason == "time limit of 0.3 s reached"
     await bench.runtime.stop()
 
 
@@ -356,6 +383,8 @@ async def test_bad_calls_have_clear_errors(tmp_path: Path) -> None:
         await bench.run("a", ["x\0y"])
     with pytest.raises(RuntimeFault, match="Unicode"):
         await bench.run("a", ["\ud800"])
+    with pytest.raises(RuntimeFault, match="environment variable"):
+        await bench.run("a", env={"A=B": "x"})
     with pytest.raises(RuntimeFault, match="already"):
         await bench.runtime.start([])
     await bench.runtime.stop()

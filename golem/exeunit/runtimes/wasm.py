@@ -141,7 +141,7 @@ class WasmRuntime:
             mounts = self._package.mounts
         taken = {mount.path for mount in mounts}
         mounts += tuple(Mount("rw", volume.path) for volume in options.volumes if volume.path not in taken)
-        check_arguments([f"{name}={value}" for name, value in options.env.items()])
+        check_arguments(_environment_words(options.env))
         if os.geteuid() == 0:
             digest = hashlib.sha3_256(os.fsencode(options.work_dir.resolve())).digest()
             self._uid = FIRST_UID + int.from_bytes(digest[:4], "big") % UIDS
@@ -163,18 +163,32 @@ class WasmRuntime:
             raise RuntimeFault("not deployed")
         if self._entries:
             raise RuntimeFault("already started")
-        if self._package is None:
-            with self._image.open("rb") as file:
-                self._entries = {None: _Entry(None, await self._compiled(file))}
-            return
+        try:
+            if self._package is None:
+                with self._image.open("rb") as file:
+                    self._entries[None] = _Entry(None, await self._compiled(file))
+            else:
+                await self._compile_package(self._package)
+        except BaseException:  # also when cancelled: half started is not started
+            self._close_entries()
+            raise
+
+    async def _compile_package(self, package: Package) -> None:
+        assert self._options is not None
+        assert self._image is not None
         compiled: dict[str, int] = {}
-        for entry, module in self._package.entry_points.items():
+        for entry, module in package.entry_points.items():
             if module not in compiled:
                 with tempfile.TemporaryFile(dir=self._options.work_dir) as file:
                     copy_module(self._image, module, file, self._settings.max_module_bytes)
                     file.flush()
                     compiled[module] = await self._compiled(file)
             self._entries[entry] = _Entry(module, compiled[module])
+
+    def _close_entries(self) -> None:
+        for descriptor in {entry.compiled for entry in self._entries.values()}:
+            os.close(descriptor)
+        self._entries = {}
 
     async def _compiled(self, module: BinaryIO) -> int:
         """Descriptor of the machine code of an open module file."""
@@ -228,13 +242,11 @@ class WasmRuntime:
             raise RuntimeFault(f"entry point {entry_point!r} not found: this package has {known}")
         argv = [entry.argv0 or entry_point, *args]
         environment = {**self._options.env, **(env or {})}
-        check_arguments([*argv, *(f"{name}={value}" for name, value in environment.items())])
+        check_arguments([*argv, *_environment_words(environment)])
         limits = self._options.limits
-        countable = await self._measure_storage()
-        left = limits.storage_bytes - self._storage_bytes
-        if left <= 0 or not countable:
+        if not await self._measure_storage() or self._storage_bytes >= limits.storage_bytes:
             raise RuntimeFault(_storage_text(limits))
-        spec = self._spec("run", limits, entry.compiled, limits.mem_bytes, file_bytes=left, cpu_s=limits.cpu_time_s)
+        spec = self._spec("run", limits, entry.compiled, limits.mem_bytes, limits.storage_bytes, limits.cpu_time_s)
         spec |= {
             "argv": argv,
             "env": environment,
@@ -246,15 +258,14 @@ class WasmRuntime:
     async def stop(self) -> None:
         for child in tuple(self._children):
             child.kill("the activity was stopped")
-        for descriptor in {entry.compiled for entry in self._entries.values()}:
-            os.close(descriptor)
-        self._entries = {}
+        self._close_entries()
         for gone in tuple(self._children.values()):
             await gone.wait()
         if self._options is not None:
             await trio.to_thread.run_sync(remove_tree, self._options.work_dir / "volumes")
 
     def usage(self) -> Usage:
+        """Storage is counted at every command and while one runs; see `usage.room_left` for the moment between."""
         alive = tuple(self._children)
         return Usage(
             cpu_sec=self._ended_cpu_s + sum(child.cpu_s() for child in alive),
@@ -320,11 +331,15 @@ class WasmRuntime:
     async def _watch_storage(self, child: Child) -> None:
         """Kill a command that fills its volumes; one file alone is stopped by its own size limit."""
         assert self._options is not None
+        took_s = 0.0
         while True:
-            await trio.sleep(self._settings.storage_check_s)
+            # Looking takes long where there are many files: then look less often.
+            await trio.sleep(max(self._settings.storage_check_s, 5 * took_s))
             child.peak_bytes()  # also a sample of its memory
+            began_s = trio.current_time()
             if not await self._measure_storage() or self._storage_bytes > self._options.limits.storage_bytes:
                 child.kill(_storage_text(self._options.limits))
+            took_s = trio.current_time() - began_s
 
     async def _measure_storage(self) -> bool:
         """Update the storage counter; False if there are too many files to count."""
@@ -333,6 +348,14 @@ class WasmRuntime:
         size = await trio.to_thread.run_sync(measure_tree, root, most)
         self._storage_bytes = max(size.size_bytes, 0)
         return size.complete
+
+
+def _environment_words(environment: Mapping[str, str]) -> list[str]:
+    """Errors: RuntimeFault on names that no environment can hold."""
+    for name in environment:
+        if not name or "=" in name:
+            raise RuntimeFault(f"not a name of an environment variable: {name!r}"[:200])
+    return [f"{name}={value}" for name, value in environment.items()]
 
 
 def _storage_text(limits: Limits) -> str:

@@ -46,8 +46,7 @@ def lock_in(spec: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     )
     lockdown.use_cpus(limits["cpus"])
     root = os.geteuid() == 0
-    if root:
-        lockdown.enter_namespaces()
+    namespaces = root and lockdown.enter_namespaces()
     import wasmtime
 
     wasi = wasmtime.WasiConfig()
@@ -70,7 +69,7 @@ def lock_in(spec: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         if descriptor != spec["module"]:
             os.close(descriptor)
     seccomp.install()
-    return wasi, {"namespaces": root, "own_user": root, "landlock": landlock, "seccomp": True}
+    return wasi, {"namespaces": namespaces, "own_user": root, "landlock": landlock, "seccomp": True}
 
 
 def compile_module(spec: dict[str, Any]) -> None:

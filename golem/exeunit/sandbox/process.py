@@ -56,6 +56,7 @@ class Child:
         self._pidfd = os.pidfd_open(self.pid)
         self._stdout, self._stderr = self._process.stdout, self._process.stderr
         self._report_fd = report_fd
+        self._killed = trio.Event()
         self._killed_for: str | None = None
         self._status: int | None = None
         self._cpu_s = 0.0
@@ -65,6 +66,7 @@ class Child:
         """SIGKILL; the first reason given is the one that is told."""
         if self._status is None:
             self._killed_for = self._killed_for or reason
+            self._killed.set()
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
@@ -108,6 +110,12 @@ class Child:
             await trio.sleep(limit_s)
             self.kill(f"time limit of {limit_s:g} s reached")
 
+        async def give_up_after_kill(scope: trio.CancelScope) -> None:
+            """Whoever takes the output may be why the child had to be killed: do not wait for them for ever."""
+            await self._killed.wait()
+            await trio.sleep(DRAIN_AFTER_KILL_S)
+            scope.cancel()
+
         async with trio.open_nursery() as clock:
             if time_limit_s is not None:
                 clock.start_soon(time_out, time_limit_s)
@@ -120,9 +128,8 @@ class Child:
                 pumps.start_soon(pump, "stdout", out)
                 pumps.start_soon(pump, "stderr", err)
                 pumps.start_soon(pump_report, rep)
+                clock.start_soon(give_up_after_kill, pumps.cancel_scope)
                 await trio.lowlevel.wait_readable(self._pidfd)
-                if self._killed_for is not None:  # whoever takes the output may be why it had to be killed
-                    pumps.cancel_scope.deadline = trio.current_time() + DRAIN_AFTER_KILL_S
             clock.cancel_scope.cancel()
         self._peak_bytes = max(self._peak_bytes, _reported_peak(bytes(report)))
         return self._ended(bytes(report))
