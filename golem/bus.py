@@ -248,7 +248,7 @@ class Bus:
         self.on_mail: Callable[[BusPeer, bytes], Awaitable[bytes]] = _nobody
         self.on_call: Callable[[BusPeer, str, str, bytes], Awaitable[bytes]] = _nobody
         self.on_stream: Callable[[str, str], Awaitable[Any]] = _nobody
-        self.on_join: Callable[[BusPeer], None] = lambda peer: None
+        self.on_leave: list[Callable[[BusPeer], None]] = []  # called when a client's connection has ended
 
     def peers(self) -> list[BusPeer]:
         """Return the clients that are connected."""
@@ -320,11 +320,12 @@ class Bus:
         self._peers[name] = peer
         try:
             await stream.send_all(_frame("welcome", self._node_id))
-            self.on_join(peer)
             await peer.connection.run()
         finally:
             if self._peers.get(name) is peer:
                 del self._peers[name]
+            for callback in self.on_leave:
+                callback(peer)
 
     async def _serve_stream(self, stream: trio.SocketStream, node: str, name: str) -> None:
         try:

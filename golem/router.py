@@ -124,6 +124,10 @@ class Router:
         """Answer calls of bus clients alone, never of other nodes: `handler(client, payload)` (`cli:status`)."""
         self._local[target] = handler
 
+    def on_leave(self, callback: Callable[[BusPeer], None]) -> None:
+        """Have `callback(client)` called when the connection of a bus client has ended."""
+        self._bus.on_leave.append(callback)
+
     def serve_stream(self, name: str, handler: StreamHandler) -> None:
         """Serve byte streams of a name, from other nodes and from the bus: `handler(sender node, stream)`."""
         self._streams[name] = handler
