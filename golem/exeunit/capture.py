@@ -5,7 +5,7 @@ event, and gives the final value when the command ends. Buffers are bounded: wha
 `max_bytes` is held. Neighbours: `protocol.exeunit` (the modes as requestors write them); the exe-unit's ports,
 which feed it from `runtimes.base.Runtime.run`.
 
-Values are as agents see them: `str` text, or a list of byte numbers for `bin`; None when nothing was captured.
+Values are as messages carry them: text for `str`, bytes for `bin`; None when nothing was captured.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import codecs
 from dataclasses import dataclass
 from typing import Literal
 
+from protocol.activity import MAX_OUTPUT_BYTES
 from protocol.exeunit import CaptureMode, Stream
 
-Output = str | list[int]
+Output = str | bytes
 Part = Literal["head", "tail", "headTail"]
 
-DEFAULT_MAX_BYTES = 1 << 20
 # What commands other than `run` are captured with.
 CAPTURE_ALL = CaptureMode(stream=Stream())
 
@@ -68,11 +68,11 @@ def _size(key: str, value: int | None) -> int | None:
 
 
 def decode(data: bytes, binary: bool = False) -> Output | None:
-    """Bytes as an agent gets them: UTF-8, else every byte as the code point of the same value; None if empty."""
+    """Bytes as text (UTF-8, else every byte as the code point of the same value) or as they are; None if empty."""
     if not data:
         return None
     if binary:
-        return list(data)
+        return data
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError:
@@ -82,7 +82,7 @@ def decode(data: bytes, binary: bool = False) -> Output | None:
 class Collector:
     """One side of one command."""
 
-    def __init__(self, mode: CaptureMode | None, max_bytes: int = DEFAULT_MAX_BYTES) -> None:
+    def __init__(self, mode: CaptureMode | None, max_bytes: int = MAX_OUTPUT_BYTES) -> None:
         """`mode` None discards everything.
 
         Errors: ValueError when the mode makes no sense; the text is for the requestor.

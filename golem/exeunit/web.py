@@ -164,6 +164,9 @@ def _total(response: httpx.Response, offset: int) -> int | None:
 
 
 def _translated(method: str, url: str, error: Exception) -> TransferError:
-    """httpx errors as ours. Protocol errors of the request itself will not pass; everything on the way may."""
+    """httpx errors as ours. A URL that cannot be used will not get better; everything on the way may."""
     passing = isinstance(error, httpx.TransportError) and not isinstance(error, httpx.UnsupportedProtocol)
-    return TransferError(f"{method} {redacted(url)}: {error or type(error).__name__}", passing)
+    cause: BaseException | None = error
+    while cause is not None and not str(cause):  # failed handshakes have their reason at the bottom only
+        cause = cause.__cause__ or cause.__context__
+    return TransferError(f"{method} {redacted(url)}: {cause or type(error).__name__}", passing)

@@ -407,6 +407,11 @@ async def test_stop_ends_a_running_command(tmp_path: Path) -> None:
         await bench.runtime.stop()
     assert ran[0].status == ExitStatus(137, "the activity was stopped")
     await bench.runtime.stop()  # may be repeated
+    used = bench.runtime.usage().cpu_sec
+    await bench.up(wat.say("again"))  # as after a terminate command
+    assert (await bench.run()).stdout == b"again"
+    assert bench.runtime.usage().cpu_sec > used > 0
+    await bench.runtime.stop()
 
 
 @trio_test

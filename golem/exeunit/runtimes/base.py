@@ -1,7 +1,8 @@
 """The port between an exe-unit and the thing that runs its commands.
 
 A runtime is one module here with one class that implements `Runtime`; nothing else of the exe-unit knows which one it
-is. An instance serves one activity, through one pass of deploy, start, any number of runs, stop. Neighbours:
+is. An instance serves one activity: deploy, start, any number of runs, stop, and perhaps all of it again; `usage` goes
+on counting through that. Neighbours:
 `golem.exeunit.images` brings the image file, `golem.exeunit.transfer` moves files in and out of a deployment's volumes,
 `golem.exeunit.usage` adds up what `usage` tells.
 """
@@ -152,7 +153,7 @@ class Runtime(Protocol):
         """
 
     async def stop(self) -> None:
-        """Kill whatever runs and remove the volumes; may be repeated."""
+        """Kill whatever runs and remove the volumes; may be repeated, and followed by another deploy."""
 
     def usage(self) -> Usage:
         """Totals so far; cheap, and also right while a command runs."""

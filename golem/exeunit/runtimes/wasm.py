@@ -261,8 +261,12 @@ class WasmRuntime:
         self._close_entries()
         for gone in tuple(self._children.values()):
             await gone.wait()
-        if self._options is not None:
-            await trio.to_thread.run_sync(remove_tree, self._options.work_dir / "volumes")
+        options, self._options = self._options, None
+        self._image = self._package = None
+        self._volumes, self._storage_bytes = (), 0
+        if options is not None:
+            with trio.CancelScope(shield=True):  # nobody else would do it later
+                await trio.to_thread.run_sync(remove_tree, options.work_dir / "volumes")
 
     def usage(self) -> Usage:
         """Storage is counted at every command and while one runs; see `usage.room_left` for the moment between."""
