@@ -4,9 +4,9 @@
     batch  SENDING -> MINED | FAILED
 
 A payment cycle per (platform, payer) gathers queued orders, sums them by payee and puts up to 50 payees into a batch.
-The batch, with its number, is in its row before anything leaves; its id is made of that number, and the chain port takes
-an id once. So whatever is repeated, nothing is paid twice. Only the chain port's final word frees an order for another
-batch: `TransferFailed` says that the batch paid nothing and never will.
+The batch, with its number, is in its row before anything leaves; its id is made of that number and its orders, and the
+chain port takes an id once. So whatever is repeated, nothing is paid twice. Only the chain port's final word frees an
+order for another batch: `TransferFailed` says that the batch paid nothing and never will.
 
 Rows: `order/<id>`, `batch/<id>`, `account/<platform>/<payer>`, `cycle/<platform>`, and the index
 `queue/<platform>/<payer>/<order id>`. The ledger hears `PaidOut` and why things wait (`PayOutDelayed`).
@@ -247,7 +247,8 @@ class Wallet:
     def _send_batch(self, draft: MoneyDraft, platform: str, payer: str, payees: list[list[PayOrder]]) -> None:
         account_key = f"account/{platform}/{payer}"
         nonce = (draft.row(Account, account_key) or Account(0)).next_nonce
-        batch_id = digest("batch", platform, payer, str(nonce))[:32]
+        order_ids = [order.order_id for orders in payees for order in orders]
+        batch_id = digest("batch", platform, payer, str(nonce), *order_ids)[:32]  # unlike any of a journal that was lost
         assert draft.row(Batch, f"batch/{batch_id}") is None, f"number {nonce} of {payer} is used twice"
         batch = Batch(
             batch_id=batch_id,

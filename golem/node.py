@@ -41,6 +41,7 @@ from golem.gossip import Gossip
 from golem.identity import APP_KEYS, AppKeys, AskPassword, Identity, open_identity, write_private
 from golem.net import NetConfig, Network, open_network
 from golem.router import Router
+from golem.signer_port import SignerPort
 
 log = logging.getLogger("golem.node")
 
@@ -121,6 +122,7 @@ async def open_node(config: Config, ask_password: AskPassword | None = None) -> 
             system.add(machine(identity.node_id))
         chain = await stack.enter_async_context(open_chain(config, identity, system))
         system.add(Wallet(identity.node_id, cycles_of(config, chain), payees=chain.batch_sizes()))
+        system.add_port(SignerPort(identity.node_id, identity.sign))
         files = FileServer(router)
         node = Node(config, identity, app_keys, router, system, network, bus, chain, files)
         serve_commands(node)

@@ -201,7 +201,7 @@ class World:
     # -- ports
     def _port(self, sender: str, to: str, body: bytes) -> None:
         node = self.by_id[node_of(to)]
-        if to.endswith("/ledger") or to.endswith("/wallet"):  # news from a port
+        if to.endswith(("/ledger", "/wallet")):  # news from a port
             self._step(node, actor_of(to), sender, body, local=True)
         elif actor_of(to) == "signer":
             message = _signer_messages(body)
