@@ -1,0 +1,188 @@
+"""The chain's actor in a running system: real kernel, real wallet, real dev chain; only the ledger is a recorder."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from chain_support import GLM, Client, address_of, key_of
+from support import trio_test
+
+from actors.kernel.journal import Journal
+from actors.kernel.machine import LinkDown, Meta, Reply, Rows, Send, Step
+from actors.kernel.system import System
+from actors.wallet import Wallet
+from golem.chain import port
+from golem.chain.devchain import stop_devchain, url_of
+from golem.chain.port import Chain, open_chain
+from golem.chain.rpc import RpcError
+from protocol.types import Message, Undelivered
+from protocol.wallet import (
+    PaidOut,
+    PayOut,
+    PayOutDelayed,
+    Transfer,
+    TransferFailed,
+    TransferRejected,
+    TransferVerified,
+    VerifyTransfer,
+)
+
+pytestmark = pytest.mark.integration
+
+HOLESKY, HOODI = "erc20-holesky-tglm", "erc20-hoodi-tglm"
+
+
+class Done(Message, frozen=True):
+    pass
+
+
+class Recorder:
+    """Stands for the ledger: passes on what the test orders, and keeps every answer as a row."""
+
+    name = "ledger"
+    local: Any = PayOut | VerifyTransfer | PaidOut | PayOutDelayed | TransferVerified | TransferRejected | Undelivered
+    peer: Any = None
+    rows: Any = PaidOut | PayOutDelayed | TransferVerified | TransferRejected
+
+    def handle(self, rows: Rows, message: Any, meta: Meta) -> Step:
+        if isinstance(message, PayOut):
+            return Step({}, [Send("wallet", message), Reply(Done())])
+        if isinstance(message, VerifyTransfer):
+            return Step({}, [Send("chain", message), Reply(Done())])
+        assert not isinstance(message, Undelivered), message
+        number = sum(1 for _ in rows.prefix("heard/"))
+        return Step({f"heard/{number:04}": message}, [])
+
+
+class Nowhere:
+    async def exchange(self, node: str, frame: bytes) -> bytes:
+        raise LinkDown(node)
+
+
+@dataclass
+class Settings:
+    data_dir: Path
+    chain_dir: Path
+    profile: str = "local"
+
+
+class Secret:
+    """The key of the account `payer`."""
+
+    def secret(self) -> bytes:
+        from eth_hash.auto import keccak
+
+        return bytes(keccak(b"test account payer"))
+
+
+@dataclass
+class World:
+    system: System
+    chain: Chain
+
+    def heard(self, kind: type) -> list[Any]:
+        return [row for _, row in self.system.rows("ledger").prefix("heard/") if isinstance(row, kind)]
+
+    async def hears(self, kind: type, number: int = 1) -> list[Any]:
+        with trio.move_on_after(30):
+            while len(self.heard(kind)) < number:
+                await trio.sleep(0.02)
+            return self.heard(kind)
+        rows = [row for _, row in self.system.rows("ledger").prefix("heard/")]
+        raise AssertionError(f"no {number} {kind.__name__}: {rows} {self.chain.problems('local')}")
+
+
+@asynccontextmanager
+async def world(tmp_path: Path) -> AsyncIterator[World]:
+    settings = Settings(tmp_path, tmp_path / "chain")
+    me, traces = key_of("payer").address, count()
+    journal = Journal(str(tmp_path / "node.db"), lambda: "epoch")
+    system = System(me, journal, Nowhere(), clock=trio.current_time, new_trace=lambda: f"t{next(traces)}")
+    system.add(Recorder())
+    system.add(Wallet(me, default_interval_s=0.5))
+    try:
+        async with open_chain(settings, Secret(), system) as chain, trio.open_nursery() as nursery:
+            await nursery.start(system.run)
+            nursery.start_soon(chain.connect)
+            yield World(system, chain)
+            nursery.cancel_scope.cancel()
+    finally:
+        journal.close()
+
+
+@trio_test
+async def test_orders_are_paid_once_and_claims_are_verified_over_a_restart(tmp_path: Path) -> None:
+    me, a, b = key_of("payer").address, address_of("port a"), address_of("port b")
+    try:
+        async with world(tmp_path) as w:
+            assert [row["network"] for row in w.chain.accounts()] == ["local", "holesky", "hoodi"]
+            assert all(row["simulatedBy"] == "local dev chain" for row in w.chain.accounts())
+            assert await w.chain.fund("holesky") == await w.chain.balances("hoodi"), "one chain under several names"
+            assert (await w.chain.balances("local")).token_wei == 1000 * GLM
+            for _ in range(2):  # a repeat changes nothing
+                for order_id, platform, payee, glm in (
+                    ("o1", HOLESKY, a, "1.5"), ("o2", HOLESKY, b, "2"), ("o3", HOODI, a, "0.25"), ("o4", HOLESKY, a, "1"),
+                ):  # fmt: skip
+                    await w.system.ask("ledger", PayOut(order_id, platform, me, payee, glm))
+            paid = await w.hears(PaidOut, 3)
+            assert {(p.order_ids, p.platform, p.payee, p.amount) for p in paid} == {
+                (("o1", "o4"), HOLESKY, a, "2.5"), (("o2",), HOLESKY, b, "2"), (("o3",), HOODI, a, "0.25"),
+            }  # fmt: skip
+            assert (await w.chain.balances("local", a)).token_wei == 275 * GLM // 100
+            assert (await w.chain.balances("local", b)).token_wei == 2 * GLM
+            tx = {p.payee: p.tx_hash for p in paid if p.platform == HOLESKY}
+            good = VerifyTransfer("c1", HOLESKY, tx[a], me, a, "2.5", "0")
+            bad = VerifyTransfer("c2", HOLESKY, tx[a], me, a, "2.5", "0.1")
+            for claim in (good, bad, VerifyTransfer("c3", "erc20-mumbai-tglm", tx[a], me, a, "1", "0")):
+                await w.system.ask("ledger", claim)
+            assert await w.hears(TransferVerified) == [TransferVerified("c1", tx[a])]
+            refused = {row.claim_id: row.reason for row in await w.hears(TransferRejected, 2)}
+            assert "settled before" in refused["c2"]
+            assert "not served" in refused["c3"]
+            late = await w.chain._rpcs["1337"].dev("dev_faucet", a)  # mined, but no token moves: never mind the answer
+            await w.system.ask("ledger", VerifyTransfer("c4", HOLESKY, late, me, a, "1", "0"))
+            meta = Meta(f"{me}/wallet", 0.0, "t")
+            for wrong in (
+                Transfer("b1", HOLESKY, b, 0, ((a, "1"),)), Transfer("b2", HOLESKY, me, 0, ()),
+                Transfer("b3", "erc20-mumbai-tglm", me, 0, ((a, "1"),)), Transfer("b4", HOLESKY, me, 0, ((a, "0"),)),
+            ):  # fmt: skip
+                (answer,) = await w.chain.handle(wrong, meta)
+                assert isinstance(answer.message, TransferFailed), wrong
+        async with world(tmp_path) as w:
+            assert "c4" in {row.claim_id for row in await w.hears(TransferRejected, 3)}
+            await w.system.ask("ledger", PayOut("o5", HOODI, me, b, "3"))
+            await w.hears(PaidOut, 4)
+            assert (await w.chain.balances("hoodi", b)).token_wei == 5 * GLM
+            url = await url_of(tmp_path / "chain")
+            assert url is not None
+            client = Client(url)
+            nonce = client.number("eth_getTransactionCount", me, "latest")
+            assert nonce == 1 + 1 + 3, "create, approve, three batches"
+    finally:
+        await stop_devchain(tmp_path / "chain")
+
+
+@trio_test
+async def test_the_chain_comes_back_when_its_process_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(port, "DEVCHAIN_LOOK_S", 1.0)
+    me, payee = key_of("payer").address, address_of("port back")
+    try:
+        async with world(tmp_path) as w:
+            await w.chain.fund("local")
+            await stop_devchain(tmp_path / "chain")
+            with pytest.raises(RpcError):
+                await w.chain.balances("local")
+            await w.system.ask("ledger", PayOut("o1", HOODI, me, payee, "1"))
+            delayed = await w.hears(PayOutDelayed)
+            assert delayed[0].order_ids == ("o1",)
+            await w.hears(PaidOut)
+            assert (await w.chain.balances("local", payee)).token_wei == GLM
+    finally:
+        await stop_devchain(tmp_path / "chain")
