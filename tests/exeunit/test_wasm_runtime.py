@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -275,6 +276,14 @@ async def test_compile_bomb_meets_the_time_limit(tmp_path: Path) -> None:
 
 
 @trio_test
+async def test_compile_bomb_meets_the_memory_limit(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, settings=WasmSettings(compile_mem_gib=0))  # the activity's 32 MiB and the overhead alone
+    with pytest.raises(RuntimeFault, match="compiling failed: the runtime aborted, most likely out of memory"):
+        await bench.up(wat.compile_bomb())
+    assert bench.runtime.usage().gib < 0.4
+
+
+@trio_test
 async def test_output_flood(tmp_path: Path) -> None:
     ran = await once(tmp_path, wat.FLOOD)
     assert ran.status == ExitStatus(137, "output limit of 1048576 bytes reached")
@@ -311,7 +320,7 @@ async def test_deep_directories_are_stopped_and_can_be_removed(tmp_path: Path) -
 
 @pytest.mark.parametrize(
     "path",
-    ["../secret", "../../work/secret", "/etc/passwd", "link", "dirlink/passwd", "../../../../../etc/passwd"],
+    ["../secret", "../../volumes/secret", "/etc/passwd", "link", "dirlink/passwd", "../../../../../etc/passwd"],
 )
 @trio_test
 async def test_no_path_leads_out(tmp_path: Path, path: str) -> None:
@@ -387,6 +396,28 @@ async def test_bad_calls_have_clear_errors(tmp_path: Path) -> None:
         await bench.run("a", env={"A=B": "x"})
     with pytest.raises(RuntimeFault, match="already"):
         await bench.runtime.start([])
+    await bench.runtime.stop()
+
+
+@trio_test
+async def test_usage_is_told_while_a_command_runs(tmp_path: Path) -> None:
+    bench = await Bench(tmp_path).up(wat.LOOP)
+    before = bench.runtime.usage()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(bench.run)
+        await eventually(lambda: bench.runtime.usage().cpu_sec > before.cpu_sec + 0.3)
+        assert bench.runtime.usage().gib > 10 * MIB
+        await bench.runtime.stop()
+
+
+@trio_test
+async def test_commands_leave_no_descriptors_behind(tmp_path: Path) -> None:
+    bench = await Bench(tmp_path).up(wat.say("x"))
+    await bench.run()
+    before = sorted(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        await bench.run()
+    assert sorted(os.listdir("/proc/self/fd")) == before
     await bench.runtime.stop()
 
 

@@ -126,7 +126,10 @@ class Usage:
 
 @runtime_checkable
 class Runtime(Protocol):
-    """What an exe-unit asks of a runtime. All failures the requestor may hear of are `RuntimeFault`."""
+    """What an exe-unit asks of a runtime.
+
+    Errors: RuntimeFault when a command cannot be carried out; OSError when this host fails (disk full, no processes).
+    """
 
     name: str
     version: str

@@ -214,13 +214,14 @@ class WasmRuntime:
         memory = max(limits.mem_bytes, int(settings.compile_mem_gib * GIB))
         cpu_s = min(settings.compile_cpu_s, limits.cpu_time_s or math.inf)
 
-        messages = bytearray()
+        full: list[OSError] = []
 
         async def store(side: Side, chunk: bytes) -> None:
-            if side == "stdout":
-                target.write(chunk)
-            else:
-                messages.extend(chunk[: 4096 - len(messages)])
+            if side == "stdout" and not full:
+                try:
+                    target.write(chunk)
+                except OSError as error:
+                    full.append(error)
 
         spec = self._spec("compile", limits, module.fileno(), memory, file_bytes=0, cpu_s=cpu_s)
         ended, _ = await self._finish(
@@ -229,6 +230,8 @@ class WasmRuntime:
         status = _exit_status(ended, cpu_s)
         if not status.ok:
             raise RuntimeFault(f"compiling failed: {status.reason or f'exit code {status.code}'}")
+        if full:
+            raise full[0]
 
     async def run(
         self, entry_point: str, args: Sequence[str], output: OutputSink, env: Mapping[str, str] | None = None

@@ -59,6 +59,7 @@ def lock_in(spec: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         rules.append((descriptor, lockdown.READ_WRITE if writable else lockdown.READ_ONLY))
     if root:
         lockdown.become(spec["uid"])
+    lockdown.drop_capabilities()
     lockdown.die_with_parent(spec["parent"])
     landlock = lockdown.landlock_abi()
     if landlock:

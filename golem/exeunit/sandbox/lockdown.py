@@ -1,7 +1,7 @@
 """What a child does to itself before it touches foreign code.
 
-Order matters and is that of the functions here: resource limits, own namespaces (root only), an unprivileged user (root
-only), die with the parent, Landlock, and seccomp last. Every step is irrevocable. Neighbours: `seccomp`;
+Order matters and is that of the functions here: resource limits, own namespaces and an unprivileged user (both root
+only), no capabilities, die with the parent, Landlock, and seccomp last. Every step is irrevocable. Neighbours: `seccomp`;
 `runtimes.wasm_child`, which calls these; `process`, which starts and ends such children.
 """
 
@@ -20,6 +20,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NO_NEW_PRIVS = 38
 _NAMESPACES = 0x40000000 | 0x08000000 | 0x04000000 | 0x00020000  # net, ipc, uts, mount
+
+_CAPABILITY_VERSION_3 = 0x20080522
 
 # Landlock has the same call numbers on every architecture.
 _LANDLOCK_CREATE, _LANDLOCK_ADD_RULE, _LANDLOCK_RESTRICT = 444, 445, 446
@@ -68,10 +70,16 @@ def enter_namespaces() -> bool:
 
 
 def become(uid: int) -> None:
-    """Drop root for an unprivileged user and group of the same number; all capabilities go with it."""
+    """Drop root for an unprivileged user and group of the same number."""
     os.setgroups([])
     os.setresgid(uid, uid, uid)
     os.setresuid(uid, uid, uid)
+
+
+def drop_capabilities() -> None:
+    """Give up every capability, also those that a plain user was started with."""
+    header, nothing = struct.pack("<Ii", _CAPABILITY_VERSION_3, 0), bytes(24)
+    _check(_libc.capset(header, nothing), "capset")
 
 
 def die_with_parent(parent_pid: int) -> None:
