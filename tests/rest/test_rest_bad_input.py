@@ -1,0 +1,107 @@
+"""Every endpoint against bad input: a clear 4xx with `{"message"}`, never a 5xx; no key is 401."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import trio
+from node_in_test import HEADERS, rest_in_test
+from support import trio_test
+
+OPEN = ("/version/get", "/metrics-api")
+#: What each kind of path parameter is filled with: nothing that exists.
+FILLINGS = (
+    "nonsense", "0" * 32, "R-" + "0" * 64, "a" * 32 + "-" + "b" * 64, "00000000-0000-4000-8000-000000000000", "%00", "é" * 300,
+)  # fmt: skip
+BODIES = (
+    b"{", b"[]", b"null", b"17", b'"text"', b'{"a":1,"a":2}', b"\xff\xfe", b"[" * 10_000, b'{"totalAmount": NaN}', b"{}",
+    b'{"properties": 5, "constraints": []}', b'{"properties": {}, "constraints": "(("}', b'{"proposalId": 7, "validTo": "soon"}',
+    b'{"totalAmount": {"$": 1}, "paymentPlatform": 3}', b'{"text": "not json"}', b'{"text": 4}', b'{"agreementId": []}',
+    b'{"totalAmountAccepted": "-1", "allocationId": 5}', b'{"activityId": 1, "totalAmountDue": "x"}', b'{"state": "Ready"}',
+    b'{"message": 3}', b'{"type": "lies"}', b'"\\ud800"', b'{"listen": {"on": 4}}',
+)  # fmt: skip
+QUERIES = (
+    "timeout=soon", "timeout=-1&maxEvents=100000", "maxEvents=-3", "afterTimestamp=yesterday", "maxItems=x", "commandIndex=a",
+)  # fmt: skip
+
+
+def endpoints(app: Any) -> list[tuple[str, str]]:
+    """Return (method, rule) of everything the application serves except websockets."""
+    found = []
+    for rule in app.url_map.iter_rules():
+        if not rule.websocket:
+            found += [(method, rule.rule) for method in sorted(rule.methods - {"HEAD", "OPTIONS"})]
+    return sorted(found)
+
+
+def fill(rule: str, value: str) -> str:
+    """Return the rule with each parameter replaced."""
+    parts = []
+    for part in rule.split("/"):
+        parts.append(value if part.startswith("<") else part)
+    return "/".join(parts)
+
+
+async def answer(client: Any, method: str, path: str, **arguments: Any) -> tuple[int, bytes, str]:
+    """Return status, body and content type; a stream that opens counts as an answer."""
+    with trio.fail_after(20):
+        response = await client.open(path, method=method, **arguments)
+        body = b"" if response.status_code == 200 else await response.get_data()
+        return response.status_code, body, response.headers.get("Content-Type", "")
+
+
+@trio_test
+async def test_every_endpoint_wants_a_key(tmp_path: Path) -> None:
+    async with rest_in_test(tmp_path) as (_, client):
+        for method, rule in endpoints(client.app):
+            if rule.startswith(OPEN):
+                continue
+            status, body, kind = await answer(client, method, fill(rule, "nonsense"))
+            assert (status, body) == (401, b"Missing application key"), (method, rule)
+            assert kind.startswith("text/plain")
+            bad = {"Authorization": "Bearer 00000000000000000000000000000000"}
+            status, body, _ = await answer(client, method, fill(rule, "nonsense"), headers=bad)
+            assert (status, body) == (401, b"Invalid application key"), (method, rule)
+
+
+@trio_test
+async def test_no_input_is_our_fault(tmp_path: Path) -> None:
+    async with rest_in_test(tmp_path) as (_, client):
+        for method, rule in endpoints(client.app):
+            bodies = BODIES if method in ("POST", "PUT") else (b"",)
+            for value in FILLINGS if "<" in rule else FILLINGS[:1]:
+                for body in bodies:
+                    path = fill(rule, value) + "?timeout=0"
+                    status, text, kind = await answer(client, method, path, data=body, headers=HEADERS)
+                    where = (method, path, body[:60], status, text[:300])
+                    assert status < 500 or (status == 501 and b"message" in text) or _unknown_activity(rule, text), where
+                    if status >= 400 and "json" in kind:
+                        assert "message" in json.loads(text), where
+
+
+def _unknown_activity(rule: str, text: bytes) -> bool:
+    """Agents expect a 500 of this text for an activity that nobody knows (the reference's words)."""
+    return "/activity" in rule and b"Not found" in text
+
+
+@trio_test
+async def test_malformed_queries_are_refused(tmp_path: Path) -> None:
+    async with rest_in_test(tmp_path) as (_, client):
+        for method, rule in endpoints(client.app):
+            for query in QUERIES:
+                status, text, _ = await answer(client, method, f"{fill(rule, 'nonsense')}?{query}&timeout=0", headers=HEADERS)
+                where = (method, rule, query, status, text[:200])
+                assert status < 500 or (status == 501 and b"message" in text) or _unknown_activity(rule, text), where
+
+
+@trio_test
+async def test_an_endpoint_that_is_none(tmp_path: Path) -> None:
+    async with rest_in_test(tmp_path) as (_, client):
+        status, text, _ = await answer(client, "GET", "/market-api/v1/nothing", headers=HEADERS)
+        assert status == 404
+        assert json.loads(text)["message"].startswith("no such endpoint")
+        status, text, _ = await answer(client, "POST", "/market-api/v1/demands", headers=HEADERS, data=b"x" * (5 << 20))
+        assert status == 413
+        assert "message" in json.loads(text)
