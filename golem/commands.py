@@ -64,6 +64,12 @@ async def shutdown(node: Node, args: dict[str, Any]) -> Any:
     return None
 
 
+@command
+async def rest_access(node: Node, args: dict[str, Any]) -> Any:
+    """REST address and key for commands that use the API like any agent."""
+    return {"url": node.api_url, "key": node.app_keys.open_session(node.node_id).key}
+
+
 # -- identity and app-keys
 @command
 async def id_show(node: Node, args: dict[str, Any]) -> Any:

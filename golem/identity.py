@@ -141,6 +141,7 @@ class AppKeys:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._by_key: dict[str, AppKey] = {}
+        self.session: AppKey | None = None
         if path.exists():
             try:
                 for entry in json.loads(path.read_text()):
@@ -150,7 +151,13 @@ class AppKeys:
                 raise IdentityError(f"{path} is damaged: {type(error).__name__}") from None
 
     def find(self, key: str) -> AppKey | None:
-        return self._by_key.get(key)
+        return self._by_key.get(key) or (self.session if self.session and self.session.key == key else None)
+
+    def open_session(self, identity: str) -> AppKey:
+        """Return the key of this run's command line: never written, never listed, gone with the process."""
+        if self.session is None:
+            self.session = AppKey("command line", secrets.token_hex(16), identity, "manager", timestamp_text(time.time()))
+        return self.session
 
     def named(self, name: str) -> AppKey | None:
         return next((one for one in self._by_key.values() if one.name == name), None)

@@ -43,3 +43,21 @@ async def _ask(config: Config, command: str, args: dict[str, Any], timeout_s: fl
         raise fail(str(error)) from None
     except Unreachable as error:
         raise fail(f"the node did not answer: {error}") from None
+
+
+def get(path: str, **query: Any) -> Any:
+    """Return what the node's REST API answers to a GET. Ends the command with the API's message when it refuses."""
+    import httpx
+
+    access = ask_node("rest_access")
+    try:
+        answer = httpx.get(access["url"] + path, params=query, headers={"Authorization": f"Bearer {access['key']}"}, timeout=60)
+    except httpx.HTTPError as error:
+        raise fail(f"the node's REST API did not answer: {error}") from None
+    if answer.status_code > 299:
+        try:
+            message = answer.json()["message"]
+        except (ValueError, KeyError, TypeError):
+            message = answer.text[:300]
+        raise fail(f"{message} ({answer.status_code})")
+    return answer.json()

@@ -1,11 +1,15 @@
-"""`golem market`: why things match, or do not."""
+"""`golem market`: why things match or do not, and the agreements of this node."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
-from golem.cli.client import ask_node
-from golem.cli.output import table, text, value, wants_json
+from golem.cli.client import get
+from golem.cli.output import say, table, text, value, wants_json
+
+API = "/market-api/v1"
 
 
 @click.group()
@@ -17,15 +21,32 @@ def market() -> None:
 @click.argument("demand_id")
 @click.argument("offer_id", required=False)
 def explain(demand_id: str, offer_id: str | None) -> None:
-    """Say why a demand and an offer (or any offer) do not match: which clause failed on which value."""
-    found = ask_node("market_explain", demand=demand_id, offer=offer_id)
-    if wants_json() or offer_id is None:
+    """Say why a demand and an offer (or all known offers) do not match: which clause failed on which value."""
+    if offer_id is None:
+        found = get(f"{API}/demands/{demand_id}/explain")
+        value(found) if wants_json() else _overview(found)
+        return
+    found = get(f"{API}/explain", demand=demand_id, offer=offer_id)
+    if wants_json():
         value(found)
     elif found["matches"]:
         text("They match.")
     else:
-        rows = [[r["side"], r["clause"], r["found"], r["message"]] for r in found["reasons"]]
-        table(["whose constraint", "clause", "found", "why"], rows)
+        _reasons(found["reasons"])
+
+
+def _reasons(reasons: list[dict[str, Any]]) -> None:
+    table(["whose constraint", "clause", "found", "why"], [[r["side"], r["clause"], r["found"], r["message"]] for r in reasons])
+
+
+def _overview(found: dict[str, Any]) -> None:
+    counts = found["offers"]
+    text(f"{counts['known']} offers are known here, {counts['own']} of them this node's own; {counts['matching']} match.")
+    for offer in found["nearest"]:
+        text(f"\nOffer {offer['offerId']} of {offer['providerId']}:")
+        _reasons(offer["reasons"])
+    for refused in found["refused"]:
+        say(f"not kept: {refused['reason']}")
 
 
 @market.group("agreements")
@@ -34,11 +55,23 @@ def agreements() -> None:
 
 
 @agreements.command("list")
-@click.option("--state")
-def agreements_list(state: str | None) -> None:
+@click.option("--state", help="Only those in a state, such as Approved.")
+@click.option("--before")
+@click.option("--after")
+@click.option("--app-session-id")
+def agreements_list(state: str | None, before: str | None, after: str | None, app_session_id: str | None) -> None:
     """List agreements."""
-    rows = [[a["id"], a["role"], a["peer"], a["state"], a["created"]] for a in ask_node("agreements_list", state=state)]
-    table(["id", "role", "peer", "state", "created"], rows)
+    query = {"state": state, "beforeDate": before, "afterDate": after, "appSessionId": app_session_id}
+    found = get(f"{API}/agreements", **{name: given for name, given in query.items() if given})
+    table(["id", "role", "created", "approved"], [[a["id"], a["role"], a["timestamp"], a["approvedDate"]] for a in found])
+
+
+@agreements.command("get")
+@click.option("--id", "agreement_id", required=True)
+@click.option("--role", hidden=True)
+def agreements_get(agreement_id: str, role: str | None) -> None:
+    """Show an agreement."""
+    value(get(f"{API}/agreements/{agreement_id}"))
 
 
 def register(main: click.Group) -> None:
