@@ -160,7 +160,7 @@ def preset_list(agent_dir: Path | None) -> None:
 
 def _price_options(function: Any) -> Any:
     prices = click.option("--price", "prices", multiple=True, metavar="COUNTER=GLM",
-                          help="Price of a unit: CPU= and Duration= (seconds), Memory= and Storage= (GiB), 'Init price='.")  # fmt: skip
+                          help="Price of a unit: CPU= and Duration= (s), Memory= and Storage= (GiB), 'Init price='.")  # fmt: skip
     hidden = click.option("--no-interactive", is_flag=True, hidden=True)
     pricing = click.option("--pricing", type=click.Choice(["linear"]), hidden=True)
     return prices(hidden(pricing(_data_dir_option(function))))

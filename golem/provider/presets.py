@@ -1,0 +1,163 @@
+"""Presets: what a runtime costs. One active preset is one offer.
+
+`presets.json`: `{"ver":"V1","active":["wasmtime"],"presets":[{"name","exeunit-name","pricing-model":"linear",
+"initial-price":0.0,"usage-coeffs":{"golem.usage.cpu_sec":0.0001}}]}`. Prices are GLM per unit: a second, or a GiB.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from golem.provider.settings import SettingsError, read_json, write_json
+
+PRESETS = "presets.json"
+DEFAULT_RUNTIME = "wasmtime"
+DEFAULT_COEFFS = {"golem.usage.cpu_sec": 0.0001, "golem.usage.duration_sec": 0.00005}  # 0.36 and 0.18 GLM an hour
+COUNTERS = {
+    "cpu": "golem.usage.cpu_sec",
+    "duration": "golem.usage.duration_sec",
+    "memory": "golem.usage.gib",
+    "storage": "golem.usage.storage_gib",
+}
+INIT_PRICE = "init price"
+MAX_PRESETS = 32
+MAX_PRICE = 1e6
+_NAME = re.compile(r"[\w.-]{1,64}\Z")
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """Prices of one runtime: GLM per unit of each counter, and once per activity."""
+
+    name: str
+    runtime: str
+    coeffs: Mapping[str, float] = field(default_factory=lambda: dict(DEFAULT_COEFFS))
+    initial_price: float = 0.0
+
+    def vector(self) -> list[str]:
+        """Return the counters in the order of the offer (sorted by name)."""
+        return sorted(self.coeffs)
+
+    def prices(self) -> list[float]:
+        """Return the coefficients in the order of `vector`, the fixed price last."""
+        return [*(self.coeffs[name] for name in self.vector()), self.initial_price]
+
+
+@dataclass(frozen=True, slots=True)
+class Presets:
+    """All presets of an agent, and which of them it offers."""
+
+    all: tuple[Preset, ...]
+    active: tuple[str, ...]
+
+    def named(self, name: str) -> Preset:
+        """Raises `SettingsError`."""
+        for preset in self.all:
+            if preset.name == name:
+                return preset
+        raise SettingsError(f"no preset named {name!r}; there is {', '.join(one.name for one in self.all) or 'none'}")
+
+    def offered(self) -> list[Preset]:
+        return [preset for preset in self.all if preset.name in self.active]
+
+    def with_preset(self, preset: Preset) -> Presets:
+        """Return these with `preset` in the place of the one of its name, or at the end."""
+        others = [one for one in self.all if one.name != preset.name]
+        if len(others) >= MAX_PRESETS:
+            raise SettingsError(f"at most {MAX_PRESETS} presets")
+        if len(others) == len(self.all):
+            return replace(self, all=(*self.all, preset))
+        return replace(self, all=tuple(preset if one.name == preset.name else one for one in self.all))
+
+    def without(self, name: str) -> Presets:
+        """Raises `SettingsError`."""
+        self.named(name)
+        return Presets(tuple(one for one in self.all if one.name != name), tuple(one for one in self.active if one != name))
+
+    def activated(self, name: str, active: bool) -> Presets:
+        """Raises `SettingsError`."""
+        self.named(name)
+        others = tuple(one for one in self.active if one != name)
+        return replace(self, active=(*others, name) if active else others)
+
+
+def default_presets() -> Presets:
+    return Presets((Preset(DEFAULT_RUNTIME, DEFAULT_RUNTIME),), (DEFAULT_RUNTIME,))
+
+
+def load_presets(data_dir: Path) -> Presets:
+    """Return the presets of an agent, writing the default ones at the first time. Raises `SettingsError`."""
+    path = data_dir / PRESETS
+    raw = read_json(path, "presets file")
+    if raw is None:
+        found = default_presets()
+        save_presets(data_dir, found)
+        return found
+    try:
+        presets = tuple(_preset(one) for one in raw["presets"])
+        active = tuple(str(name) for name in raw["active"])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise SettingsError(f"the presets file {path} is not in order: {error!r}") from None
+    if len(presets) > MAX_PRESETS or len({one.name for one in presets}) < len(presets):
+        raise SettingsError(f"the presets file {path} holds two presets of one name, or more than {MAX_PRESETS}")
+    return Presets(presets, active)
+
+
+def save_presets(data_dir: Path, presets: Presets) -> None:
+    """Raises `SettingsError`."""
+    raw = {"ver": "V1", "active": list(presets.active), "presets": [preset_json(one) for one in presets.all]}
+    write_json(data_dir / PRESETS, raw)
+
+
+def preset_json(preset: Preset) -> dict[str, Any]:
+    return {
+        "name": preset.name,
+        "exeunit-name": preset.runtime,
+        "pricing-model": "linear",
+        "initial-price": preset.initial_price,
+        "usage-coeffs": dict(preset.coeffs),
+    }
+
+
+def _preset(raw: Any) -> Preset:
+    if raw.get("pricing-model", "linear") != "linear":
+        raise ValueError(f"pricing model {raw['pricing-model']!r}: only linear is known")
+    coeffs = {str(name): check_price(str(name), value) for name, value in raw["usage-coeffs"].items()}
+    return Preset(check_name(raw["name"]), check_name(raw["exeunit-name"]), coeffs, check_price("initial", raw["initial-price"]))
+
+
+def check_name(name: Any) -> str:
+    """Return a preset's or runtime's name. Raises `SettingsError`."""
+    if not isinstance(name, str) or not _NAME.match(name):
+        raise SettingsError(f"the name {name!r}: expected 1 to 64 letters, digits, '.', '_' or '-'")
+    return name
+
+
+def check_price(what: str, value: Any) -> float:
+    """Return a price as a float. Raises `SettingsError`."""
+    try:
+        price = float(value)
+    except (TypeError, ValueError):
+        price = math.nan
+    if not 0 <= price <= MAX_PRICE:
+        raise SettingsError(f"the price of {what}, {value!r}: expected a number from 0 to {MAX_PRICE:g}")
+    return price + 0.0  # no negative zero
+
+
+def parse_price(text: str) -> tuple[str | None, float]:
+    """Return the counter (`None` = once per activity) and price of `CPU=0.0001`. Raises `SettingsError`."""
+    name, separator, value = text.partition("=")
+    key = name.strip().lower()
+    if not separator:
+        raise SettingsError(f"the price {text!r}: expected COUNTER=GLM, for example CPU=0.0001")
+    if key == INIT_PRICE:
+        return None, check_price(name, value)
+    counter = COUNTERS.get(key, name.strip() if key.startswith("golem.usage.") else None)
+    if counter is None:
+        raise SettingsError(f"unknown counter {name.strip()!r}: expected one of CPU, Duration, Memory, Storage, 'Init price'")
+    return counter, check_price(name, value)

@@ -1,0 +1,118 @@
+"""What the provider agent is told: flags, environment and `globals.json`, `rules.json` of its data directory."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from golem.identity import write_private
+from protocol.types import node_id
+
+GLOBALS, RULES, STATUS, LOCK, JOURNAL = "globals.json", "rules.json", "status.json", "provider.lock", "provider.db"
+MAX_FILE_BYTES = 1024 * 1024
+_NAME = re.compile(r"[^\x00-\x1f]{1,100}\Z")
+
+
+class SettingsError(Exception):
+    """A setting or file that cannot be used; the text says which and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Settings of one agent. `node_url` empty: wherever `node_file` (the node's `node.json`) says it serves."""
+
+    data_dir: Path
+    node_file: Path
+    node_url: str
+    app_key: str
+    name: str
+    subnet: str = "public"
+    runtimes: tuple[str, ...] = ()  # offer these only; empty = every active preset
+    max_agreements: int | None = None  # None = one per thread of the hardware profile
+    networks: tuple[str, ...] = ()  # names of networks or platforms to be paid on; empty = all that the node has
+    idle_s: float = 90.0
+
+    def __repr__(self) -> str:
+        return f"Settings({self.data_dir}, {self.name!r})"  # never the key
+
+
+def agent_dir(env: Mapping[str, str], node_dir: Path, given: Path | None) -> Path:
+    """Return the agent's data directory: as given, else `GOLEM_PROVIDER_DIR`, else `provider` below the node's."""
+    named = given or (Path(env["GOLEM_PROVIDER_DIR"]) if env.get("GOLEM_PROVIDER_DIR") else node_dir / "provider")
+    return named.expanduser().absolute()
+
+
+def read_json(path: Path, what: str) -> Any:
+    """Return the content of a JSON file, `None` if there is none. Raises `SettingsError`."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise SettingsError(f"cannot read the {what} {path}: {error.strerror or error}") from None
+    if len(data) > MAX_FILE_BYTES:
+        raise SettingsError(f"the {what} {path} is over {MAX_FILE_BYTES} bytes")
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise SettingsError(f"the {what} {path} is not JSON: {error}") from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file whole or not at all. Raises `SettingsError`."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_private(path, json.dumps(value, indent=2) + "\n")
+    except OSError as error:
+        raise SettingsError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def names(env: Mapping[str, str], data_dir: Path, name: str | None, subnet: str | None) -> tuple[str, str]:
+    """Return the agent's name and subnet: flag, then environment, then `globals.json`, then defaults.
+
+    What a flag says is kept in `globals.json`. Raises `SettingsError`.
+    """
+    kept = read_json(data_dir / GLOBALS, "settings file") or {}
+    if not isinstance(kept, dict):
+        raise SettingsError(f"the settings file {data_dir / GLOBALS} must hold a JSON object")
+    found = name or env.get("NODE_NAME") or kept.get("node_name") or f"golem-{platform.node() or 'provider'}"
+    net = subnet or env.get("SUBNET") or kept.get("subnet") or "public"
+    if not isinstance(found, str) or not _NAME.match(found):
+        raise SettingsError(f"the name {found!r}: expected 1 to 100 printable characters")
+    if not isinstance(net, str) or not re.fullmatch(r"[\w.-]{1,100}", net):
+        raise SettingsError(f"the subnet {net!r}: expected letters, digits, '.', '_' and '-'")
+    if name or subnet or not kept:
+        write_json(data_dir / GLOBALS, {**kept, "node_name": found, "subnet": net})
+    return found, net
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """Whom this provider serves: nobody of `blacklist`; if `allow_only` is not empty, nobody else."""
+
+    blacklist: frozenset[str] = frozenset()
+    allow_only: frozenset[str] = frozenset()
+
+
+def read_rules(data_dir: Path) -> Rules:
+    """Return the rules of `rules.json` (`{"blacklist": [node ids], "allow-only": [node ids]}`). Raises `SettingsError`."""
+    raw = read_json(data_dir / RULES, "rules file") or {}
+    try:
+        return Rules(
+            frozenset(node_id(one) for one in raw.get("blacklist", ())),
+            frozenset(node_id(one) for one in raw.get("allow-only", ())),
+        )
+    except (AttributeError, TypeError, ValueError) as error:
+        raise SettingsError(f"the rules file {data_dir / RULES} is not in order: {error}") from None
+
+
+def threads() -> int:
+    """Return how many threads of this machine the process may use."""
+    return max(1, len(os.sched_getaffinity(0)))
