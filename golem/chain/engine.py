@@ -124,11 +124,11 @@ class FundError(RpcError):
 
 
 class _Wait(Exception):
-    """Nothing further can be signed now: the problem says why."""
+    """Nothing further can be signed now: the problem says why. `ordinary`: it is none, only a step before the step."""
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, *, ordinary: bool = False) -> None:
         super().__init__(problem.detail)
-        self.problem = problem
+        self.problem, self.ordinary = problem, ordinary
 
 
 class Engine:
@@ -231,7 +231,9 @@ class Engine:
             return
         genesis = await self.rpc.genesis_hash()
         known = self.store.bind_genesis(self.network.chain, genesis)
-        if known != genesis:
+        if known != genesis and self.network.dev_faucet:
+            self.store.forget_chain(self.network.chain, genesis)  # play money of a chain that is gone: begin again
+        elif known != genesis:
             text = f"the chain behind {self.network.name} was replaced by another one: its genesis is {genesis[:18]}..., "
             text += f"the payments in this node's chain.db were made on {known[:18]}..."
             raise _Wait(Problem("InvalidChainId", text, self.address, chain_id=self.network.chain_id))
@@ -352,7 +354,8 @@ class Engine:
             try:
                 tx_id = await self._make(row.batch, head)
             except _Wait as wait:
-                problems.append(wait.problem)
+                if not wait.ordinary:
+                    problems.append(wait.problem)
                 await self._tell_stuck(row.batch.batch_id, wait.problem.detail)
                 return  # later batches must not overtake: the oldest is paid first
             await self._broadcast(self.store.tx(tx_id), self.store.attempts(tx_id)[0], problems)
@@ -374,7 +377,7 @@ class Engine:
             if not any(tx.kind == "approve" for tx in self.store.open()):
                 tx_id = await self._sign_and_store("approve", self.network.token, token.approve_call(multi), head)
                 await self._broadcast(self.store.tx(tx_id), self.store.attempts(tx_id)[0], [])
-            raise _Wait(Problem("TxStuck", "the multi-transfer contract is being approved", self.address))
+            raise _Wait(Problem("TxStuck", "the multi-transfer contract is being approved", self.address), ordinary=True)
         return await self._sign_and_store("pay", multi, token.packed_call(batch.payees), head, batch)
 
     async def _sign_and_store(
@@ -475,7 +478,7 @@ class Engine:
             if self.network.dev_faucet:
                 await self.rpc.dev("dev_faucet", self.address)
             with trio.move_on_after(FUND_S):
-                while not await self.rpc.balance(self.address):  # noqa: ASYNC110 - a chain can only be polled
+                while not await self.rpc.balance(self.address):
                     await trio.sleep(self.network.poll_s)
             await self._mint(self.network.mint)
             return await token.balances(self.rpc, self.network, self.address)
@@ -495,7 +498,7 @@ class Engine:
             await self._broadcast(self.store.tx(tx_id), self.store.attempts(tx_id)[0], [])
         self._wake.set()
         with trio.move_on_after(FUND_S):
-            while (tx := self.store.tx(tx_id)).state in ("signed", "sent"):  # noqa: ASYNC110 - `run` writes the row
+            while (tx := self.store.tx(tx_id)).state in ("signed", "sent"):
                 await trio.sleep(self.network.poll_s / 3)
             if tx.state in ("mined", "confirmed"):
                 return

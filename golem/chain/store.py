@@ -173,6 +173,15 @@ class Store:
         row = self._sql.execute("select genesis from chain where id=?", (chain,)).fetchone()
         return str(row[0])
 
+    def forget_chain(self, chain: str, genesis: str) -> None:
+        """The chain was made anew: drop this account's transactions, queue again what had not ended, bind `genesis`."""
+        with self._transaction():
+            self._sql.execute("delete from attempt where tx in (select id from tx where account=?)", (self.account,))
+            self._sql.execute("delete from tx where account=?", (self.account,))
+            self._sql.execute("update batch set state='queued' where account=? and state='assigned'", (self.account,))
+            self._sql.execute("update batch set announced=1 where account=? and state!='queued'", (self.account,))
+            self._sql.execute("update chain set genesis=? where id=?", (genesis, chain))
+
     # -- batches
 
     def add_batch(self, batch: TransferBatch) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -13,12 +14,13 @@ from pathlib import Path
 import httpx
 import pytest
 import trio
-from chain_support import GLM, GWEI, ROOT, Client, Lab, Refused, address_of, devchain, key_of, spawn_devchain
+from chain_support import GLM, GWEI, ROOT, Client, Lab, Refused, address_of, devchain, key_of, payer, spawn_devchain
 from support import trio_test
 
 from golem.chain import token
 from golem.chain.contracts import MINT_CAP_WEI
 from golem.chain.devchain import BUSY_EXIT, DevChainError, ensure_devchain, genesis, stop_devchain, url_of
+from golem.chain.engine import Confirmed, TransferBatch
 from golem.chain.rpc import Rpc
 from golem.chain.signer import Key, Transaction, sign
 from golem.chain.token import balances
@@ -239,3 +241,43 @@ async def test_balances_over_web3(lab: Lab) -> None:
         assert await rpc.priority_fee() == GWEI
         web3 = await rpc.web3()
         assert await web3.is_connected()
+
+
+@trio_test
+async def test_a_dev_chain_made_anew_is_taken_as_new(tmp_path: Path) -> None:
+    key, payee = key_of("anew"), address_of("anew payee")
+    try:
+        for number in (1, 2):
+            lab = Lab(await ensure_devchain(tmp_path / f"chain{number}"), "devchain")
+            lab.rich("anew")
+            async with payer(lab, key, tmp_path / "chain.db") as wallet:
+                await wallet.pay(f"b{number}", (payee, GLM))
+                await wallet.until(Confirmed)
+                await wallet.pay("left over", (payee, GLM))
+                if number == 1:
+                    await wallet.engine.step()
+                else:
+                    while len(wallet.told(Confirmed)) < 2:
+                        await wallet.engine.step()
+                        lab.mine()
+            assert lab.tokens(payee) == number * GLM
+        async with payer(lab, key, tmp_path / "chain.db", dev_faucet=False) as wallet:
+            wallet.engine.store.forget_chain(lab.network.chain, "0x" + "11" * 32)
+            await wallet.engine.submit(TransferBatch("b3", 0, ((payee, GLM),)))
+            await wallet.engine.step()
+            assert wallet.problems == ["InvalidChainId"]
+            assert "was replaced" in wallet.engine.problems()[0].detail
+    finally:
+        for number in (1, 2):
+            await stop_devchain(tmp_path / f"chain{number}")
+
+
+def test_another_chain_on_the_port_is_not_taken_for_ours(tmp_path: Path) -> None:
+    with devchain(tmp_path / "a") as url:
+        (tmp_path / "b").mkdir()
+        port = int(url.rpartition(":")[2])
+        (tmp_path / "b" / "chain.json").write_text(json.dumps({"port": port, "pid": 1, "chain_id": 1337}))
+        assert trio.run(url_of, tmp_path / "a") == url
+        assert trio.run(url_of, tmp_path / "b") is None
+        (tmp_path / "b" / "chain.json").write_text("{")
+        assert trio.run(url_of, tmp_path / "b") is None

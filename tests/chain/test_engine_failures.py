@@ -348,3 +348,42 @@ async def test_what_cannot_be_a_payment_is_refused(lab: Lab, db: Path) -> None:
         for payees in bad:
             with pytest.raises(ValueError):
                 await wallet.engine.submit(TransferBatch("b1", 0, payees))
+
+
+@trio_test
+async def test_zk_chains_get_the_estimate_as_it_is_and_no_tip(lab: Lab, db: Path) -> None:
+    key, payee = lab.rich("zk"), address_of("zk payee")
+    call = "0x" + token.transfer_call(payee, GLM).hex()
+    async with payer(lab, key, db, fee_model="zk") as wallet:
+        estimate = lab.number("eth_estimateGas", {"from": key.address, "to": lab.network.token, "data": call})
+        await wallet.pay("b1", (payee, GLM))
+        await wallet.engine.step()
+        sent = lab.call("eth_getTransactionByHash", wallet.told(Sent)[0].tx_hash)
+        assert (int(sent["gas"], 16), int(sent["maxPriorityFeePerGas"], 16)) == (estimate, 0)
+        await wallet.until(Confirmed)
+    assert lab.tokens(payee) == GLM
+
+
+@trio_test
+async def test_op_chains_add_the_fee_of_their_parent_chain(lab: Lab, db: Path) -> None:
+    class Oracle(httpx.AsyncHTTPTransport):
+        """The node of an op-stack chain: it has the fee oracle."""
+
+        fee_wei = 100 * 10**18
+
+        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+            call = json.loads(request.content)
+            if call["method"] == "eth_call" and call["params"][0]["to"] == token.L1_FEE_ORACLE:
+                return httpx.Response(200, json={"jsonrpc": "2.0", "id": 1, "result": f"0x{self.fee_wei:064x}"})
+            return await super().handle_async_request(request)
+
+    key, payee, node = lab.rich("op"), address_of("op payee"), Oracle()
+    async with payer(lab, key, db, fee_model="op", transport=node) as wallet:
+        await wallet.pay("b1", (payee, GLM))
+        await wallet.engine.step()
+        (problem,) = wallet.engine.problems()
+        assert problem.kind == "InsufficientGas"
+        assert problem.needed_wei > 114 * 10**18, "10 ether are there, 125 are wanted"
+        node.fee_wei = 10**15
+        await wallet.until(Confirmed)
+    assert lab.tokens(payee) == GLM

@@ -32,6 +32,11 @@ class DevChainError(Exception):
     """The dev chain does not start, answer or stop; says where its log is."""
 
 
+def client_version(pid: int) -> str:
+    """What the chain of process `pid` calls itself."""
+    return f"golem-devchain/py-evm/{pid}"
+
+
 def _info(directory: Path) -> dict[str, int] | None:
     try:
         info = json.loads((directory / INFO_NAME).read_text())
@@ -70,7 +75,7 @@ async def url_of(directory: Path | str) -> str | None:
             told = (await client.post(url, json=call)).json().get("result", "")
     except (httpx.HTTPError, ValueError, AttributeError):
         return None
-    return url if str(told).startswith("golem-devchain/") else None
+    return url if told == client_version(info["pid"]) else None  # else the port has gone to somebody else
 
 
 def _spawn(directory: Path, arguments: tuple[str, ...]) -> subprocess.Popen[bytes]:
@@ -124,9 +129,9 @@ async def stop_devchain(directory: Path | str, timeout_s: float = 10.0) -> bool:
     info = _info(directory)
     if info is None:
         raise DevChainError(f"{directory} is locked by a process that has not said its id yet")
-    os.kill(info["pid"], signal.SIGTERM)  # the held lock vouches that this id is still that process
+    os.kill(info["pid"], signal.SIGTERM)  # whoever takes the lock removes chain.json first: this is the holder's id
     with trio.move_on_after(timeout_s):
-        while _is_served(directory):  # noqa: ASYNC110 - another process's lock: nothing to wait on
+        while _is_served(directory):
             await trio.sleep(0.05)
         _started[:] = [each for each in _started if each.poll() is None]
         return True

@@ -35,7 +35,7 @@ def last_port(directory: Path) -> int:
         return 0
 
 
-async def serve(options: argparse.Namespace) -> None:
+async def serve(options: argparse.Namespace, port_before: int) -> None:
     # py-evm is heavy: imported only once the lock is ours
     from golem.chain.devchain.chain import DevChain
     from golem.chain.devchain.server import Server
@@ -43,7 +43,7 @@ async def serve(options: argparse.Namespace) -> None:
     directory: Path = options.data_dir
     chain = DevChain(directory, chain_id=options.chain_id, tail=options.tail)
     server = Server(chain, options.block_time)
-    wanted = options.port or last_port(directory)
+    wanted = options.port or port_before
     try:
         listeners = await server.listen(wanted)
     except OSError:
@@ -85,7 +85,9 @@ def main(argv: list[str] | None = None) -> int:
         except BlockingIOError:
             print(f"another process serves {options.data_dir}", file=sys.stderr)
             return BUSY_EXIT
-        trio.run(serve, options)
+        port_before = last_port(options.data_dir)
+        (options.data_dir / INFO_NAME).unlink(missing_ok=True)  # it speaks of a process that is gone
+        trio.run(serve, options, port_before)
     return 0
 
 

@@ -10,6 +10,7 @@ somebody may wait for them and an idle chain does not grow for ever.
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,7 @@ class DevChain:
         params = {
             "coinbase": ZERO_ADDRESS,
             "difficulty": POST_MERGE_DIFFICULTY,
-            "extra_data": b"golem dev chain",
+            "extra_data": b"golem dev chain " + os.urandom(16),  # no two chains have the same genesis hash
             "gas_limit": genesis.GAS_LIMIT,
             "mix_hash": POST_MERGE_MIX_HASH,
             "nonce": POST_MERGE_NONCE,
@@ -214,9 +215,10 @@ class DevChain:
         """Is somebody served by another empty block: confirmations outstanding, or a fee above the base fee soon?"""
         if self.head.block_number - self.last_busy < self.tail:
             return True
-        state = self.state()
+        state, base_fee = self.state(), self.next_header().base_fee_per_gas
         heads = [slot.get(state.get_nonce(sender)) for sender, slot in self.pool.items()]
-        return any(tx is not None and tx.max_fee_per_gas > 8 for tx in heads)  # an idle base fee ends at 7 wei
+        # an idle base fee falls to 7 wei and no further
+        return any(tx is not None and 8 < tx.max_fee_per_gas < base_fee for tx in heads)
 
     def drop(self, tx_hash: bytes | None) -> bool:
         """Remove one transaction (or all, None) from the mempool, as a forgetful peer would."""

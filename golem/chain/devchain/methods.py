@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from eth.constants import ZERO_ADDRESS
 from eth.exceptions import BlockNotFound, HeaderNotFound
 from eth.vm.spoof import SpoofTransaction
 
-from golem.chain.devchain import genesis
+from golem.chain.devchain import client_version, genesis
 from golem.chain.devchain.chain import ChainError, DevChain, hexed
 from golem.chain.signer import checksum
 
@@ -22,6 +23,8 @@ PRIORITY_FEE = 10**9
 LOG_LIMIT = 10_000
 MINE_LIMIT = 10_000
 HISTORY_LIMIT = 1_024
+TIME_LIMIT_S = 10**9
+BASE_FEE_LIMIT = 10**15
 REVERT = bytes.fromhex("08c379a0")  # Error(string)
 ESTIMATES = (64, 66, 70, 80, 100, 150, 250)  # 64ths of the gas used: a call may need more (63/64 rule, refunds)
 
@@ -175,7 +178,7 @@ class Methods:
     # -- reading
 
     def rpc_web3_clientVersion(self) -> str:
-        return "golem-devchain/py-evm"
+        return client_version(os.getpid())
 
     def rpc_net_version(self) -> str:
         return str(self.chain.chain_id)
@@ -335,7 +338,10 @@ class Methods:
         return True
 
     def rpc_evm_increaseTime(self, seconds: Any) -> str:
-        self.chain.time_offset += number_of(seconds)
+        offset = self.chain.time_offset + number_of(seconds)
+        if offset > TIME_LIMIT_S:
+            raise invalid(f"at most {TIME_LIMIT_S} seconds ahead")
+        self.chain.time_offset = offset
         return hex(self.chain.time_offset)
 
     def rpc_evm_snapshot(self) -> str:
@@ -356,7 +362,10 @@ class Methods:
         self.chain.reorg(number_of(depth))
 
     def rpc_anvil_setNextBlockBaseFeePerGas(self, fee: Any) -> None:
-        self.chain.next_base_fee = number_of(fee)
+        wei = number_of(fee)
+        if wei > BASE_FEE_LIMIT:
+            raise invalid(f"at most {BASE_FEE_LIMIT} wei")
+        self.chain.next_base_fee = wei
 
 
 def _listed(value: Any) -> list[Any]:

@@ -55,7 +55,7 @@ class Server:
 
     async def _quiet_for(self, seconds: float) -> None:
         """Return once no request has come for `seconds`."""
-        while (rest_s := self.last_request + seconds - trio.current_time()) > 0:  # noqa: ASYNC110 - a moving deadline
+        while (rest_s := self.last_request + seconds - trio.current_time()) > 0:
             await trio.sleep(rest_s)
 
     async def _mine(self) -> None:
