@@ -74,10 +74,10 @@ async def bench(name: str, module: bytes, args: list[str], runs: int) -> None:
         cpu_ms = runtime.usage().cpu_sec / runs * 1000
         await runtime.stop()
     print(f"{name}: {len(module) / 1e6:.3f} MB, exit {status.code} {status.reason or ''}")
-    print(f"  start, compiling   {compile_s * 1000:9.1f} ms   (charged {charged_s:.2f} CPU s, peak {peak_gib:.2f} GiB)")
+    print(f"  start, compiling   {compile_s * 1000:9.1f} ms   ({charged_s:.2f} CPU s, peak {peak_gib:.2f} GiB)")
     print(f"  start, from cache  {cached_s * 1000:9.1f} ms")
-    print(f"  run                {statistics.median(times):9.1f} ms median, {min(times):.1f} best, {max(times):.1f} worst"
-          f"   (CPU {cpu_ms:.1f} ms, {runs} runs)")  # fmt: skip
+    spread = f"{min(times):.1f} best, {max(times):.1f} worst, CPU {cpu_ms:.1f} ms, {runs} runs"
+    print(f"  run                {statistics.median(times):9.1f} ms median ({spread})")
 
 
 def bare_run_ms(module: bytes, runs: int) -> float:

@@ -1,8 +1,9 @@
 """The `wasmtime` runtime: WebAssembly commands with WASI preview 1, each in a locked-down process of its own.
 
 An image is one module (any entry point name; the guest's `/` is a writable volume) or a WASI package (named entry
-points and mount points). Modules are compiled at start, in a child as locked down as the one that runs them, because compiling
-foreign code can take any amount of time and memory; the CPU time is charged. State between commands is in volumes only.
+points and mount points). Modules are compiled at start, in a child as locked down as the one that runs them, because
+compiling foreign code can take any amount of time and memory; the CPU time is charged. State between commands is in
+volumes only.
 
 Isolation of a child, outside in: own user, network, IPC and mount namespaces and no capabilities (where the supervisor
 is root), resource limits, Landlock to the volumes, a system-call allow-list, and WASI's own directory capabilities.
@@ -110,7 +111,7 @@ class WasmRuntime:
             return "this kernel has no Landlock (Linux 5.13 or newer with landlock in its lsm= list)"
         spec = self._spec("probe", Limits(), module=None, memory_bytes=64 << 20, file_bytes=0, cpu_s=10)
         try:
-            ended, _ = await self._finish(spec, (), _discard, max_output_bytes=1 << 16, time_limit_s=20)
+            ended = await self._finish(spec, (), _discard, max_output_bytes=1 << 16, time_limit_s=20)
         except OSError as error:
             return f"the sandbox cannot be started: {error}"
         status = _exit_status(ended, cpu_s=10)
@@ -224,7 +225,7 @@ class WasmRuntime:
                     full.append(error)
 
         spec = self._spec("compile", limits, module.fileno(), memory, file_bytes=0, cpu_s=cpu_s)
-        ended, _ = await self._finish(
+        ended = await self._finish(
             spec, (module.fileno(),), store, settings.max_compiled_bytes, settings.compile_time_s
         )
         status = _exit_status(ended, cpu_s)
@@ -247,7 +248,10 @@ class WasmRuntime:
         environment = {**self._options.env, **(env or {})}
         check_arguments([*argv, *_environment_words(environment)])
         limits = self._options.limits
-        if not await self._measure_storage() or self._storage_bytes >= limits.storage_bytes:
+        countable = await self._measure_storage()
+        if not self._entries:
+            raise RuntimeFault("the activity was stopped")
+        if not countable or self._storage_bytes >= limits.storage_bytes:
             raise RuntimeFault(_storage_text(limits))
         spec = self._spec("run", limits, entry.compiled, limits.mem_bytes, limits.storage_bytes, limits.cpu_time_s)
         spec |= {
@@ -255,7 +259,7 @@ class WasmRuntime:
             "env": environment,
             "preopens": [[str(item.host_dir), item.container_path, not item.read_only] for item in self._volumes],
         }
-        ended, _ = await self._finish(spec, (entry.compiled,), output, limits.output_bytes, limits.run_time_s, True)
+        ended = await self._finish(spec, (entry.compiled,), output, limits.output_bytes, limits.run_time_s, True)
         return _exit_status(ended, limits.cpu_time_s)
 
     async def stop(self) -> None:
@@ -309,7 +313,7 @@ class WasmRuntime:
         max_output_bytes: int,
         time_limit_s: float | None,
         watch_storage: bool = False,
-    ) -> tuple[Ended, Child]:
+    ) -> Ended:
         """Run one child to its end and add what it used to the totals."""
         async with self._child(json.dumps(spec).encode(), files) as child, trio.open_nursery() as nursery:
             if watch_storage:
@@ -320,7 +324,7 @@ class WasmRuntime:
             await self._measure_storage()
         report = _report(ended)
         self.isolation = report.get("isolation") or self.isolation
-        return ended, child
+        return ended
 
     @asynccontextmanager
     async def _child(self, spec: bytes, files: Sequence[int]) -> AsyncIterator[Child]:
@@ -338,22 +342,23 @@ class WasmRuntime:
     async def _watch_storage(self, child: Child) -> None:
         """Kill a command that fills its volumes; one file alone is stopped by its own size limit."""
         assert self._options is not None
-        took_s = 0.0
+        limits, took_s = self._options.limits, 0.0
         while True:
             # Looking takes long where there are many files: then look less often.
             await trio.sleep(max(self._settings.storage_check_s, 5 * took_s))
             child.peak_bytes()  # also a sample of its memory
             began_s = trio.current_time()
-            if not await self._measure_storage() or self._storage_bytes > self._options.limits.storage_bytes:
-                child.kill(_storage_text(self._options.limits))
+            if not await self._measure_storage() or self._storage_bytes > limits.storage_bytes:
+                child.kill(_storage_text(limits))
             took_s = trio.current_time() - began_s
 
     async def _measure_storage(self) -> bool:
         """Update the storage counter; False if there are too many files to count."""
-        assert self._options is not None
-        root, most = self._options.work_dir / "volumes", self._options.limits.files
-        size = await trio.to_thread.run_sync(measure_tree, root, most)
-        self._storage_bytes = max(size.size_bytes, 0)
+        options = self._options
+        if options is None:  # stopped meanwhile
+            return True
+        size = await trio.to_thread.run_sync(measure_tree, options.work_dir / "volumes", options.limits.files)
+        self._storage_bytes = size.size_bytes
         return size.complete
 
 

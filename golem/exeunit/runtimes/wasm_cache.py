@@ -1,9 +1,9 @@
 """Compiled modules by content: machine code that only this supervisor's own compiler child has written.
 
 The name holds the SHA3-256 of the module, the version of wasmtime and of its configuration, so code is never loaded by
-an engine that did not make it. A module that subverts the compiler can spoil its own entry only, which then runs in the
-same sandbox as the module would. Files arrive by rename, are readable by the unprivileged run child through a descriptor
-alone (the directory is closed to it), and the oldest go when the cache is over its size. Neighbour: `wasm`.
+an engine that did not make it. A module that subverts the compiler can spoil its own entry only, which then runs in
+the same sandbox as the module would. Files arrive by rename, are readable by the unprivileged run child through a
+descriptor alone (the directory is closed to it), and the oldest go when the cache is over its size. Neighbour: `wasm`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What a child does to itself before it touches foreign code.
 
 Order matters and is that of the functions here: resource limits, own namespaces and an unprivileged user (both root
-only), no capabilities, die with the parent, Landlock, and seccomp last. Every step is irrevocable. Neighbours: `seccomp`;
-`runtimes.wasm_child`, which calls these; `process`, which starts and ends such children.
+only), no capabilities, die with the parent, Landlock, and seccomp last. Every step is irrevocable.
+Neighbours: `seccomp`; `runtimes.wasm_child`, which calls these; `process`, which starts and ends such children.
 """
 
 from __future__ import annotations

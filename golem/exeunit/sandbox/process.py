@@ -1,7 +1,8 @@
 """Starting, feeding on and ending one sandboxed child.
 
 The child gets /dev/null as stdin, pipes as stdout and stderr, a pipe for its report, and nothing else but what is
-passed on purpose. Its end is awaited through a pidfd and its CPU time taken from wait4, so no other child is ever disturbed.
+passed on purpose. Its end is awaited through a pidfd and its CPU time taken from wait4, so no other child is ever
+disturbed.
 Neighbours: `lockdown` (what the child does to itself), `runtimes.wasm`, which uses this.
 """
 
@@ -94,7 +95,7 @@ class Child:
         async def pump(side: Side, stream: trio.lowlevel.FdStream) -> None:
             nonlocal total
             while chunk := await stream.receive_some(CHUNK_BYTES):
-                room = max_output_bytes - total
+                room = max(0, max_output_bytes - total)
                 total += len(chunk)
                 if chunk[:room]:
                     await output(side, chunk[:room])
