@@ -228,7 +228,7 @@ class Host:
         async def new_conn(conn: Any, peer_id: Any) -> Mux:
             await muxers._selector.select(conn, conn.is_initiator, muxers.negotiate_timeout)
             pubkey_of(str(peer_id))  # ValueError for a peer without a secp256k1 key: no node id, no connection
-            return Mux(conn, peer_id, self.timing, lambda mux: self.on_dead(mux))
+            return Mux(conn, peer_id, self.timing, self._conn_died)
 
         muxers.new_conn = new_conn
         swarm.register_notifee(_Notifee(self))
@@ -249,7 +249,26 @@ class Host:
                 except OSError as error:
                     log.debug("closing an inbound socket: %r", error)
 
+    def _conn_died(self, conn: Mux) -> None:
+        """Upstream lets a peer's gossip stream die unnoticed when another connection is, or comes, up."""
+        stream = self.pubsub.peers.get(conn.peer_id)
+        if stream is not None and stream.muxed_conn is conn:
+            self.pubsub._handle_dead_peer(conn.peer_id)
+        self.on_dead(conn)
+
     def _guard_pubsub(self) -> None:
+        stock_dead = self.pubsub._handle_dead_peer
+
+        def dead_peer(peer_id: Any) -> None:
+            # A peer says what it is subscribed to once: while it is connected that must not be forgotten.
+            topics = [topic for topic, peers in self.pubsub.peer_topics.items() if peer_id in peers]
+            stock_dead(peer_id)
+            if self.pubsub._peer_is_connected(peer_id):
+                for topic in topics:
+                    self.pubsub.peer_topics.setdefault(topic, set()).add(peer_id)
+                self.pubsub._peer_subscription_count[peer_id] = len(topics)
+
+        self.pubsub._handle_dead_peer = dead_peer
         stock_push = self.pubsub.push_msg
         me = self.pubsub.my_id
         counts: Counter[Any] = Counter()

@@ -50,8 +50,8 @@ class _Channel:
         body: bytes = msgpack.packb((number, kind, service, payload))
         data = len(body).to_bytes(4, "big") + body
         try:
-            if not self._outbox and self._stream.write_nowait(data):
-                return
+            if self.queued_bytes == 0 and self._stream.write_nowait(data):
+                return  # nothing is waiting or half written: no need to wake the writer
         except BROKEN:
             return  # the reader of this stream notices and ends the link
         self._outbox.append(data)

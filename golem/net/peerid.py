@@ -146,6 +146,10 @@ def _verify_record(raw: bytes) -> NodeRecord:
     ):
         raise ValueError("a malformed node record")
     digest = hashlib.sha256(b"golem-node-record:" + body).digest()
-    if not coincurve.PublicKey(pubkey).verify(signature, digest, hasher=None):
+    try:
+        genuine = coincurve.PublicKey(pubkey).verify(signature, digest, hasher=None)
+    except ValueError as error:
+        raise ValueError("a node record with a malformed key or signature") from error
+    if not genuine:
         raise ValueError("a node record with a wrong signature")
     return NodeRecord(network, peer_id_of(pubkey), node_id_of(pubkey), tuple(addresses), issued_at, raw)

@@ -57,6 +57,11 @@ class Peer:
     bulk_failed_at: float = FAR_PAST
     bulk_lock: trio.Lock = field(default_factory=trio.Lock)
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether there is a session, or one is being made."""
+        return self.link is not None or self.attempt is not None
+
 
 class Sessions:
     """All peers of one running host. `run` must be running for anything to happen."""
@@ -165,7 +170,7 @@ class Sessions:
     def discovered(self, node_id: str) -> None:
         """A peer was found nearby: meet it, unless we have plenty."""
         peer = self._peer(node_id)
-        idle = peer.link is None and peer.attempt is None and trio.current_time() >= peer.next_try_at
+        idle = not peer.is_busy and trio.current_time() >= peer.next_try_at
         if idle and self.count() < self._config.max_sessions // 4:
             self._try(peer)
 
@@ -198,7 +203,7 @@ class Sessions:
         if peer is None:
             if len(self._peers) >= MAX_REMEMBERED:
                 for other in list(self._peers.values()):
-                    if not (other.conns or other.keep or other.attempt or other.link):
+                    if not (other.conns or other.keep or other.is_busy):
                         del self._peers[other.node_id]
             peer = self._peers[node_id] = Peer(node_id)
         return peer
@@ -213,7 +218,7 @@ class Sessions:
             return
         if conn.death is None:
             peer.conns.append(conn)
-            if peer.link is None and peer.attempt is None and self._nursery is not None:
+            if not peer.is_busy and self._nursery is not None:
                 self._try(peer)
 
     def _dead(self, conn: Mux) -> None:
@@ -246,7 +251,7 @@ class Sessions:
         now = trio.current_time()
         for peer in list(self._peers.values()):
             wanted = peer.keep or peer.conns or now - peer.used_at < self._timing.idle_after_s
-            if wanted and peer.link is None and peer.attempt is None and now >= peer.next_try_at:
+            if wanted and not peer.is_busy and now >= peer.next_try_at:
                 self._try(peer)
         missing = self._config.target_sessions - self.count()
         missing -= sum(peer.attempt is not None for peer in self._peers.values())
@@ -257,7 +262,7 @@ class Sessions:
                 break
             known = self._peers.get(entry.node_id)
             if entry.node_id == self._host.node_id or (
-                known and (known.link or known.attempt or now < known.next_try_at)
+                known is not None and (known.is_busy or now < known.next_try_at)
             ):
                 continue
             self._try(self._peer(entry.node_id))

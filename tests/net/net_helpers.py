@@ -70,7 +70,7 @@ async def hosts(count: int = 2, timing: Timing = FAST) -> AsyncIterator[list[Hos
 async def eventually(check: Callable[[], object], within_s: float = 5) -> None:
     """Wait until something is true."""
     with trio.fail_after(within_s):
-        while not check():  # noqa: ASYNC110  (of real nodes: there is no event)
+        while not check():
             await trio.sleep(0.01)
 
 

@@ -59,7 +59,7 @@ async def test_requests_both_ways_over_one_connection(tmp_path: Path) -> None:
 
 
 @trio_test
-async def test_large_and_too_large_requests(tmp_path: Path) -> None:
+async def test_large_requests_pass_and_too_large_ones_are_refused(tmp_path: Path) -> None:
     async def grow(sender: str, payload: bytes) -> bytes:
         return bytes(MAX_REQUEST_BYTES + 1)
 
