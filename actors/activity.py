@@ -37,12 +37,14 @@ from protocol.activity import (
     Exec,
     FeedExpired,
     HeldExpired,
+    Output,
     ResultArrived,
     StateChanged,
     StateReported,
     UsageChanged,
     UsageReported,
     check_id,
+    check_output,
     check_usage,
     fit_output,
     output_size,
@@ -115,8 +117,8 @@ class ResultRow(Message, frozen=True):
 
     index: int
     ok: bool
-    stdout: str | bytes | None
-    stderr: str | bytes | None
+    stdout: Output
+    stderr: Output
     message: str | None
     at: float
     batch_finished: bool
@@ -366,7 +368,8 @@ class Activity:
     def _store(self, changes: _Changes, row: ActivityRow, batch: BatchRow, result: CommandResult, meta: Meta) -> None:
         finished = not result.ok or result.is_last or result.index + 1 == batch.size
         room = min(MAX_OUTPUT_BYTES, max(0, MAX_BATCH_OUTPUT_BYTES - batch.stored_bytes))
-        stdout, stderr, text = fit_output(result.stdout, result.stderr, result.message, room)
+        out, err = check_output(result.stdout), check_output(result.stderr)
+        stdout, stderr, text = fit_output(out, err, result.message, room)
         changes.rows[result_key(batch.batch_id, result.index)] = ResultRow(
             result.index, result.ok, stdout or None, stderr or None, text, _sane(result.at, meta.now), finished
         )

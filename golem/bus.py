@@ -121,7 +121,8 @@ class Connection:
         if len(self._waiting) >= MAX_IN_FLIGHT:
             raise Unreachable("too many requests under way on the bus connection")
         self._last_id = number = self._last_id + 1
-        answered, answer = trio.Event(), []
+        answered = trio.Event()
+        answer: list[Any] = []
         self._waiting[number] = (answered, answer)
         try:
             with trio.move_on_after(timeout_s):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from typing import Any
 
 from protocol.types import Message, Violation
 
@@ -16,6 +17,9 @@ MAX_USAGE_COUNTERS = 64
 MAX_TEXT = 4000  # characters of a reason, an error message or a command's message
 MAX_OUTPUT_BYTES = 960 * 1024  # of one command, both sides together: a result is one message of at most 1 MiB
 MAX_BATCH_OUTPUT_BYTES = 16 * 1024 * 1024  # of all results of a batch that are kept
+#: Captured output on the wire: text, bytes where the capture asked for binary, None for nothing. MessagePack tells them
+#: apart, a msgspec union may not hold both: whoever takes it from a peer calls `check_output`.
+Output = Any
 _ID = re.compile(r"[0-9a-f]{32}\Z")
 
 
@@ -118,8 +122,8 @@ class CommandResult(Message, frozen=True):
     batch_id: str
     index: int
     ok: bool
-    stdout: str | bytes | None  # text, or bytes where the capture asked for binary; None for nothing
-    stderr: str | bytes | None
+    stdout: Output
+    stderr: Output
     message: str | None
     at: float
     is_last: bool  # no further result of this batch follows
@@ -192,6 +196,13 @@ def check_usage(usage: list[float]) -> list[float]:
     if len(usage) > MAX_USAGE_COUNTERS or not all(math.isfinite(value) and value >= 0 for value in usage):
         raise Violation("a usage vector has at most 64 finite, non-negative numbers")
     return usage
+
+
+def check_output(output: Any) -> str | bytes | None:
+    """Return `output` if it is one. Raises `Violation`."""
+    if output is None or isinstance(output, str | bytes):
+        return output
+    raise Violation(f"captured output is text or bytes, not {type(output).__name__}")
 
 
 def output_size(output: str | bytes | None) -> int:

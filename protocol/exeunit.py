@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from protocol.activity import Output
 from protocol.types import Message
 
 MAX_SCRIPT_BYTES = 768 * 1024  # a script travels in one message
@@ -237,8 +238,8 @@ class CommandFinished(Message, frozen=True):
     batch_id: str
     index: int
     ok: bool
-    stdout: str | bytes | None
-    stderr: str | bytes | None
+    stdout: Output
+    stderr: Output
     message: str | None
     at: float
     usage: list[float]

@@ -1,0 +1,111 @@
+"""`python -m golem.exeunit`: one activity's process, as the provider agent starts it.
+
+    python -m golem.exeunit --runtime wasmtime --activity ID --bus PATH --agreement FILE --work DIR --cache DIR
+    python -m golem.exeunit offer-template --runtime wasmtime      the runtime's part of an offer, as JSON
+    python -m golem.exeunit test --runtime wasmtime                status 0 if the runtime works here, else why not
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import trio
+
+REPORTED = "golem.activity.caps.transfer.report-progress"
+
+
+def main() -> int:
+    """Do what the command line says; returns the exit status."""
+    args = _parser().parse_args()
+    logging.basicConfig(
+        level=os.environ.get("GOLEM_LOG", "INFO").upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s"
+    )
+    from golem.exeunit.runtimes import make_runtime
+
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            if args.command == "run":
+                return _run(args)
+            runtime = make_runtime(args.runtime, args.cache or Path(scratch))
+        except ValueError as error:
+            print(f"exe-unit: {error}", file=sys.stderr)
+            return 2
+        if args.command == "offer-template":
+            print(json.dumps(offer_template(runtime.offer_properties())))
+            return 0
+        problem = trio.run(runtime.self_test)
+        if problem is not None:
+            print(f"exe-unit: {problem}", file=sys.stderr)
+            return 1
+        return 0
+
+
+def offer_template(runtime_properties: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of an offer that an exe-unit of this runtime contributes."""
+    from golem.exeunit.transfer import OFFERED_PROTOCOLS
+    from golem.exeunit.usage import COUNTERS
+
+    properties = {
+        "golem.com.usage.vector": list(COUNTERS),
+        "golem.activity.caps.transfer.protocol": list(OFFERED_PROTOCOLS),
+        REPORTED: True,
+        "golem.activity.caps.deploy.report-progress": True,
+        **runtime_properties,
+    }
+    return {"properties": properties, "constraints": ""}
+
+
+def _run(args: argparse.Namespace) -> int:
+    from actors.kernel.journal import JournalError
+    from golem.exeunit.process import Settings, serve
+    from golem.exeunit.spool import TransferPolicy
+    from golem.exeunit.terms import TermsError
+
+    missing = [name for name in ("activity", "bus", "agreement", "work", "cache") if getattr(args, name) is None]
+    if missing:
+        print(f"exe-unit: missing --{', --'.join(missing)}", file=sys.stderr)
+        return 2
+    if not re.fullmatch(r"[0-9a-f]{32}", args.activity):
+        print("exe-unit: an activity id has 32 hex digits", file=sys.stderr)
+        return 2
+    local = args.transfer_policy == "local"
+    policy = TransferPolicy(allow_loopback=local, allow_private=local, file_roots=tuple(args.file_root))
+    settings = Settings(args.runtime, args.activity, args.bus, args.agreement, args.work, args.cache, policy)
+    try:
+        return serve(settings)
+    except (TermsError, JournalError) as error:
+        print(f"exe-unit: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="golem-exeunit", description="Run one activity.")
+    parser.add_argument("command", nargs="?", choices=("run", "offer-template", "test"), default="run")
+    parser.add_argument("--runtime", default="wasmtime", help="name of the runtime")
+    parser.add_argument("--activity", help="id of the activity")
+    parser.add_argument("--bus", type=Path, help="the node's bus socket")
+    parser.add_argument("--agreement", type=Path, help="the agreement as JSON")
+    parser.add_argument("--work", type=Path, help="working directory of this activity alone")
+    parser.add_argument("--cache", type=Path, help="cache directory, shared by activities")
+    parser.add_argument(
+        "--transfer-policy",
+        choices=("public", "local"),
+        default=os.environ.get("GOLEM_TRANSFER_POLICY", "public"),
+        help="whether transfers may reach private and loopback addresses (default: public ones only)",
+    )
+    parser.add_argument(
+        "--file-root", type=Path, action="append", default=[], help="directory for file: task packages; repeatable"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

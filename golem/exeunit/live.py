@@ -1,0 +1,67 @@
+"""What happens in an activity, as it happens: the source of streamed results, beside the journal.
+
+Events of a batch count from 0. They are kept in memory, within bounds, so that a reader who comes late or comes back
+goes on where it was; the oldest go first when there are too many.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from typing import Any
+
+import trio
+
+MAX_KEPT_BYTES = 16 << 20
+MAX_REPLY_BYTES = 512 << 10
+MAX_WAIT_S = 30.0
+EVENT_OVERHEAD_BYTES = 64
+
+Event = tuple[int, int, float, str]  # id, command index, seconds since the epoch, kind as JSON
+
+
+class LiveLog:
+    """Events of all batches of one activity."""
+
+    def __init__(self) -> None:
+        self._batches: dict[str, deque[Event]] = {}
+        self._next_ids: dict[str, int] = {}
+        self._order: deque[str] = deque()  # the batch of each event, oldest first
+        self._kept_bytes = 0
+        self._news = trio.Event()
+
+    def add(self, batch_id: str, index: int, at: float, kind: dict[str, Any]) -> None:
+        """Record an event of command `index`."""
+        text = json.dumps(kind, separators=(",", ":"))
+        number = self._next_ids.get(batch_id, 0)
+        self._next_ids[batch_id] = number + 1
+        self._batches.setdefault(batch_id, deque()).append((number, index, at, text))
+        self._order.append(batch_id)
+        self._kept_bytes += len(text) + EVENT_OVERHEAD_BYTES
+        while self._kept_bytes > MAX_KEPT_BYTES:
+            oldest = self._order.popleft()
+            gone = self._batches[oldest].popleft()
+            self._kept_bytes -= len(gone[3]) + EVENT_OVERHEAD_BYTES
+        self._news.set()
+        self._news = trio.Event()
+
+    def read(self, batch_id: str, after: int) -> list[Event]:
+        """Return events with an id above `after`, at least one if there is one, else as many as fit a reply."""
+        found: list[Event] = []
+        size = 0
+        for event in self._batches.get(batch_id, ()):
+            if event[0] <= after:
+                continue
+            size += len(event[3]) + EVENT_OVERHEAD_BYTES
+            if found and size > MAX_REPLY_BYTES:
+                break
+            found.append(event)
+        return found
+
+    async def follow(self, batch_id: str, after: int, wait_s: float) -> list[Event]:
+        """Return events above `after`, waiting for one at most `wait_s` (at most 30)."""
+        with trio.move_on_after(min(max(wait_s, 0.0), MAX_WAIT_S)):
+            while not (found := self.read(batch_id, after)):
+                await self._news.wait()
+            return found
+        return self.read(batch_id, after)

@@ -1,0 +1,216 @@
+"""The exe-unit's process: kernel, machine, runtime port and bus client put together, from start to end.
+
+It outlives a restart of its node: messages wait in its journal and the bus client comes back. It ends by SIGTERM, when a
+limit of the agreement is exceeded, or when the agreement has expired; each way with a last report that holds the final
+usage. A second process on the same working directory finds the runtime of the first one lost, and ends the activity.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import secrets
+import signal
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import trio
+
+from actors.exeunit import ExeUnit, UnitRow
+from actors.kernel.journal import Journal
+from actors.kernel.system import System
+from golem.bus import BusClient
+from golem.exeunit.images import ImageStore
+from golem.exeunit.live import LiveLog
+from golem.exeunit.runtimes import make_runtime
+from golem.exeunit.runtimes.base import Runtime
+from golem.exeunit.spool import TransferError, TransferPolicy
+from golem.exeunit.terms import Terms, read_terms
+from golem.exeunit.transfer import Transfers
+from golem.exeunit.work import RuntimePort
+from golem.gftp_wire import FileFault, GftpPeer
+from golem.net.types import RemoteError
+from protocol.codec import decode_batch
+from protocol.exeunit import ShutDown, UnitStarted
+
+log = logging.getLogger("golem.exeunit")
+
+USAGE_INTERVAL_S = 1.0
+MEM_OVERHEAD_GIB = 0.3  # of the runtime itself; the guest's own memory is bounded by the runtime
+STOP_S = 2.0  # for the runtime to stop, and again for the last report to leave: the agent kills after 5 s
+EXPIRY_MARGIN_S = 60.0  # the agent ends an expired agreement; this is for when it is gone
+CACHE_BYTES = 20 << 30
+IMAGE_BYTES = 8 << 30
+DESTROYED, LIMIT, EXPIRED = "destroyed", "Usage limit exceeded", "Agreement expired"
+MAX_CALL_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the provider agent says on the command line."""
+
+    runtime: str
+    activity_id: str
+    bus: Path
+    agreement: Path
+    work_dir: Path
+    cache_dir: Path
+    policy: TransferPolicy
+
+
+class BusGftp:
+    """`golem.exeunit.transfer.GftpClient` through the node's bus."""
+
+    def __init__(self, bus_path: Path) -> None:
+        self._peer = GftpPeer(bus_path)
+
+    async def size(self, url: str) -> int:
+        return int(await _transfer(self._peer.size(url)))
+
+    async def download(self, url: str, offset: int, write: Callable[[bytes], Awaitable[None]]) -> None:
+        await _transfer(self._peer.download(url, offset, write))
+
+    async def upload(self, url: str, read: Callable[[int], Awaitable[bytes]]) -> None:
+        await _transfer(self._peer.upload(url, read))
+
+
+async def _transfer(work: Awaitable[int]) -> int:
+    try:
+        return await work
+    except FileFault as fault:
+        raise TransferError(f"gftp {fault.variant}: {fault}", fault.passing) from None
+
+
+class Unit:
+    """One activity's process."""
+
+    def __init__(self, settings: Settings, terms: Terms, runtime: Runtime, journal: Journal) -> None:
+        self.settings, self.terms = settings, terms
+        self.name = f"exeunit:{settings.activity_id}"
+        self.live = LiveLog()
+        self._journal = journal
+        self.client = BusClient(
+            settings.bus, self.name, "exeunit", on_mail=self._deliver, on_call=self._answer
+        )
+        self.system = System(
+            terms.provider, journal, self.client, clock=time.time, new_trace=lambda: secrets.token_hex(6),
+            jitter=lambda: random.uniform(0.8, 1.2),
+        )  # fmt: skip
+        transfers = Transfers(settings.policy, BusGftp(settings.bus))
+        images = ImageStore(settings.cache_dir / "images", transfers, CACHE_BYTES, IMAGE_BYTES)
+        self.port = RuntimePort(self.name, terms, settings.work_dir, runtime, transfers, images, self.live)
+        self.system.add(ExeUnit(settings.activity_id, terms.requestor, terms.provider))
+        self.system.add_port(self.port)
+        self._ending = trio.Event()
+        self._reason: tuple[str, str | None] = (DESTROYED, None)
+
+    # -- the bus
+    async def _deliver(self, frame: bytes) -> bytes:
+        # the node has checked that the sender is who it says
+        return await self.system.deliver(frame, decode_batch(frame)[0].sender)
+
+    async def _answer(self, sender: str, target: str, payload: bytes) -> bytes:
+        """Answer a live call of the requestor or of our own node."""
+        if sender not in (self.terms.requestor, self.terms.provider):
+            raise RemoteError("not a party of the agreement")
+        try:
+            if len(payload) > MAX_CALL_BYTES:
+                raise ValueError("too long")
+            question = msgspec.msgpack.decode(payload, type=list[Any])
+        except (msgspec.DecodeError, ValueError, RecursionError):
+            raise RemoteError("malformed call") from None
+        match question:
+            case ["usage"]:
+                answer: Any = [self.port.usage(), time.time()]
+            case ["running"]:
+                answer = self.port.running()
+            case ["follow", str() as batch_id, int() as after, int() | float() as wait_s]:
+                answer = await self.live.follow(batch_id, after, float(wait_s))
+            case _:
+                raise RemoteError("no such question")
+        return msgspec.msgpack.encode(answer)
+
+    # -- life
+    async def run(self) -> int:
+        """Serve the activity to its end; returns the exit status (0: it was told to end)."""
+        async with trio.open_nursery() as nursery:
+            self.port.attach(nursery, lambda sends: self.system.post(self.port.name, sends))
+            nursery.start_soon(self._watch_signals)
+            nursery.start_soon(self.client.run)
+            await nursery.start(self.system.run)
+            await self.system.ask(self.name, UnitStarted(secrets.token_hex(8)))
+            if self._state() == "Terminated":
+                await self._flush()
+                nursery.cancel_scope.cancel()
+                return 1
+            nursery.start_soon(self._watch_limits)
+            await self._ending.wait()
+            await self._end()
+            nursery.cancel_scope.cancel()
+        return 0 if self._reason[0] == DESTROYED else 1
+
+    def end(self, reason: str, error_message: str | None = None) -> None:
+        """Have the activity end; the first reason counts."""
+        if not self._ending.is_set():
+            self._reason = (reason, error_message)
+            self._ending.set()
+
+    def _state(self) -> str:
+        row: UnitRow | None = self.system.rows(self.name).get("unit")
+        return row.state if row else "New"
+
+    async def _end(self) -> None:
+        with trio.move_on_after(STOP_S) as scope:
+            await self.port.stop()
+        if scope.cancelled_caught:
+            log.error("the runtime did not stop within %g s", STOP_S)
+        await self.system.ask(self.name, ShutDown(*self._reason, self.port.usage()))
+        await self._flush()
+
+    async def _flush(self) -> None:
+        """Wait until everybody has what we sent, for a while; what is left then is lost with this process."""
+        with trio.move_on_after(STOP_S):
+            while self._journal.links():
+                await trio.sleep(0.02)
+            return
+        log.warning("not delivered: %s", self._journal.links())
+
+    async def _watch_signals(self) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            async for number in signals:
+                log.info("%s: ending", signal.Signals(number).name)
+                self.end(DESTROYED)
+
+    async def _watch_limits(self) -> None:
+        limits = self.terms.limits
+        while True:
+            await trio.sleep(USAGE_INTERVAL_S)
+            used = self.port.runtime_usage()
+            if used.gib > limits.mem_gib + MEM_OVERHEAD_GIB:
+                self.end(LIMIT, f"memory: {used.gib:.3f} GiB used of {limits.mem_gib:g}")
+            if used.storage_gib > limits.storage_gib:
+                self.end(LIMIT, f"storage: {used.storage_gib:.3f} GiB used of {limits.storage_gib:g}")
+            if self.terms.expires_at is not None and time.time() > self.terms.expires_at + EXPIRY_MARGIN_S:
+                self.end(EXPIRED)
+
+
+def serve(settings: Settings) -> int:
+    """Run one activity; returns the exit status. Raises `TermsError`, `JournalError`, `ValueError`."""
+    terms = read_terms(settings.agreement)
+    settings.work_dir.mkdir(parents=True, exist_ok=True)
+    os.chmod(settings.work_dir, 0o711)
+    runtime = make_runtime(settings.runtime, settings.cache_dir)
+    journal = Journal(str(settings.work_dir / "unit.db"), lambda: secrets.token_hex(8))
+    try:
+        return trio.run(_serve, settings, terms, runtime, journal)
+    finally:
+        journal.close()
+
+
+async def _serve(settings: Settings, terms: Terms, runtime: Runtime, journal: Journal) -> int:
+    return await Unit(settings, terms, runtime, journal).run()

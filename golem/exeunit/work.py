@@ -1,0 +1,292 @@
+"""Port `runtime` of the exe-unit's machine: carries out commands with a runtime, transfers and captures.
+
+One command runs at a time, in a task of its own, so that a cancellation gets through; its end is posted to the machine.
+A command that the kernel brings a second time (after a crash of an actor) is not run a second time.
+Neighbours: `actors/exeunit.py` decides what runs; `live.py` hears of everything; `runtimes`, `transfer`, `images`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import trio
+
+from actors.kernel.machine import Meta, Send
+from golem.exeunit.capture import Collector, Output
+from golem.exeunit.images import Image, ImageStore
+from golem.exeunit.live import LiveLog
+from golem.exeunit.runtimes.base import (
+    Deployment,
+    DeployOptions,
+    Runtime,
+    RuntimeFault,
+    Side,
+    Usage,
+    Volume,
+    parse_volumes,
+)
+from golem.exeunit.terms import Terms
+from golem.exeunit.transfer import TransferError, Transfers
+from golem.exeunit.usage import Counters, room_left
+from protocol.exeunit import (
+    CancelCommand,
+    Capture,
+    Command,
+    CommandFinished,
+    Deploy,
+    Execute,
+    Progress,
+    Run,
+    Start,
+    Terminate,
+    Transfer,
+    parse_command,
+)
+
+log = logging.getLogger("golem.exeunit")
+
+STOPPED = "stopped by a terminate command"
+DEFAULT_PROGRESS_S = 1.0
+_INTERVAL = re.compile(r"\s*(\d{1,6}(?:\.\d{1,6})?)\s*(ms|s|m)\s*\Z")
+Post = Callable[[Sequence[Send]], Awaitable[None]]
+
+
+class Failed(Exception):
+    """A command failed; the text is for the requestor."""
+
+
+class RuntimePort:
+    """The port of one activity. `unit` is the machine's name."""
+
+    name = "runtime"
+    local = Execute | CancelCommand
+    peer = type(None)
+
+    def __init__(
+        self,
+        unit: str,
+        terms: Terms,
+        work_dir: Path,
+        runtime: Runtime,
+        transfers: Transfers,
+        images: ImageStore,
+        live: LiveLog,
+    ) -> None:
+        self._unit, self._terms, self._work_dir = unit, terms, work_dir
+        self._runtime, self._transfers, self._images, self._live = runtime, transfers, images, live
+        self._counters = Counters(runtime.usage, time.monotonic())
+        self._deployment: Deployment | None = None
+        self._image: Image | None = None
+        self._deployments = 0
+        self._seen: set[tuple[str, int]] = set()
+        self._running: tuple[str, int, str, trio.CancelScope] | None = None
+        self._nursery: trio.Nursery | None = None
+        self._post: Post | None = None
+
+    def attach(self, nursery: trio.Nursery, post: Post) -> None:
+        """Give the port its tasks' nursery and its way out, before the system runs."""
+        self._nursery, self._post = nursery, post
+
+    # -- what others ask
+    def runtime_usage(self) -> Usage:
+        """What the runtime has used in all."""
+        return self._runtime.usage()
+
+    def usage(self) -> list[float]:
+        """Counters in the order of the agreement's usage vector."""
+        return self._counters.vector(self._terms.usage_vector, time.monotonic())
+
+    def running(self) -> str | None:
+        """The JSON text of the command that runs."""
+        return self._running[2] if self._running else None
+
+    async def stop(self) -> None:
+        """Kill whatever runs and let go of everything."""
+        if self._running:
+            self._running[3].cancel()
+        await self._clear()
+
+    # -- the port
+    async def handle(self, message: Execute | CancelCommand, meta: Meta) -> Sequence[Send]:
+        """Begin a command in a task of its own, or cancel one."""
+        if isinstance(message, CancelCommand):
+            if self._running and self._running[:2] == (message.batch_id, message.index):
+                self._running[3].cancel()
+            return []
+        if (message.batch_id, message.index) not in self._seen:
+            self._seen.add((message.batch_id, message.index))
+            assert self._nursery is not None
+            self._nursery.start_soon(self._execute, message)
+        return []
+
+    async def _execute(self, message: Execute) -> None:
+        command = parse_command(message.command)
+        self._event(message, {"started": {"command": json.loads(command.text)}})
+        outputs: dict[Side, Output | None] = {"stdout": None, "stderr": None}
+        text: str | None = message.refusal
+        ok = False
+        code = 1
+        with trio.CancelScope() as scope:
+            if text is None:
+                self._running = (message.batch_id, message.index, command.text, scope)
+                try:
+                    text, code = await self._perform(message, command, outputs)
+                    ok = code == 0
+                except (Failed, RuntimeFault, TransferError) as error:
+                    text = str(error)
+                except Exception as error:
+                    # a bug of ours or of a runtime fails the command and is told; the activity goes on
+                    log.exception("command %s failed", command.kind)
+                    text = f"internal error of the exe-unit: {type(error).__name__}"
+                finally:
+                    self._running = None
+        if scope.cancelled_caught:
+            text = STOPPED
+        self._event(message, {"finished": {"return_code": 0 if ok else code or 1, "message": text}})
+        finished = CommandFinished(
+            message.batch_id, message.index, ok, outputs["stdout"], outputs["stderr"], text,
+            round(time.time(), 6), self.usage(),
+        )  # fmt: skip
+        assert self._post is not None
+        await self._post([Send(self._unit, finished)])
+
+    async def _perform(
+        self, message: Execute, command: Command, outputs: dict[Side, Output | None]
+    ) -> tuple[str | None, int]:
+        """Carry out a command; returns its message and return code."""
+        match command.args:
+            case Deploy() as deploy:
+                await self._deploy(message, deploy)
+            case Start(args):
+                await self._runtime.start(args or [])
+            case Run() as run:
+                return await self._run(message, run, outputs)
+            case Transfer() as transfer:
+                await self._transfer(message, transfer)
+            case Terminate():
+                await self._clear()
+            case _:
+                raise Failed(f"{command.kind} is not supported")
+        return None, 0
+
+    def _event(self, message: Execute, kind: dict[str, Any]) -> None:
+        self._live.add(message.batch_id, message.index, time.time(), kind)
+
+    # -- commands
+    async def _deploy(self, message: Execute, deploy: Deploy) -> None:
+        if self._terms.task_package is None:
+            raise Failed("the agreement names no task package (golem.srv.comp.task_package)")
+        progress = _Progress(self, message, deploy.progress)
+        image = await self._images.obtain(
+            self._terms.task_package, self._runtime.formats, progress=progress.bytes, notice=progress.notice
+        )
+        try:
+            self._deployments += 1
+            folder = self._work_dir / f"deployment-{self._deployments}"
+            folder.mkdir(mode=0o711)
+            networks = tuple(msgspec.to_builtins(network) for network in deploy.net or ())
+            options = DeployOptions(
+                work_dir=folder,
+                limits=self._terms.limits,
+                env=deploy.env or {},
+                volumes=parse_volumes(deploy.volumes),
+                hostname=deploy.hostname,
+                hosts=deploy.hosts or {},
+                networks=networks,
+            )
+            self._deployment = await self._runtime.deploy(image.path, options)
+        except BaseException:
+            image.close()
+            await self._clear()
+            raise
+        self._image = image
+
+    async def _run(self, message: Execute, run: Run, outputs: dict[Side, Output | None]) -> tuple[str | None, int]:
+        capture = run.capture or Capture()
+        try:
+            collectors: dict[Side, Collector] = {
+                "stdout": Collector(capture.stdout),
+                "stderr": Collector(capture.stderr),
+            }
+        except ValueError as error:
+            raise Failed(str(error)) from None
+
+        async def output(side: Side, chunk: bytes) -> None:
+            if (live := collectors[side].feed(chunk)) is not None:
+                self._event(message, {side: _json(live)})
+
+        try:
+            status = await self._runtime.run(run.entry_point, run.args or [], output, run.env)
+        finally:
+            for side, collector in collectors.items():
+                if (live := collector.finish()) is not None:
+                    self._event(message, {side: _json(live)})
+                outputs[side] = collector.result()
+        notes = [f"{side} cut to what an exe-unit keeps" for side, one in collectors.items() if one.truncated]
+        if not status.ok:
+            notes.insert(0, f"ExeScript command exited with code {status.code}")
+            notes += [status.reason] if status.reason else []
+        return "; ".join(notes) or None, 0 if status.ok else status.code or 1
+
+    async def _transfer(self, message: Execute, transfer: Transfer) -> None:
+        progress = _Progress(self, message, transfer.progress)
+        volumes: Sequence[Volume] = self._deployment.volumes if self._deployment else ()
+        room = await trio.to_thread.run_sync(room_left, volumes, self._terms.limits)
+        await self._transfers.transfer(
+            transfer.source, transfer.to, volumes, progress=progress.bytes, notice=progress.notice, max_bytes=room
+        )
+
+    async def _clear(self) -> None:
+        """Stop the runtime; the next deploy starts anew. What was used stays counted."""
+        with trio.CancelScope(shield=True):
+            await self._runtime.stop()
+        self._deployment = None
+        if self._image is not None:
+            self._image.close()
+            self._image = None
+
+
+class _Progress:
+    """Tells of the progress of one command, if it asked for it, not more often than it asked for."""
+
+    def __init__(self, port: RuntimePort, message: Execute, wanted: Progress | None) -> None:
+        self._port, self._message = port, message
+        self._interval_s = None if wanted is None else _interval(wanted.update_interval)
+        self._next = 0.0
+        self._last: tuple[int, int | None] = (0, None)
+
+    def bytes(self, done: int, total: int | None) -> None:
+        """So many bytes of so many are there."""
+        self._last = (done, total)
+        if self._interval_s is None or (time.monotonic() < self._next and done != total):
+            return
+        self._next = time.monotonic() + self._interval_s
+        self._tell(None)
+
+    def notice(self, text: str) -> None:
+        """Something worth saying."""
+        if self._interval_s is not None:
+            self._tell(text)
+
+    def _tell(self, text: str | None) -> None:
+        event = {"step": [0, 1], "message": text, "progress": list(self._last), "unit": "Bytes"}
+        self._port._event(self._message, {"progress": event})
+
+
+def _interval(text: str | None) -> float:
+    match = _INTERVAL.match(text or "")
+    if match is None:
+        return DEFAULT_PROGRESS_S
+    return max(0.05, float(match[1]) * {"ms": 0.001, "s": 1.0, "m": 60.0}[match[2]])
+
+
+def _json(output: Output) -> str | list[int]:
+    """Binary output is a list of numbers in JSON."""
+    return list(output) if isinstance(output, bytes) else output

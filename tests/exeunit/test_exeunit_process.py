@@ -1,0 +1,266 @@
+"""The exe-unit's process from outside: real processes and kernels, a real bus and runtime, two nodes in one test."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import trio
+from support import trio_test
+from wire import A, B, Node, two_nodes
+
+from actors.activity import Activity, ActivityRow, BatchRow, ResultRow, batch_key
+from actors.kernel.journal import Journal
+from actors.kernel.machine import Meta, Send
+from actors.kernel.system import System
+from golem.files import FileServer
+from golem.net.types import RemoteError
+from protocol.activity import ActivityKnown, CreateActivity, DestroyActivity, Done, Exec, StateReported
+from protocol.negotiation import AgreementApproved
+
+pytestmark = pytest.mark.integration
+
+HELLO = Path(__file__).resolve().parents[2] / "examples" / "hello" / "hello.wasm"
+AGREEMENT, ACTIVITY = "a" * 40, "1" * 32
+PROVIDER, REQUESTOR = A, B
+
+
+class Ledger:
+    name = "ledger"
+    local = ActivityKnown
+    peer = type(None)
+
+    async def handle(self, message: Any, meta: Meta) -> Sequence[Send]:
+        return []
+
+
+class World:
+    """A provider's and a requestor's node with kernel and activity actors, and the exe-unit's process."""
+
+    def __init__(self, tmp_path: Path, provider: Node, requestor: Node, nursery: trio.Nursery) -> None:
+        self.tmp_path, self.nursery = tmp_path, nursery
+        self.provider = self._system(PROVIDER, provider)
+        self.requestor = self._system(REQUESTOR, requestor)
+        self.calls = requestor.router.calls
+        self.files = FileServer(requestor.router)
+        self.provider_files = FileServer(provider.router)
+        self.package_url = ""
+
+    def _system(self, node_id: str, node: Node) -> System:
+        journal = Journal(str(self.tmp_path / f"{node_id[2]}.db"), lambda: secrets.token_hex(8))
+        system = System(node_id, journal, node.router, clock=time.time, new_trace=lambda: secrets.token_hex(4))
+        system.add(Activity(node_id))
+        system.add_port(Ledger())
+        node.router.attach(system.deliver)
+        return system
+
+    async def begin(self) -> None:
+        from golem.files import FileSource
+
+        for system, role in ((self.provider, "Provider"), (self.requestor, "Requestor")):
+            await self.nursery.start(system.run)
+            approved = AgreementApproved(AGREEMENT, role, REQUESTOR, PROVIDER, "{}", "{}", time.time(), None)
+            await system.ask("activity", approved)
+        self.files.offer("package", FileSource(HELLO), "test")
+        digest = hashlib.sha3_224(HELLO.read_bytes()).hexdigest()
+        package = f"hash:sha3:{digest}:gftp://{REQUESTOR}/package"
+        agreement = {
+            "agreementId": AGREEMENT,
+            "demand": {"requestorId": REQUESTOR, "properties": {"golem": {"srv": {"comp": {"task_package": package}}}}},
+            "offer": {
+                "providerId": PROVIDER,
+                "properties": {
+                    "golem.inf.mem.gib": 0.5,
+                    "golem.inf.storage.gib": 0.1,
+                    "golem.com.usage.vector": ["golem.usage.cpu_sec", "golem.usage.duration_sec"],
+                },
+            },
+        }
+        (self.tmp_path / "agreement.json").write_text(json.dumps(agreement))
+        assert await self.requestor.ask("activity", CreateActivity(ACTIVITY, AGREEMENT, 30.0)) == Done(ACTIVITY)
+        await self.until(lambda: self.provider.feeds.read("activities"))
+
+    async def start(self) -> trio.Process:
+        command = [sys.executable, "-m", "golem.exeunit", "--runtime", "wasmtime", "--activity", ACTIVITY]
+        for name in ("agreement.json", "work", "cache"):
+            command += [f"--{name.partition('.')[0]}", str(self.tmp_path / name)]
+        command += ["--bus", str(self.tmp_path / "a.sock")]
+        return await trio.lowlevel.open_process(command)
+
+    async def until(self, condition: Callable[[], Any], timeout_s: float = 30) -> None:
+        with trio.fail_after(timeout_s):
+            while not condition():
+                await trio.sleep(0.01)
+
+    def row(self, system: System) -> ActivityRow:
+        return system.rows("activity")[f"activity/{ACTIVITY}"]
+
+    async def state(self, state: str) -> None:
+        await self.until(lambda: self.row(self.requestor).state == state)
+
+    async def exec(self, *commands: dict[str, Any], wait: bool = True) -> str:
+        batch_id = secrets.token_hex(16)
+        script = json.dumps(commands)
+        assert await self.requestor.ask("activity", Exec(batch_id, ACTIVITY, script)) == Done(batch_id)
+        if wait:
+            await self.until(lambda: self.batch(batch_id).finished, 60)
+        return batch_id
+
+    def batch(self, batch_id: str) -> BatchRow:
+        return self.requestor.rows("activity")[batch_key(ACTIVITY, batch_id)]
+
+    def results(self, batch_id: str) -> list[ResultRow]:
+        return [row for _, row in self.requestor.rows("activity").prefix(f"result/{batch_id}/")]
+
+    async def live(self, *question: Any) -> Any:
+        payload = msgspec.msgpack.encode(question)
+        return msgspec.msgpack.decode(await self.calls.call(PROVIDER, f"exeunit:{ACTIVITY}", payload))
+
+
+@asynccontextmanager
+async def world(tmp_path: Path) -> AsyncIterator[tuple[World, trio.Process]]:
+    async with two_nodes(tmp_path) as (a, b, nursery):
+        made = World(tmp_path, a, b, nursery)
+        await made.begin()
+        process = await made.start()
+        try:
+            yield made, process
+        finally:
+            if process.returncode is None:
+                process.kill()
+                with trio.CancelScope(shield=True):
+                    await process.wait()
+        nursery.cancel_scope.cancel()
+
+
+STREAM = {"stdout": {"stream": {}}, "stderr": {"stream": {}}}
+
+
+def hello(*args: str) -> dict[str, Any]:
+    return {"run": {"entry_point": "hello", "args": list(args), "capture": STREAM}}
+
+
+@trio_test
+async def test_a_whole_activity(tmp_path: Path) -> None:
+    began = time.monotonic()
+    async with world(tmp_path) as (w, process):
+        await w.state("Initialized")
+        print(f"Initialized after {time.monotonic() - began:.2f} s")
+        batch = await w.exec({"deploy": {}}, {"start": {}})
+        assert [(row.ok, row.message) for row in w.results(batch)] == [(True, None), (True, None)]
+        await w.state("Ready")
+        (tmp_path / "in").write_bytes(b"letter")
+        from golem.files import FileSink, FileSource
+
+        w.files.offer("in", FileSource(tmp_path / "in"), "test")
+        w.files.offer("slot", FileSink(tmp_path / "out"), "test")
+        batch = await w.exec(
+            {"transfer": {"from": f"gftp://{REQUESTOR}/in", "to": "container:/in"}},
+            hello("World", "/in", "/out"),
+            {"transfer": {"from": "container:/out", "to": f"gftp://{REQUESTOR}/slot"}},
+        )
+        results = w.results(batch)
+        assert [(row.ok, row.message) for row in results] == [(True, None)] * 3
+        assert results[1].stdout == "Hello World\n"
+        assert (tmp_path / "out").read_bytes() == b"Hello World\nletter"
+        events = await w.live("follow", batch, -1, 0)
+        assert [event[0] for event in events] == list(range(len(events)))
+        kinds = [(event[1], *json.loads(event[3])) for event in events]
+        assert kinds == [(i, k) for i in range(3) for k in ("started", *(["stdout"] if i == 1 else []), "finished")]
+        assert await w.live("follow", batch, events[-1][0], 0) == []
+        values, at = await w.live("usage")
+        assert len(values) == 2
+        assert 0 < values[0] < values[1]
+        assert abs(at - time.time()) < 5
+        with pytest.raises(RemoteError, match="no such question"):
+            await w.live("password")
+        await w.requestor.ask("activity", DestroyActivity(ACTIVITY))
+        await w.until(lambda: len(w.provider.feeds.read("activities")) == 2)
+        process.send_signal(signal.SIGTERM)
+        with trio.fail_after(5):
+            assert await process.wait() == 0
+        await w.state("Terminated")
+        row = w.row(w.requestor)
+        assert row.reason == "destroyed"
+        assert row.usage is not None
+        assert row.usage[1] >= values[1]
+        assert w.results(batch) == results
+
+
+@trio_test
+async def test_failures_are_told_and_the_order_of_commands_is_kept(tmp_path: Path) -> None:
+    async with world(tmp_path) as (w, _):
+        batch = await w.exec({"run": {"entry_point": "hello"}}, {"deploy": {}})
+        [row] = w.results(batch)
+        assert row.message == (
+            "Local service error: State error: Activity is initialized - deploy() command is expected now"
+        )
+        await w.exec({"deploy": {}}, {"start": {}})
+        batch = await w.exec(hello("a", "b"), hello("never"))
+        [row] = w.results(batch)
+        assert row.message == "ExeScript command exited with code 2"
+        [row] = w.results(await w.exec({"transfer": {"from": "container:/none", "to": f"gftp://{REQUESTOR}/none"}}))
+        assert not row.ok
+        [row] = w.results(await w.exec({"transfer": {"from": f"gftp://{REQUESTOR}/none", "to": "container:/x"}}))
+        assert row.message == "gftp InternalError: no such file is published here"
+        await w.exec({"terminate": {}})
+        await w.state("Initialized")
+        assert [row.ok for row in w.results(await w.exec({"deploy": {}}, {"start": {}}, hello("again")))] == [True] * 3
+
+
+@trio_test
+async def test_a_killed_process_is_reported_by_the_next_one(tmp_path: Path) -> None:
+    async with world(tmp_path) as (w, process):
+        await w.exec({"deploy": {}}, {"start": {}})
+        process.kill()
+        await process.wait()
+        batch = await w.exec(hello("late"), wait=False)
+        second = await w.start()
+        with trio.fail_after(20):
+            assert await second.wait() == 1
+        await w.state("Terminated")
+        assert w.row(w.requestor).reason == "execution interrupted"
+        [row] = w.results(batch)
+        assert not row.ok
+        assert "over" in (row.message or "") or "terminated" in (row.message or "")
+
+
+@trio_test
+async def test_the_agent_reports_a_unit_that_never_came(tmp_path: Path) -> None:
+    async with world(tmp_path) as (w, process):
+        await w.state("Initialized")
+        process.kill()
+        await process.wait()
+        gone = StateReported(ACTIVITY, "Terminated", reason="execution aborted", error_message="exit code -9")
+        assert await w.provider.ask("activity", gone) == Done(ACTIVITY)
+        await w.state("Terminated")
+        assert w.row(w.requestor).reason == "execution aborted"
+
+
+def test_bad_command_lines(tmp_path: Path) -> None:
+    import subprocess
+
+    (tmp_path / "agreement.json").write_text("{}")
+    common = [sys.executable, "-m", "golem.exeunit"]
+    full = ["--activity", ACTIVITY, "--bus", "b", "--work", str(tmp_path / "w"), "--cache", str(tmp_path / "c")]
+    for args, text in (
+        ([], "missing"),
+        (["--runtime", "abacus", *full, "--agreement", str(tmp_path / "agreement.json")], "agreement"),
+        ([*full, "--agreement", str(tmp_path / "none")], "cannot read"),
+        (["--runtime", "abacus", "test"], "unknown runtime"),
+    ):
+        done = subprocess.run([*common, *args], capture_output=True, text=True, env=os.environ.copy(), timeout=30)
+        assert done.returncode == 2
+        assert text in done.stderr
+        assert "Traceback" not in done.stderr
