@@ -1,0 +1,216 @@
+"""Payment API: allocations and the demand decorations made from them."""
+
+from __future__ import annotations
+
+import uuid
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any
+
+from quart import Blueprint, Response, request
+
+from actors.ledger import Allocation, decorations, minus, remaining, reserved, total_of
+from golem.chain.networks import DRIVER, Network, parse_platform
+from golem.chain.rpc import RpcError
+from golem.rest.edge import (
+    ApiError,
+    ask,
+    caller,
+    created,
+    member,
+    null,
+    query_int,
+    query_time,
+    respond_json,
+)
+from golem.rest.payment_forms import MAX_ITEMS, body_amount, body_time, exact_body
+from protocol.ledger import AmendAllocation, CreateAllocation, ReleaseAllocation
+from protocol.types import amount_text, from_wei, timestamp_text
+
+if TYPE_CHECKING:
+    from golem.node import Node
+
+DEFAULT_PLATFORM = "erc20-holesky-tglm"
+TOKEN_NETWORK = {"glm": "polygon", "tglm": "holesky"}  # of a platform that names its token only
+UNFUNDED = 402  # on the way from the ledger to the answer, which is a 400 with figures
+MAX_EXTEND_S = 10 * 366 * 24 * 3600.0
+
+
+def routes(api: Blueprint, node: Node) -> None:
+    """Add the endpoints about allocations."""
+
+    @api.post("/allocations")
+    async def create() -> Response:
+        body = await exact_body()
+        platform = _platform(node, body)
+        address = member(body, "address", str, None) or caller().identity
+        total = body_amount(body, "totalAmount")
+        if body.get("makeDeposit") is True or body.get("deposit") is not None:
+            raise _problem(400, "unsupported", "allocations from deposits are not supported by this node")
+        extend = member(body, "extendTimeout", (int, Decimal), None)
+        if extend is not None and not 0 <= extend <= MAX_EXTEND_S:
+            raise ApiError(400, "field `extendTimeout`: expected seconds, up to ten years")
+        row = _served(node, platform, address)
+        allocation_id = str(uuid.uuid4())
+        balance = await _balance(node, row)
+        command = CreateAllocation(
+            allocation_id,
+            address,
+            platform,
+            amount_text(total),
+            balance,
+            body_time(body, "timeout"),
+            None if extend is None else float(extend),
+        )
+        await _ask(node, command, platform, address, total, balance, body)
+        return created(render(_live(node, allocation_id)))
+
+    @api.get("/allocations")
+    async def listing() -> Response:
+        after = query_time("afterTimestamp")
+        limit = query_int("maxItems", MAX_ITEMS, 1, MAX_ITEMS)
+        rows = [row for _, row in node.system.rows("ledger").prefix("allocation/") if row.released_at is None]
+        rows = [row for row in rows if after is None or row.timeout_at > after]  # compared with the timeout, as ever
+        return respond_json([render(row) for row in sorted(rows, key=lambda row: row.created_at)[:limit]])
+
+    @api.get("/allocations/<allocation_id>")
+    async def get(allocation_id: str) -> Response:
+        return respond_json(render(_live(node, allocation_id)))
+
+    @api.put("/allocations/<allocation_id>")
+    async def amend(allocation_id: str) -> Response:
+        body = await exact_body()
+        row = _live(node, allocation_id)
+        if body.get("deposit") is not None:
+            raise _problem(400, "unsupported", "allocations from deposits are not supported by this node")
+        total = body_amount(body, "totalAmount") if body.get("totalAmount") is not None else None
+        balance = await _balance(node, _served(node, row.platform, row.address))
+        text = None if total is None else amount_text(total)
+        wanted = minus(total, row.spent) if total is not None else Decimal(0)
+        command = AmendAllocation(allocation_id, text, body_time(body, "timeout"), balance)
+        await _ask(node, command, row.platform, row.address, wanted, balance, body, besides=allocation_id)
+        return respond_json(render(_live(node, allocation_id)))
+
+    @api.delete("/allocations/<allocation_id>")
+    async def release(allocation_id: str) -> Response:
+        await ask(node, "ledger", ReleaseAllocation(allocation_id))
+        return null()
+
+    @api.get("/demandDecorations")
+    async def demand_decorations() -> Response:
+        ids = [each for text in request.args.getlist("allocationIds") for each in text.split(",") if each]
+        if not ids:
+            raise ApiError(400, "query parameter allocationIds is missing")
+        rows = [node.system.rows("ledger").get(f"allocation/{each}") for each in ids[:MAX_ITEMS]]
+        if any(row is None or row.released_at is not None for row in rows):
+            raise ApiError(404, None)
+        return respond_json(decorations(rows))
+
+
+def render(row: Allocation) -> dict[str, Any]:
+    """Return an allocation in the form of the API."""
+    extend = {} if row.extend_timeout_s is None else {"extendTimeout": int(row.extend_timeout_s)}
+    return {
+        "allocationId": row.allocation_id,
+        "address": row.address,
+        "paymentPlatform": row.platform,
+        "totalAmount": row.total,
+        "spentAmount": row.spent,
+        "remainingAmount": amount_text(remaining(row)),
+        "timestamp": timestamp_text(row.created_at),
+        "timeout": timestamp_text(row.timeout_at),
+        "createdTs": timestamp_text(row.created_at),
+        "updatedTs": timestamp_text(row.updated_at),
+        "makeDeposit": False,
+        **extend,
+    }
+
+
+def _live(node: Node, allocation_id: str) -> Allocation:
+    row: Allocation | None = node.system.rows("ledger").get(f"allocation/{allocation_id}")
+    if row is None or row.released_at is not None:
+        raise ApiError(404, None)
+    return row
+
+
+def _platform(node: Node, body: dict[str, Any]) -> str:
+    """The platform that a request names, in full, in parts or not at all."""
+    given = body.get("paymentPlatform")
+    if given is None or given == "":
+        known = node.chain.networks.platforms
+        default = node.chain.networks.by_name(node.chain.default_network).platform
+        return DEFAULT_PLATFORM if DEFAULT_PLATFORM in known else default
+    if isinstance(given, dict):
+        given = _assembled(node, given)
+    if not isinstance(given, str):
+        raise _problem(400, "bad-platform", "field `paymentPlatform`: expected a text or an object")
+    try:
+        return str(parse_platform(given))
+    except ValueError as error:
+        raise _problem(400, "bad-platform", str(error)) from None
+
+
+def _assembled(node: Node, given: dict[str, Any]) -> str:
+    parts = {name: given.get(name) for name in ("driver", "network", "token")}
+    if any(part is not None and not isinstance(part, str) for part in parts.values()):
+        raise _problem(400, "bad-platform", "field `paymentPlatform`: driver, network and token are texts")
+    network = parts["network"] or TOKEN_NETWORK.get(parts["token"] or "tglm")
+    if network is None:
+        raise _problem(400, "bad-platform", f"no network is known for the token {str(parts['token'])[:40]!r}")
+    token = parts["token"] or ("glm" if network in ("mainnet", "polygon") else "tglm")
+    return f"{parts['driver'] or DRIVER}-{network}-{token}"
+
+
+def _served(node: Node, platform: str, address: str) -> Network:
+    """The network of an account of this node."""
+    try:
+        row = node.chain.networks.by_platform(platform)
+    except KeyError as error:
+        raise _problem(500, "account-not-registered", f"Account not registered: {error.args[0]}",
+                       paymentPlatform=platform, address=address) from None  # fmt: skip
+    if address.lower() != node.node_id:
+        raise _problem(500, "account-not-registered", f"Account not registered: {address[:64]} is not one of this node",
+                       paymentPlatform=platform, address=address[:64])  # fmt: skip
+    return row
+
+
+async def _balance(node: Node, row: Network) -> str | None:
+    """What the account may reserve on a platform: its tokens less what other platforms of the same chain reserve."""
+    if node.config.skip_allocation_validation:
+        return None
+    try:
+        held = from_wei((await node.chain.balances(row.name)).token_wei)
+    except RpcError as error:
+        raise _problem(500, "balance-unknown", f"the balance cannot be read: {error}", paymentPlatform=row.platform) from None
+    rows = node.system.rows("ledger")
+    twins = [r.platform for r in node.chain.networks if (r.chain, r.token) == (row.chain, row.token) and r != row]
+    return amount_text(max(minus(held, total_of(reserved(rows, twin) for twin in twins)), Decimal(0)))
+
+
+async def _ask(
+    node: Node, command: CreateAllocation | AmendAllocation, platform: str, address: str, wanted: Decimal,
+    balance: str | None, body: dict[str, Any], besides: str = ""
+) -> None:  # fmt: skip
+    """Ask the ledger; what it declines for want of funds is told with all figures."""
+    try:
+        await ask(node, "ledger", command, statuses={"unfunded": UNFUNDED})
+    except ApiError as error:
+        if error.status != UNFUNDED:
+            raise
+        held = reserved(node.system.rows("ledger"), platform, besides)
+        raise _problem(
+            400,
+            "insufficient-funds",
+            error.message or "",
+            requestedFunds=amount_text(wanted),
+            availableFunds=amount_text(max(minus(balance or "0", held), Decimal(0))),
+            reservedFunds=amount_text(held),
+            paymentPlatform=platform,
+            address=address,
+            requestBody={name: str(value) if isinstance(value, Decimal) else value for name, value in body.items()},
+        ) from None
+
+
+def _problem(status: int, kind: str, detail: str, **extra: Any) -> ApiError:
+    facts = {"type": f"/payment-api/v1/problems/{kind}", "title": kind.replace("-", " "), "status": status,
+             "detail": detail, "instance": request.path, **extra}  # fmt: skip
+    return ApiError(status, detail, facts, "application/problem+json")

@@ -1,0 +1,322 @@
+"""Payment API: debit notes and invoices, their events, and why one of them waits."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from quart import Blueprint, Response, request
+
+from actors.ledger import Agreement, PaymentDocument, acceptance_of
+from golem.rest.edge import (
+    ApiError,
+    ask,
+    created,
+    member,
+    null,
+    object_body,
+    query_float,
+    query_int,
+    query_text,
+    query_time,
+    respond_json,
+    until,
+)
+from golem.rest.payment_forms import (
+    EVENT_TIMEOUT_S,
+    MAX_EVENTS,
+    MAX_ITEMS,
+    body_amount,
+    body_time,
+    exact_body,
+    payments_of,
+    render_payment,
+    scan,
+)
+from protocol.codec import Decoder
+from protocol.ledger import (
+    AcceptDocument,
+    CancelInvoice,
+    DocumentEvent,
+    IssueDebitNote,
+    IssueInvoice,
+    RejectInvoice,
+    SendDocument,
+)
+from protocol.types import amount_text, timestamp, timestamp_text
+
+if TYPE_CHECKING:
+    from golem.node import Node
+
+ACK_TIMEOUT_S = 15.0
+MAX_TEXT = 2000
+REASONS = ("UNSOLICITED_SERVICE", "BAD_SERVICE", "INCORRECT_AMOUNT")
+EVENTS = {
+    "RECEIVED": "ReceivedEvent",
+    "ACCEPTED": "AcceptedEvent",
+    "REJECTED": "RejectedEvent",
+    "CANCELLED": "CancelledEvent",
+    "SETTLED": "SettledEvent",
+}
+FILTERS = {*EVENTS, "PAYMENT_EVENT", "PAYMENT_OK"}
+DEFAULTS = {"payer": "RECEIVED,CANCELLED", "payee": "ACCEPTED,REJECTED,SETTLED,CANCELLED"}
+HEADERS = {"payer": "X-Requestor-Events", "payee": "X-Provider-Events"}
+_event = Decoder[DocumentEvent](DocumentEvent)
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """The names that debit notes and invoices go by."""
+
+    kind: str
+    path: str
+    id_field: str
+    prefix: str  # of event types
+    feed: str
+
+
+NOTE = Kind("debit-note", "debitNotes", "debitNoteId", "DebitNote", "debit-notes")
+INVOICE = Kind("invoice", "invoices", "invoiceId", "Invoice", "invoices")
+
+
+def routes(api: Blueprint, node: Node) -> None:
+    """Add the endpoints about documents."""
+    for kind in (NOTE, INVOICE):
+        _reading(api, node, kind)
+        _moving(api, node, kind)
+    _issuing(api, node)
+    _invoices_only(api, node)
+    _not_there(api)
+
+
+def _reading(api: Blueprint, node: Node, kind: Kind) -> None:
+    async def listing() -> Response:
+        after = query_time("afterTimestamp")
+        limit = query_int("maxItems", MAX_ITEMS, 1, MAX_ITEMS)
+        found = [(_issued(row), row) for _, row in node.system.rows("ledger").prefix(f"{kind.kind}/")]
+        found = [(at, row) for at, row in found if after is None or at > after]
+        found.sort(key=lambda pair: (pair[0], pair[1].document_id))
+        return respond_json([render(row) for _, row in found[:limit]])
+
+    async def get(document_id: str) -> Response:
+        return respond_json(render(_document(node, kind, document_id)))
+
+    async def explain(document_id: str) -> Response:
+        return respond_json(explained(node, kind, _document(node, kind, document_id)))
+
+    async def events() -> Response:
+        wanted, session = _wanted(), query_text("appSessionId")
+
+        def pick(event: DocumentEvent, at: float) -> dict[str, Any] | None:
+            if event.what not in wanted[event.role] or session not in (None, event.app_session_id):
+                return None
+            return _rendered_event(kind, event, at)
+
+        limit = query_int("maxEvents", 100, 1, MAX_EVENTS)
+        probe = scan(node, kind.feed, query_time("afterTimestamp"), limit, _event, pick)
+        found = await until(node, [kind.feed], probe, query_float("timeout", EVENT_TIMEOUT_S))
+        return respond_json(found or [])
+
+    _get(api, f"/{kind.path}", listing)
+    _get(api, f"/{kind.path}/<document_id>", get)
+    _get(api, f"/{kind.path}/<document_id>/explain", explain)
+    _get(api, f"/{kind.path[:-1]}Events", events)
+
+
+def _moving(api: Blueprint, node: Node, kind: Kind) -> None:
+    async def send(document_id: str) -> Response:
+        timeout_s = query_float("timeout", ACK_TIMEOUT_S)
+        row = _document(node, kind, document_id)
+        if row.role != "payee":
+            raise ApiError(400, f"only the issuer of a {kind.kind} sends it")
+        signed = node.identity.sign(kind.kind, row.body)
+        await ask(node, "ledger", SendDocument(kind.kind, document_id, signed, max(timeout_s, 0.1)))
+
+        def answered() -> PaymentDocument | None:
+            now = _document(node, kind, document_id)
+            return now if now.status != "ISSUED" or now.refused else None
+
+        done = await until(node, [kind.feed], answered, timeout_s)
+        if done is None:
+            raise ApiError(504, f"no receipt from {_agreement(node, row).peer} within {timeout_s:g} s")
+        if done.refused and done.status == "ISSUED":
+            raise ApiError(400, done.waiting)
+        return null()
+
+    async def accept(document_id: str) -> Response:
+        query_float("timeout", ACK_TIMEOUT_S)
+        body = await exact_body()
+        accepted = body_amount(body, "totalAmountAccepted")
+        allocation_id = member(body, "allocationId", str)
+        row = _document(node, kind, document_id)
+        signed = node.identity.sign("acceptance", acceptance_of(row))
+        command = AcceptDocument(kind.kind, document_id, amount_text(accepted), allocation_id, signed)
+        await ask(node, "ledger", command, statuses={"forbidden": 400})
+        return null()
+
+    _post(api, f"/{kind.path}/<document_id>/send", send)
+    _post(api, f"/{kind.path}/<document_id>/accept", accept)
+
+
+def _issuing(api: Blueprint, node: Node) -> None:
+    @api.post("/debitNotes")
+    async def issue_debit_note() -> Response:
+        plain, body = await object_body(), await exact_body()
+        usage = member(plain, "usageCounterVector", list, None)
+        if usage is not None and any(isinstance(x, bool) or not isinstance(x, int | float) for x in usage):
+            raise ApiError(400, "field `usageCounterVector`: expected an array of numbers")
+        command = IssueDebitNote(
+            str(uuid.uuid4()),
+            member(body, "activityId", str),
+            amount_text(body_amount(body, "totalAmountDue")),
+            None if usage is None else tuple(usage),
+            body_time(body, "paymentDueDate"),
+        )
+        await ask(node, "ledger", command, statuses={"forbidden": 400})
+        return created(render(_document(node, NOTE, command.debit_note_id)))
+
+    @api.post("/invoices")
+    async def issue_invoice() -> Response:
+        body = await exact_body()
+        activities = member(body, "activityIds", list, [])
+        if not all(isinstance(activity_id, str) for activity_id in activities):
+            raise ApiError(400, "field `activityIds`: expected an array of texts")
+        due_at = body_time(body, "paymentDueDate")
+        if due_at is None:
+            raise ApiError(400, "missing field `paymentDueDate`")
+        command = IssueInvoice(
+            str(uuid.uuid4()),
+            member(body, "agreementId", str),
+            tuple(activities),
+            amount_text(body_amount(body, "amount")),
+            due_at,
+        )
+        await ask(node, "ledger", command, statuses={"forbidden": 400})
+        return created(render(_document(node, INVOICE, command.invoice_id)))
+
+
+def _invoices_only(api: Blueprint, node: Node) -> None:
+    @api.post("/invoices/<invoice_id>/cancel")
+    async def cancel(invoice_id: str) -> Response:
+        timeout_s = query_float("timeout", ACK_TIMEOUT_S)
+        row = _document(node, INVOICE, invoice_id)
+        await ask(node, "ledger", CancelInvoice(invoice_id), statuses={"forbidden": 400})
+
+        def ended() -> str | None:
+            status = _document(node, INVOICE, invoice_id).status
+            return status if status not in ("ISSUED", "RECEIVED") else None
+
+        status = await until(node, [INVOICE.feed], ended, timeout_s)
+        if status is None:
+            raise ApiError(504, f"no answer from {_agreement(node, row).peer} within {timeout_s:g} s")
+        if status in ("ACCEPTED", "SETTLED"):
+            raise ApiError(409, f"the invoice is {status.lower()} already")
+        return null()
+
+    @api.post("/invoices/<invoice_id>/reject")
+    async def reject(invoice_id: str) -> Response:
+        query_float("timeout", ACK_TIMEOUT_S)
+        body = await exact_body()
+        reason = member(body, "rejectionReason", str)
+        if reason not in REASONS:
+            raise ApiError(400, f"field `rejectionReason`: expected one of {', '.join(REASONS)}")
+        rejection = {
+            "rejectionReason": reason,
+            "totalAmountAccepted": amount_text(body_amount(body, "totalAmountAccepted")),
+        }
+        if text := member(body, "message", str, None):
+            rejection["message"] = text[:MAX_TEXT]
+        _document(node, INVOICE, invoice_id)
+        command = RejectInvoice(invoice_id, json.dumps(rejection, ensure_ascii=False))
+        await ask(node, "ledger", command, statuses={"forbidden": 400})
+        return null()
+
+    @api.get("/invoices/<invoice_id>/payments")
+    async def payments(invoice_id: str) -> Response:
+        row = _document(node, INVOICE, invoice_id)
+        return respond_json([render_payment(node, payment) for payment in payments_of(node, row.agreement_id)])
+
+
+def _not_there(api: Blueprint) -> None:
+    @api.post("/debitNotes/<document_id>/cancel")
+    @api.post("/debitNotes/<document_id>/reject")
+    @api.get("/debitNotes/<document_id>/payments")
+    async def not_there(document_id: str) -> Response:
+        raise ApiError(501, None)
+
+
+def render(row: PaymentDocument) -> dict[str, Any]:
+    """Return a debit note or an invoice in the form of the API."""
+    body: dict[str, Any] = json.loads(row.body)
+    for name in ("timestamp", "paymentDueDate"):
+        if name in body:
+            body[name] = timestamp_text(timestamp(body[name]))
+    return {**body, "status": row.status}
+
+
+def explained(node: Node, kind: Kind, row: PaymentDocument) -> dict[str, Any]:
+    """Return where a document stands and, in words, what it waits for."""
+    agreement = _agreement(node, row)
+    order = node.system.rows("ledger").get(f"order/{row.kind}:{row.document_id}")
+    return {
+        kind.id_field: row.document_id,
+        "role": row.role,
+        "status": row.status,
+        "amount": row.amount,
+        "waiting": row.waiting,
+        "changed": timestamp_text(row.changed_at),
+        "agreement": {"agreementId": row.agreement_id, "accepted": agreement.accepted, "paid": agreement.paid},
+        "ordered": order.amount if order is not None else None,
+        "payments": [
+            {"paymentId": p.payment_id, "state": p.state, "transaction": p.tx_hash, "amount": p.amount, "reason": p.reason}
+            for p in payments_of(node, row.agreement_id)
+        ],
+    }
+
+
+def _rendered_event(kind: Kind, event: DocumentEvent, at: float) -> dict[str, Any]:
+    rejection = {"rejection": json.loads(event.detail)} if event.what == "REJECTED" and event.detail else {}
+    return {
+        kind.id_field: event.document_id,
+        "eventDate": timestamp_text(at),
+        "eventType": kind.prefix + EVENTS[event.what],
+        **rejection,
+    }
+
+
+def _wanted() -> dict[str, set[str]]:
+    """The event types that the request wants to see, by our role in the document."""
+    wanted = {}
+    for role, header in HEADERS.items():
+        names = {name.strip().upper() for name in request.headers.get(header, DEFAULTS[role]).split(",") if name.strip()}
+        if strange := names - FILTERS:
+            raise ApiError(400, f"header {header}: {sorted(strange)[0][:40]!r} is none of {', '.join(sorted(FILTERS))}")
+        wanted[role] = names & set(EVENTS)
+    return wanted
+
+
+def _document(node: Node, kind: Kind, document_id: str) -> PaymentDocument:
+    row: PaymentDocument | None = node.system.rows("ledger").get(f"{kind.kind}/{document_id}")
+    if row is None:
+        raise ApiError(404, None)
+    return row
+
+
+def _agreement(node: Node, row: PaymentDocument) -> Agreement:
+    agreement: Agreement = node.system.rows("ledger")[f"agreement/{row.agreement_id}"]
+    return agreement
+
+
+def _issued(row: PaymentDocument) -> float:
+    return timestamp(json.loads(row.body)["timestamp"])
+
+
+def _get(api: Blueprint, path: str, handler: Callable[..., Any]) -> None:
+    api.add_url_rule(path, f"get {path}", handler, methods=["GET"])
+
+
+def _post(api: Blueprint, path: str, handler: Callable[..., Any]) -> None:
+    api.add_url_rule(path, f"post {path}", handler, methods=["POST"])
