@@ -24,10 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from golem.chain import token
 from golem.chain.devchain import ensure_devchain, stop_devchain
 from golem.chain.devchain.genesis import CHAIN_ID
-from golem.chain.engine import Confirmed, Engine, Event, TransferBatch
+from golem.chain.engine import Engine
+from golem.chain.events import Confirmed, Event
 from golem.chain.networks import Network, local_rows
 from golem.chain.rpc import Rpc
 from golem.chain.signer import Key, Transaction, sign
+from golem.chain.store import TransferBatch
 
 GLM = 10**18
 Figures = dict[str, float | int]

@@ -19,104 +19,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import trio
 
 from golem.chain import token
+from golem.chain.events import Confirmed, Event, Failed, Mined, NonceLost, Problem, Sent, Stuck
 from golem.chain.networks import Network
 from golem.chain.rpc import Head, Receipt, Rpc, RpcError
 from golem.chain.signer import Key, Signed, Transaction, address_bytes, sign
 from golem.chain.store import Attempt, BatchRow, Store, TransferBatch, TxRow
 
-__all__ = [
-    "Confirmed",
-    "Engine",
-    "Event",
-    "Failed",
-    "FundError",
-    "Mined",
-    "NonceLost",
-    "Problem",
-    "Sent",
-    "Stuck",
-    "TransferBatch",
-]
-
 GAS_SPARE = 20_000  # per payee over the estimate: a payee that emptied its purse meanwhile costs 17,100 more
 STUCK_BLOCKS = 6  # blocks that passed a well-paid transaction by, before it gets a higher fee
+LOST_LOOKS = 3
 FUND_S = 120.0
 
 KNOWN = ("already known", "already imported", "known transaction", "nonce too low", "nonce is too low")
 UNDERPRICED = ("underpriced", "less than block base fee", "fee too low", "fee cap less than")
 NO_FUNDS = ("insufficient funds",)
-
-
-@dataclass(frozen=True, slots=True)
-class Sent:
-    """Broadcast for the first time, or with a higher fee. Not final."""
-
-    batch_id: str
-    tx_hash: str
-
-
-@dataclass(frozen=True, slots=True)
-class Mined:
-    """In a block, not final yet."""
-
-    batch_id: str
-    tx_hash: str
-    block: int
-
-
-@dataclass(frozen=True, slots=True)
-class Confirmed:
-    """Paid, final. `fee_wei` in the network's coin."""
-
-    batch_id: str
-    tx_hash: str
-    block: int
-    gas_used: int
-    fee_wei: int
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """Final: the transaction was mined and reverted, or none can be made. Nothing was paid."""
-
-    batch_id: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class NonceLost:
-    """Final: another transaction of this account took the nonce. Nothing was paid."""
-
-    batch_id: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Stuck:
-    """Waiting, and for what. The engine goes on by itself when the cause is gone."""
-
-    batch_id: str
-    reason: str
-
-
-Event = Sent | Mined | Confirmed | Failed | NonceLost | Stuck
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """Why payments wait. `kind` as in the payment status of the REST API; `needed_wei` of coins or tokens."""
-
-    kind: str  # InsufficientGas InsufficientToken InvalidChainId TxStuck RpcError
-    detail: str
-    address: str
-    needed_wei: int = 0
-    chain_id: int = 0
 
 
 class FundError(RpcError):
@@ -156,6 +77,7 @@ class Engine:
         self._wake = trio.Event()
         self._checked = False
         self._problems: list[Problem] = []
+        self._lost: dict[int, int] = {}  # transaction -> looks in a row that found its nonce gone
         self._told: dict[str, str] = {}  # batch id -> reason last said, so that each is said once
 
     # -- what the wallet's port calls
@@ -249,6 +171,7 @@ class Engine:
         for tx in open_txs:
             receipt = await self._receipt(tx)
             if receipt is not None:
+                self._lost.pop(tx.id, None)
                 await self._mined(tx, receipt, head)
             elif chain_nonce > tx.nonce:
                 await self._nonce_taken(tx, head)
@@ -284,12 +207,20 @@ class Engine:
         return f"transaction {receipt.hash} was reverted"
 
     async def _nonce_taken(self, tx: TxRow, head: Head) -> None:
-        """Another transaction has our nonce. Only when that is final can ours never be mined."""
+        """Another transaction has our nonce. Only when that is final can ours never be mined.
+
+        A wrong conclusion here would pay twice, and behind one URL there may be several nodes, one of which has not seen
+        our receipt yet. So one endpoint has to say both things, and several looks in a row have to find the same.
+        """
         if head.number < self.network.depth:
             return
-        final_nonce = await self.rpc.transaction_count(self.address, head.number - self.network.depth)
-        if final_nonce <= tx.nonce or await self._receipt(tx) is not None:
+        with self.rpc.pool.pinned():
+            final_nonce = await self.rpc.transaction_count(self.address, head.number - self.network.depth)
+            lost = final_nonce > tx.nonce and await self._receipt(tx) is None
+        self._lost[tx.id] = self._lost.get(tx.id, 0) + 1 if lost else 0
+        if self._lost[tx.id] < LOST_LOOKS:
             return
+        del self._lost[tx.id]
         self.store.finish(tx, "nonce_lost", f"another transaction of {self.address} took nonce {tx.nonce}")
 
     async def _push(self, tx: TxRow, head: Head, is_next: bool, problems: list[Problem]) -> None:

@@ -23,11 +23,12 @@ from actors.kernel.machine import Meta, Send
 from golem.chain import networks as table
 from golem.chain import token
 from golem.chain.devchain import DevChainError, ensure_devchain
-from golem.chain.engine import Confirmed, Engine, Event, Failed, NonceLost, Problem, Sent, Stuck, TransferBatch
+from golem.chain.engine import Engine
+from golem.chain.events import Confirmed, Event, Failed, NonceLost, Problem, Sent, Stuck
 from golem.chain.networks import DRIVER, Network, Networks
 from golem.chain.rpc import Head, Rpc, RpcError
 from golem.chain.signer import Key
-from golem.chain.store import Claim, Claims
+from golem.chain.store import Claim, Claims, TransferBatch
 from golem.chain.totals import totals
 from golem.chain.verify import NotYet, Rejected, verify_transfer
 from protocol.types import Message, amount, amount_text, from_wei, to_wei

@@ -12,6 +12,9 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -74,6 +77,7 @@ class Pool:
         self._ids = itertools.count(1)
         self._surveyed = -SURVEY_S
         self._surveying = trio.Lock()
+        self._pin: ContextVar[Endpoint | None] = ContextVar("pin", default=None)
 
     async def aclose(self) -> None:
         await self._client.aclose()
@@ -108,7 +112,21 @@ class Pool:
             raise RpcError(message, "answer", code, data)
         raise RpcError(f"{self.network.name}: " + "; ".join(troubles)[:500], kind)
 
+    @contextmanager
+    def pinned(self) -> Iterator[None]:
+        """Inside, the calls of this task all go to one endpoint, today's best, and fail with it.
+
+        For conclusions from several answers: two nodes may stand at different heads.
+        """
+        before = self._pin.set(self._ranked()[0])
+        try:
+            yield
+        finally:
+            self._pin.reset(before)
+
     def _ranked(self) -> list[Endpoint]:
+        if (pin := self._pin.get()) is not None:
+            return [pin]
         now, best = trio.current_time(), max(endpoint.head for endpoint in self.endpoints)
         return sorted(
             self.endpoints, key=lambda each: (each.rests_until > now, bool(each.head) and each.head < best - LAG_BLOCKS)

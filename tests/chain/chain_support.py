@@ -20,10 +20,12 @@ from eth_hash.auto import keccak
 
 from golem.chain import token
 from golem.chain.devchain import LOG_NAME, ensure_devchain, genesis, stop_devchain
-from golem.chain.engine import Engine, Event, TransferBatch
+from golem.chain.engine import Engine
+from golem.chain.events import Event
 from golem.chain.networks import Network, local_rows
 from golem.chain.rpc import Rpc
 from golem.chain.signer import Key, Signed, Transaction, sign
+from golem.chain.store import TransferBatch
 
 GLM = 10**18
 GWEI = 10**9

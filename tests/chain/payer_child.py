@@ -14,9 +14,11 @@ from dataclasses import replace
 import trio
 from chain_support import GLM, address_of, key_of
 
-from golem.chain.engine import Confirmed, Engine, Event, TransferBatch
+from golem.chain.engine import Engine
+from golem.chain.events import Confirmed, Event
 from golem.chain.networks import local_rows
 from golem.chain.rpc import Rpc
+from golem.chain.store import TransferBatch
 
 
 async def main() -> None:

@@ -20,9 +20,10 @@ from support import trio_test
 from golem.chain import token
 from golem.chain.contracts import MINT_CAP_WEI
 from golem.chain.devchain import BUSY_EXIT, DevChainError, ensure_devchain, genesis, stop_devchain, url_of
-from golem.chain.engine import Confirmed, TransferBatch
+from golem.chain.events import Confirmed
 from golem.chain.rpc import Rpc
 from golem.chain.signer import Key, Transaction, sign
+from golem.chain.store import TransferBatch
 from golem.chain.token import balances
 
 

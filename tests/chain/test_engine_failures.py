@@ -16,7 +16,8 @@ from chain_support import GLM, GWEI, Lab, address_of, anvil, devchain, find_anvi
 from support import trio_test
 
 from golem.chain import token
-from golem.chain.engine import Confirmed, Failed, Mined, NonceLost, Sent, Stuck, TransferBatch
+from golem.chain.events import Confirmed, Failed, Mined, NonceLost, Sent, Stuck
+from golem.chain.store import TransferBatch
 
 MAX = 2**256 - 1
 
@@ -47,7 +48,7 @@ def db(tmp_path: Path) -> Path:
 
 
 class Faulty(httpx.AsyncHTTPTransport):
-    """The wire as it can be: `plan` maps a method (or "*") to "refuse" or "lose-reply"."""
+    """The wire as it can be: `plan` maps a method (or "*") to "refuse", "lose-reply" or "null"."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,6 +57,8 @@ class Faulty(httpx.AsyncHTTPTransport):
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         method = json.loads(request.content)["method"]
         fault = self.plan.get(method) or self.plan.get("*")
+        if fault == "null":
+            return httpx.Response(200, json={"jsonrpc": "2.0", "id": 1, "result": None})
         if fault == "refuse":
             raise httpx.ConnectError("refused")
         response = await super().handle_async_request(request)
@@ -259,6 +262,22 @@ async def test_a_foreign_transaction_took_the_nonce(lab: Lab, db: Path) -> None:
         assert lab.tokens(payee) == 0
         await wallet.pay("b2", (payee, GLM))
         await wallet.until(Confirmed)
+    assert lab.tokens(payee) == GLM
+
+
+@trio_test
+async def test_a_node_that_hides_a_receipt_for_a_while_makes_nobody_pay_twice(lab: Lab, db: Path) -> None:
+    key, payee, wire = lab.rich("hidden"), address_of("hidden payee"), Faulty()
+    async with payer(lab, key, db, transport=wire) as wallet:
+        await wallet.pay("b1", (payee, GLM))
+        await wallet.engine.step()
+        lab.mine(5)
+        wire.plan = {"eth_getTransactionReceipt": "null"}
+        await wallet.engine.step()
+        await wallet.engine.step()
+        wire.plan = {}
+        await wallet.until(Confirmed)
+        assert wallet.told(NonceLost) == []
     assert lab.tokens(payee) == GLM
 
 

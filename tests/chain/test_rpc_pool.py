@@ -114,3 +114,27 @@ async def test_nonsense_is_a_dead_endpoint(monkeypatch: pytest.MonkeyPatch) -> N
         with pytest.raises(RpcError) as caught:
             await pool_of(node).call("x")
         assert caught.value.kind == "down"
+
+
+@mock_trio_test
+async def test_a_pinned_task_hears_one_endpoint_only() -> None:
+    first, second = Node(head=100), Node(head=101)
+    pool = pool_of(first, second)
+    with pool.pinned():
+        assert await pool.call("x") == 100
+        first.fault = refuse
+        with pytest.raises(RpcError):
+            await pool.call("x")
+    assert await pool.call("x") == 101
+
+
+@mock_trio_test
+async def test_repointing_takes_effect_at_once() -> None:
+    node = Node()
+    pool = pool_of(node)
+    before = pool.endpoints
+    pool.repoint(tuple(endpoint.url for endpoint in before))
+    assert pool.endpoints is before
+    pool.repoint(("http://node0/elsewhere",))
+    assert await pool.call("x") == 100
+    assert [endpoint.url for endpoint in pool.endpoints] == ["http://node0/elsewhere"]
