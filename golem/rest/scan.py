@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
 from quart import Blueprint, Response, request
 
+from actors.kernel.machine import AskTimeout, Busy
 from golem.rest.edge import (
     ApiError,
     ask,
@@ -139,4 +141,5 @@ async def _stream(node: Node, scan_id: str) -> AsyncIterator[bytes]:
             yield f"event: offer\ndata: {data}\n\n".encode()
         if not found:
             yield b": ping\n\n"
-        await ask(node, "market", TouchScan(scan_id))
+        with contextlib.suppress(Busy, AskTimeout):  # the next round tells the market that somebody reads
+            await node.system.ask("market", TouchScan(scan_id))
