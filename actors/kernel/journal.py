@@ -47,6 +47,10 @@ class JournalError(Exception):
     """The journal cannot be opened or written; the process must end rather than forget."""
 
 
+class JournalClosed(JournalError):
+    """The journal's process has ended, or is about to."""
+
+
 @dataclass(frozen=True, slots=True)
 class Position:
     """How far an actor has read a link: `seq` in `epoch`; `retired` are former epochs of the sender.
@@ -161,7 +165,7 @@ class Journal:
         self._queue: list[Waiting] = []
         self._wake = trio.Event()
         self._started = trio.Event()
-        self._ended = False
+        self.ended = False  # `run` is over: nothing is written any more
         self._acks: dict[tuple[str, str], int] = {}  # (actor, recipient) -> acknowledged up to; written with a commit
         self._acks_under_way: dict[tuple[str, str], int] = {}
         self.commits = 0  # transactions so far, for benchmarks and metrics
@@ -291,7 +295,7 @@ class Journal:
         unless the whole process ends.
         """
         waiting = Waiting(commit)
-        if not self._ended:
+        if not self.ended:
             self._queue.append(waiting)
             self._wake.set()
             if not self._started.is_set():
@@ -304,7 +308,7 @@ class Journal:
                 await waiting.done.wait()
         if not waiting.written:
             await trio.lowlevel.checkpoint()  # whoever belongs to the ending process is cancelled here
-            raise JournalError("the journal is closed")
+            raise JournalClosed("the journal is closed")
 
     async def run(self) -> None:
         """Serve commits, all that are ready in one transaction. Runs as long as the process' actors do."""
@@ -327,7 +331,7 @@ class Journal:
                         waiting.written = True
                         waiting.done.set()
         finally:
-            self._ended = True
+            self.ended = True
             for waiting in (*batch, *self._queue):
                 waiting.done.set()
 

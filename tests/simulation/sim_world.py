@@ -1,0 +1,468 @@
+"""A world of three nodes in one Trio run: network, disks, chain and crashes, all drawn from one seed.
+
+Each node is a `Host`: a disk (an in-memory database that outlives the process) and, while it runs, a process (a nursery
+with a `System` and the clients of that node). The safety phase has faults, the liveness phase has none; `sim_checks`
+then looks at what the disks hold. Nothing here repairs anything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import random
+import sqlite3
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+import sim_checks
+import trio
+from sim_machines import (
+    FOREVER_S,
+    Bank,
+    Chain,
+    Desk,
+    Enquire,
+    MoveAlarm,
+    News,
+    Order,
+    Pay,
+    SendBomb,
+    SetAlarm,
+)
+
+from actors.kernel.journal import Commit, Journal, JournalClosed
+from actors.kernel.machine import AskTimeout, Busy, LinkDown, NodeFailed, Publish, Send
+from actors.kernel.system import System
+from protocol.codec import decode_ack
+from protocol.types import Message, Violation
+
+NODES = ("A", "B", "C")
+EPOCH_S = 1_700_000_000.0
+SAFETY_S = 240.0
+CONVERGE_S = 3000.0
+LOSING_NODE = "C"
+
+
+class Crash(BaseException):
+    """The process dies here and now. Not an `Exception`, so that nothing in the process can catch it."""
+
+
+class Broken(AssertionError):
+    """An observer saw what must not be."""
+
+
+@dataclass(slots=True)
+class Faults:
+    """How bad the world is."""
+
+    loss: float
+    copies: float
+    delay_s: float
+    refusal: float  # how often a peer in a partition is refused at once, instead of silence
+    crash_point: float
+    crash_every_s: float
+    partition_every_s: float
+    disk_s: float
+    hang_up: float  # how often a session breaks while a frame is being taken
+    flaky_chain: float
+    capacity: int
+    lose_disk: bool
+
+    @classmethod
+    def drawn(cls, rng: random.Random) -> Faults:
+        return cls(
+            loss=rng.choice((0, 0.1, 0.3)), copies=rng.choice((0, 0.1, 0.4)), delay_s=rng.choice((0, 0.1, 3)),
+            refusal=rng.random(), crash_point=rng.choice((0, 0.01, 0.04)), crash_every_s=rng.choice((0, 25, 80)),
+            partition_every_s=rng.choice((0, 30)), disk_s=rng.choice((0, 0.02, 0.5)), hang_up=rng.choice((0, 0.05)),
+            flaky_chain=rng.choice((0, 0.1)), capacity=rng.choice((1, 4, 256)), lose_disk=rng.random() < 0.3,
+        )  # fmt: skip
+
+
+class SimJournal(Journal):
+    """A journal whose disk takes its time, and whose process may die before, while and after it writes."""
+
+    host: Host
+
+    async def commit(self, commit: Commit) -> None:
+        host = self.host
+        for recipient, seq in commit.expired:
+            if host.acked.get((commit.actor, recipient), 0) >= seq:
+                raise Broken(f"{host.name}/{commit.actor} gave up {recipient}#{seq}, which was acknowledged")
+        await super().commit(commit)
+
+    async def _store(self, commits: list[Commit], acks: dict[tuple[str, str], int]) -> None:
+        world = self.host.world
+        await world.pause(world.faults.disk_s)
+        world.may_crash()
+        self._write(commits, acks)
+        world.note("disk", self.host.name, len(commits), len(acks))
+        world.may_crash()
+        await world.pause(world.faults.disk_s)
+
+
+class SimSystem(System):
+    """A system whose acknowledgements an observer hears of."""
+
+    host: Host
+
+    def acknowledged(self, actor: str, recipient: str, seq: int) -> None:
+        known = self.host.acked
+        known[actor, recipient] = max(seq, known.get((actor, recipient), 0))
+        super().acknowledged(actor, recipient, seq)
+
+    def released(self, actor: str, commit: Commit, published: Sequence[Publish]) -> None:
+        self.host.world.may_crash()
+        super().released(actor, commit, published)
+
+
+class Wire:
+    """The network as one node's transport sees it."""
+
+    def __init__(self, world: World, source: str) -> None:
+        self.world, self.source = world, source
+
+    async def exchange(self, node: str, frame: bytes) -> bytes:
+        """Carry a frame and its acknowledgement through the world's faults."""
+        world, faults = self.world, self.world.faults
+        rng = world.rng
+        world.note("frame", self.source, node, hashlib.blake2b(frame, digest_size=4).hexdigest())
+        if node not in world.hosts:
+            await trio.lowlevel.checkpoint()
+            raise LinkDown(f"no such node: {node}")
+        if frozenset((self.source, node)) in world.cut:
+            if rng.random() >= faults.refusal:
+                await trio.sleep(30)
+            await trio.lowlevel.checkpoint()
+            raise LinkDown(f"{node} is out of reach")
+        epochs = world.disks_of(self.source, node)
+        await world.pause(faults.delay_s)
+        if world.chance(faults.loss):
+            await trio.sleep(30)
+        if world.disks_of(self.source, node) != epochs:  # the connection died with the process that had it
+            raise LinkDown(f"{node} hung up")
+        ack = await world.hosts[node].take(frame, self.source)
+        if world.chance(faults.copies) and decode_ack(ack).have:
+            world.nursery.start_soon(world.late_copy, self.source, node, frame)
+        await world.pause(faults.delay_s)
+        if world.chance(faults.loss):
+            await trio.sleep(30)
+        return ack
+
+
+@dataclass(slots=True, eq=False)
+class Client:
+    """What the users of one node want and saw. It outlives the node's process."""
+
+    commands: list[tuple[float, str, Message]]
+    news_at: list[tuple[float, int]]
+    promised: set[str] = field(default_factory=set)
+    read: dict[str, list[tuple[int, float, bytes]]] = field(default_factory=dict)
+    taken: list[bytes] = field(default_factory=list)
+    unsure_takes: int = 0
+    news_posted: int = 0
+    news_promised: set[int] = field(default_factory=set)
+
+
+class Host:
+    """One node: its disk, and its process while it runs."""
+
+    def __init__(self, world: World, name: str) -> None:
+        self.world, self.name = world, name
+        self.disks = 0
+        self.db = self.new_disk()
+        self.system: SimSystem | None = None
+        self.nursery: trio.Nursery | None = None
+        self.acked: dict[tuple[str, str], int] = {}
+        self.client = Client([], [])
+        self.wipe = False
+
+    def new_disk(self) -> sqlite3.Connection:
+        self.disks += 1
+        return sqlite3.connect(":memory:", isolation_level=None)
+
+    async def keep_running(self) -> None:
+        """Start the process again whenever it dies."""
+        world = self.world
+        while True:
+            try:
+                async with trio.open_nursery() as nursery:
+                    try:
+                        await self.boot(nursery)
+                        await trio.sleep_forever()
+                    finally:
+                        self.system = self.nursery = None
+            except* (Crash, NodeFailed):
+                pass
+            except* JournalClosed:  # a client was still at work when the process had died
+                pass
+            world.crashes += 1
+            world.note("crash", self.name)
+            if self.wipe:
+                sim_checks.check(world, final=False)
+                self.wipe = False
+                self.db = self.new_disk()
+                await trio.sleep(10)  # longer than a frame lives
+            await world.pause(10)
+
+    async def boot(self, nursery: trio.Nursery) -> None:
+        """Open the disk, start the system, let the clients in."""
+        world, numbers = self.world, count()
+        disk = self.disks
+        journal = SimJournal.over(self.db, lambda: f"{self.name}{disk}")
+        journal.host = self
+        self.acked = {}
+        system = SimSystem(
+            self.name, journal, Wire(world, self.name), clock=lambda: EPOCH_S + trio.current_time(),
+            new_trace=lambda: f"{self.name}{next(numbers)}", jitter=lambda: world.rng.uniform(0.8, 1.2),
+            crash_point=lambda actor, moment: world.may_crash(),
+        )  # fmt: skip
+        system.host = self
+        system.add(Bank(self.name), world.faults.capacity)
+        system.add(Desk(self.name, disk), world.faults.capacity)
+        system.add_port(Chain(lambda nonce, id: world.mine(self.name, nonce, id)))
+        await nursery.start(system.run)
+        self.system, self.nursery = system, nursery
+        nursery.start_soon(world.kill_sometime)
+        client = self.client
+        for offset in range(2):
+            nursery.start_soon(self.command, system, [c for i, c in enumerate(client.commands) if i % 2 == offset])
+        nursery.start_soon(self.post_news, system, nursery)
+        nursery.start_soon(self.read_by_number, system, "coins")
+        nursery.start_soon(self.read_by_time, system, "rings")
+        for _ in range(2):
+            nursery.start_soon(self.take_jobs, system)
+
+    async def take(self, frame: bytes, source: str) -> bytes:
+        """Give a frame to the process, if there is one; a crash of it leaves the other side in silence."""
+        if self.system is None or self.nursery is None:
+            await trio.lowlevel.checkpoint()
+            raise LinkDown(f"{self.name} is down")
+        answer: list[bytes] = []
+        done = trio.Event()
+        self.nursery.start_soon(self._take, self.system, frame, source, answer, done)
+        await done.wait()
+        if not answer:
+            raise LinkDown("the session broke")
+        return answer[0]
+
+    async def _take(self, system: SimSystem, frame: bytes, source: str, answer: list[bytes], done: trio.Event) -> None:
+        world = self.world
+        patience_s = world.rng.uniform(0, 1) if world.chance(world.faults.hang_up) else FOREVER_S
+        with trio.move_on_after(patience_s):
+            try:
+                answer.append(await system.deliver(frame, source))
+            except Violation as violation:
+                raise Broken(f"{self.name} finds fault with {source}: {violation}") from violation
+        done.set()
+
+    # -- clients of the node
+    async def command(self, system: SimSystem, commands: Sequence[tuple[float, str, Message]]) -> None:
+        """Give each command until it is answered, then the next."""
+        world = self.world
+        for at, actor, message in commands:
+            name = f"{actor}/{message.id}"  # type: ignore[attr-defined]
+            if name in self.client.promised:
+                continue
+            await trio.sleep_until(at)
+            while True:
+                try:
+                    reply = await system.ask(actor, message, timeout_s=world.rng.choice((0.1, 10)))
+                    break
+                except (AskTimeout, Busy):
+                    await trio.sleep(1)
+            world.note("answer", self.name, name, type(reply).__name__)
+            self.client.promised.add(name)
+
+    async def post_news(self, system: SimSystem, nursery: trio.Nursery) -> None:
+        """Post from the chain port's address; each number once, whether or not it is known to have left."""
+        client = self.client
+        for at, number in client.news_at:
+            if number <= client.news_posted:
+                continue
+            await trio.sleep_until(at)
+            client.news_posted = number
+            nursery.start_soon(self._post, system, number)
+            if number % 3 == 0:
+                await trio.sleep(0)
+
+    async def _post(self, system: SimSystem, number: int) -> None:
+        with trio.move_on_after(self.world.rng.choice((0.01, 10))):
+            await system.post("chain", [Send("bank", News(number), FOREVER_S)])
+            self.client.news_promised.add(number)
+
+    async def read_by_number(self, system: SimSystem, feed: str) -> None:
+        """Follow a feed by sequence number."""
+        seen = self.client.read.setdefault(feed, [])
+        while True:
+            after = seen[-1][0] if seen else 0
+            if await system.feeds.wait(feed, after, 20):
+                seen += [(e.seq, e.at, e.body) for e in system.feeds.read(feed, after, 3)]
+
+    async def read_by_time(self, system: SimSystem, feed: str) -> None:
+        """Follow a feed by time."""
+        seen = self.client.read.setdefault(feed, [])
+        while True:
+            await trio.sleep(5)
+            after = seen[-1][1] if seen else 0.0
+            seen += [(e.seq, e.at, e.body) for e in system.feeds.read_after(feed, after, 3)]
+
+    async def take_jobs(self, system: SimSystem) -> None:
+        """Take events that are handed out once, with little patience."""
+        while True:
+            await system.feeds.wait("jobs", 0, 20)
+            self.client.unsure_takes += 1  # a crash in here may lose what it deleted: the taker died with the node
+            with trio.move_on_after(self.world.rng.choice((0.01, 5))):
+                self.client.taken += [e.body for e in await system.feeds.take("jobs", 2)]
+            self.client.unsure_takes -= not system.journal.ended
+
+
+class World:
+    """Everything outside of the nodes, and the history of what happened."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed, self.rng = seed, random.Random(seed)
+        self.faults = Faults.drawn(self.rng)
+        self.calm = False
+        self.cut: set[frozenset[str]] = set()
+        self.chain: dict[tuple[str, int], str] = {}
+        self.crashes = 0
+        self.history = hashlib.blake2b(digest_size=8)
+        self.hosts: dict[str, Host] = {}
+        for name in NODES:
+            self.hosts[name] = Host(self, name)
+        for name in NODES:
+            self.hosts[name].client = self.draw_client(name)
+
+    # -- drawing
+    def draw_client(self, name: str) -> Client:
+        rng, faults = self.rng, self.faults
+        lossy = faults.lose_disk
+        numbers = count()
+        commands: list[tuple[float, str, Message]] = []
+
+        def at() -> float:
+            return rng.uniform(0, SAFETY_S * 0.8)
+
+        def id(kind: str) -> str:
+            return f"{name}-{kind}{next(numbers):03}"
+
+        if not (lossy and name == LOSING_NODE):
+            others = [n for n in NODES if n != name and not (lossy and n == LOSING_NODE)]
+            for _ in range(rng.randrange(4, 16)):
+                to = rng.choice(others) if rng.random() < 0.95 else "X"
+                deadline_s = rng.choice((FOREVER_S, rng.uniform(0.1, 40))) if to != "X" else 20.0
+                commands.append((at(), "bank", Pay(id("pay"), to, rng.randrange(1, 50), deadline_s)))
+            commands += [(at(), "bank", Order(id("order"))) for _ in range(rng.randrange(5))]
+            commands += [(at(), "bank", SendBomb(id("bomb"), rng.choice(others))) for _ in range(rng.randrange(2))]
+            for _ in range(rng.randrange(5)):
+                alarm = id("alarm")
+                start = at()
+                commands.append((start, "bank", SetAlarm(alarm, rng.uniform(0, 60))))
+                if rng.random() < 0.6:
+                    after_s = rng.choice((None, rng.uniform(0, 60)))
+                    commands.append((start + rng.uniform(0, 60), "bank", MoveAlarm(id("move"), alarm, after_s)))
+            for _ in range(rng.randrange(1, 4)):
+                commands.append((at(), "desk", Enquire(id("ask"), LOSING_NODE if lossy else rng.choice(others))))
+        commands.sort(key=lambda command: command[0])
+        news_at = sorted(at() for _ in range(rng.randrange(2) * 5))
+        return Client(commands, [(t, number) for number, t in enumerate(news_at, 1)])
+
+    def chance(self, probability: float) -> bool:
+        return not self.calm and self.rng.random() < probability
+
+    async def pause(self, longest_s: float) -> None:
+        await trio.sleep(0 if self.calm or not longest_s else self.rng.uniform(0, longest_s))
+
+    def note(self, *what: Any) -> None:
+        self.history.update(repr((round(trio.current_time(), 6), *what)).encode())
+
+    def disks_of(self, *names: str) -> tuple[int, ...]:
+        return tuple(self.hosts[name].disks for name in names)
+
+    # -- faults
+    def may_crash(self) -> None:
+        """Die here, sometimes."""
+        if self.chance(self.faults.crash_point):
+            raise Crash
+
+    async def kill_sometime(self) -> None:
+        """Die at an arbitrary await of whoever is awaiting something."""
+        if not self.faults.crash_every_s or self.calm:
+            return
+        await trio.sleep(self.rng.expovariate(1 / self.faults.crash_every_s))
+        if not self.calm:
+            raise Crash
+
+    async def part(self) -> None:
+        """Cut and mend connections."""
+        while self.faults.partition_every_s and not self.calm:
+            await trio.sleep(self.rng.expovariate(1 / self.faults.partition_every_s))
+            self.cut = set() if self.calm else {frozenset(self.rng.sample(NODES, 2)) for _ in range(self.rng.randrange(4))}
+            self.note("cut", sorted(sorted(pair) for pair in self.cut))
+
+    async def burn_disks(self) -> None:
+        """Take a whole disk from the node that is meant to bear it, once or twice."""
+        while self.faults.lose_disk and not self.calm:
+            await trio.sleep(self.rng.uniform(20, 150))
+            host = self.hosts[LOSING_NODE]
+            if host.nursery and not self.calm:
+                host.wipe = True
+                host.nursery.start_soon(self._die)
+
+    async def _die(self) -> None:
+        await trio.lowlevel.checkpoint()
+        raise Crash
+
+    async def late_copy(self, source: str, node: str, frame: bytes) -> None:
+        """Deliver a frame that was delivered before, much later: copies overtake and are overtaken."""
+        disk = self.disks_of(node)
+        await trio.sleep(self.rng.expovariate(1 / 20))
+        if self.disks_of(node) == disk:
+            try:
+                await self.hosts[node].take(frame, source)
+            except LinkDown:
+                pass
+
+    async def mine(self, node: str, nonce: int, id: str) -> None:
+        """The chain: a second transfer with a nonce must be the first one again."""
+        await self.pause(3)
+        if self.chance(self.faults.flaky_chain):
+            raise OSError("the chain does not answer")
+        if self.chain.setdefault((node, nonce), id) != id:
+            raise Broken(f"{node} used nonce {nonce} for {self.chain[node, nonce]} and for {id}")
+        await self.pause(3)
+
+    # -- the run
+    async def run(self) -> None:
+        """Safety phase, liveness phase, last judgement. Raises `Broken`."""
+        async with trio.open_nursery() as self.nursery:
+            for host in self.hosts.values():
+                self.nursery.start_soon(host.keep_running)
+            self.nursery.start_soon(self.part)
+            self.nursery.start_soon(self.burn_disks)
+            await trio.sleep(SAFETY_S)
+            self.calm, self.cut = True, set()
+            end = trio.current_time() + CONVERGE_S
+            while (waits := sim_checks.unsettled(self)) and trio.current_time() < end:
+                await trio.sleep(20)
+            if waits:
+                raise Broken(f"did not converge: {waits}")
+            await trio.sleep(200)  # readers catch up, late copies come
+            sim_checks.check(self, final=True)
+            self.nursery.cancel_scope.cancel()
+
+
+def simulate(seed: int) -> World:
+    """Run the world of `seed`; return it with its history. Raises `Broken`."""
+    from sim_scheduler import run_seeded
+
+    world = World(seed)
+    logging.getLogger("golem.kernel").setLevel(logging.CRITICAL)
+    try:
+        run_seeded(seed, world.run)
+    finally:
+        for host in world.hosts.values():
+            host.db.close()
+    return world
