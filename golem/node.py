@@ -194,7 +194,6 @@ async def serve_rest(node: Node, sock: socket.socket, *, task_status: Any = trio
     from golem.rest.app import create_app
 
     settings = ServerConfig()
-    settings.bind = [f"fd://{sock.fileno()}"]
     settings.graceful_timeout = GRACE_S
     settings.shutdown_timeout = GRACE_S
     settings.keep_alive_timeout = 75
@@ -203,12 +202,13 @@ async def serve_rest(node: Node, sock: socket.socket, *, task_status: Any = trio
     settings.errorlog = logging.getLogger("golem.http")
     host, port = sock.getsockname()[:2]
     node.api_url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    settings.bind = [f"fd://{sock.detach()}"]  # the server closes it
     app = create_app(node)
     task_status.started()
     await hypercorn.trio.serve(app, settings, shutdown_trigger=node.stopping.wait)
 
 
-async def run_node(config: Config, ask_password: AskPassword | None = None, *, ready: Any = None) -> None:
+async def run_node(config: Config, ask_password: AskPassword | None = None, ready: Any = None) -> None:
     """Run a whole node until `SIGTERM` or `SIGINT`. `ready(node)` is called when REST answers."""
     import signal
 

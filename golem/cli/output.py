@@ -26,13 +26,16 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], note: str = "")
     if wants_json():
         text(json.dumps([dict(zip(columns, row, strict=True)) for row in rows], indent=2))
         return
-    view = Table(*columns, box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    view = Table(*columns, box=SIMPLE_HEAD, pad_edge=False, header_style="bold", show_header=any(columns))
     for row in rows:
         view.add_row(*("" if cell is None else str(cell) for cell in row))
     if sys.stdout.isatty():
         console.print(view)
     else:  # a pipe has no width: never cut or wrap what a script reads
-        Console(width=400, highlight=False, color_system=None).print(view)
+        wide = Console(width=400, highlight=False, color_system=None)
+        with wide.capture() as captured:
+            wide.print(view)
+        text("\n".join(line.rstrip() for line in captured.get().splitlines() if line.strip()))
     if note:
         console.print(f"[dim]{note}[/dim]")
 
