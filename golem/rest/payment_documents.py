@@ -235,7 +235,7 @@ def _invoices_only(api: Blueprint, node: Node) -> None:
         return null()
 
     @api.get("/invoices/<invoice_id>/payments")
-    async def payments(invoice_id: str) -> Response:
+    async def invoice_payments(invoice_id: str) -> Response:
         row = _document(node, INVOICE, invoice_id)
         return respond_json([render_payment(node, payment) for payment in payments_of(node, row.agreement_id)])
 

@@ -1,0 +1,401 @@
+"""The payment API of real nodes: codes and forms to the letter, documents between two nodes, money on the dev chain."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from node_in_test import HEADERS, node_in_test
+from quart_trio import QuartTrio
+from support import trio_test
+
+from golem.chain.devchain import stop_devchain
+from golem.node import Node
+from golem.rest import app as rest_app
+from golem.rest import payment
+from protocol.activity import ActivityKnown
+from protocol.negotiation import AgreementApproved
+
+PLATFORM = "erc20-holesky-tglm"
+STAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z\Z")
+DUE = "2031-01-01T00:00:00+00:00"
+
+
+class Agent:
+    """Calls the payment API of one node as an agent does."""
+
+    def __init__(self, node: Node) -> None:
+        self.node, self.content_type = node, ""
+        app = QuartTrio("golem", static_folder=None)
+        app.config["RESPONSE_TIMEOUT"] = None
+        rest_app._authenticate(app, node)
+        rest_app._errors(app)
+        app.register_blueprint(payment.blueprint(node))
+        self.client = app.test_client()
+
+    async def call(self, method: str, path: str, body: Any = ..., **headers: str) -> tuple[int, Any]:
+        data = None if body is ... else body if isinstance(body, bytes) else json.dumps(body)
+        with trio.fail_after(60):
+            response = await self.client.open(
+                f"/payment-api/v1{path}", method=method, data=data, headers={**HEADERS, **headers}
+            )
+            raw = await response.get_data()
+        self.content_type = response.headers["Content-Type"]
+        return response.status_code, json.loads(raw)
+
+    async def get(self, path: str, **headers: str) -> Any:
+        """GET that must succeed."""
+        code, value = await self.call("GET", path, **headers)
+        assert code == 200, value
+        return value
+
+    async def post(self, path: str, body: Any = ...) -> tuple[int, Any]:
+        return await self.call("POST", path, body)
+
+    async def made(self, path: str, body: Any) -> Any:
+        code, value = await self.post(path, body)
+        assert code == 201, value
+        return value
+
+    async def allocation(self, total: Any = "10", **more: Any) -> Any:
+        body = {"allocationId": "", "address": self.node.node_id, "paymentPlatform": PLATFORM, "totalAmount": total,
+                "spentAmount": "", "remainingAmount": "", "timestamp": "", "makeDeposit": False}  # fmt: skip
+        return await self.made("/allocations?maxItems=10", {**body, **more})
+
+    async def event(self, kind: str, name: str, timeout_s: float = 20) -> dict[str, Any]:
+        """Return the first event of this type."""
+        with trio.fail_after(timeout_s):
+            while True:
+                for event in await self.get(f"/{kind}Events?timeout=5"):
+                    if event["eventType"].endswith(name):
+                        return dict(event)
+                await trio.sleep(0.05)
+
+
+@asynccontextmanager
+async def one(tmp_path: Path, **flags: Any) -> AsyncIterator[Agent]:
+    async with node_in_test(tmp_path / "one", **flags) as node:
+        yield Agent(node)
+
+
+@asynccontextmanager
+async def two(tmp_path: Path, **flags: Any) -> AsyncIterator[tuple[Agent, Agent]]:
+    """A requestor's and a provider's node with a session between them, and the agreement `a1` with activity `act`."""
+    common = {"chain_dir": tmp_path / "chain", **flags}
+    async with node_in_test(tmp_path / "r", **common) as requestor, node_in_test(tmp_path / "p", **common) as provider:
+        with trio.fail_after(20):
+            while not (provider.network.is_up and requestor.network.is_up and provider.network.addresses):
+                await trio.sleep(0.02)
+            await requestor.network.connect(provider.network.addresses[0])
+        for node, role, session in ((requestor, "Requestor", "r-app"), (provider, "Provider", "p-app")):
+            demand = {"golem.com.payment.chosen-platform": PLATFORM}
+            fact = AgreementApproved(
+                "a1", role, requestor.node_id, provider.node_id, json.dumps(demand), "{}", node.clock(), session
+            )
+            await node.system.ask("ledger", fact)
+            await node.system.ask("ledger", ActivityKnown("act", "a1"))
+        yield Agent(requestor), Agent(provider)
+
+
+# -- accounts and allocations
+@trio_test
+async def test_accounts_list_every_platform_of_the_profile(tmp_path: Path) -> None:
+    async with one(tmp_path) as agent:
+        accounts = await agent.get("/requestorAccounts")
+        assert await agent.get("/providerAccounts") == accounts
+        assert [account["platform"] for account in accounts] == [
+            "erc20-local-tglm", "erc20-holesky-tglm", "erc20-hoodi-tglm",
+        ]  # fmt: skip
+        for account in accounts:
+            assert {"driver": "erc20", "token": "tglm", "send": True, "receive": True}.items() <= account.items()
+            assert account["address"] == agent.node.node_id
+
+
+@trio_test
+async def test_an_allocation_through_its_life(tmp_path: Path) -> None:
+    async with one(tmp_path) as agent:
+        made = await agent.allocation("10.50", timeout="2036-11-19T20:02:01.299259+00:00")
+        assert made["totalAmount"] == made["remainingAmount"] == "10.5"
+        assert made["spentAmount"] == "0"
+        assert made["address"] == agent.node.node_id
+        assert made["paymentPlatform"] == PLATFORM
+        assert made["timeout"] == "2036-11-19T20:02:01.299259Z"
+        assert made["makeDeposit"] is False
+        assert all(STAMP.match(made[name]) for name in ("timestamp", "timeout", "createdTs", "updatedTs"))
+        path = f"/allocations/{made['allocationId']}"
+        assert await agent.get(path) == made
+        assert await agent.get("/allocations") == [made]
+        assert await agent.get("/allocations?afterTimestamp=2040-01-01T00:00:00Z") == []
+        code, amended = await agent.call("PUT", path, {"totalAmount": "20"})
+        assert (code, amended["totalAmount"], amended["timeout"]) == (200, "20", made["timeout"])
+        assert await agent.call("DELETE", path) == (200, None)
+        assert agent.content_type == "application/json"
+        code, gone = await agent.call("DELETE", path)
+        assert (code, gone["message"]) == (410, f"Allocation {made['allocationId']} has been already released")
+        assert (await agent.call("GET", path))[0] == 404
+        assert (await agent.call("PUT", path, {}))[0] == 404
+        assert (await agent.call("DELETE", "/allocations/nothing"))[0] == 404
+        assert await agent.get("/allocations") == []
+
+
+@trio_test
+async def test_an_allocation_in_its_shortest_forms(tmp_path: Path) -> None:
+    async with one(tmp_path) as agent:
+        upper = agent.node.node_id.upper().replace("0X", "0x")
+        assert (await agent.allocation(0.1))["totalAmount"] == "0.1"
+        plain = await agent.made("/allocations", b'{"totalAmount": 1.000000000000000001, "extendTimeout": 60}')
+        assert plain["totalAmount"] == "1.000000000000000001", "a number does not pass through a float"
+        assert (plain["address"], plain["paymentPlatform"]) == (agent.node.node_id, PLATFORM)
+        assert plain["extendTimeout"] == 60
+        assert (await agent.allocation("1", address=upper))["address"] == upper, "SDKs compare it as text"
+        parts = {"driver": "erc20", "network": "hoodi"}
+        assert (await agent.allocation("1", paymentPlatform=parts))["paymentPlatform"] == "erc20-hoodi-tglm"
+        assert (await agent.allocation("1", paymentPlatform={"token": "tglm"}))["paymentPlatform"] == PLATFORM
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "words"),
+    [
+        ({"paymentPlatform": "erc20-holesky-tGLM"}, 400, "lower case"),
+        ({"paymentPlatform": "erc20"}, 400, "not a payment platform"),
+        ({"paymentPlatform": {"token": "glm"}}, 500, "not registered"),
+        ({"paymentPlatform": "erc20-mumbai-tglm"}, 500, "not registered"),
+        ({"address": "0x" + "1" * 40}, 500, "not registered"),
+        ({"totalAmount": "-1"}, 400, "not an amount"),
+        ({"totalAmount": "1e-19"}, 400, "decimal places"),
+        ({"totalAmount": True}, 400, "text or a number"),
+        ({"totalAmount": None}, 400, "missing field"),
+        ({"timeout": "2001-01-01T00:00:00Z"}, 400, "passed"),
+        ({"timeout": "tomorrow"}, 400, "timeout"),
+        ({"deposit": {"id": "1", "contract": "0x"}}, 400, "deposits"),
+    ],
+)
+def test_an_allocation_that_cannot_be(tmp_path: Path, change: dict[str, Any], status: int, words: str) -> None:
+    async def body() -> None:
+        async with one(tmp_path) as agent:
+            asked = {"address": agent.node.node_id, "paymentPlatform": PLATFORM, "totalAmount": "1"}
+            code, answer = await agent.post("/allocations", {**asked, **change})
+            assert code == status
+            assert words in answer["message"]
+            if "Platform" in str(change) or "address" in change:
+                assert agent.content_type == "application/problem+json"
+                assert {"type", "detail", "instance"} <= answer.keys()
+
+    trio.run(body)
+
+
+@trio_test
+async def test_decorations(tmp_path: Path) -> None:
+    async with one(tmp_path) as agent:
+        a = (await agent.allocation())["allocationId"]
+        b = (await agent.allocation(paymentPlatform="erc20-hoodi-tglm"))["allocationId"]
+        key = f"golem.com.payment.platform.{PLATFORM}.address"
+        assert await agent.get(f"/demandDecorations?allocationIds={a}") == {
+            "properties": [
+                {"key": key, "value": agent.node.node_id},
+                {"key": "golem.com.payment.protocol.version", "value": "3"},
+            ],
+            "constraints": [f"({key}=*)", "(golem.com.payment.protocol.version>1)"],
+        }
+        both = await agent.get(f"/demandDecorations?allocationIds={a},{b}")
+        assert both == await agent.get(f"/demandDecorations?allocationIds={a}&allocationIds={b}")
+        assert both["constraints"][0].startswith("(|\n  (")
+        assert await agent.call("GET", f"/demandDecorations?allocationIds={a},x") == (404, {"message": None})
+        assert (await agent.call("GET", "/demandDecorations"))[0] == 400
+
+
+@trio_test
+async def test_cycles_can_be_seen_and_set(tmp_path: Path) -> None:
+    async with one(tmp_path) as agent:
+        cycle = await agent.get(f"/batchCycle/{PLATFORM}")
+        assert cycle["intervalSec"] == 2.0
+        assert len(await agent.get("/batchCycles")) == 3
+        code, changed = await agent.post("/batchCycle", {"platform": PLATFORM, "intervalSec": 30, "extraPayTimeSec": 5})
+        assert (code, changed["intervalSec"], changed["extraPayTimeSec"]) == (200, 30, 5)
+        assert await agent.post(f"/batchCycle/{PLATFORM}/now") == (200, None)
+        assert (await agent.post("/batchCycle", {"platform": PLATFORM, "intervalSec": 0}))[0] == 400
+        assert (await agent.post("/batchCycle", {"platform": PLATFORM, "cron": "* * * * *"}))[0] == 400
+        assert (await agent.call("GET", "/batchCycle/erc20-nowhere-glm"))[0] == 404
+
+
+# -- documents
+@trio_test
+async def test_a_debit_note_between_two_nodes(tmp_path: Path) -> None:
+    async with two(tmp_path) as (r, p):
+        new = {"activityId": "act", "totalAmountDue": "0.10", "usageCounterVector": [1.5, 2], "paymentDueDate": None}
+        note = await p.made("/debitNotes", new)
+        note_id = note["debitNoteId"]
+        assert note["status"] == "ISSUED"
+        assert (note["issuerId"], note["recipientId"]) == (p.node.node_id, r.node.node_id)
+        assert (note["payeeAddr"], note["payerAddr"]) == (p.node.node_id, r.node.node_id)
+        assert (note["totalAmountDue"], note["usageCounterVector"], note["paymentPlatform"]) == ("0.1", [1.5, 2], PLATFORM)
+        assert not {"previousDebitNoteId", "paymentDueDate"} & note.keys()
+        assert STAMP.match(note["timestamp"])
+        assert await p.post(f"/debitNotes/{note_id}/send") == (200, None)
+        assert await p.post(f"/debitNotes/{note_id}/send") == (200, None)
+        assert (await r.event("debitNote", "ReceivedEvent"))["debitNoteId"] == note_id
+        received = await r.get(f"/debitNotes/{note_id}")
+        assert received == await p.get(f"/debitNotes/{note_id}") == {**note, "status": "RECEIVED"}
+        allocation_id = (await r.allocation())["allocationId"]
+        accept = {"totalAmountAccepted": "0.1", "allocationId": allocation_id}
+        for _ in range(2):
+            assert await r.post(f"/debitNotes/{note_id}/accept?timeout=5", accept) == (200, None)
+        assert (await p.event("debitNote", "AcceptedEvent"))["debitNoteId"] == note_id
+        spent = await r.get(f"/allocations/{allocation_id}")
+        assert (spent["spentAmount"], spent["remainingAmount"]) == ("0.1", "9.9")
+        second = await p.made("/debitNotes", {"activityId": "act", "totalAmountDue": "0.2"})
+        assert second["previousDebitNoteId"] == note_id
+        assert [row["debitNoteId"] for row in await p.get("/debitNotes")] == [note_id, second["debitNoteId"]]
+        assert (await p.post("/debitNotes", {"activityId": "act", "totalAmountDue": "0.1"}))[0] == 400
+        assert (await p.post("/debitNotes", {"activityId": "none", "totalAmountDue": "1"}))[0] == 400
+        assert (await r.post("/debitNotes", {"activityId": "act", "totalAmountDue": "1"}))[0] == 400
+        assert await r.post(f"/debitNotes/{note_id}/reject", {}) == (501, {"message": None})
+        assert (await p.post(f"/debitNotes/{note_id}/cancel"))[0] == 501
+        assert (await r.call("GET", f"/debitNotes/{note_id}/payments"))[0] == 501
+        explained = await r.get(f"/debitNotes/{note_id}/explain")
+        assert explained["status"] == "ACCEPTED"
+        assert explained["waiting"].startswith("accepted; payment ordered")
+        orders = await r.get(f"/allocations/{allocation_id}/orders")
+        assert [(order["documentId"], order["amount"]) for order in orders] == [(note_id, "0.1")]
+        assert (await r.get("/payAgreements/a1"))["totalAmountAccepted"] == "0.1"
+
+
+@trio_test
+async def test_what_can_be_wrong_with_accepting(tmp_path: Path) -> None:
+    async with two(tmp_path) as (r, p):
+        invoice = await p.made("/invoices", {"agreementId": "a1", "amount": "2", "paymentDueDate": DUE})
+        path = f"/invoices/{invoice['invoiceId']}"
+        assert await p.post(f"{path}/send") == (200, None)
+        small = (await r.allocation("1.5"))["allocationId"]
+        other = (await r.allocation("5", paymentPlatform="erc20-hoodi-tglm"))["allocationId"]
+        for amount, allocation_id, words in (
+            ("2.01", small, "Invalid amount accepted"),
+            ("2", small, "Not enough funds. Allocated: 1.5 Needed: 2"),
+            ("2", other, "on erc20-hoodi-tglm"),
+            ("2", "nothing", "not found"),
+        ):
+            code, answer = await r.post(f"{path}/accept", {"totalAmountAccepted": amount, "allocationId": allocation_id})
+            assert code == 400
+            assert words in answer["message"]
+        assert (await r.post("/invoices/x/accept", {"totalAmountAccepted": "2", "allocationId": small}))[0] == 404
+        assert (await r.post(f"{path}/accept", {"totalAmountAccepted": "2"}))[0] == 400
+        assert (await r.get(path))["status"] == "RECEIVED"
+        reject = {"rejectionReason": "BAD_SERVICE", "totalAmountAccepted": "0.00", "message": "no"}
+        assert (await r.post(f"{path}/reject", {**reject, "rejectionReason": "MOOD"}))[0] == 400
+        assert await r.post(f"{path}/reject", reject) == (200, None)
+        event = await p.event("invoice", "RejectedEvent")
+        assert event["rejection"] == {"rejectionReason": "BAD_SERVICE", "totalAmountAccepted": "0", "message": "no"}
+        second = await p.made("/invoices", {"agreementId": "a1", "amount": "1", "paymentDueDate": DUE, "activityIds": ["act"]})
+        path = f"/invoices/{second['invoiceId']}"
+        assert second["activityIds"] == ["act"]
+        await p.post(f"{path}/send")
+        assert await p.post(f"{path}/cancel") == (200, None)
+        assert (await r.event("invoice", "CancelledEvent"))["invoiceId"] == second["invoiceId"]
+        assert (await r.post(f"{path}/accept", {"totalAmountAccepted": "1", "allocationId": small}))[0] == 400
+        assert (await p.post("/invoices", {"agreementId": "a9", "amount": "1", "paymentDueDate": DUE}))[0] == 400
+        assert (await p.post("/invoices", {"agreementId": "a1", "amount": "1"}))[0] == 400
+
+
+@trio_test
+async def test_events_are_filtered_by_role_session_and_time(tmp_path: Path) -> None:
+    async with two(tmp_path) as (r, p):
+        for amount in ("1", "2"):
+            invoice = await p.made("/invoices", {"agreementId": "a1", "amount": amount, "paymentDueDate": DUE})
+            await p.post(f"/invoices/{invoice['invoiceId']}/send")
+        assert await p.get("/invoiceEvents?timeout=0") == [], "a provider does not see its own sending"
+        seen = await p.get("/invoiceEvents?timeout=0", **{"X-Provider-Events": "received"})
+        assert [event["eventType"] for event in seen] == ["InvoiceReceivedEvent"] * 2
+        events = await r.get("/invoiceEvents?timeout=5&appSessionId=r-app")
+        assert len(events) == 2
+        assert (await r.get("/invoiceEvents?timeout=5&maxEvents=1")) == events[:1]
+        assert await r.get("/invoiceEvents?timeout=0&appSessionId=another") == []
+        first = events[0]["eventDate"].replace("Z", "%2B00:00")
+        assert await r.get(f"/invoiceEvents?timeout=0&afterTimestamp={first}") == events[1:]
+        started = trio.current_time()
+        assert await r.get(f"/invoiceEvents?timeout=0.3&afterTimestamp={events[1]['eventDate']}") == []
+        assert trio.current_time() - started >= 0.3
+        assert (await r.call("GET", "/invoiceEvents", **{"X-Requestor-Events": "FOO"}))[0] == 400
+        assert (await r.call("GET", "/invoiceEvents?afterTimestamp=x"))[0] == 400
+        assert (await r.call("GET", "/invoiceEvents?timeout=-1"))[0] == 400
+
+
+@trio_test
+async def test_sending_to_who_is_not_there_is_504_and_says_so(tmp_path: Path) -> None:
+    async with one(tmp_path) as p:
+        stranger = "0x" + "5" * 40
+        demand = json.dumps({"golem.com.payment.chosen-platform": PLATFORM})
+        fact = AgreementApproved("a1", "Provider", stranger, p.node.node_id, demand, "{}", p.node.clock(), None)
+        await p.node.system.ask("ledger", fact)
+        invoice = await p.made("/invoices", {"agreementId": "a1", "amount": "1", "paymentDueDate": DUE})
+        path = f"/invoices/{invoice['invoiceId']}"
+        code, answer = await p.post(f"{path}/send?timeout=0.3")
+        assert (code, stranger in answer["message"]) == (504, True)
+        with trio.fail_after(10):
+            while "not delivered" not in (await p.get(f"{path}/explain"))["waiting"]:
+                await trio.sleep(0.05)
+        assert (await p.get(path))["status"] == "ISSUED"
+        assert (await p.post(f"{path}/cancel?timeout=0.2"))[0] == 504
+        assert (await p.post("/invoices/none/send"))[0] == 404
+
+
+# -- money
+@pytest.mark.integration
+@trio_test
+async def test_an_invoice_is_settled_on_both_nodes_by_a_real_transfer(tmp_path: Path) -> None:
+    try:
+        async with two(tmp_path, skip_allocation_validation=False) as (r, p), trio.open_nursery() as nursery:
+            nursery.start_soon(r.node.chain.connect)
+            nursery.start_soon(p.node.chain.connect)
+            asked = {"totalAmount": "5", "paymentPlatform": PLATFORM}
+            code, poor = await r.post("/allocations", asked)
+            assert (code, r.content_type) == (400, "application/problem+json")
+            assert (poor["requestedFunds"], poor["availableFunds"], poor["reservedFunds"]) == ("5", "0", "0")
+            assert poor["requestBody"] == asked
+            await r.node.chain.fund("holesky")
+            allocation_id = (await r.allocation("5"))["allocationId"]
+            code, poor = await r.post("/allocations", {"totalAmount": "996", "paymentPlatform": "erc20-hoodi-tglm"})
+            assert (code, poor["availableFunds"]) == (400, "995"), "platforms of one chain share the purse"
+            note = await p.made("/debitNotes", {"activityId": "act", "totalAmountDue": "0.25"})
+            invoice = await p.made("/invoices", {"agreementId": "a1", "amount": "1", "paymentDueDate": DUE})
+            note_id, invoice_id = note["debitNoteId"], invoice["invoiceId"]
+            for path, amount in ((f"/debitNotes/{note_id}", "0.25"), (f"/invoices/{invoice_id}", "1")):
+                assert await p.post(f"{path}/send") == (200, None)
+                accept = {"totalAmountAccepted": amount, "allocationId": allocation_id}
+                assert await r.post(f"{path}/accept", accept) == (200, None)
+            assert await r.call("DELETE", f"/allocations/{allocation_id}") == (200, None), "what is owed gets paid"
+            for agent in (r, p):
+                with trio.fail_after(40):
+                    while (await agent.get(f"/invoices/{invoice_id}"))["status"] != "SETTLED":
+                        await trio.sleep(0.1)
+                assert (await agent.get(f"/debitNotes/{note_id}"))["status"] == "SETTLED"
+            assert (await p.event("invoice", "SettledEvent"))["invoiceId"] == invoice_id
+            balances = await p.node.chain.balances("holesky")
+            assert balances.token_wei == 10**18
+            paid = await p.get("/payments")
+            assert sum(Decimal(each["amount"]) for each in paid) == 1
+            assert all(len(base64.b64decode(each["details"])) == 32 for each in paid)
+            assert await p.get("/payments?appSessionId=p-app") == paid
+            assert await p.get("/payments?network=hoodi&timeout=0") == []
+            assert await p.get(f"/payments?timeout=0&afterTimestamp={paid[-1]['timestamp']}") == []
+            assert await p.get(f"/invoices/{invoice_id}/payments") != []
+            sent = await r.get("/payments")
+            assert [each["paymentId"] for each in sent] == [each["paymentId"] for each in paid]
+            parts = [*sent[0]["agreementPayments"], *sent[0]["activityPayments"]]
+            assert all(part["allocationId"] == allocation_id for part in parts)
+            assert (await r.get(f"/payments/{sent[0]['paymentId']}"))["details"] == sent[0]["details"]
+            assert await r.get("/payments/status") == []
+            batches = await r.get("/batchOrders")
+            assert all(batch["state"] == "MINED" for batch in batches)
+            explained = await r.get(f"/invoices/{invoice_id}/explain")
+            assert {each["state"] for each in explained["payments"]} <= {"SENT", "ACKNOWLEDGED"}
+            nursery.cancel_scope.cancel()
+    finally:
+        await stop_devchain(tmp_path / "chain")
