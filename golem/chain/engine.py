@@ -141,9 +141,11 @@ class Engine:
         except RpcError as error:
             kind = "InvalidChainId" if error.kind == "chain_id" else "RpcError"
             problems.append(Problem(kind, str(error), self.address, chain_id=self.network.chain_id))
+            self._checked = False  # who knows what answers next
         if problems:
-            for row in self.store.queued()[:1]:
-                await self._tell_stuck(row.batch.batch_id, problems[-1].detail)
+            oldest = [tx.batch_id for tx in self.store.open()][:1] + [row.batch.batch_id for row in self.store.queued()][:1]
+            for batch_id in oldest:
+                await self._tell_stuck(batch_id, problems[-1].detail)
 
     # -- the chain under us
 

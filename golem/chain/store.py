@@ -136,7 +136,7 @@ def _connect(path: Path | str) -> sqlite3.Connection:
 
 
 _TX_COLUMNS = (
-    "id, nonce, kind, coalesce(batch,''), recipient, data, gas, total_wei, state, coalesce(block,0),"
+    "id, coalesce(nonce,-1), kind, coalesce(batch,''), recipient, data, gas, total_wei, state, coalesce(block,0),"
     " coalesce(block_hash,''), coalesce(winner,''), coalesce(gas_used,0), coalesce(fee_wei,'0')"
 )
 
@@ -174,12 +174,17 @@ class Store:
         return str(row[0])
 
     def forget_chain(self, chain: str, genesis: str) -> None:
-        """The chain was made anew: drop this account's transactions, queue again what had not ended, bind `genesis`."""
+        """The chain was made anew: bind `genesis` and queue again every batch whose end nobody has heard of. Transactions
+        of the others stay as history, without a nonce."""
         with self._transaction():
             self._sql.execute("delete from attempt where tx in (select id from tx where account=?)", (self.account,))
-            self._sql.execute("delete from tx where account=?", (self.account,))
-            self._sql.execute("update batch set state='queued' where account=? and state='assigned'", (self.account,))
-            self._sql.execute("update batch set announced=1 where account=? and state!='queued'", (self.account,))
+            self._sql.execute(
+                "delete from tx where account=? and (batch is null"
+                " or batch in (select id from batch where account=? and announced=0))",
+                (self.account, self.account),
+            )
+            self._sql.execute("update tx set nonce=null where account=?", (self.account,))
+            self._sql.execute("update batch set state='queued' where account=? and announced=0", (self.account,))
             self._sql.execute("update chain set genesis=? where id=?", (genesis, chain))
 
     # -- batches
@@ -201,9 +206,7 @@ class Store:
                 return True
             if row[0] != payees:
                 raise ValueError(f"batch {batch.batch_id} was submitted before with other payees")
-            self._sql.execute(
-                "update batch set announced=0 where account=? and id=?", (self.account, batch.batch_id)
-            )
+            self._sql.execute("update batch set announced=0 where account=? and id=?", (self.account, batch.batch_id))
             return False
 
     def batches(self, where: str) -> list[BatchRow]:
