@@ -9,7 +9,8 @@ Flow of one invoice (payee P, payer R): P issues and signs -> `DocumentSent` -> 
 allocation and order in one step -> `DocumentAccepted`; `PayOut` to the wallet -> `PaidOut` -> settled at R, payment
 signed -> `PaymentSent` -> P asks the chain -> settled at P -> `PaymentAcknowledged`.
 
-The machine has its parts in `_ledger_allocations`, `_ledger_documents`, `_ledger_payments`, its rows in `_ledger_rows`.
+The machine has its parts in `_ledger_allocations`, `_ledger_documents` (`_payee`, `_payer`), `_ledger_payments`, its rows
+in `_ledger_rows`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from typing import Any
 
 from actors import _ledger_allocations as allocations
 from actors import _ledger_documents as documents
+from actors import _ledger_payee as payee
+from actors import _ledger_payer as payer
 from actors import _ledger_payments as payments
 from actors._ledger_rows import (
     Activity,
@@ -109,7 +112,7 @@ def _undelivered(draft: MoneyDraft, me: str, fact: Undelivered) -> None:
     """What carries a duty is sent again; a document and a payment say that they could not be delivered."""
     message = _sent(fact.body)
     if isinstance(message, DocumentSent):
-        documents.undelivered(draft, message.document, fact.reason)
+        payee.undelivered(draft, message.document, fact.reason)
     elif isinstance(message, PaymentSent):
         payments.undelivered(draft, message.payment, fact.reason)
     elif isinstance(message, RESEND):
@@ -126,19 +129,19 @@ _HANDLERS: dict[type, _Handler] = {
     AmendAllocation: allocations.amend,
     ReleaseAllocation: allocations.release,
     AllocationTimeout: allocations.timeout,
-    IssueDebitNote: documents.issue_debit_note,
-    IssueInvoice: documents.issue_invoice,
-    SendDocument: documents.send_document,
-    CancelInvoice: documents.cancel_invoice,
-    AcceptDocument: documents.accept,
-    RejectInvoice: documents.reject_invoice,
-    DocumentSent: documents.document_sent,
-    InvoiceCancelRequested: documents.cancel_requested,
-    DocumentReceived: documents.document_received,
-    DocumentRefused: documents.document_refused,
-    DocumentAccepted: documents.document_accepted,
-    InvoiceRejected: documents.invoice_rejected,
-    InvoiceCancelled: documents.invoice_cancelled,
+    IssueDebitNote: payee.issue_debit_note,
+    IssueInvoice: payee.issue_invoice,
+    SendDocument: payee.send_document,
+    CancelInvoice: payee.cancel_invoice,
+    AcceptDocument: payer.accept,
+    RejectInvoice: payer.reject_invoice,
+    DocumentSent: payer.document_sent,
+    InvoiceCancelRequested: payer.cancel_requested,
+    DocumentReceived: payee.document_received,
+    DocumentRefused: payee.document_refused,
+    DocumentAccepted: payee.document_accepted,
+    InvoiceRejected: payee.invoice_rejected,
+    InvoiceCancelled: payee.invoice_cancelled,
     PaidOut: payments.paid_out,
     PayOutDelayed: payments.pay_out_delayed,
     PaymentSigned: payments.payment_signed,
