@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
+import trio
 from quart import Blueprint, Response
 
 from actors.agreements import APPROVED, CANCELLED, EXPIRED, PROPOSAL, REJECTED, TERMINATED, Agreement, state_at
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 DEFAULT_TIMEOUT_S = 5.0
 MAX_EVENTS, DEFAULT_EVENTS = 100, 20
 PAGE = 200
+NEWS_S, NEWS_STEP_S = 2.0, 0.005  # an approval's way to the other actors of this node takes a commit or two
 STATES = ("Proposal", "Pending", "Cancelled", "Rejected", "Approved", "Expired", "Terminated")
 AGREEMENT_ID = re.compile(r"(?:[RP]-)?([0-9a-f]{64})\Z")
 PROVIDERS_PROPOSAL = re.compile(r"R-([0-9a-f]{64})\Z")
@@ -192,7 +194,12 @@ async def _decision(node: Node, wanted_id: str, timeout_s: float) -> str | None:
         state = state_at(agreement, node.clock()) if agreement else EXPIRED
         return state if state in (APPROVED, REJECTED, CANCELLED, EXPIRED, TERMINATED) else None
 
-    return await until(node, [f"agreement/{wanted_id}"], probe, timeout_s)
+    state = await until(node, [f"agreement/{wanted_id}"], probe, timeout_s)
+    if state == APPROVED:
+        with trio.move_on_after(NEWS_S):  # who hears of success goes on at once: activities must know of the agreement
+            while f"agreement/{wanted_id}" not in node.system.rows("activity"):
+                await trio.sleep(NEWS_STEP_S)
+    return state
 
 
 # -- provider

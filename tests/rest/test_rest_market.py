@@ -329,6 +329,7 @@ async def test_an_agreement_from_create_to_terminate(tmp_path: Path) -> None:
             nursery.start_soon(wait_for_events)
             assert await p.post(f"/agreements/P-{agreement_id}/approve?appSessionId=p-1&timeout=10") == (204, None)
             assert await r.post(f"{path}/wait?timeout=10") == (204, None)
+            assert f"agreement/{agreement_id}" in r.node.system.rows("activity")  # an activity can be asked for at once
         ((status, (event,)),) = events
         assert (status, event["eventType"], set(event)) == (
             200, "AgreementApprovedEvent", {"eventDate", "agreementId", "eventType"},
@@ -380,15 +381,19 @@ async def test_reject_cancel_and_bad_order(tmp_path: Path) -> None:
         assert (await p.post(f"{path}/approve"))[0] == 410
 
         assert await p.call("DELETE", deal.offer) == (204, None)
+        with trio.fail_after(20):
+            while f"offer/{deal.offer_id}" in r.node.system.rows("market"):  # gossip tells of the withdrawal
+                await trio.sleep(0.02)
         again = Deal(r, p)
         second = await again.pending()
         path = f"/agreements/{second}"
         assert await r.post(f"{path}/cancel", None) == (200, None)
         assert (await r.post(f"{path}/cancel"))[0] == 410
         assert await r.post(f"{path}/wait") == (410, {"message": "Cancelled"})
-        _, (event,) = await p.get(f"/agreementEvents?timeout=10&afterTimestamp={timestamp_text(p.node.clock() - 5)}")
-        while event["eventType"] != "AgreementCancelledEvent":
-            _, (event, *_) = await p.get(f"/agreementEvents?timeout=10&afterTimestamp={event['eventDate']}")
+        _, (first,) = await p.get("/agreementEvents?maxEvents=1")
+        assert first["eventType"] == "AgreementRejectedEvent"
+        _, (event,) = await p.get(f"/agreementEvents?timeout=10&afterTimestamp={first['eventDate']}")
+        assert event["eventType"] == "AgreementCancelledEvent"
         assert event["reason"]["message"]
         assert await p.post(f"{path}/approve") == (410, {"message": "Cancelled"})
 
