@@ -64,6 +64,7 @@ KEEP_S = 24 * 3600.0  # results after their batch, feeds after their activity
 MAX_ACTIVITIES = 1000  # of one agreement
 MAX_UNFINISHED = 64  # batches of one activity
 UNREACHABLE = "provider unreachable"
+LIVE_STATES = ("Initialized", "Deployed", "Ready")
 
 
 class AgreementRow(Message, frozen=True):
@@ -76,6 +77,7 @@ class AgreementRow(Message, frozen=True):
     app_session_id: str | None
     ended: bool = False
     activities: tuple[str, ...] = ()
+    exe_unit: str = ""  # name of the runtime in the offer
 
 
 class ActivityRow(Message, frozen=True):
@@ -88,6 +90,7 @@ class ActivityRow(Message, frozen=True):
     provider: str
     created_at: float
     state: str = "New"
+    state_at: float = 0.0  # since when, by the exe-unit's clock
     pending: str | None = None
     reason: str | None = None
     error_message: str | None = None
@@ -239,8 +242,9 @@ class Activity:
             return NOTHING
         changes = _Changes(rows)
         changes.rows[key] = AgreementRow(
-            message.agreement_id, message.role, message.requestor, message.provider, message.app_session_id
-        )
+            message.agreement_id, message.role, message.requestor, message.provider, message.app_session_id,
+            exe_unit=_runtime_name(message.offer_properties),
+        )  # fmt: skip
         for held_key, held in rows.prefix("held/"):
             if held.agreement_id == message.agreement_id:
                 changes.rows[held_key] = None
@@ -334,6 +338,8 @@ class Activity:
         row = self._peers_activity(changes, message.activity_id, meta)
         if row is None or row.ended:
             return
+        if message.state != "Terminated" and message.at < row.state_at:
+            return  # a result of the exe-unit has told more already
         self._set_state(changes, row, message, meta)
 
     def _usage_changed(self, rows: Rows, message: UsageChanged, meta: Meta) -> Step:
@@ -363,6 +369,11 @@ class Activity:
             return
         if message.index != batch.have or message.index >= batch.size:
             raise Violation(f"result {message.index} of a batch that has {batch.have} of {batch.size} results")
+        at = _sane(message.at, meta.now)
+        if message.state in LIVE_STATES and not row.ended and at >= row.state_at:
+            row = msgspec.structs.replace(row, state=message.state, pending=None, state_at=at)
+            changes.rows[f"activity/{row.activity_id}"] = row
+            changes.effects.append(Emit(f"activity/{row.activity_id}", ActivityChanged(row.state)))
         self._store(changes, row, batch, message, meta)
 
     def _store(self, changes: _Changes, row: ActivityRow, batch: BatchRow, result: CommandResult, meta: Meta) -> None:
@@ -498,11 +509,14 @@ class Activity:
     def _set_state(self, changes: _Changes, row: ActivityRow, news: StateReported | StateChanged, meta: Meta) -> None:
         if news.state not in STATES or (news.pending is not None and news.pending not in STATES):
             raise Violation(f"not a state of an activity: {news.state[:64]!r}, {str(news.pending)[:64]!r}")
+        at = _sane(news.at, meta.now)
         if news.usage is not None:
-            row = msgspec.structs.replace(row, usage=check_usage(news.usage), usage_at=_sane(news.at, meta.now))
+            usage_at = _sane(news.usage_at, meta.now) if isinstance(news, StateChanged) else at
+            row = msgspec.structs.replace(row, usage=check_usage(news.usage), usage_at=usage_at)
         row = msgspec.structs.replace(
             row,
             state=news.state,
+            state_at=at,
             pending=news.pending,
             reason=news.reason and news.reason[:MAX_TEXT],
             error_message=news.error_message and news.error_message[:MAX_TEXT],
@@ -534,7 +548,7 @@ class Activity:
 
     def _tell_requestor(self, row: ActivityRow) -> Send:
         told = StateChanged(
-            row.activity_id, row.state, row.pending, row.reason, row.error_message, row.usage, row.usage_at
+            row.activity_id, row.state, row.pending, row.reason, row.error_message, row.usage, row.state_at, row.usage_at
         )
         return Send(address(row.requestor, self.name), told)
 
@@ -589,6 +603,14 @@ class Activity:
 
 def _refuse(code: str, message: str) -> Step:
     return Step(effects=[Reply(Refused(code, message))])
+
+
+def _runtime_name(offer_properties: str) -> str:
+    try:
+        name = msgspec.json.decode(offer_properties, type=dict[str, Any]).get("golem.runtime.name")
+    except (msgspec.DecodeError, RecursionError):
+        return ""
+    return name[:100] if isinstance(name, str) else ""
 
 
 def _bounded_timeout(timeout_s: float) -> float:

@@ -180,12 +180,12 @@ class ExeUnit:
         script: ScriptRow = rows[key]
         is_last = not message.ok or message.index + 1 == len(script.commands)
         stdout, stderr, text = fit_output(message.stdout, message.stderr, message.message, MAX_OUTPUT_BYTES)
-        result = CommandResult(
-            self._activity_id, script.batch_id, message.index, message.ok, stdout, stderr, text, message.at, is_last
-        )
-        effects: list[Effect] = [Send(self._requestor, result, REPORT_DEADLINE_S)]
         unit, reports = self._after(unit, parse_command(script.commands[unit.index]).kind, message, meta)
-        effects += reports
+        result = CommandResult(
+            self._activity_id, script.batch_id, message.index, message.ok, stdout, stderr, text, message.at, is_last,
+            unit.state,
+        )  # fmt: skip
+        effects: list[Effect] = [Send(self._requestor, result, REPORT_DEADLINE_S), *reports]
         if not is_last:
             unit = msgspec.structs.replace(unit, index=unit.index + 1)
             return Step({"unit": unit}, effects + self._execute(unit, script, meta))

@@ -96,7 +96,7 @@ class DestroyRequested(Message, frozen=True):
 
 
 class StateChanged(Message, frozen=True):
-    """activity@P -> activity@R: the state (and the usage then) of an activity."""
+    """activity@P -> activity@R: the state (and the last known usage) of an activity."""
 
     activity_id: str
     state: str
@@ -104,7 +104,8 @@ class StateChanged(Message, frozen=True):
     reason: str | None = None
     error_message: str | None = None
     usage: list[float] | None = None
-    at: float = 0.0
+    at: float = 0.0  # since when, by the exe-unit's clock
+    usage_at: float = 0.0
 
 
 class UsageChanged(Message, frozen=True):
@@ -127,6 +128,7 @@ class CommandResult(Message, frozen=True):
     message: str | None
     at: float
     is_last: bool  # no further result of this batch follows
+    state: str = ""  # of the activity after the command; it is here sooner than by way of the provider's node
 
 
 # -- timers
