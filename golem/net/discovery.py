@@ -60,11 +60,15 @@ class Mdns:
                 if info is not None:
                     self._report(info.properties, found)
 
+        stopped = False
+
         def start() -> None:
             instance = zeroconf.Zeroconf()
             running.append(instance)
             zeroconf.ServiceBrowser(instance, SERVICE, handlers=[changed])
             instance.register_service(self._info(), cooperating_responders=True)
+            if stopped:  # cancelled meanwhile: nobody else will close it
+                instance.close()
 
         def stop() -> None:
             for instance in running:
@@ -77,6 +81,7 @@ class Mdns:
         except (OSError, zeroconf.Error) as error:
             log.warning("no discovery by mDNS: %s", error)
         finally:
+            stopped = True
             receiver.close()
             with trio.CancelScope(shield=True, deadline=trio.current_time() + STOP_TIMEOUT_S):
                 await trio.to_thread.run_sync(stop, abandon_on_cancel=True)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import os
+import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -37,6 +38,7 @@ from libp2p.custom_types import TProtocol
 from libp2p.identity.identify_push.identify_push import ID_PUSH as IDENTIFY_PUSH
 from libp2p.network.config import ConnectionConfig, RetryConfig
 from libp2p.network.connection.raw_connection import RawConnection
+from libp2p.network.exceptions import SwarmException
 from libp2p.peer.id import ID
 from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicator
 from libp2p.pubsub.gossipsub import PROTOCOL_ID_V11, GossipSub
@@ -257,7 +259,23 @@ class Host:
         self.on_dead(conn)
 
     def _guard_pubsub(self) -> None:
-        stock_dead = self.pubsub._handle_dead_peer
+        stock_dead, stock_new = self.pubsub._handle_dead_peer, self.pubsub._handle_new_peer
+        opening: set[Any] = set()
+
+        async def new_peer(peer_id: Any) -> None:
+            # Called for each connection of a peer at once; the loser's sending task would be left behind for ever.
+            if peer_id in opening:
+                return
+            opening.add(peer_id)
+            try:
+                await stock_new(peer_id)
+            except Exception as error:
+                # A stream that was reset, a garbled negotiation: upstream retries after this exception type alone.
+                raise SwarmException(f"no gossip stream: {error!r}") from error
+            finally:
+                opening.discard(peer_id)
+
+        self.pubsub._handle_new_peer = new_peer
 
         def dead_peer(peer_id: Any) -> None:
             # A peer says what it is subscribed to once: while it is connected that must not be forgotten.
@@ -351,7 +369,7 @@ def _build(key: bytes) -> Any:
         listen_addrs=[Multiaddr("/ip4/127.0.0.1/tcp/0")],
         connection_config=config,
         resource_manager=new_resource_manager(
-            limits=ResourceLimits(max_connections=2 * MAX_CONNECTIONS),
+            limits=ResourceLimits(max_connections=sys.maxsize),  # this count forgets releases; the others hold
             connection_limits=limits,
             enable_memory_limits=False,
             enable_circuit_breaker=False,

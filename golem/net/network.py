@@ -24,7 +24,9 @@ from golem.net.types import (
     ListenError,
     NetConfig,
     NetError,
+    NetRefusal,
     PeerStream,
+    RemoteError,
     Session,
     Unreachable,
 )
@@ -93,6 +95,8 @@ class Network:
 
     async def request(self, node_id: str, service: str, payload: bytes, timeout_s: float = 10) -> bytes:
         """The peer's reply (at most 4 MiB, as the payload). Unreachable, RemoteError (the peer's refusal), NetError."""
+        if _node_id(node_id) == self.node_id:
+            return await self._request_self(service, payload, timeout_s)
         deadline = trio.current_time() + timeout_s
         with trio.move_on_after(timeout_s):
             link = await (await self._ready()).link(_node_id(node_id))
@@ -105,6 +109,8 @@ class Network:
 
     async def open_stream(self, node_id: str, name: str, timeout_s: float = 10) -> PeerStream:
         """A bulk stream to a peer. Unreachable, or RemoteError when it does not serve the name."""
+        if _node_id(node_id) == self.node_id:
+            raise Unreachable("a node opens no stream to itself")
         with trio.move_on_after(timeout_s):
             return await (await self._ready()).open_stream(_node_id(node_id), name)
         raise Unreachable(f"{node_id} did not open the stream within {timeout_s:g} s")
@@ -144,7 +150,7 @@ class Network:
         if node_id == self.node_id:
             raise ValueError("this is our own node id")
         with trio.move_on_after(timeout_s):
-            await (await self._ready()).link(node_id)
+            await (await self._ready()).link(node_id, at_once=True)
             return node_id
         raise Unreachable(f"{node_id} did not answer within {timeout_s:g} s")
 
@@ -229,6 +235,22 @@ class Network:
         finally:
             self._sessions = self._gossip = self._nursery = None
             self._up = trio.Event()
+
+    async def _request_self(self, service: str, payload: bytes, timeout_s: float) -> bytes:
+        """A request to our own node id takes no wire, and ends in the same ways."""
+        handler = self._services.get(service)
+        if handler is None:
+            raise RemoteError(f"unknown service {service!r}")
+        try:
+            with trio.move_on_after(timeout_s):
+                return await handler(self.node_id, payload)
+        except NetRefusal as refusal:
+            raise RemoteError(str(refusal)) from refusal
+        except Exception as error:
+            # As for a request of a peer: our own bug in a handler, of which the caller is told no more.
+            log.exception("service %s failed on a request of our own", service)
+            raise RemoteError("internal error") from error
+        raise Unreachable(f"{service} did not answer within {timeout_s:g} s")
 
     async def _ready(self) -> Sessions:
         while self._sessions is None:

@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 HELLO, PEERS = "net/hello", "net/peers"
 MAX_EXCHANGED = 64
 MAX_REMEMBERED = 4096  # peers without a session of which dial times are remembered
+UNASKED_AT_ONCE = 2  # dials to peers of the book in one round: its addresses are hearsay, we must not scan for others
+UNASKED_PATIENCE = 60  # how much longer the back-off may grow for peers that nobody wants
 FAR_PAST = float("-inf")
 
 
@@ -114,14 +116,14 @@ class Sessions:
 
     # for the facade
 
-    async def link(self, node_id: str) -> Link:
-        """The link to a peer, dialling it if need be. Unreachable."""
+    async def link(self, node_id: str, at_once: bool = False) -> Link:
+        """The link to a peer, dialling it if need be; not `at_once` when that failed a moment ago. Unreachable."""
         peer = self._peer(node_id)
         peer.used_at = trio.current_time()
         if peer.link is None:
-            if peer.attempt is None:
-                if trio.current_time() - peer.failed_at < self._timing.backoff_min_s and not peer.conns:
-                    raise Unreachable(f"{node_id} was tried a moment ago: {peer.error}")
+            if not peer.is_busy and not peer.conns and not at_once:
+                await trio.sleep_until(peer.failed_at + self._timing.backoff_min_s)
+            if not peer.is_busy:
                 self._try(peer)
             if peer.attempt is not None:
                 await peer.attempt.wait()
@@ -250,13 +252,13 @@ class Sessions:
     def _maintain(self) -> None:
         now = trio.current_time()
         for peer in list(self._peers.values()):
-            wanted = peer.keep or peer.conns or now - peer.used_at < self._timing.idle_after_s
-            if wanted and not peer.is_busy and now >= peer.next_try_at:
+            if (peer.conns or self._wants(peer)) and not peer.is_busy and now >= peer.next_try_at:
                 self._try(peer)
         missing = self._config.target_sessions - self.count()
         missing -= sum(peer.attempt is not None for peer in self._peers.values())
         if missing <= 0:
             return
+        missing = min(missing, UNASKED_AT_ONCE)
         for entry in self._book.recent():
             if missing <= 0:
                 break
@@ -267,6 +269,9 @@ class Sessions:
                 continue
             self._try(self._peer(entry.node_id))
             missing -= 1
+
+    def _wants(self, peer: Peer) -> bool:
+        return peer.keep or trio.current_time() - peer.used_at < self._timing.idle_after_s
 
     def _try(self, peer: Peer) -> None:
         if self._nursery is None or self._stopped:
@@ -291,7 +296,8 @@ class Sessions:
         finally:
             if peer.link is None:
                 peer.failed_at = trio.current_time()
-                peer.backoff_s = min(max(self._timing.backoff_min_s, 2 * peer.backoff_s), self._timing.backoff_max_s)
+                longest_s = self._timing.backoff_max_s * (1 if self._wants(peer) else UNASKED_PATIENCE)
+                peer.backoff_s = min(max(self._timing.backoff_min_s, 2 * peer.backoff_s), longest_s)
                 peer.next_try_at = peer.failed_at + peer.backoff_s
                 log.debug("%s is not reachable: %s", peer.node_id, peer.error)
             attempt, peer.attempt = peer.attempt, None

@@ -78,10 +78,10 @@ class MuxStream(IMuxedStream):
     async def read(self, n: int | None = -1) -> bytes:
         """Up to n bytes (all there are for None or -1). MuxedStreamEOF or MuxedStreamReset at the end."""
         while not self._buffer:
-            if self._reset:
-                raise MuxedStreamReset("stream was reset")
             if self._eof or self._discard:
                 raise MuxedStreamEOF("stream is at its end")
+            if self._reset:
+                raise MuxedStreamReset("stream was reset")
             await self._readable.park()
         await trio.lowlevel.checkpoint_if_cancelled()
         return self._take(len(self._buffer) if n is None or n < 0 else min(n, len(self._buffer)))

@@ -94,6 +94,11 @@ async def test_refusals_bugs_and_unknown_services(tmp_path: Path) -> None:
             await two.request(one.node_id, "crash", b"")
         with pytest.raises(RemoteError, match="unknown service"):
             await two.request(one.node_id, "nothing", b"")
+        with pytest.raises(RemoteError, match=f"not you, {one.node_id}"):
+            await one.request(one.node_id, "refuse", b"")  # to itself: no wire, the same ends
+        with pytest.raises(RemoteError, match=r"^internal error$"):
+            await one.request(one.node_id, "crash", b"")
+        assert await one.request(one.node_id, "late", b"x") == b"x"
         assert await two.request(one.node_id, "late", b"x") == b"x"
 
 
