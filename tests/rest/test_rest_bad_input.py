@@ -31,7 +31,7 @@ def endpoints(app: Any) -> list[tuple[str, str]]:
     """Return (method, rule) of everything the application serves except websockets."""
     found = []
     for rule in app.url_map.iter_rules():
-        if not rule.websocket:
+        if not rule.websocket and not rule.rule.endswith(("/_monitor", "/healthcheck")):  # an endless stream; no input
             found += [(method, rule.rule) for method in sorted(rule.methods - {"HEAD", "OPTIONS"})]
     return sorted(found)
 
@@ -45,11 +45,11 @@ def fill(rule: str, value: str) -> str:
 
 
 async def answer(client: Any, method: str, path: str, **arguments: Any) -> tuple[int, bytes, str]:
-    """Return status, body and content type; a stream that opens counts as an answer."""
-    with trio.fail_after(20):
+    """Return status, body and content type."""
+    with trio.move_on_after(20):
         response = await client.open(path, method=method, **arguments)
-        body = b"" if response.status_code == 200 else await response.get_data()
-        return response.status_code, body, response.headers.get("Content-Type", "")
+        return response.status_code, await response.get_data(), response.headers.get("Content-Type", "")
+    raise AssertionError(f"{method} {path} {arguments} did not answer")
 
 
 @trio_test
