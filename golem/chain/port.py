@@ -193,6 +193,8 @@ class Chain:
                 await self._claimed.wait()
 
     async def _verify(self, claim: Claim) -> None:
+        if claim.platform not in self.networks.platforms:
+            return  # taken under another profile: it waits until that is back
         network = self.networks.by_platform(claim.platform)
         found = await verify_transfer(
             self._rpcs[network.chain],

@@ -9,14 +9,15 @@ Nothing of AsyncWeb3 that needs asyncio is used: no wait_for_transaction_receipt
 
 from __future__ import annotations
 
+import functools
 import importlib
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 
 import httpx
 import trio
@@ -29,6 +30,7 @@ ANSWER_LIMIT = 16 << 20  # bytes
 BACKOFF_S = (0.5, 60.0)  # first and longest rest of an endpoint that failed
 LAG_BLOCKS = 5
 SURVEY_S = 30.0  # heads are compared this often when there are several endpoints
+NONSENSE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 BUSY_CODES = (-32005, 429)  # rate limits: somebody else may answer
 
 
@@ -238,6 +240,27 @@ def _lower(raw: Any) -> str:
     return raw.lower() if isinstance(raw, str) else "0x" + bytes(raw).hex()
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _understood(ask: Callable[P, Awaitable[R]]) -> Callable[P, Awaitable[R]]:
+    """A node may answer anything: what does not parse as the answer to its question is an RpcError too."""
+
+    @functools.wraps(ask)
+    async def asked(*args: P.args, **kwargs: P.kwargs) -> R:
+        rpc = args[0]
+        assert isinstance(rpc, Rpc)
+        await rpc.web3()
+        try:
+            return await ask(*args, **kwargs)
+        except (*NONSENSE, rpc.web3_error) as error:
+            words = f"{type(error).__name__}: {str(error)[:200]}"
+            raise RpcError(f"{rpc.network.name}: {ask.__name__} got a senseless answer ({words})", "down") from error
+
+    return asked
+
+
 class Rpc:
     """Typed questions to one network, asked by AsyncWeb3 through `Pool`."""
 
@@ -245,6 +268,7 @@ class Rpc:
         self.network = network
         self.pool = Pool(network, timeout_s=timeout_s, transport=transport)
         self._web3: Any = None
+        self.web3_error: type[Exception] = RpcError  # until web3 is there: its own base class
         self._importing = trio.Lock()
 
     async def __aenter__(self) -> Rpc:
@@ -259,20 +283,24 @@ class Rpc:
             async with self._importing:
                 if self._web3 is None:
                     module = await trio.to_thread.run_sync(importlib.import_module, "golem.chain.web3_provider")
-                    self._web3 = module.make_web3(self.pool)
+                    self._web3, self.web3_error = module.make_web3(self.pool), module.Web3Exception
         return self._web3
 
+    @_understood
     async def chain_id(self) -> int:
         return int(await (await self.web3()).eth.chain_id)
 
+    @_understood
     async def genesis_hash(self) -> str:
         """Tells one chain from another with the same id (a dev chain that was made anew)."""
         return _lower((await (await self.web3()).eth.get_block(0))["hash"])
 
+    @_understood
     async def head(self) -> Head:
         block = await (await self.web3()).eth.get_block("latest")
         return Head(block["number"], _lower(block["hash"]), block.get("baseFeePerGas", 0), block["timestamp"])
 
+    @_understood
     async def block_hash(self, number: int) -> str | None:
         """Hash of the canonical block `number`, None when there is none (yet)."""
         web3 = await self.web3()
@@ -281,30 +309,37 @@ class Rpc:
         except web3.golem_not_found:
             return None
 
+    @_understood
     async def balance(self, address: str) -> int:
         """Coins of `address` in wei."""
         return int(await (await self.web3()).eth.get_balance(checksum(address)))
 
+    @_understood
     async def transaction_count(self, address: str, block: int | str = "latest") -> int:
         """The account's next nonce as of `block` (a number, "latest" or "pending")."""
         return int(await (await self.web3()).eth.get_transaction_count(checksum(address), block))
 
+    @_understood
     async def call(self, to: str, data: bytes, sender: str | None = None) -> bytes:
         """eth_call at the head."""
         call = {"to": checksum(to), "data": "0x" + data.hex()} | ({"from": checksum(sender)} if sender else {})
         return bytes(await (await self.web3()).eth.call(call))
 
+    @_understood
     async def estimate_gas(self, sender: str, to: str, data: bytes, value_wei: int = 0) -> int:
         call = {"from": checksum(sender), "to": checksum(to), "data": "0x" + data.hex(), "value": value_wei}
         return int(await (await self.web3()).eth.estimate_gas(call))
 
+    @_understood
     async def priority_fee(self) -> int:
         """What the node proposes as priority fee, wei per gas."""
         return int(await (await self.web3()).eth.max_priority_fee)
 
+    @_understood
     async def send_raw(self, raw: bytes) -> str:
         return _lower(await (await self.web3()).eth.send_raw_transaction(raw))
 
+    @_understood
     async def knows(self, tx_hash: str) -> bool:
         """Is the transaction in the node's mempool or chain?"""
         web3 = await self.web3()
@@ -314,6 +349,7 @@ class Rpc:
             return False
         return True
 
+    @_understood
     async def receipt(self, tx_hash: str) -> Receipt | None:
         """None while the transaction is not in a block."""
         web3 = await self.web3()

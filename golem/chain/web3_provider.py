@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from web3 import AsyncWeb3
-from web3.exceptions import BlockNotFound, TransactionNotFound
+from web3.exceptions import BlockNotFound, TransactionNotFound, Web3Exception
 from web3.middleware import ExtraDataToPOAMiddleware
 from web3.providers.async_base import AsyncJSONBaseProvider
 from web3.types import RPCEndpoint, RPCResponse
 
 from golem.chain.rpc import Pool, RpcError
+
+__all__ = ["PoolProvider", "Web3Exception", "make_web3"]
 
 
 class PoolProvider(AsyncJSONBaseProvider):

@@ -9,11 +9,11 @@ from typing import Any
 
 import httpx
 import pytest
-from support import mock_trio_test
+from support import mock_trio_test, trio_test
 
 from golem.chain import rpc as rpc_module
 from golem.chain.networks import local_rows
-from golem.chain.rpc import Pool, RpcError
+from golem.chain.rpc import Pool, Rpc, RpcError
 
 Answer = Callable[[str], Any]
 
@@ -138,3 +138,31 @@ async def test_repointing_takes_effect_at_once() -> None:
     pool.repoint(("http://node0/elsewhere",))
     assert await pool.call("x") == 100
     assert [endpoint.url for endpoint in pool.endpoints] == ["http://node0/elsewhere"]
+
+
+@trio_test
+async def test_senseless_answers_never_are_more_than_an_rpc_error() -> None:
+    who, tx_hash = "0x" + "12" * 20, "0x" + "34" * 32
+    answers = ["nonsense", "0x", 7, [], {}, None, True, {"number": "0x1"}, {"blockNumber": "0x1", "logs": 5}, "0xzz", -1]
+    asked = wrong = 0
+    for answer in answers:
+        def node(request: httpx.Request, answer: Any = answer) -> httpx.Response:
+            chain = json.loads(request.content)["method"] == "eth_chainId"
+            return httpx.Response(200, json={"jsonrpc": "2.0", "id": 1, "result": "0x539" if chain else answer})
+
+        async with Rpc(local_rows("http://node")[0], transport=httpx.MockTransport(node)) as rpc:
+            questions: list[Callable[[], Any]] = [
+                rpc.genesis_hash, rpc.head, lambda rpc=rpc: rpc.block_hash(5), lambda rpc=rpc: rpc.balance(who),
+                lambda rpc=rpc: rpc.transaction_count(who), lambda rpc=rpc: rpc.call(who, b""),
+                lambda rpc=rpc: rpc.estimate_gas(who, who, b""), rpc.priority_fee,
+                lambda rpc=rpc: rpc.send_raw(b"12"), lambda rpc=rpc: rpc.knows(tx_hash),
+                lambda rpc=rpc: rpc.receipt(tx_hash),
+            ]  # fmt: skip
+            for question in questions:
+                asked += 1
+                try:
+                    await question()
+                except RpcError:
+                    wrong += 1
+    assert asked == len(answers) * 11
+    assert wrong > asked // 2
