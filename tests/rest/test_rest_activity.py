@@ -135,25 +135,46 @@ def hello(*args: str, **capture: Any) -> dict[str, Any]:
     return {"run": {"entry_point": "hello", "args": list(args), "capture": capture or {"stdout": {"stream": {}}}}}
 
 
-async def sse(side: Side, path: str, enough: Callable[[list[dict[str, Any]]], bool], last_id: str = "") -> list[dict[str, Any]]:
-    """Read runtime events until there are enough, then leave."""
-    headers = {**HEADERS, "Accept": "text/event-stream"} | ({"Last-Event-ID": last_id} if last_id else {})
-    found: list[dict[str, Any]] = []
-    with trio.fail_after(20):
-        async with side.client.request(BASE + path, method="GET", headers=headers) as connection:
-            await connection.send_complete()
-            text = b""
-            while not enough(found):
-                text += await connection.receive()
-                found = []
-                for block in text.decode().split("\n\n"):
-                    fields = dict(line.partition(": ")[::2] for line in block.splitlines() if not line.startswith(":"))
-                    if "data" in fields:
-                        found.append({**json.loads(fields["data"]), "id": fields["id"], "event": fields["event"]})
-            assert connection.status_code == 200
-            assert connection.headers["content-type"] == "text/event-stream"
-            await connection.disconnect()
+def runtime_events(text: bytes) -> list[dict[str, Any]]:
+    found = []
+    for block in text.decode().split("\n\n")[:-1]:
+        fields = dict(line.partition(": ")[::2] for line in block.splitlines() if not line.startswith(":"))
+        if "data" in fields:
+            found.append({**json.loads(fields["data"]), "id": fields["id"], "event": fields["event"]})
     return found
+
+
+async def sse(side: Side, path: str, enough: Callable[[list[dict[str, Any]]], bool], last_id: str = "") -> list[dict[str, Any]]:
+    """Read runtime events until there are enough, then hang up (straight through ASGI)."""
+    text, done, sent_request = b"", trio.Event(), False
+    wanted = {**HEADERS, "Host": "x", "Accept": "text/event-stream"} | ({"Last-Event-ID": last_id} if last_id else {})
+    headers = [(name.lower().encode(), value.encode()) for name, value in wanted.items()]
+    full = BASE + path
+    scope = {
+        "type": "http", "http_version": "1.1", "asgi": {"version": "3.0"}, "method": "GET", "scheme": "http",
+        "path": full, "raw_path": full.encode(), "query_string": b"", "root_path": "", "headers": headers,
+        "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 2), "extensions": {},
+    }  # fmt: skip
+
+    async def receive() -> dict[str, Any]:
+        nonlocal sent_request
+        if not sent_request:
+            sent_request = True
+            return {"type": "http.request", "body": b"", "more_body": False}
+        await done.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        nonlocal text
+        if message["type"] == "http.response.start":
+            assert (message["status"], dict(message["headers"])[b"content-type"]) == (200, b"text/event-stream")
+        text += message.get("body", b"")
+        if enough(runtime_events(text)):
+            done.set()
+
+    with trio.fail_after(20):
+        await side.client.app(scope, receive, send)
+    return runtime_events(text)
 
 
 @pytest.mark.integration
@@ -230,7 +251,7 @@ async def test_results_as_they_come(tmp_path: Path) -> None:
         assert "+" not in events[0]["timestamp"]
         assert await sse(w.r, path, over, last_id=events[2]["id"]) == events[3:]
         began = time.monotonic()
-        status, results = await w.r("GET", f"{path}?timeout=20")  # an early failure is told at once
+        _, results = await w.r("GET", f"{path}?timeout=20")  # an early failure is told at once
         assert time.monotonic() - began < 5
         assert [one["result"] for one in results] == ["Ok", "Ok", "Error"]
         assert results[-1]["isBatchFinished"]
