@@ -14,6 +14,7 @@ from actors.kernel.machine import DropFeed, Emit, Meta, Reply, Send, Wake
 from protocol.market import (
     Done,
     Matched,
+    Rematch,
     Subscription,
     SubscriptionEnded,
     SubscriptionOpened,
@@ -164,6 +165,14 @@ def _no_room(draft: Draft, proposal: Proposal) -> str:
     return ""
 
 
+def _taken(draft: Draft, proposal: Proposal, now: float) -> bool:
+    """Return whether a proposal has an agreement that was or may yet be made; after one that was not, talks may go on."""
+    agreement = draft.get(f"agreement/{proposal.agreement_id}") if proposal.agreement_id else None
+    if agreement is None or agreement.state in ("Rejected", "Cancelled", "Expired"):
+        return False
+    return agreement.state not in ("Proposal", "Pending") or bool(agreement.valid_to > now)
+
+
 def _add(draft: Draft, proposal: Proposal) -> None:
     """Write a new proposal, and count it."""
     draft.put(f"proposal/{proposal.proposal_id}", proposal)
@@ -232,7 +241,7 @@ def counter(draft: Draft, node: str, message: CounterProposal, now: float) -> No
         return _refuse(draft, "gone", f"{label} cannot be countered: {over}.")
     if previous.answer_id:
         return _refuse(draft, "gone", f"{label} was already countered.")
-    if previous.agreement_id:
+    if _taken(draft, previous, now):
         return _refuse(draft, "bad_request", f"{label} was accepted: it has an agreement.")
     if full := _no_room(draft, previous):
         return _refuse(draft, "busy", f"{label} cannot be countered: {full}.")
@@ -282,7 +291,7 @@ def _answer(
 
 def _link(draft: Draft, previous: Proposal, proposal: Proposal) -> None:
     """Write a proposal and that it answers another, which is open again if it was rejected."""
-    state = DRAFT if previous.previous_id else INITIAL
+    state = ACCEPTED if previous.agreement_id else DRAFT if previous.previous_id else INITIAL
     draft.put(f"proposal/{previous.proposal_id}", replace(previous, answer_id=proposal.proposal_id, state=state, reason=""))
     _add(draft, proposal)
 
@@ -362,13 +371,14 @@ def received(draft: Draft, node: str, message: ProposalCountered, meta: Meta) ->
         raise Violation("only the other side's proposal can be countered")
     if previous.answer_id == message.proposal_id:
         return None
-    if previous.answer_id or previous.agreement_id:
+    if previous.answer_id:
         raise Violation("the proposal was already countered")
     _check_terms(message)
     proposal = _answer(
         previous, sender, message.proposal_id, message.properties, message.constraints, message.created
     )
-    why = _over(draft, previous, meta.now) or _no_room(draft, previous) or mismatch(proposal, previous)
+    taken = "it was accepted: it has an agreement" if _taken(draft, previous, meta.now) else ""
+    why = taken or _over(draft, previous, meta.now) or _no_room(draft, previous) or mismatch(proposal, previous)
     if why:
         return _send_back(draft, meta.sender, message.proposal_id, why)
     _link(draft, previous, proposal)
@@ -399,12 +409,17 @@ def rejected(draft: Draft, node: str, message: ProposalRejected, meta: Meta) -> 
 
 
 def undelivered(draft: Draft, message: ProposalOpened | ProposalCountered, why: str) -> None:
-    """A proposal of ours did not arrive; its issuer hears of it as of a rejection that is not final."""
+    """A proposal of ours did not arrive; its issuer hears of it as of a rejection that is not final.
+
+    A requestor gets a fresh Initial proposal as well, while demand and offer live: the provider may come back.
+    """
     proposal = draft.get(f"proposal/{message.proposal_id}")
-    if proposal:
+    if proposal and proposal.state == DRAFT and not proposal.answer_id:
         other = PROVIDER if proposal.role == REQUESTOR else REQUESTOR
         text = f"{other} {proposal.counterpart} could not be reached: {why}"
         _mark_rejected(draft, proposal, reason_text(text, **{"golem.proposal.rejection.is-final": False}))
+        if proposal.role == REQUESTOR:
+            draft.do(Send("market", Rematch(proposal.demand_id, proposal.offer_id)))
 
 
 def _mark_rejected(draft: Draft, proposal: Proposal, reason: str) -> None:

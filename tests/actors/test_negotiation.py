@@ -277,6 +277,8 @@ def test_a_counter_that_did_not_arrive_is_never_silent(pair: Pair) -> None:
     assert isinstance(event, ProposalRejectedEvent)
     assert "could not be reached" in message_of(event.reason)
     assert proposal(pair.r, first).state == "Rejected"
+    pair.settle()
+    assert [send.message for send in pair.unlinked if send.to == "market"] == [Rematch(DEMAND_ID, OFFER_ID)]
 
 
 def test_a_counter_whose_acknowledgement_was_lost_goes_on(pair: Pair) -> None:
@@ -327,6 +329,39 @@ def test_proposals_are_forgotten_after_their_subscription(pair: Pair, monkeypatc
     assert pair.r.rows == {}
     assert pair.r.feed(f"demand/{DEMAND_ID}") == []
     assert pair.r.timers == {}
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_random_talks_end_alike_on_both_sides(block: int) -> None:
+    """25 seeds a block: agents counter and reject what they have, in any order, messages are on their way for any time."""
+    for seed in range(block * 25, block * 25 + 25):
+        rng = random.Random(seed)
+        pair = Pair()
+        for _ in range(rng.randint(5, 40)):
+            waiting = pair.waiting()
+            if waiting and rng.random() < 0.4:
+                pair.deliver(rng.choice(waiting))
+                continue
+            play, subscription_id = rng.choice([(pair.r, DEMAND_ID), (pair.p, OFFER_ID)])
+            known = [row.proposal_id for _, row in play.rows.prefix("proposal/")]
+            if rng.random() < 0.1:
+                pair.match()
+                pair.pass_time(0.001)
+            elif known and rng.random() < 0.3:
+                play.ask(RejectProposal(subscription_id, rng.choice(known), REASON))
+            elif known:
+                (pair.counter_r if play is pair.r else pair.counter_p)(rng.choice(known))
+        pair.settle(rng)
+        assert not pair.r.violations, seed
+        assert not pair.p.violations, seed
+        for key, row in pair.r.rows.prefix("proposal/"):
+            there = pair.p.rows.get(key)
+            if row.previous_id:
+                assert (row.state, row.answer_id, row.properties) == (there.state, there.answer_id, there.properties), seed
+            else:
+                assert there is None, seed
+        shared = [sum(1 for _, row in play.rows.prefix("proposal/") if row.previous_id) for play in (pair.r, pair.p)]
+        assert shared[0] == shared[1], seed
 
 
 # -- agreements
@@ -443,6 +478,39 @@ def test_reject_an_agreement(pair: Pair) -> None:
     assert pair.states(agreement_id) == ("Rejected", "Rejected")
     assert pair.r.feed("agreements") == [AgreementRejectedEvent(agreement_id, "r-session", '{"message":"busy"}')]
     assert code(pair.approve(agreement_id)) == "gone"
+
+
+def test_talks_may_go_on_after_an_agreement_that_was_not_made(pair: Pair) -> None:
+    agreement_id = pair.pending()
+    last = pair.r.rows[f"agreement/{agreement_id}"].proposal_id
+    assert code(pair.counter_r(last)) == "bad_request"  # it may yet be made
+    pair.p.ask(RejectAgreement(agreement_id, '{"message":"busy"}'))
+    pair.settle()
+    third = pair.counter_r(last).id
+    pair.settle()
+    assert pair.p.feed(f"offer/{OFFER_ID}")[-1] == ProposalEvent(third)
+    fourth = pair.counter_p(third).id
+    pair.settle()
+    second_agreement = pair.r.ask(CreateAgreement(fourth, pair.r.now + 600)).id
+    pair.confirm(second_agreement)
+    pair.settle()
+    pair.approve(second_agreement)
+    pair.settle()
+    assert pair.states(second_agreement) == ("Approved", "Approved")
+    assert code(pair.counter_r(fourth)) == "bad_request"
+    assert not pair.r.violations
+    assert not pair.p.violations
+
+
+def test_talks_that_go_on_too_early_hear_why(pair: Pair) -> None:
+    agreement_id = pair.pending(60)
+    last = pair.r.rows[f"agreement/{agreement_id}"].proposal_id
+    pair.r.at(60)  # expired here, not yet by the provider's clock
+    third = pair.counter_r(last).id
+    pair.settle()
+    event = pair.r.feed(f"demand/{DEMAND_ID}")[-1]
+    assert isinstance(event, ProposalRejectedEvent)
+    assert (event.proposal_id, "has an agreement" in event.reason) == (third, True)
 
 
 def test_cancel_before_and_after_sending(pair: Pair) -> None:
