@@ -14,12 +14,10 @@ import trio
 import trio.testing
 from market_world import DEMAND_CONSTRAINTS, DEMAND_PROPERTIES, OFFER_CONSTRAINTS, OFFER_PROPERTIES
 from node_in_test import HEADERS, node_in_test
-from quart_trio import QuartTrio
 from support import trio_test
 
 from golem.node import Node
-from golem.rest import app as rest_app
-from golem.rest import market
+from golem.rest.app import create_app
 from protocol.types import timestamp, timestamp_text
 
 STAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z\Z")
@@ -34,12 +32,7 @@ class Agent:
 
     def __init__(self, node: Node) -> None:
         self.node = node
-        app = QuartTrio("golem", static_folder=None)
-        app.config["RESPONSE_TIMEOUT"] = None
-        rest_app._authenticate(app, node)
-        rest_app._errors(app)
-        app.register_blueprint(market.blueprint(node))
-        self.client = app.test_client()
+        self.client = create_app(node).test_client()
 
     async def call(self, method: str, path: str, body: Any = ..., **headers: str) -> tuple[int, Any]:
         """Return status and JSON body (None if there is none)."""
