@@ -7,6 +7,8 @@ What is guarded, and why (each has a regression test in tests/net/test_net_guard
 - an exception out of a stream handler or of pubsub's message path would cancel the whole swarm: both are fenced;
 - the slot of an inbound connection is given back when the connection ends, not when the node does;
 - the auto-connector, which dials every peer ever heard of, identify, and gossipsub's peer exchange are off;
+- its limit of new connections a second counts all strangers as one peer, so that one can lock out all others: it is
+  replaced by limits per IP address;
 - gossip is limited per neighbour, before any signature is checked;
 - addresses are dialled one by one by us: the swarm tries the first only, then blocks the peer for a minute;
 - gossip starts its sequence numbers at the clock's nanoseconds, else a restarted node is mute for a while.
@@ -67,6 +69,8 @@ if "LIBP2P_DEBUG" not in os.environ:
 
 MAX_CONNECTIONS = 1000
 MAX_CONNECTIONS_PER_PEER = 8  # two of each side when both dial at once, and some still closing
+MAX_HANDSHAKES_PER_IP = 32  # at a time; one that stalls is given up after 10 s
+MAX_INBOUND_PER_IP = 256
 MAX_MESSAGES_PER_S = 200  # gossip that one neighbour may forward to us
 StreamHandler = Callable[[str, MuxStream], Awaitable[None]]
 
@@ -79,6 +83,8 @@ class Host:
         self.node_id = node_id_of(public_key(key))
         self.on_connected: Callable[[str, Mux], None] = lambda node_id, conn: None
         self.on_dead: Callable[[Mux], None] = lambda conn: None
+        self._shaking: Counter[str] = Counter()  # inbound connections in the handshake, by IP address
+        self._inbound_of: Counter[str] = Counter()
         self.inner: Any = _build(key)
         self.swarm: Any = self.inner.get_network()
         self.peer_id = str(self.inner.get_id())
@@ -238,13 +244,22 @@ class Host:
     async def _inbound(self, stream: Any, listen_address: Any, failure_event: Any) -> None:
         """As upstream, but over when the connection is: the caller's slot is then free for another peer."""
         raw = RawConnection(stream, False)
+        ip = (stream.get_remote_address() or ("",))[0]
+        self._shaking[ip] += 1
+        self._inbound_of[ip] += 1
         try:
-            conn = await self.swarm.upgrade_inbound_raw_conn(raw, listen_address)
+            try:
+                if self._shaking[ip] > MAX_HANDSHAKES_PER_IP or self._inbound_of[ip] > MAX_INBOUND_PER_IP:
+                    raise ConnectionRefusedError(f"too many connections of {ip}")
+                conn = await self.swarm.upgrade_inbound_raw_conn(raw, listen_address)
+            finally:
+                _subtract(self._shaking, ip)
             await conn.event_closed.wait()
         except Exception as error:
             # Garbage, half handshakes and refused limits end here, in as many types as there are layers.
             log.debug("inbound connection failed: %r", error)
         finally:
+            _subtract(self._inbound_of, ip)
             with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
                 try:
                     await raw.close()
@@ -342,6 +357,12 @@ class _Notifee(INotifee):
         await trio.lowlevel.checkpoint()
 
 
+def _subtract(counts: Counter[str], key: str) -> None:
+    counts[key] -= 1
+    if counts[key] <= 0:
+        del counts[key]
+
+
 def node_of(conn: Any) -> str:
     """The node id of a connection's authenticated peer."""
     return node_id_of(pubkey_of(str(conn.peer_id)))
@@ -356,6 +377,14 @@ def _build(key: bytes) -> Any:
         max_established_outbound=MAX_CONNECTIONS,
         max_established_total=2 * MAX_CONNECTIONS,
     )
+    manager = new_resource_manager(
+        limits=ResourceLimits(max_connections=sys.maxsize),  # this count forgets releases; the others hold
+        connection_limits=limits,
+        enable_memory_limits=False,
+        enable_circuit_breaker=False,
+        enable_graceful_degradation=False,
+    )
+    manager.connection_rate_limiter = None
     config = ConnectionConfig(
         min_connections=0,
         low_watermark=0,
@@ -368,13 +397,7 @@ def _build(key: bytes) -> Any:
         sec_opt={NOISE: Noise(pair, noise_privkey=new_x25519_pair().private_key)},
         listen_addrs=[Multiaddr("/ip4/127.0.0.1/tcp/0")],
         connection_config=config,
-        resource_manager=new_resource_manager(
-            limits=ResourceLimits(max_connections=sys.maxsize),  # this count forgets releases; the others hold
-            connection_limits=limits,
-            enable_memory_limits=False,
-            enable_circuit_breaker=False,
-            enable_graceful_degradation=False,
-        ),
+        resource_manager=manager,
         disable_identify_address_discovery=True,
     )
     host.get_network().retry_config = RetryConfig(max_retries=0)

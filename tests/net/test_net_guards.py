@@ -22,7 +22,7 @@ from net_helpers import FAST, KEYS, dial_stock, echo_stream, eventually, frame, 
 from support import trio_test
 
 from golem.net import ListenError, NetConfig, Unreachable, open_network
-from golem.net.host import Host
+from golem.net.host import MAX_HANDSHAKES_PER_IP, Host
 from golem.net.yamux import ACK, DATA, FULL_WINDOW, MAX_STREAMS, PING, SYN, WINDOW_UPDATE
 
 
@@ -128,7 +128,7 @@ async def test_inbound_slots_are_given_back() -> None:
     async with hosts(2) as (host, friend):
         slots = host.swarm._inbound_limiter
         tasks = None
-        for _ in range(30):
+        for _ in range(120):  # more than the stock limit of new connections a second allows
             conn = await friend.dial(host.peer_id, host.addresses())
             assert slots.borrowed_tokens >= 1
             await conn.close()
@@ -139,6 +139,21 @@ async def test_inbound_slots_are_given_back() -> None:
         await trio.sleep(0.5)
         assert trio.lowlevel.current_statistics().tasks_living <= tasks + 3
         assert host.swarm.get_total_connections() == 0
+
+
+@trio_test
+async def test_stalled_handshakes_of_one_address_do_not_take_all_slots() -> None:
+    async with hosts(2) as (host, friend):
+        host.serve_streams("/echo", echo_stream)
+        port = int(host.addresses()[0].split("/")[4])
+        stalled = [await trio.open_tcp_stream("127.0.0.1", port) for _ in range(100)]
+        await eventually(lambda: host.swarm._inbound_limiter.borrowed_tokens == MAX_HANDSHAKES_PER_IP)
+        for stream in stalled:
+            await stream.aclose()
+        await eventually(lambda: host.swarm._inbound_limiter.borrowed_tokens == 0)
+        assert not host._shaking
+        assert not host._inbound_of
+        assert await is_serving(host, friend)
 
 
 @trio_test
