@@ -249,7 +249,34 @@ async def test_bad_requests_say_what_is_wrong(tmp_path: Path) -> None:
             assert text in answer["message"], (method, path, answer)
 
 
+@trio_test
+async def test_offers_survive_a_restart(tmp_path: Path) -> None:
+    async with one(tmp_path) as agent:
+        offer_id = await agent.made("/offers", OFFER, 201)
+        demand_id = await agent.made("/demands", DEMAND, 201)
+        before = await agent.get("/offers")
+    async with one(tmp_path) as agent:
+        assert await agent.get("/offers") == before
+        assert await agent.get(f"/offers/{offer_id}/events?timeout=0") == (200, [])
+        assert await agent.get(f"/demands/{demand_id}/events?timeout=0") == (200, [])
+        assert await agent.call("DELETE", f"/offers/{offer_id}") == (204, None)
+
+
 # -- two nodes
+
+
+@trio_test
+async def test_a_node_that_joins_later_finds_the_offer_within_two_seconds(tmp_path: Path) -> None:
+    async with node_in_test(tmp_path / "r") as requestor, node_in_test(tmp_path / "p") as provider:
+        r, p = Agent(requestor), Agent(provider)
+        await p.made("/offers", OFFER, 201)
+        demand_id = await r.made("/demands", DEMAND, 201)
+        with trio.fail_after(20):
+            while not (provider.network.is_up and requestor.network.is_up and provider.network.addresses):
+                await trio.sleep(0.02)
+        await requestor.network.connect(provider.network.addresses[0])
+        (event,) = await r.events(f"/demands/{demand_id}", timeout_s=2.0)
+        assert event["proposal"]["issuerId"] == provider.node_id
 
 
 @trio_test
