@@ -1,0 +1,422 @@
+"""The activity machine, both roles, and with the exe-unit's machine in between, in any order of delivery."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import Any
+
+import pytest
+from playbook import START, Nodes, Playbook, playbook
+
+from actors.activity import (
+    KEEP_S,
+    MAX_UNFINISHED,
+    UNREACHABLE,
+    Activity,
+    batch_key,
+    result_key,
+)
+from actors.exeunit import ExeUnit
+from protocol.activity import (
+    MAX_OUTPUT_BYTES,
+    ActivityEvent,
+    ActivityKnown,
+    ActivityRequested,
+    CommandResult,
+    CreateActivity,
+    DestroyActivity,
+    DestroyRequested,
+    Done,
+    Exec,
+    StateChanged,
+    StateReported,
+    UsageReported,
+    cut_output,
+    fit_output,
+)
+from protocol.codec import encode
+from protocol.exeunit import CommandFinished, Execute, RunBatch, ShutDown, UnitStarted
+from protocol.negotiation import AgreementApproved, AgreementEnded
+from protocol.types import Refused, Undelivered, Violation
+
+R, P, X = "0x" + "1" * 40, "0x" + "2" * 40, "0x" + "3" * 40
+AGREEMENT, ACTIVITY, BATCH = "a" * 64, "c" * 32, "b" * 32
+UNIT = f"{P}/exeunit:{ACTIVITY}"
+SCRIPT = '[{"deploy":{}},{"start":{}}]'
+
+
+def approved(role: str, requestor: str = R) -> AgreementApproved:
+    offer = json.dumps({"golem.runtime.name": "wasmtime"})
+    return AgreementApproved(AGREEMENT, role, requestor, P, "{}", offer, START, f"session-{role}")
+
+
+def requestor() -> Playbook:
+    play = playbook(Activity(R), R)
+    play.tell(approved("Requestor"), f"{R}/negotiation")
+    return play
+
+
+def provider() -> Playbook:
+    play = playbook(Activity(P), P)
+    play.tell(approved("Provider"), f"{P}/negotiation")
+    return play
+
+
+def created(play: Playbook) -> Playbook:
+    assert play.ask(CreateActivity(ACTIVITY, AGREEMENT, 5.0)) == Done(ACTIVITY)
+    return play
+
+
+def running(play: Playbook) -> Playbook:
+    """A requestor's activity that is initialized and has one batch under way."""
+    created(play).tell(StateChanged(ACTIVITY, "Initialized", at=play.now), P)
+    assert play.ask(Exec(BATCH, ACTIVITY, SCRIPT)) == Done(BATCH)
+    return play
+
+
+def state(play: Playbook) -> tuple[str, str | None, str | None]:
+    row = play.rows[f"activity/{ACTIVITY}"]
+    return row.state, row.pending, row.reason
+
+
+def result(index: int, ok: bool = True, **changes: Any) -> CommandResult:
+    fields = {"stdout": None, "stderr": None, "message": None, "at": START, "is_last": False} | changes
+    return CommandResult(ACTIVITY, BATCH, index, ok, **fields)
+
+
+# -- the requestor's side
+def test_create_asks_the_provider_and_tells_the_ledger() -> None:
+    play = created(requestor())
+    assert play.sent(f"{P}/activity") == [ActivityRequested(ACTIVITY, AGREEMENT, 5.0)]
+    assert play.sent("ledger") == [ActivityKnown(ACTIVITY, AGREEMENT)]
+    assert state(play) == ("New", None, None)
+    play.sends.clear()
+    created(play)
+    assert play.sends == []
+
+
+@pytest.mark.parametrize(("role", "ended", "code"), [("Provider", False, "forbidden"), ("Requestor", True, "bad_request")])
+def test_create_refusals(role: str, ended: bool, code: str) -> None:
+    play = playbook(Activity(R if role == "Requestor" else P), R)
+    assert play.ask(CreateActivity(ACTIVITY, AGREEMENT, 5.0)).code == "bad_request"
+    play.tell(approved(role), f"{R}/negotiation")
+    if ended:
+        play.tell(AgreementEnded(AGREEMENT, "Provider", ""), f"{R}/negotiation")
+    assert play.ask(CreateActivity(ACTIVITY, AGREEMENT, 5.0)).code == code
+    assert play.sends == []
+
+
+def test_states_come_from_the_provider_alone() -> None:
+    play = created(requestor())
+    for sender in (X, f"{P}/ledger", UNIT):
+        with pytest.raises(Violation):
+            play.tell(StateChanged(ACTIVITY, "Ready"), sender)
+    with pytest.raises(Violation):
+        play.tell(StateChanged(ACTIVITY, "Flying"), P)
+    for usage in ([float("nan")], [-1.0], [1.0] * 65):
+        with pytest.raises(Violation):
+            play.tell(StateChanged(ACTIVITY, "Ready", usage=usage), P)
+    play.tell(StateChanged(ACTIVITY, "Initialized", usage=[1.0], at=START, usage_at=START), P)
+    assert state(play) == ("Initialized", None, None)
+    assert play.rows[f"activity/{ACTIVITY}"].usage == [1.0]
+    assert play.tell(StateChanged("d" * 32, "Ready"), P) == []
+
+
+def test_results_are_stored_in_order_once_and_from_the_exe_unit_alone() -> None:
+    play = running(requestor())
+    assert play.sent(UNIT) == [RunBatch(ACTIVITY, BATCH, SCRIPT)]
+    for sender in (P, X, f"{P}/exeunit:{'d' * 32}"):
+        with pytest.raises(Violation):
+            play.tell(result(0), sender)
+    with pytest.raises(Violation):
+        play.tell(result(1), UNIT)
+    with pytest.raises(Violation):
+        play.tell(result(0, stdout=[1]), UNIT)
+    play.tell(result(0, stdout="out", stderr=b"\xff"), UNIT)
+    play.tell(result(0, stdout="other"), UNIT)  # a repeat changes nothing
+    row = play.rows[result_key(BATCH, 0)]
+    assert (row.stdout, row.stderr, row.batch_finished) == ("out", b"\xff", False)
+    play.tell(result(1), UNIT)
+    assert play.rows[result_key(BATCH, 1)].batch_finished
+    assert play.rows[batch_key(ACTIVITY, BATCH)].finished
+    assert play.rows[f"activity/{ACTIVITY}"].unfinished == ()
+    assert [event.index for event in play.feed(f"batch/{BATCH}")] == [0, 1]
+    play.tell(result(2), UNIT)  # beyond the end of a finished batch: no more than noise
+    assert len(play.feed(f"batch/{BATCH}")) == 2
+
+
+def test_a_failure_finishes_a_batch_early() -> None:
+    play = running(requestor())
+    play.tell(result(0, ok=False, message="ExeScript command exited with code 2"), UNIT)
+    assert play.rows[batch_key(ACTIVITY, BATCH)].finished
+    assert play.rows[result_key(BATCH, 0)].batch_finished
+
+
+def test_a_result_carries_the_state_and_an_older_report_does_not_undo_it() -> None:
+    play = running(requestor())
+    play.tell(result(1 - 1, at=START + 2, state="Deployed"), UNIT)
+    assert state(play) == ("Deployed", None, None)
+    play.tell(StateChanged(ACTIVITY, "Initialized", "Deployed", at=START + 1), P)
+    assert state(play) == ("Deployed", None, None)
+    play.tell(StateChanged(ACTIVITY, "Deployed", "Ready", at=START + 3), P)
+    assert state(play) == ("Deployed", "Ready", None)
+    play.tell(StateChanged(ACTIVITY, "Terminated", reason="over", at=START), P)
+    assert state(play) == ("Terminated", None, "over")
+
+
+def test_exec_refusals() -> None:
+    play = requestor()
+    assert play.ask(Exec(BATCH, ACTIVITY, SCRIPT)).code == "unknown"
+    created(play)
+    reply = play.ask(Exec(BATCH, ACTIVITY, '[{"fly":{}}]'))
+    assert reply.code == "bad_request"
+    assert reply.message.startswith("Bad request: command 0: unknown command 'fly'")
+    for number in range(MAX_UNFINISHED):
+        assert play.ask(Exec(f"{number:032x}", ACTIVITY, SCRIPT)) == Done(f"{number:032x}")
+    assert play.ask(Exec(BATCH, ACTIVITY, SCRIPT)).code == "busy"
+    play.tell(StateChanged(ACTIVITY, "Terminated"), P)
+    assert play.ask(Exec(BATCH, ACTIVITY, SCRIPT)).code == "unreachable"
+    other = playbook(Activity(P), P)
+    other.tell(approved("Provider"), f"{P}/negotiation")
+    other.tell(ActivityRequested(ACTIVITY, AGREEMENT, 5.0), R)
+    assert other.ask(Exec(BATCH, ACTIVITY, SCRIPT)).code == "forbidden"
+    assert other.ask(DestroyActivity(ACTIVITY)).code == "forbidden"
+
+
+def test_the_end_of_an_activity_gives_every_batch_a_last_result() -> None:
+    play = running(requestor())
+    assert play.ask(Exec("d" * 32, ACTIVITY, SCRIPT)) == Done("d" * 32)
+    play.tell(result(0), UNIT)
+    play.tell(StateChanged(ACTIVITY, "Terminated", reason="Usage limit exceeded", error_message="memory"), P)
+    for batch, index in ((BATCH, 1), ("d" * 32, 0)):
+        row = play.rows[result_key(batch, index)]
+        assert (row.ok, row.batch_finished) == (False, True)
+        assert row.message == "activity terminated: Usage limit exceeded: memory"
+        assert play.feed(f"batch/{batch}")[-1].finished
+    assert play.rows[f"activity/{ACTIVITY}"].unfinished == ()
+    play.tell(result(1), UNIT)  # too late
+    assert not play.rows[result_key(BATCH, 1)].ok
+
+
+def test_a_provider_that_cannot_be_reached_ends_the_activity() -> None:
+    for lost in (ActivityRequested(ACTIVITY, AGREEMENT, 5.0), RunBatch(ACTIVITY, BATCH, SCRIPT), DestroyRequested(ACTIVITY)):
+        play = running(requestor())
+        play.sends.clear()
+        play.tell(Undelivered(f"{P}/activity", encode(lost), "no route"), f"{R}/activity")
+        row = play.rows[f"activity/{ACTIVITY}"]
+        assert (row.state, row.reason, row.error_message) == ("Terminated", UNREACHABLE, "no route")
+        assert play.rows[batch_key(ACTIVITY, BATCH)].finished
+        told = [] if isinstance(lost, DestroyRequested) else [DestroyRequested(ACTIVITY)]
+        assert play.sent(f"{P}/activity") == told
+
+
+def test_a_silent_provider_ends_the_activity_in_the_end() -> None:
+    play = created(requestor())
+    play.at(20)
+    assert play.sent(f"{P}/activity")[-1] == DestroyRequested(ACTIVITY)
+    play.at(1000)
+    assert state(play) == ("Terminated", None, "destroyed")
+    play.at(2 * KEEP_S)
+    assert play.feed(f"activity/{ACTIVITY}") == []
+    assert play.timers == {}
+
+
+def test_results_are_forgotten_after_a_day_and_the_activity_is_not() -> None:
+    play = running(requestor())
+    play.tell(result(0, ok=False), UNIT)
+    play.at(KEEP_S - 1)
+    assert result_key(BATCH, 0) in play.rows
+    play.at(2)
+    assert sorted(play.rows) == [f"activity/{ACTIVITY}", f"agreement/{AGREEMENT}"]
+    assert play.feed(f"batch/{BATCH}") == []
+    play.tell(result(1), UNIT)
+
+
+# -- the provider's side
+def test_a_request_becomes_an_event_once() -> None:
+    play = provider()
+    for _ in range(2):
+        play.tell(ActivityRequested(ACTIVITY, AGREEMENT, 5.0), R)
+    assert play.feed("activities") == [ActivityEvent(ACTIVITY, AGREEMENT, "CreateActivity", "session-Provider")]
+    assert play.sent("ledger") == [ActivityKnown(ACTIVITY, AGREEMENT)]
+    assert play.rows[f"agreement/{AGREEMENT}"].exe_unit == "wasmtime"
+
+
+def test_only_the_requestor_of_the_agreement_may_create_and_destroy() -> None:
+    play = provider()
+    with pytest.raises(Violation):
+        play.tell(ActivityRequested(ACTIVITY, AGREEMENT, 5.0), X)
+    with pytest.raises(Violation):
+        play.tell(ActivityRequested("../../etc", AGREEMENT, 5.0), R)
+    play.tell(ActivityRequested(ACTIVITY, AGREEMENT, 5.0), R)
+    for message in (ActivityRequested(ACTIVITY, AGREEMENT, 5.0), DestroyRequested(ACTIVITY)):
+        with pytest.raises(Violation):
+            play.tell(message, X)
+    assert len(play.feed("activities")) == 1
+
+
+def test_a_request_may_come_before_the_news_of_its_agreement() -> None:
+    play = playbook(Activity(P), P)
+    play.tell(ActivityRequested(ACTIVITY, AGREEMENT, 5.0), R)
+    play.tell(ActivityRequested("d" * 32, AGREEMENT, 5.0), X)
+    assert play.feed("activities") == []
+    play.tell(approved("Provider"), f"{P}/negotiation")
+    assert [event.activity_id for event in play.feed("activities")] == [ACTIVITY]
+    assert not any(key.startswith("held/") for key in play.rows)
+
+
+def test_a_request_without_agreement_is_turned_down_and_strangers_cannot_fill_the_disk() -> None:
+    play = playbook(Activity(P), P)
+    for number in range(200):
+        play.tell(ActivityRequested(f"{number:032x}", AGREEMENT, 5.0), X)
+    assert len(play.rows) == 64
+    assert len(play.take_sent(f"{X}/activity")) == 136
+    play.at(11)
+    assert play.rows == {}
+    assert {(told.state, told.reason) for told in play.sent(f"{X}/activity")} == {("Terminated", "agreement not approved")}
+
+
+def test_reports_go_on_to_the_requestor_and_come_from_the_unit_or_the_agent() -> None:
+    play = provider()
+    play.tell(ActivityRequested(ACTIVITY, AGREEMENT, 5.0), R)
+    for sender in (f"{P}/exeunit:{'d' * 32}", f"{P}/market"):
+        with pytest.raises(Violation):
+            play.tell(StateReported(ACTIVITY, "Initialized"), sender)
+    with pytest.raises(Violation):
+        play.tell(StateReported(ACTIVITY, "Initialized"), f"{R}/exeunit:{ACTIVITY}")
+    play.tell(StateReported(ACTIVITY, "Initialized", usage=[0.0], at=START), UNIT)
+    play.tell(UsageReported(ACTIVITY, [2.0], START + 1), UNIT)
+    assert play.timers == {}
+    assert play.ask(StateReported(ACTIVITY, "Terminated", reason="execution aborted")) == Done(ACTIVITY)
+    play.tell(StateReported(ACTIVITY, "Ready"), UNIT)  # over is over
+    told = play.sent(f"{R}/activity")
+    assert [getattr(one, "state", "usage") for one in told] == ["Initialized", "usage", "Terminated"]
+    assert told[-1].usage == [2.0]
+    assert play.ask(StateReported("d" * 32, "Ready")) == Refused("unknown", f"no such activity: {'d' * 32}")
+
+
+def test_destroy_is_one_event_and_ends_even_if_nobody_confirms() -> None:
+    play = provider()
+    play.tell(ActivityRequested(ACTIVITY, AGREEMENT, 5.0), R)
+    for _ in range(3):
+        play.tell(DestroyRequested(ACTIVITY), R)
+    assert [event.kind for event in play.feed("activities")] == ["CreateActivity", "DestroyActivity"]
+    play.at(61)
+    assert state(play) == ("Terminated", None, "destroyed")
+    play.take_sent(f"{R}/activity")
+    play.tell(DestroyRequested(ACTIVITY), R)
+    assert [told.state for told in play.take_sent(f"{R}/activity")] == ["Terminated"]
+    play.tell(DestroyRequested("d" * 32), R)
+    assert [told.reason for told in play.take_sent(f"{R}/activity")] == ["no such activity"]
+
+
+def test_a_unit_that_does_not_start_is_destroyed() -> None:
+    play = provider()
+    play.tell(ActivityRequested(ACTIVITY, AGREEMENT, 5.0), R)
+    play.at(11)
+    assert [event.kind for event in play.feed("activities")] == ["CreateActivity", "DestroyActivity"]
+
+
+def test_the_end_of_the_agreement_ends_its_activities_on_both_sides() -> None:
+    play = provider()
+    play.tell(ActivityRequested(ACTIVITY, AGREEMENT, 5.0), R)
+    play.tell(AgreementEnded(AGREEMENT, "Requestor", ""), f"{P}/negotiation")
+    assert [event.kind for event in play.feed("activities")] == ["CreateActivity", "DestroyActivity"]
+    play.tell(ActivityRequested("d" * 32, AGREEMENT, 5.0), R)
+    assert play.sent(f"{R}/activity")[-1].reason == "agreement terminated"
+    asking = created(requestor())
+    asking.tell(AgreementEnded(AGREEMENT, "Provider", ""), f"{R}/negotiation")
+    assert asking.sent(f"{P}/activity")[-1] == DestroyRequested(ACTIVITY)
+
+
+# -- outputs
+def test_outputs_are_cut_to_what_a_message_holds() -> None:
+    big = "ä" * MAX_OUTPUT_BYTES
+    out, err, text = fit_output(big, big.encode(), "done", MAX_OUTPUT_BYTES)
+    assert isinstance(out, str)
+    assert isinstance(err, bytes)
+    assert MAX_OUTPUT_BYTES - 2 <= len(out.encode()) + len(err) <= MAX_OUTPUT_BYTES
+    assert text == f"done (output cut to {MAX_OUTPUT_BYTES} bytes of {4 * MAX_OUTPUT_BYTES})"
+    assert fit_output("a", None, None, 10) == ("a", None, None)
+    assert fit_output("a" * 9, "b" * 9, None, 10)[:2] == ("aaaaa", "bbbbb")
+    assert fit_output("a" * 2, "b" * 9, None, 10)[:2] == ("aa", "b" * 8)
+    assert cut_output("aä", 2) == "a"
+
+
+def test_a_batch_does_not_outgrow_the_journal() -> None:
+    play = requestor()
+    created(play).tell(StateChanged(ACTIVITY, "Ready", at=START), P)
+    play.ask(Exec(BATCH, ACTIVITY, json.dumps([{"run": {"entry_point": "x"}}] * 40)))
+    for index in range(40):
+        play.tell(result(index, stdout="x" * MAX_OUTPUT_BYTES), UNIT)
+    kept = sum(len(play.rows[result_key(BATCH, index)].stdout or "") for index in range(40))
+    assert kept <= 16 << 20
+    assert "output cut" in play.rows[result_key(BATCH, 39)].message
+
+
+# -- all three machines
+class Market:
+    """Requestor, provider and exe-unit, with a runtime that counts what it was told to run."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = random.Random(seed)
+        self.r, self.p = requestor(), provider()
+        self.unit = playbook(ExeUnit(ACTIVITY, R, P), P)
+        self.nodes = Nodes(self.r, self.p, self.unit)
+        self.executed: list[tuple[str, int]] = []
+        self.waiting: list[Execute] = []
+
+    def step(self) -> bool:
+        links = self.nodes.waiting()
+        for send in self.nodes.unlinked:
+            if isinstance(send.message, Execute):
+                self.executed.append((send.message.batch_id, send.message.index))
+                self.waiting.append(send.message)
+        self.nodes.unlinked.clear()
+        choices: list[Any] = [*links, *self.waiting]
+        if not choices:
+            return False
+        choice = self.rng.choice(choices)
+        if not isinstance(choice, Execute):
+            self.nodes.deliver(choice)
+            return True
+        self.waiting.remove(choice)
+        ok = choice.refusal is None and self.rng.random() < 0.9
+        finished = CommandFinished(
+            choice.batch_id, choice.index, ok, "out", None, choice.refusal, self.unit.now, [float(len(self.executed))]
+        )
+        self.unit.tell(finished, f"{P}/runtime")
+        return True
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_any_order_of_delivery_gives_every_command_one_result_in_order(seed: int) -> None:
+    m = Market(seed)
+    m.unit.tell(UnitStarted("process"), f"{P}/edge")
+    created(m.r)
+    batches: list[tuple[str, int]] = []
+    for number in range(400):
+        if number < 60 and m.rng.random() < 0.2 and state(m.r)[0] != "Terminated":
+            kinds = [{"deploy": {}}, {"start": {}}, {"run": {"entry_point": "x"}}, {"terminate": {}}]
+            commands = [m.rng.choice(kinds) for _ in range(3)]
+            batches.append((f"{number:032x}", len(commands)))
+            m.r.ask(Exec(batches[-1][0], ACTIVITY, json.dumps(commands)))
+        for play in (m.r, m.p, m.unit):
+            play.at(0.001)
+        if number == 350:
+            m.unit.tell(ShutDown("destroyed", None, [99.0]), f"{P}/edge")
+        m.step()
+    while m.step():
+        pass
+    assert len(m.executed) == len(set(m.executed)), "a command ran twice"
+    for batch_id, size in batches:
+        row = m.r.rows[batch_key(ACTIVITY, batch_id)]
+        results = [m.r.rows[result_key(batch_id, index)] for index in range(row.have)]
+        assert row.finished
+        assert 1 <= row.have <= size
+        assert [one.batch_finished for one in results] == [False] * (row.have - 1) + [True]
+        assert all(one.ok for one in results[:-1])
+    assert state(m.r) == state(m.p) == ("Terminated", None, "destroyed")
+    assert m.r.rows[f"activity/{ACTIVITY}"].usage == [99.0]
+    assert m.r.violations == m.p.violations == m.unit.violations == []
