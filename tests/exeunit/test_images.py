@@ -86,12 +86,17 @@ async def test_file_packages_stay_below_the_allowed_directories(tmp_path: Path) 
             await images.obtain(reference, ALL)
 
 
+@pytest.mark.parametrize("from_cache", [False, True])
 @trio_test
-async def test_least_recently_used_goes_but_not_what_is_in_use(tmp_path: Path) -> None:
+async def test_least_recently_used_goes_but_not_what_is_in_use(tmp_path: Path, from_cache: bool) -> None:
     images = store(tmp_path, max_bytes=250)
     contents = [b"\0asm" + bytes([n]) * 96 for n in range(4)]
     references = [package(tmp_path / str(n), content) for n, content in enumerate(contents)]
     held = await images.obtain(references[0], ALL)
+    if from_cache:  # a second user, while the first is still there
+        first, held = held, await images.obtain(references[0], ALL)
+        assert held.cached
+        first.close()
     for n in (1, 2):
         (await images.obtain(references[n], ALL)).close()
         for age, path in enumerate(sorted((tmp_path / "cache").iterdir(), key=os.path.getmtime)):

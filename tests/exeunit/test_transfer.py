@@ -33,6 +33,8 @@ class WebServer:
     cut_after: list[int] = field(default_factory=list)  # body bytes after which the next answers break off
     statuses: list[int] = field(default_factory=list)  # of the next answers, instead of serving
     redirects: dict[str, str] = field(default_factory=dict)
+    ranges: bool = True
+    announce: bool = True  # the length of a body
 
     def url(self, path: str = "/f", user: str = "") -> str:
         return f"http://{user}127.0.0.1:{self.port}{path}"
@@ -52,7 +54,10 @@ class WebServer:
             self.requests.append((f"{method} {path}", headers))
             while len(body) < int(headers.get("content-length", 0)):
                 body += await stream.receive_some()
-            await stream.send_all(self.answer(method, path, headers, body))
+            try:
+                await stream.send_all(self.answer(method, path, headers, body))
+            except trio.BrokenResourceError:
+                pass  # the client had enough
 
     def answer(self, method: str, path: str, headers: dict[str, str], body: bytes) -> bytes:
         if self.statuses:
@@ -65,12 +70,14 @@ class WebServer:
         if path not in self.files:
             return _response(404, b"nothing here")
         content, start = self.files[path], 0
-        if "range" in headers and headers.get("if-range") == '"v1"':
+        if self.ranges and "range" in headers and headers.get("if-range") == '"v1"':
             start = int(headers["range"].removeprefix("bytes=").rstrip("-"))
             extra = {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}", "ETag": '"v1"'}
             response = _response(206, content[start:], **extra)
         else:
             response = _response(200, content, ETag='"v1"')
+        if not self.announce:
+            response = response.replace(b"Content-Length: ", b"X-Length: ")
         if self.cut_after:
             response = response[: response.index(b"\r\n\r\n") + 4 + self.cut_after.pop(0)]
         return response
@@ -238,6 +245,33 @@ async def test_http_download_is_resumed(tmp_path: Path) -> None:
 
 
 @trio_test
+async def test_server_without_ranges_starts_over(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    async with web_server() as web:
+        web.cut_after, web.ranges = [100_000], False
+        await place.move(f"hash:sha3:{SHA}:" + web.url(), "container:/golem/f")
+        assert web.requests[1][1]["range"] == "bytes=100000-"
+    assert (tmp_path / "out/f").read_bytes() == CONTENT
+
+
+@trio_test
+async def test_file_that_changed_meanwhile_is_not_mixed(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    async with web_server() as web:
+        web.cut_after, web.statuses = [100_000], []
+        answer = web.answer
+
+        def changing(method: str, path: str, headers: dict[str, str], body: bytes) -> bytes:
+            web.files["/f"] = CONTENT if "range" not in headers else b"new"
+            # The server honours If-Range: another version means the whole of it.
+            return answer(method, path, {key: value for key, value in headers.items() if key != "if-range"}, body)
+
+        web.answer = changing  # type: ignore[method-assign]
+        await place.move(web.url(), "container:/golem/f")
+    assert (tmp_path / "out/f").read_bytes() == b"new"
+
+
+@trio_test
 async def test_third_failure_is_final(tmp_path: Path) -> None:
     place = Place(tmp_path)
     async with web_server() as web:
@@ -276,6 +310,11 @@ async def test_size_limit_holds_with_and_without_an_announcement(tmp_path: Path)
     async with web_server() as web:
         with pytest.raises(TransferError, match="too large: 256000 bytes, at most 1000"):
             await place.move(web.url(), "container:/golem/f", max_bytes=1000)
+        web.announce = False
+        with pytest.raises(TransferError, match="too large: more than 1000 bytes"):
+            await place.move(web.url(), "container:/golem/f", max_bytes=1000)
+        assert await place.move(web.url(), "container:/golem/f") == len(CONTENT)
+        (tmp_path / "out/f").unlink()
     with pytest.raises(TransferError, match="too large"):
         await place.move(_put(place, b"12345"), "container:/golem/f", max_bytes=4)
     assert place.files() == []

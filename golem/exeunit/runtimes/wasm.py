@@ -346,7 +346,6 @@ class WasmRuntime:
         while True:
             # Looking takes long where there are many files: then look less often.
             await trio.sleep(max(self._settings.storage_check_s, 5 * took_s))
-            child.peak_bytes()  # also a sample of its memory
             began_s = trio.current_time()
             if not await self._measure_storage() or self._storage_bytes > limits.storage_bytes:
                 child.kill(_storage_text(limits))

@@ -24,6 +24,7 @@ from golem.exeunit.usage import peak_from_status, process_cpu_s, process_peak_by
 CHUNK_BYTES = 1 << 16
 MAX_REPORT_BYTES = 1 << 16
 DRAIN_AFTER_KILL_S = 1.0
+SAMPLE_S = 0.25
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Child:
     def kill(self, reason: str) -> None:
         """SIGKILL; the first reason given is the one that is told."""
         if self._status is None:
+            self.peak_bytes()
             self._killed_for = self._killed_for or reason
             self._killed.set()
             with contextlib.suppress(ProcessLookupError):
@@ -111,6 +113,12 @@ class Child:
             await trio.sleep(limit_s)
             self.kill(f"time limit of {limit_s:g} s reached")
 
+        async def sample_memory() -> None:
+            """A child that the kernel ends (limits on CPU time or memory) can no longer tell its peak itself."""
+            while True:
+                self.peak_bytes()
+                await trio.sleep(SAMPLE_S)
+
         async def give_up_after_kill(scope: trio.CancelScope) -> None:
             """Whoever takes the output may be why the child had to be killed: do not wait for them for ever."""
             await self._killed.wait()
@@ -118,6 +126,7 @@ class Child:
             scope.cancel()
 
         async with trio.open_nursery() as clock:
+            clock.start_soon(sample_memory)
             if time_limit_s is not None:
                 clock.start_soon(time_out, time_limit_s)
             async with (
@@ -152,7 +161,6 @@ class Child:
     async def end(self) -> None:
         """Kill if still alive, reap, close everything. Not cancellable, and quick."""
         with trio.CancelScope(shield=True):
-            self.peak_bytes()
             self.kill("cancelled")
             if self._status is None:
                 await trio.lowlevel.wait_readable(self._pidfd)
