@@ -1,0 +1,309 @@
+"""What the provider agent asks for: debit notes while an activity runs and at its end, one invoice when all is over.
+
+A note carries the running total of its activity; totals never decrease. The amount is in the note's row before anybody
+hears of it, so that a note or invoice that has to be issued again is the same one.
+
+    note     Issuing -> Sending -> Sent -> Accepted -> Settled        (or Failed, Rejected, Cancelled)
+    invoice  Issuing -> Sending -> Sent -> Accepted -> Settled        (or Rejected, Cancelled)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from decimal import Decimal
+
+from msgspec.structs import replace
+
+from actors._provider_agreements import (
+    DEADLINE,
+    NOT_PAID,
+    NOTE_CANCELLED,
+    NOTE_REJECTED,
+    UNREACHABLE,
+    all_closed,
+    end_agreement,
+    next_note_at,
+)
+from actors._provider_rows import (
+    ACCEPTED,
+    ALIVE,
+    APPROVED,
+    BILLING,
+    CANCELLED,
+    CLOSED,
+    ENDED,
+    EXITED,
+    FAILED,
+    ISSUING,
+    REJECTED,
+    SENDING,
+    SENT,
+    SETTLED,
+    ActivityRow,
+    AgreementRow,
+    DocumentRow,
+    NoteRow,
+    cost,
+    sum_of,
+)
+from actors._provider_turn import DAY_S, Turn
+from protocol.provider import (
+    ActivityClosed,
+    DeadlineDue,
+    EventArrived,
+    ForgetDue,
+    InvoiceIssued,
+    InvoiceSent,
+    IssueInvoice,
+    IssueNote,
+    NoteDue,
+    NoteIssued,
+    NoteRead,
+    NoteSent,
+    ReadNote,
+    ReadUsage,
+    SendInvoice,
+    SendNote,
+    UsageRead,
+)
+
+FINAL_NOTE_S = 7 * DAY_S  # how long the last note of an activity is offered to a requestor that is away
+ACCEPT, PAY = "accept", "pay"
+_STATUS = {"ACCEPTED": ACCEPTED, "SETTLED": SETTLED, "REJECTED": REJECTED, "CANCELLED": CANCELLED}
+_EVENT = {
+    "AcceptedEvent": ACCEPTED,
+    "SettledEvent": SETTLED,
+    "RejectedEvent": REJECTED,
+    "CancelledEvent": CANCELLED,
+}
+
+
+# -- debit notes
+def note_due(turn: Turn, message: NoteDue) -> None:
+    """It is time for a debit note: ask for the usage, unless the last note is still on its way to the node."""
+    activity = turn.activity(message.activity_id)
+    row = turn.agreement(activity.agreement_id) if activity else None
+    if activity is None or row is None or activity.state not in ALIVE:
+        return
+    turn.wake(f"note/{activity.activity_id}", next_note_at(turn, row), message)
+    if not activity.issuing:
+        turn.rest(ReadUsage(activity.activity_id))
+
+
+def usage_read(turn: Turn, message: UsageRead) -> None:
+    """Make a debit note of the usage of a running activity."""
+    activity = turn.activity(message.activity_id)
+    if activity is None or activity.state not in ALIVE or activity.issuing:
+        return
+    row = _agreement(turn, activity)
+    if message.usage is not None and (usage := _merged(row, activity, message.usage)) is not None:
+        _make_note(turn, row, replace(activity, usage=usage), final=False)
+
+
+def activity_closed(turn: Turn, message: ActivityClosed) -> None:
+    """The activity's last usage is known: make its last debit note (after the one that is being issued, if any)."""
+    activity = turn.activity(message.activity_id)
+    if activity is None or activity.state != EXITED:
+        return
+    row = _agreement(turn, activity)
+    usage = _merged(row, activity, message.usage or ()) or activity.usage or _merged(row, activity, ()) or ()
+    activity = replace(activity, state=BILLING, usage=usage)
+    if activity.issuing:
+        turn.save(activity)
+    else:
+        _make_note(turn, row, activity, final=True)
+
+
+def _agreement(turn: Turn, activity: ActivityRow) -> AgreementRow:
+    row = turn.agreement(activity.agreement_id)
+    assert row is not None, "an activity's agreement is kept as long as the activity"
+    return row
+
+
+def _merged(row: AgreementRow, activity: ActivityRow, usage: Sequence[float]) -> tuple[float, ...] | None:
+    """Return each counter's highest value so far (no report: zeros); None where the vector is not the agreed one."""
+    counters = len(row.coeffs) - 1
+    before = activity.usage or (0.0,) * counters
+    if not usage:
+        return before
+    if len(usage) != counters:
+        return None
+    return tuple(max(float(new), old) for new, old in zip(usage, before, strict=True))
+
+
+def _make_note(turn: Turn, row: AgreementRow, activity: ActivityRow, *, final: bool) -> None:
+    amount = max(cost(row.coeffs, activity.usage), activity.amount, key=Decimal)
+    due_at = None
+    if row.payment_timeout_s is not None and (final or turn.now >= row.payable_at + row.payment_timeout_s):
+        due_at = turn.now + row.payment_timeout_s
+        turn.save(replace(row, payable_at=turn.now))
+    number = activity.notes + 1
+    note = NoteRow(activity.activity_id, number, amount, activity.usage, due_at, ISSUING, activity.last_note_id, final=final)
+    turn.save(note)
+    turn.save(replace(activity, amount=amount, notes=number, issuing=True))
+    issue_note(turn, row, note)
+
+
+def issue_note(turn: Turn, row: AgreementRow, note: NoteRow) -> None:
+    """Have a note issued that is in its row."""
+    usage, instance = list(note.usage), turn.config.instance
+    turn.rest(
+        IssueNote(note.activity_id, note.number, note.amount, usage, note.due_at, note.previous_id, row.at, instance)
+    )
+
+
+def note_issued(turn: Turn, message: NoteIssued) -> None:
+    """The node has a note (or refuses it, which ends the matter): send it."""
+    note, activity = turn.note(message.activity_id, message.number), turn.activity(message.activity_id)
+    if note is None or activity is None or note.state != ISSUING:
+        return
+    row = _agreement(turn, activity)
+    if message.error:
+        turn.save(replace(note, state=FAILED))
+    else:
+        note = replace(note, state=SENDING, note_id=message.note_id, issued_at=turn.now)
+        activity = replace(activity, last_note_id=message.note_id)
+        turn.save(note)
+        turn.put(f"document/{note.note_id}", DocumentRow(note.activity_id, note.number))
+        send_note(turn, row, note)
+    activity = replace(activity, issuing=False, state=CLOSED if note.final else activity.state)
+    turn.save(activity)
+    if note.final:
+        bill_if_done(turn, row.agreement_id)
+    elif activity.state == BILLING:
+        _make_note(turn, row, activity, final=True)
+
+
+def send_note(turn: Turn, row: AgreementRow, note: NoteRow) -> None:
+    give_up_s = row.accept_timeout_s if not note.final and row.accept_timeout_s is not None else FINAL_NOTE_S
+    turn.rest(SendNote(note.activity_id, note.number, note.note_id, note.issued_at + give_up_s))
+
+
+def note_sent(turn: Turn, message: NoteSent) -> None:
+    """The requestor has a note: from now on its deadlines count. Or it cannot be reached: no more work for it."""
+    note, activity = turn.note(message.activity_id, message.number), turn.activity(message.activity_id)
+    if note is None or activity is None or note.state != SENDING:
+        return
+    row = _agreement(turn, activity)
+    if not message.sent:
+        turn.save(replace(note, state=FAILED))
+        end_agreement(turn, row, UNREACHABLE)
+        return
+    turn.save(replace(note, state=SENT))
+    if row.accept_timeout_s is not None:
+        _arm(turn, note, ACCEPT, turn.now + row.accept_timeout_s)
+    if note.due_at is not None:
+        _arm(turn, note, PAY, note.due_at)
+
+
+def _arm(turn: Turn, note: NoteRow, deadline: str, at: float) -> None:
+    turn.wake(_deadline_key(note, deadline), at, DeadlineDue(note.activity_id, note.number, deadline))
+
+
+def _deadline_key(note: NoteRow, deadline: str) -> str:
+    return f"{deadline}/{note.activity_id}/{note.number}"
+
+
+def deadline_due(turn: Turn, message: DeadlineDue) -> None:
+    """A deadline has come: ask the node before anything is done about it, events may be late."""
+    note, activity = turn.note(message.activity_id, message.number), turn.activity(message.activity_id)
+    if note is None or activity is None or _agreement(turn, activity).state != APPROVED:
+        return
+    if note.state in ((SENT,) if message.deadline == ACCEPT else (SENT, ACCEPTED)):
+        turn.rest(ReadNote(note.activity_id, note.number, note.note_id, message.deadline))
+
+
+def note_read(turn: Turn, message: NoteRead) -> None:
+    """The status of a note at its deadline."""
+    note, activity = turn.note(message.activity_id, message.number), turn.activity(message.activity_id)
+    if note is None or activity is None:
+        return
+    row = _agreement(turn, activity)
+    state = _STATUS.get(message.status, note.state)
+    _note_state(turn, note, state)
+    if message.deadline == ACCEPT and state not in (ACCEPTED, SETTLED):
+        end_agreement(turn, row, DEADLINE)
+    elif message.deadline == PAY and state != SETTLED:
+        end_agreement(turn, row, NOT_PAID)
+
+
+def _note_state(turn: Turn, note: NoteRow, state: str) -> None:
+    if note.state != SETTLED and state != note.state:
+        turn.save(replace(note, state=state))
+        turn.unwake(_deadline_key(note, ACCEPT))
+        if state != ACCEPTED:
+            turn.unwake(_deadline_key(note, PAY))
+
+
+# -- the invoice
+def bill_if_done(turn: Turn, agreement_id: str) -> None:
+    """Issue the invoice of an agreement that is over as soon as every activity has its last note. Zero is billed too."""
+    row = turn.agreement(agreement_id)
+    if row is None or row.state != ENDED or row.invoice or not all_closed(turn, row):
+        return
+    due_s = turn.config.invoice_due_s if row.payment_timeout_s is None else row.payment_timeout_s
+    amount = sum_of([one.amount for one in turn.activities(row)])
+    row = replace(row, invoice=ISSUING, amount=amount, invoice_due_at=turn.now + due_s)
+    turn.save(row)
+    issue_invoice(turn, row)
+
+
+def issue_invoice(turn: Turn, row: AgreementRow) -> None:
+    """Have the invoice issued that is in the agreement's row."""
+    turn.rest(
+        IssueInvoice(row.agreement_id, row.activities, row.amount, row.invoice_due_at, row.at, turn.config.instance)
+    )
+
+
+def invoice_issued(turn: Turn, message: InvoiceIssued) -> None:
+    row = turn.agreement(message.agreement_id)
+    if row is None or row.invoice != ISSUING:
+        return
+    turn.save(replace(row, invoice=SENDING, invoice_id=message.invoice_id))
+    turn.put(f"document/{message.invoice_id}", DocumentRow(row.agreement_id, 0))
+    turn.rest(SendInvoice(row.agreement_id, message.invoice_id))
+
+
+def invoice_sent(turn: Turn, message: InvoiceSent) -> None:
+    row = turn.agreement(message.agreement_id)
+    if row is None or row.invoice != SENDING:
+        return
+    turn.save(replace(row, invoice=SENT))
+    turn.wake(f"forget/{row.agreement_id}", turn.now + turn.config.keep_s, ForgetDue(row.agreement_id))
+
+
+# -- events of the feeds `debit-notes` and `invoices`
+def document_event(turn: Turn, event: EventArrived) -> None:
+    """What the requestor did with a note or invoice."""
+    state = next((state for tail, state in _EVENT.items() if event.kind.endswith(tail)), None)
+    document: DocumentRow | None = turn.get(f"document/{event.subject}")
+    if state is None or document is None:
+        return
+    if document.number == 0:
+        row = turn.agreement(document.owner)
+        if row is not None and row.invoice != SETTLED:
+            turn.save(replace(row, invoice=state))
+        return
+    note, activity = turn.note(document.owner, document.number), turn.activity(document.owner)
+    if note is None or activity is None:
+        return
+    _note_state(turn, note, state)
+    if state == REJECTED:
+        end_agreement(turn, _agreement(turn, activity), NOTE_REJECTED)
+    elif state == CANCELLED:
+        end_agreement(turn, _agreement(turn, activity), NOTE_CANCELLED)
+
+
+def forget(turn: Turn, message: ForgetDue) -> None:
+    """Delete all that is left of an agreement."""
+    row = turn.agreement(message.agreement_id)
+    if row is None:
+        return
+    for activity in turn.activities(row):
+        for key, note in list(turn.prefix(f"note/{activity.activity_id}/")):
+            turn.put(key, None)
+            turn.put(f"document/{note.note_id}", None)
+        turn.put(f"activity/{activity.activity_id}", None)
+    if row.invoice_id:
+        turn.put(f"document/{row.invoice_id}", None)
+    turn.put(f"agreement/{row.agreement_id}", None)

@@ -1,0 +1,211 @@
+"""The terms a provider agrees to: one rule after another looks at a demand and at our offer. Pure functions on tables.
+
+A rule keeps our offer as it is, adjusts it to the demand (negotiable properties end in `?` and must end up equal), or
+rejects. A final rejection stands; one that is not may be looked at again when an agreement has ended. A proposal that is
+not rejected is countered; an agreement is approved only if no rule would still adjust anything.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+EXPIRATION = "golem.srv.comp.expiration"
+MULTI_ACTIVITY = "golem.srv.caps.multi-activity"
+PLATFORM = "golem.com.payment.chosen-platform"
+ACCEPT_TIMEOUT = "golem.com.payment.debit-notes.accept-timeout?"
+INTERVAL = "golem.com.scheme.payu.debit-note.interval-sec?"
+PAYMENT_TIMEOUT = "golem.com.scheme.payu.payment-timeout-sec?"
+COEFFS = "golem.com.pricing.model.linear.coeffs"
+VECTOR = "golem.com.usage.vector"
+PAYLOAD, PAYLOAD_CAPABILITY = "golem.srv.comp.payload", "golem.srv.caps.payload-manifest"
+DAY_S = 24 * 3600.0
+
+Properties = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What this provider insists on. Times in seconds."""
+
+    max_agreements: int = 1
+    min_expiration_s: float = 300.0
+    max_expiration_s: float = 100 * 365.25 * DAY_S
+    max_expiration_without_deadline_s: float = 1800.0
+    accept_timeout_s: int = 240
+    min_accept_timeout_s: int = 5
+    interval_s: int = 120
+    min_interval_s: int = 1
+    max_interval_s: int = int(DAY_S)
+    payment_timeout_s: int = 120
+    min_payment_timeout_s: int = 1
+    max_payment_timeout_s: int = int(DAY_S)
+    payment_timeout_required_s: float = 10 * 3600.0
+    blacklist: frozenset[str] = frozenset()
+    allow_only: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """Who asks, when, and what else is going on."""
+
+    requestor: str
+    now: float
+    active_agreements: int
+    stopping: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Agreed:
+    """Our offer, which is adjusted (`changed`) or as it was."""
+
+    offer: dict[str, Any]
+    changed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """No; `final` means that asking again is of no use."""
+
+    message: str
+    final: bool
+
+
+Rule = Callable[[Terms, Situation, Properties, dict[str, Any]], Rejected | None]
+
+
+def negotiate(terms: Terms, situation: Situation, demand: Properties, offer: Properties) -> Agreed | Rejected:
+    """Apply every rule to a demand and our last offer; the first rejection counts, adjustments add up."""
+    ours = dict(offer)
+    for rule in RULES:
+        if (rejected := rule(terms, situation, demand, ours)) is not None:
+            return rejected
+    return Agreed(ours, ours != dict(offer))
+
+
+def whole_number(value: Any) -> int | None:
+    """Return an integer that came as one or as an integral float, else None."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    if isinstance(value, float) and not (math.isfinite(value) and value.is_integer()):
+        return None
+    return int(value)
+
+
+def expiration_s(demand: Properties) -> float | None:
+    """Return when the agreement is to end (seconds since the epoch); None unless the demand says so in integer ms."""
+    value = demand.get(EXPIRATION)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**53:
+        return None
+    return value / 1000
+
+
+# -- the rules
+def _running(terms: Terms, situation: Situation, demand: Properties, ours: dict[str, Any]) -> Rejected | None:
+    return Rejected("The provider is shutting down.", False) if situation.stopping else None
+
+
+def _requestor(terms: Terms, situation: Situation, demand: Properties, ours: dict[str, Any]) -> Rejected | None:
+    if situation.requestor in terms.blacklist:
+        return Rejected("Requestor is on the blacklist of this provider.", True)
+    if terms.allow_only and situation.requestor not in terms.allow_only:
+        return Rejected("This provider serves chosen requestors only.", True)
+    return None
+
+
+def _platform(terms: Terms, situation: Situation, demand: Properties, ours: dict[str, Any]) -> Rejected | None:
+    chosen = demand.get(PLATFORM)
+    if not isinstance(chosen, str):
+        return Rejected(f"Missing required property {PLATFORM}.", False)
+    if f"golem.com.payment.platform.{chosen}.address" not in ours:
+        return Rejected(f"This provider is not paid on {chosen[:100]}.", False)
+    return None
+
+
+def _manifest(terms: Terms, situation: Situation, demand: Properties, ours: dict[str, Any]) -> Rejected | None:
+    if PAYLOAD in demand and ours.get(PAYLOAD_CAPABILITY) is not True:
+        return Rejected("This runtime takes no computation manifests.", True)
+    return None
+
+
+def _agreements(terms: Terms, situation: Situation, demand: Properties, ours: dict[str, Any]) -> Rejected | None:
+    if situation.active_agreements >= terms.max_agreements:
+        return Rejected(f"No capacity available. Reached Agreements limit: {terms.max_agreements}", False)
+    return None
+
+
+def _expiration(terms: Terms, situation: Situation, demand: Properties, ours: dict[str, Any]) -> Rejected | None:
+    ends_at = expiration_s(demand)
+    if ends_at is None:
+        return Rejected(f"Property {EXPIRATION} must be an integer, in milliseconds since the epoch.", True)
+    lasts_s = ends_at - situation.now
+    if lasts_s < terms.min_expiration_s:
+        return Rejected(f"Proposal expires in {lasts_s:.0f} s; at least {terms.min_expiration_s:.0f} s are required.", True)
+    if lasts_s > terms.max_expiration_s:
+        return Rejected(f"Proposal expires in {lasts_s:.0f} s; at most {terms.max_expiration_s:.0f} s are allowed.", False)
+    longest_s = terms.max_expiration_without_deadline_s
+    if ACCEPT_TIMEOUT not in demand and lasts_s > longest_s:
+        return Rejected(f"Without {ACCEPT_TIMEOUT} an agreement may last {longest_s:.0f} s, not {lasts_s:.0f} s.", False)
+    return None
+
+
+def _accept_timeout(terms: Terms, situation: Situation, demand: Properties, ours: dict[str, Any]) -> Rejected | None:
+    return _adopt(ACCEPT_TIMEOUT, terms.min_accept_timeout_s, terms.accept_timeout_s, demand, ours)
+
+
+def _interval(terms: Terms, situation: Situation, demand: Properties, ours: dict[str, Any]) -> Rejected | None:
+    return _adopt(INTERVAL, terms.min_interval_s, terms.max_interval_s, demand, ours)
+
+
+def _payment_timeout(terms: Terms, situation: Situation, demand: Properties, ours: dict[str, Any]) -> Rejected | None:
+    lasts_s = (expiration_s(demand) or 0.0) - situation.now
+    if lasts_s <= 0:
+        return Rejected("Proposal has expired.", True)
+    if PAYMENT_TIMEOUT not in demand and lasts_s >= terms.payment_timeout_required_s:
+        text = f"An agreement of {terms.payment_timeout_required_s:.0f} s or more must have {PAYMENT_TIMEOUT}."
+        return Rejected(text, True)
+    return _adopt(PAYMENT_TIMEOUT, terms.min_payment_timeout_s, terms.max_payment_timeout_s, demand, ours)
+
+
+def _adopt(name: str, low: int, high: int, demand: Properties, ours: dict[str, Any]) -> Rejected | None:
+    """Take over the demand's value of a negotiable property within its limits; drop ours where the demand has none."""
+    if name not in demand:
+        ours.pop(name, None)
+        return None
+    value = whole_number(demand[name])
+    if value is None or not low <= value <= high:
+        return Rejected(f"Property {name} must be an integer from {low} to {high}, not {str(demand[name])[:50]}.", True)
+    if value != ours.get(name):
+        ours[name] = value
+    return None
+
+
+def _price(terms: Terms, situation: Situation, demand: Properties, ours: dict[str, Any]) -> Rejected | None:
+    if COEFFS not in demand:
+        return None
+    theirs, own = demand[COEFFS], ours.get(COEFFS)
+    if not isinstance(own, list) or not isinstance(theirs, list) or len(theirs) != len(own):
+        return Rejected("Prices of the demand do not fit the usage vector of the offer.", True)
+    for price, least in zip(theirs, own, strict=True):
+        if isinstance(price, bool) or not isinstance(price, int | float) or not math.isfinite(price):
+            return Rejected("Prices of the demand must be numbers.", True)
+        if price < least:
+            return Rejected(f"Prices of the demand are too low: {price!r} instead of {least!r}.", True)
+    ours[COEFFS] = [float(price) for price in theirs]
+    return None
+
+
+RULES: tuple[Rule, ...] = (
+    _running,
+    _requestor,
+    _platform,
+    _manifest,
+    _agreements,
+    _expiration,
+    _accept_timeout,
+    _interval,
+    _payment_timeout,
+    _price,
+)

@@ -1,0 +1,196 @@
+"""Rows of the provider agent's machine, and the sums they are billed by.
+
+`agent`; `cursor/<feed>`; `offer/<preset>`; `rejected/<proposal>` (to be looked at again); `refusals` (the last ones, for
+people); `agreement/<id>`; `active/<agreement>` (index of those that take up capacity); `activity/<id>`;
+`note/<activity>/<number>`; `document/<id>` (from a debit note or invoice to what it is for).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from decimal import ROUND_DOWN, Context, Decimal
+
+from protocol.types import WEI_DIGITS, Message, amount_text
+
+# of an agreement
+APPROVING, APPROVED, TERMINATING, ENDED = "Approving", "Approved", "Terminating", "Ended"
+# of an activity
+WAITING, STARTING, RUNNING, STOPPING, EXITED, BILLING, CLOSED = (
+    "Waiting", "Starting", "Running", "Stopping", "Exited", "Billing", "Closed",
+)  # fmt: skip
+ALIVE = (STARTING, RUNNING, STOPPING)
+# of a debit note or invoice
+ISSUING, SENDING, SENT, ACCEPTED, SETTLED, REJECTED, CANCELLED, FAILED = (
+    "Issuing", "Sending", "Sent", "Accepted", "Settled", "Rejected", "Cancelled", "Failed",
+)  # fmt: skip
+
+_EXACT = Context(prec=400)
+_WEI = Decimal(1).scaleb(-WEI_DIGITS)
+
+
+class AgentRow(Message, frozen=True):
+    """The agent: its session, when that began, the run of it that last started, and whether it is on its way out."""
+
+    session_id: str
+    since: float
+    instance: str
+    stopping: bool = False
+
+
+class CursorRow(Message, frozen=True):
+    """The last event of a feed that was handled."""
+
+    at: float
+
+
+class OfferRow(Message, frozen=True):
+    """An offer of a preset. `offer_id` empty: being published under `serial`."""
+
+    preset: str
+    runtime: str
+    properties: str
+    subnet: str
+    serial: int
+    offer_id: str = ""
+
+
+class RejectedRow(Message, frozen=True):
+    """A proposal we rejected, but not for good."""
+
+    preset: str
+    offer_id: str
+    proposal_id: str
+    issuer: str
+    demand: str
+    previous: str
+    constraints: str
+    at: float
+
+
+class Refusal(Message, frozen=True):
+    """Why a negotiation came to nothing."""
+
+    at: float
+    requestor: str
+    preset: str
+    reason: str
+    final: bool
+
+
+class RefusalsRow(Message, frozen=True):
+    """The last refusals, newest last."""
+
+    refusals: tuple[Refusal, ...] = ()
+
+
+class AgreementRow(Message, frozen=True):
+    """An agreement, its terms and what is left to do for it. `document` is the API's JSON of it.
+
+    `payable_at`: the last debit note with a due date (or the agreement) counts from here.
+    """
+
+    agreement_id: str
+    preset: str
+    runtime: str
+    requestor: str
+    document: str
+    state: str
+    at: float
+    expires_at: float
+    multi_activity: bool
+    coeffs: tuple[float, ...]
+    interval_s: float
+    accept_timeout_s: float | None
+    payment_timeout_s: float | None
+    payable_at: float
+    activities: tuple[str, ...] = ()
+    ended_by: str = ""
+    code: str = ""  # of the reason, where we ended it
+    reason: str = ""
+    invoice: str = ""  # state of the invoice
+    invoice_id: str = ""
+    amount: str = "0"
+    invoice_due_at: float = 0.0
+
+
+class ActiveRow(Message, frozen=True):
+    """This agreement counts against the limit: it is in force, or a process of it is still there."""
+
+    agreement_id: str
+
+
+class ActivityRow(Message, frozen=True):
+    """An activity, its process and what it was billed so far. `notes`: how many debit notes there are."""
+
+    activity_id: str
+    agreement_id: str
+    state: str
+    created_at: float
+    pid: int = 0
+    started_ticks: int = 0
+    destroyed: bool = False
+    reason: str = ""
+    error_message: str = ""
+    usage: tuple[float, ...] = ()
+    amount: str = "0"
+    notes: int = 0
+    last_note_id: str = ""
+    issuing: bool = False  # the last note has no id yet
+
+
+class NoteRow(Message, frozen=True):
+    """A debit note."""
+
+    activity_id: str
+    number: int
+    amount: str
+    usage: tuple[float, ...]
+    due_at: float | None
+    state: str
+    previous_id: str = ""
+    note_id: str = ""
+    issued_at: float = 0.0
+    final: bool = False
+
+
+class DocumentRow(Message, frozen=True):
+    """Whose document this is: a debit note (`number`) of an activity, or the invoice (0) of an agreement."""
+
+    owner: str
+    number: int
+
+
+ProviderRow = (
+    AgentRow
+    | CursorRow
+    | OfferRow
+    | RejectedRow
+    | RefusalsRow
+    | AgreementRow
+    | ActiveRow
+    | ActivityRow
+    | NoteRow
+    | DocumentRow
+)
+
+
+def cost(coeffs: Sequence[float], usage: Sequence[float]) -> str:
+    """Return the amount of a usage vector: sum of coefficient times usage, plus the last coefficient.
+
+    Exact in the decimal notation of the numbers (as everybody reads them in the offer), cut to 18 places: never more
+    than anybody who checks it comes to. Raises `ValueError` where the lengths do not fit.
+    """
+    if len(coeffs) != len(usage) + 1:
+        raise ValueError(f"{len(usage)} usage counters do not fit {len(coeffs)} coefficients")
+    total = Decimal(repr(coeffs[-1]))
+    for coeff, value in zip(coeffs, usage, strict=False):
+        total = _EXACT.add(total, _EXACT.multiply(Decimal(repr(coeff)), Decimal(repr(value))))
+    return amount_text(total.quantize(_WEI, ROUND_DOWN, _EXACT))
+
+
+def sum_of(amounts: Sequence[str]) -> str:
+    """Return the exact sum of amounts."""
+    total = Decimal(0)
+    for one in amounts:
+        total = _EXACT.add(total, Decimal(one))
+    return amount_text(total)

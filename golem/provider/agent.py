@@ -1,0 +1,264 @@
+"""The provider agent: the wiring. Lock, node, offers, journal, machine, ports, polls; then it waits for signals.
+
+The first SIGTERM or SIGINT withdraws the offers, ends the agreements and sends the invoices, for 20 seconds at most; a
+second one stops at once. What is left open then is taken up at the next start, as after a crash.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import random
+import secrets
+import signal
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from actors._provider_negotiators import Terms
+from actors._provider_turn import ProviderConfig
+from actors.kernel.journal import Journal
+from actors.kernel.machine import LinkDown
+from actors.kernel.system import System
+from actors.provider import Provider
+from golem.provider.client import MARKET, PAYMENT, ApiError, NodeAway, NodeClient, NodeError, part
+from golem.provider.hardware import HARDWARE, load_profile
+from golem.provider.offer import Template, ask_runtime, offer_spec, wanted_accounts
+from golem.provider.polls import FEEDS, follow
+from golem.provider.port import RestPort
+from golem.provider.presets import PRESETS, Preset, load_presets, save_presets
+from golem.provider.processes import Processes
+from golem.provider.settings import JOURNAL, LOCK, Settings, SettingsError, read_json, read_rules
+from golem.provider.status import write_status
+from protocol.provider import AgentStarted, OffersChanged, OfferSpec, SessionNamed, StopAgent
+
+log = logging.getLogger("golem.provider")
+
+NODE_PATIENCE_S = 30.0  # at the start
+STOP_S = 20.0
+LOOK_S = 2.0  # at the files
+
+
+class AgentError(Exception):
+    """The agent cannot run; the text says why and what to do."""
+
+
+class NoTransport:
+    """This kernel talks to no other one."""
+
+    async def exchange(self, node: str, frame: bytes) -> bytes:
+        raise LinkDown("an agent has no peers")
+
+
+async def run_agent(settings: Settings) -> None:
+    """Run the agent until a signal ends it. Raises `AgentError`, `NodeError`, `SettingsError`."""
+    async with AsyncExitStack() as stack:
+        _lock(settings.data_dir, stack)
+        client = await stack.enter_async_context(NodeClient(partial(_node_url, settings), settings.app_key))
+        node_id = await _node_id(client)
+        offers = Offers(settings, client)
+        specs = await offers.current()
+        instance = secrets.token_hex(6)
+        journal = Journal(str(settings.data_dir / JOURNAL), lambda: secrets.token_hex(8))
+        stack.callback(journal.close)
+        system = System(
+            "agent", journal, NoTransport(), clock=time.time, new_trace=lambda: secrets.token_hex(6),
+            jitter=partial(random.uniform, 0.8, 1.2),
+        )  # fmt: skip
+        system.add(Provider("agent", ProviderConfig(instance, offers.terms, idle_s=settings.idle_s)))
+        port = RestPort(client, system, instance)
+        processes = Processes(system, settings.data_dir, partial(_bus_path, settings))
+        system.add_port(port)
+        system.add_port(processes)
+        nursery = await stack.enter_async_context(trio.open_nursery())
+        signals = stack.enter_context(trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT))
+        await nursery.start(port.run)
+        await nursery.start(processes.run)
+        await nursery.start(system.run)
+        session_id = await _begin(system, client, settings, specs)
+        log.info("%s sells as %s on subnet %s; session %s", settings.name, node_id, settings.subnet, session_id)
+        since = system.rows("provider")["agent"].since
+        for feed in FEEDS:
+            nursery.start_soon(follow, client, system, feed, session_id, since)
+        nursery.start_soon(write_status, system, settings, node_id)
+        nursery.start_soon(offers.watch, system)
+        await _until_stopped(system, signals, processes)
+        nursery.cancel_scope.cancel()
+
+
+async def _begin(system: System, client: NodeClient, settings: Settings, specs: tuple[OfferSpec, ...]) -> str:
+    """Start the machine, take back offers of ours that it knows nothing of; return the session id."""
+    answer = await system.ask("provider", AgentStarted(f"{settings.name}-{secrets.token_hex(4)}", specs))
+    assert isinstance(answer, SessionNamed)
+    known = {row.offer_id for _, row in system.rows("provider").prefix("offer/")}
+    try:
+        for offer in await client.call("GET", f"{MARKET}/offers") or ():
+            if offer["offerId"] not in known and offer["properties"].get("golem.node.id.name") == settings.name:
+                await client.call("DELETE", f"{MARKET}/offers/{part(offer['offerId'])}")
+    except (ApiError, NodeAway, KeyError, TypeError, AttributeError) as error:
+        log.debug("looking for old offers: %r", error)
+    return answer.session_id
+
+
+async def _until_stopped(system: System, signals: AsyncIterator[int], processes: Processes) -> None:
+    """Wait for a signal, then for all to be wound up, a second signal, or 20 seconds."""
+    await anext(signals)
+    log.info("stopping: offers are withdrawn, agreements ended, invoices sent (once more to stop at once)")
+    await system.ask("provider", StopAgent())
+    async with trio.open_nursery() as nursery:
+
+        async def at_once() -> None:
+            await anext(signals)
+            log.info("stopping at once")
+            nursery.cancel_scope.cancel()
+
+        nursery.start_soon(at_once)
+        with trio.move_on_after(STOP_S) as patience:
+            while left := open_business(system):
+                log.debug("still open: %s", left)
+                await trio.sleep(0.05)
+        if patience.cancelled_caught:
+            log.warning("not everything could be wound up in %g s: %s; the next start goes on with it", STOP_S, left)
+        nursery.cancel_scope.cancel()
+    processes.terminate_all()
+    log.info("stopped")
+
+
+def open_business(system: System) -> str:
+    """Return what is still to be done for agreements, empty if nothing is."""
+    rows = system.rows("provider")
+    active = sum(1 for _ in rows.prefix("active/"))
+    unsent = sum(1 for _, row in rows.prefix("agreement/") if row.invoice in ("", "Issuing", "Sending"))
+    return f"{active} agreements, {unsent} invoices not sent" if active or unsent else ""
+
+
+# -- the node
+def _node_file(settings: Settings) -> dict[str, Any]:
+    """Return the running node's `node.json`, empty where no node runs."""
+    try:
+        found = read_json(settings.node_file, "node's status file")
+    except SettingsError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _node_url(settings: Settings) -> str:
+    return settings.node_url.rstrip("/") or str(_node_file(settings).get("apiUrl") or "http://127.0.0.1:7465")
+
+
+def _bus_path(settings: Settings) -> Path:
+    return Path(str(_node_file(settings).get("bus") or settings.node_file.with_name("bus.sock")))
+
+
+async def _node_id(client: NodeClient) -> str:
+    """Return the node's identity, waiting for a node that is just starting. Raises `AgentError`."""
+    call = partial(client.call, "GET", "/me")
+    try:
+        found = await client.persist("asking the node who it is", call, until=trio.current_time() + NODE_PATIENCE_S, last_s=2)
+        return str(found["identity"])
+    except (NodeError, KeyError, TypeError) as error:
+        if isinstance(error, ApiError) and error.status == 401:
+            raise AgentError("the node does not know this app-key (YAGNA_APPKEY)") from None
+        raise AgentError(f"the node cannot be used: {error}") from None
+
+
+def _lock(data_dir: Path, stack: AsyncExitStack) -> None:
+    """Make the data directory and hold its lock until the stack unwinds. Raises `AgentError`."""
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        handle = os.open(data_dir / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise AgentError(f"cannot use the data directory {data_dir}: {error}") from None
+    stack.callback(os.close, handle)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise AgentError(f"another provider agent runs on {data_dir} (choose another with --data-dir)") from None
+
+
+# -- the offers
+class Offers:
+    """What is to be offered now, by presets, hardware, runtimes and payment accounts."""
+
+    def __init__(self, settings: Settings, client: NodeClient) -> None:
+        self._settings, self._client = settings, client
+        self._templates: dict[str, Template | str] = {}
+        self._accounts: list[Any] = []
+        profile = load_profile(settings.data_dir)
+        self._agreements = settings.max_agreements or profile.cpu_threads
+        rules = read_rules(settings.data_dir)
+        self.terms = Terms(max_agreements=self._agreements, blacklist=rules.blacklist, allow_only=rules.allow_only)
+
+    async def current(self) -> tuple[OfferSpec, ...]:
+        """Return the offers of all presets that can be offered. Raises `AgentError`, `SettingsError` where none can."""
+        raw = await self._client.persist(
+            "asking for payment accounts", partial(self._client.call, "GET", f"{PAYMENT}/providerAccounts"),
+            until=trio.current_time() + NODE_PATIENCE_S,
+        )  # fmt: skip
+        self._accounts = list(wanted_accounts(raw, self._settings.networks))
+        if not self._accounts:
+            wanted = f" on {', '.join(self._settings.networks)}" if self._settings.networks else ""
+            raise AgentError(f"the node has no account to be paid{wanted}")
+        found, problems = await self._specs()
+        if not found:
+            raise AgentError("there is nothing to offer: " + ("; ".join(problems) or "no preset is active"))
+        for problem in problems:
+            log.warning("not offered: %s", problem)
+        return found
+
+    async def _specs(self) -> tuple[tuple[OfferSpec, ...], list[str]]:
+        settings = self._settings
+        share = load_profile(settings.data_dir).share(self._agreements)
+        found, problems = [], []
+        for preset in self._presets():
+            if preset.runtime not in self._templates:
+                self._templates[preset.runtime] = await ask_runtime(preset.runtime)
+            template = self._templates[preset.runtime]
+            if isinstance(template, str):
+                problems.append(f"preset {preset.name}: runtime {preset.runtime}: {template}")
+                continue
+            try:
+                found.append(offer_spec(preset, template, share, self._accounts, settings.name, settings.subnet, self.terms))
+            except ValueError as error:
+                problems.append(str(error))
+        return tuple(found), problems
+
+    def _presets(self) -> list[Preset]:
+        """Return the active presets, or those of the runtimes asked for (made with default prices where there is none)."""
+        presets, wanted = load_presets(self._settings.data_dir), self._settings.runtimes
+        if not wanted:
+            return presets.offered()
+        for runtime in wanted:
+            if not any(one.runtime == runtime for one in presets.all):
+                presets = presets.with_preset(Preset(runtime, runtime)).activated(runtime, True)
+                save_presets(self._settings.data_dir, presets)
+        chosen = [one for one in presets.offered() if one.runtime in wanted]
+        return chosen or [one for one in presets.all if one.runtime in wanted]
+
+    async def watch(self, system: System) -> None:
+        """Take up changes of presets and hardware until cancelled."""
+        seen = self._stamp()
+        while True:
+            await trio.sleep(LOOK_S)
+            if (stamp := self._stamp()) == seen:
+                continue
+            seen = stamp
+            try:
+                found, problems = await self._specs()
+            except SettingsError as error:
+                log.warning("%s (the offers stay as they are)", error)
+                continue
+            log.info("presets or hardware changed: %d offers", len(found))
+            for problem in problems:
+                log.warning("not offered: %s", problem)
+            await system.ask("provider", OffersChanged(found))
+
+    def _stamp(self) -> tuple[int, ...]:
+        files = (self._settings.data_dir / name for name in (PRESETS, HARDWARE))
+        return tuple(path.stat().st_mtime_ns if path.exists() else 0 for path in files)

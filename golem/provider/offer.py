@@ -1,0 +1,119 @@
+"""What an offer says: the runtime's template, the machine's share for one agreement, prices, payment platforms."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import trio
+
+from actors._provider_negotiators import ACCEPT_TIMEOUT, COEFFS, INTERVAL, PAYMENT_TIMEOUT, VECTOR, Terms
+from golem.provider.hardware import Profile, cpu_properties
+from golem.provider.presets import Preset
+from golem.provider.processes import unit_environment
+from protocol.provider import OfferSpec
+
+log = logging.getLogger("golem.provider")
+
+TEMPLATE_S, SELF_TEST_S = 30.0, 120.0
+PROTOCOL_VERSION = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """What a runtime contributes to an offer."""
+
+    runtime: str
+    properties: Mapping[str, Any]
+
+
+async def ask_runtime(runtime: str) -> Template | str:
+    """Return the template of a runtime that works here, or why it is not to be offered."""
+    problem, _ = await _exe_unit("test", runtime, SELF_TEST_S)
+    if problem is not None:
+        return problem
+    problem, text = await _exe_unit("offer-template", runtime, TEMPLATE_S)
+    if problem is not None:
+        return problem
+    try:
+        properties = json.loads(text)["properties"]
+        if not isinstance(properties, dict):
+            raise TypeError("properties are no object")
+    except (ValueError, KeyError, TypeError) as error:
+        return f"its offer template is not in order: {error!r}"
+    return Template(runtime, properties)
+
+
+async def _exe_unit(command: str, runtime: str, timeout_s: float) -> tuple[str | None, str]:
+    """Run a short command of the exe-unit; return its problem (or None) and its output."""
+    arguments = [sys.executable, "-m", "golem.exeunit", command, "--runtime", runtime]
+    with trio.move_on_after(timeout_s):
+        done = await trio.run_process(
+            arguments, capture_stdout=True, capture_stderr=True, check=False, stdin=subprocess.DEVNULL, env=unit_environment()
+        )
+        said = done.stderr.decode("utf-8", "replace").strip().splitlines()
+        if done.returncode == 0:
+            return None, done.stdout.decode("utf-8", "replace")
+        return (said[-1] if said else f"status {done.returncode}").removeprefix("exe-unit: ")[:500], ""
+    return f"no answer to `{command}` within {timeout_s:g} s", ""
+
+
+def offer_spec(
+    preset: Preset,
+    template: Template,
+    share: Profile,
+    accounts: Sequence[Mapping[str, Any]],
+    name: str,
+    subnet: str,
+    terms: Terms,
+) -> OfferSpec:
+    """Return the offer of a preset. Raises `ValueError` where the preset prices what the runtime does not count."""
+    counted = template.properties.get(VECTOR, [])
+    if unknown := [counter for counter in preset.vector() if counter not in counted]:
+        raise ValueError(f"preset {preset.name}: runtime {preset.runtime} does not count {', '.join(unknown)}")
+    cpu = cpu_properties()
+    properties: dict[str, Any] = {
+        **template.properties,
+        **cpu,
+        "golem.inf.cpu.cores": min(cpu["golem.inf.cpu.cores"], share.cpu_threads),
+        "golem.inf.cpu.threads": share.cpu_threads,
+        "golem.inf.mem.gib": share.mem_gib,
+        "golem.inf.storage.gib": share.storage_gib,
+        "golem.node.id.name": name,
+        "golem.node.debug.subnet": subnet,
+        "golem.node.net.is-public": False,
+        "golem.runtime.name": preset.runtime,
+        "golem.srv.caps.multi-activity": True,
+        "golem.com.scheme": "payu",
+        INTERVAL: terms.interval_s,
+        PAYMENT_TIMEOUT: terms.payment_timeout_s,
+        ACCEPT_TIMEOUT: terms.accept_timeout_s,
+        "golem.com.pricing.model": "linear",
+        COEFFS: preset.prices(),
+        VECTOR: preset.vector(),
+        "golem.com.payment.protocol.version": PROTOCOL_VERSION,
+    }
+    for account in accounts:
+        properties[f"golem.com.payment.platform.{account['platform']}.address"] = account["address"]
+    return OfferSpec(preset.name, preset.runtime, json.dumps(properties, sort_keys=True), subnet)
+
+
+def wanted_accounts(accounts: Any, networks: Sequence[str]) -> list[Mapping[str, Any]]:
+    """Return the accounts to be paid on: all, or those whose platform or network is named in `networks`."""
+    found = [
+        one
+        for one in (accounts if isinstance(accounts, list) else ())
+        if isinstance(one, dict) and isinstance(one.get("platform"), str) and isinstance(one.get("address"), str)
+        and (not networks or one["platform"] in networks or one.get("network") in networks)
+    ]  # fmt: skip
+    return sorted(found, key=lambda one: str(one["platform"]))
+
+
+def constraints(subnet: str, now: float) -> str:
+    """Return the constraints of an offer that is published now."""
+    return f"(&\n  (golem.srv.comp.expiration>{int(now * 1000)})\n  (golem.node.debug.subnet={subnet})\n)"

@@ -1,0 +1,414 @@
+"""What is said inside the provider agent: between its polls, its machine (`actors/provider.py`) and its two ports.
+
+`rest` (golem/provider/port.py) talks to the node's REST API, `processes` (golem/provider/processes.py) runs exe-units.
+Both do work beside their mailbox and tell the outcome later; the machine repeats what is open when the agent starts.
+`instance` names the run of the agent that asked: a port that finds another run's name looks first whether it was done.
+Properties, reasons and agreements travel as JSON text, as the API has them (properties flattened).
+"""
+
+from __future__ import annotations
+
+from protocol.types import Message, Undelivered
+
+
+class OfferSpec(Message, frozen=True):
+    """What to offer under a preset. `constraints` are those of the offer without its expiration clause."""
+
+    preset: str
+    runtime: str
+    properties: str
+    subnet: str
+
+
+# -- from the agent's start, its watch over files, its signals
+class AgentStarted(Message, frozen=True):
+    """The agent runs (again), and this is what it should offer. Answer: `SessionNamed`."""
+
+    session_id: str  # for a first start; later ones keep the first one's
+    offers: tuple[OfferSpec, ...]
+
+
+class SessionNamed(Message, frozen=True):
+    """The `appSessionId` of this agent."""
+
+    session_id: str
+
+
+class OffersChanged(Message, frozen=True):
+    """Presets, hardware or payment platforms changed: this is now to be offered."""
+
+    offers: tuple[OfferSpec, ...]
+
+
+class StopAgent(Message, frozen=True):
+    """Withdraw the offers, end the agreements, bill."""
+
+
+# -- from polls
+class ProposalArrived(Message, frozen=True):
+    """A requestor's proposal; `previous` are the properties of ours that it answers."""
+
+    preset: str
+    offer_id: str
+    proposal_id: str
+    issuer: str
+    demand: str
+    previous: str
+    constraints: str
+
+
+class AgreementArrived(Message, frozen=True):
+    """A requestor wants an agreement."""
+
+    preset: str
+    offer_id: str
+    agreement: str
+
+
+class EventArrived(Message, frozen=True):
+    """An event of one of the node's durable feeds: `agreements`, `activities`, `debit-notes`, `invoices`.
+
+    `subject` is the id of the agreement, activity or document, `related` that of its agreement (of an activity).
+    """
+
+    feed: str
+    at: float
+    kind: str
+    subject: str
+    related: str = ""
+    text: str = ""
+
+
+# -- to port `rest`, and its answers
+class PublishOffer(Message, frozen=True):
+    """Publish an offer, then say `OfferPublished`."""
+
+    preset: str
+    serial: int
+    properties: str
+    subnet: str
+
+
+class OfferPublished(Message, frozen=True):
+    """The node has the offer."""
+
+    preset: str
+    serial: int
+    offer_id: str
+
+
+class WatchOffer(Message, frozen=True):
+    """Poll an offer's events until it is gone, then say `OfferLost`."""
+
+    preset: str
+    offer_id: str
+
+
+class OfferLost(Message, frozen=True):
+    """The node does not know this offer (any more)."""
+
+    preset: str
+    offer_id: str
+
+
+class WithdrawOffer(Message, frozen=True):
+    """Take an offer back and stop polling it."""
+
+    offer_id: str
+
+
+class CounterProposal(Message, frozen=True):
+    """Answer a proposal with our properties."""
+
+    offer_id: str
+    proposal_id: str
+    properties: str
+    constraints: str
+
+
+class RejectProposal(Message, frozen=True):
+    """Refuse a proposal."""
+
+    offer_id: str
+    proposal_id: str
+    reason: str
+
+
+class ApproveAgreement(Message, frozen=True):
+    """Approve an agreement, then say `ApprovalEnded`."""
+
+    agreement_id: str
+    session_id: str
+    timeout_s: float
+    instance: str
+
+
+class ApprovalEnded(Message, frozen=True):
+    """The approval was committed by the requestor, or not."""
+
+    agreement_id: str
+    approved: bool
+    reason: str = ""
+
+
+class RejectAgreement(Message, frozen=True):
+    """Refuse an agreement."""
+
+    agreement_id: str
+    reason: str
+
+
+class TerminateAgreement(Message, frozen=True):
+    """Terminate an agreement, then say `TerminationEnded`."""
+
+    agreement_id: str
+    reason: str
+
+
+class TerminationEnded(Message, frozen=True):
+    """The agreement is not in force any more."""
+
+    agreement_id: str
+
+
+class CloseActivity(Message, frozen=True):
+    """Report an activity as terminated, read its last usage, then say `ActivityClosed`."""
+
+    activity_id: str
+    reason: str
+    error_message: str
+
+
+class ActivityClosed(Message, frozen=True):
+    """The node has the end of the activity. `usage` None: it was never reported."""
+
+    activity_id: str
+    usage: list[float] | None
+
+
+class ReadUsage(Message, frozen=True):
+    """Read the usage of a running activity, then say `UsageRead`; it is not tried twice."""
+
+    activity_id: str
+
+
+class UsageRead(Message, frozen=True):
+    """The usage; None where it could not be read."""
+
+    activity_id: str
+    usage: list[float] | None
+
+
+class IssueNote(Message, frozen=True):
+    """Issue a debit note unless there is one after `previous_id`, then say `NoteIssued`."""
+
+    activity_id: str
+    number: int
+    amount: str
+    usage: list[float]
+    due_at: float | None
+    previous_id: str
+    since: float  # no note of this activity is older
+    instance: str
+
+
+class NoteIssued(Message, frozen=True):
+    """The node has the debit note; `error` says why it will not take it."""
+
+    activity_id: str
+    number: int
+    note_id: str
+    error: str = ""
+
+
+class SendNote(Message, frozen=True):
+    """Send a debit note to the requestor, then say `NoteSent`."""
+
+    activity_id: str
+    number: int
+    note_id: str
+    give_up_at: float | None  # the requestor counts as unreachable after that
+
+
+class NoteSent(Message, frozen=True):
+    """The requestor has the debit note, or could not be reached in time."""
+
+    activity_id: str
+    number: int
+    sent: bool
+    error: str = ""
+
+
+class ReadNote(Message, frozen=True):
+    """Read the status of a debit note whose deadline `accept` or `pay` has come, then say `NoteRead`."""
+
+    activity_id: str
+    number: int
+    note_id: str
+    deadline: str
+
+
+class NoteRead(Message, frozen=True):
+    """`status` as the API names it."""
+
+    activity_id: str
+    number: int
+    deadline: str
+    status: str
+
+
+class IssueInvoice(Message, frozen=True):
+    """Issue the invoice of an agreement unless there is one, then say `InvoiceIssued`."""
+
+    agreement_id: str
+    activity_ids: tuple[str, ...]
+    amount: str
+    due_at: float
+    since: float
+    instance: str
+
+
+class InvoiceIssued(Message, frozen=True):
+    """The node has the invoice."""
+
+    agreement_id: str
+    invoice_id: str
+
+
+class SendInvoice(Message, frozen=True):
+    """Send an invoice to the requestor, then say `InvoiceSent`."""
+
+    agreement_id: str
+    invoice_id: str
+
+
+class InvoiceSent(Message, frozen=True):
+    """The requestor has the invoice."""
+
+    agreement_id: str
+
+
+# -- to port `processes`, and its answers
+class StartUnit(Message, frozen=True):
+    """Start the exe-unit of an activity, or find the one that was started; then say `UnitRunning`."""
+
+    activity_id: str
+    agreement_id: str
+    runtime: str
+    agreement: str
+
+
+class UnitRunning(Message, frozen=True):
+    """The process, named by its id and the time it started (clock ticks since boot: ids are used again)."""
+
+    activity_id: str
+    pid: int
+    started_ticks: int
+
+
+class FindUnit(Message, frozen=True):
+    """Take up a process of an earlier run of the agent; say `UnitExited` if it is gone or as soon as it is.
+
+    `pid` 0: it was being started; if it is there, say `UnitRunning` first.
+    """
+
+    activity_id: str
+    pid: int
+    started_ticks: int
+
+
+class StopUnit(Message, frozen=True):
+    """End a process: politely, then not."""
+
+    activity_id: str
+    pid: int
+    started_ticks: int
+
+
+class UnitExited(Message, frozen=True):
+    """The process is gone. `code` None: it was not our child, or never started (`error` says why)."""
+
+    activity_id: str
+    code: int | None
+    error: str = ""
+
+
+# -- timers
+class IdleDue(Message, frozen=True):
+    """The agreement had no activity for too long."""
+
+    agreement_id: str
+
+
+class ExpirationDue(Message, frozen=True):
+    """The agreement's term is over."""
+
+    agreement_id: str
+
+
+class NoteDue(Message, frozen=True):
+    """It is time for a debit note."""
+
+    activity_id: str
+
+
+class DeadlineDue(Message, frozen=True):
+    """A debit note should have been accepted (`accept`) or paid (`pay`) by now."""
+
+    activity_id: str
+    number: int
+    deadline: str
+
+
+class ForgetDue(Message, frozen=True):
+    """An agreement that is over and billed need not be remembered any longer."""
+
+    agreement_id: str
+
+
+LocalProvider = (
+    AgentStarted
+    | OffersChanged
+    | StopAgent
+    | ProposalArrived
+    | AgreementArrived
+    | EventArrived
+    | OfferPublished
+    | OfferLost
+    | ApprovalEnded
+    | TerminationEnded
+    | ActivityClosed
+    | UsageRead
+    | NoteIssued
+    | NoteSent
+    | NoteRead
+    | InvoiceIssued
+    | InvoiceSent
+    | UnitRunning
+    | UnitExited
+    | IdleDue
+    | ExpirationDue
+    | NoteDue
+    | DeadlineDue
+    | ForgetDue
+    | Undelivered
+)
+Timer = IdleDue | ExpirationDue | NoteDue | DeadlineDue | ForgetDue
+ToRest = (
+    PublishOffer
+    | WatchOffer
+    | WithdrawOffer
+    | CounterProposal
+    | RejectProposal
+    | ApproveAgreement
+    | RejectAgreement
+    | TerminateAgreement
+    | CloseActivity
+    | ReadUsage
+    | IssueNote
+    | SendNote
+    | ReadNote
+    | IssueInvoice
+    | SendInvoice
+)
+ToProcesses = StartUnit | FindUnit | StopUnit
