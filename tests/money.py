@@ -113,6 +113,7 @@ class World:
         self.transfers: list[tuple[str, str, str, Decimal]] = []  # hash, payer, payee, amount
         self.down: set[str] = set()  # nodes that cannot be reached
         self.violations: list[str] = []
+        self.history: list[tuple[Node, str, str, bytes, bool]] = []
 
     # -- running machines
     def ask(self, node: Node, message: Any, actor: str = "ledger") -> Any:
@@ -124,6 +125,7 @@ class World:
         self._step(node, actor, sender, encode(message), local=node_of(sender) == node.id)
 
     def _step(self, node: Node, actor: str, sender: str, body: bytes, local: bool) -> list[Any]:
+        self.history.append((node, actor, sender, body, local))
         message = node.decoders[actor][0 if local else 1](body)
         rows = node.rows[actor]
         step = node.machines[actor].handle(rows, message, Meta(sender, self.now, "t"))
@@ -178,6 +180,11 @@ class World:
             except Violation as violation:
                 self.violations.append(str(violation))
         return True
+
+    def say_again(self) -> None:
+        """Every message that any actor has ever had comes once more, in order."""
+        for step in list(self.history):
+            self._step(*step)
 
     def _tick(self) -> bool:
         """Fire the next timer within the next ten days."""

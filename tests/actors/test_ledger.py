@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from money import KEYS, PLATFORM, Done, Node, World
 
-from actors.ledger import Activity, Agreement, Allocation, Payment, decorations, remaining, reserved
+from actors.ledger import Activity, Agreement, Allocation, Payment, TxClaims, decorations, remaining, reserved
 from protocol.codec import encode
 from protocol.ledger import (
     AgreementPayment,
@@ -409,6 +409,7 @@ def test_two_claims_at_once_on_one_transaction_get_it_once() -> None:
     world.run()
     states = [payee.rows["ledger"][f"payment/{payment_id}"].state for payment_id in ("p1", "p2")]
     assert states == ["VERIFIED", "REFUSED"]
+    assert payee.rows["ledger"][f"tx/{tx_hash}/{payer.id}/{payee.id}"] == TxClaims((("p1", "1"),))
     assert payee.rows["ledger"]["agreement/a1"].paid == "1"
 
 

@@ -121,6 +121,34 @@ def test_what_is_accepted_is_paid_exactly_once(part: int) -> None:
     assert settled > 50, "the lives are too dull to prove anything"
 
 
+def test_whatever_was_said_may_be_said_again() -> None:
+    world = World(2)
+    payer, payee = world.nodes
+    world.agree(payer, payee, "a1", ("act",))
+    world.allocate(payer, "al", "10")
+    world.note(payee, "n1", "act", "0.4")
+    world.invoice(payee, "i1", "a1", "1", ("act",))
+    for kind, document_id in (("debit-note", "n1"), ("invoice", "i1")):
+        world.send(payee, kind, document_id)
+        world.run()
+        world.accept(payer, kind, document_id, "al")
+    world.run()
+
+    def state() -> object:
+        rows = {
+            (node.id, actor, key): rows[key]
+            for node in world.nodes for actor, rows in node.rows.items() for key in rows.raw if key[:5] != "cycle"
+        }  # fmt: skip
+        return rows, world.transfers, [{feed: list(events) for feed, events in node.feeds.items()} for node in world.nodes]
+
+    before = state()
+    for _ in range(2):
+        world.say_again()
+        world.run()
+        assert state() == before
+    check_settled(world)
+
+
 def test_two_providers_with_one_purse_settle_from_one_transfer() -> None:
     world = World(3)
     payer, first, second = world.nodes
