@@ -6,6 +6,7 @@ Conservation: what left one node arrived at another once, or its sender was told
 from __future__ import annotations
 
 import sqlite3
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from sim_machines import (
@@ -83,6 +84,17 @@ def check(world: World, final: bool) -> None:
             check_promise(host, name)
     check_money(world, final)
     check_orders(world, final)
+    if final:
+        check_answers(world)
+
+
+def check_answers(world: World) -> None:
+    """What a node's last disk says it answered has arrived."""
+    for name, host in world.hosts.items():
+        for attempt in rows(host.db, "desk", "query/"):
+            asker = world.hosts[attempt[0]]
+            answers = rows(asker.db, "desk", "answer/")
+            expect(asker.disks > 1 or f"{attempt}/{host.disks}" in answers, asker.name, "lost", name, "answer to", attempt)
 
 
 def check_books(host: Host) -> None:
@@ -146,7 +158,7 @@ def check_feeds(host: Host, final: bool) -> None:
         return
     for feed, seen in host.client.read.items():
         expect([e[0] for e in seen] == list(range(1, len(seen) + 1)), host.name, feed, "numbers", seen)
-        expect(all(a[1] < b[1] for a, b in zip(seen, seen[1:], strict=False)), host.name, feed, "times", seen)
+        expect(all(a[1] < b[1] for a, b in pairwise(seen)), host.name, feed, "times", seen)
         ids = [_event(body).id for _, _, body in seen]
         if feed == "coins":
             happened = {id: got.times for id, got in rows(host.db, "bank", "in/").items()}

@@ -207,7 +207,7 @@ class Bank:
 
     def event(self, rows: Rows, message: Any, meta: Meta) -> Step:
         match message:
-            case Coins(id, number, coins):
+            case Coins():
                 return self.coins(rows, message, node_of(meta.sender))
             case Receipt(id):
                 row = rows[f"out/{id}"]

@@ -40,7 +40,7 @@ from protocol.types import Message, Violation
 
 NODES = ("A", "B", "C")
 EPOCH_S = 1_700_000_000.0
-SAFETY_S = 240.0
+SAFETY_S = 150.0
 CONVERGE_S = 3000.0
 LOSING_NODE = "C"
 
@@ -72,11 +72,13 @@ class Faults:
 
     @classmethod
     def drawn(cls, rng: random.Random) -> Faults:
+        lose_disk = rng.random() < 0.4
         return cls(
-            loss=rng.choice((0, 0.1, 0.3)), copies=rng.choice((0, 0.1, 0.4)), delay_s=rng.choice((0, 0.1, 3)),
-            refusal=rng.random(), crash_point=rng.choice((0, 0.01, 0.04)), crash_every_s=rng.choice((0, 25, 80)),
-            partition_every_s=rng.choice((0, 30)), disk_s=rng.choice((0, 0.02, 0.5)), hang_up=rng.choice((0, 0.05)),
-            flaky_chain=rng.choice((0, 0.1)), capacity=rng.choice((1, 4, 256)), lose_disk=rng.random() < 0.3,
+            loss=rng.choice((0, 0.1, 0.3)), delay_s=rng.choice((0, 0.1, 3)),
+            copies=0.6 if lose_disk else rng.choice((0, 0.1, 0.4)), refusal=rng.random(),
+            crash_point=rng.choice((0, 0.01, 0.04)), crash_every_s=rng.choice((0, 25, 80)),
+            partition_every_s=rng.choice((0, 30)), disk_s=rng.choice((0, 0.02, 0.8)), hang_up=rng.choice((0, 0.05)),
+            flaky_chain=rng.choice((0, 0.1)), capacity=rng.choice((1, 4, 256)), lose_disk=lose_disk,
         )  # fmt: skip
 
 
@@ -285,7 +287,7 @@ class Host:
             client.news_posted = number
             nursery.start_soon(self._post, system, number)
             if number % 3 == 0:
-                await trio.sleep(0)
+                await trio.lowlevel.checkpoint()
 
     async def _post(self, system: SimSystem, number: int) -> None:
         with trio.move_on_after(self.world.rng.choice((0.01, 10))):
@@ -297,21 +299,21 @@ class Host:
         seen = self.client.read.setdefault(feed, [])
         while True:
             after = seen[-1][0] if seen else 0
-            if await system.feeds.wait(feed, after, 20):
+            if await system.feeds.wait(feed, after, 60):
                 seen += [(e.seq, e.at, e.body) for e in system.feeds.read(feed, after, 3)]
 
     async def read_by_time(self, system: SimSystem, feed: str) -> None:
         """Follow a feed by time."""
         seen = self.client.read.setdefault(feed, [])
         while True:
-            await trio.sleep(5)
+            await trio.sleep(10)
             after = seen[-1][1] if seen else 0.0
             seen += [(e.seq, e.at, e.body) for e in system.feeds.read_after(feed, after, 3)]
 
     async def take_jobs(self, system: SimSystem) -> None:
         """Take events that are handed out once, with little patience."""
         while True:
-            await system.feeds.wait("jobs", 0, 20)
+            await system.feeds.wait("jobs", 0, 60)
             self.client.unsure_takes += 1  # a crash in here may lose what it deleted: the taker died with the node
             with trio.move_on_after(self.world.rng.choice((0.01, 5))):
                 self.client.taken += [e.body for e in await system.feeds.take("jobs", 2)]
@@ -352,7 +354,7 @@ class World:
             others = [n for n in NODES if n != name and not (lossy and n == LOSING_NODE)]
             for _ in range(rng.randrange(4, 16)):
                 to = rng.choice(others) if rng.random() < 0.95 else "X"
-                deadline_s = rng.choice((FOREVER_S, rng.uniform(0.1, 40))) if to != "X" else 20.0
+                deadline_s = rng.choice((FOREVER_S, rng.uniform(0.1, 4), rng.uniform(0.1, 40))) if to != "X" else 20.0
                 commands.append((at(), "bank", Pay(id("pay"), to, rng.randrange(1, 50), deadline_s)))
             commands += [(at(), "bank", Order(id("order"))) for _ in range(rng.randrange(5))]
             commands += [(at(), "bank", SendBomb(id("bomb"), rng.choice(others))) for _ in range(rng.randrange(2))]
@@ -363,10 +365,12 @@ class World:
                 if rng.random() < 0.6:
                     after_s = rng.choice((None, rng.uniform(0, 60)))
                     commands.append((start + rng.uniform(0, 60), "bank", MoveAlarm(id("move"), alarm, after_s)))
-            for _ in range(rng.randrange(1, 4)):
-                commands.append((at(), "desk", Enquire(id("ask"), LOSING_NODE if lossy else rng.choice(others))))
+            for _ in range(12 if lossy else rng.randrange(1, 4)):
+                when = rng.randrange(1, 5) * 25.0 if rng.random() < 0.7 else at()  # bursts make desks busy
+                to = LOSING_NODE if lossy and rng.random() < 0.7 else rng.choice(others)
+                commands.append((when, "desk", Enquire(id("ask"), to)))
         commands.sort(key=lambda command: command[0])
-        news_at = sorted(at() for _ in range(rng.randrange(2) * 5))
+        news_at = sorted([at()] * rng.randrange(5) + [at()] * rng.randrange(5))
         return Client(commands, [(t, number) for number, t in enumerate(news_at, 1)])
 
     def chance(self, probability: float) -> bool:
@@ -403,9 +407,9 @@ class World:
             self.note("cut", sorted(sorted(pair) for pair in self.cut))
 
     async def burn_disks(self) -> None:
-        """Take a whole disk from the node that is meant to bear it, once or twice."""
+        """Take a whole disk from the node that is meant to bear it, once or few times."""
         while self.faults.lose_disk and not self.calm:
-            await trio.sleep(self.rng.uniform(20, 150))
+            await trio.sleep(self.rng.uniform(15, 60))
             host = self.hosts[LOSING_NODE]
             if host.nursery and not self.calm:
                 host.wipe = True
@@ -449,7 +453,7 @@ class World:
                 await trio.sleep(20)
             if waits:
                 raise Broken(f"did not converge: {waits}")
-            await trio.sleep(200)  # readers catch up, late copies come
+            await trio.sleep(120)  # readers catch up, late copies come
             sim_checks.check(self, final=True)
             self.nursery.cancel_scope.cancel()
 

@@ -1,0 +1,246 @@
+"""Each mutant breaks one promise of the kernel; the simulation must notice. A survivor is a hole in the simulator.
+
+`test_simulation.py` runs the same seeds on the kernel as it is, and finds nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import islice
+from typing import Any
+
+import pytest
+import trio
+from sim_world import World, simulate
+
+from actors.kernel import actor as actor_module
+from actors.kernel.actor import Actor, Batch, LinkBatch
+from actors.kernel.courier import Courier
+from actors.kernel.journal import Commit, Journal, Position
+from actors.kernel.system import System
+from protocol.codec import Envelope
+
+MOST_SEEDS = 40
+Patch = pytest.MonkeyPatch
+
+
+def no_dedupe(patch: Patch) -> None:
+    """Takes what it has already taken."""
+    take = Actor._take_link
+
+    def repeated(self: Actor, link: LinkBatch, batch: Batch) -> None:
+        first = link.envelopes[0]
+        position = self._position(first.sender, batch)
+        if first.epoch == position.epoch and first.seq <= position.seq:
+            batch.commit.inbox[first.sender] = Position(position.epoch, first.seq - 1, position.retired)
+        take(self, link, batch)
+
+    patch.setattr(Actor, "_take_link", repeated)
+
+
+def acknowledges_before_commit(patch: Patch) -> None:
+    take = Actor._take_link
+
+    def early(self: Actor, link: LinkBatch, batch: Batch) -> None:
+        take(self, link, batch)
+        link.done.set()
+
+    patch.setattr(Actor, "_take_link", early)
+
+
+def inbox_not_advanced(patch: Patch) -> None:
+    """The position is kept in memory alone."""
+    commit = Journal.commit
+
+    async def forgetful(self: Journal, changes: Commit) -> None:
+        changes.inbox = {}
+        await commit(self, changes)
+
+    from sim_world import SimJournal
+
+    checked = SimJournal.commit
+
+    async def both(self: SimJournal, changes: Commit) -> None:
+        kept, changes.inbox = changes.inbox, {}
+        if changes:
+            await checked(self, changes)
+        changes.inbox = kept
+
+    patch.setattr(Journal, "commit", forgetful)
+    patch.setattr(SimJournal, "commit", both)
+
+
+def no_gap_check(patch: Patch) -> None:
+    take = Actor._take_link
+
+    def gapless(self: Actor, link: LinkBatch, batch: Batch) -> None:
+        first, *rest = link.envelopes
+        link.envelopes = [Envelope(first.sender, first.to, first.epoch, first.seq, 0, first.trace, first.body), *rest]
+        take(self, link, batch)
+
+    patch.setattr(Actor, "_take_link", gapless)
+
+
+def timer_stays(patch: Patch) -> None:
+    """A timer that rang is not taken away."""
+    alarm = Actor._alarm
+
+    def again(self: Actor, batch: Batch, key: str, trace: str, body: bytes, accept: Callable[[], None]) -> None:
+        alarm(self, batch, key, trace, body, accept if "#" in key else lambda: None)
+
+    patch.setattr(Actor, "_alarm", again)
+
+
+def outbox_released_before_commit(patch: Patch) -> None:
+    """Messages leave for their recipients while their step is on its way to the disk."""
+    finish = Actor._finish
+
+    async def early(self: Actor, batch: Batch) -> None:
+        for recipient, posted in batch.commit.outbox:
+            envelope = Envelope(
+                self.address, recipient, self.system.journal.epoch, posted.seq, 0, posted.trace, posted.body
+            )
+            if not self.system.has_actor(recipient):
+                trio.lowlevel.spawn_system_task(_leave, Courier(self.system, self.name, recipient), [envelope])
+        await finish(self, batch)
+
+    async def _leave(courier: Courier, batch: list[Envelope]) -> None:
+        from actors.kernel.machine import LinkDown
+        from protocol.codec import encode_batch
+        from protocol.types import node_of
+
+        try:
+            with trio.move_on_after(10):
+                await courier.system.transport.exchange(node_of(courier.recipient), encode_batch(batch))
+        except LinkDown:
+            pass
+
+    patch.setattr(Actor, "_finish", early)
+
+
+def epoch_ignored(patch: Patch) -> None:
+    """A node that lost its disk is taken for a repetition of itself."""
+    patch.setattr(Position, "under", lambda self, epoch: Position(epoch, self.seq, self.retired))
+
+
+def retired_epoch_accepted(patch: Patch) -> None:
+    patch.setattr(Position, "under", lambda self, epoch: self if epoch == self.epoch else Position(epoch, 0, ()))
+
+
+def deadline_ignored(patch: Patch) -> None:
+    patch.setattr(Journal, "overdue", lambda self, now, limit=256: [])
+
+
+def gives_up_what_is_acknowledged(patch: Patch) -> None:
+    """Forgets acknowledgements that are not on disk yet."""
+    patch.setattr(Journal, "acked", lambda self, actor, recipient: 0)
+
+
+def event_without_its_step(patch: Patch) -> None:
+    """Events are written before the step they belong to."""
+    finish = Actor._finish
+
+    async def early(self: Actor, batch: Batch) -> None:
+        if batch.commit.events:
+            await self.system.journal.commit(Commit(self.name, events=batch.commit.events))
+            batch.commit.events = []
+        await finish(self, batch)
+
+    patch.setattr(Actor, "_finish", early)
+
+
+def replies_before_commit(patch: Patch) -> None:
+    finish = Actor._finish
+
+    async def early(self: Actor, batch: Batch) -> None:
+        for ask in batch.asks:
+            ask.done.set()
+        await finish(self, batch)
+
+    patch.setattr(Actor, "_finish", early)
+
+
+def quarantine_blocks_the_link(patch: Patch) -> None:
+    """A message that crashes its machine is tried for ever."""
+    patch.setattr(actor_module, "CRASHES_BEFORE_QUARANTINE", 1 << 30)
+
+
+def courier_forgets_news(patch: Patch) -> None:
+    """A message posted while its link's courier ends is not noticed."""
+
+    async def carry(self: System, courier: Courier) -> None:
+        await courier.run()
+        await trio.sleep(0.5)
+        del self._couriers[courier.actor, courier.recipient]
+
+    patch.setattr(System, "_carry", carry)
+
+
+def port_answers_before_commit(patch: Patch) -> None:
+    """A port's answer and its position are written apart."""
+    commit = Journal.commit
+
+    async def parted(self: Any, changes: Commit) -> None:
+        if changes.inbox and changes.outbox and changes.actor == "chain":
+            await commit(self, Commit(changes.actor, outbox=changes.outbox))
+            await commit(self, Commit(changes.actor, inbox=changes.inbox))
+        else:
+            await commit(self, changes)
+
+    from sim_world import SimJournal
+
+    patch.setattr(SimJournal, "commit", parted)
+
+
+def take_without_deleting(patch: Patch) -> None:
+    from actors.kernel.feed import Feeds
+
+    async def take(self: Feeds, feed: str, limit: int = 100) -> list[Any]:
+        await trio.lowlevel.checkpoint()
+        events = self.read(feed, 0, limit)
+        await self._journal.commit(Commit("", taken=[(feed, event.seq) for event in events[:1]]))
+        return events
+
+    patch.setattr(Feeds, "take", take)
+
+
+def number_used_twice(patch: Patch) -> None:
+    """Two posts of a port that are under way together get the same number, or swap."""
+    commit = Journal.commit
+
+    async def late(self: Any, changes: Commit) -> None:
+        if changes.actor == "chain" and not changes.inbox:
+            await trio.sleep(self.host.world.rng.uniform(0, 1))
+        await commit(self, changes)
+
+    from sim_world import SimJournal
+
+    patch.setattr(SimJournal, "commit", late)
+
+
+MUTANTS = (
+    no_dedupe, acknowledges_before_commit, inbox_not_advanced, no_gap_check, timer_stays, outbox_released_before_commit,
+    epoch_ignored, retired_epoch_accepted, deadline_ignored, gives_up_what_is_acknowledged, event_without_its_step,
+    replies_before_commit, quarantine_blocks_the_link, courier_forgets_news, port_answers_before_commit,
+    take_without_deleting, number_used_twice,
+)  # fmt: skip
+
+
+LOSE_A_DISK = (epoch_ignored, retired_epoch_accepted)
+
+
+def caught(seeds: Iterable[int]) -> bool:
+    """Return whether an observer, or the kernel itself, says no to one of `seeds`."""
+    for seed in seeds:
+        try:
+            simulate(seed)
+        except (Exception, BaseExceptionGroup):
+            return True
+    return False
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
+def test_mutant_is_caught(mutant: Callable[[Patch], None], monkeypatch: Patch) -> None:
+    mutant(monkeypatch)
+    seeds = (seed for seed in range(500) if mutant not in LOSE_A_DISK or World(seed).faults.lose_disk)
+    assert caught(islice(seeds, MOST_SEEDS)), f"{mutant.__name__} survives {MOST_SEEDS} seeds"
