@@ -136,7 +136,8 @@ def baselines() -> dict[str, Any]:
     """Raw figures of the same machine at the same time: `bench_net.py` as a process of its own."""
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         result = subprocess.run(
-            [sys.executable, str(ROOT / "benchmarks" / "bench_net.py"), "--json", file.name], cwd=ROOT, capture_output=True, text=True
+            [sys.executable, str(ROOT / "benchmarks" / "bench_net.py"), "--json", file.name],
+            cwd=ROOT, capture_output=True, text=True,
         )  # fmt: skip
         print(result.stdout or result.stderr)
         return json.loads(Path(file.name).read_text() or "{}") if result.returncode == 0 else {}
