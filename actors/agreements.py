@@ -20,9 +20,24 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from actors.agreement_rows import (
+    APPROVED,
+    APPROVING,
+    CANCELLED,
+    EXPIRED,
+    OPEN,
+    PENDING,
+    PROPOSAL,
+    REJECTED,
+    TERMINATED,
+    VERDICT_S,
+    Agreement,
+    lapsed,
+    state_error,
+)
 from actors.draft import Draft
 from actors.kernel.machine import Emit, Meta, Reply, Send, Wake
-from actors.proposals import ACCEPTED, DRAFT, INITIAL, REJECTED, Proposal
+from actors.proposals import ACCEPTED, DRAFT, INITIAL, Proposal
 from protocol.market import Done, Rematch, canonical, loads
 from protocol.negotiation import (
     PROVIDER,
@@ -60,61 +75,9 @@ from protocol.types import Message, Refused, Violation, address, node_of
 
 DELIVERY_S = 60.0  # to bring a confirmed agreement to the provider
 COMMIT_DELIVERY_S = 3600.0  # to bring the commit to the provider; after that the agreement is terminated
-VERDICT_S = 60.0  # how long past `validTo` a provider that approved waits for the requestor's decision
 LAST_APPROVAL_S = 0.03  # an approval this close to `validTo` could not arrive in time
 KEEP_ENDED_S = 90 * 24 * 3600.0
 MAX_VALID_S = 366 * 24 * 3600.0 * 100
-
-PROPOSAL, PENDING, APPROVING, APPROVED = "Proposal", "Pending", "Approving", "Approved"
-CANCELLED, EXPIRED, TERMINATED = "Cancelled", "Expired", "Terminated"
-OPEN = (PROPOSAL, PENDING, APPROVING)
-
-
-class Agreement(Message, frozen=True, tag="agreement"):
-    """An agreement as this node sees it. `body` is what both sign; signatures are hex, "" as long as there is none."""
-
-    agreement_id: str
-    role: str  # ours
-    requestor: str
-    provider: str
-    proposal_id: str
-    demand_id: str
-    offer_id: str
-    body: bytes
-    state: str
-    created: float
-    valid_to: float
-    approved_at: float | None = None
-    app_session_id: str | None = None
-    proposed_signature: str = ""
-    approved_signature: str = ""
-    committed_signature: str = ""
-    terminator: str = ""
-    reason: str = ""
-    ended_at: float | None = None
-
-    @property
-    def counterpart(self) -> str:
-        """The node on the other side."""
-        return self.provider if self.role == REQUESTOR else self.requestor
-
-
-def lapsed(agreement: Agreement, now: float) -> bool:
-    """Return whether the agreement's time is over, whatever its row says."""
-    grace = VERDICT_S if agreement.state == APPROVING else 0.0
-    return agreement.state in OPEN and agreement.valid_to + grace <= now
-
-
-def state_at(agreement: Agreement, now: float) -> str:
-    """Return the state that an agent is shown: expiry is seen at once, `Approving` as `Pending`."""
-    state = EXPIRED if lapsed(agreement, now) else agreement.state
-    return PENDING if state == APPROVING else state
-
-
-def state_error(agreement: Agreement, new: str, now: float) -> str:
-    """Return the text that agents know for a step that the state does not allow."""
-    state = EXPIRED if lapsed(agreement, now) else agreement.state
-    return f"Agreement [{agreement.agreement_id}]. Error: Can't update Agreement state from {state} to {new}."
 
 
 # -- common moves

@@ -12,6 +12,7 @@ Feeds: `demand/<id>` and `offer/<id>` for the agent's polls, `agreements` and `a
 from __future__ import annotations
 
 from actors import agreements, proposals
+from actors.agreement_rows import Agreement
 from actors.draft import Draft
 from actors.kernel.machine import Meta, Reply, Rows, Step
 from protocol.codec import Decoder
@@ -51,7 +52,7 @@ class Negotiation:
     name = "negotiation"
     local = LocalNegotiation
     peer = PeerNegotiation
-    rows = proposals.SubscriptionRow | proposals.Pair | proposals.Belongs | proposals.Proposal | agreements.Agreement
+    rows = proposals.SubscriptionRow | proposals.Pair | proposals.Belongs | proposals.Proposal | Agreement
 
     def __init__(self, node_id: str) -> None:
         self.node = node_id

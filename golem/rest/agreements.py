@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 from quart import Blueprint, Response
 
-from actors.agreements import APPROVED, CANCELLED, EXPIRED, PROPOSAL, REJECTED, TERMINATED, Agreement, state_at
+from actors.agreement_rows import APPROVED, CANCELLED, EXPIRED, PROPOSAL, REJECTED, TERMINATED, Agreement, state_at
 from golem.rest.edge import (
     ApiError,
     ask,
@@ -56,6 +56,7 @@ NEWS_S, NEWS_STEP_S = 2.0, 0.005  # an approval's way to the other actors of thi
 STATES = ("Proposal", "Pending", "Cancelled", "Rejected", "Approved", "Expired", "Terminated")
 AGREEMENT_ID = re.compile(r"(?:[RP]-)?([0-9a-f]{64})\Z")
 PROVIDERS_PROPOSAL = re.compile(r"R-([0-9a-f]{64})\Z")
+DECIDED = (APPROVED, REJECTED, CANCELLED, EXPIRED, TERMINATED)
 SINCE_EVER = timestamp("2016-11-11T15:12:00Z")
 
 
@@ -192,7 +193,7 @@ async def _decision(node: Node, wanted_id: str, timeout_s: float) -> str | None:
     def probe() -> str | None:
         agreement = node.system.rows("negotiation").get(f"agreement/{wanted_id}")
         state = state_at(agreement, node.clock()) if agreement else EXPIRED
-        return state if state in (APPROVED, REJECTED, CANCELLED, EXPIRED, TERMINATED) else None
+        return state if state in DECIDED else None
 
     state = await until(node, [f"agreement/{wanted_id}"], probe, timeout_s)
     if state == APPROVED:

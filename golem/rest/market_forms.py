@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from actors.agreements import Agreement, state_at
+from actors.agreement_rows import Agreement, state_at
 from actors.kernel.journal import Event
 from actors.kernel.machine import Rows
 from actors.proposals import Proposal

@@ -12,7 +12,7 @@ from market_world import OTHER_ID, OTHER_KEY, PROVIDER_ID, PROVIDER_KEY, REQUEST
 from playbook import START, Nodes, Playbook, playbook
 
 from actors import agreements, proposals
-from actors.agreements import Agreement, state_at
+from actors.agreement_rows import Agreement, state_at
 from actors.negotiation import Negotiation
 from actors.proposals import Proposal
 from protocol.market import Done, Matched, Rematch, SubscriptionEnded, SubscriptionOpened

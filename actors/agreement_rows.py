@@ -1,0 +1,59 @@
+"""Agreements as rows, and what state an agreement is in at a given time. Read by `actors.agreements` and the market API."""
+
+from __future__ import annotations
+
+from protocol.negotiation import REQUESTOR
+from protocol.types import Message
+
+VERDICT_S = 60.0  # how long past `validTo` a provider that approved waits for the requestor's decision
+
+PROPOSAL, PENDING, APPROVING, APPROVED = "Proposal", "Pending", "Approving", "Approved"
+CANCELLED, REJECTED, EXPIRED, TERMINATED = "Cancelled", "Rejected", "Expired", "Terminated"
+OPEN = (PROPOSAL, PENDING, APPROVING)
+
+
+class Agreement(Message, frozen=True, tag="agreement"):
+    """An agreement as this node sees it. `body` is what both sign; signatures are hex, "" as long as there is none."""
+
+    agreement_id: str
+    role: str  # ours
+    requestor: str
+    provider: str
+    proposal_id: str
+    demand_id: str
+    offer_id: str
+    body: bytes
+    state: str
+    created: float
+    valid_to: float
+    approved_at: float | None = None
+    app_session_id: str | None = None
+    proposed_signature: str = ""
+    approved_signature: str = ""
+    committed_signature: str = ""
+    terminator: str = ""
+    reason: str = ""
+    ended_at: float | None = None
+
+    @property
+    def counterpart(self) -> str:
+        """The node on the other side."""
+        return self.provider if self.role == REQUESTOR else self.requestor
+
+
+def lapsed(agreement: Agreement, now: float) -> bool:
+    """Return whether the agreement's time is over, whatever its row says."""
+    grace = VERDICT_S if agreement.state == APPROVING else 0.0
+    return agreement.state in OPEN and agreement.valid_to + grace <= now
+
+
+def state_at(agreement: Agreement, now: float) -> str:
+    """Return the state that an agent is shown: expiry is seen at once, `Approving` as `Pending`."""
+    state = EXPIRED if lapsed(agreement, now) else agreement.state
+    return PENDING if state == APPROVING else state
+
+
+def state_error(agreement: Agreement, new: str, now: float) -> str:
+    """Return the text that agents know for a step that the state does not allow."""
+    state = EXPIRED if lapsed(agreement, now) else agreement.state
+    return f"Agreement [{agreement.agreement_id}]. Error: Can't update Agreement state from {state} to {new}."
