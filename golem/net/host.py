@@ -244,7 +244,7 @@ class Host:
     async def _inbound(self, stream: Any, listen_address: Any, failure_event: Any) -> None:
         """As upstream, but over when the connection is: the caller's slot is then free for another peer."""
         raw = RawConnection(stream, False)
-        ip = (stream.get_remote_address() or ("",))[0]
+        ip = _remote_ip(stream)
         self._shaking[ip] += 1
         self._inbound_of[ip] += 1
         try:
@@ -355,6 +355,13 @@ class _Notifee(INotifee):
 
     async def listen_close(self, network: Any, multiaddr: Any) -> None:
         await trio.lowlevel.checkpoint()
+
+
+def _remote_ip(stream: Any) -> str:
+    try:
+        return str(stream.stream.socket.getpeername()[0])  # upstream's own method knows no IPv6
+    except OSError:
+        return ""  # gone already
 
 
 def _subtract(counts: Counter[str], key: str) -> None:

@@ -253,6 +253,7 @@ class Mux(IMuxedConn):
         self.negotiated_muxer_protocol = "/yamux/1.0.0"
         self._initiator = bool(secured_conn.is_initiator)
         self._raw = secured_conn.conn.read_writer.read_write_closer
+        self._remote = _remote_of(self._raw)
         self._noise = secured_conn.conn.noise_state
         self._next_id = 1 if self._initiator else 2
         self._out: deque[bytes] = deque()
@@ -353,8 +354,7 @@ class Mux(IMuxedConn):
 
     def get_remote_address(self) -> tuple[str, int] | None:
         """(host, port) of the other end."""
-        address: tuple[str, int] | None = self._raw.get_remote_address()
-        return address
+        return self._remote
 
     def get_transport_addresses(self) -> list[Any]:
         """The multiaddr of the other end."""
@@ -518,3 +518,11 @@ class Mux(IMuxedConn):
         if self.streams.pop(stream.stream_id, None) is not None:
             self._growth_left += stream._growth
             stream._growth = 0
+
+
+def _remote_of(raw: Any) -> tuple[str, int] | None:
+    try:
+        name = raw.stream.stream.socket.getpeername()
+    except OSError:
+        return None  # gone already
+    return str(name[0]), int(name[1])

@@ -113,6 +113,8 @@ async def test_a_restarted_node_is_heard_at_once(tmp_path: Path) -> None:
             async with open_network(KEYS[1], config(tmp_path / "1")) as two:
                 await two.connect(one.addresses[0])
                 await until_heard(two, ear, b"warm %d" % life)
+                assert two._sessions is not None
+                assert two._sessions._host.pubsub.counter > 10**18  # nanoseconds: beyond anything sent before
                 for number in range(30):
                     two.publish("news", b"%d/%d" % (life, number))
                     await trio.sleep(0.021)

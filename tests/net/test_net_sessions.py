@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,15 @@ from golem.net import Busy, NetError, NetRefusal, PeerStream, RemoteError, Unrea
 from golem.net.types import MAX_REQUEST_BYTES
 
 REPO = Path(__file__).resolve().parents[2]
+
+
+def _has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
 
 
 @contextmanager
@@ -362,6 +372,17 @@ async def test_two_networks_never_mix(tmp_path: Path) -> None:
         with pytest.raises(Unreachable, match="does not speak"):
             await two.connect(one.addresses[0])
         assert one.sessions() == two.sessions() == []
+
+
+@pytest.mark.skipif(not _has_ipv6(), reason="this machine has no IPv6 loopback")
+@trio_test
+async def test_ipv6(tmp_path: Path) -> None:
+    async with nodes(tmp_path, listen=("[::1]:0",)) as (one, two):
+        one.serve("echo", echo)
+        assert one.addresses[0].startswith("/ip6/::1/tcp/")
+        await two.connect(one.addresses[0])
+        assert await two.request(one.node_id, "echo", b"x") == b"x"
+        assert two.sessions()[0].address.startswith("/ip6/::1/tcp/")
 
 
 @trio_test
