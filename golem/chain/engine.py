@@ -32,7 +32,7 @@ from golem.chain.store import Attempt, BatchRow, Store, TransferBatch, TxRow
 
 GAS_SPARE = 20_000  # per payee over the estimate: a payee that emptied its purse meanwhile costs 17,100 more
 STUCK_BLOCKS = 6  # blocks that passed a well-paid transaction by, before it gets a higher fee
-LOST_LOOKS = 3
+PATIENT_LOOKS = 3  # in a row that must find the same before a nonce is given up or filled
 FUND_S = 120.0
 
 KNOWN = ("already known", "already imported", "known transaction", "nonce too low", "nonce is too low")
@@ -78,6 +78,7 @@ class Engine:
         self._checked = False
         self._problems: list[Problem] = []
         self._lost: dict[int, int] = {}  # transaction -> looks in a row that found its nonce gone
+        self._gap = (-1, 0)  # a nonce before our first open one that nobody uses, and looks in a row that saw it
         self._told: dict[str, str] = {}  # batch id -> reason last said, so that each is said once
 
     # -- what the wallet's port calls
@@ -170,6 +171,7 @@ class Engine:
         if not open_txs:
             return
         chain_nonce = await self.rpc.transaction_count(self.address)
+        await self._mind_gap(chain_nonce, open_txs[0].nonce, head)
         for tx in open_txs:
             receipt = await self._receipt(tx)
             if receipt is not None:
@@ -179,6 +181,18 @@ class Engine:
                 await self._nonce_taken(tx, head)
             else:
                 await self._push(tx, head, tx.nonce == chain_nonce, problems)
+
+    async def _mind_gap(self, chain_nonce: int, first: int, head: Head) -> None:
+        """A foreign transaction before ours was reorganised away for good: nothing of ours can move until its nonce is
+        used. After some looks use it for nothing, a transfer of 0 to ourselves."""
+        if chain_nonce >= first or await self.rpc.transaction_count(self.address, "pending") > chain_nonce:
+            self._gap = (-1, 0)
+            return
+        nonce, looks = self._gap
+        self._gap = (chain_nonce, looks + 1 if nonce == chain_nonce else 1)
+        if self._gap[1] >= PATIENT_LOOKS and not self.store.has_nonce(chain_nonce):
+            tx_id = await self._sign_and_store("fill", self.address, b"", head, nonce=chain_nonce)
+            await self._broadcast(self.store.tx(tx_id), self.store.attempts(tx_id)[0], [])
 
     async def _receipt(self, tx: TxRow) -> Receipt | None:
         hashes = [attempt.hash for attempt in self.store.attempts(tx.id)]
@@ -220,7 +234,7 @@ class Engine:
             final_nonce = await self.rpc.transaction_count(self.address, head.number - self.network.depth)
             lost = final_nonce > tx.nonce and await self._receipt(tx) is None
         self._lost[tx.id] = self._lost.get(tx.id, 0) + 1 if lost else 0
-        if self._lost[tx.id] < LOST_LOOKS:
+        if self._lost[tx.id] < PATIENT_LOOKS:
             return
         del self._lost[tx.id]
         self.store.finish(tx, "nonce_lost", f"another transaction of {self.address} took nonce {tx.nonce}")
@@ -314,13 +328,14 @@ class Engine:
         return await self._sign_and_store("pay", multi, token.packed_call(batch.payees), head, batch)
 
     async def _sign_and_store(
-        self, kind: str, recipient: str, call: bytes, head: Head, batch: TransferBatch | None = None
+        self, kind: str, recipient: str, call: bytes, head: Head, batch: TransferBatch | None = None,
+        nonce: int | None = None,
     ) -> int:
         """Nonce, fees, gas, signature, disk. Returns the row's id; _Wait when it cannot be paid for now."""
         payees = len(batch.payees) if batch else 1
         priority_fee, max_fee = await self._fees(head)
         gas = await self._gas(recipient, call, payees)
-        nonce = await self._free_nonce()
+        nonce = await self._free_nonce() if nonce is None else nonce
         signed = self._sign(nonce, gas, max_fee, priority_fee, recipient, call)
         await self._afford(gas * max_fee, signed)
         self._checkpoint("signed")

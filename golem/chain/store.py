@@ -57,7 +57,7 @@ class BatchRow:
 
 @dataclass(frozen=True, slots=True)
 class TxRow:
-    """One nonce: signed, sent, mined, then confirmed, failed or nonce_lost. `kind`: pay, approve or mint."""
+    """One nonce: signed, sent, mined, then confirmed, failed or nonce_lost. `kind`: pay, approve, mint or fill."""
 
     id: int
     nonce: int
@@ -252,6 +252,11 @@ class Store:
         """One over the highest nonce ever used here; 0 at first."""
         row = self._sql.execute("select max(nonce) from tx where account=?", (self.account,)).fetchone()
         return 0 if row[0] is None else int(row[0]) + 1
+
+    def has_nonce(self, nonce: int) -> bool:
+        """Was a transaction with this nonce ever made here?"""
+        sql = "select 1 from tx where account=? and nonce=?"
+        return self._sql.execute(sql, (self.account, nonce)).fetchone() is not None
 
     def add_tx(self, tx: TxRow, attempt: Attempt) -> int:
         """Store a signed transaction and assign its batch, all or nothing. IntegrityError when the nonce is taken."""

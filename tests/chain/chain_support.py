@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -177,6 +178,27 @@ class Lab(Client):
         self.do(key, self.network.token, token.CREATE)
         assert self.tokens(key.address) == 1000 * GLM
         return key
+
+
+class Faulty(httpx.AsyncHTTPTransport):
+    """The wire as it can be: `plan` maps a method (or "*") to "refuse", "lose-reply" or "null"."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plan: dict[str, str] = {}
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        method = json.loads(request.content)["method"]
+        fault = self.plan.get(method) or self.plan.get("*")
+        if fault == "null":
+            return httpx.Response(200, json={"jsonrpc": "2.0", "id": 1, "result": None})
+        if fault == "refuse":
+            raise httpx.ConnectError("refused")
+        response = await super().handle_async_request(request)
+        if fault == "lose-reply":
+            await response.aread()
+            raise httpx.ReadTimeout("the node took it, its reply was lost")
+        return response
 
 
 class Clock:

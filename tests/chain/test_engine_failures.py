@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
-from chain_support import GLM, GWEI, Lab, address_of, anvil, devchain, find_anvil, key_of, payer
+from chain_support import GLM, GWEI, Faulty, Lab, address_of, anvil, devchain, find_anvil, key_of, payer
 from support import trio_test
 
 from golem.chain import token
@@ -45,27 +45,6 @@ def _calm(lab: Lab) -> None:
 @pytest.fixture
 def db(tmp_path: Path) -> Path:
     return tmp_path / "chain.db"
-
-
-class Faulty(httpx.AsyncHTTPTransport):
-    """The wire as it can be: `plan` maps a method (or "*") to "refuse", "lose-reply" or "null"."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.plan: dict[str, str] = {}
-
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        method = json.loads(request.content)["method"]
-        fault = self.plan.get(method) or self.plan.get("*")
-        if fault == "null":
-            return httpx.Response(200, json={"jsonrpc": "2.0", "id": 1, "result": None})
-        if fault == "refuse":
-            raise httpx.ConnectError("refused")
-        response = await super().handle_async_request(request)
-        if fault == "lose-reply":
-            await response.aread()
-            raise httpx.ReadTimeout("the node took it, its reply was lost")
-        return response
 
 
 @trio_test
