@@ -30,6 +30,7 @@ log = logging.getLogger("golem.files")
 SLOT_NAME_LENGTH = 65
 MAX_PUBLISHED = 100_000
 MAX_UPLOAD_BYTES = 1 << 40
+READ_AHEAD_CHUNKS = 2
 STALL_S = 120.0  # without a byte either way a stream is given up
 _ALPHANUMERICS = string.ascii_letters + string.digits
 
@@ -271,7 +272,7 @@ class FileServer:
                 raise FileFault("InternalError", "not a request for a file")
         return True
 
-    def _find(self, name: str) -> Source | Sink:
+    def _find(self, name: str) -> Any:
         for what in self._entries.get(name, {}).values():
             return what
         raise FileFault("InternalError", "no such file is published here")
@@ -280,7 +281,7 @@ class FileServer:
         found = self._find(name)
         if hasattr(found, "begin"):
             raise FileFault("ReadError", "an upload slot cannot be read")
-        return found  # type: ignore[return-value]
+        return found
 
     async def _send(self, source: Source, offset: int, stream: Any) -> bool:
         """Send a header and bytes. After the header a failure is told by ending early: returns False."""
@@ -324,16 +325,40 @@ class FileServer:
             raise FileFault("WriteError", "another upload to this slot began")
         await send_header(stream, ["ok", size])
 
-    async def _fill(self, sink: Sink, reader: Reader, stream: Any) -> int:
-        """Bring an upload into its slot; returns its size."""
+    async def _fill(self, sink: Any, reader: Reader, stream: Any) -> int:
+        """Bring an upload into its slot, reading ahead of the disk; returns its size."""
         await sink.begin()
         await send_header(stream, ["ok", 0])
+        chunks_in, chunks_out = trio.open_memory_channel[bytes](READ_AHEAD_CHUNKS)
         size = 0
-        while chunk := await reader.chunk():
-            await sink.write(size, chunk)
-            size += len(chunk)
-            if size > MAX_UPLOAD_BYTES:
-                raise FileFault("WriteError", "the upload is too large")
+        failure: FileFault | None = None
+
+        async def read() -> None:
+            nonlocal failure
+            with chunks_in:
+                try:
+                    while chunk := await reader.chunk():
+                        await chunks_in.send(chunk)
+                except FileFault as fault:
+                    failure = fault
+                except trio.BrokenResourceError:
+                    pass  # the writer has failed, and says so
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read)
+            with chunks_out:
+                async for chunk in chunks_out:
+                    try:
+                        if size + len(chunk) > MAX_UPLOAD_BYTES:
+                            raise FileFault("WriteError", "the upload is too large")
+                        await sink.write(size, chunk)
+                    except FileFault as fault:
+                        failure = fault
+                        nursery.cancel_scope.cancel()
+                        break
+                    size += len(chunk)
+        if failure is not None:
+            raise failure
         await sink.finish((await reader.exactly(64)).decode("ascii", "replace"))
         return size
 

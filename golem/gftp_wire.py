@@ -28,6 +28,7 @@ from protocol.codec import length_prefixed
 
 STREAM = "gftp"
 CHUNK_BYTES = 1 << 20
+UPLOAD_BYTES = 256 << 10
 MAX_CHUNK_BYTES = 4 << 20
 MAX_HEADER_BYTES = 4096
 STALL_S = 60.0
@@ -113,7 +114,8 @@ async def send_header(stream: Any, parts: list[Any]) -> None:
 async def _send(stream: Any, data: bytes) -> None:
     try:
         with trio.move_on_after(STALL_S):
-            return await stream.send_all(data)
+            await stream.send_all(data)
+            return
     except BROKEN as error:
         raise FileFault("WriteError", f"the stream broke: {error}", passing=True) from None
     raise FileFault("WriteError", f"the other side takes nothing for {STALL_S:g} s", passing=True)
@@ -183,9 +185,11 @@ class GftpPeer:
             sha3, size = hashlib.sha3_256(), 0
             try:
                 while data := await read(CHUNK_BYTES):
-                    sha3.update(data)
+                    for at in range(0, len(data), UPLOAD_BYTES):  # smaller pieces keep both ends busy
+                        piece = data[at : at + UPLOAD_BYTES]
+                        sha3.update(piece)
+                        await _send(stream, length_prefixed(piece))
                     size += len(data)
-                    await _send(stream, length_prefixed(data))
                 await _send(stream, length_prefixed(b"") + sha3.hexdigest().encode())
             except FileFault as fault:
                 if not fault.passing:
