@@ -24,7 +24,11 @@ from actors.activity import Activity, ActivityRow, BatchRow, ResultRow, batch_ke
 from actors.kernel.journal import Journal
 from actors.kernel.machine import Meta, Send
 from actors.kernel.system import System
-from golem.files import FileServer
+from golem.exeunit.process import Settings, Unit
+from golem.exeunit.runtimes.base import Deployment, DeployOptions, ExitStatus, ImageFormat, OutputSink, Usage
+from golem.exeunit.spool import TransferPolicy
+from golem.exeunit.terms import read_terms
+from golem.files import FileServer, FileSink, FileSource
 from golem.net.types import RemoteError
 from protocol.activity import ActivityKnown, CreateActivity, DestroyActivity, Done, Exec, StateReported
 from protocol.negotiation import AgreementApproved
@@ -66,8 +70,6 @@ class World:
         return system
 
     async def begin(self) -> None:
-        from golem.files import FileSource
-
         for system, role in ((self.provider, "Provider"), (self.requestor, "Requestor")):
             await self.nursery.start(system.run)
             approved = AgreementApproved(AGREEMENT, role, REQUESTOR, PROVIDER, "{}", "{}", time.time(), None)
@@ -161,8 +163,6 @@ async def test_a_whole_activity(tmp_path: Path) -> None:
         assert [(row.ok, row.message) for row in w.results(batch)] == [(True, None), (True, None)]
         await w.state("Ready")
         (tmp_path / "in").write_bytes(b"letter")
-        from golem.files import FileSink, FileSource
-
         w.files.offer("in", FileSource(tmp_path / "in"), "test")
         w.files.offer("slot", FileSink(tmp_path / "out"), "test")
         batch = await w.exec(
@@ -248,6 +248,134 @@ async def test_the_agent_reports_a_unit_that_never_came(tmp_path: Path) -> None:
         assert await w.provider.ask("activity", gone) == Done(ACTIVITY)
         await w.state("Terminated")
         assert w.row(w.requestor).reason == "execution aborted"
+
+
+class Stub:
+    """A runtime whose commands do what their entry point says; for what no real program does on demand."""
+
+    name, version, formats = "stub", "1", frozenset(ImageFormat)
+
+    def __init__(self) -> None:
+        self.now = Usage()
+        self.runs: list[str] = []
+        self.stops = 0
+
+    async def self_test(self) -> str | None:
+        return None
+
+    def offer_properties(self) -> dict[str, Any]:
+        return {}
+
+    async def deploy(self, image: Path, options: DeployOptions) -> Deployment:
+        return Deployment(())
+
+    async def start(self, args: Sequence[str]) -> None:
+        pass
+
+    async def run(self, entry_point: str, args: Sequence[str], output: OutputSink, env: Any = None) -> ExitStatus:
+        self.runs.append(entry_point)
+        if entry_point == "hang":
+            await output("stdout", b"hanging")
+            await trio.sleep_forever()
+        if entry_point == "crash":
+            raise KeyError("a bug")
+        if entry_point == "nap":
+            await trio.sleep(0.05)
+        if entry_point == "eat":
+            self.now = Usage(cpu_sec=3.0, storage_gib=0.2)
+        return ExitStatus(0)
+
+    async def stop(self) -> None:
+        self.stops += 1
+
+    def usage(self) -> Usage:
+        return self.now
+
+
+@asynccontextmanager
+async def stub_world(tmp_path: Path) -> AsyncIterator[tuple[World, Stub, Unit, Node, list[int]]]:
+    """A unit with a stub runtime, in this process; the list gets its exit status."""
+    async with two_nodes(tmp_path) as (a, b, nursery):
+        made, stub = World(tmp_path, a, b, nursery), Stub()
+        await made.begin()
+        (tmp_path / "work").mkdir()
+        settings = Settings(
+            "stub", ACTIVITY, tmp_path / "a.sock", tmp_path / "agreement.json", tmp_path / "work", tmp_path / "cache",
+            TransferPolicy(),
+        )  # fmt: skip
+        journal = Journal(str(tmp_path / "work" / "unit.db"), lambda: secrets.token_hex(8))
+        unit = Unit(settings, read_terms(settings.agreement), stub, journal)
+        ended: list[int] = []
+
+        async def run() -> None:
+            ended.append(await unit.run())
+
+        nursery.start_soon(run)
+        await made.exec({"deploy": {}}, {"start": {}})
+        yield made, stub, unit, a, ended
+        nursery.cancel_scope.cancel()
+
+
+def run(entry_point: str) -> dict[str, Any]:
+    return {"run": {"entry_point": entry_point, "capture": STREAM}}
+
+
+@trio_test
+async def test_terminate_stops_a_command_that_hangs(tmp_path: Path) -> None:
+    async with stub_world(tmp_path) as (w, stub, _, _, _):
+        first = await w.exec(run("hang"), wait=False)
+        second = await w.exec(run("never"), wait=False)
+        with trio.fail_after(5):
+            events = []
+            while len(events) < 2:  # live output comes while the command runs
+                events += await w.live("follow", first, len(events) - 1, 5.0)
+        assert json.loads(events[1][3]) == {"stdout": "hanging"}
+        assert json.loads(await w.live("running")) == run("hang")
+        [row] = w.results(await w.exec({"terminate": {}}))
+        assert row.ok
+        assert [row.message for row in w.results(first)] == ["stopped by a terminate command"]
+        assert [row.message for row in w.results(second)] == ["stopped by a terminate command"]
+        assert stub.runs == ["hang"]
+        assert await w.live("running") is None
+        await w.state("Initialized")
+
+
+@trio_test
+async def test_a_limit_ends_the_activity_with_its_reason_and_final_usage(tmp_path: Path) -> None:
+    async with stub_world(tmp_path) as (w, stub, _, _, ended):
+        await w.exec(run("eat"))
+        hanging = await w.exec(run("hang"), wait=False)
+        await w.state("Terminated")
+        row = w.row(w.requestor)
+        assert (row.reason, row.error_message) == ("Usage limit exceeded", "storage: 0.200 GiB used of 0.1")
+        assert row.usage is not None
+        assert row.usage[0] == 3.0
+        await w.until(lambda: w.batch(hanging).finished)
+        assert "Usage limit exceeded" in (w.results(hanging)[-1].message or "")
+        await w.until(lambda: ended)
+        assert ended == [1]
+        assert stub.stops == 1
+
+
+@trio_test
+async def test_a_bug_of_a_runtime_fails_its_command_and_nothing_else(tmp_path: Path) -> None:
+    async with stub_world(tmp_path) as (w, _, _, _, _):
+        [row] = w.results(await w.exec(run("crash")))
+        assert row.message == "internal error of the exe-unit: KeyError"
+        assert [row.ok for row in w.results(await w.exec(run("fine")))] == [True]
+
+
+@trio_test
+async def test_commands_run_once_while_the_bus_comes_and_goes(tmp_path: Path) -> None:
+    async with stub_world(tmp_path) as (w, stub, _, node, _):
+        batches = [await w.exec(*[run("nap")] * 5, wait=False) for _ in range(4)]
+        for _ in range(8):
+            await trio.sleep(0.1)
+            for peer in node.bus.peers():
+                peer.connection.close()
+        await w.until(lambda: all(w.batch(batch).finished for batch in batches))
+        assert stub.runs == ["nap"] * 20
+        assert [[row.ok for row in w.results(batch)] for batch in batches] == [[True] * 5] * 4
 
 
 def test_bad_command_lines(tmp_path: Path) -> None:
