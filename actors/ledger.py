@@ -154,15 +154,26 @@ _HANDLERS: dict[type, _Handler] = {
     Undelivered: _undelivered,
 }
 
-#: Who alone may say what moves money: an exe-unit, too, has an address on this node.
+#: Who alone may say what leads to money: an exe-unit, too, has an address on this node.
 _SOURCES: dict[type, str] = {
     CreateAllocation: "edge",
     AmendAllocation: "edge",
+    ReleaseAllocation: "edge",
+    IssueDebitNote: "edge",
+    IssueInvoice: "edge",
+    SendDocument: "edge",
+    CancelInvoice: "edge",
     AcceptDocument: "edge",
+    RejectInvoice: "edge",
     PaidOut: "wallet",
+    PayOutDelayed: "wallet",
     PaymentSigned: "signer",
     TransferVerified: "chain",
     TransferRejected: "chain",
+    AllocationTimeout: "ledger",
+    VerifyAgain: "ledger",
+    SendPaymentAgain: "ledger",
+    Undelivered: "ledger",
 }
 
 

@@ -365,11 +365,13 @@ _SOURCES: dict[type, str] = {
     PayOut: "ledger",
     SetCycle: "edge",
     RunCycle: "edge",
+    CycleDue: "wallet",
     TransferSent: "chain",
     TransferMined: "chain",
     TransferFailed: "chain",
     TransferDelayed: "chain",
     NonceFloor: "chain",
+    Undelivered: "wallet",
 }
 _sent = Decoder[Any](Transfer | PaidOut | PayOutDelayed)
 

@@ -33,7 +33,7 @@ from protocol.ledger import (
 )
 from protocol.signing import Document, sign
 from protocol.types import Refused, Undelivered, Violation
-from protocol.wallet import PaidOut, PayOutDelayed, TransferVerified
+from protocol.wallet import PaidOut, PayOut, PayOutDelayed, TransferVerified
 
 
 def agreed(total: str = "10") -> tuple[World, Node, Node]:
@@ -350,7 +350,9 @@ def test_platform_and_addresses_must_be_those_of_the_agreement() -> None:
 
 def test_facts_about_money_come_from_their_actors_only() -> None:
     world, payer, _ = agreed()
-    for fact in (PaidOut((), PLATFORM, "a", "b", "1", "0x" + "1" * 64), TransferVerified("x", "0x" + "1" * 64)):
+    theft = Undelivered(f"{payer.id}/wallet", encode(PayOut("x", PLATFORM, payer.id, "0x" + "9" * 40, "9")))
+    hash_ = "0x" + "1" * 64
+    for fact in (PaidOut((), PLATFORM, "a", "b", "1", hash_), TransferVerified("x", hash_), theft, ReleaseAllocation("al")):
         with pytest.raises(Violation, match="which is not the"):
             world.tell(payer, fact, f"{payer.id}/exeunit-1")
 
