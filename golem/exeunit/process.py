@@ -137,7 +137,7 @@ class Unit:
 
     # -- life
     async def run(self) -> int:
-        """Serve the activity to its end; returns the exit status (0: it was told to end)."""
+        """Serve the activity to its end; returns the exit status (0: it was told to end, and everybody knows)."""
         async with trio.open_nursery() as nursery:
             self.port.attach(nursery, lambda sends: self.system.post(self.port.name, sends))
             nursery.start_soon(self._watch_signals)
@@ -150,9 +150,9 @@ class Unit:
                 return 1
             nursery.start_soon(self._watch_limits)
             await self._ending.wait()
-            await self._end()
+            told = await self._end()
             nursery.cancel_scope.cancel()
-        return 0 if self._reason[0] == DESTROYED else 1
+        return 0 if told and self._reason[0] == DESTROYED else 1
 
     def end(self, reason: str, error_message: str | None = None) -> None:
         """Have the activity end; the first reason counts."""
@@ -164,21 +164,22 @@ class Unit:
         row: UnitRow | None = self.system.rows(self.name).get("unit")
         return row.state if row else "New"
 
-    async def _end(self) -> None:
+    async def _end(self) -> bool:
         with trio.move_on_after(STOP_S) as scope:
             await self.port.stop()
         if scope.cancelled_caught:
             log.error("the runtime did not stop within %g s", STOP_S)
         await self.system.ask(self.name, ShutDown(*self._reason, self.port.usage()))
-        await self._flush()
+        return await self._flush()
 
-    async def _flush(self) -> None:
+    async def _flush(self) -> bool:
         """Wait until everybody has what we sent, for a while; what is left then is lost with this process."""
         with trio.move_on_after(STOP_S):
             while self._journal.links():
                 await trio.sleep(0.02)
-            return
+            return True
         log.warning("not delivered: %s", self._journal.links())
+        return False
 
     async def _watch_signals(self) -> None:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
