@@ -11,9 +11,10 @@ What is guarded, and why (each has a regression test in tests/net/test_net_guard
   replaced by limits per IP address;
 - gossip is limited per neighbour, before any signature is checked;
 - addresses are dialled one by one by us: the swarm tries the first only, then blocks the peer for a minute;
+- listeners do without SO_REUSEPORT, with which a taken port is silently shared with its owner;
 - gossip starts its sequence numbers at the clock's nanoseconds, else a restarted node is mute for a while.
 
-All patches sit on the instance of one host and touch private names, so the version is asserted at import.
+All patches but one sit on the instance of one host; they touch private names, so the version is asserted at import.
 Neighbours: `gossip.py` runs on `pubsub`, `sessions.py` on dials and streams. Importing this module takes 0.6 s.
 """
 
@@ -22,6 +23,7 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import os
+import socket
 import sys
 import time
 from collections import Counter
@@ -51,6 +53,7 @@ from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
 from libp2p.security.noise.transport import Transport as Noise
 from libp2p.stream_muxer.exceptions import MuxedConnError, MuxedStreamError
 from libp2p.tools.anyio_service import background_trio_service
+from libp2p.transport.tcp import tcp
 from multiaddr import Multiaddr
 
 from golem.net.peerid import node_id_of, pubkey_of, public_key
@@ -64,6 +67,13 @@ if importlib.metadata.version("libp2p") != PINNED:
     )
 
 log = logging.getLogger(__name__)
+
+
+def _reuse_address_only(sock: trio.socket.SocketType) -> None:
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+
+
+tcp._set_reuse_flags = _reuse_address_only  # upstream adds SO_REUSEPORT, for hole punching, which we do not do
 if "LIBP2P_DEBUG" not in os.environ:
     logging.getLogger("libp2p").setLevel(logging.CRITICAL)  # any stranger could fill our log with its warnings
 

@@ -18,7 +18,7 @@ import psutil
 import trio
 
 from golem.net.book import Book
-from golem.net.peerid import NodeRecord, node_id_of, peer_id_of, public_key, sign_record, split_address
+from golem.net.peerid import NodeRecord, is_tcp_address, node_id_of, peer_id_of, public_key, sign_record, split_address
 from golem.net.types import (
     MAX_GOSSIP_BYTES,
     ListenError,
@@ -67,6 +67,9 @@ class Network:
         self._sessions: Sessions | None = None
         self._gossip: Gossip | None = None
         self._nursery: trio.Nursery | None = None
+        for address in config.announce:
+            if not is_tcp_address(address):
+                raise ValueError(f"an address to announce is /ip4/<address>/tcp/<port>, got {address!r}")
         for multiaddr in config.bootstrap:
             address, peer_id = split_address(multiaddr)
             node_id = self._book.add_hint(peer_id, address)
@@ -266,7 +269,8 @@ class Network:
                 log.exception("listener of peers")
 
     def _bare_addresses(self) -> list[str]:
-        return [f"/{'ip6' if ':' in ip else 'ip4'}/{ip}/tcp/{port}" for ip, port in self._listen]
+        listening = [f"/{'ip6' if ':' in ip else 'ip4'}/{ip}/tcp/{port}" for ip, port in self._listen]
+        return [*self._config.announce, *listening]
 
     def _record(self) -> NodeRecord:
         """Our own signed record, renewed each hour."""

@@ -63,6 +63,7 @@ class NetConfig:
 
     data_dir: Path  # the address book is <data_dir>/peers.db
     listen: tuple[str, ...] = ()  # "host:port" with concrete hosts; empty: every interface address, free ports
+    announce: tuple[str, ...] = ()  # more addresses to tell others, /ip4/../tcp/..: those of a port-forwarding router
     bootstrap: tuple[str, ...] = ()  # multiaddrs /ip4/../tcp/../p2p/..
     mdns: bool = True
     network_name: str = "golem"  # in protocol ids and topics: two networks never mix

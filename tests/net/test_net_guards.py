@@ -444,6 +444,15 @@ def test_a_taken_port_is_an_error(tmp_path: Any) -> None:
 
 
 @trio_test
+async def test_two_hosts_never_share_a_port() -> None:
+    async with hosts(1) as (host,):
+        port = int(host.addresses()[0].split("/")[4])
+        with pytest.RaisesGroup(ListenError, flatten_subgroups=True):
+            async with Host(KEYS[1], FAST).run([("127.0.0.1", port)]):
+                pass
+
+
+@trio_test
 async def test_a_stopped_host_leaves_no_listener_and_no_task() -> None:
     before = trio.lowlevel.current_statistics().tasks_living
     host = Host(KEYS[0], FAST)

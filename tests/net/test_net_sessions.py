@@ -162,6 +162,12 @@ async def test_too_many_requests_are_refused_not_queued(tmp_path: Path) -> None:
 @trio_test
 async def test_nobody_there(tmp_path: Path) -> None:
     async with nodes(tmp_path, 1) as (one,):
+        with pytest.raises(ValueError, match="to announce"):
+            async with open_network(KEYS[1], config(tmp_path / "1", announce=("1.2.3.4:5",))):
+                pass
+        async with open_network(KEYS[1], config(tmp_path / "1", announce=("/ip4/1.2.3.4/tcp/5",))) as two:
+            assert two.addresses[0] == f"/ip4/1.2.3.4/tcp/5/p2p/{two.peer_id}"
+            assert two._record().addresses[0] == "/ip4/1.2.3.4/tcp/5"
         with pytest.raises(Unreachable, match="no address"):
             await one.request("0x" + "ab" * 20, "echo", b"")
         with pytest.raises(ValueError, match="not a node id"):
