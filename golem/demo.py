@@ -21,6 +21,7 @@ from typing import Any
 
 import click
 import trio
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -31,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 YAPAPI_PYTHON = ROOT / ".venv-yapapi" / "bin" / "python"
 EXAMPLE = ROOT / "examples" / "render"
 SETTLE_TIMEOUT_S = 60.0
-out = Console(highlight=False)
+out = Console(highlight=False, soft_wrap=True, markup=True, **({} if sys.stdout.isatty() else {"width": 200}))
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ async def start_market(net: LocalNet, options: Options, clock: Clock) -> tuple[L
         for node in nodes:
             nursery.start_soon(node.wait_ready)
     for node in nodes:
-        clock.say(f"{node.name:12} {node.node_id}  REST {node.api_url}")
+        clock.say(f"{node.name:12} {node.node_id}  {node.api_url}")
     for node in nodes[1:]:
         net.start_agent(node, subnet=net.name)
     funds = await nodes[0].command("payment", "fund")
@@ -141,7 +142,7 @@ async def settled(requestor: LocalNode, providers: list[LocalNode], summary: dic
                 hashes = await transactions(payee, agreement["agreement_id"])
             bills.append(Bill(agreement["provider_name"], agreement["tiles"], agreement["seconds"],
                               Decimal(agreement["amount"]), invoice, (both[0], both[1]), hashes))  # fmt: skip
-            clock.say(f"{agreement['provider_name']} was paid {agreement['amount']} GLM: {', '.join(hashes)}")
+            clock.say(f"{agreement['provider_name']} was paid {agreement['amount']} tGLM, verified on chain")
     return bills
 
 
@@ -161,16 +162,16 @@ async def transactions(payee: Any, agreement_id: str) -> tuple[str, ...]:
 
 def show(bills: list[Bill]) -> None:
     """Print the table of what was done and paid."""
-    table = Table(title="What was done, and what was paid for it", title_justify="left")
-    for title in ("provider", "tiles", "seconds", "cost [tGLM]", "invoice", "requestor / provider say"):
-        table.add_column(title, justify="right" if title in ("tiles", "seconds", "cost [tGLM]") else "left")
+    table = Table(title="What was done, and what was paid for it", title_justify="left", box=SIMPLE_HEAD)
+    for title in ("provider", "tiles", "seconds", "cost in tGLM"):
+        table.add_column(title, justify="left" if title == "provider" else "right")
     for bill in bills:
-        table.add_row(bill.provider, str(bill.tiles), f"{bill.seconds:.1f}", amount_text(bill.amount), bill.invoice,
-                      " / ".join(bill.states))  # fmt: skip
+        table.add_row(bill.provider, str(bill.tiles), f"{bill.seconds:.1f}", amount_text(bill.amount))
     out.print(table)
     for bill in bills:
+        out.print(f"  {bill.provider}: invoice {bill.invoice} is {bill.states[0]} (requestor), {bill.states[1]} (provider)")
         for number in bill.transactions:
-            out.print(f"  {bill.provider}: transaction {number}")
+            out.print(f"  {' ' * len(bill.provider)}  by transaction {number}")
 
 
 def to_wei_signed(value: Decimal) -> int:
@@ -180,7 +181,7 @@ def to_wei_signed(value: Decimal) -> int:
 
 def check_books(before: dict[str, Decimal], after: dict[str, Decimal], bills: list[Bill]) -> bool:
     """Print balances before and after; return whether they add up to the last wei."""
-    table = Table(title="Balances [tGLM]", title_justify="left")
+    table = Table(title="Balances in tGLM, read from the chain", title_justify="left", box=SIMPLE_HEAD)
     for title in ("node", "before", "after", "change"):
         table.add_column(title, justify="left" if title == "node" else "right")
     for name in before:
@@ -254,7 +255,7 @@ async def _main(options: Options) -> bool | None:
 @click.option("--height", type=click.IntRange(16, 4096), default=320)
 @click.option("--samples", type=click.IntRange(1, 10000), default=64, help="Light paths a pixel.")
 @click.option("--tiles", default="6x4", help="COLUMNSxROWS, one task each.")
-@click.option("--timeout", "timeout_s", type=click.IntRange(10, 86400), default=300, help="Seconds for the picture.")
+@click.option("--timeout", "timeout_s", type=click.IntRange(10, 86400), default=600, help="Seconds for the picture.")
 @click.option("--runtime", type=click.Choice(["wasmtime"]), default="wasmtime", help="Runtime that the job asks for.")
 @click.option("--keep", is_flag=True, help="Keep the nodes' data and logs in .demo/.")
 def main(runtime: str, **flags: Any) -> None:
