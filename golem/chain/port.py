@@ -51,6 +51,7 @@ log = logging.getLogger("golem.chain")
 UNSTARTED = "http://127.0.0.1:9"  # stands for the dev chain until it is up: nothing listens on the discard port
 UNKNOWN_S = 1800.0  # a claimed transaction that our node has not heard of for so long does not exist
 DEVCHAIN_LOOK_S = 5.0
+DEVCHAIN_IDLE_S = 900.0  # it ends so long after the last node that looked; its blocks stay
 START_WAIT_S = 60.0
 EXTRA_ROWS = "networks.json"  # in the data directory: rows of the user's own
 
@@ -118,7 +119,7 @@ class Chain:
         """Start the dev chain if nobody serves it; again whenever it is gone."""
         while True:
             try:
-                url = await ensure_devchain(directory)
+                url = await ensure_devchain(directory, "--idle-exit", f"{DEVCHAIN_IDLE_S:g}")
             except (DevChainError, OSError) as error:
                 log.error("%s", error)
             else:

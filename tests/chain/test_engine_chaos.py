@@ -23,7 +23,7 @@ from golem.chain.store import TransferBatch
 
 DEPTH = 4
 MOVES = 60
-SEEDS = int(os.environ.get("CHAOS_SEEDS", "4"))
+SEEDS = int(os.environ.get("CHAOS_SEEDS", "3"))
 
 
 @pytest.fixture(scope="module")
