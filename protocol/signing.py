@@ -16,6 +16,9 @@ from protocol.types import Violation
 
 KINDS = ("offer", "demand", "agreement", "approval", "debit-note", "invoice", "acceptance", "payment", "gossip")
 
+# A signature (r, s) stands as (r, n-s) too; only the lower s is taken, so that nobody can make a second one of a first.
+_HALF_ORDER = 0x7FFFFFFFFFFFFFFFFFFFFFFFFFFFFFFF5D576E7357A4501DDFE92F46681B20A0
+
 
 class Document(msgspec.Struct, frozen=True, array_like=True):
     """Signed bytes. `body` is UTF-8 JSON, kept as it was signed; `signature` is r, s, v (65 bytes)."""
@@ -49,6 +52,10 @@ def sign(private_key: bytes, kind: str, body: bytes) -> Document:
 
 def signer_of(document: Document) -> str:
     """Return the node id of the key that signed. Raises `Violation` for a signature that is none."""
+    if document.kind not in KINDS:
+        raise Violation(f"not a kind of document: {document.kind[:64]!r}")
+    if int.from_bytes(document.signature[32:64], "big") > _HALF_ORDER:
+        raise Violation(f"bad signature on {document.kind}: the other of its two forms")
     try:
         public = coincurve.PublicKey.from_signature_and_message(
             document.signature, _hash(document.kind, document.body), hasher=None

@@ -18,9 +18,10 @@ WEI_DIGITS = 18
 MAX_AMOUNT_DIGITS = 40
 _EXACT = Context(prec=120, traps=[Inexact, InvalidOperation])
 _NODE_ID = re.compile(r"0x[0-9a-f]{40}\Z")
-_AMOUNT = re.compile(r"\+?(\d{1,40})(?:\.(\d{0,40}))?(?:[eE]([+-]?\d{1,2}))?\Z")
+_AMOUNT = re.compile(r"\+?(\d{1,40})(?:\.(\d{0,40}))?(?:[eE]([+-]?\d{1,2}))?\Z", re.ASCII)
 _DATE = re.compile(
-    r"(\d{4})-(\d\d)-(\d\d)[Tt ](\d\d):(\d\d):(\d\d)(?:\.(\d{1,9}))?(?:([Zz])|([+-])(\d\d):?(\d\d))\Z"
+    r"(\d{4})-(\d\d)-(\d\d)[Tt ](\d\d):(\d\d):(\d\d)(?:\.(\d{1,9}))?(?:([Zz])|([+-])(\d\d):?(\d\d))\Z",
+    re.ASCII,
 )
 
 
@@ -124,6 +125,8 @@ def timestamp(text: str) -> float:
         raise ValueError(f"not an RFC 3339 time with a zone: {text[:64]!r}")
     year, month, day, hour, minute, second = (int(part) for part in match.groups()[:6])
     fraction, _, sign, off_hour, off_minute = match.groups()[6:]
+    if second > 60 or int(off_hour or 0) > 23 or int(off_minute or 0) > 59:
+        raise ValueError(f"no such time: {text[:64]!r}")
     micros = int((fraction or "").ljust(6, "0")[:6])
     seconds = datetime(year, month, day, hour, minute, min(second, 59), tzinfo=UTC).timestamp() + (second == 60)
     if sign:
