@@ -13,7 +13,7 @@ import random
 import secrets
 import signal
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
@@ -60,7 +60,7 @@ async def run_agent(settings: Settings) -> None:
     """Run the agent until a signal ends it. Raises `AgentError`, `NodeError`, `SettingsError`."""
     async with AsyncExitStack() as stack:
         _lock(settings.data_dir, stack)
-        client = await stack.enter_async_context(NodeClient(partial(_node_url, settings), settings.app_key))
+        client = await stack.enter_async_context(NodeClient(node_url(settings), settings.app_key))
         node_id = await _node_id(client)
         offers = Offers(settings, client)
         specs = await offers.current()
@@ -148,8 +148,15 @@ def _node_file(settings: Settings) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _node_url(settings: Settings) -> str:
-    return settings.node_url.rstrip("/") or str(_node_file(settings).get("apiUrl") or "http://127.0.0.1:7465")
+def node_url(settings: Settings) -> Callable[[], str]:
+    """Return what finds the node's URL: the one given; but where `node.json` says the same (or none was given), the file.
+
+    So a node that comes back on another port is found again.
+    """
+    given = settings.node_url.rstrip("/")
+    if given not in ("", _node_file(settings).get("apiUrl")):
+        return lambda: given
+    return lambda: str(_node_file(settings).get("apiUrl") or given or "http://127.0.0.1:7465")
 
 
 def _bus_path(settings: Settings) -> Path:

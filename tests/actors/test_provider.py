@@ -1,0 +1,659 @@
+"""The provider agent's machine: negotiation by tables, the life of an agreement, bills, and being killed in between."""
+
+from __future__ import annotations
+
+import json
+from decimal import Decimal
+from typing import Any
+
+import pytest
+from playbook import Playbook, playbook
+
+from actors._provider_negotiators import (
+    ACCEPT_TIMEOUT,
+    COEFFS,
+    EXPIRATION,
+    INTERVAL,
+    PAYMENT_TIMEOUT,
+    PLATFORM,
+    Agreed,
+    Rejected,
+    Situation,
+    Terms,
+    negotiate,
+)
+from actors._provider_rows import cost
+from actors._provider_turn import ProviderConfig
+from actors.provider import Provider
+from protocol.provider import (
+    ActivityClosed,
+    AgentStarted,
+    AgreementArrived,
+    ApprovalEnded,
+    ApproveAgreement,
+    CloseActivity,
+    CounterProposal,
+    EventArrived,
+    FindUnit,
+    InvoiceIssued,
+    InvoiceSent,
+    IssueInvoice,
+    IssueNote,
+    NoteIssued,
+    NoteRead,
+    NoteSent,
+    OfferLost,
+    OfferPublished,
+    OfferSpec,
+    ProposalArrived,
+    PublishOffer,
+    ReadNote,
+    ReadUsage,
+    RejectAgreement,
+    RejectProposal,
+    SendInvoice,
+    SendNote,
+    SessionNamed,
+    StartUnit,
+    StopAgent,
+    StopUnit,
+    TerminateAgreement,
+    TerminationEnded,
+    UnitExited,
+    UnitRunning,
+    UsageRead,
+    WatchOffer,
+    WithdrawOffer,
+)
+from protocol.types import timestamp_text
+
+REQUESTOR = "0x" + "1" * 40
+OTHER = "0x" + "2" * 40
+NOW = 1_800_000_000.0
+OFFER = {
+    "golem.com.payment.platform.erc20-local-tglm.address": "0x" + "9" * 40,
+    "golem.com.usage.vector": ["golem.usage.cpu_sec", "golem.usage.duration_sec"],
+    "golem.runtime.name": "wasmtime",
+    COEFFS: [0.0001, 0.00005, 0.0],
+    ACCEPT_TIMEOUT: 240,
+    INTERVAL: 120,
+    PAYMENT_TIMEOUT: 120,
+}
+DEMAND = {
+    PLATFORM: "erc20-local-tglm",
+    EXPIRATION: int((NOW + 1000) * 1000),
+    ACCEPT_TIMEOUT: 240,
+    INTERVAL: 120,
+    PAYMENT_TIMEOUT: 120,
+    "golem.srv.caps.multi-activity": True,
+}
+SPEC = OfferSpec("wasmtime", "wasmtime", json.dumps(OFFER), "public")
+REJECT, KEEP = "reject", "keep"
+GONE = object()
+
+
+# -- the rules
+@pytest.mark.parametrize(
+    ("demand", "offer", "outcome"),
+    [
+        ({}, {}, KEEP),
+        ({PLATFORM: GONE}, {}, (REJECT, False)),
+        ({PLATFORM: "erc20-mainnet-glm"}, {}, (REJECT, False)),
+        ({PLATFORM: 7}, {}, (REJECT, False)),
+        ({EXPIRATION: GONE}, {}, (REJECT, True)),
+        ({EXPIRATION: float((NOW + 1000) * 1000)}, {}, (REJECT, True)),
+        ({EXPIRATION: True}, {}, (REJECT, True)),
+        ({EXPIRATION: int((NOW + 299) * 1000)}, {}, (REJECT, True)),
+        ({EXPIRATION: int((NOW + 301) * 1000)}, {}, KEEP),
+        ({EXPIRATION: int((NOW + 1801) * 1000), ACCEPT_TIMEOUT: GONE}, {}, (REJECT, False)),
+        ({EXPIRATION: int((NOW + 1801) * 1000)}, {}, KEEP),
+        ({EXPIRATION: int((NOW + 200 * 366 * 86400) * 1000)}, {}, (REJECT, False)),
+        ({ACCEPT_TIMEOUT: 241}, {}, (REJECT, True)),
+        ({ACCEPT_TIMEOUT: 4}, {}, (REJECT, True)),
+        ({ACCEPT_TIMEOUT: "240"}, {}, (REJECT, True)),
+        ({ACCEPT_TIMEOUT: 5}, {}, {ACCEPT_TIMEOUT: 5}),
+        ({ACCEPT_TIMEOUT: 120.0}, {}, {ACCEPT_TIMEOUT: 120}),
+        ({ACCEPT_TIMEOUT: GONE}, {}, {ACCEPT_TIMEOUT: GONE}),
+        ({ACCEPT_TIMEOUT: GONE}, {ACCEPT_TIMEOUT: GONE}, KEEP),
+        ({ACCEPT_TIMEOUT: 120}, {ACCEPT_TIMEOUT: 120}, KEEP),
+        ({ACCEPT_TIMEOUT: 120}, {ACCEPT_TIMEOUT: GONE}, {ACCEPT_TIMEOUT: 120}),
+        ({INTERVAL: 0}, {}, (REJECT, True)),
+        ({INTERVAL: 1}, {}, {INTERVAL: 1}),
+        ({INTERVAL: 86401}, {}, (REJECT, True)),
+        ({INTERVAL: GONE}, {}, {INTERVAL: GONE}),
+        ({PAYMENT_TIMEOUT: 86400}, {}, {PAYMENT_TIMEOUT: 86400}),
+        ({PAYMENT_TIMEOUT: 86401}, {}, (REJECT, True)),
+        ({PAYMENT_TIMEOUT: GONE}, {}, {PAYMENT_TIMEOUT: GONE}),
+        ({PAYMENT_TIMEOUT: GONE, EXPIRATION: int((NOW + 36000) * 1000)}, {}, (REJECT, True)),
+        ({COEFFS: [0.0001, 0.00005, 0.0]}, {}, KEEP),
+        ({COEFFS: [0.0002, 0.00005, 1]}, {}, {COEFFS: [0.0002, 0.00005, 1.0]}),
+        ({COEFFS: [0.00009, 0.00005, 0.0]}, {}, (REJECT, True)),
+        ({COEFFS: [0.0001, 0.00005]}, {}, (REJECT, True)),
+        ({COEFFS: [0.0001, float("nan"), 0.0]}, {}, (REJECT, True)),
+        ({COEFFS: "free"}, {}, (REJECT, True)),
+        ({"golem.srv.comp.payload": "e30="}, {}, (REJECT, True)),
+        ({"golem.srv.comp.payload": "e30="}, {"golem.srv.caps.payload-manifest": True}, KEEP),
+    ],
+)
+def test_rules(demand: dict[str, Any], offer: dict[str, Any], outcome: Any) -> None:
+    wanted = {key: value for key, value in {**DEMAND, **demand}.items() if value is not GONE}
+    ours = {key: value for key, value in {**OFFER, **offer}.items() if value is not GONE}
+    found = negotiate(Terms(), Situation(REQUESTOR, NOW, 0), wanted, ours)
+    if isinstance(outcome, tuple):
+        assert isinstance(found, Rejected)
+        assert found.final is outcome[1], found.message
+        return
+    assert isinstance(found, Agreed), found
+    changes = {} if outcome == KEEP else outcome
+    assert found.offer == {key: value for key, value in {**ours, **changes}.items() if value is not GONE}
+    assert found.changed is bool(changes)
+
+
+@pytest.mark.parametrize(
+    ("terms", "situation", "final"),
+    [
+        (Terms(max_agreements=2), Situation(REQUESTOR, NOW, 2), False),
+        (Terms(blacklist=frozenset({REQUESTOR})), Situation(REQUESTOR, NOW, 0), True),
+        (Terms(allow_only=frozenset({OTHER})), Situation(REQUESTOR, NOW, 0), True),
+        (Terms(), Situation(REQUESTOR, NOW, 0, stopping=True), False),
+    ],
+)
+def test_rules_about_the_situation(terms: Terms, situation: Situation, final: bool) -> None:
+    found = negotiate(terms, situation, DEMAND, OFFER)
+    assert isinstance(found, Rejected)
+    assert found.final is final
+
+
+def test_adjustments_settle_after_one_round() -> None:
+    demand = {**DEMAND, ACCEPT_TIMEOUT: 100, INTERVAL: 60}
+    del demand[PAYMENT_TIMEOUT]
+    first = negotiate(Terms(), Situation(REQUESTOR, NOW, 0), demand, OFFER)
+    assert isinstance(first, Agreed)
+    assert first.changed
+    again = negotiate(Terms(), Situation(REQUESTOR, NOW, 0), demand, first.offer)
+    assert again == Agreed(first.offer, False)
+    assert all(isinstance(price, float) for price in first.offer[COEFFS]), "a float stays a float"
+
+
+def test_cost_is_exact_and_never_above_the_product() -> None:
+    assert cost((0.1, 0.2, 0.3), (3.0, 7.0)) == "2"
+    assert cost((6.9e-06, 1.4e-06, 0.0), (12.5, 120.3)) == "0.00025467"
+    assert cost((0.0,), ()) == "0"
+    third = 0.3333333333333333
+    assert cost((third, 0.0), (third,)) == "0.111111111111111088", "cut at a wei, not rounded up"
+    with pytest.raises(ValueError, match="do not fit"):
+        cost((0.1, 0.2), (1.0, 2.0))
+
+
+# -- the agent
+class Agent:
+    """A machine with its ports played by the test."""
+
+    def __init__(self, **config: Any) -> None:
+        self.config = config
+        self.play: Playbook = playbook(Provider("agent", self._config("run-1")), now=NOW)
+        self.offer_id = "offer-1"
+
+    def _config(self, instance: str) -> ProviderConfig:
+        terms = Terms(max_agreements=self.config.get("max_agreements", 1))
+        return ProviderConfig(instance, terms)
+
+    def tell(self, message: Any) -> None:
+        self.play.tell(message)
+
+    def rest(self, kind: type) -> list[Any]:
+        """Take what port `rest` was told of this kind."""
+        return self._take("rest", kind)
+
+    def processes(self, kind: type) -> list[Any]:
+        return self._take("processes", kind)
+
+    def _take(self, port: str, kind: type) -> list[Any]:
+        found = [send for send in self.play.sends if send.to == port and isinstance(send.message, kind)]
+        self.play.sends = [send for send in self.play.sends if send not in found]
+        return [send.message for send in found]
+
+    def begin(self) -> Agent:
+        answer = self.play.ask(AgentStarted("prov-abcd", (SPEC,)))
+        assert answer == SessionNamed("prov-abcd")
+        (publish,) = self.rest(PublishOffer)
+        self.tell(OfferPublished("wasmtime", publish.serial, self.offer_id))
+        assert self.rest(WatchOffer) == [WatchOffer("wasmtime", self.offer_id)]
+        return self
+
+    def crash(self) -> None:
+        """Another run of the agent on the same rows and timers; what was on its way to the ports is lost with it."""
+        self.play.machine = Provider("agent", self._config("run-2"))
+        self.play.sends.clear()
+        self.play.ask(AgentStarted("prov-other", (SPEC,)))
+
+    def propose(self, proposal_id: str = "P-1", requestor: str = REQUESTOR, **changes: Any) -> None:
+        demand = {**DEMAND, **changes}
+        self.tell(
+            ProposalArrived("wasmtime", self.offer_id, proposal_id, requestor, json.dumps(demand), json.dumps(OFFER), "(&)")
+        )
+
+    def offered_agreement(self, agreement_id: str = "a1", demand: Any = None, offer: Any = None) -> None:
+        agreement = {
+            "agreementId": agreement_id,
+            "timestamp": timestamp_text(self.play.now),
+            "demand": {"requestorId": REQUESTOR, "properties": {**DEMAND, **(demand or {})}},
+            "offer": {"providerId": OTHER, "properties": {**OFFER, **(offer or {})}},
+        }
+        self.tell(AgreementArrived("wasmtime", self.offer_id, json.dumps(agreement)))
+
+    def approved(self, agreement_id: str = "a1", **terms: Any) -> Agent:
+        self.offered_agreement(agreement_id, **terms)
+        (approve,) = self.rest(ApproveAgreement)
+        assert approve.session_id == "prov-abcd"
+        self.tell(ApprovalEnded(agreement_id, True))
+        return self
+
+    def event(self, feed: str, kind: str, subject: str, related: str = "", text: str = "") -> EventArrived:
+        self.play.now += 0.001
+        event = EventArrived(feed, self.play.now, kind, subject, related, text)
+        self.tell(event)
+        return event
+
+    def started(self, activity_id: str = "x1", agreement_id: str = "a1", pid: int = 100) -> Agent:
+        self.event("activities", "CreateActivity", activity_id, agreement_id)
+        assert [one.activity_id for one in self.processes(StartUnit)] == [activity_id]
+        self.tell(UnitRunning(activity_id, pid, 5000 + pid))
+        return self
+
+    def exited(self, activity_id: str = "x1", usage: list[float] | None = None, code: int | None = 0) -> CloseActivity:
+        self.tell(UnitExited(activity_id, code))
+        (close,) = self.rest(CloseActivity)
+        self.tell(ActivityClosed(activity_id, usage))
+        return close  # type: ignore[no-any-return]
+
+    def issue(self) -> IssueNote:
+        """Let the last debit note be issued and sent."""
+        (note,) = self.rest(IssueNote)
+        self.tell(NoteIssued(note.activity_id, note.number, f"note-{note.activity_id}-{note.number}"))
+        (send,) = self.rest(SendNote)
+        self.tell(NoteSent(send.activity_id, send.number, True))
+        return note  # type: ignore[no-any-return]
+
+    def state(self, agreement_id: str = "a1") -> str:
+        return self.play.rows[f"agreement/{agreement_id}"].state  # type: ignore[no-any-return]
+
+
+def test_a_proposal_is_countered_or_rejected() -> None:
+    agent = Agent().begin()
+    agent.propose(**{ACCEPT_TIMEOUT: 60})
+    (counter,) = agent.rest(CounterProposal)
+    properties = json.loads(counter.properties)
+    assert (counter.proposal_id, properties[ACCEPT_TIMEOUT], properties[COEFFS]) == ("P-1", 60, [0.0001, 5e-05, 0.0])
+    agent.propose("P-2", **{ACCEPT_TIMEOUT: 999})
+    (reject,) = agent.rest(RejectProposal)
+    reason = json.loads(reject.reason)
+    assert reason["golem.proposal.rejection.is-final"] is True
+    assert "accept-timeout" in reason["message"]
+    assert [one.reason for one in agent.play.rows["refusals"].refusals] == [reason["message"]]
+
+
+def test_refusals_are_bounded() -> None:
+    agent = Agent().begin()
+    for number in range(30):
+        agent.propose(f"P-{number}", **{INTERVAL: 10_000_000 + number})
+    refusals = agent.play.rows["refusals"].refusals
+    assert len(refusals) == 20
+    assert refusals[-1].reason.endswith("10000029.")
+
+
+def test_what_was_rejected_for_lack_of_room_is_taken_up_when_there_is_room() -> None:
+    agent = Agent().begin().approved()
+    agent.propose("P-later", OTHER)
+    (reject,) = agent.rest(RejectProposal)
+    assert json.loads(reject.reason)["golem.proposal.rejection.is-final"] is False
+    agent.event("agreements", "AgreementTerminatedEvent", "a1", "Requestor", "done")
+    assert [one.proposal_id for one in agent.rest(CounterProposal)] == ["P-later"]
+    assert not list(agent.play.rows.prefix("rejected/"))
+
+
+def test_an_agreement_must_be_what_was_negotiated() -> None:
+    agent = Agent().begin()
+    agent.offered_agreement(demand={INTERVAL: 60})
+    (reject,) = agent.rest(RejectAgreement)
+    assert json.loads(reject.reason)["message"] == "Negotiations aren't finished."
+    agent.offered_agreement("a2", offer={"golem.com.usage.vector": ["golem.usage.cpu_sec"]})
+    assert len(agent.rest(RejectAgreement)) == 1
+    assert not list(agent.play.rows.prefix("active/"))
+
+
+def test_the_limit_counts_from_the_approval_on() -> None:
+    agent = Agent(max_agreements=2).begin()
+    for name in ("a1", "a2", "a3"):
+        agent.offered_agreement(name)
+    assert [one.agreement_id for one in agent.rest(ApproveAgreement)] == ["a1", "a2"]
+    assert [one.agreement_id for one in agent.rest(RejectAgreement)] == ["a3"]
+    agent.tell(ApprovalEnded("a1", False, "410: Cancelled"))
+    agent.offered_agreement("a4")
+    assert [one.agreement_id for one in agent.rest(ApproveAgreement)] == ["a4"]
+
+
+def test_life_of_an_agreement_with_notes_and_an_invoice() -> None:
+    agent = Agent().begin().approved().started()
+    agent.play.at(130)
+    assert agent.rest(ReadUsage) == [ReadUsage("x1")]
+    agent.tell(UsageRead("x1", [100.0, 119.5]))
+    first = agent.issue()
+    assert (first.amount, first.number, first.previous_id) == ("0.015975", 1, "")
+    assert first.due_at == agent.play.now + 120, "the first note after a payment timeout is payable"
+    agent.event("debit-notes", "DebitNoteAcceptedEvent", "note-x1-1")
+    agent.event("debit-notes", "DebitNoteSettledEvent", "note-x1-1")
+    agent.event("activities", "DestroyActivity", "x1", "a1")
+    assert agent.processes(StopUnit) == [StopUnit("x1", 100, 5100)]
+    agent.event("agreements", "AgreementTerminatedEvent", "a1", "Requestor", "done")
+    assert not agent.rest(IssueInvoice), "not before the last debit note"
+    assert agent.exited(usage=[110.0, 140.0]).reason == "destroyed"
+    last = agent.issue()
+    assert (last.amount, last.number, last.previous_id, last.usage) == ("0.018", 2, "note-x1-1", [110.0, 140.0])
+    (invoice,) = agent.rest(IssueInvoice)
+    assert (invoice.amount, invoice.activity_ids, invoice.due_at) == ("0.018", ("x1",), agent.play.now + 120)
+    agent.tell(InvoiceIssued("a1", "inv-1"))
+    assert agent.rest(SendInvoice) == [SendInvoice("a1", "inv-1")]
+    agent.tell(InvoiceSent("a1"))
+    agent.event("invoices", "InvoiceAcceptedEvent", "inv-1")
+    agent.event("invoices", "InvoiceSettledEvent", "inv-1")
+    assert agent.play.rows["agreement/a1"].invoice == "Settled"
+    assert not agent.rest(TerminateAgreement), "the requestor did"
+    agent.play.at(8 * 86400)
+    left = [key for key in agent.play.rows if not key.startswith(("agent", "cursor", "offer"))]
+    assert left == []
+
+
+def test_totals_never_decrease() -> None:
+    agent = Agent().begin().approved().started()
+    agent.play.at(125)
+    agent.rest(ReadUsage)
+    agent.tell(UsageRead("x1", [50.0, 100.0]))
+    first = agent.issue()
+    agent.exited(usage=[10.0, 130.0], code=137)
+    last = agent.issue()
+    assert last.usage == [50.0, 130.0]
+    assert Decimal(last.amount) > Decimal(first.amount)
+    assert last.amount == cost((0.0001, 0.00005, 0.0), last.usage)
+
+
+def test_activities_run_one_after_another() -> None:
+    agent = Agent().begin().approved().started()
+    agent.event("activities", "CreateActivity", "x2", "a1")
+    assert [one.activity_id for one in agent.rest(CloseActivity)] == ["x2"], "only one at a time"
+    agent.event("activities", "DestroyActivity", "x1", "a1")
+    agent.event("activities", "CreateActivity", "x3", "a1")
+    assert not agent.processes(StartUnit), "it waits for the process before it"
+    agent.exited("x1", [1.0, 2.0])
+    assert [one.activity_id for one in agent.processes(StartUnit)] == ["x3"]
+    agent.issue()
+    agent.tell(UnitRunning("x3", 101, 1))
+    agent.event("agreements", "AgreementTerminatedEvent", "a1", "Requestor")
+    agent.exited("x3", [3.0, 4.0])
+    agent.issue()
+    (invoice,) = agent.rest(IssueInvoice)
+    assert invoice.activity_ids == ("x1", "x3")
+    assert invoice.amount == "0.0007"
+
+
+def test_a_destroyed_activity_that_was_only_starting_never_stays() -> None:
+    agent = Agent().begin().approved()
+    agent.event("activities", "CreateActivity", "x1", "a1")
+    agent.event("activities", "DestroyActivity", "x1", "a1")
+    agent.tell(UnitRunning("x1", 100, 7))
+    assert agent.processes(StopUnit) == [StopUnit("x1", 100, 7)]
+    assert agent.exited("x1").reason == "destroyed"
+
+
+def test_without_multi_activity_the_agreement_ends_with_its_first_activity() -> None:
+    agent = Agent().begin().approved(demand={"golem.srv.caps.multi-activity": False}).started()
+    agent.exited(usage=[1.0, 1.0])
+    (terminate,) = agent.rest(TerminateAgreement)
+    assert json.loads(terminate.reason)["golem.provider.code"] == "Success"
+
+
+def test_an_idle_agreement_is_ended() -> None:
+    agent = Agent().begin().approved()
+    agent.play.at(89)
+    assert agent.state() == "Approved"
+    agent.started()
+    agent.play.at(100)
+    assert agent.state() == "Approved", "an activity runs"
+    agent.exited(usage=[1.0, 1.0])
+    agent.play.at(91)
+    (terminate,) = agent.rest(TerminateAgreement)
+    assert json.loads(terminate.reason)["golem.provider.code"] == "NoActivity"
+    agent.issue()
+    agent.tell(TerminationEnded("a1"))
+    assert len(agent.rest(IssueInvoice)) == 1
+
+
+def test_an_agreement_expires() -> None:
+    agent = Agent().begin().approved().started()
+    agent.play.at(1001)
+    (terminate,) = agent.rest(TerminateAgreement)
+    assert json.loads(terminate.reason)["golem.provider.code"] == "Expired"
+    assert agent.processes(StopUnit) == [StopUnit("x1", 100, 5100)]
+
+
+def noted(**terms: Any) -> Agent:
+    """An agreement whose first debit note is with the requestor."""
+    agent = Agent().begin().approved(**terms).started()
+    agent.play.at(121)
+    agent.rest(ReadUsage)
+    agent.tell(UsageRead("x1", [1.0, 120.0]))
+    agent.issue()
+    return agent
+
+
+@pytest.mark.parametrize(
+    ("wait_s", "deadline", "status", "code"),
+    [
+        (60, "accept", "RECEIVED", "DebitNotesDeadline"),
+        (121, "pay", "ACCEPTED", "DebitNoteNotPaid"),
+        (60, "accept", "ACCEPTED", ""),
+    ],
+)
+def test_deadlines_of_debit_notes(wait_s: float, deadline: str, status: str, code: str) -> None:
+    short = {ACCEPT_TIMEOUT: 60} if deadline == "accept" else {}
+    agent = noted(demand=short, offer=short)
+    if deadline == "pay":
+        agent.event("debit-notes", "DebitNoteAcceptedEvent", "note-x1-1")
+    agent.play.at(wait_s)
+    assert agent.rest(ReadNote) == [ReadNote("x1", 1, "note-x1-1", deadline)], "the node is asked before anything is done"
+    agent.tell(NoteRead("x1", 1, deadline, status))
+    codes = [json.loads(one.reason)["golem.provider.code"] for one in agent.rest(TerminateAgreement)]
+    assert codes == ([code] if code else [])
+
+
+@pytest.mark.parametrize(
+    ("kind", "code"),
+    [("DebitNoteRejectedEvent", "DebitNoteRejected"), ("DebitNoteCancelledEvent", "DebitNoteCancelled")],
+)
+def test_a_refused_debit_note_ends_the_agreement(kind: str, code: str) -> None:
+    agent = noted()
+    agent.event("debit-notes", kind, "note-x1-1")
+    assert [json.loads(one.reason)["golem.provider.code"] for one in agent.rest(TerminateAgreement)] == [code]
+
+
+def test_a_requestor_that_takes_no_debit_note_is_unreachable() -> None:
+    agent = Agent().begin().approved().started()
+    agent.play.at(121)
+    agent.rest(ReadUsage)
+    agent.tell(UsageRead("x1", [1.0, 120.0]))
+    agent.tell(NoteIssued("x1", 1, "n1"))
+    (send,) = agent.rest(SendNote)
+    assert send.give_up_at == agent.play.now + 240
+    agent.tell(NoteSent("x1", 1, False, "504"))
+    assert [json.loads(one.reason)["golem.provider.code"] for one in agent.rest(TerminateAgreement)] == ["RequestorUnreachable"]
+
+
+def test_payable_notes_keep_their_distance() -> None:
+    short = {INTERVAL: 50, PAYMENT_TIMEOUT: 120}
+    agent = Agent().begin().approved(demand=short, offer=short).started()
+    due = []
+    for _ in range(6):
+        agent.play.at(50)
+        agent.rest(ReadUsage)
+        agent.tell(UsageRead("x1", [1.0, 1.0]))
+        note = agent.issue()
+        agent.event("debit-notes", "DebitNoteSettledEvent", f"note-x1-{note.number}")
+        due.append(note.due_at is not None)
+    assert due == [False, False, True, False, False, True]
+    agent.exited(usage=[2.0, 2.0])
+    assert agent.issue().due_at is not None, "the last one is payable"
+
+
+def test_no_due_dates_without_a_payment_timeout() -> None:
+    agent = Agent().begin()
+    agreement = {
+        "agreementId": "a1",
+        "timestamp": timestamp_text(NOW),
+        "demand": {"requestorId": REQUESTOR, "properties": {k: v for k, v in DEMAND.items() if k != PAYMENT_TIMEOUT}},
+        "offer": {"providerId": OTHER, "properties": {k: v for k, v in OFFER.items() if k != PAYMENT_TIMEOUT}},
+    }
+    agent.tell(AgreementArrived("wasmtime", agent.offer_id, json.dumps(agreement)))
+    agent.rest(ApproveAgreement)
+    agent.tell(ApprovalEnded("a1", True))
+    agent.started().exited(usage=[1.0, 1.0])
+    assert agent.issue().due_at is None
+
+
+def test_events_are_handled_once() -> None:
+    agent = Agent().begin().approved()
+    event = agent.event("activities", "CreateActivity", "x1", "a1")
+    assert len(agent.processes(StartUnit)) == 1
+    agent.tell(event)
+    assert not agent.processes(StartUnit)
+    assert agent.play.rows["cursor/activities"].at == event.at
+
+
+def test_an_activity_may_be_faster_than_the_answer_to_the_approval() -> None:
+    agent = Agent().begin()
+    agent.offered_agreement()
+    agent.event("activities", "CreateActivity", "x1", "a1")
+    assert len(agent.processes(StartUnit)) == 1
+    agent.tell(ApprovalEnded("a1", True))
+    assert agent.state() == "Approved"
+
+
+def test_an_activity_without_an_agreement_is_closed() -> None:
+    agent = Agent().begin()
+    agent.event("activities", "CreateActivity", "x9", "nothing")
+    (close,) = agent.rest(CloseActivity)
+    assert close.reason == "creation failed"
+    agent.tell(ActivityClosed("x9", None))
+
+
+def test_an_exe_unit_that_cannot_start_is_reported() -> None:
+    agent = Agent().begin().approved()
+    agent.event("activities", "CreateActivity", "x1", "a1")
+    agent.tell(UnitExited("x1", None, "cannot start the exe-unit: no such file"))
+    (close,) = agent.rest(CloseActivity)
+    assert (close.reason, close.error_message) == ("creation failed", "cannot start the exe-unit: no such file")
+
+
+# -- offers
+def test_offers_follow_presets_and_the_node() -> None:
+    agent = Agent().begin()
+    agent.tell(OfferLost("wasmtime", "offer-0"))
+    assert not agent.rest(PublishOffer), "that one is long gone"
+    agent.tell(OfferLost("wasmtime", "offer-1"))
+    (again,) = agent.rest(PublishOffer)
+    agent.tell(StopAgent())
+    agent.tell(OfferPublished("wasmtime", again.serial, "offer-2"))
+    assert agent.rest(WithdrawOffer) == [WithdrawOffer("offer-2")], "withdrawn while it was being published"
+
+
+# -- stop and crash
+def test_stopping_withdraws_ends_and_bills() -> None:
+    agent = Agent().begin().approved().started()
+    agent.tell(StopAgent())
+    assert agent.rest(WithdrawOffer) == [WithdrawOffer("offer-1")]
+    (terminate,) = agent.rest(TerminateAgreement)
+    assert json.loads(terminate.reason)["golem.provider.code"] == "Shutdown"
+    assert len(agent.processes(StopUnit)) == 1
+    agent.propose("P-5")
+    (reject,) = agent.rest(RejectProposal)
+    assert "shutting down" in reject.reason
+    agent.exited(usage=[1.0, 1.0])
+    agent.issue()
+    agent.tell(TerminationEnded("a1"))
+    assert len(agent.rest(IssueInvoice)) == 1
+
+
+def test_killed_while_running_everything_is_taken_up_again() -> None:
+    agent = noted()
+    agent.crash()
+    assert agent.play.rows["agent"].session_id == "prov-abcd", "the session outlives the process"
+    assert agent.rest(WatchOffer) == [WatchOffer("wasmtime", "offer-1")]
+    assert agent.processes(FindUnit) == [FindUnit("x1", 100, 5100)]
+    agent.tell(UnitExited("x1", None))
+    (close,) = agent.rest(CloseActivity)
+    assert (close.reason, close.error_message) == ("execution aborted", "the process was lost")
+    agent.tell(ActivityClosed("x1", None))
+    last = agent.issue()
+    assert (last.instance, last.previous_id, last.usage) == ("run-2", "note-x1-1", [1.0, 120.0])
+
+
+@pytest.mark.parametrize(
+    ("steps", "kind", "check"),
+    [
+        ("approve", ApproveAgreement, lambda one: one.instance == "run-2"),
+        ("start", StartUnit, lambda one: one.activity_id == "x1"),
+        ("close", CloseActivity, lambda one: one.reason == "finished"),
+        ("issue", IssueNote, lambda one: (one.number, one.instance, one.amount) == (1, "run-2", "0.00015")),
+        ("send", SendNote, lambda one: one.note_id == "n1"),
+        ("invoice", IssueInvoice, lambda one: (one.instance, one.amount) == ("run-2", "0.00015")),
+        ("send invoice", SendInvoice, lambda one: one.invoice_id == "inv-1"),
+        ("terminate", TerminateAgreement, lambda one: json.loads(one.reason)["golem.provider.code"] == "NoActivity"),
+    ],
+)
+def test_killed_at_any_step_the_step_is_repeated(steps: str, kind: type, check: Any) -> None:
+    agent = Agent().begin()
+    for name, step in _steps(agent):
+        step()
+        if name == steps:
+            break
+    agent.crash()
+    port = agent.processes if kind is StartUnit else agent.rest
+    (again,) = port(kind)
+    assert check(again)
+
+
+def _steps(agent: Agent) -> list[tuple[str, Any]]:
+    """The life of an agreement; each step leaves one thing open with a port."""
+    return [
+        ("approve", agent.offered_agreement),
+        ("", lambda: agent.tell(ApprovalEnded("a1", True))),
+        ("start", lambda: agent.event("activities", "CreateActivity", "x1", "a1")),
+        ("", lambda: agent.tell(UnitRunning("x1", 100, 5100))),
+        ("close", lambda: agent.tell(UnitExited("x1", 0))),
+        ("issue", lambda: agent.tell(ActivityClosed("x1", [1.0, 1.0]))),
+        ("send", lambda: agent.tell(NoteIssued("x1", 1, "n1"))),
+        ("", lambda: agent.tell(NoteSent("x1", 1, True))),
+        ("terminate", lambda: agent.play.at(91)),
+        ("invoice", lambda: agent.tell(TerminationEnded("a1"))),
+        ("send invoice", lambda: agent.tell(InvoiceIssued("a1", "inv-1"))),
+    ]
+
+
+def test_timers_wait_until_the_agent_has_taken_up_its_work() -> None:
+    agent = Agent().begin().approved()
+    agent.play.machine = Provider("agent", agent._config("run-2"))
+    agent.play.at(95)
+    assert agent.state() == "Approved", "the requestor may have asked for an activity while the agent was away"
+    agent.play.ask(AgentStarted("prov-other", (SPEC,)))
+    agent.play.at(50)
+    assert agent.state() == "Approved"
+    agent.play.at(50)
+    assert agent.state() == "Terminating"
+
+
+def test_an_approval_that_failed_leaves_nothing() -> None:
+    agent = Agent().begin()
+    agent.offered_agreement()
+    agent.tell(ApprovalEnded("a1", False, "410: Cancelled"))
+    assert not list(agent.play.rows.prefix("agreement/"))
+    assert not list(agent.play.rows.prefix("active/"))
+    assert "Cancelled" in agent.play.rows["refusals"].refusals[-1].reason
