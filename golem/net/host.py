@@ -10,7 +10,8 @@ What is guarded, and why (each has a regression test in tests/net/test_net_guard
 - its limit of new connections a second counts all strangers as one peer, so that one can lock out all others: it is
   replaced by limits per IP address;
 - gossip is limited per neighbour, before any signature is checked;
-- addresses are dialled one by one by us: the swarm tries the first only, then blocks the peer for a minute;
+- addresses are dialled one by one by us (`dial_addr`, which knows no negative cache): the swarm's own dial tries the
+  first only, then blocks the peer for a minute;
 - listeners do without SO_REUSEPORT, with which a taken port is silently shared with its owner;
 - gossip starts its sequence numbers at the clock's nanoseconds, else a restarted node is mute for a while.
 
@@ -181,7 +182,6 @@ class Host:
             finally:
                 lost.set()
 
-        self.swarm.unblock_peer(target)
         async with trio.open_nursery() as nursery:
             for address in addresses:
                 lost = trio.Event()

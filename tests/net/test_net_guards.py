@@ -305,6 +305,50 @@ async def test_tiny_segments_do_not_kill_the_connection() -> None:
 
 
 @trio_test
+async def test_a_silent_connection_is_dead() -> None:
+    """F10, half open: nothing is closed, nothing arrives any more. Here 1 s is too long, by default 20 s."""
+    cut = False
+
+    async def pipe(source: trio.SocketStream, sink: trio.SocketStream) -> None:
+        async for data in source:
+            if not cut:
+                await sink.send_all(data)
+
+    async with hosts(2) as (host, friend), trio.open_nursery() as nursery:
+        port = int(host.addresses()[0].split("/")[4])
+
+        async def proxy(inbound: trio.SocketStream) -> None:
+            outbound = await trio.open_tcp_stream("127.0.0.1", port)
+            nursery.start_soon(pipe, outbound, inbound)
+            await pipe(inbound, outbound)
+
+        (listener,) = await nursery.start(partial(trio.serve_tcp, host="127.0.0.1"), proxy, 0)
+        conn = await friend.dial(host.peer_id, [f"/ip4/127.0.0.1/tcp/{listener.socket.getsockname()[1]}"])
+        await trio.sleep(1.3)
+        assert conn.death is None
+        assert conn.rtt() > 0
+        cut = True
+        await eventually(lambda: conn.death, 2)
+        assert "silent" in str(conn.death)
+        await eventually(lambda: host.swarm.get_total_connections() == 0, 2)
+        nursery.cancel_scope.cancel()
+
+
+@trio_test
+async def test_gossip_remembers_subscriptions_while_the_peer_is_connected() -> None:
+    """A peer tells its topics once; upstream forgets them when one of its streams breaks."""
+    async with hosts(2) as (host, friend):
+        await host.pubsub.subscribe("t")
+        await friend.pubsub.subscribe("t")
+        await friend.dial(host.peer_id, host.addresses())
+        peer = host.pubsub.host.get_id()
+        await eventually(lambda: peer in friend.pubsub.peers and peer in friend.pubsub.peer_topics.get("t", ()))
+        friend.pubsub._handle_dead_peer(peer)
+        await eventually(lambda: peer in friend.pubsub.peers)
+        assert peer in friend.pubsub.peer_topics["t"]
+
+
+@trio_test
 async def test_the_257th_stream_is_an_error_not_a_hang() -> None:
     async with hosts(2) as (host, friend):
         host.serve_streams("/echo", echo_stream)

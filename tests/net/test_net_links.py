@@ -14,7 +14,7 @@ from libp2p.stream_muxer.exceptions import MuxedStreamError
 from net_helpers import FAST, KEYS, config, echo, eventually, nodes
 from support import trio_test
 
-from golem.net import Network, Timing, open_network
+from golem.net import Network, Timing, Unreachable, open_network
 from golem.net.host import Host
 from golem.net.links import MAX_QUEUED_BYTES, PING, PONG, REPLY, REQUEST, serve_link
 from golem.net.peerid import sign_record
@@ -162,6 +162,24 @@ async def test_a_peer_that_accepts_and_says_nothing_is_unreachable(tmp_path: Pat
             with pytest.raises(Exception, match=r"did not answer|broke"):
                 await one.connect(f"{mute.addresses()[0]}/p2p/{mute.peer_id}", timeout_s=8)
             assert trio.current_time() - start < 5
+            assert one.sessions() == []
+
+
+@trio_test
+async def test_a_peer_that_answers_with_the_record_of_another_gets_no_session(tmp_path: Path) -> None:
+    async def lie(sender: str, payload: bytes) -> bytes:
+        return sign_record(KEYS[8], "golem", []).raw
+
+    async def serve(node_id: str, stream: MuxStream) -> None:
+        await serve_link(node_id, stream, {"net/hello": lie}, FAST)
+
+    async with open_network(KEYS[0], config(tmp_path / "0")) as one:
+        liar = Host(KEYS[9], FAST)
+        liar.serve_streams(LINK, serve)
+        async with liar.run([("127.0.0.1", 0)]):
+            await one.wait_up()
+            with pytest.raises(Unreachable, match="record of somebody else"):
+                await one.connect(f"{liar.addresses()[0]}/p2p/{liar.peer_id}")
             assert one.sessions() == []
 
 

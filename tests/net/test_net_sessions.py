@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from net_helpers import KEYS, config, echo, eventually, nodes
+from net_helpers import FAST, KEYS, config, echo, eventually, nodes
 from support import trio_test
 
 from golem.net import Busy, NetError, NetRefusal, PeerStream, RemoteError, Unreachable, open_network
@@ -155,6 +155,9 @@ async def test_too_many_requests_are_refused_not_queued(tmp_path: Path) -> None:
                 nursery.start_soon(ask)
             await eventually(lambda: len(outcomes) >= 300 - 256)  # the node asks things of its own as well
             assert set(outcomes) == {"busy"}
+            await trio.sleep(3 * FAST.keepalive_s)  # a busy link is not a dead one
+            assert set(outcomes) == {"busy"}
+            assert len(two.sessions()) == 1
             gate.set()
         assert outcomes.count("done") >= 250
 
