@@ -4,7 +4,7 @@ A note carries the running total of its activity; totals never decrease. The amo
 hears of it, so that a note or invoice that has to be issued again is the same one.
 
     note     Issuing -> Sending -> Sent -> Accepted -> Settled        (or Failed, Rejected, Cancelled)
-    invoice  Issuing -> Sending -> Sent -> Accepted -> Settled        (or Rejected, Cancelled)
+    invoice  Issuing -> Sending -> Sent -> Accepted -> Settled        (or Failed, Rejected, Cancelled)
 """
 
 from __future__ import annotations
@@ -259,6 +259,9 @@ def invoice_issued(turn: Turn, message: InvoiceIssued) -> None:
     row = turn.agreement(message.agreement_id)
     if row is None or row.invoice != ISSUING:
         return
+    if message.error:
+        _billed(turn, row, FAILED)
+        return
     turn.save(replace(row, invoice=SENDING, invoice_id=message.invoice_id))
     turn.put(f"document/{message.invoice_id}", DocumentRow(row.agreement_id, 0))
     turn.rest(SendInvoice(row.agreement_id, message.invoice_id))
@@ -266,9 +269,13 @@ def invoice_issued(turn: Turn, message: InvoiceIssued) -> None:
 
 def invoice_sent(turn: Turn, message: InvoiceSent) -> None:
     row = turn.agreement(message.agreement_id)
-    if row is None or row.invoice != SENDING:
-        return
-    turn.save(replace(row, invoice=SENT))
+    if row is not None and row.invoice == SENDING:
+        _billed(turn, row, FAILED if message.error else SENT)
+
+
+def _billed(turn: Turn, row: AgreementRow, state: str) -> None:
+    """Nothing is left to do for an agreement but to hear what becomes of its invoice."""
+    turn.save(replace(row, invoice=state))
     turn.wake(f"forget/{row.agreement_id}", turn.now + turn.config.keep_s, ForgetDue(row.agreement_id))
 
 

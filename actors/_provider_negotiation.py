@@ -112,9 +112,7 @@ def agreement_arrived(turn: Turn, message: AgreementArrived) -> None:
 
 
 def ask_approval(turn: Turn, row: AgreementRow) -> None:
-    config = turn.config
-    session = turn.agent.session_id
-    turn.rest(ApproveAgreement(row.agreement_id, session, config.approve_timeout_s, config.instance))
+    turn.rest(ApproveAgreement(row.agreement_id, turn.agent.session_id, turn.config.approve_timeout_s))
 
 
 def _row(

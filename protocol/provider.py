@@ -135,12 +135,11 @@ class RejectProposal(Message, frozen=True):
 
 
 class ApproveAgreement(Message, frozen=True):
-    """Approve an agreement, then say `ApprovalEnded`."""
+    """Approve an agreement, then say `ApprovalEnded`. Approving again does no harm."""
 
     agreement_id: str
     session_id: str
     timeout_s: float
-    instance: str
 
 
 class ApprovalEnded(Message, frozen=True):
@@ -269,10 +268,11 @@ class IssueInvoice(Message, frozen=True):
 
 
 class InvoiceIssued(Message, frozen=True):
-    """The node has the invoice."""
+    """The node has the invoice; `error` says why it will not take it."""
 
     agreement_id: str
     invoice_id: str
+    error: str = ""
 
 
 class SendInvoice(Message, frozen=True):
@@ -283,9 +283,10 @@ class SendInvoice(Message, frozen=True):
 
 
 class InvoiceSent(Message, frozen=True):
-    """The requestor has the invoice."""
+    """The requestor has the invoice; `error` says why it never will."""
 
     agreement_id: str
+    error: str = ""
 
 
 # -- to port `processes`, and its answers

@@ -7,6 +7,7 @@ second one stops at once. What is left open then is taken up at the next start, 
 from __future__ import annotations
 
 import fcntl
+import json
 import logging
 import os
 import random
@@ -24,7 +25,7 @@ import trio
 from actors._provider_negotiators import Terms
 from actors._provider_turn import ProviderConfig
 from actors.kernel.journal import Journal
-from actors.kernel.machine import LinkDown
+from actors.kernel.machine import ActorFailed, LinkDown
 from actors.kernel.system import System
 from actors.provider import Provider
 from golem.provider.client import MARKET, PAYMENT, ApiError, NodeAway, NodeClient, NodeError, part
@@ -36,12 +37,14 @@ from golem.provider.presets import PRESETS, Preset, load_presets, save_presets
 from golem.provider.processes import Processes
 from golem.provider.settings import JOURNAL, LOCK, Settings, SettingsError, read_json, read_rules
 from golem.provider.status import write_status
-from protocol.provider import AgentStarted, OffersChanged, OfferSpec, SessionNamed, StopAgent
+from protocol.provider import AgentStarted, AgreementArrived, OffersChanged, OfferSpec, SessionNamed, StopAgent
+from protocol.types import Violation
 
 log = logging.getLogger("golem.provider")
 
 NODE_PATIENCE_S = 30.0  # at the start
 STOP_S = 20.0
+MAX_PICKED_UP = 20
 LOOK_S = 2.0  # at the files
 
 
@@ -78,6 +81,7 @@ async def run_agent(settings: Settings) -> None:
         system.add_port(processes)
         nursery = await stack.enter_async_context(trio.open_nursery())
         signals = stack.enter_context(trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT))
+        await _take_back_offers(system, client, settings.name)
         await nursery.start(port.run)
         await nursery.start(processes.run)
         await nursery.start(system.run)
@@ -93,17 +97,39 @@ async def run_agent(settings: Settings) -> None:
 
 
 async def _begin(system: System, client: NodeClient, settings: Settings, specs: tuple[OfferSpec, ...]) -> str:
-    """Start the machine, take back offers of ours that it knows nothing of; return the session id."""
+    """Start the machine and show it what the last run of the agent may have missed; return the session id."""
     answer = await system.ask("provider", AgentStarted(f"{settings.name}-{secrets.token_hex(4)}", specs))
     assert isinstance(answer, SessionNamed)
+    try:
+        await _pick_up_agreements(system, client)
+    except (ApiError, NodeAway, ActorFailed, Violation, KeyError, TypeError, AttributeError) as error:
+        log.warning("looking for agreements that wait: %r", error)
+    return answer.session_id
+
+
+async def _take_back_offers(system: System, client: NodeClient, name: str) -> None:
+    """Withdraw offers of this name that nobody knows of: published just when the agent was killed.
+
+    Before the machine runs: from then on there may be new ones that it does not know of yet.
+    """
     known = {row.offer_id for _, row in system.rows("provider").prefix("offer/")}
     try:
         for offer in await client.call("GET", f"{MARKET}/offers") or ():
-            if offer["offerId"] not in known and offer["properties"].get("golem.node.id.name") == settings.name:
+            if offer["offerId"] not in known and offer["properties"].get("golem.node.id.name") == name:
                 await client.call("DELETE", f"{MARKET}/offers/{part(offer['offerId'])}")
     except (ApiError, NodeAway, KeyError, TypeError, AttributeError) as error:
-        log.debug("looking for old offers: %r", error)
-    return answer.session_id
+        log.warning("looking for offers that were left over: %r", error)
+
+
+async def _pick_up_agreements(system: System, client: NodeClient) -> None:
+    """Show the machine agreements that wait for approval: their event was read by a run that did not live to act."""
+    waiting = await client.call("GET", f"{MARKET}/agreements", params={"state": "Pending"}) or ()
+    for one in [one for one in waiting if one.get("role") == "Provider"][:MAX_PICKED_UP]:
+        agreement = await client.call("GET", f"{MARKET}/agreements/{part(one['id'])}")
+        offer_id = agreement["offer"]["offerId"]
+        offers = {row.offer_id: row.preset for _, row in system.rows("provider").prefix("offer/")}
+        if offer_id in offers and agreement["state"] == "Pending":
+            await system.ask("provider", AgreementArrived(offers[offer_id], offer_id, json.dumps(agreement)))
 
 
 async def _until_stopped(system: System, signals: AsyncIterator[int], processes: Processes) -> None:

@@ -21,7 +21,7 @@ log = logging.getLogger("golem.provider")
 MAX_EVENTS = 50
 FIRST_PAUSE_S, LAST_PAUSE_S = 0.25, 5.0
 CACHED_PROPOSALS = 1000
-_TROUBLE = (ApiError, NodeAway, AskTimeout, Busy, ActorFailed)
+_NONSENSE = (KeyError, TypeError, ValueError, AttributeError)  # JSON of another form than agreed
 
 
 class ProposalCache:
@@ -62,7 +62,7 @@ async def watch_offer(client: NodeClient, system: System, cache: ProposalCache, 
                 message = await _offer_event(client, cache, path, offer, event)
                 if message is not None:
                     await system.ask("provider", message)
-            except (*_TROUBLE, Violation, KeyError, TypeError, ValueError, AttributeError) as error:
+            except (ApiError, NodeAway, AskTimeout, Busy, ActorFailed, Violation, *_NONSENSE) as error:
                 log.warning("an event of offer %s is left out: %r", offer.offer_id[:12], error)
         await _not_too_fast(events, started_at)
 
@@ -95,26 +95,39 @@ async def _offer_event(
 async def follow(client: NodeClient, system: System, feed: str, session_id: str, since: float) -> None:
     """Give the events of a durable feed to the machine, for ever, from where it stands (at first: `since`)."""
     path, read = FEEDS[feed]
+    cursor = system.rows("provider").get(f"cursor/{feed}")
+    after = since if cursor is None else cursor.at
     pause_s = FIRST_PAUSE_S
     while True:
-        cursor = system.rows("provider").get(f"cursor/{feed}")
-        after = timestamp_text(since if cursor is None else cursor.at)
+        params = {"afterTimestamp": timestamp_text(after), "appSessionId": session_id, "maxEvents": MAX_EVENTS}
         started_at = trio.current_time()
         try:
-            events = await client.poll(path, {"afterTimestamp": after, "appSessionId": session_id, "maxEvents": MAX_EVENTS})
+            events = await client.poll(path, params)
             for event in events:
-                await system.ask("provider", read(event, timestamp(event["eventDate"])))
+                at = timestamp(event["eventDate"])
+                await _give(system, feed, read, event, at)
+                after = max(after, at)
             pause_s = FIRST_PAUSE_S
-        except (*_TROUBLE, Violation, KeyError, TypeError, ValueError, AttributeError) as error:
+        except (ApiError, NodeAway, AskTimeout, Busy, *_NONSENSE) as error:
             pause_s = await _pause(f"events ({feed})", error, pause_s)
             continue
         await _not_too_fast(events, started_at)
 
 
+async def _give(
+    system: System, feed: str, read: Callable[[Mapping[str, Any], float], EventArrived], event: Any, at: float
+) -> None:
+    """Give one event to the machine. One that makes no sense is left out: it would not make more the next time."""
+    try:
+        await system.ask("provider", read(event, at))
+    except (ActorFailed, Violation, *_NONSENSE) as error:
+        log.error("an event (%s) is left out: %r", feed, error)
+
+
 async def _pause(what: str, error: Exception, pause_s: float) -> float:
     """Wait after a failure; return the next pause."""
     level = logging.DEBUG if isinstance(error, NodeAway) and pause_s < LAST_PAUSE_S else logging.WARNING
-    log.log(level, "%s: %s", what, error if isinstance(error, _TROUBLE) else repr(error))
+    log.log(level, "%s: %s", what, repr(error) if isinstance(error, _NONSENSE) else error)
     await trio.sleep(pause_s)
     return min(pause_s * 2, LAST_PAUSE_S)
 

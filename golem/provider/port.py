@@ -11,6 +11,7 @@ import json
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -59,6 +60,7 @@ ISSUE_LAST_S = 5.0
 FINAL_USAGE_S = 60.0  # patience for the last usage of an activity
 NEGOTIATION_S = 60.0  # a proposal is not worth more
 MARGIN_S = 5.0
+APPROVAL_LOOK_S = 1.0
 LISTED = 1000
 
 
@@ -124,6 +126,9 @@ class RestPort:
                 await self._system.post(self.name, [Send("provider", outcome)], trace)
         except (ApiError, NodeAway) as error:
             log.warning("%s %s: %s", key[0], key[1][:16], error)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            # an answer of another form than agreed; one document must not take the agent's other work with it
+            log.exception("%s %s: the node's answer makes no sense", key[0], key[1][:16])
         finally:
             self._running.discard(key)
             self._room.release()
@@ -174,25 +179,32 @@ class RestPort:
 
     # -- agreements
     async def _approve(self, message: ApproveAgreement) -> Message:
+        """Approve, and be sure of what came of it: an answer may be lost while the requestor commits all the same."""
         path = f"{MARKET}/agreements/{part(message.agreement_id)}"
         params = {"appSessionId": message.session_id, "timeout": message.timeout_s}
+        why = ""
         try:
-            if message.instance == self._instance:
-                await self._client.call(
-                    "POST", f"{path}/approve", params=params, timeout_s=message.timeout_s + MARGIN_S
-                )
-                log.info("agreement %s is approved", message.agreement_id[:12])
-                return ApprovalEnded(message.agreement_id, True)
-        except ApiError as error:
+            await self._client.call("POST", f"{path}/approve", params=params, timeout_s=message.timeout_s + MARGIN_S)
+            state = "Approved"
+        except (ApiError, NodeAway) as error:
             why = str(error)
-        except NodeAway as error:
-            why = str(error)
-        else:
-            why = "the agent was restarted meanwhile"
-        found = await self._client.persist("reading an agreement", partial(self._client.call, "GET", path))
-        approved = isinstance(found, dict) and found.get("state") == "Approved"
+            state = await self._state(path)
+        if state == "Pending":  # nobody waits for it that long: no, then, unless it is approved meanwhile
+            with suppress(ApiError, NodeAway):
+                await self._client.call("POST", f"{path}/reject", body={"message": f"The approval failed: {why}"})
+        while state == "Pending":
+            state = await self._state(path)
+            await trio.sleep(APPROVAL_LOOK_S)
+        approved = state == "Approved"
         log.info("agreement %s is %s", message.agreement_id[:12], "approved" if approved else f"not approved: {why}")
         return ApprovalEnded(message.agreement_id, approved, why)
+
+    async def _state(self, path: str) -> str:
+        try:
+            found = await self._client.persist("reading an agreement", partial(self._client.call, "GET", path))
+        except ApiError as error:
+            return str(error)
+        return str(found["state"])
 
     async def _reject_agreement(self, message: RejectAgreement) -> None:
         path = f"{MARKET}/agreements/{part(message.agreement_id)}/reject"
@@ -208,8 +220,8 @@ class RestPort:
                 "terminating an agreement", call, first_s=TERMINATE_FIRST_S, last_s=TERMINATE_LAST_S
             )
         except ApiError as error:
-            if error.status not in (404, 409, 410):  # those mean: it is over already
-                raise
+            level = logging.DEBUG if error.status in (404, 409, 410) else logging.WARNING  # those mean: it is over already
+            log.log(level, "terminating agreement %s: %s", message.agreement_id[:12], error)
         return TerminationEnded(message.agreement_id)
 
     # -- activities
@@ -298,16 +310,26 @@ class RestPort:
             "amount": message.amount,
             "paymentDueDate": timestamp_text(message.due_at),
         }
-        found = await self._once(
-            "invoices", body, lambda one: one["agreementId"] == message.agreement_id, message.since, message.instance
-        )
+
+        def same(one: Any) -> bool:
+            return bool(one["agreementId"] == message.agreement_id)
+
+        try:
+            found = await self._once("invoices", body, same, message.since, message.instance)
+        except ApiError as error:
+            log.error("the invoice of agreement %s was refused: %s", message.agreement_id[:12], error)
+            return InvoiceIssued(message.agreement_id, "", str(error))
         log.info("invoice of agreement %s: %s GLM", message.agreement_id[:12], message.amount)
         return InvoiceIssued(message.agreement_id, str(found["invoiceId"]))
 
     async def _send_invoice(self, message: SendInvoice) -> Message:
         path = f"{PAYMENT}/invoices/{part(message.invoice_id)}/send"
         call = partial(self._client.call, "POST", path, params={"timeout": 15}, timeout_s=15 + MARGIN_S)
-        await self._client.persist("sending an invoice", call)
+        try:
+            await self._client.persist("sending an invoice", call)
+        except ApiError as error:
+            log.error("the invoice of agreement %s cannot be sent: %s", message.agreement_id[:12], error)
+            return InvoiceSent(message.agreement_id, str(error))
         log.info("invoice of agreement %s is sent", message.agreement_id[:12])
         return InvoiceSent(message.agreement_id)
 

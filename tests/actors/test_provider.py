@@ -599,7 +599,7 @@ def test_killed_while_running_everything_is_taken_up_again() -> None:
 @pytest.mark.parametrize(
     ("steps", "kind", "check"),
     [
-        ("approve", ApproveAgreement, lambda one: one.instance == "run-2"),
+        ("approve", ApproveAgreement, lambda one: one.session_id == "prov-abcd"),
         ("start", StartUnit, lambda one: one.activity_id == "x1"),
         ("close", CloseActivity, lambda one: one.reason == "finished"),
         ("issue", IssueNote, lambda one: (one.number, one.instance, one.amount) == (1, "run-2", "0.00015")),
@@ -636,6 +636,18 @@ def _steps(agent: Agent) -> list[tuple[str, Any]]:
         ("invoice", lambda: agent.tell(TerminationEnded("a1"))),
         ("send invoice", lambda: agent.tell(InvoiceIssued("a1", "inv-1"))),
     ]
+
+
+def test_an_invoice_the_node_refuses_leaves_no_open_business() -> None:
+    agent = Agent().begin()
+    for name, step in _steps(agent):
+        step()
+        if name == "invoice":
+            break
+    agent.tell(InvoiceIssued("a1", "", "400: unknown agreement"))
+    assert agent.play.rows["agreement/a1"].invoice == "Failed"
+    agent.crash()
+    assert not agent.rest(IssueInvoice)
 
 
 def test_timers_wait_until_the_agent_has_taken_up_its_work() -> None:
