@@ -219,7 +219,7 @@ class Actor:
         try:
             self.post.send_nowait(delivery)
         except trio.WouldBlock:
-            raise Busy(f"{self.name} has {CAPACITY} messages waiting") from None
+            raise Busy(f"the mailbox of {self.name} is full") from None
 
     def offer_alarm(self, alarm: Alarm) -> None:
         """Put an alarm behind those that wait, once. Over `CAPACITY` it comes again with the next look at the clock."""

@@ -39,7 +39,7 @@ class PortActor:
         try:
             self.post.send_nowait(delivery)
         except trio.WouldBlock:
-            raise Busy(f"{self.name} has {CAPACITY} messages waiting") from None
+            raise Busy(f"the mailbox of {self.name} is full") from None
 
     async def run(self) -> None:
         """Serve the mailbox. Raises `CrashedOn` when the port's handler crashed."""

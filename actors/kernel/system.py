@@ -183,11 +183,11 @@ class System:
             raise Violation(f"no such actor: {actor_of(first.to)[:80]}")
         link, quota = LinkBatch(batch), (node_of(peer), actor.name)
         if self._taking.get(quota, 0) >= PEER_FRAMES or self._taking_bytes + len(frame) > TAKEN_BYTES:
-            return self._busy(actor.name, link)
+            return await self._busy(actor.name, link)
         try:
             actor.offer(link)
         except Busy:
-            return self._busy(actor.name, link)
+            return await self._busy(actor.name, link)
         self._taking[quota] = self._taking.get(quota, 0) + 1
         self._taking_bytes += len(frame)
         try:
@@ -200,7 +200,8 @@ class System:
                 del self._taking[quota]
         return encode_ack(Ack(link.have, link.note))
 
-    def _busy(self, actor: str, link: LinkBatch) -> bytes:
+    async def _busy(self, actor: str, link: LinkBatch) -> bytes:
+        await trio.lowlevel.checkpoint()  # whoever comes again at once must not keep the others from running
         return encode_ack(Ack(self.journal.position(actor, link.sender).have(link.epoch), "busy"))
 
     async def deliver_local(self, batch: list[Envelope]) -> Ack:
