@@ -155,7 +155,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--driver", default="erc20", help="payment driver (default: %(default)s)")
     add("--network", default="holesky", help="payment network (default: %(default)s)")
     add("--budget", type=Decimal, default=Decimal(1), help="GLM at most (default: %(default)s)")
-    add("--timeout", type=float, default=120, help="seconds (default: %(default)s)")
+    add("--timeout", type=float, default=900, help="seconds (default: %(default)s)")
     add("--image-url", default=None, help="where providers find hello.wasm; without it gftp publishes the file")
     add("--stream", action="store_true", help="take results by event stream instead of polling")
     add("--log", type=Path, default=Path("hello.log"), metavar="FILE", help="yapapi's log (default: %(default)s)")

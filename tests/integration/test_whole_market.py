@@ -107,11 +107,12 @@ class Work:
         """Repeat a step while the node is away."""
         with trio.fail_after(60):
             while True:
+                requestor_url = self.node.api_url
                 try:
                     return await step(*arguments)
                 except HTTP_ERRORS:
                     await trio.sleep(0.1)
-        return None
+                    assert self.node.api_url == requestor_url  # a restarted node takes its port again
 
     async def one(self, requestor: Requestor, allocation: dict[str, Any], package: str, word: str) -> str:
         demand, body = await requestor.demand(allocation, package)
@@ -126,11 +127,11 @@ class Work:
                 await requestor.destroy_activity(activity)
                 return str(results[-1]["stdout"])
             finally:
-                with suppress(WalkError, *HTTP_ERRORS):
-                    await requestor.terminate(agreement)
+                with suppress(WalkError):
+                    await self.patiently(requestor.terminate, agreement)
         finally:
-            with suppress(WalkError, *HTTP_ERRORS):
-                await requestor.call("DELETE", f"{MARKET}/demands/{demand}")
+            with suppress(WalkError):
+                await self.patiently(requestor.call, "DELETE", f"{MARKET}/demands/{demand}")
 
     async def pay_everything(self, requestor: Requestor, allocation: dict[str, Any], since: str) -> None:
         """Accept the invoice of every agreement that sends one within a while."""
@@ -138,9 +139,9 @@ class Work:
             while "" in self.invoices.values():
                 for event in await self.patiently(self.events, requestor, since):
                     since = event["eventDate"]
-                    found = await requestor.call("GET", f"{PAYMENT}/invoices/{event['invoiceId']}")
-                    await requestor.accept(found, allocation)
-                    await requestor.accept(found, allocation)  # twice on purpose: the second changes nothing
+                    found = await self.patiently(requestor.call, "GET", f"{PAYMENT}/invoices/{event['invoiceId']}")
+                    for _ in range(2):  # twice on purpose: the second changes nothing
+                        await self.patiently(requestor.accept, found, allocation)
                     self.invoices[found["agreementId"]] = found["invoiceId"]
 
     async def events(self, requestor: Requestor, since: str) -> Any:
