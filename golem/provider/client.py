@@ -47,12 +47,12 @@ class ApiError(NodeError):
 class NodeClient:
     """Calls to one node. `url` is asked again whenever the node does not answer: it may be back on another port."""
 
-    def __init__(self, url: Callable[[], str], app_key: str) -> None:
+    def __init__(self, url: Callable[[], str], app_key: str, transport: httpx.AsyncBaseTransport | None = None) -> None:
         self._find_url = url
         self._url = ""
         limits = httpx.Limits(max_connections=512, max_keepalive_connections=64, keepalive_expiry=60)
         headers = {"Authorization": f"Bearer {app_key}", "Accept": "application/json"}
-        self._http = httpx.AsyncClient(headers=headers, limits=limits, trust_env=False)
+        self._http = httpx.AsyncClient(headers=headers, limits=limits, trust_env=False, transport=transport)
 
     async def __aenter__(self) -> NodeClient:
         return self

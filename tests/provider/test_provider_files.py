@@ -1,0 +1,164 @@
+"""Presets, hardware, names and rules of the provider agent, and the commands that edit them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from actors._provider_negotiators import COEFFS, VECTOR, Terms
+from golem.cli import main
+from golem.provider.hardware import Profile, default_profile, load_profile, machine_profile
+from golem.provider.offer import Template, constraints, offer_spec, wanted_accounts
+from golem.provider.presets import Preset, load_presets, parse_price
+from golem.provider.settings import SettingsError, names, read_json, read_rules
+from protocol.terms import compile_constraint, match
+
+ACCOUNT = {"platform": "erc20-local-tglm", "address": "0x" + "9" * 40, "network": "local"}
+TEMPLATE = Template("wasmtime", {VECTOR: ["golem.usage.duration_sec", "golem.usage.cpu_sec"], "golem.runtime.version": "1.0.0"})
+
+
+def cli(folder: Path, *arguments: str) -> Any:
+    result = CliRunner().invoke(main, ["--json", "-d", str(folder), "provider", *arguments], catch_exceptions=False)
+    return result
+
+
+def test_the_default_price_is_within_what_sdk_examples_accept(tmp_path: Path) -> None:
+    (preset,) = load_presets(tmp_path).offered()
+    cpu, env = (preset.coeffs[f"golem.usage.{name}_sec"] * 3600 for name in ("cpu", "duration"))
+    assert preset.runtime == "wasmtime"
+    assert cpu <= 1
+    assert env <= 0.5
+    assert preset.initial_price <= 0.5
+    assert preset.initial_price + cpu + env <= 1
+    assert json.loads((tmp_path / "presets.json").read_text())["presets"][0]["exeunit-name"] == "wasmtime"
+
+
+def test_presets_by_command(tmp_path: Path) -> None:
+    assert cli(tmp_path, "preset", "create", "fast", "--price", "CPU=0.002", "--price", "Init price=0.1").exit_code == 0
+    assert cli(tmp_path, "preset", "activate", "fast").exit_code == 0
+    assert cli(tmp_path, "preset", "deactivate", "wasmtime").exit_code == 0
+    assert cli(tmp_path, "preset", "update", "fast", "--price", "Duration=0.001").exit_code == 0
+    listed = {one["name"]: one for one in json.loads(cli(tmp_path, "preset", "list").output)}
+    assert listed["fast"]["usage-coeffs"] == {"golem.usage.cpu_sec": 0.002, "golem.usage.duration_sec": 0.001}
+    assert (listed["fast"]["initial-price"], listed["fast"]["active"], listed["wasmtime"]["active"]) == (0.1, True, False)
+    assert cli(tmp_path, "preset", "remove", "wasmtime").exit_code == 0
+    refused = cli(tmp_path, "preset", "activate", "wasmtime")
+    assert refused.exit_code == 1
+    assert "no preset named 'wasmtime'" in refused.output
+
+
+@pytest.mark.parametrize("price", ["CPU", "CPU=-1", "CPU=nan", "CPU=inf", "CPU=x", "Warp=1", "CPU=1e9"])
+def test_bad_prices(tmp_path: Path, price: str) -> None:
+    with pytest.raises(SettingsError):
+        parse_price(price)
+    refused = cli(tmp_path, "preset", "update", "wasmtime", "--price", price)
+    assert refused.exit_code == 1
+    assert "Traceback" not in refused.output
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "{", '{"active":[],"presets":[{}]}', '{"active":[],"presets":[{"name":"a b","exeunit-name":"x"}]}', "null" * 2],
+)
+def test_a_damaged_presets_file_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "presets.json").write_text(content)
+    with pytest.raises(SettingsError, match=r"presets\.json|name"):
+        load_presets(tmp_path)
+
+
+def test_hardware_defaults_and_shares(tmp_path: Path) -> None:
+    assert default_profile(Profile(8, 16.0, 100.0)) == Profile(7, 11.2, 80.0)
+    assert default_profile(Profile(1, 1.0, 1.0)).cpu_threads == 1
+    machine, profile = machine_profile(tmp_path), load_profile(tmp_path)
+    assert profile == load_profile(tmp_path), "written once, read again"
+    assert 1 <= profile.cpu_threads <= machine.cpu_threads
+    for agreements in (1, 2, 3, 7, 50):
+        share = Profile(7, 11.2, 80.0).share(agreements)
+        assert share.mem_gib * agreements <= 11.2
+        assert share.storage_gib * agreements <= 80
+        assert share.cpu_threads == max(1, 7 // agreements)
+        assert isinstance(share.mem_gib, float)
+
+
+def test_a_profile_above_the_machine_is_cut(tmp_path: Path) -> None:
+    profile = {"cpu_threads": 10_000, "mem_gib": 1e6, "storage_gib": 1.0}
+    (tmp_path / "hardware.json").write_text(json.dumps({"active": "x", "profiles": {"x": profile}}))
+    found, machine = load_profile(tmp_path), machine_profile(tmp_path)
+    assert (found.cpu_threads, found.mem_gib) == (machine.cpu_threads, machine.mem_gib)
+    (tmp_path / "hardware.json").write_text(json.dumps({"active": "y", "profiles": {"x": profile}}))
+    with pytest.raises(SettingsError, match=r"hardware\.json"):
+        load_profile(tmp_path)
+
+
+def test_an_offer_says_what_it_must() -> None:
+    preset = Preset("p", "wasmtime", {"golem.usage.duration_sec": 5e-05, "golem.usage.cpu_sec": 1e-4}, 0.0)
+    spec = offer_spec(preset, TEMPLATE, Profile(2, 4.0, 10.0), [ACCOUNT], "prov", "testnet", Terms())
+    offer = json.loads(spec.properties)
+    assert offer[VECTOR] == ["golem.usage.cpu_sec", "golem.usage.duration_sec"], "sorted by name"
+    assert offer[COEFFS] == [1e-4, 5e-05, 0.0]
+    assert all(isinstance(one, float) for one in offer[COEFFS])
+    assert isinstance(offer["golem.inf.mem.gib"], float)
+    assert offer["golem.com.payment.platform.erc20-local-tglm.address"] == ACCOUNT["address"]
+    assert (offer["golem.com.scheme"], offer["golem.com.payment.protocol.version"]) == ("payu", 3)
+    assert offer["golem.inf.cpu.cores"] <= offer["golem.inf.cpu.threads"] == 2
+
+
+def test_an_offer_matches_a_demand_of_the_same_subnet() -> None:
+    spec = offer_spec(Preset("p", "wasmtime"), TEMPLATE, Profile(2, 4.0, 10.0), [ACCOUNT], "prov", "testnet", Terms())
+    wanted = "(&(golem.node.debug.subnet=testnet)(golem.com.pricing.model=linear)(golem.inf.mem.gib>=0.5))"
+    now = 1_800_000_000.0
+    late, early = now * 1000 + 1, 5
+    for subnet, expires_ms, matches in (("testnet", late, True), ("public", late, False), ("testnet", early, False)):
+        demand = {"golem.node.debug.subnet": subnet, "golem.srv.comp.expiration": int(expires_ms)}
+        offer = json.loads(spec.properties)
+        found = match(demand, compile_constraint(wanted), offer, compile_constraint(constraints("testnet", now)))
+        assert bool(found) is matches
+
+
+def test_a_preset_may_not_price_what_the_runtime_does_not_count() -> None:
+    preset = Preset("p", "wasmtime", {"golem.usage.gpu_sec": 1.0})
+    with pytest.raises(ValueError, match=r"does not count golem\.usage\.gpu_sec"):
+        offer_spec(preset, TEMPLATE, Profile(2, 4.0, 10.0), [ACCOUNT], "prov", "public", Terms())
+
+
+def test_accounts_by_network() -> None:
+    other = {"platform": "erc20-hoodi-tglm", "address": "0x1", "network": "hoodi"}
+    accounts = [ACCOUNT, other, {"platform": 3}, "nonsense"]
+    assert wanted_accounts(accounts, ()) == [other, ACCOUNT]
+    assert wanted_accounts(accounts, ("local",)) == [ACCOUNT]
+    assert wanted_accounts(accounts, ("erc20-hoodi-tglm",)) == [other]
+    assert wanted_accounts("nonsense", ()) == []
+
+
+def test_names_are_kept(tmp_path: Path) -> None:
+    assert names({}, tmp_path, "prov", "testnet") == ("prov", "testnet")
+    assert names({}, tmp_path, None, None) == ("prov", "testnet")
+    assert names({"NODE_NAME": "env"}, tmp_path, None, None) == ("env", "testnet")
+    for name, subnet in (("", "a b"), ("x\n", "public"), ("y" * 101, "public")):
+        with pytest.raises(SettingsError):
+            names({}, tmp_path, name, subnet)
+
+
+def test_rules(tmp_path: Path) -> None:
+    assert read_rules(tmp_path).blacklist == frozenset()
+    (tmp_path / "rules.json").write_text(json.dumps({"blacklist": ["0x" + "A" * 40]}))
+    assert read_rules(tmp_path).blacklist == {"0x" + "a" * 40}
+    (tmp_path / "rules.json").write_text(json.dumps({"blacklist": ["everybody"]}))
+    with pytest.raises(SettingsError, match=r"rules\.json"):
+        read_rules(tmp_path)
+
+
+def test_files_are_bounded(tmp_path: Path) -> None:
+    (tmp_path / "big.json").write_bytes(b" " * (1024 * 1024 + 1))
+    with pytest.raises(SettingsError, match="over"):
+        read_json(tmp_path / "big.json", "file")
+
+
+def test_status_without_an_agent_says_so(tmp_path: Path) -> None:
+    refused = cli(tmp_path, "status")
+    assert refused.exit_code == 1
+    assert "golem provider run" in refused.output

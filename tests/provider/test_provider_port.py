@@ -1,0 +1,297 @@
+"""Port `rest`: what may not happen twice happens once, whatever answers get lost; and the exe-unit processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import trio
+from support import mock_trio_test, trio_test
+
+from actors.kernel.machine import Meta, Send
+from golem.provider.client import MAX_ANSWER_BYTES, ApiError, NodeAway, NodeClient
+from golem.provider.port import RestPort
+from golem.provider.processes import Processes, find_unit, is_unit, remove_work, start_ticks, unit_environment
+from protocol.provider import (
+    ApprovalEnded,
+    ApproveAgreement,
+    CloseActivity,
+    FindUnit,
+    InvoiceIssued,
+    IssueInvoice,
+    IssueNote,
+    NoteIssued,
+    NoteSent,
+    SendNote,
+    StopUnit,
+    UnitExited,
+)
+
+META = Meta("agent/provider", 0.0, "trace")
+NOTE = IssueNote("x1", 2, "0.5", [1.0, 2.0], None, "n1", 1_800_000_000.0, "run-1")
+INVOICE = IssueInvoice("a1", ("x1",), "0.5", 1_800_000_100.0, 1_800_000_000.0, "run-1")
+
+
+class Outbox:
+    """Stands for the kernel: takes what a port posts."""
+
+    def __init__(self) -> None:
+        self.send, self.receive = trio.open_memory_channel[Any](100)
+
+    async def post(self, sender: str, sends: Sequence[Send], trace: str | None = None) -> None:
+        for one in sends:
+            await self.send.send(one.message)
+
+
+class Node:
+    """The REST API as far as a test needs it. `fail` makes an answer get lost, after the request was done."""
+
+    def __init__(self) -> None:
+        self.documents: list[dict[str, Any]] = []
+        self.calls: list[str] = []
+        self.lose = 0
+        self.state = "Pending"
+        self.handlers: dict[str, Callable[[httpx.Request], httpx.Response]] = {}
+
+    async def handle(self, request: httpx.Request) -> httpx.Response:
+        name = f"{request.method} {request.url.path}"
+        self.calls.append(name)
+        if name in self.handlers:
+            return self.handlers[name](request)
+        if name.startswith("GET"):
+            return httpx.Response(200, json=self.documents)
+        body = json.loads(request.content)
+        ids = {"debitNoteId": f"new-{len(self.calls)}", "invoiceId": f"new-{len(self.calls)}"}
+        self.documents.append({**body, **ids, "status": "ISSUED", "previousDebitNoteId": "n1"})
+        if self.lose:
+            self.lose -= 1
+            raise httpx.ReadTimeout("lost", request=request)
+        return httpx.Response(201, json=self.documents[-1])
+
+    def client(self) -> NodeClient:
+        return NodeClient(lambda: "http://node", "key", httpx.MockTransport(self.handle))
+
+
+async def outcome_of(node: Node, message: Any, instance: str = "run-1") -> Any:
+    """Give a message to a port in front of `node`; return what it tells the machine."""
+    outbox = Outbox()
+    port = RestPort(node.client(), outbox, instance)  # type: ignore[arg-type]
+    async with trio.open_nursery() as nursery:
+        await nursery.start(port.run)
+        await port.handle(message, META)
+        await port.handle(message, META)  # again while it is worked on
+        found = await outbox.receive.receive()
+        nursery.cancel_scope.cancel()
+    return found
+
+
+@pytest.mark.parametrize(("message", "kind"), [(NOTE, NoteIssued), (INVOICE, InvoiceIssued)])
+@pytest.mark.parametrize("lose", [0, 1])
+def test_a_document_is_issued_once_though_answers_get_lost(message: Any, kind: type, lose: int) -> None:
+    @mock_trio_test
+    async def body() -> None:
+        node = Node()
+        node.lose = lose
+        found = await outcome_of(node, message)
+        assert isinstance(found, kind)
+        assert len(node.documents) == 1
+        assert len([call for call in node.calls if call.startswith("GET")]) == lose, "it looks only where it may be there"
+
+    body()
+
+
+@pytest.mark.parametrize("message", [NOTE, INVOICE])
+def test_a_document_of_an_earlier_run_is_found(message: Any) -> None:
+    @mock_trio_test
+    async def body() -> None:
+        node = Node()
+        first = await outcome_of(node, message)
+        second = await outcome_of(node, message, instance="run-2")
+        assert first == second
+        assert len(node.documents) == 1
+
+    body()
+
+
+@mock_trio_test
+async def test_another_note_of_the_same_activity_is_not_taken_for_this_one() -> None:
+    node = Node()
+    node.documents.append({"activityId": "x1", "previousDebitNoteId": None, "debitNoteId": "n1", "status": "RECEIVED"})
+    await outcome_of(node, NOTE, instance="run-2")
+    assert len(node.documents) == 2
+
+
+@mock_trio_test
+async def test_a_refused_note_is_reported() -> None:
+    node = Node()
+    node.handlers["POST /payment-api/v1/debitNotes"] = lambda request: httpx.Response(400, json={"message": "too low"})
+    assert await outcome_of(node, NOTE) == NoteIssued("x1", 2, "", "400: too low")
+
+
+@mock_trio_test
+async def test_a_note_is_sent_until_patience_ends() -> None:
+    node = Node()
+    node.handlers["POST /payment-api/v1/debitNotes/n2/send"] = lambda request: httpx.Response(504, json={"message": "timeout"})
+    found = await outcome_of(node, SendNote("x1", 2, "n2", 5.0))  # long ago
+    assert found == NoteSent("x1", 2, False, "504: timeout")
+
+
+@pytest.mark.parametrize(("state", "approved"), [("Approved", True), ("Cancelled", False), ("Expired", False)])
+def test_a_failed_approval_is_looked_into(state: str, approved: bool) -> None:
+    @mock_trio_test
+    async def body() -> None:
+        node = Node()
+        node.handlers["POST /market-api/v1/agreements/a1/approve"] = lambda request: httpx.Response(500, text="timeout")
+        node.handlers["GET /market-api/v1/agreements/a1"] = lambda request: httpx.Response(200, json={"state": state})
+        found = await outcome_of(node, ApproveAgreement("a1", "s", 10.0))
+        assert found == ApprovalEnded("a1", approved, "500: timeout")
+
+    body()
+
+
+@mock_trio_test
+async def test_an_approval_that_hangs_is_rejected() -> None:
+    node = Node()
+
+    def reject(request: httpx.Request) -> httpx.Response:
+        node.state = "Rejected"
+        return httpx.Response(200)
+
+    path = "/market-api/v1/agreements/a1"
+    node.handlers[f"POST {path}/approve"] = lambda request: httpx.Response(500, text="timeout")
+    node.handlers[f"GET {path}"] = lambda request: httpx.Response(200, json={"state": node.state})
+    node.handlers[f"POST {path}/reject"] = reject
+    assert (await outcome_of(node, ApproveAgreement("a1", "s", 10.0))).approved is False
+    assert node.state == "Rejected"
+
+
+@pytest.mark.parametrize("usage", [None, "x", [1, -1], [float("inf")], {}])
+def test_nonsense_usage_counts_as_none(usage: Any) -> None:
+    @mock_trio_test
+    async def body() -> None:
+        node = Node()
+        path = "/activity-api/v1/activity/x1"
+        text = json.dumps({"currentUsage": usage, "timestamp": 1})
+        node.handlers[f"PUT {path}/state"] = lambda request: httpx.Response(200, text="null")
+        node.handlers[f"GET {path}/usage"] = lambda request: httpx.Response(200, text=text)
+        found = await outcome_of(node, CloseActivity("x1", "finished", ""))
+        assert found.usage is None
+
+    body()
+
+
+@mock_trio_test
+async def test_answers_are_bounded_and_typed() -> None:
+    node = Node()
+    node.handlers["GET /big"] = lambda request: httpx.Response(200, content=b" " * (MAX_ANSWER_BYTES + 1))
+    node.handlers["GET /text"] = lambda request: httpx.Response(200, content=b"hello")
+    node.handlers["GET /nothing"] = lambda request: httpx.Response(204)
+    client = node.client()
+    assert await client.call("GET", "/nothing") is None
+    for path in ("/big", "/text"):
+        with pytest.raises(ApiError):
+            await client.call("GET", path)
+
+
+@mock_trio_test
+async def test_the_node_is_looked_for_again_when_it_is_away() -> None:
+    urls = iter(["http://old", "http://new"])
+
+    async def answer(request: httpx.Request) -> httpx.Response:
+        if request.url.host == "old":
+            raise httpx.ConnectError("refused", request=request)
+        return httpx.Response(200, json=1)
+
+    client = NodeClient(lambda: next(urls), "secret-key", httpx.MockTransport(answer))
+    with pytest.raises(NodeAway) as failure:
+        await client.call("GET", "/me")
+    assert "secret-key" not in str(failure.value)
+    assert await client.call("GET", "/me") == 1
+
+
+# -- processes
+ACTIVITY = "ab" * 16
+SLEEPER = """
+import signal, time
+if {stubborn}: signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print("up", flush=True)
+time.sleep(60)
+"""
+
+
+def exe_unit_like(stubborn: bool) -> subprocess.Popen[bytes]:
+    """A process whose command line is that of an exe-unit, and that sleeps."""
+    code = SLEEPER.format(stubborn=stubborn)
+    line = [sys.executable, "-c", code, "-m", "golem.exeunit", "--activity", ACTIVITY]
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, start_new_session=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"up\n"
+    return process
+
+
+@pytest.mark.parametrize("stubborn", [False, True])
+def test_a_process_of_an_earlier_run_is_found_watched_and_ended(tmp_path: Path, stubborn: bool, monkeypatch: Any) -> None:
+    monkeypatch.setattr("golem.provider.processes.TERMINATION_S", 0.3)
+    process = exe_unit_like(stubborn)
+    ticks = start_ticks(process.pid)
+
+    @trio_test
+    async def body() -> None:
+        outbox = Outbox()
+        port = Processes(outbox, tmp_path, lambda: tmp_path / "bus.sock")  # type: ignore[arg-type]
+        async with trio.open_nursery() as nursery:
+            await nursery.start(port.run)
+            assert not await port.handle(FindUnit(ACTIVITY, process.pid, ticks), META)
+            await port.handle(StopUnit(ACTIVITY, process.pid, ticks + 1), META)  # another process of the same id
+            assert is_unit(process.pid, ACTIVITY)
+            await port.handle(StopUnit(ACTIVITY, process.pid, ticks), META)
+            with trio.fail_after(10):
+                assert await outbox.receive.receive() == UnitExited(ACTIVITY, None)
+            nursery.cancel_scope.cancel()
+
+    try:
+        assert find_unit(ACTIVITY) == process.pid
+        body()
+        assert process.wait(5) == -(signal.SIGKILL if stubborn else signal.SIGTERM)
+    finally:
+        process.kill()
+        process.wait()
+
+
+@trio_test
+async def test_a_process_that_is_gone_or_another_one_counts_as_lost() -> None:
+    port = Processes(Outbox(), Path("/nonexistent"), Path)  # type: ignore[arg-type]
+    async with trio.open_nursery() as nursery:
+        await nursery.start(port.run)
+        for pid in (0, os.getpid(), 2**22 - 1):
+            (lost,) = await port.handle(FindUnit("cd" * 16, pid, start_ticks(os.getpid())), META)
+            assert lost.message == UnitExited("cd" * 16, None)
+        nursery.cancel_scope.cancel()
+
+
+def test_exe_units_get_no_secrets(monkeypatch: Any) -> None:
+    for name in ("YAGNA_APPKEY", "GOLEM_PASSWORD", "YAGNA_AUTOCONF_ID_SECRET", "GOLEM_PASSWORD_FILE", "SOME_TOKEN"):
+        monkeypatch.setenv(name, "x")
+    monkeypatch.setenv("GOLEM_LOG", "debug")
+    env = unit_environment()
+    assert not {"YAGNA_APPKEY", "GOLEM_PASSWORD", "YAGNA_AUTOCONF_ID_SECRET", "GOLEM_PASSWORD_FILE", "SOME_TOKEN"} & env.keys()
+    assert env["GOLEM_LOG"] == "debug"
+
+
+def test_work_of_a_finished_activity_is_removed(tmp_path: Path) -> None:
+    for activity in ("x1", "x2"):
+        (tmp_path / "work" / "a1" / activity / "deep").mkdir(parents=True)
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "work" / "a1" / "agreement.json").write_text("{}")
+    remove_work(tmp_path, "x1")
+    assert sorted(path.name for path in (tmp_path / "work" / "a1").iterdir()) == ["agreement.json", "x2"]
+    remove_work(tmp_path, "x2")
+    assert not list((tmp_path / "work").iterdir())
