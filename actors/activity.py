@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 
+from actors._activity_rows import ActivityRow, AgreementRow, BatchRow, HeldRow, ResultRow, batch_key, result_key
 from actors.kernel.machine import NOTHING, DropFeed, Effect, Emit, Meta, Reply, Rows, Send, Step, Wake
 from protocol.activity import (
     MAX_BATCH_OUTPUT_BYTES,
@@ -37,7 +38,6 @@ from protocol.activity import (
     Exec,
     FeedExpired,
     HeldExpired,
-    Output,
     ResultArrived,
     StateChanged,
     StateReported,
@@ -67,88 +67,9 @@ UNREACHABLE = "provider unreachable"
 LIVE_STATES = ("Initialized", "Deployed", "Ready")
 
 
-class AgreementRow(Message, frozen=True):
-    """An approved agreement, as far as activities care."""
-
-    agreement_id: str
-    role: str
-    requestor: str
-    provider: str
-    app_session_id: str | None
-    ended: bool = False
-    activities: tuple[str, ...] = ()
-    exe_unit: str = ""  # name of the runtime in the offer
-
-
-class ActivityRow(Message, frozen=True):
-    """An activity. `unfinished`: batches that wait for results, at the requestor."""
-
-    activity_id: str
-    agreement_id: str
-    role: str
-    requestor: str
-    provider: str
-    created_at: float
-    state: str = "New"
-    state_at: float = 0.0  # since when, by the exe-unit's clock
-    pending: str | None = None
-    reason: str | None = None
-    error_message: str | None = None
-    usage: list[float] | None = None
-    usage_at: float = 0.0
-    destroying: bool = False
-    unfinished: tuple[str, ...] = ()
-
-    @property
-    def ended(self) -> bool:
-        return self.state == "Terminated"
-
-
-class BatchRow(Message, frozen=True):
-    """A batch at the requestor: `have` of `size` results are there, with `stored_bytes` of output."""
-
-    batch_id: str
-    activity_id: str
-    size: int
-    have: int = 0
-    finished: bool = False
-    stored_bytes: int = 0
-
-
-class ResultRow(Message, frozen=True):
-    """How a command of a batch ended."""
-
-    index: int
-    ok: bool
-    stdout: Output
-    stderr: Output
-    message: str | None
-    at: float
-    batch_finished: bool
-
-
-class HeldRow(Message, frozen=True):
-    """A request that came before the news of its agreement."""
-
-    activity_id: str
-    agreement_id: str
-    requestor: str
-    timeout_s: float
-
-
 _SENT = Decoder[Any](
     ActivityKnown | ActivityRequested | DestroyRequested | RunBatch | StateChanged | UsageChanged
 )  # what `Undelivered` may hold
-
-
-def batch_key(activity_id: str, batch_id: str) -> str:
-    """Return the key of a batch's row."""
-    return f"batch/{activity_id}/{batch_id}"
-
-
-def result_key(batch_id: str, index: int) -> str:
-    """Return the key of a result's row; keys sort by index."""
-    return f"result/{batch_id}/{index:06d}"
 
 
 class _Changes:
@@ -626,3 +547,6 @@ def _forget_batch(rows: Rows, activity_id: str, batch_id: str) -> Step:
     gone: dict[str, Message | None] = {key: None for key, _ in rows.prefix(f"result/{batch_id}/")}
     gone[batch_key(activity_id, batch_id)] = None
     return Step(gone, [DropFeed(f"batch/{batch_id}")])
+
+
+__all__ = ["Activity", "ActivityRow", "AgreementRow", "BatchRow", "ResultRow", "batch_key", "result_key"]

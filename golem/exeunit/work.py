@@ -128,7 +128,7 @@ class RuntimePort:
 
     async def _execute(self, message: Execute) -> None:
         command = parse_command(message.command)
-        self._event(message, {"started": {"command": json.loads(command.text)}})
+        self.tell(message, {"started": {"command": json.loads(command.text)}})
         outputs: dict[Side, Output | None] = {"stdout": None, "stderr": None}
         text: str | None = message.refusal
         ok = False
@@ -149,7 +149,7 @@ class RuntimePort:
                     self._running = None
         if scope.cancelled_caught:
             text = STOPPED
-        self._event(message, {"finished": {"return_code": 0 if ok else code or 1, "message": text}})
+        self.tell(message, {"finished": {"return_code": 0 if ok else code or 1, "message": text}})
         finished = CommandFinished(
             message.batch_id, message.index, ok, outputs["stdout"], outputs["stderr"], text,
             round(time.time(), 6), self.usage(),
@@ -176,7 +176,8 @@ class RuntimePort:
                 raise Failed(f"{command.kind} is not supported")
         return None, 0
 
-    def _event(self, message: Execute, kind: dict[str, Any]) -> None:
+    def tell(self, message: Execute, kind: dict[str, Any]) -> None:
+        """Put an event of a command into the live log."""
         self._live.add(message.batch_id, message.index, time.time(), kind)
 
     # -- commands
@@ -220,14 +221,14 @@ class RuntimePort:
 
         async def output(side: Side, chunk: bytes) -> None:
             if (live := collectors[side].feed(chunk)) is not None:
-                self._event(message, {side: _json(live)})
+                self.tell(message, {side: _json(live)})
 
         try:
             status = await self._runtime.run(run.entry_point, run.args or [], output, run.env)
         finally:
             for side, collector in collectors.items():
                 if (live := collector.finish()) is not None:
-                    self._event(message, {side: _json(live)})
+                    self.tell(message, {side: _json(live)})
                 outputs[side] = collector.result()
         notes = [f"{side} cut to what an exe-unit keeps" for side, one in collectors.items() if one.truncated]
         if not status.ok:
@@ -277,7 +278,7 @@ class _Progress:
 
     def _tell(self, text: str | None) -> None:
         event = {"step": [0, 1], "message": text, "progress": list(self._last), "unit": "Bytes"}
-        self._port._event(self._message, {"progress": event})
+        self._port.tell(self._message, {"progress": event})
 
 
 def _interval(text: str | None) -> float:
