@@ -95,7 +95,7 @@ class Unit:
         self.live = LiveLog()
         self._journal = journal
         self.client = BusClient(
-            settings.bus, self.name, "exeunit", on_mail=self._deliver, on_call=self._answer
+            settings.bus, self.name, "exeunit", on_mail=self._deliver, on_call=self._answer, on_connect=self._hurry
         )
         self.system = System(
             terms.provider, journal, self.client, clock=time.time, new_trace=lambda: secrets.token_hex(6),
@@ -113,6 +113,11 @@ class Unit:
     async def _deliver(self, frame: bytes) -> bytes:
         # the node has checked that the sender is who it says
         return await self.system.deliver(frame, decode_batch(frame)[0].sender)
+
+    async def _hurry(self) -> None:
+        """The node is back: what waits goes now."""
+        for node in (self.terms.provider, self.terms.requestor):
+            self.system.peer_up(node)
 
     async def _answer(self, sender: str, target: str, payload: bytes) -> bytes:
         """Answer a live call of the requestor or of our own node."""

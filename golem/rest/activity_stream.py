@@ -79,7 +79,8 @@ class _Stream:
         """Return what has happened, waiting for it for a while."""
         batch = self._batch()
         if batch is None or (batch.finished and len(self._finished) >= batch.have):
-            await until(self._node, [], lambda: None, PING_S)  # nothing more will happen
+            # nothing more will happen; the feed wakes us when the node stops
+            await until(self._node, [f"activity/{self._row.activity_id}"], lambda: None, PING_S)
             return []
         events = await self._follow()
         if events:
