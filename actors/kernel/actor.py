@@ -115,6 +115,24 @@ class Crashes:
         return False
 
 
+def in_order(deliveries: list[Delivery]) -> list[Delivery]:
+    """Put frames of one link that overtook one another back in order, each link's in the places it has."""
+    links: dict[tuple[str, str], list[int]] = {}
+    for place, delivery in enumerate(deliveries):
+        if isinstance(delivery, LinkBatch) and delivery.envelopes:
+            links.setdefault((delivery.sender, delivery.epoch), []).append(place)
+    ordered = list(deliveries)
+    for places in links.values():
+        for place, origin in zip(places, sorted(places, key=lambda place: _first_seq(deliveries[place])), strict=True):
+            ordered[place] = deliveries[origin]
+    return ordered
+
+
+def _first_seq(delivery: Delivery) -> int:
+    assert isinstance(delivery, LinkBatch)
+    return delivery.envelopes[0].seq
+
+
 class RowView:
     """An actor's rows: committed ones read through a bounded cache, uncommitted ones on top."""
 
@@ -249,7 +267,7 @@ class Actor:
                     break
             batch = Batch(Commit(self.name))
             try:
-                for delivery in deliveries:
+                for delivery in in_order(deliveries):
                     self._take(delivery, batch)
                 alarms, self._alarms = self._alarms, {}
                 for alarm in alarms.values():

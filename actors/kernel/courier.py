@@ -125,5 +125,7 @@ class Courier:
             if ack.have >= last:
                 return
         self._next = self.acked
+        if ack is not None and ack.note == "gap" and self.acked > acked_before:
+            return  # frames overtook one another, but the link moves: no reason to wait
         self._not_before = trio.current_time() + self._backoff_s * self.system.jitter()
         self._backoff_s = min(self._backoff_s * 2, LAST_BACKOFF_S)
