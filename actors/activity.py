@@ -60,6 +60,7 @@ MAX_CREATE_S = 300.0
 REQUEST_DEADLINE_S = 600.0  # a silent provider ends the activity here
 DESTROY_PATIENCE_S = 60.0  # from the destroy event until the activity counts as ended whatever the agent says
 HELD_S, MAX_HELD = 10.0, 64
+USAGE_DEADLINE_S = 60.0  # then there is a newer one
 KEEP_S = 24 * 3600.0  # results after their batch, feeds after their activity
 MAX_ACTIVITIES = 1000  # of one agreement
 MAX_UNFINISHED = 64  # batches of one activity
@@ -413,7 +414,7 @@ class Activity:
         at = _sane(message.at, meta.now)
         updated = msgspec.structs.replace(row, usage=check_usage(message.usage), usage_at=at)
         told = UsageChanged(row.activity_id, message.usage, at)
-        return Step({f"activity/{row.activity_id}": updated}, [Send(address(row.requestor, self.name), told, KEEP_S)])
+        return Step({f"activity/{row.activity_id}": updated}, [Send(address(row.requestor, self.name), told, USAGE_DEADLINE_S)])
 
     def _own_activity(self, rows: Rows, activity_id: str, meta: Meta) -> ActivityRow | Refused:
         """Return the provider's row if an edge or the activity's own exe-unit says something of it."""

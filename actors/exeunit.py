@@ -27,6 +27,7 @@ from protocol.exeunit import (
     ScriptError,
     ShutDown,
     UnitStarted,
+    UsageMeasured,
     parse_command,
     parse_script,
 )
@@ -34,6 +35,7 @@ from protocol.types import Message, Undelivered, Violation, address
 
 MAX_QUEUED = 64  # batches that wait
 REPORT_DEADLINE_S = 24 * 3600.0
+USAGE_DEADLINE_S = 60.0  # then there is a newer one
 _TARGETS = {"deploy": "Deployed", "start": "Ready"}
 _ALLOWED = {
     "Initialized": ("deploy", "terminate"),
@@ -67,7 +69,7 @@ class ScriptRow(Message, frozen=True):
 class ExeUnit:
     """The machine of one activity. `agreement_requestor` and `provider` are node ids."""
 
-    local = UnitStarted | CommandFinished | ShutDown | Undelivered
+    local = UnitStarted | CommandFinished | UsageMeasured | ShutDown | Undelivered
     peer = RunBatch
     rows = UnitRow | ScriptRow
 
@@ -87,6 +89,10 @@ class ExeUnit:
                 return self._run_batch(rows, unit, message, meta)
             case CommandFinished():
                 return self._finished(rows, unit, message, meta)
+            case UsageMeasured(usage):
+                if unit.state in ("New", "Terminated"):
+                    return NOTHING
+                return Step(effects=[Send(self._provider, UsageReported(self._activity_id, usage, meta.now), USAGE_DEADLINE_S)])
             case ShutDown(reason, error_message, usage):
                 return self._shut_down(unit, reason, error_message, usage, meta)
             case Undelivered():

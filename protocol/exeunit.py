@@ -245,6 +245,12 @@ class CommandFinished(Message, frozen=True):
     usage: list[float]
 
 
+class UsageMeasured(Message, frozen=True):
+    """process -> exe-unit: the counters now; told on, so that a process that is killed costs the provider little."""
+
+    usage: list[float]
+
+
 class ShutDown(Message, frozen=True):
     """process -> exe-unit: the activity is over, for this reason."""
 

@@ -14,6 +14,7 @@ import secrets
 import signal
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import trio
 
 from actors.exeunit import ExeUnit, UnitRow
 from actors.kernel.journal import Journal
+from actors.kernel.machine import AskTimeout, Busy
 from actors.kernel.system import System
 from golem.bus import BusClient
 from golem.exeunit.images import ImageStore
@@ -36,11 +38,12 @@ from golem.exeunit.work import RuntimePort
 from golem.gftp_wire import FileFault, GftpPeer
 from golem.net.types import RemoteError
 from protocol.codec import decode_batch
-from protocol.exeunit import ShutDown, UnitStarted
+from protocol.exeunit import ShutDown, UnitStarted, UsageMeasured
 
 log = logging.getLogger("golem.exeunit")
 
-USAGE_INTERVAL_S = 1.0
+LIMITS_INTERVAL_S = 1.0
+USAGE_INTERVAL_S = 10.0  # between durable reports; who wants it fresher asks
 MEM_OVERHEAD_GIB = 0.3  # of the runtime itself; the guest's own memory is bounded by the runtime
 STOP_S = 2.0  # for the runtime to stop, and again for the last report to leave: the agent kills after 5 s
 EXPIRY_MARGIN_S = 60.0  # the agent ends an expired agreement; this is for when it is gone
@@ -194,8 +197,13 @@ class Unit:
 
     async def _watch_limits(self) -> None:
         limits = self.terms.limits
+        reported_at = trio.current_time()
         while True:
-            await trio.sleep(USAGE_INTERVAL_S)
+            await trio.sleep(LIMITS_INTERVAL_S)
+            if trio.current_time() - reported_at >= USAGE_INTERVAL_S and not self._ending.is_set():
+                reported_at = trio.current_time()
+                with suppress(Busy, AskTimeout):
+                    await self.system.ask(self.name, UsageMeasured(self.port.usage()))
             used = self.port.runtime_usage()
             if used.gib > limits.mem_gib + MEM_OVERHEAD_GIB:
                 self.end(LIMIT, f"memory: {used.gib:.3f} GiB used of {limits.mem_gib:g}")

@@ -24,6 +24,7 @@ from protocol.exeunit import (
     Stream,
     Transfer,
     UnitStarted,
+    UsageMeasured,
     parse_command,
     parse_script,
 )
@@ -218,6 +219,16 @@ def test_the_last_report_has_reason_and_usage_and_is_the_last() -> None:
     assert (report.state, report.reason, report.error_message, report.usage) == (
         "Terminated", "Usage limit exceeded", "storage", [7.0],
     )  # fmt: skip
+
+
+def test_usage_is_told_on_while_the_activity_lives() -> None:
+    play = unit()
+    play.tell(UsageMeasured([3.0]))
+    assert play.take_sent("activity") == [UsageReported(ACTIVITY, [3.0], START)]
+    play.tell(ShutDown("destroyed", None, [4.0]))
+    play.take_sent("activity")
+    play.tell(UsageMeasured([5.0]))
+    assert play.sends == []
 
 
 # -- scripts
