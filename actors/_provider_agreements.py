@@ -82,6 +82,7 @@ def end_agreement(turn: Turn, row: AgreementRow, code: str) -> None:
     turn.unwake(f"expire/{row.agreement_id}", f"idle/{row.agreement_id}")
     terminate(turn, row)
     _stop_activities(turn, row)
+    vacate_if_done(turn, row.agreement_id)
 
 
 def terminate(turn: Turn, row: AgreementRow) -> None:
@@ -103,7 +104,7 @@ def ended(turn: Turn, row: AgreementRow, by: str = "Provider", why: str = "") ->
 def vacate_if_done(turn: Turn, agreement_id: str) -> None:
     """Free the capacity of an agreement that is over and whose processes are gone."""
     row = turn.agreement(agreement_id)
-    if row is not None and row.state == ENDED and not turn.alive(row):
+    if row is not None and row.state in (TERMINATING, ENDED) and not turn.alive(row):
         turn.vacate(agreement_id)
 
 

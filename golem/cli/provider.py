@@ -56,10 +56,13 @@ def run(agent_dir: Path | None, name: str | None, subnet: str | None, node_url: 
     """
     import trio
 
+    from actors.kernel.journal import JournalError
+    from actors.kernel.machine import ActorFailed, AskTimeout, NodeFailed
     from golem.provider.agent import AgentError, run_agent
     from golem.provider.client import NodeError
     from golem.provider.settings import Settings, SettingsError, names
 
+    known_errors = (AgentError, NodeError, SettingsError, JournalError, ActorFailed, AskTimeout, NodeFailed)
     config, env = config_of(), load_environment()
     logging.basicConfig(
         level=logging.DEBUG if debug else logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)-7s %(message)s"
@@ -75,10 +78,22 @@ def run(agent_dir: Path | None, name: str | None, subnet: str | None, node_url: 
             name=found, subnet=net, runtimes=runtimes, max_agreements=max_agreements, networks=networks, idle_s=idle_s,
         )  # fmt: skip
         trio.run(partial(run_agent, settings), restrict_keyboard_interrupt_to_checkpoints=True)
-    except (AgentError, NodeError, SettingsError) as error:
+    except BaseExceptionGroup as group:
+        known, rest = group.split((*known_errors, KeyboardInterrupt))
+        if known is None or rest is not None:
+            raise
+        if known.subgroup(KeyboardInterrupt):
+            sys.exit(130)
+        raise fail("; ".join(str(error) for error in leaves(known))) from None
+    except known_errors as error:
         raise fail(str(error)) from None
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def leaves(group: BaseExceptionGroup[Any]) -> list[BaseException]:
+    """Return the exceptions of a group, without the groups in it."""
+    return [leaf for one in group.exceptions for leaf in (leaves(one) if isinstance(one, BaseExceptionGroup) else [one])]
 
 
 @provider.command("status")

@@ -428,6 +428,15 @@ def test_an_idle_agreement_is_ended() -> None:
     assert len(agent.rest(IssueInvoice)) == 1
 
 
+def test_room_is_free_when_the_last_process_is_gone() -> None:
+    agent = Agent().begin().approved().started()
+    agent.play.at(1001)  # expired: terminated, but the exe-unit is still there
+    agent.propose("P-2", **{EXPIRATION: int((agent.play.now + 1000) * 1000)})
+    assert not agent.rest(CounterProposal)
+    agent.exited(usage=[1.0, 1.0])
+    assert [one.proposal_id for one in agent.rest(CounterProposal)] == ["P-2"], "whenever the node hears of the end"
+
+
 def test_an_agreement_expires() -> None:
     agent = Agent().begin().approved().started()
     agent.play.at(1001)
