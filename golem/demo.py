@@ -163,15 +163,16 @@ async def transactions(payee: Any, agreement_id: str) -> tuple[str, ...]:
 def show(bills: list[Bill]) -> None:
     """Print the table of what was done and paid."""
     table = Table(title="What was done, and what was paid for it", title_justify="left", box=SIMPLE_HEAD)
-    for title in ("provider", "tiles", "seconds", "cost in tGLM"):
-        table.add_column(title, justify="left" if title == "provider" else "right")
+    for title in ("provider", "tiles", "seconds", "cost in tGLM", "invoice", "transaction", "state"):
+        table.add_column(title, justify="right" if title in ("tiles", "seconds", "cost in tGLM") else "left")
     for bill in bills:
-        table.add_row(bill.provider, str(bill.tiles), f"{bill.seconds:.1f}", amount_text(bill.amount))
+        numbers = ", ".join(f"{number[:8]}…" for number in bill.transactions)
+        table.add_row(bill.provider, str(bill.tiles), f"{bill.seconds:.1f}", amount_text(bill.amount), f"{bill.invoice[:6]}…",
+                      numbers, bill.states[0] if len(set(bill.states)) == 1 else " / ".join(bill.states))  # fmt: skip
     out.print(table)
+    out.print("The requestor's and the provider's node say so both. In full:")
     for bill in bills:
-        out.print(f"  {bill.provider}: invoice {bill.invoice} is {bill.states[0]} (requestor), {bill.states[1]} (provider)")
-        for number in bill.transactions:
-            out.print(f"  {' ' * len(bill.provider)}  by transaction {number}")
+        out.print(f"  {bill.provider}: invoice {bill.invoice}, transaction {', '.join(bill.transactions)}")
 
 
 def to_wei_signed(value: Decimal) -> int:
