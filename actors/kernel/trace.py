@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from actors.kernel.machine import Emit, Meta, Publish, Reply, Send, Step, Wake
 from protocol.types import Refused, actor_of, timestamp_text
 
+_LONG_HEX = re.compile(r"(0x)?[0-9a-f]{24,}")  # ids, which are known by their beginning
 StepLog = Callable[["Line"], None]
 
 
@@ -76,4 +78,4 @@ def story(lines: Iterable[str], trace: str, me: str = "") -> list[str]:
         mark = "" if line["kind"] == "step" else f" [{line['kind']}]"
         out.append(f"{timestamp_text(line['at'])[11:23]}  {sender} -> {line['actor']}  {line['message']}{mark}")
         out += [f"{'':14}{word}" for word in line["outcome"]]
-    return out
+    return [_LONG_HEX.sub(lambda found: f"{found[0][:10]}…", line) for line in out]

@@ -69,6 +69,7 @@ def _origin_known(node: Node, origin: str) -> bool:
 def _cors(app: QuartTrio, node: Node) -> None:
     @app.after_request
     async def headers(response: Response) -> Response:
+        response.headers["X-Trace-Id"] = g.trace  # `golem trace` tells what the request did
         origin = request.headers.get("Origin", "")
         who = getattr(g, "caller", None)
         allowed = {*node.config.allow_origins, *(who.allow_origins if who else ())}
