@@ -139,7 +139,7 @@ async def open_node(config: Config, ask_password: AskPassword | None = None) -> 
 
 def cycles_of(config: Config, chain: Chain) -> dict[str, float]:
     """Return how often each platform pays out, in seconds: what the user set, else the network's own pace."""
-    paces = {row.platform: 2.0 if row.simulated_by else 300.0 if row.is_test else 86400.0 for row in chain.networks}
+    paces = {row.platform: 1.0 if row.simulated_by else 300.0 if row.is_test else 86400.0 for row in chain.networks}
     return {platform: config.payment_cycle_s or pace for platform, pace in paces.items()}
 
 
