@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import random
 import stat
 from pathlib import Path
 from typing import Any
@@ -136,7 +136,7 @@ async def test_calls_in_every_direction(tmp_path: Path) -> None:
 
 @trio_test
 async def test_streams_carry_bytes_to_this_and_another_node(tmp_path: Path) -> None:
-    data = os.urandom(3_000_000)
+    data = random.Random(3).randbytes(3_000_000)
 
     async def echo(sender: str, stream: Any) -> None:
         await stream.send_all(sender.encode())
@@ -221,7 +221,7 @@ async def test_nonsense_on_the_socket_ends_the_connection_and_nothing_else(tmp_p
             encode(["hello", 1, "bad name!", "cli"]),
             encode(["hello", 2, "cli:2", "cli"]),
             hello + hello,
-            os.urandom(100_000),
+            *(random.Random(seed).randbytes(100_000) for seed in range(20)),
             b"\xdd\xff\xff\xff\xff" + bytes(1000),
         ):
             stream = await trio.open_unix_socket(str(tmp_path / "a.sock"))
@@ -229,6 +229,7 @@ async def test_nonsense_on_the_socket_ends_the_connection_and_nothing_else(tmp_p
                 with trio.fail_after(5):
                     try:
                         await stream.send_all(raw)
+                        await stream.send_eof()
                         while await stream.receive_some(4096):
                             pass
                     except trio.BrokenResourceError:
