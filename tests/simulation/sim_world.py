@@ -40,7 +40,7 @@ from protocol.types import Message, Violation
 
 NODES = ("A", "B", "C")
 EPOCH_S = 1_700_000_000.0
-SAFETY_S = 150.0
+SAFETY_S = 100.0
 CONVERGE_S = 3000.0
 LOSING_NODE = "C"
 
@@ -76,8 +76,8 @@ class Faults:
         return cls(
             loss=rng.choice((0, 0.1, 0.3)), delay_s=rng.choice((0, 0.1, 3)),
             copies=0.6 if lose_disk else rng.choice((0, 0.1, 0.4)), refusal=rng.random(),
-            crash_point=rng.choice((0, 0.01, 0.04)), crash_every_s=rng.choice((0, 25, 80)),
-            partition_every_s=rng.choice((0, 30)), disk_s=rng.choice((0, 0.02, 0.8)), hang_up=rng.choice((0, 0.05)),
+            crash_point=rng.choice((0, 0.01, 0.03)), crash_every_s=rng.choice((0, 15, 50)),
+            partition_every_s=rng.choice((0, 20)), disk_s=rng.choice((0, 0.02, 0.8)), hang_up=rng.choice((0, 0.05)),
             flaky_chain=rng.choice((0, 0.1)), capacity=rng.choice((1, 4, 256)), lose_disk=lose_disk,
         )  # fmt: skip
 
@@ -318,6 +318,7 @@ class Host:
             with trio.move_on_after(self.world.rng.choice((0.01, 5))):
                 self.client.taken += [e.body for e in await system.feeds.take("jobs", 2)]
             self.client.unsure_takes -= not system.journal.ended
+            await trio.sleep(1)
 
 
 class World:
@@ -352,7 +353,7 @@ class World:
 
         if not (lossy and name == LOSING_NODE):
             others = [n for n in NODES if n != name and not (lossy and n == LOSING_NODE)]
-            for _ in range(rng.randrange(4, 16)):
+            for _ in range(rng.randrange(3, 11)):
                 to = rng.choice(others) if rng.random() < 0.95 else "X"
                 deadline_s = rng.choice((FOREVER_S, rng.uniform(0.1, 4), rng.uniform(0.1, 40))) if to != "X" else 20.0
                 commands.append((at(), "bank", Pay(id("pay"), to, rng.randrange(1, 50), deadline_s)))
@@ -365,8 +366,8 @@ class World:
                 if rng.random() < 0.6:
                     after_s = rng.choice((None, rng.uniform(0, 60)))
                     commands.append((start + rng.uniform(0, 60), "bank", MoveAlarm(id("move"), alarm, after_s)))
-            for _ in range(12 if lossy else rng.randrange(1, 4)):
-                when = rng.randrange(1, 5) * 25.0 if rng.random() < 0.7 else at()  # bursts make desks busy
+            for _ in range(9 if lossy else rng.randrange(1, 4)):
+                when = rng.randrange(1, 4) * 25.0 if rng.random() < 0.7 else at()  # bursts make desks busy
                 to = LOSING_NODE if lossy and rng.random() < 0.7 else rng.choice(others)
                 commands.append((when, "desk", Enquire(id("ask"), to)))
         commands.sort(key=lambda command: command[0])
@@ -409,7 +410,7 @@ class World:
     async def burn_disks(self) -> None:
         """Take a whole disk from the node that is meant to bear it, once or few times."""
         while self.faults.lose_disk and not self.calm:
-            await trio.sleep(self.rng.uniform(15, 60))
+            await trio.sleep(self.rng.uniform(10, 40))
             host = self.hosts[LOSING_NODE]
             if host.nursery and not self.calm:
                 host.wipe = True
