@@ -42,6 +42,7 @@ from actors._ledger_rows import (
 )
 from actors._money_draft import Declined, MoneyDraft
 from actors.kernel.machine import Meta, Reply, Rows, Step
+from actors.sources import EDGE, check_source
 from protocol.activity import ActivityKnown
 from protocol.codec import Decoder
 from protocol.ledger import (
@@ -70,7 +71,7 @@ from protocol.ledger import (
     VerifyAgain,
 )
 from protocol.negotiation import AgreementApproved, AgreementEnded
-from protocol.types import Undelivered, Violation, address
+from protocol.types import Undelivered
 from protocol.wallet import PaidOut, PayOut, PayOutDelayed, TransferRejected, TransferVerified, VerifyTransfer
 
 __all__ = [
@@ -154,17 +155,20 @@ _HANDLERS: dict[type, _Handler] = {
     Undelivered: _undelivered,
 }
 
-#: Who alone may say what leads to money: an exe-unit, too, has an address on this node.
+#: Who alone on this node may say what; the rest is said by ledgers of other nodes.
 _SOURCES: dict[type, str] = {
-    CreateAllocation: "edge",
-    AmendAllocation: "edge",
-    ReleaseAllocation: "edge",
-    IssueDebitNote: "edge",
-    IssueInvoice: "edge",
-    SendDocument: "edge",
-    CancelInvoice: "edge",
-    AcceptDocument: "edge",
-    RejectInvoice: "edge",
+    AgreementApproved: "negotiation",
+    AgreementEnded: "negotiation",
+    ActivityKnown: "activity",
+    CreateAllocation: EDGE,
+    AmendAllocation: EDGE,
+    ReleaseAllocation: EDGE,
+    IssueDebitNote: EDGE,
+    IssueInvoice: EDGE,
+    SendDocument: EDGE,
+    CancelInvoice: EDGE,
+    AcceptDocument: EDGE,
+    RejectInvoice: EDGE,
     PaidOut: "wallet",
     PayOutDelayed: "wallet",
     PaymentSigned: "signer",
@@ -216,15 +220,14 @@ class Ledger:
         | PaymentAcknowledged
     )
     rows = LedgerRow
+    sources = _SOURCES
 
     def __init__(self, node_id: str) -> None:
         self._me = node_id
 
     def handle(self, rows: Rows, message: Any, meta: Meta) -> Step:
         """Carry out a message. An expected no changes nothing and is the reply. Raises `Violation`."""
-        source = _SOURCES.get(type(message))
-        if source is not None and meta.sender != address(self._me, source):
-            raise Violation(f"a {type(message).__name__} from {meta.sender}, which is not the {source}")
+        check_source(message, meta, self._me, self.name, self.sources)
         draft = MoneyDraft(rows, meta)
         try:
             _HANDLERS[type(message)](draft, self._me, message)

@@ -18,6 +18,7 @@ from msgspec.structs import replace
 
 from actors.draft import Draft
 from actors.kernel.machine import DropFeed, Emit, Meta, Publish, Reply, Rows, Send, Step, Wake
+from actors.sources import EDGE, check_source
 from protocol.codec import Decoder
 from protocol.market import (
     MAX_IDS,
@@ -156,6 +157,14 @@ class Stats(Message, frozen=True, tag="stats"):
 
 _peer = Decoder[Message](PeerMarket)
 
+#: Who alone on this node may say what; the rest is said by markets of other nodes.
+_SOURCES: dict[type, str] = {
+    **dict.fromkeys((PublishOffer, PublishDemand, Withdraw, OpenScan, TouchScan, CloseScan, Announced), EDGE),
+    PeerUp: "network",
+    Rematch: "negotiation",
+    **dict.fromkeys((AnnounceDue, ExpiryDue, MatchDue, AskedDue, EndedDue, ScanDue, Undelivered), "market"),
+}
+
 
 class Market:
     """The machine `market`. `node_id` is ours."""
@@ -164,12 +173,14 @@ class Market:
     local = LocalMarket
     peer = PeerMarket
     rows = OfferRow | DemandRow | Ended | Asked | Owner | Scan | Own | Stats
+    sources = _SOURCES
 
     def __init__(self, node_id: str) -> None:
         self.node = node_id
 
     def handle(self, rows: Rows, message: LocalMarket | PeerMarket, meta: Meta) -> Step:
         """Decide. Raises `Violation`."""
+        check_source(message, meta, self.node, self.name, self.sources)
         draft = Draft(rows)
         match message:
             case PublishOffer() | PublishDemand():

@@ -15,6 +15,7 @@ from actors import agreements, proposals
 from actors.agreement_rows import Agreement
 from actors.draft import Draft
 from actors.kernel.machine import Meta, Reply, Rows, Step
+from actors.sources import EDGE, check_source
 from protocol.codec import Decoder
 from protocol.market import Matched, SubscriptionEnded, SubscriptionOpened
 from protocol.negotiation import (
@@ -45,6 +46,14 @@ from protocol.types import Refused, Undelivered, Violation, node_of
 
 _peer = Decoder[PeerNegotiation](PeerNegotiation)
 
+#: Who alone on this node may say what; the rest is said by negotiations of other nodes.
+_SOURCES: dict[type, str] = {
+    **dict.fromkeys((CounterProposal, RejectProposal, CreateAgreement, ConfirmAgreement, CancelAgreement), EDGE),
+    **dict.fromkeys((ApproveAgreement, RejectAgreement, TerminateAgreement), EDGE),
+    **dict.fromkeys((Matched, SubscriptionOpened, SubscriptionEnded), "market"),
+    **dict.fromkeys((AgreementDue, ForgetAgreement, ForgetProposals, Undelivered), "negotiation"),
+}
+
 
 class Negotiation:
     """The machine `negotiation`. `node_id` is ours."""
@@ -53,12 +62,14 @@ class Negotiation:
     local = LocalNegotiation
     peer = PeerNegotiation
     rows = proposals.SubscriptionRow | proposals.Pair | proposals.Belongs | proposals.Proposal | Agreement
+    sources = _SOURCES
 
     def __init__(self, node_id: str) -> None:
         self.node = node_id
 
     def handle(self, rows: Rows, message: LocalNegotiation | PeerNegotiation, meta: Meta) -> Step:
         """Decide. Raises `Violation`."""
+        check_source(message, meta, self.node, self.name, self.sources)
         draft = Draft(rows)
         if isinstance(message, PeerNegotiation):
             self._from_peer(draft, message, meta)

@@ -24,8 +24,9 @@ from msgspec.structs import replace
 from actors._ledger_rows import total_of
 from actors._money_draft import Declined, MoneyDraft
 from actors.kernel.machine import Meta, Reply, Rows, Step
+from actors.sources import EDGE, check_source
 from protocol.codec import Decoder
-from protocol.types import Message, Undelivered, Violation, address, amount_text, digest
+from protocol.types import Message, Undelivered, amount_text, digest
 from protocol.wallet import (
     CycleDue,
     CycleSet,
@@ -110,6 +111,21 @@ class Cycle(Message, frozen=True):
 WalletRow = PayOrder | Batch | Account | Cycle
 
 
+#: Who alone on this node may say what.
+_SOURCES: dict[type, str] = {
+    PayOut: "ledger",
+    SetCycle: EDGE,
+    RunCycle: EDGE,
+    CycleDue: "wallet",
+    TransferSent: "chain",
+    TransferMined: "chain",
+    TransferFailed: "chain",
+    TransferDelayed: "chain",
+    NonceFloor: "chain",
+    Undelivered: "wallet",
+}
+
+
 class Wallet:
     """The machine; see the module's docstring.
 
@@ -132,6 +148,7 @@ class Wallet:
     )
     peer = None
     rows = WalletRow
+    sources = _SOURCES
 
     def __init__(
         self,
@@ -161,9 +178,7 @@ class Wallet:
 
     def handle(self, rows: Rows, message: Any, meta: Meta) -> Step:
         """Carry out a message. Raises `Violation` where somebody else speaks for ledger or chain."""
-        source = _SOURCES.get(type(message))
-        if source is not None and meta.sender != address(self._me, source):
-            raise Violation(f"a {type(message).__name__} from {meta.sender}, which is not the {source}")
+        check_source(message, meta, self._me, self.name, self.sources)
         draft = MoneyDraft(rows, meta)
         try:
             self._handlers[type(message)](draft, message)
@@ -360,19 +375,6 @@ class Wallet:
         return batch
 
 
-#: Who alone may say what moves money: an exe-unit, too, has an address on this node.
-_SOURCES: dict[type, str] = {
-    PayOut: "ledger",
-    SetCycle: "edge",
-    RunCycle: "edge",
-    CycleDue: "wallet",
-    TransferSent: "chain",
-    TransferMined: "chain",
-    TransferFailed: "chain",
-    TransferDelayed: "chain",
-    NonceFloor: "chain",
-    Undelivered: "wallet",
-}
 _sent = Decoder[Any](Transfer | PaidOut | PayOutDelayed)
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from actors.kernel.machine import DropFeed, Effect, Emit, Machine, Meta, Publish, Reply, Send, Step, Wake
@@ -52,10 +52,14 @@ class Playbook:
         return next((effect.message for effect in self.tell(message) if isinstance(effect, Reply)), None)
 
     def tell(self, message: Message, sender: str = "") -> Sequence[Effect]:
-        """Give a message of this node (default) or of node or address `sender`; return the effects. Raises `Violation`."""
+        """Give a message of node or address `sender` (default: whoever of this node says it); return the effects.
+
+        Raises `Violation`.
+        """
         if sender and "/" not in sender:
             sender = f"{sender}/{self.machine.name}"
-        sender = sender or f"{self.node}/edge"
+        sources: Mapping[type, str] = getattr(self.machine, "sources", {})
+        sender = sender or f"{self.node}/{sources.get(type(message), 'edge')}"
         decode = self._local if node_of(sender) == self.node else self._peer
         step = self.machine.handle(self.rows, decode(encode(message)), Meta(sender, self.now, "trace"))
         self._apply(step)

@@ -31,7 +31,7 @@ from golem.chain.signer import Key
 from golem.chain.store import Claim, Claims, TransferBatch
 from golem.chain.totals import totals
 from golem.chain.verify import NotYet, Rejected, verify_transfer
-from protocol.types import Message, amount, amount_text, from_wei, to_wei
+from protocol.types import Message, Violation, address, amount, amount_text, from_wei, to_wei
 from protocol.wallet import (
     Transfer,
     TransferDelayed,
@@ -132,7 +132,13 @@ class Chain:
     # -- the port
 
     async def handle(self, message: Message, meta: Meta) -> Sequence[Send]:
-        """Take a transfer or a claim, durably. What cannot be done at all is answered at once."""
+        """Take a transfer or a claim, durably. What cannot be done at all is answered at once.
+
+        Raises `Violation` for whoever is not the wallet, or not the ledger, of this node.
+        """
+        source = "wallet" if isinstance(message, Transfer) else "ledger"
+        if meta.sender != address(self._system.node, source):
+            raise Violation(f"a {type(message).__name__} from {meta.sender}, which is not the {source}")
         if isinstance(message, Transfer):
             try:
                 await self._submit(message)
