@@ -501,7 +501,7 @@ async def open_stream(path: Path, node: str, name: str, timeout_s: float = 10) -
 async def open_client(path: Path, name: str, role: str) -> AsyncIterator[BusClient]:
     """Join a bus for a while, once. Raises `BusError` when no node is there."""
     client = BusClient(path, name, role)
-    failure: BusError | None = None
+    failure: Exception | None = None
 
     async def run(task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         await client.run(once=True, task_status=task_status)
@@ -512,7 +512,10 @@ async def open_client(path: Path, name: str, role: str) -> AsyncIterator[BusClie
         except BusError as error:
             failure = error
         else:
-            yield client
+            try:
+                yield client
+            except Exception as error:
+                failure = error  # whatever the block raised leaves as itself, not in the group of our nursery
             nursery.cancel_scope.cancel()
     if failure is not None:
         raise failure

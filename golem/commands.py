@@ -38,8 +38,10 @@ def serve_commands(node: Node) -> None:
         async def answer(client: BusPeer, payload: bytes) -> bytes:
             try:
                 return json.dumps(await run(node, json.loads(payload))).encode()
-            except (IdentityError, NetError, RpcError, ValueError, LookupError) as error:
-                raise RemoteError(str(error).strip("'\"")) from None
+            except (IdentityError, NetError, RpcError, ValueError) as error:
+                raise RemoteError(str(error)) from None
+            except LookupError as error:
+                raise RemoteError(str(error.args[0] if error.args else error)) from None  # its text would be quoted
 
         return answer
 

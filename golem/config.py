@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from dotenv import load_dotenv
 
 VERSION = "0.17.6"  # the API level that agents check; the SDKs want at least 0.15.2
 DEFAULT_API_URL = "http://127.0.0.1:7465"
+MAX_SUBSCRIPTION_TTL_S = 7200.0  # as `protocol.market.MAX_LIFETIME_S`, beyond which no node keeps an offer
 PROFILES = ("local", "testnet", "mainnet")
 
 
@@ -98,13 +100,18 @@ def _number(env: Mapping[str, str], name: str, default: float, low: float, high:
     return value
 
 
-def _duration(env: Mapping[str, str], name: str, default: float) -> float:
+def _duration(env: Mapping[str, str], name: str, default: float, low: float = 0.0, high: float = 1e9) -> float:
     """Read seconds, or a number with one of the units s, m (or min), h."""
     text = env.get(name, "").strip()
-    for unit, factor in (("min", 60.0), ("s", 1.0), ("m", 60.0), ("h", 3600.0)):
-        if text.endswith(unit):
-            return _number({name: text.removesuffix(unit)}, name, default, 0, 1e9) * factor
-    return _number(env, name, default, 0, 1e9)
+    if not text:
+        return default
+    number = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*(s|sec|m|min|h|)", text)
+    if number is None:
+        raise ConfigError(f"{name}={text!r}: expected seconds, or a number with s, min or h")
+    value = float(number[1]) * {"m": 60.0, "min": 60.0, "h": 3600.0}.get(number[2], 1.0)
+    if not low <= value <= high:
+        raise ConfigError(f"{name}={text!r}: expected from {low:g} to {high:g} seconds")
+    return value
 
 
 def config_from(env: Mapping[str, str], **flags: object) -> Config:
@@ -138,7 +145,7 @@ def config_from(env: Mapping[str, str], **flags: object) -> Config:
         "password_file": Path(env["GOLEM_PASSWORD_FILE"]) if env.get("GOLEM_PASSWORD_FILE") else None,
         "plain_key": env.get("GOLEM_PLAIN_KEY", "") in ("1", "true", "yes"),
         "payment_cycle_s": _duration(env, "PAYMENT_CYCLE_DEFAULT_INTERVAL", 0.0),
-        "subscription_ttl_s": _duration(env, "DEFAULT_SUBSCRIPTION_TTL", 3600.0),
+        "subscription_ttl_s": _duration(env, "DEFAULT_SUBSCRIPTION_TTL", 3600.0, 1.0, MAX_SUBSCRIPTION_TTL_S),
         "max_events_default": int(_number(env, "MARKET_MAX_EVENTS_DEFAULT", 20, 1, 100)),
         "max_events": int(_number(env, "MARKET_MAX_EVENTS_MAX", 100, 1, 1000)),
         "skip_allocation_validation": env.get("YAGNA_DEV_SKIP_ALLOCATION_VALIDATION", "") == "1",

@@ -78,7 +78,10 @@ def open_identity(config: Config, ask_password: AskPassword | None = None) -> Id
         return Identity(parse_key(config.autoconf_id_secret), encrypted=False)
     keystore, plain = config.data_dir / KEYSTORE, config.data_dir / PLAIN_KEY
     if plain.exists():
-        return Identity(parse_key(plain.read_text()), encrypted=False)
+        try:
+            return Identity(parse_key(_read(plain)), encrypted=False)
+        except IdentityError as error:
+            raise IdentityError(f"cannot use {plain}: {error}") from None
     if keystore.exists():
         return Identity(_decrypt(keystore, _password(config, ask_password, twice=False)), encrypted=True)
     if config.plain_key:
@@ -102,21 +105,33 @@ def _decrypt(path: Path, password: str) -> bytes:
     import eth_keyfile
 
     try:
-        return bytes(eth_keyfile.decode_keyfile_json(json.loads(path.read_text()), password.encode()))
-    except ValueError:
-        raise IdentityError(f"wrong password for {path}, or the file is damaged") from None
+        keystore = json.loads(_read(path))
+        keystore["crypto"]["mac"]
+    except (ValueError, KeyError, TypeError):
+        raise IdentityError(f"{path} is damaged: it is no keystore") from None
+    try:
+        return bytes(eth_keyfile.decode_keyfile_json(keystore, password.encode()))
+    except (ValueError, KeyError, TypeError):
+        raise IdentityError(f"wrong password for {path}") from None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError as error:
+        raise IdentityError(f"cannot read {path}: {error.strerror}") from None
 
 
 def _password(config: Config, ask_password: AskPassword | None, *, twice: bool) -> str:
     if config.password_file:
-        try:
-            return config.password_file.read_text().rstrip("\r\n")
-        except OSError as error:
-            raise IdentityError(f"cannot read the password file: {error}") from None
+        password = _read(config.password_file).rstrip("\r\n")
+        if not password:
+            raise IdentityError(f"the password file {config.password_file} is empty")
+        return password
     if config.password:
         return config.password
     if ask_password:
-        return ask_password("Password of this node's key: ", twice)
+        return ask_password("Choose a password for this node's new key" if twice else "Password of this node's key", twice)
     raise IdentityError(
         "the key of this node needs a password: --password-file FILE, or GOLEM_PASSWORD in the environment, "
         "or --plain-key to keep it unencrypted (for automation)"
@@ -144,7 +159,7 @@ class AppKeys:
         self.session: AppKey | None = None
         if path.exists():
             try:
-                for entry in json.loads(path.read_text()):
+                for entry in json.loads(_read(path)):
                     found = AppKey(**{**entry, "allow_origins": tuple(entry.get("allow_origins", ()))})
                     self._by_key[found.key] = found
             except (ValueError, TypeError, AttributeError) as error:

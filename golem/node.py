@@ -110,7 +110,10 @@ async def open_node(config: Config, ask_password: AskPassword | None = None) -> 
         await trio.to_thread.run_sync(journal.prune, time.time() - FEED_DAYS * 86400)
         net_config = NetConfig(data_dir=config.data_dir, listen=config.listen, bootstrap=config.bootstrap, mdns=config.mdns,
                                network_name=config.network_name)  # fmt: skip
-        network = await stack.enter_async_context(open_network(identity.secret(), net_config))
+        try:
+            network = await stack.enter_async_context(open_network(identity.secret(), net_config))
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
         bus = Bus(config.bus_path, identity.node_id)
         router = Router(identity.node_id, network, bus)
         gossip = Gossip(network)
@@ -120,7 +123,10 @@ async def open_node(config: Config, ask_password: AskPassword | None = None) -> 
         )  # fmt: skip
         for machine in (Market, Negotiation, Activity, Ledger):
             system.add(machine(identity.node_id))
-        chain = await stack.enter_async_context(open_chain(config, identity, system))
+        try:
+            chain = await stack.enter_async_context(open_chain(config, identity, system))
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
         system.add(Wallet(identity.node_id, cycles_of(config, chain), payees=chain.batch_sizes()))
         system.add_port(SignerPort(identity.node_id, identity.sign))
         files = FileServer(router)

@@ -49,6 +49,11 @@ def parse_platform(text: str) -> Platform:
     return Platform(*parts)
 
 
+_JSON_KINDS: Mapping[object, type | tuple[type, ...]] = {
+    "int": int, "float": (int, float), "bool": bool, "tuple[str, ...]": list, "str | None": (str, type(None)),
+}  # by the annotation of a field of `Network`  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True)
 class Network:
     """What the chain layer needs to know of a network. Fees in wei per gas, `depth` in blocks over the mined one."""
@@ -224,14 +229,21 @@ def _with_env(row: Network, environ: Mapping[str, str]) -> Network:
 def read_rows(path: Path) -> list[Network]:
     """Rows from a JSON array of objects with the fields of `Network`. ValueError says which row is wrong and how."""
     known = {field.name for field in fields(Network)}
-    listed = json.loads(path.read_text())
+    try:
+        listed = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
     if not isinstance(listed, list):
         raise ValueError(f"{path}: an array of networks is expected")
     rows = []
     for number, item in enumerate(listed):
         if not isinstance(item, dict) or not {"name", "chain_id", "rpc_urls", "token"} <= set(item) <= known:
             raise ValueError(f"{path}, row {number}: fields are name, chain_id, rpc_urls, token and of {sorted(known)}")
-        row = Network(**{**item, "rpc_urls": tuple(item["rpc_urls"])})
+        kinds = {field.name: field.type for field in fields(Network)}
+        wrong = [name for name, value in item.items() if not isinstance(value, _JSON_KINDS.get(kinds[name], str))]
+        if wrong:
+            raise ValueError(f"{path}, row {number}: the value of {wrong[0]} is of another type than expected")
+        row = Network(**{**item, "rpc_urls": tuple(map(str, item["rpc_urls"]))})
         if row.fee_model not in FEE_MODELS or not isinstance(row.chain_id, int) or row.depth < 0:
             raise ValueError(f"{path}, row {number}: fee_model is one of {FEE_MODELS}, chain_id and depth are numbers")
         parse_platform(row.platform)

@@ -60,7 +60,12 @@ def version_show() -> None:
 @main.command()
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def complete(shell: str) -> None:
-    """Print the completion script of a shell: eval "$(golem complete bash)"."""
+    """Print a shell's completion script.
+
+    \b
+    bash, zsh:  eval "$(golem complete bash)"
+    fish:       golem complete fish | source
+    """
     from click.shell_completion import get_completion_class
 
     name = Path(sys.argv[0]).name

@@ -11,14 +11,20 @@ from golem.cli.client import config_of
 
 @click.group()
 def chain() -> None:
-    """The embedded dev chain (simulates an Ethereum network; no real money)."""
+    """The embedded dev chain.
+
+    It simulates an Ethereum network for the nodes of this machine. No real money is involved.
+    """
 
 
 @chain.command("run")
 @click.option("--chain-dir", type=click.Path(path_type=Path), help="Where the chain keeps its blocks.")
 @click.option("--port", type=int, help="Port of its JSON-RPC on 127.0.0.1. [the last one, or a free one]")
 def run(chain_dir: Path | None, port: int | None) -> None:
-    """Run the dev chain in the foreground (nodes start it by themselves when they need it)."""
+    """Run the dev chain in the foreground.
+
+    Nodes of the local profile start it by themselves when they need it.
+    """
     from golem.chain.devchain.__main__ import main as serve
 
     config = config_of(chain_dir=chain_dir)

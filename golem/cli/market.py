@@ -21,7 +21,10 @@ def market() -> None:
 @click.argument("demand_id")
 @click.argument("offer_id", required=False)
 def explain(demand_id: str, offer_id: str | None) -> None:
-    """Say why a demand and an offer (or all known offers) do not match: which clause failed on which value."""
+    """Say why a demand and offers do not match.
+
+    For one offer, or for all that are known: which clause failed on which value.
+    """
     if offer_id is None:
         found = get(f"{API}/demands/{demand_id}/explain")
         value(found) if wants_json() else _overview(found)

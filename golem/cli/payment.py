@@ -11,13 +11,13 @@ from golem.cli.output import nothing, say, table, text, value, wants_json
 
 
 def _network_options(function: Any) -> Any:
-    function = click.option("--network", help="Name of the network. [local on the local profile, else hoodi]")(function)
+    function = click.option("--network", help="Name of the network. [hoodi; polygon on mainnet]")(function)
     function = click.option("--driver", default="erc20", hidden=True)(function)
     return click.option("--account", hidden=True)(function)
 
 
 def _simulated(found: dict[str, Any]) -> str:
-    return f"{found['network']} is served by the {found['simulatedBy']}: no real money" if found.get("simulatedBy") else ""
+    return f"{found['network']} is simulated by the {found['simulatedBy']}: no real money." if found.get("simulatedBy") else ""
 
 
 @click.group()
@@ -44,7 +44,10 @@ def fund(network: str | None, **_: Any) -> None:
 @click.option("--sender", is_flag=True)
 @click.option("--receiver", is_flag=True)
 def init(network: str | None, **_: Any) -> None:
-    """Make sure that payments on a network work (every platform of the profile is ready by itself)."""
+    """Check that a network can be used.
+
+    Every platform of the profile is ready by itself: nothing has to be set up.
+    """
     ask_node("payment_init", network=network)
     nothing()
 
@@ -80,8 +83,9 @@ def accounts() -> None:
         return
     columns = ["platform", "address", "driver", "network", "token", "send", "receive"]
     simulated = sorted({row["network"] for row in found if row.get("simulatedBy")})
-    note = f"{', '.join(simulated)}: served by the local dev chain, no real money" if simulated else ""
-    table(columns, [[row[column] for column in columns] for row in found], note)
+    note = f"{', '.join(simulated)}: simulated by the dev chain of this machine, no real money." if simulated else ""
+    shown = [{**row, **{way: "yes" if row[way] else "no" for way in ("send", "receive")}} for row in found]
+    table(columns, [[row[column] for column in columns] for row in shown], note)
 
 
 def register(main: click.Group) -> None:

@@ -22,7 +22,7 @@ APP_KEY_NAME = "provider"
 
 @click.group()
 def provider() -> None:
-    """Sell computing power: the provider agent, its prices, what it is doing."""
+    """Sell computing power."""
 
 
 def _data_dir_option(function: Any) -> Any:
@@ -99,7 +99,10 @@ def leaves(group: BaseExceptionGroup[Any]) -> list[BaseException]:
 @provider.command("status")
 @_data_dir_option
 def status(agent_dir: Path | None) -> None:
-    """What the agent is doing: offers, negotiations it refused and why, agreements, activities, money."""
+    """What the agent is doing.
+
+    Offers, agreements, activities, unpaid documents, and negotiations it refused, with the reasons.
+    """
     from golem.provider.settings import SettingsError
     from golem.provider.status import read_status
 

@@ -45,7 +45,10 @@ def _run_options(function: Any) -> Any:
 
 
 def run_command(debug: bool, no_mdns: bool, **flags: Any) -> None:
-    """Run a node until it is told to stop (Ctrl-C, SIGTERM, `golem service shutdown`)."""
+    """Run a node.
+
+    It runs in the foreground until it is told to stop (Ctrl-C, SIGTERM, `golem service shutdown`).
+    """
     import trio
 
     from golem.config import ConfigError

@@ -21,7 +21,10 @@ def _lines(folder: Path) -> Iterator[str]:
 @click.command()
 @click.argument("trace_id")
 def trace(trace_id: str) -> None:
-    """Print what happened under a trace id (error messages and logs name them)."""
+    """Print the story of a command.
+
+    Error messages of the REST API and log lines name trace ids.
+    """
     folder = config_of().data_dir
     found = story(_lines(folder), trace_id)
     if not found:
