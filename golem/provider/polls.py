@@ -19,7 +19,7 @@ from protocol.types import Message, Violation, timestamp, timestamp_text
 log = logging.getLogger("golem.provider")
 
 MAX_EVENTS = 50
-FIRST_PAUSE_S, LAST_PAUSE_S = 0.25, 5.0
+FIRST_PAUSE_S, LAST_PAUSE_S = 0.25, 5.0  # 0.25, 0.5, 1, 2, 4, 5, 5 ...
 CACHED_PROPOSALS = 1000
 _NONSENSE = (KeyError, TypeError, ValueError, AttributeError)  # JSON of another form than agreed
 
@@ -126,7 +126,8 @@ async def _give(
 
 async def _pause(what: str, error: Exception, pause_s: float) -> float:
     """Wait after a failure; return the next pause."""
-    level = logging.DEBUG if isinstance(error, NodeAway) and pause_s < LAST_PAUSE_S else logging.WARNING
+    said = isinstance(error, NodeAway) and not LAST_PAUSE_S / 2 < pause_s < LAST_PAUSE_S  # a node that is away: once
+    level = logging.DEBUG if said else logging.WARNING
     log.log(level, "%s: %s", what, repr(error) if isinstance(error, _NONSENSE) else error)
     await trio.sleep(pause_s)
     return min(pause_s * 2, LAST_PAUSE_S)

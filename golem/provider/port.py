@@ -54,7 +54,8 @@ from protocol.types import Message, timestamp_text
 
 log = logging.getLogger("golem.provider")
 
-MAX_TASKS = 256
+MAX_PROPOSALS = 256  # answered at the same time
+PROPOSALS = (CounterProposal, RejectProposal, RejectAgreement)
 TERMINATE_FIRST_S, TERMINATE_LAST_S = 5.0, 3600.0
 ISSUE_LAST_S = 5.0
 FINAL_USAGE_S = 60.0  # patience for the last usage of an activity
@@ -73,7 +74,7 @@ class RestPort:
 
     def __init__(self, client: NodeClient, system: System, instance: str) -> None:
         self._client, self._system, self._instance = client, system, instance
-        self._room = trio.Semaphore(MAX_TASKS)
+        self._room = trio.Semaphore(MAX_PROPOSALS)
         self._running: set[tuple[str, ...]] = set()
         self._watches: dict[str, trio.CancelScope] = {}
         self._proposals = ProposalCache()
@@ -114,8 +115,9 @@ class RestPort:
             return ()
         key = (type(message).__name__, *_name_of(message))
         if key not in self._running:
-            await self._room.acquire()
             self._running.add(key)
+            if isinstance(message, PROPOSALS):  # anybody may send these; all else is bounded by our agreements
+                await self._room.acquire()
             self._nursery.start_soon(self._work, key, message, meta.trace)
         return ()
 
@@ -131,7 +133,8 @@ class RestPort:
             log.exception("%s %s: the node's answer makes no sense", key[0], key[1][:16])
         finally:
             self._running.discard(key)
-            self._room.release()
+            if isinstance(message, PROPOSALS):
+                self._room.release()
 
     async def _watch(self, message: WatchOffer) -> None:
         try:

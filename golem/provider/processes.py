@@ -29,7 +29,7 @@ log = logging.getLogger("golem.provider")
 TERMINATION_S = 5.0  # from SIGTERM to SIGKILL
 KEPT_LOGS = 100
 _ROOT = Path(__file__).resolve().parents[2]  # where the packages are, installed or not
-_SECRETS = re.compile(r"(APPKEY|PASSWORD|SECRET|TOKEN|PRIVATE|AUTOCONF)")
+_SECRETS = re.compile(r"(KEY|PASSWORD|PASSWD|SECRET|TOKEN|CREDENTIAL|AUTOCONF)")
 
 
 def unit_environment() -> dict[str, str]:

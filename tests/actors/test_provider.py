@@ -44,6 +44,7 @@ from protocol.provider import (
     NoteSent,
     OfferLost,
     OfferPublished,
+    OffersChanged,
     OfferSpec,
     ProposalArrived,
     PublishOffer,
@@ -503,7 +504,7 @@ def test_payable_notes_keep_their_distance() -> None:
     due = []
     for _ in range(6):
         agent.play.at(50)
-        agent.rest(ReadUsage)
+        assert len(agent.rest(ReadUsage)) == 1, "each interval"
         agent.tell(UsageRead("x1", [1.0, 1.0]))
         note = agent.issue()
         agent.event("debit-notes", "DebitNoteSettledEvent", f"note-x1-{note.number}")
@@ -535,6 +536,90 @@ def test_events_are_handled_once() -> None:
     agent.tell(event)
     assert not agent.processes(StartUnit)
     assert agent.play.rows["cursor/activities"].at == event.at
+
+
+def test_what_comes_twice_counts_once() -> None:
+    agent = Agent().begin()
+    event = agent.event("activities", "CreateActivity", "x9", "nothing")
+    agent.tell(event)
+    assert len(agent.rest(CloseActivity)) == 1
+    agent.offered_agreement()
+    agent.offered_agreement()
+    assert len(agent.rest(ApproveAgreement)) == 1
+    assert not agent.rest(RejectAgreement)
+    agent.tell(ApprovalEnded("a1", True))
+    agent.started()
+    agent.event("activities", "CreateActivity", "x1", "a1")
+    assert not agent.processes(StartUnit)
+    assert not agent.rest(CloseActivity), "the activity that runs is not ended by a repetition"
+    agent.event("agreements", "AgreementTerminatedEvent", "a1", "Requestor")
+    agent.exited(usage=[1.0, 1.0])
+    agent.issue()
+    agent.event("agreements", "AgreementTerminatedEvent", "a1", "Requestor")
+    agent.tell(TerminationEnded("a1"))
+    assert len(agent.rest(IssueInvoice)) == 1
+
+
+def test_one_note_of_an_activity_is_issued_at_a_time() -> None:
+    agent = Agent().begin().approved().started()
+    agent.play.at(121)
+    agent.rest(ReadUsage)
+    agent.tell(UsageRead("x1", [1.0, 120.0]))
+    (first,) = agent.rest(IssueNote)
+    agent.play.at(120)
+    assert not agent.rest(ReadUsage), "the node has not taken the first one yet"
+    agent.exited(usage=[2.0, 240.0])
+    assert not agent.rest(IssueNote), "nor may the last one pass it"
+    agent.tell(NoteIssued("x1", first.number, "n1"))
+    agent.rest(SendNote)
+    last = agent.issue()
+    assert (last.number, last.previous_id, last.usage) == (2, "n1", [2.0, 240.0])
+
+
+def test_an_accepted_note_has_no_accept_deadline() -> None:
+    short = {ACCEPT_TIMEOUT: 60}
+    agent = noted(demand=short, offer=short)
+    deadline = agent.play.timers["accept/x1/1"][1]
+    agent.event("debit-notes", "DebitNoteAcceptedEvent", "note-x1-1")
+    assert "accept/x1/1" not in agent.play.timers
+    agent.play.tell(deadline)  # it fired just before
+    assert not agent.rest(ReadNote)
+
+
+def test_a_waiting_activity_may_be_destroyed() -> None:
+    agent = Agent().begin().approved().started()
+    agent.event("activities", "DestroyActivity", "x1", "a1")
+    agent.event("activities", "CreateActivity", "x2", "a1")
+    agent.event("activities", "CreateActivity", "x3", "a1")
+    agent.event("activities", "DestroyActivity", "x2", "a1")
+    assert [one.activity_id for one in agent.rest(CloseActivity)] == ["x2"]
+    assert not agent.processes(StartUnit), "x1 is still there"
+    agent.exited("x1", [1.0, 1.0])
+    assert [one.activity_id for one in agent.processes(StartUnit)] == ["x3"]
+
+
+def test_a_stale_offer_is_withdrawn() -> None:
+    agent = Agent()
+    agent.play.ask(AgentStarted("prov-abcd", (SPEC,)))
+    (first,) = agent.rest(PublishOffer)
+    agent.play.at(1)
+    agent.crash()
+    (second,) = agent.rest(PublishOffer)
+    agent.tell(OfferPublished("wasmtime", first.serial, "offer-old"))
+    agent.tell(OfferPublished("wasmtime", second.serial, "offer-new"))
+    assert agent.rest(WithdrawOffer) == [WithdrawOffer("offer-old")]
+    assert agent.rest(WatchOffer) == [WatchOffer("wasmtime", "offer-new")]
+
+
+def test_changed_presets_replace_offers() -> None:
+    agent = Agent().begin()
+    dearer = OfferSpec("wasmtime", "wasmtime", json.dumps({**OFFER, COEFFS: [1.0, 1.0, 0.0]}), "public")
+    other = OfferSpec("vm", "vm", json.dumps(OFFER), "public")
+    agent.tell(OffersChanged((dearer, other)))
+    assert agent.rest(WithdrawOffer) == [WithdrawOffer("offer-1")]
+    assert sorted(one.preset for one in agent.rest(PublishOffer)) == ["vm", "wasmtime"]
+    agent.tell(OffersChanged((dearer, other)))
+    assert not agent.rest(PublishOffer)
 
 
 def test_an_activity_may_be_faster_than_the_answer_to_the_approval() -> None:
