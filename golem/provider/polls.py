@@ -126,8 +126,8 @@ async def _give(
 
 async def _pause(what: str, error: Exception, pause_s: float) -> float:
     """Wait after a failure; return the next pause."""
-    said = isinstance(error, NodeAway) and not LAST_PAUSE_S / 2 < pause_s < LAST_PAUSE_S  # a node that is away: once
-    level = logging.DEBUG if said else logging.WARNING
+    quiet = isinstance(error, NodeAway) and not LAST_PAUSE_S / 2 < pause_s < LAST_PAUSE_S  # a node that is away: once
+    level = logging.DEBUG if quiet else logging.WARNING
     log.log(level, "%s: %s", what, repr(error) if isinstance(error, _NONSENSE) else error)
     await trio.sleep(pause_s)
     return min(pause_s * 2, LAST_PAUSE_S)
