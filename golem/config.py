@@ -137,7 +137,7 @@ def config_from(env: Mapping[str, str], **flags: object) -> Config:
         "listen": _list(env.get("GOLEM_LISTEN", "")),
         "bootstrap": _list(env.get("GOLEM_BOOTSTRAP", "")),
         "mdns": env.get("GOLEM_MDNS", "1") not in ("0", "false", "no"),
-        "network_name": env.get("GOLEM_NETWORK_NAME", "golem"),
+        "network_name": env.get("GOLEM_NETWORK_NAME") or "golem",
         "allow_origins": _list(env.get("YAGNA_API_ALLOW_ORIGIN", "")),
         "autoconf_app_key": env.get("YAGNA_AUTOCONF_APPKEY", ""),
         "autoconf_id_secret": env.get("YAGNA_AUTOCONF_ID_SECRET", ""),
@@ -150,7 +150,12 @@ def config_from(env: Mapping[str, str], **flags: object) -> Config:
         "max_events": int(_number(env, "MARKET_MAX_EVENTS_MAX", 100, 1, 1000)),
         "skip_allocation_validation": env.get("YAGNA_DEV_SKIP_ALLOCATION_VALIDATION", "") == "1",
     }
-    return Config(**{**values, **given})  # type: ignore[arg-type]
+    config = Config(**{**values, **given})  # type: ignore[arg-type]
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", config.network_name):
+        raise ConfigError(f"network name {config.network_name[:80]!r}: expected 1 to 64 letters, digits, dots, _ or -")
+    if config.autoconf_app_key and not re.fullmatch(r"[!-~]{1,256}", config.autoconf_app_key):
+        raise ConfigError("YAGNA_AUTOCONF_APPKEY: expected at most 256 printable characters without spaces")
+    return config
 
 
 def _list(text: str) -> tuple[str, ...]:

@@ -63,6 +63,8 @@ def parse_key(text: str) -> bytes:
     digits = text.strip().removeprefix("0x")
     try:
         key = bytes.fromhex(digits)
+        if len(key) != 32:
+            raise ValueError
         node_id_of(key)
     except ValueError:
         raise IdentityError("a private key is 64 hex digits of a number in the range of secp256k1") from None
@@ -75,7 +77,10 @@ def open_identity(config: Config, ask_password: AskPassword | None = None) -> Id
     `ask_password` asks at a terminal; `None` where there is none. Raises `IdentityError`.
     """
     if config.autoconf_id_secret:
-        return Identity(parse_key(config.autoconf_id_secret), encrypted=False)
+        try:
+            return Identity(parse_key(config.autoconf_id_secret), encrypted=False)
+        except IdentityError as error:
+            raise IdentityError(f"YAGNA_AUTOCONF_ID_SECRET: {error}") from None
     keystore, plain = config.data_dir / KEYSTORE, config.data_dir / PLAIN_KEY
     if plain.exists():
         try:

@@ -101,6 +101,8 @@ async def open_node(config: Config, ask_password: AskPassword | None = None) -> 
     """
     async with AsyncExitStack() as stack:
         lock_data_dir(config.data_dir, stack)
+        if config.profile == "local":
+            make_folder(config.chain_dir, "chain")
         identity = await trio.to_thread.run_sync(open_identity, config, ask_password)
         app_keys = AppKeys(config.data_dir / APP_KEYS)
         if config.autoconf_app_key:
@@ -149,13 +151,22 @@ def cycles_of(config: Config, chain: Chain) -> dict[str, float]:
     return {platform: config.payment_cycle_s or pace for platform, pace in paces.items()}
 
 
+def make_folder(path: Path, use: str) -> None:
+    """Make a private directory if it is not there. Raises `ConfigError`."""
+    try:
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        reason = "it is a file" if isinstance(error, FileExistsError | NotADirectoryError) else error.strerror
+        raise ConfigError(f"cannot use the {use} directory {path}: {reason}") from None
+
+
 def lock_data_dir(data_dir: Path, stack: AsyncExitStack) -> None:
     """Make the data directory and hold its lock until the stack unwinds. Raises `ConfigError`."""
+    make_folder(data_dir, "data")
     try:
-        data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         handle = os.open(data_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise ConfigError(f"cannot use the data directory {data_dir}: {error}") from None
+        raise ConfigError(f"cannot use the data directory {data_dir}: {error.strerror}") from None
     stack.callback(os.close, handle)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
