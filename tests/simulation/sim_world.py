@@ -206,7 +206,7 @@ class Host:
                 self.wipe = False
                 self.db = self.new_disk()
                 await trio.sleep(10)  # longer than a frame lives
-            await world.pause(10)
+            await world.pause(15)
 
     async def boot(self, nursery: trio.Nursery) -> None:
         """Open the disk, start the system, let the clients in."""
