@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from golem.config import Config
+from golem.recursion import tame_imports
 from protocol.signing import Document, node_id_of, sign
 from protocol.types import timestamp_text
 
@@ -101,12 +102,14 @@ def open_identity(config: Config, ask_password: AskPassword | None = None) -> Id
 
 def save_encrypted(path: Path, key: bytes, password: str) -> None:
     """Write `key` as standard encrypted keystore JSON."""
+    tame_imports()
     import eth_keyfile
 
     write_private(path, json.dumps(eth_keyfile.create_keyfile_json(key, password.encode(), kdf="scrypt", iterations=1 << 15)))
 
 
 def _decrypt(path: Path, password: str) -> bytes:
+    tame_imports()
     import eth_keyfile
 
     try:

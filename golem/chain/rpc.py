@@ -24,6 +24,7 @@ import trio
 
 from golem.chain.networks import Network
 from golem.chain.signer import checksum
+from golem.recursion import tame_imports
 
 TIMEOUT_S = 10.0
 ANSWER_LIMIT = 16 << 20  # bytes
@@ -282,6 +283,7 @@ class Rpc:
         if self._web3 is None:
             async with self._importing:
                 if self._web3 is None:
+                    await trio.to_thread.run_sync(tame_imports)
                     module = await trio.to_thread.run_sync(importlib.import_module, "golem.chain.web3_provider")
                     self._web3, self.web3_error = module.make_web3(self.pool), module.Web3Exception
         return self._web3
