@@ -323,9 +323,13 @@ class Actor:
         batch.asks.append(ask)
         try:
             step = self._decide(ask.message, meta)
+        except Violation as violation:
+            self.system.log_violation(self.name, meta, violation)
+            ask.error = violation
+            return
         except Exception as error:  # an edge's message is tried once: the edge hears of it
             self.system.log_crash(self.name, meta, error)
-            ask.error = error if isinstance(error, Violation) else ActorFailed(f"{self.name} failed (trace {ask.trace})")
+            ask.error = ActorFailed(f"{self.name} failed (trace {ask.trace})")
             return
         self._apply(step, meta, batch, ask, type(ask.message).__name__)
 
