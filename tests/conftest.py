@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
 
 import pytest
 
 
 @pytest.fixture(autouse=True)
-def _recursion_limit() -> Iterator[None]:
+def _recursion_limit() -> None:
     """Python's own limit in every test: py-evm and py_ecc raise it when they are imported, and a node must not."""
     sys.setrecursionlimit(1000)
-    yield
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
