@@ -275,7 +275,7 @@ def invoice_sent(turn: Turn, message: InvoiceSent) -> None:
 
 def _billed(turn: Turn, row: AgreementRow, state: str) -> None:
     """Nothing is left to do for an agreement but to hear what becomes of its invoice."""
-    turn.save(replace(row, invoice=state))
+    turn.save(replace(row, invoice=state, document=""))
     turn.wake(f"forget/{row.agreement_id}", turn.now + turn.config.keep_s, ForgetDue(row.agreement_id))
 
 

@@ -9,6 +9,7 @@ from actors._provider_negotiators import (
     ACCEPT_TIMEOUT,
     COEFFS,
     INTERVAL,
+    MAX_PRICE,
     MULTI_ACTIVITY,
     PAYMENT_TIMEOUT,
     VECTOR,
@@ -127,7 +128,7 @@ def _row(
     coeffs, vector = offer.get(COEFFS), offer.get(VECTOR)
     if not isinstance(coeffs, list) or not isinstance(vector, list) or len(coeffs) != len(vector) + 1:
         raise ValueError("prices do not fit the usage vector")
-    if not all(isinstance(one, int | float) and not isinstance(one, bool) and one >= 0 for one in coeffs):
+    if not all(isinstance(one, int | float) and not isinstance(one, bool) and 0 <= one <= MAX_PRICE for one in coeffs):
         raise ValueError("prices are not numbers")
     made_at = timestamp(str(agreement.get("timestamp")))
     accept, payment = whole_number(offer.get(ACCEPT_TIMEOUT)), whole_number(offer.get(PAYMENT_TIMEOUT))

@@ -22,6 +22,7 @@ COEFFS = "golem.com.pricing.model.linear.coeffs"
 VECTOR = "golem.com.usage.vector"
 PAYLOAD, PAYLOAD_CAPABILITY = "golem.srv.comp.payload", "golem.srv.caps.payload-manifest"
 DAY_S = 24 * 3600.0
+MAX_PRICE = 1e15  # GLM per unit; there are 1e9 GLM
 
 Properties = Mapping[str, Any]
 
@@ -189,8 +190,8 @@ def _price(terms: Terms, situation: Situation, demand: Properties, ours: dict[st
     if not isinstance(own, list) or not isinstance(theirs, list) or len(theirs) != len(own):
         return Rejected("Prices of the demand do not fit the usage vector of the offer.", True)
     for price, least in zip(theirs, own, strict=True):
-        if isinstance(price, bool) or not isinstance(price, int | float) or not math.isfinite(price):
-            return Rejected("Prices of the demand must be numbers.", True)
+        if isinstance(price, bool) or not isinstance(price, int | float) or not 0 <= price <= MAX_PRICE:
+            return Rejected(f"Prices of the demand must be numbers from 0 to {MAX_PRICE:g}.", True)
         if price < least:
             return Rejected(f"Prices of the demand are too low: {price!r} instead of {least!r}.", True)
     ours[COEFFS] = [float(price) for price in theirs]

@@ -84,7 +84,7 @@ class RefusalsRow(Message, frozen=True):
 
 
 class AgreementRow(Message, frozen=True):
-    """An agreement, its terms and what is left to do for it. `document` is the API's JSON of it.
+    """An agreement, its terms and what is left to do for it. `document` is the API's JSON of it, until it is billed.
 
     `payable_at`: the last debit note with a due date (or the agreement) counts from here.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from decimal import Decimal
 from typing import Any
 
@@ -184,6 +185,22 @@ def test_cost_is_exact_and_never_above_the_product() -> None:
     assert cost((third, 0.0), (third,)) == "0.111111111111111088", "cut at a wei, not rounded up"
     with pytest.raises(ValueError, match="do not fit"):
         cost((0.1, 0.2), (1.0, 2.0))
+
+
+def test_hostile_demands_are_answered_whatever_they_hold() -> None:
+    rng = random.Random(7)
+    values = [None, True, -1, 0, 1, 10**400, -(10**30), 1e308, float("nan"), float("inf"), "", "x" * 9999, [], {}, [[]], [1e400]]
+    names = [PLATFORM, EXPIRATION, ACCEPT_TIMEOUT, INTERVAL, PAYMENT_TIMEOUT, COEFFS, "golem.srv.comp.payload", "x"]
+    for _ in range(5000):
+        demand = {**DEMAND, **{rng.choice(names): rng.choice(values) for _ in range(rng.randint(1, 4))}}
+        if rng.random() < 0.2:
+            demand[COEFFS] = [rng.choice(values) for _ in range(3)]
+        found = negotiate(Terms(), Situation(REQUESTOR, NOW, 0), demand, OFFER)
+        if isinstance(found, Agreed):
+            assert all(isinstance(one, float) and one < 1e16 for one in found.offer[COEFFS])
+            assert found.offer["golem.runtime.name"] == "wasmtime"
+        else:
+            assert len(found.message) < 500
 
 
 # -- the agent
