@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from decimal import Decimal
@@ -16,6 +18,9 @@ from provider_requestor import Requestor, eventually
 from support import trio_test
 
 from golem.localnet import LocalNet, LocalNode, Process, open_localnet
+from golem.provider.client import NodeClient
+from golem.provider.port import RestPort
+from protocol.provider import InvoiceIssued, IssueInvoice, IssueNote, NoteIssued
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(240)]
 T = TypeVar("T")
@@ -42,6 +47,21 @@ async def market(folder: Path, *arguments: str) -> AsyncIterator[tuple[LocalNet,
 
 def units(net: LocalNet) -> list[int]:
     return net.pids(lambda line: "golem.exeunit" in line and "--activity" in line)
+
+
+async def issued_again_it_is_the_same(seller: LocalNode, agreement: str, activity: str) -> None:
+    """What a later run of the agent would issue again, not knowing that it is there, the node has already."""
+    async with seller.client() as http, NodeClient(lambda: seller.api_url, seller.app_key) as client:
+        notes = [one for one in (await http.get("/payment-api/v1/debitNotes")).json() if one["activityId"] == activity]
+        before = {one["debitNoteId"]: one.get("previousDebitNoteId") or "" for one in notes}
+        port = RestPort(client, None, "a later run")  # type: ignore[arg-type]
+        for number, (note_id, previous_id) in enumerate(before.items(), 1):
+            note = IssueNote(activity, number, "9", [], None, previous_id, time.time() - 600, "an earlier run")
+            assert await port._issue_note(note) == NoteIssued(activity, number, note_id)
+        invoice = IssueInvoice(agreement, (activity,), "9", time.time(), time.time() - 600, "an earlier run")
+        (found,) = [one for one in (await http.get("/payment-api/v1/invoices")).json() if one["agreementId"] == agreement]
+        assert await port._issue_invoice(invoice) == InvoiceIssued(agreement, found["invoiceId"])
+        assert len((await http.get("/payment-api/v1/debitNotes")).json()) == len(before)
 
 
 @trio_test
@@ -72,12 +92,11 @@ async def test_killed_in_the_middle_the_agent_goes_on_and_bills_once(tmp_path: P
         await call(eventually, lambda: requestor.documents("invoices", agreement)[0]["status"] == "SETTLED", 60)
         assert len(requestor.documents("invoices", agreement)) == 1
         assert not units(net)
+        await issued_again_it_is_the_same(seller, agreement, activity)
 
 
 @trio_test
 async def test_an_exe_unit_that_dies_with_the_agent_away_is_reported(tmp_path: Path) -> None:
-    import os
-
     async with market(tmp_path) as (net, requestor, _, agent):
         agreement = await call(requestor.hire, subnet=net.name)
         activity = await call(requestor.start, agreement)
