@@ -139,8 +139,8 @@ async def net_sessions(node: Node, args: dict[str, Any]) -> Any:
     """Live sessions."""
     return [
         {"nodeId": one.node_id, "address": one.address, "type": one.type, "seen": timestamp_text(one.seen.timestamp()),
-         "time": round(one.duration_s, 1), "ping": one.rtt_ms, "in": round(one.bytes_in / 2**20, 3),
-         "out": round(one.bytes_out / 2**20, 3)}
+         "time": round(one.duration_s, 1), "ping": None if one.rtt_ms is None else round(one.rtt_ms, 3),
+         "in": round(one.bytes_in / 2**20, 3), "out": round(one.bytes_out / 2**20, 3)}
         for one in node.network.sessions()
     ]  # fmt: skip
 

@@ -52,11 +52,15 @@ def write_private(path: Path, text: str) -> None:
     """Write a file that only its owner may read, whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(handle, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def parse_key(text: str) -> bytes:
@@ -198,10 +202,8 @@ class AppKeys:
         if existing and (not key or existing.key == key):
             return existing
         made = AppKey(name, key or secrets.token_hex(16), identity, "manager", timestamp_text(time.time()), allow_origins)
-        if existing:
-            del self._by_key[existing.key]
-        self._by_key[made.key] = made
-        self._save()
+        kept = {one.key: one for one in self._by_key.values() if one is not existing}
+        self._save(kept | {made.key: made})
         return made
 
     def drop(self, name: str) -> None:
@@ -209,9 +211,13 @@ class AppKeys:
         existing = self.named(name)
         if existing is None:
             raise IdentityError(f"no app-key named {name!r}")
-        del self._by_key[existing.key]
-        self._save()
+        self._save({one.key: one for one in self._by_key.values() if one is not existing})
 
-    def _save(self) -> None:
-        entries: list[dict[str, Any]] = [asdict(one) for one in self._by_key.values()]
-        write_private(self._path, json.dumps(entries, indent=1))
+    def _save(self, keys: dict[str, AppKey]) -> None:
+        """Write the keys, and only then let them count."""
+        entries: list[dict[str, Any]] = [asdict(one) for one in keys.values()]
+        try:
+            write_private(self._path, json.dumps(entries, indent=1))
+        except OSError as error:
+            raise IdentityError(f"cannot write {self._path}: {error.strerror}") from None
+        self._by_key = keys

@@ -178,6 +178,7 @@ def step_log(data_dir: Path) -> Any:
     """Return the sink of trace lines: `<data_dir>/steps.log`, rotated, read by `golem trace`."""
     handler = RotatingFileHandler(data_dir / "steps.log", maxBytes=STEP_LOG_BYTES, backupCount=STEP_LOG_FILES)
     handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.handleError = lambda record: None  # type: ignore[method-assign]  # a full disk: the journal has the say
     logger = logging.Logger("golem.steps", logging.INFO)
     logger.addHandler(handler)
 

@@ -44,7 +44,7 @@ def _reasons(reasons: list[dict[str, Any]]) -> None:
 
 def _overview(found: dict[str, Any]) -> None:
     counts = found["offers"]
-    text(f"{counts['known']} offers are known here, {counts['own']} of them this node's own; {counts['matching']} match.")
+    text(f"Offers known here: {counts['known']} (this node's own: {counts['own']}); matching: {counts['matching']}.")
     for offer in found["nearest"]:
         text(f"\nOffer {offer['offerId']} of {offer['providerId']}:")
         _reasons(offer["reasons"])

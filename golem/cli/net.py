@@ -7,6 +7,8 @@ import click
 from golem.cli.client import ask_node
 from golem.cli.output import nothing, table, value
 
+NO_SESSIONS = "No sessions. Nodes on a LAN find each other; beyond it: golem net connect MULTIADDR"
+
 
 @click.group()
 def net() -> None:
@@ -24,7 +26,7 @@ def net_sessions() -> None:
     """Live sessions with round-trip time and traffic."""
     keys = ("nodeId", "address", "type", "seen", "time", "ping", "in", "out")
     rows = [[session[key] for key in keys] for session in ask_node("net_sessions")]
-    note = "" if rows else "No sessions. Peers on a LAN find each other; beyond it: golem net connect <multiaddr>"
+    note = "" if rows else NO_SESSIONS
     table(["nodeId", "address", "type", "seen", "time", "ping", "in [MiB]", "out [MiB]"], rows, note)
 
 
@@ -34,7 +36,7 @@ def net_ping(node_id: str | None) -> None:
     """Round-trip time to one node, or to all with a session."""
     found = ask_node("net_ping", id=node_id)
     rows = [[one["nodeId"], "", "p2p", one["ping"] if one["error"] is None else one["error"], None] for one in found]
-    table(["nodeId", "alias", "p2p", "ping (tcp)", "ping (udp)"], rows)
+    table(["nodeId", "alias", "p2p", "ping (tcp)", "ping (udp)"], rows, "" if rows else NO_SESSIONS)
 
 
 @net.command("connect")

@@ -26,6 +26,9 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], note: str = "")
     if wants_json():
         text(json.dumps([dict(zip(columns, row, strict=True)) for row in rows], indent=2))
         return
+    if note and not rows:
+        text(note)
+        return
     view = Table(*columns, box=SIMPLE_HEAD, pad_edge=False, header_style="bold", show_header=any(columns))
     for row in rows:
         view.add_row(*("" if cell is None else str(cell) for cell in row))

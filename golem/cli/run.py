@@ -56,12 +56,11 @@ def run_command(debug: bool, no_mdns: bool, **flags: Any) -> None:
     for ignored in ("max_rest_timeout", "log_dir", "disable_metrics_push"):
         flags.pop(ignored, None)
     config = config_of(**flags, **({"mdns": False} if no_mdns else {}))
-    logging.basicConfig(
-        level=logging.DEBUG if debug else logging.INFO, stream=sys.stderr,
-        format="%(asctime)s %(levelname)-7s %(name)s: %(message)s",
-    )  # fmt: skip
-    for noisy in ("hypercorn", "httpx", "httpcore", "zeroconf", "asyncio", "web3", "urllib3", "libp2p", "trio", "root"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    # our own packages speak; of what they stand on (libp2p alone writes pages) only warnings are heard
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
+    for ours in ("golem", "actors"):
+        logging.getLogger(ours).setLevel(logging.DEBUG if debug else logging.INFO)
+    logging.getLogger("golem.http").setLevel(logging.WARNING)
     from actors.kernel.journal import JournalError
     from golem.identity import IdentityError
     from golem.net import NetError
