@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 BATCH = 64  # deliveries taken at once
 CAPACITY = 256  # deliveries in a mailbox; more is `Busy` for edges and peers
-CACHED_ROWS = 4096
+CACHED_ROWS, CACHED_ROW_BYTES = 4096, 16384  # larger rows are read again each time: 64 MiB an actor at most
 CRASHES_BEFORE_QUARANTINE = 3
 CACHED_LINKS = 4096
 COUNTED_CRASHES = 1024
@@ -149,7 +149,7 @@ class RowView:
             self._cache.move_to_end(key)
             return self._cache[key]
         body = self._journal.row(self._actor, key)
-        return default if body is None else self._remember(key, self.decode(body))
+        return default if body is None else self._remember(key, self.decode(body), len(body))
 
     def __getitem__(self, key: str) -> Any:
         row = self.get(key)
@@ -173,20 +173,25 @@ class RowView:
                     yield key, row
                 at += 1
             else:
-                yield key, self._cache[key] if key in self._cache else self._remember(key, self.decode(body))
+                yield key, self._cache[key] if key in self._cache else self._remember(key, self.decode(body), len(body))
         for key in changed[at:]:
             if (row := self.changed[key]) is not None:
                 yield key, row
 
-    def committed(self, rows: dict[str, Message | None]) -> None:
-        """Take over what a commit wrote."""
-        for key, row in rows.items():
-            if row is None:
+    def committed(self, bodies: dict[str, bytes | None]) -> None:
+        """Take over what a commit wrote, encoded as `bodies`."""
+        for key, row in self.changed.items():
+            body = bodies[key]
+            if body is None:
                 self._cache.pop(key, None)
             else:
-                self._remember(key, row)
+                self._remember(key, row, len(body))
+        self.changed = {}
 
-    def _remember(self, key: str, row: Any) -> Any:
+    def _remember(self, key: str, row: Any, size: int) -> Any:
+        if size > CACHED_ROW_BYTES:
+            self._cache.pop(key, None)
+            return row
         self._cache[key] = row
         self._cache.move_to_end(key)
         if len(self._cache) > CACHED_ROWS:
@@ -449,8 +454,7 @@ class Actor:
             self.system.crash_point(self.name, "before commit")
             await self.system.journal.commit(commit)
             self.system.crash_point(self.name, "after commit")
-            self.rows.committed(self.rows.changed)
-            self.rows.changed = {}
+            self.rows.committed(commit.rows)
             self._positions.update(commit.inbox)
             self._sent.update(batch.sent)
         for link in batch.links:

@@ -429,6 +429,20 @@ async def test_a_frame_whose_session_broke_is_not_taken_twice() -> None:
 
 # -- the journal
 @mock_trio_test
+async def test_rows_are_cached_by_number_and_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(actor_module, "CACHED_ROWS", 10)
+    doer = Doer(fill=lambda rows, meta: Step({f"k{i}": Text(str(i)) for i in range(30)} | {"k5": Text("x" * 20_000)}),
+                small=lambda rows, meta: Step({"k5": Text("5")}), large=lambda rows, meta: Step({"k5": Text("y" * 20_000)}),
+                read=lambda rows, meta: Step({}, [Reply(Text(rows["k5"].value[0] + str(sum(1 for _ in rows.prefix("k")))))]))
+    async with running(system_on(disk(), doer)) as a:
+        await a.ask("doer", Do("fill"))
+        for deed, first in (("small", "5"), ("large", "y"), ("small", "5")):
+            await a.ask("doer", Do(deed))
+            assert await a.ask("doer", Do("read")) == Text(first + "30")
+        assert len(a._actors["doer"].rows._cache) == 10  # type: ignore[union-attr]
+
+
+@mock_trio_test
 async def test_a_prefix_read_half_way_holds_nothing_open(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal_module, "READ_AT_ONCE", 3)
     doer = Doer(fill=lambda rows, meta: Step({f"k/{i:02}": Text(str(i)) for i in range(20)}),
