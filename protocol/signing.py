@@ -61,14 +61,14 @@ def signer_of(document: Document) -> str:
             document.signature, _hash(document.kind, document.body), hasher=None
         )
     except Exception as error:  # coincurve raises bare Exception on a bad recovery id
-        raise Violation(f"bad signature on {document.kind}: {error}") from None
+        raise Violation(f"bad signature on {document.kind}: {str(error)[:100]}") from None
     return address_of(public.format())
 
 
 def verify(document: Document, kind: str, signer: str) -> None:
     """Raise `Violation` unless `document` is of `kind` and signed by node `signer`."""
     if document.kind != kind:
-        raise Violation(f"expected a signed {kind}, got {document.kind!r}")
+        raise Violation(f"expected a signed {kind}, got {document.kind[:64]!r}")
     found = signer_of(document)
     if found != signer:
         raise Violation(f"{kind} is signed by {found}, not by {signer}")

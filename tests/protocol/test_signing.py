@@ -107,3 +107,12 @@ def test_the_mirrored_signature() -> None:
 def test_unknown_kinds_are_not_signed() -> None:
     with pytest.raises(ValueError):
         sign(KEY, "cheque", b"x")
+
+
+def test_what_is_said_of_a_bad_document_is_short() -> None:
+    """A stranger's bytes must not fill logs and rows by way of our own complaints."""
+    for document in (Document("x" * 10**6, b"", b""), Document("offer", b"x" * 10**6, b"\x01" * 10**6)):
+        for check in (lambda d: verify(d, "offer", SIGNER), signer_of):
+            with pytest.raises(Violation) as caught:
+                check(document)
+            assert len(str(caught.value)) < 300
