@@ -6,6 +6,7 @@ Only processes of this machine that may open the bus (the user's own) reach thes
 from __future__ import annotations
 
 import json
+import sqlite3
 import time
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,8 @@ def serve_commands(node: Node) -> None:
                 return json.dumps(await run(node, json.loads(payload))).encode()
             except (IdentityError, NetError, RpcError, ValueError) as error:
                 raise RemoteError(str(error)) from None
+            except (sqlite3.Error, OSError) as error:  # a full disk, for one: no bug of ours
+                raise RemoteError(f"the node could not do it: {error}") from None
             except LookupError as error:
                 raise RemoteError(str(error.args[0] if error.args else error)) from None  # its text would be quoted
 
@@ -52,8 +55,10 @@ def serve_commands(node: Node) -> None:
 @command
 async def status(node: Node, args: dict[str, Any]) -> Any:
     """What this node is and does."""
+    chain = {"chainUrl": node.chain.dev_url} if node.config.profile == "local" else {}
     return {
-        "nodeId": node.node_id, "apiUrl": node.api_url, "profile": node.config.profile, "dataDir": str(node.config.data_dir),
+        "nodeId": node.node_id, "apiUrl": node.api_url, "profile": node.config.profile, **chain,
+        "dataDir": str(node.config.data_dir),
         "version": VERSION, "uptime_s": round(time.time() - node.started_at, 1), "sessions": len(node.network.sessions()),
         "problem": node.health_problem(), "links": [list(link) for link in node.system.troubles()],
     }  # fmt: skip
@@ -184,10 +189,11 @@ async def payment_status(node: Node, args: dict[str, Any]) -> Any:
     balances = await node.chain.balances(network.name)
     totals = node.chain.totals(network.platform)
     head = await node.chain.head(network.name)
+    chain = {"chain": await node.chain.local_chain(), "chainUrl": node.chain.dev_url} if network.simulated_by else {}
     return {
         "amount": amount_text(from_wei(balances.token_wei)), "reserved": totals["reserved"],
         "outgoing": totals["outgoing"], "incoming": totals["incoming"], "driver": DRIVER, "network": network.name,
-        "token": network.symbol, "platform": network.platform, "simulatedBy": network.simulated_by,
+        "token": network.symbol, "platform": network.platform, "simulatedBy": network.simulated_by, **chain,
         "gas": {"currency_short_name": network.coin, "currency_long_name": network.coin,
                 "balance": amount_text(from_wei(balances.gas_wei))},
         "block_number": head.number, "block_datetime": timestamp_text(head.timestamp), "address": node.node_id,

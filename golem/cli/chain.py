@@ -19,16 +19,19 @@ def chain() -> None:
 
 @chain.command("run")
 @click.option("--chain-dir", type=click.Path(path_type=Path), help="Where the chain keeps its blocks.")
-@click.option("--port", type=int, help="Port of its JSON-RPC on 127.0.0.1. [the last one, or a free one]")
-def run(chain_dir: Path | None, port: int | None) -> None:
+@click.option("--host", metavar="ADDR", default="127.0.0.1", show_default=True,
+              help="IP address of its JSON-RPC; 0.0.0.0 serves every machine that reaches this one.")
+@click.option("--port", type=click.IntRange(1, 65535), help="Port of its JSON-RPC. [the last one, or a free one]")
+def run(chain_dir: Path | None, host: str, port: int | None) -> None:  # fmt: skip
     """Run the dev chain in the foreground.
 
-    Nodes of the local profile start it by themselves when they need it.
+    Nodes of the local profile start it by themselves when they need it. Started here with --host, it serves other machines
+    too: their nodes use it by `golem run --chain-url http://HOST:PORT`. Whoever reaches it may use its play money.
     """
     from golem.chain.devchain.__main__ import main as serve
 
     config = config_of(chain_dir=chain_dir)
-    raise SystemExit(serve(["--data-dir", str(config.chain_dir), *(["--port", str(port)] if port else [])]))
+    raise SystemExit(serve(["--data-dir", str(config.chain_dir), "--host", host, "--port", str(port or 0)]))
 
 
 @chain.command("stop")

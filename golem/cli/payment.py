@@ -67,6 +67,8 @@ def status(network: str | None, **_: Any) -> None:
         ["address", found["address"]], ["platform", found["platform"]], ["balance", f"{found['amount']} {token}"],
         ["gas", f"{found['gas']['balance']} {found['gas']['currency_short_name']}"], ["reserved", f"{found['reserved']} {token}"],
     ]  # fmt: skip
+    if found.get("chain"):
+        rows.append(["chain", f"{found['chain']} at {found['chainUrl']}"])
     for way in ("outgoing", "incoming"):
         for stage, sums in found[way].items():
             rows.append([f"{way} {stage}", f"{sums['totalAmount']} {token} in {sums['agreementsCount']} agreements"])
@@ -82,8 +84,8 @@ def accounts() -> None:
         value(found)
         return
     columns = ["platform", "address", "driver", "network", "token", "send", "receive"]
-    simulated = sorted({row["network"] for row in found if row.get("simulatedBy")})
-    note = f"{', '.join(simulated)}: simulated by the dev chain of this machine, no real money." if simulated else ""
+    simulated = {row["network"]: row["simulatedBy"] for row in found if row.get("simulatedBy")}
+    note = f"{', '.join(simulated)}: simulated by the {next(iter(simulated.values()))}, no real money." if simulated else ""
     shown = [{**row, **{way: "yes" if row[way] else "no" for way in ("send", "receive")}} for row in found]
     table(columns, [[row[column] for column in columns] for row in shown], note)
 

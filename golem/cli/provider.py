@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -169,11 +170,16 @@ def preset_list(agent_dir: Path | None) -> None:
         value([preset_json(one) | {"active": one.name in found.active} for one in found.all])
         return
     rows = [
-        [one.name, one.runtime, "yes" if one.name in found.active else "no", repr(one.initial_price),
-         ", ".join(f"{counter.removeprefix('golem.usage.')} {price!r}" for counter, price in sorted(one.coeffs.items()))]
+        [one.name, one.runtime, "yes" if one.name in found.active else "no", _plain(one.initial_price),
+         ", ".join(f"{counter.removeprefix('golem.usage.')} {_plain(price)}" for counter, price in sorted(one.coeffs.items()))]
         for one in found.all
     ]  # fmt: skip
     table(["name", "runtime", "active", "start price", "prices per unit (GLM)"], rows)
+
+
+def _plain(price: float) -> str:
+    """Return a price without an exponent."""
+    return format(Decimal(repr(price)), "f")
 
 
 def _price_options(function: Any) -> Any:

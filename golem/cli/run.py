@@ -26,6 +26,8 @@ OPTIONS = (
     click.option("--no-mdns", is_flag=True, help="Do not look for peers on the LAN."),
     click.option("--network-name", metavar="NAME", help="Nodes of different network names never meet. [golem]"),
     click.option("--chain-dir", type=click.Path(path_type=Path), help="Where the embedded chain of this machine lives."),
+    click.option("--chain-url", metavar="URL", help="A dev chain to use instead, of another machine or node (local profile). "
+                 "[GOLEM_CHAIN_URL; see golem chain run --host]"),
     click.option("--password-file", type=click.Path(exists=True, dir_okay=False, path_type=Path),
                  help="File with the password of the node's key."),
     click.option("--plain-key", is_flag=True, help="Keep the node's key unencrypted (for automation)."),
@@ -73,11 +75,18 @@ def run_command(debug: bool, no_mdns: bool, **flags: Any) -> None:
         known, rest = group.split((ConfigError, IdentityError, JournalError, NetError, OSError))
         if known is None or rest is not None:
             raise
-        raise fail("; ".join(str(error) for error in _flat(known))) from None
+        raise fail("; ".join(_said(error, config.data_dir) for error in _flat(known))) from None
     except (ConfigError, IdentityError, JournalError, NetError, OSError) as error:
-        raise fail(str(error)) from None
+        raise fail(_said(error, config.data_dir)) from None
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _said(error: BaseException, data_dir: Path) -> str:
+    """Return an error's text; of an error of the system (a full disk, for one) that which says where."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or data_dir}: {error.strerror}"
+    return str(error)
 
 
 def _flat(group: BaseExceptionGroup[Any]) -> list[BaseException]:
@@ -95,7 +104,8 @@ def _say_ready(node: Node, wanted_port: int, fixed: bool) -> None:
     say(f"Node {node.node_id} is ready.")
     say(f"  REST     {node.api_url}")
     say(f"  data     {node.config.data_dir}")
-    simulated = " (payments run on the embedded dev chain; no real money)" if node.config.profile == "local" else ""
+    chain = f"dev chain at {node.config.chain_url}" if node.config.chain_url else "embedded dev chain"
+    simulated = f" (payments run on the {chain}; no real money)" if node.config.profile == "local" else ""
     say(f"  profile  {node.config.profile}{simulated}")
     if not node.app_keys.all():
         say("  next     golem app-key create requestor")

@@ -23,7 +23,7 @@ def _lines(folder: Path) -> Iterator[str]:
 def trace(trace_id: str) -> None:
     """Print the story of a command.
 
-    Error messages of the REST API and log lines name trace ids.
+    Each answer of the REST API has a trace id in its header X-Trace-Id; messages of internal errors and log lines name it.
     """
     folder = config_of().data_dir
     found = story(_lines(folder), trace_id)
