@@ -7,6 +7,7 @@ are answered within a second. Order of stopping: REST, five seconds of grace, ev
 from __future__ import annotations
 
 import fcntl
+import importlib
 import json
 import logging
 import os
@@ -231,6 +232,8 @@ async def run_node(config: Config, ask_password: AskPassword | None = None, read
     import signal
 
     sock = bind_api(config)
+    importlib.import_module("golem.rest.app")  # now, while nothing else runs: beside the import of libp2p it takes
+    importlib.import_module("hypercorn.trio")  # several times as long
     async with AsyncExitStack() as stack:
         stack.callback(sock.close)
         node = await stack.enter_async_context(open_node(config, ask_password))

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import coincurve
 import msgpack
-from eth_hash.auto import keccak
+
+from protocol.signing import address_of
 
 RECORD_LIFE_S = 3 * 24 * 3600
 MAX_RECORD_BYTES = 2048
@@ -32,8 +33,7 @@ def public_key(key: bytes) -> bytes:
 @functools.lru_cache(4096)
 def node_id_of(pubkey: bytes) -> str:
     """The node id ("0x" + 40 lower-case hex digits) of a compressed public key. ValueError when it is no key."""
-    raw = coincurve.PublicKey(pubkey).format(compressed=False)
-    return "0x" + keccak(raw[1:])[-20:].hex()
+    return address_of(pubkey)
 
 
 def peer_id_of(pubkey: bytes) -> str:
