@@ -62,6 +62,7 @@ from protocol.types import Violation, address, amount, amount_text, node_of, tim
 from protocol.wallet import PayOut
 
 MAX_DOCUMENTS = 50_000  # from the payee of one agreement
+ANSWER_S = 24 * 3600.0  # to bring our word about what we do not keep
 _ID = re.compile(rf"[0-9A-Za-z_-]{{1,{MAX_ID_CHARS}}}\Z")
 
 
@@ -146,7 +147,7 @@ def document_sent(draft: MoneyDraft, me: str, message: DocumentSent) -> None:
     if agreement is not None and (agreement.peer, agreement.role) != (sender, PAYER):
         raise Violation(f"{sender} is not the provider of agreement {body.agreement_id}")
     if reason := _objection(draft, agreement, body, activity_id, total):
-        draft.send(address(sender, "ledger"), DocumentRefused(document.kind, own_id, reason))
+        draft.send(address(sender, "ledger"), DocumentRefused(document.kind, own_id, reason), ANSWER_S)
         return
     assert agreement is not None
     _receive(draft, document, own_id, agreement, activity_id, total)
@@ -192,9 +193,11 @@ def _receive(
 
 def cancel_requested(draft: MoneyDraft, me: str, message: InvoiceCancelRequested) -> None:
     """Agree, unless the invoice is accepted: the payee learns that from the acceptance."""
+    if not _ID.match(message.invoice_id):
+        raise Violation("no id of an invoice")
     row = draft.row(PaymentDocument, f"invoice/{message.invoice_id}")
     if row is None:  # it never arrived
-        draft.send(draft.meta.sender, InvoiceCancelled(message.invoice_id))
+        draft.send(draft.meta.sender, InvoiceCancelled(message.invoice_id), ANSWER_S)
         return
     check_sender(draft, row, PAYER)
     if row.status == RECEIVED:

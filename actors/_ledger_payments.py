@@ -40,6 +40,9 @@ from protocol.wallet import PaidOut, PayOutDelayed, TransferRejected, TransferVe
 VERIFY_AGAIN_S = 60.0
 RESEND_FIRST_S, RESEND_TRIES = 60.0, 7  # a refused payment is offered again after 1 min, 6 min, 36 min ...
 MAX_PARTS = 5000  # agreements and activities of one payment
+MAX_PAYMENTS = 50_000  # claimed for one agreement
+MAX_CLAIMS = 100  # of one transaction
+ANSWER_S = 24 * 3600.0  # to bring our word about a payment that is for nothing here
 SIGNING, SENT, ACKNOWLEDGED, VERIFYING, VERIFIED, REFUSED = (
     "SIGNING",  # payer: final on chain, not signed yet
     "SENT",  # payer: on its way to the payee
@@ -196,8 +199,10 @@ def payment_sent(draft: MoneyDraft, me: str, message: PaymentSent) -> None:
         draft.send(draft.meta.sender, PaymentAcknowledged(body.payment_id, False, row.reason))
         return
     if objection := _objection(draft, sender, body):
-        draft.send(draft.meta.sender, PaymentAcknowledged(body.payment_id, False, objection))
+        draft.send(draft.meta.sender, PaymentAcknowledged(body.payment_id, False, objection), ANSWER_S)
         return
+    if row is None:
+        _count_payment(draft, body)
     row = Payment(
         payment_id=body.payment_id,
         role=PAYEE,
@@ -233,7 +238,25 @@ def _objection(draft: MoneyDraft, sender: str, body: PaymentBody) -> str:
         addresses = agreement.payer_addr.lower(), agreement.payee_addr.lower()
         if agreement.platform != body.payment_platform or addresses != (body.payer_addr, body.payee_addr):
             return f"platform or addresses are not those of agreement {agreement_id}"
+        if agreement.payments >= MAX_PAYMENTS:
+            return f"{MAX_PAYMENTS} payments were claimed for agreement {agreement_id}, and no more are looked at"
+    claims = draft.row(TxClaims, _claims_key(body, _tx_hash(body.details)))
+    if claims is not None and len(claims.claims) >= MAX_CLAIMS:
+        return f"{MAX_CLAIMS} payments were claimed of this transaction, and no more are looked at"
     return ""
+
+
+def _count_payment(draft: MoneyDraft, body: PaymentBody) -> None:
+    """Note on an agreement that one more payment is claimed for it."""
+    if body.agreement_payments:
+        agreement_id = body.agreement_payments[0].agreement_id
+    else:
+        activity = draft.row(Activity, f"activity/{body.activity_payments[0].activity_id}")
+        assert activity is not None, body
+        agreement_id = activity.agreement_id
+    agreement = draft.row(Agreement, f"agreement/{agreement_id}")
+    assert agreement is not None, body
+    draft.put(f"agreement/{agreement_id}", replace(agreement, payments=agreement.payments + 1))
 
 
 def transfer_verified(draft: MoneyDraft, me: str, fact: TransferVerified) -> None:

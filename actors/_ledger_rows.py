@@ -61,6 +61,7 @@ class Agreement(Message, frozen=True):
     invoice_id: str = ""  # the newest that is neither rejected nor cancelled
     invoice_accepted: bool = False
     documents: int = 0  # notes and invoices received
+    payments: int = 0  # claims of payment received
 
 
 class Activity(Message, frozen=True):

@@ -66,6 +66,7 @@ from protocol.negotiation import (
     RejectAgreement,
     TerminateAgreement,
     agreement_body,
+    check_hash,
     check_reason,
     read_properties,
     reason_text,
@@ -75,6 +76,7 @@ from protocol.types import Message, Refused, Violation, address, node_of
 
 DELIVERY_S = 60.0  # to bring a confirmed agreement to the provider
 COMMIT_DELIVERY_S = 3600.0  # to bring the commit to the provider; after that the agreement is terminated
+ANSWER_S = 3600.0  # to bring our word about an agreement that we do not keep
 LAST_APPROVAL_S = 0.03  # an approval this close to `validTo` could not arrive in time
 KEEP_ENDED_S = 90 * 24 * 3600.0
 MAX_VALID_S = 366 * 24 * 3600.0 * 100
@@ -333,13 +335,13 @@ def proposed(draft: Draft, node: str, message: AgreementProposed, meta: Meta) ->
     verify(message.agreement, "agreement", requestor)
     try:
         body = loads(message.agreement.body)
-        agreement_id, proposal_id = body["agreementId"], body["proposalId"]
+        agreement_id, proposal_id = check_hash(body["agreementId"]), check_hash(body["proposalId"])
         created, valid_to = body["created"], body["validTo"]
-        if not isinstance(created, float) or not isinstance(valid_to, float) or not isinstance(agreement_id, str):
-            raise Violation("malformed agreement: created, validTo or agreementId")
+        if not isinstance(created, float) or not isinstance(valid_to, float) or not 0 <= created < 1e11:
+            raise Violation("malformed agreement: created or validTo")
     except (ValueError, KeyError, TypeError) as error:
         raise Violation(f"malformed agreement: {error!r}"[:200]) from None
-    if len(agreement_id) != 64 or draft.get(f"agreement/{agreement_id}"):
+    if draft.get(f"agreement/{agreement_id}"):
         return
     proposal: Proposal | None = draft.get(f"proposal/{proposal_id}")
     mine = draft.get(f"proposal/{proposal.previous_id}") if proposal else None
@@ -360,7 +362,7 @@ def proposed(draft: Draft, node: str, message: AgreementProposed, meta: Meta) ->
             return
         why = "it is not what the last proposals say."
     reason = reason_text(f"Agreement not taken: {why}")
-    draft.do(Send(address(requestor, "negotiation"), AgreementRejected(agreement_id, reason)))
+    draft.do(Send(address(requestor, "negotiation"), AgreementRejected(agreement_id, reason), ANSWER_S))
 
 
 def _from_peer(draft: Draft, agreement_id: str, role: str, meta: Meta) -> Agreement | None:
@@ -377,8 +379,9 @@ def approval(draft: Draft, message: AgreementApproval, meta: Meta) -> None:
     """Requestor: the provider agrees. In time, that makes the agreement; else it hears what we decided before."""
     agreement = _from_peer(draft, message.agreement_id, PROVIDER, meta)
     if not agreement:
+        check_hash(message.agreement_id)
         closed_message = AgreementClosed(message.agreement_id, EXPIRED, reason_text("The agreement is not known here."))
-        draft.do(Send(meta.sender, closed_message))
+        draft.do(Send(meta.sender, closed_message, ANSWER_S))
         return
     if lapsed(agreement, meta.now):
         agreement = _expire(draft, agreement, meta.now)

@@ -73,8 +73,8 @@ MAX_ASKED_PER_NODE = 500
 MAX_SCANS = 64
 MAX_SCAN_TIMEOUT_S = 3600.0
 MAX_WITHDRAWN = 100  # told again with each announcement
-MAX_REFUSALS = 32  # remembered for explanations
-ANSWER_BYTES = 512 * 1024  # documents in one `Offers`
+MAX_REFUSALS, MAX_REASON_CHARS = 32, 300  # remembered for explanations
+ANSWER_BYTES, ANSWERS_BYTES = 512 * 1024, 2048 * 1024  # documents in one `Offers`, and in all of one question
 AT_ONCE = 400  # offers that a new demand is tried against in one step; more are taken part by part
 
 
@@ -328,8 +328,10 @@ class Market:
         room = min(room, MAX_ASKED - (_stats(draft)).asked)
         for offer_id in dict.fromkeys(message.offer_ids):
             asked = draft.get(f"asked/{offer_id}")
-            if draft.get(f"offer/{offer_id}") or draft.get(f"ended/{offer_id}") or (asked and asked.until > now):
+            if draft.get(f"offer/{offer_id}") or draft.get(f"ended/{offer_id}"):
                 continue
+            if asked and asked.until > now and asked.node == origin:
+                continue  # but who tells of offers and does not give them keeps nobody else from it
             if len(unknown) >= room:
                 _refuse(draft, offer_id, f"{origin} told of more offers than we ask for at a time", now)
                 break
@@ -482,14 +484,17 @@ def _try_scan(draft: Draft, key: str, scan: Scan, offer: Subscription) -> None:
 
 
 def _answer(draft: Draft, offer_ids: tuple[str, ...], meta: Meta) -> None:
-    """Send the offers that a peer asks for and that we know, in messages of bounded size."""
+    """Send the offers that a peer asks for and that we know, up to a size; for the rest it asks again."""
     if len(offer_ids) > MAX_IDS:
         raise Violation(f"a question has at most {MAX_IDS} ids")
     part: list[Document] = []
-    parts, size = [part], 0
+    parts, size, total = [part], 0, 0
     for offer_id in offer_ids:
         row = draft.get(f"offer/{offer_id}")
         if row and row.expires > meta.now:
+            total += len(row.document.body)
+            if total > ANSWERS_BYTES:
+                break
             if size + len(row.document.body) > ANSWER_BYTES:
                 part = []
                 parts.append(part)
@@ -518,8 +523,8 @@ def _count(draft: Draft, node: str, offers: int = 0, asked: int = 0) -> None:
 
 def _refuse(draft: Draft, offer_id: str, reason: str, now: float) -> None:
     """Note an offer that is not kept, and why."""
-    stats = _stats(draft)
-    draft.put("stats", replace(stats, refused=(*stats.refused, Refusal(offer_id, reason, now))[-MAX_REFUSALS:]))
+    stats, refusal = _stats(draft), Refusal(offer_id, reason[:MAX_REASON_CHARS], now)
+    draft.put("stats", replace(stats, refused=(*stats.refused, refusal)[-MAX_REFUSALS:]))
 
 
 def _stats(draft: Draft) -> Stats:

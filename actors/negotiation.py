@@ -5,7 +5,7 @@ The market says which demand and offer match; from there the agents of both side
 when an agreement is made and when it is over.
 
 Rows: `subscription/<id>` (own offers and demands), `proposal/<id>`, `of/<subscription>/<proposal>` (index),
-`pair/<demand>/<offer>`, `agreement/<id>`. All survive a restart.
+`pair/<demand>/<offer>` and `opened/<offer>/<node>` (counts), `agreement/<id>`. All survive a restart.
 Feeds: `demand/<id>` and `offer/<id>` for the agent's polls, `agreements` and `agreement/<id>` for what becomes of agreements.
 """
 
@@ -61,7 +61,9 @@ class Negotiation:
     name = "negotiation"
     local = LocalNegotiation
     peer = PeerNegotiation
-    rows = proposals.SubscriptionRow | proposals.Pair | proposals.Belongs | proposals.Proposal | Agreement
+    rows = (
+        proposals.SubscriptionRow | proposals.Pair | proposals.Opened | proposals.Belongs | proposals.Proposal | Agreement
+    )
     sources = _SOURCES
 
     def __init__(self, node_id: str) -> None:

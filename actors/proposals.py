@@ -35,6 +35,7 @@ from protocol.negotiation import (
     ProposalRejectedEvent,
     RejectProposal,
     check_constraints,
+    check_hash,
     check_reason,
     mismatch_text,
     proposal_id,
@@ -48,6 +49,7 @@ DELIVERY_S = 60.0  # how long a proposal may take to the peer before its issuer 
 KEEP_ENDED_S = 3600.0  # proposals can be read this long after their subscription
 MAX_PROPOSALS_PER_PAIR = 100
 MAX_PROPOSALS = 20_000  # of one subscription
+MAX_OPENED_PER_NODE = 500  # negotiations about one offer: nobody uses it up for the others
 FORGET_AT_ONCE = 500
 
 INITIAL, DRAFT, REJECTED, ACCEPTED = "Initial", "Draft", "Rejected", "Accepted"
@@ -66,6 +68,12 @@ class Pair(Message, frozen=True, tag="pair"):
     """How much a demand and an offer have negotiated."""
 
     proposals: int
+
+
+class Opened(Message, frozen=True, tag="opened"):
+    """How many negotiations a node has opened about an offer of ours."""
+
+    negotiations: int
 
 
 class Belongs(Message, frozen=True, tag="belongs"):
@@ -139,6 +147,7 @@ def forget(draft: Draft, subscription_id: str, now: float) -> None:
         if proposal:
             draft.put(f"proposal/{proposal.proposal_id}", None)
             draft.put(f"pair/{proposal.demand_id}/{proposal.offer_id}", None)
+            draft.put(f"opened/{subscription_id}/{proposal.requestor}", None)
     draft.put(f"subscription/{subscription_id}", None)
     if row:
         draft.do(DropFeed(f"{row.document.kind}/{subscription_id}"))
@@ -319,6 +328,8 @@ def reject(draft: Draft, node: str, message: RejectProposal) -> None:
 # -- what the other side says
 def received_first(draft: Draft, node: str, message: ProposalOpened, meta: Meta) -> None:
     """A requestor opens a negotiation about an offer of ours. Raises `Violation`."""
+    check_hash(message.proposal_id)
+    check_hash(message.initial_id)
     if draft.get(f"proposal/{message.proposal_id}"):
         return None
     row = draft.get(f"subscription/{message.offer_id}")
@@ -352,9 +363,13 @@ def received_first(draft: Draft, node: str, message: ProposalOpened, meta: Meta)
     )
     if draft.get(f"proposal/{initial.proposal_id}"):
         raise Violation("the proposal was already countered")
-    why = _over(draft, initial, meta.now) or _no_room(draft, initial) or mismatch(proposal, initial)
+    opened_key = f"opened/{message.offer_id}/{demand.owner}"
+    count = (draft.get(opened_key) or Opened(0)).negotiations
+    full = f"there were {count} negotiations about this offer" if count >= MAX_OPENED_PER_NODE else ""
+    why = _over(draft, initial, meta.now) or full or _no_room(draft, initial) or mismatch(proposal, initial)
     if why:
         return _send_back(draft, meta.sender, message.proposal_id, why)
+    draft.put(opened_key, Opened(count + 1))
     _add(draft, initial)
     _link(draft, initial, proposal)
     draft.do(Emit(proposal.own_feed, ProposalEvent(proposal.proposal_id)))
@@ -363,6 +378,7 @@ def received_first(draft: Draft, node: str, message: ProposalOpened, meta: Meta)
 
 def received(draft: Draft, node: str, message: ProposalCountered, meta: Meta) -> None:
     """The other side counters our proposal. Raises `Violation`."""
+    check_hash(message.proposal_id)
     previous = draft.get(f"proposal/{message.previous_id}")
     if not previous:
         return _send_back(draft, meta.sender, message.proposal_id, "the proposal that it answers is not known here")

@@ -223,8 +223,11 @@ class Subscription:
 
 
 def canonical(value: Any) -> bytes:
-    """Return JSON as it is signed: no spaces, UTF-8, keys in the order given, no NaN."""
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    """Return JSON as it is signed: no spaces, UTF-8, keys in the order given, no NaN. Raises `ValueError`."""
+    try:
+        return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    except RecursionError:
+        raise ValueError("nested too deep for JSON") from None
 
 
 def _no_constant(text: str) -> Any:

@@ -9,6 +9,7 @@ Properties travel as JSON text: MessagePack would be free to change the form of 
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +29,7 @@ REQUESTOR, PROVIDER = "Requestor", "Provider"
 MAX_REASON_BYTES = 16 * 1024
 MAX_SESSION_CHARS = 256
 MAX_SHOWN_REASONS = 5
+_HASH = re.compile(r"[0-9a-f]{64}\Z")
 
 
 # -- between nodes
@@ -306,6 +308,13 @@ def read_properties(text: str) -> Mapping[str, Any]:
     except (ValueError, TermsError) as error:
         raise Violation(f"the properties are not in order: {str(error)[:200]}") from None
     return properties
+
+
+def check_hash(text: Any) -> str:
+    """Return `text` if it is the id of a proposal or agreement: 64 hex digits. Raises `Violation`."""
+    if not isinstance(text, str) or not _HASH.match(text):
+        raise Violation("the id of a proposal or agreement has 64 hex digits")
+    return text
 
 
 def check_constraints(constraints: str) -> None:

@@ -145,15 +145,26 @@ def test_an_offer_is_asked_for_once_while_the_answer_is_due(requestor: Playbook)
     for origin in (PROVIDER_ID, PROVIDER_ID, OTHER_ID):
         requestor.tell(Announced(origin, OffersAnnounced((offer_id,))))
     assert requestor.take_sent(PROVIDER_MARKET) == [GetOffers((offer_id,))]
-    assert requestor.sent(f"{OTHER_ID}/market") == []
+    assert requestor.sent(f"{OTHER_ID}/market") == [GetOffers((offer_id,))]  # anybody may tell of it, and answer
+    assert requestor.rows["stats"].asked == 1
     requestor.at(market.ASKED_FOR_S)
     assert not list(requestor.rows.prefix("asked/"))
-    requestor.tell(Announced(OTHER_ID, OffersAnnounced((offer_id,))))  # anybody may tell of it, and answer
-    assert requestor.sent(f"{OTHER_ID}/market") == [GetOffers((offer_id,))]
+    requestor.tell(Announced(PROVIDER_ID, OffersAnnounced((offer_id,))))
+    assert requestor.sent(PROVIDER_MARKET) == [GetOffers((offer_id,))]
     requestor.tell(Offers((document,)), OTHER_ID)
     assert requestor.rows[f"offer/{offer_id}"].owner == PROVIDER_ID
     requestor.tell(Announced(OTHER_ID, OffersAnnounced((offer_id,))))
     assert len(requestor.sent(f"{OTHER_ID}/market")) == 1
+
+
+def test_who_tells_of_offers_and_does_not_give_them_keeps_nobody_from_them(requestor: Playbook) -> None:
+    offer_id, document = offer(START)
+    requestor.tell(Announced(OTHER_ID, OffersAnnounced((offer_id,))))
+    requestor.tell(Announced(PROVIDER_ID, OffersAnnounced((offer_id,))))
+    assert requestor.sent(PROVIDER_MARKET) == [GetOffers((offer_id,))]
+    requestor.tell(Offers((document,)), PROVIDER_ID)
+    assert requestor.rows[f"offer/{offer_id}"].owner == PROVIDER_ID
+    assert requestor.rows["stats"].asked == 0
 
 
 def test_a_question_that_did_not_arrive_may_be_asked_again(requestor: Playbook) -> None:
