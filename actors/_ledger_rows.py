@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from decimal import Context, Decimal, Inexact
 from typing import Any, Protocol
 
-from protocol.ledger import AcceptanceBody, encode_body
+from protocol.ledger import LOCAL_CHAIN, AcceptanceBody, encode_body
 from protocol.types import Message, digest
 
 PAYEE, PAYER = "payee", "payer"
@@ -191,10 +191,11 @@ def acceptance_of(document: PaymentDocument) -> bytes:
     )
 
 
-def decorations(allocations: Sequence[Allocation]) -> dict[str, list[object]]:
+def decorations(allocations: Sequence[Allocation], local_chain: str | None = None) -> dict[str, list[object]]:
     """Return the demand properties and constraints by which a provider and these allocations find a common platform.
 
     A single allocation gives a bare constraint: SDKs split every string at its operator and choke on a compound one.
+    `local_chain` names the dev chain where the money is on one: a provider on another would never see it.
     """
     prefix = "golem.com.payment.platform."
     pairs = list(dict.fromkeys((f"{prefix}{a.platform}.address", a.address) for a in allocations))
@@ -204,6 +205,11 @@ def decorations(allocations: Sequence[Allocation]) -> dict[str, list[object]]:
         "properties": [
             *({"key": key, "value": value} for key, value in pairs),
             {"key": "golem.com.payment.protocol.version", "value": "3"},
+            *([{"key": LOCAL_CHAIN, "value": local_chain}] if local_chain else []),
         ],
-        "constraints": [platforms, "(golem.com.payment.protocol.version>1)"],
+        "constraints": [
+            platforms,
+            "(golem.com.payment.protocol.version>1)",
+            *([f"({LOCAL_CHAIN}={local_chain})"] if local_chain else []),
+        ],
     }

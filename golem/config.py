@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -47,6 +47,7 @@ class Config:
     mdns: bool = True
     network_name: str = "golem"
     chain_dir: Path = Path()
+    chain_url: str = ""  # of a dev chain that somebody serves already; empty = the one in `chain_dir`
     allow_origins: tuple[str, ...] = ()
     autoconf_app_key: str = ""
     autoconf_id_secret: str = ""
@@ -85,6 +86,18 @@ def parse_api_url(url: str) -> tuple[str, int]:
     if not parts.hostname or parts.scheme not in ("", "http"):
         raise ConfigError(f"API URL {url!r}: expected http://HOST:PORT")
     return parts.hostname, port if port is not None else 7465
+
+
+def parse_chain_url(url: str) -> str:
+    """Return the URL of a dev chain in its plain form. Raises `ConfigError`."""
+    parts = urlsplit(url)
+    try:
+        complete = parts.scheme in ("http", "https") and parts.hostname and parts.port
+    except ValueError as error:
+        raise ConfigError(f"chain URL {url[:80]!r}: {error}") from None
+    if not complete or parts.username or parts.query or parts.fragment or parts.path not in ("", "/"):
+        raise ConfigError(f"chain URL {url[:80]!r}: expected http://HOST:PORT")
+    return f"{parts.scheme}://{parts.netloc}"
 
 
 def _number(env: Mapping[str, str], name: str, default: float, low: float, high: float) -> float:
@@ -134,6 +147,7 @@ def config_from(env: Mapping[str, str], **flags: object) -> Config:
         "api_port_fixed": bool(api_url),
         "profile": profile,
         "chain_dir": Path(str(chain_dir)).expanduser().absolute(),
+        "chain_url": env.get("GOLEM_CHAIN_URL", ""),
         "listen": _list(env.get("GOLEM_LISTEN", "")),
         "bootstrap": _list(env.get("GOLEM_BOOTSTRAP", "")),
         "mdns": env.get("GOLEM_MDNS", "1") not in ("0", "false", "no"),
@@ -151,6 +165,10 @@ def config_from(env: Mapping[str, str], **flags: object) -> Config:
         "skip_allocation_validation": env.get("YAGNA_DEV_SKIP_ALLOCATION_VALIDATION", "") == "1",
     }
     config = Config(**{**values, **given})  # type: ignore[arg-type]
+    if config.chain_url and config.profile != "local":
+        raise ConfigError(f"--chain-url (GOLEM_CHAIN_URL) names a dev chain, which the profile {config.profile} does not use")
+    if config.chain_url:
+        config = replace(config, chain_url=parse_chain_url(config.chain_url))
     if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", config.network_name):
         raise ConfigError(f"network name {config.network_name[:80]!r}: expected 1 to 64 letters, digits, dots, _ or -")
     if config.autoconf_app_key and not re.fullmatch(r"[!-~]{1,256}", config.autoconf_app_key):

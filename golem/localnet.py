@@ -129,18 +129,23 @@ class LocalNet:
         self.folder = folder
         self.name = f"localnet-{secrets.token_hex(4)}"
         self.chain_dir = folder / "chain"
+        self.chain_dirs = {self.chain_dir}
         self.nodes: dict[str, LocalNode] = {}
         self.agents: dict[str, Process] = {}
 
-    async def start_node(self, name: str, *, wait: bool = True, extra: Mapping[str, str] = {}) -> LocalNode:
-        """Start a node named `name` on loopback and free ports."""
+    async def start_node(
+        self, name: str, *, wait: bool = True, extra: Mapping[str, str] = {}, chain_dir: Path | None = None
+    ) -> LocalNode:
+        """Start a node named `name` on loopback and free ports, on the market's chain or one of its own (`chain_dir`)."""
         data_dir = self.folder / name
+        chain_dir = chain_dir or self.chain_dir
+        self.chain_dirs.add(chain_dir)
         data_dir.mkdir(parents=True, exist_ok=True)
         app_key = secrets.token_hex(16)
         arguments = [
             sys.executable, "-m", "golem.cli", "--data-dir", str(data_dir), "run", "--plain-key",
             "--api-url", "http://127.0.0.1:0", "--listen", "127.0.0.1:0", "--network-name", self.name,
-            "--chain-dir", str(self.chain_dir),
+            "--chain-dir", str(chain_dir),
         ]  # fmt: skip
         process = Process(name, arguments, {"YAGNA_AUTOCONF_APPKEY": app_key, **extra}, self.folder / f"{name}.log")
         path = f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}"
@@ -191,7 +196,8 @@ class LocalNet:
                 nursery.start_soon(node.process.stop)
         from golem.chain.devchain import stop_devchain
 
-        await stop_devchain(self.chain_dir)
+        for chain_dir in self.chain_dirs:
+            await stop_devchain(chain_dir)
         for pid in self.pids(lambda line: "golem" in line):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

@@ -102,7 +102,7 @@ async def open_node(config: Config, ask_password: AskPassword | None = None) -> 
     """
     async with AsyncExitStack() as stack:
         lock_data_dir(config.data_dir, stack)
-        if config.profile == "local":
+        if config.profile == "local" and not config.chain_url:
             make_folder(config.chain_dir, "chain")
         identity = await trio.to_thread.run_sync(open_identity, config, ask_password)
         app_keys = AppKeys(config.data_dir / APP_KEYS)

@@ -16,6 +16,7 @@ from protocol.types import Message, Violation
 
 DEBIT_NOTE = "debit-note"
 INVOICE = "invoice"
+LOCAL_CHAIN = "golem.com.payment.local-chain"  # in offers and demands: on which dev chain the platforms are
 MAX_USAGE_COUNTERS = 64
 MAX_ACTIVITIES = 1000  # of one invoice
 MAX_ID_CHARS = 80

@@ -156,7 +156,7 @@ PUBLIC = (
 )
 
 
-def local_rows(dev_url: str) -> tuple[Network, ...]:
+def local_rows(dev_url: str, simulated_by: str = SIMULATED) -> tuple[Network, ...]:
     """The dev chain at `dev_url` under its own name and as stand-in for the agents' default networks."""
     local = Network(
         "local",
@@ -169,7 +169,7 @@ def local_rows(dev_url: str) -> tuple[Network, ...]:
         dev_faucet=True,
         poll_s=0.3,
         stuck_s=3.0,
-        simulated_by=SIMULATED,
+        simulated_by=simulated_by,
     )
     return (local, *(replace(local, name=name) for name in STAND_INS))
 
@@ -204,8 +204,9 @@ class Networks:
 
 
 def load(
-    profile: str, *, dev_url: str | None = None, environ: Mapping[str, str] = os.environ, extra: Path | None = None
-) -> Networks:
+    profile: str, *, dev_url: str | None = None, simulated_by: str = SIMULATED,
+    environ: Mapping[str, str] = os.environ, extra: Path | None = None,
+) -> Networks:  # fmt: skip
     """The table of a profile: "local" (needs `dev_url`), "testnet" or "mainnet"; the file `extra` replaces or adds rows.
 
     ValueError for an unknown profile or a bad file.
@@ -215,7 +216,7 @@ def load(
     if profile == "local":
         if dev_url is None:
             raise ValueError("the local profile needs the dev chain's URL")
-        rows = list(local_rows(dev_url))
+        rows = list(local_rows(dev_url, simulated_by))
     else:
         rows = [_with_env(row, environ) for row in PUBLIC if row.is_test == (profile == "testnet")]
     return Networks([*rows, *(read_rows(extra) if extra and extra.exists() else ())], DEFAULT_NETWORK[profile])

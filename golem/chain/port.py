@@ -2,7 +2,8 @@
 
 `Chain` is the port (a mailbox of the node's kernel) and the face of the chain layer to REST and command line: networks,
 accounts, balances, problems, test money. One engine serves all networks that are one chain. On the local profile the
-dev chain is started when nobody serves it, and again when it dies; everything here answers before it is up.
+dev chain is started when nobody serves it, and again when it dies, unless the node was given another machine's
+(`chain_url`); everything here answers before it is up.
 
 Both kinds of work are on disk before the mailbox moves on (batches and claims in `chain.db`), and their ends are posted
 through the kernel's links before they are struck off: nothing is lost, and a repeat is recognised by its id.
@@ -25,7 +26,7 @@ from golem.chain import token
 from golem.chain.devchain import DevChainError, ensure_devchain
 from golem.chain.engine import Engine
 from golem.chain.events import Confirmed, Event, Failed, NonceLost, Problem, Sent, Stuck
-from golem.chain.networks import DRIVER, Network, Networks
+from golem.chain.networks import DRIVER, SIMULATED, Network, Networks
 from golem.chain.rpc import Head, Rpc, RpcError
 from golem.chain.signer import Key
 from golem.chain.store import Claim, Claims, TransferBatch
@@ -53,6 +54,8 @@ UNKNOWN_S = 1800.0  # a claimed transaction that our node has not heard of for s
 DEVCHAIN_LOOK_S = 5.0
 DEVCHAIN_IDLE_S = 900.0  # it ends so long after the last node that looked; its blocks stay
 START_WAIT_S = 60.0
+NAME_WAIT_S = 10.0  # for the dev chain's name: somebody waits for an answer to an HTTP request
+NAME_DIGITS = 16
 EXTRA_ROWS = "networks.json"  # in the data directory: rows of the user's own
 
 
@@ -65,6 +68,8 @@ class Settings(Protocol):
     def profile(self) -> str: ...
     @property
     def chain_dir(self) -> Path: ...
+    @property
+    def chain_url(self) -> str: ...
 
 
 class Secret(Protocol):
@@ -82,9 +87,14 @@ class Chain:
 
     def __init__(self, config: Settings, key: Key, system: System, clock: Callable[[], float] = time.time) -> None:
         self.address, self._system, self._clock = key.address, system, clock
-        self._dev_dir = config.chain_dir if config.profile == "local" else None
-        dev_url = UNSTARTED if self._dev_dir else None
-        self.networks: Networks = table.load(config.profile, dev_url=dev_url, extra=config.data_dir / EXTRA_ROWS)
+        self._dev_url = config.chain_url if config.profile == "local" else ""  # given, not ours to start
+        self._dev_dir = config.chain_dir if config.profile == "local" and not self._dev_url else None
+        self.networks: Networks = table.load(
+            config.profile,
+            dev_url=self._dev_url or UNSTARTED,
+            simulated_by=f"dev chain at {self._dev_url}" if self._dev_url else SIMULATED,
+            extra=config.data_dir / EXTRA_ROWS,
+        )
         self._claims = Claims(config.data_dir / "chain.db")
         self._claimed = trio.Event()
         self._up = trio.Event()
@@ -250,6 +260,26 @@ class Chain:
         """Payees that one transaction takes, by platform."""
         return {row.platform: self._engines[row.chain].max_payees for row in self.networks}
 
+    @property
+    def dev_url(self) -> str | None:
+        """Where the dev chain answers; None until it is up, and on real networks."""
+        row = self._simulated()
+        return self._rpcs[row.chain].pool.endpoints[0].url if row and self._up.is_set() else None
+
+    async def local_chain(self) -> str | None:
+        """The dev chain's name: the first 16 hex digits of its genesis hash. None on real networks. RpcError.
+
+        Two dev chains have the same platforms, and money on one is nothing on the other: offers and demands name it.
+        """
+        row = self._simulated()
+        if row is None:
+            return None
+        _, rpc = await self._reach(row.name, NAME_WAIT_S)
+        return (await rpc.genesis_hash()).removeprefix("0x")[:NAME_DIGITS]
+
+    def _simulated(self) -> Network | None:
+        return next((row for row in self.networks if row.simulated_by), None)
+
     async def balances(self, network: str, address: str | None = None) -> token.Balances:
         """Coins and tokens of an address (default: this node's). RpcError."""
         row, rpc = await self._reach(network)
@@ -273,12 +303,26 @@ class Chain:
         """Reserved, outgoing and incoming sums of the ledger on one platform; see `golem.chain.totals`."""
         return totals(self._system.rows("ledger"), platform)
 
-    async def _reach(self, network: str) -> tuple[Network, Rpc]:
+    async def _reach(self, network: str, patience_s: float = START_WAIT_S) -> tuple[Network, Rpc]:
         row = self.networks.by_name(network)
-        with trio.move_on_after(START_WAIT_S):
+        rpc = self._rpcs[row.chain]
+        if self._dev_url and row.simulated_by:
+            await self._look_at(rpc)
+        with trio.move_on_after(patience_s):
             await self._up.wait()
-            return row, self._rpcs[row.chain]
+            return row, rpc
         raise RpcError(f"the dev chain is not up: see devchain.log in {self._dev_dir}", "down")
+
+
+    async def _look_at(self, rpc: Rpc) -> None:
+        """Raise an RpcError in plain words where the chain that this node was given does not answer."""
+        try:
+            await rpc.pool.call("eth_chainId")
+        except RpcError as error:
+            if error.kind != "down":
+                raise
+            hint = "does `golem chain run --host ...` run there?"
+            raise RpcError(f"the dev chain at {self._dev_url} (--chain-url) does not answer; {hint} ({error})", "down") from None
 
 
 def _words(error: Exception) -> str:

@@ -74,7 +74,7 @@ class Pool:
             raise ValueError(f"network {network.name} has no RPC URL")
         self.network = network
         self.endpoints = [Endpoint(url) for url in network.rpc_urls]
-        local = all("//127.0.0.1" in url or "//localhost" in url for url in network.rpc_urls)
+        local = all("//127.0.0.1" in url or "//localhost" in url for url in network.rpc_urls) or network.dev_faucet
         headers = {"content-type": "application/json"}
         self._client = httpx.AsyncClient(timeout=timeout_s, transport=transport, headers=headers, trust_env=not local)
         self._ids = itertools.count(1)

@@ -46,6 +46,7 @@ NODE_PATIENCE_S = 30.0  # at the start
 STOP_S = 20.0
 MAX_PICKED_UP = 20
 LOOK_S = 2.0  # at the files
+ACCOUNTS_S = 15.0  # between looks at the accounts: their dev chain may be made anew
 
 
 class AgentError(Exception):
@@ -275,11 +276,14 @@ class Offers:
         return chosen or [one for one in presets.all if one.runtime in wanted]
 
     async def watch(self, system: System) -> None:
-        """Take up changes of presets and hardware until cancelled."""
-        seen = self._stamp()
+        """Take up changes of presets, hardware and accounts until cancelled."""
+        seen, asked_at = self._stamp(), trio.current_time()
         while True:
             await trio.sleep(LOOK_S)
-            if (stamp := self._stamp()) == seen:
+            other_accounts = False
+            if trio.current_time() - asked_at >= ACCOUNTS_S:
+                other_accounts, asked_at = await self._accounts_changed(), trio.current_time()
+            if (stamp := self._stamp()) == seen and not other_accounts:
                 continue
             seen = stamp
             try:
@@ -287,10 +291,22 @@ class Offers:
             except SettingsError as error:
                 log.warning("%s (the offers stay as they are)", error)
                 continue
-            log.info("presets or hardware changed: %d offers", len(found))
+            log.info("presets, hardware or accounts changed: %d offers", len(found))
             for problem in problems:
                 log.warning("not offered: %s", problem)
             await system.ask("provider", OffersChanged(found))
+
+    async def _accounts_changed(self) -> bool:
+        """Ask for the accounts again; while the node or its chain does not say, they stay as they are."""
+        try:
+            raw = await self._client.call("GET", f"{PAYMENT}/providerAccounts")
+        except (ApiError, NodeAway):
+            return False
+        found = list(wanted_accounts(raw, self._settings.networks))
+        if not found or found == self._accounts:
+            return False
+        self._accounts = found
+        return True
 
     def _stamp(self) -> tuple[int, ...]:
         files = (self._settings.data_dir / name for name in (PRESETS, HARDWARE))

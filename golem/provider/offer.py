@@ -16,6 +16,7 @@ from actors._provider_negotiators import ACCEPT_TIMEOUT, COEFFS, INTERVAL, PAYME
 from golem.provider.hardware import Profile, cpu_properties
 from golem.provider.presets import Preset
 from golem.provider.processes import unit_environment
+from protocol.ledger import LOCAL_CHAIN
 from protocol.provider import OfferSpec
 
 log = logging.getLogger("golem.provider")
@@ -100,6 +101,8 @@ def offer_spec(
     }
     for account in accounts:
         properties[f"golem.com.payment.platform.{account['platform']}.address"] = account["address"]
+        if isinstance(account.get("chain"), str):  # a dev chain: only who is on the same one can pay
+            properties[LOCAL_CHAIN] = account["chain"]
     return OfferSpec(preset.name, preset.runtime, json.dumps(properties, sort_keys=True), subnet)
 
 
@@ -114,6 +117,7 @@ def wanted_accounts(accounts: Any, networks: Sequence[str]) -> list[Mapping[str,
     return sorted(found, key=lambda one: str(one["platform"]))
 
 
-def constraints(subnet: str, now: float) -> str:
-    """Return the constraints of an offer that is published now."""
-    return f"(&\n  (golem.srv.comp.expiration>{int(now * 1000)})\n  (golem.node.debug.subnet={subnet})\n)"
+def constraints(subnet: str, now: float, local_chain: str | None = None) -> str:
+    """Return the constraints of an offer that is published now; `local_chain` names the dev chain it is paid on, if any."""
+    chain = f"  ({LOCAL_CHAIN}={local_chain})\n" if local_chain else ""
+    return f"(&\n  (golem.srv.comp.expiration>{int(now * 1000)})\n  (golem.node.debug.subnet={subnet})\n{chain})"

@@ -22,6 +22,7 @@ from actors.kernel.system import System
 from golem.provider.client import ACTIVITY, MARKET, PAYMENT, ApiError, NodeAway, NodeClient, part
 from golem.provider.offer import constraints
 from golem.provider.polls import ProposalCache, watch_offer
+from protocol.ledger import LOCAL_CHAIN
 from protocol.provider import (
     ActivityClosed,
     ApprovalEnded,
@@ -146,7 +147,9 @@ class RestPort:
 
     # -- offers and negotiation
     async def _publish(self, message: PublishOffer) -> Message:
-        body = {"properties": json.loads(message.properties), "constraints": constraints(message.subnet, time.time())}
+        properties = json.loads(message.properties)
+        text = constraints(message.subnet, time.time(), properties.get(LOCAL_CHAIN))
+        body = {"properties": properties, "constraints": text}
         offer_id = await self._client.persist(
             "publishing the offer", partial(self._client.call, "POST", f"{MARKET}/offers", body=body)
         )

@@ -103,7 +103,17 @@ def routes(api: Blueprint, node: Node) -> None:
         rows = [node.system.rows("ledger").get(f"allocation/{each}") for each in ids[:MAX_ITEMS]]
         if any(row is None or row.released_at is not None for row in rows):
             raise ApiError(404, None)
-        return respond_json(decorations(rows))
+        simulated = {network.platform for network in node.chain.networks if network.simulated_by}
+        chain = await local_chain(node) if any(row.platform in simulated for row in rows) else None
+        return respond_json(decorations(rows, chain))
+
+
+async def local_chain(node: Node) -> str | None:
+    """Return the name of the dev chain that this node's money is on, `None` on real networks. 503 while it is away."""
+    try:
+        return await node.chain.local_chain()
+    except RpcError as error:
+        raise _problem(503, "chain-unknown", f"it is not known which dev chain this is: {error}") from None
 
 
 def render(row: Allocation) -> dict[str, Any]:

@@ -54,10 +54,16 @@ def blueprint(node: Node) -> Blueprint:
 
 def _accounts(api: Blueprint, node: Node) -> None:
     @api.get("/requestorAccounts")
-    @api.get("/providerAccounts")
     async def accounts() -> Response:
         caller()
         return respond_json(node.chain.accounts())
+
+    @api.get("/providerAccounts")
+    async def provider_accounts() -> Response:
+        """As above, with the dev chain's name where a platform is on one: the provider agent puts it into its offers."""
+        caller()
+        chain = await allocations.local_chain(node)
+        return respond_json([row | ({"chain": chain} if row.get("simulatedBy") else {}) for row in node.chain.accounts()])
 
     @api.get("/payments/status")
     async def status() -> Response:

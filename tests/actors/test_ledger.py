@@ -127,6 +127,9 @@ def test_decorations_of_one_and_of_two_allocations() -> None:
         "(|\n  (golem.com.payment.platform.P1.address=*)\n  (golem.com.payment.platform.P2.address=*)\n)"
     )
     assert len(two["properties"]) == 3
+    local = decorations([row("P1", "X1")], "00112233aabbccdd")
+    assert local["constraints"] == [*one["constraints"], "(golem.com.payment.local-chain=00112233aabbccdd)"]
+    assert local["properties"] == [*one["properties"], {"key": "golem.com.payment.local-chain", "value": "00112233aabbccdd"}]
 
 
 # -- documents

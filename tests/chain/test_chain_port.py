@@ -71,6 +71,7 @@ class Settings:
     data_dir: Path
     chain_dir: Path
     profile: str = "local"
+    chain_url: str = ""
 
 
 class Secret:

@@ -32,7 +32,7 @@ pytestmark = [
 ]  # fmt: skip
 
 MARKET = "/market-api/v1"
-NOBODY = "http://127.0.0.1:9"  # no chain is needed here: the nodes look for one where nothing listens
+NOBODY = "http://127.0.0.1:9"  # no chain is needed here: the nodes are told of one where nothing listens
 CALL = """
 import sys, urllib.error, urllib.request
 method, url, key, body = sys.argv[1:]
@@ -93,7 +93,7 @@ class Lan:
         namespace, data_dir, key = self.plug_in(machine), self.folder / machine, secrets.token_hex(16)
         line = ["ip", "netns", "exec", namespace, sys.executable, "-m", "golem.cli", "--data-dir", str(data_dir), "run",
                 "--plain-key", "--network-name", self.name, "--chain-dir", str(self.folder / "chain")]  # fmt: skip
-        environment = {"YAGNA_AUTOCONF_APPKEY": key, "LOCAL_GETH_ADDR": NOBODY}
+        environment = {"YAGNA_AUTOCONF_APPKEY": key, "GOLEM_CHAIN_URL": NOBODY}
         process = Process(machine, line, environment, self.folder / f"{machine}.log")
         node = self.nodes[machine] = LocalNode(machine, data_dir, key, process)
         process.start()

@@ -6,15 +6,22 @@ import json
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+import trio
 from click.testing import CliRunner
+from support import mock_trio_test
 
 from actors._provider_negotiators import COEFFS, VECTOR, Terms
 from golem.cli import main
+from golem.provider.agent import ACCOUNTS_S, LOOK_S, Offers
+from golem.provider.client import NodeClient
 from golem.provider.hardware import Profile, default_profile, load_profile, machine_profile
 from golem.provider.offer import Template, constraints, offer_spec, wanted_accounts
 from golem.provider.presets import Preset, load_presets, parse_price
-from golem.provider.settings import SettingsError, names, read_json, read_rules
+from golem.provider.settings import Settings, SettingsError, names, read_json, read_rules
+from protocol.ledger import LOCAL_CHAIN
+from protocol.provider import OffersChanged
 from protocol.terms import compile_constraint, match
 
 ACCOUNT = {"platform": "erc20-local-tglm", "address": "0x" + "9" * 40, "network": "local"}
@@ -117,6 +124,46 @@ def test_an_offer_matches_a_demand_of_the_same_subnet() -> None:
         offer = json.loads(spec.properties)
         found = match(demand, compile_constraint(wanted), offer, compile_constraint(constraints("testnet", now)))
         assert bool(found) is matches
+
+
+def test_an_offer_matches_only_demands_of_its_own_dev_chain() -> None:
+    account = {**ACCOUNT, "chain": "00112233aabbccdd"}
+    spec = offer_spec(Preset("p", "wasmtime"), TEMPLATE, Profile(2, 4.0, 10.0), [account], "prov", "testnet", Terms())
+    offer, now = json.loads(spec.properties), 1_800_000_000.0
+    assert offer[LOCAL_CHAIN] == account["chain"]
+    offered = constraints("testnet", now, account["chain"])
+    for chain, matches in (("00112233aabbccdd", True), ("00112233aabbccde", False), (None, False)):
+        demand = {"golem.node.debug.subnet": "testnet", "golem.srv.comp.expiration": int(now * 1000) + 1}
+        demand |= {LOCAL_CHAIN: chain} if chain else {}
+        wanted = f"({LOCAL_CHAIN}={chain})" if chain else "()"
+        assert bool(match(demand, compile_constraint(wanted), offer, compile_constraint(offered))) is matches
+
+
+@mock_trio_test
+async def test_a_dev_chain_made_anew_renews_the_offers(tmp_path: Path) -> None:
+    answers = [[{**ACCOUNT, "chain": name}] for name in ("first", "first", "second")] + [None]
+
+    def node(request: httpx.Request) -> httpx.Response:
+        found = answers.pop(0) if len(answers) > 1 else answers[0]
+        return httpx.Response(200, json=found) if found else httpx.Response(503, json={"message": "the dev chain is not up"})
+
+    told: list[str] = []
+
+    class System:
+        async def ask(self, actor: str, message: OffersChanged) -> None:
+            told.extend(json.loads(spec.properties)[LOCAL_CHAIN] for spec in message.offers)
+
+    settings = Settings(tmp_path, tmp_path / "node.json", "", "key", "prov")
+    async with NodeClient(lambda: "http://node", "key", httpx.MockTransport(node)) as client:
+        offers = Offers(settings, client)
+        offers._templates["wasmtime"] = TEMPLATE
+        assert [json.loads(spec.properties)[LOCAL_CHAIN] for spec in await offers.current()] == ["first"]
+        with trio.move_on_after(ACCOUNTS_S + 2 * LOOK_S):
+            await offers.watch(System())  # type: ignore[arg-type]
+        assert told == []
+        with trio.move_on_after(3 * ACCOUNTS_S):
+            await offers.watch(System())  # type: ignore[arg-type]
+        assert told == ["second"]
 
 
 def test_a_preset_may_not_price_what_the_runtime_does_not_count() -> None:

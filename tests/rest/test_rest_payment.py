@@ -17,7 +17,8 @@ from node_in_test import HEADERS, node_in_test
 from quart_trio import QuartTrio
 from support import trio_test
 
-from golem.chain.devchain import stop_devchain
+from golem.chain import port
+from golem.chain.devchain import ensure_devchain, stop_devchain
 from golem.node import Node
 from golem.rest import app as rest_app
 from golem.rest import payment
@@ -26,6 +27,7 @@ from protocol.negotiation import AgreementApproved
 
 PLATFORM = "erc20-holesky-tglm"
 STAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z\Z")
+NOBODY = "http://127.0.0.1:9"
 DUE = "2031-01-01T00:00:00+00:00"
 
 
@@ -110,7 +112,6 @@ async def two(tmp_path: Path, **flags: Any) -> AsyncIterator[tuple[Agent, Agent]
 async def test_accounts_list_every_platform_of_the_profile(tmp_path: Path) -> None:
     async with one(tmp_path) as agent:
         accounts = await agent.get("/requestorAccounts")
-        assert await agent.get("/providerAccounts") == accounts
         assert [account["platform"] for account in accounts] == [
             "erc20-local-tglm", "erc20-holesky-tglm", "erc20-hoodi-tglm",
         ]  # fmt: skip
@@ -194,7 +195,8 @@ def test_an_allocation_that_cannot_be(tmp_path: Path, change: dict[str, Any], st
 
 @trio_test
 async def test_decorations(tmp_path: Path) -> None:
-    async with one(tmp_path) as agent:
+    async with one(tmp_path, profile="testnet") as agent:
+        assert await agent.get("/providerAccounts") == await agent.get("/requestorAccounts")
         a = (await agent.allocation())["allocationId"]
         b = (await agent.allocation(paymentPlatform="erc20-hoodi-tglm"))["allocationId"]
         key = f"golem.com.payment.platform.{PLATFORM}.address"
@@ -213,10 +215,43 @@ async def test_decorations(tmp_path: Path) -> None:
 
 
 @trio_test
+async def test_decorations_and_accounts_name_the_dev_chain(tmp_path: Path) -> None:
+    url = await ensure_devchain(tmp_path / "chain")
+    try:
+        async with one(tmp_path, chain_url=url) as agent:
+            rows = await agent.get("/providerAccounts")
+            (name,) = {row.pop("chain") for row in rows}
+            assert re.fullmatch("[0-9a-f]{16}", name)
+            assert rows == await agent.get("/requestorAccounts")
+            assert {row["simulatedBy"] for row in rows} == {f"dev chain at {url}"}
+            allocation = (await agent.allocation())["allocationId"]
+            found = await agent.get(f"/demandDecorations?allocationIds={allocation}")
+            assert found["properties"][-1] == {"key": "golem.com.payment.local-chain", "value": name}
+            assert found["constraints"] == [
+                f"(golem.com.payment.platform.{PLATFORM}.address=*)", "(golem.com.payment.protocol.version>1)",
+                f"(golem.com.payment.local-chain={name})",
+            ]  # fmt: skip
+    finally:
+        await stop_devchain(tmp_path / "chain")
+
+
+@trio_test
+async def test_a_dev_chain_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(port, "NAME_WAIT_S", 0.05)
+    for flags, words in (({}, "is not up: see devchain.log"), ({"chain_url": NOBODY}, f"{NOBODY} (--chain-url) does not answer")):
+        async with one(tmp_path, **flags) as agent:
+            allocation = (await agent.allocation())["allocationId"]
+            for path in ("/providerAccounts", f"/demandDecorations?allocationIds={allocation}"):
+                code, answer = await agent.call("GET", path)
+                assert code == 503
+                assert words in answer["message"]
+
+
+@trio_test
 async def test_cycles_can_be_seen_and_set(tmp_path: Path) -> None:
     async with one(tmp_path) as agent:
         cycle = await agent.get(f"/batchCycle/{PLATFORM}")
-        assert cycle["intervalSec"] == 2.0
+        assert cycle["intervalSec"] == 1.0
         assert len(await agent.get("/batchCycles")) == 3
         code, changed = await agent.post("/batchCycle", {"platform": PLATFORM, "intervalSec": 30, "extraPayTimeSec": 5})
         assert (code, changed["intervalSec"], changed["extraPayTimeSec"]) == (200, 30, 5)

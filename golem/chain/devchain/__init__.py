@@ -22,6 +22,7 @@ INFO_NAME = "chain.json"
 LOCK_NAME = "chain.lock"
 LOG_NAME = "devchain.log"
 BUSY_EXIT = 3
+LOOPBACK = "127.0.0.1"
 LOG_LIMIT = 4 << 20  # bytes; a longer log moves aside at the next start
 START_S = 60.0  # about 1.5 s on an idle machine
 
@@ -68,7 +69,7 @@ async def url_of(directory: Path | str) -> str | None:
     info = _info(Path(directory))
     if info is None:
         return None
-    url = f"http://127.0.0.1:{info['port']}"
+    url = f"http://{LOOPBACK}:{info['port']}"
     call = {"jsonrpc": "2.0", "id": 1, "method": "web3_clientVersion", "params": []}
     try:
         async with httpx.AsyncClient(timeout=5.0, trust_env=False) as client:

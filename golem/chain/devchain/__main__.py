@@ -1,4 +1,4 @@
-"""The dev chain's process: `python -m golem.chain.devchain --data-dir D [--port N] [--block-time S] [--idle-exit S]`.
+"""The dev chain's process: `python -m golem.chain.devchain --data-dir D [--host A] [--port N] [--block-time S] [--idle-exit S]`.
 
 A lock file makes it the only one on its directory; `chain.json` beside it tells clients {"port", "pid", "chain_id"}.
 It prefers the port it had last time, so that nodes survive its restart. Exit status 3: another process serves already.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import ipaddress
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import trio
 
-from golem.chain.devchain import BUSY_EXIT, INFO_NAME, LOCK_NAME
+from golem.chain.devchain import BUSY_EXIT, INFO_NAME, LOCK_NAME, LOOPBACK
 from golem.chain.devchain.genesis import CHAIN_ID
 
 
@@ -43,16 +44,22 @@ async def serve(options: argparse.Namespace, port_before: int) -> None:
     directory: Path = options.data_dir
     chain = DevChain(directory, chain_id=options.chain_id, tail=options.tail)
     server = Server(chain, options.block_time)
-    wanted = options.port or port_before
     try:
-        listeners = await server.listen(wanted)
-    except OSError:
-        if options.port:
-            raise
-        listeners = await server.listen(0)
+        try:
+            listeners = await server.listen(options.port or port_before, options.host)
+        except OSError:
+            if options.port:
+                raise
+            listeners = await server.listen(0, options.host)
+    except OSError as error:
+        raise SystemExit(f"cannot serve on {options.host} port {options.port or 'any'}: {error}") from None
     port = listeners[0].socket.getsockname()[1]
     write_info(directory, {"port": port, "pid": os.getpid(), "chain_id": chain.chain_id})
-    print(f"dev chain {chain.chain_id} at http://127.0.0.1:{port}, block {chain.head.block_number}", flush=True)
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    print(f"dev chain {chain.chain_id} at http://{host}:{port}, block {chain.head.block_number}", flush=True)
+    if not ipaddress.ip_address(options.host).is_loopback:
+        print(f"warning: whoever reaches {host}:{port} may spend this chain's play money and use its dev methods"
+              " (funds, time, blocks); serve it on a network you trust only", file=sys.stderr, flush=True)  # fmt: skip
     async with trio.open_nursery() as nursery:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
 
@@ -69,7 +76,8 @@ async def serve(options: argparse.Namespace, port_before: int) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m golem.chain.devchain", description="The embedded dev chain.")
     parser.add_argument("--data-dir", type=Path, required=True, help="directory of this chain")
-    parser.add_argument("--port", type=int, default=0, help="TCP port on 127.0.0.1 (default: the last one, or any)")
+    parser.add_argument("--host", default=LOOPBACK, metavar="ADDR", help="IP address to serve, besides 127.0.0.1")
+    parser.add_argument("--port", type=int, default=0, help="TCP port (default: the last one, or any)")
     parser.add_argument("--block-time", type=float, default=0.5, metavar="S", help="seconds between empty blocks")
     parser.add_argument("--tail", type=int, default=12, help="empty blocks after the last transaction")
     parser.add_argument("--chain-id", type=int, default=CHAIN_ID)
@@ -77,13 +85,17 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.block_time <= 0 or options.tail < 0:
         parser.error("--block-time must be positive and --tail not negative")
+    try:
+        ipaddress.ip_address(options.host)
+    except ValueError:
+        parser.error(f"--host {options.host}: expected an IP address of this machine, or 0.0.0.0 for all")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     options.data_dir.mkdir(parents=True, exist_ok=True)
     with (options.data_dir / LOCK_NAME).open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"another process serves {options.data_dir}", file=sys.stderr)
+            print(f"another process serves {options.data_dir} (`golem chain stop` ends it; the blocks stay)", file=sys.stderr)
             return BUSY_EXIT
         port_before = last_port(options.data_dir)
         (options.data_dir / INFO_NAME).unlink(missing_ok=True)  # it speaks of a process that is gone

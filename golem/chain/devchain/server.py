@@ -1,4 +1,4 @@
-"""JSON-RPC over HTTP for one dev chain: h11 on Trio, loopback only, everything bounded.
+"""JSON-RPC over HTTP for one dev chain: h11 on Trio, on loopback unless told otherwise, everything bounded.
 
 The chain is synchronous, so requests are served one at a time; a block of 200 transactions holds the loop for about
 two seconds, an ordinary request for milliseconds.
@@ -17,6 +17,7 @@ import trio
 from eth.exceptions import PyEVMError
 from eth_utils.exceptions import ValidationError
 
+from golem.chain.devchain import LOOPBACK
 from golem.chain.devchain.chain import ChainError, DevChain
 from golem.chain.devchain.methods import Methods
 
@@ -40,9 +41,16 @@ class Server:
         self.last_request = trio.current_time()
         self._connections = 0
 
-    async def listen(self, port: int) -> list[trio.SocketListener]:
-        """Bind on loopback; port 0 picks one."""
-        return list(await trio.open_tcp_listeners(port, host="127.0.0.1"))
+    async def listen(self, port: int, host: str = LOOPBACK) -> list[trio.SocketListener]:
+        """Bind `host` (an IP address), and loopback, where this machine's nodes look; port 0 picks one. OSError."""
+        listeners = list(await trio.open_tcp_listeners(port, host=host))
+        if host not in (LOOPBACK, "0.0.0.0"):
+            try:
+                listeners += await trio.open_tcp_listeners(listeners[0].socket.getsockname()[1], host=LOOPBACK)
+            except OSError:
+                await listeners[0].aclose()
+                raise
+        return listeners
 
     async def run(self, listeners: list[trio.SocketListener], idle_exit_s: float = 0.0) -> None:
         """Serve and mine. Returns after `idle_exit_s` seconds without a request (0: never)."""
