@@ -18,6 +18,7 @@ import msgspec
 
 from actors._activity_rows import ActivityRow, AgreementRow, BatchRow, HeldRow, ResultRow, batch_key, result_key
 from actors.kernel.machine import NOTHING, DropFeed, Effect, Emit, Meta, Reply, Rows, Send, Step, Wake
+from actors.sources import EDGE, check_source
 from protocol.activity import (
     MAX_BATCH_OUTPUT_BYTES,
     MAX_OUTPUT_BYTES,
@@ -59,7 +60,7 @@ CREATE_MARGIN_S = 5.0  # beyond what the requestor waits for
 MAX_CREATE_S = 300.0
 REQUEST_DEADLINE_S = 600.0  # a silent provider ends the activity here
 DESTROY_PATIENCE_S = 60.0  # from the destroy event until the activity counts as ended whatever the agent says
-HELD_S, MAX_HELD = 10.0, 64
+HELD_S, MAX_HELD, MAX_HELD_PER_NODE = 10.0, 64, 8
 USAGE_DEADLINE_S = 60.0  # then there is a newer one
 KEEP_S = 24 * 3600.0  # results after their batch, feeds after their activity
 MAX_ACTIVITIES = 1000  # of one agreement
@@ -71,6 +72,14 @@ LIVE_STATES = ("Initialized", "Deployed", "Ready")
 _SENT = Decoder[Any](
     ActivityKnown | ActivityRequested | DestroyRequested | RunBatch | StateChanged | UsageChanged
 )  # what `Undelivered` may hold
+
+#: Who alone on this node may say what; the rest is said by the activity actors of other nodes. Reports and results are
+#: an exe-unit's, and looked at where they are used.
+_SOURCES: dict[type, str] = {
+    **dict.fromkeys((AgreementApproved, AgreementEnded), "negotiation"),
+    **dict.fromkeys((CreateActivity, DestroyActivity, Exec), EDGE),
+    **dict.fromkeys((CreateExpired, DestroyExpired, HeldExpired, BatchExpired, FeedExpired, Undelivered), "activity"),
+}
 
 
 class _Changes:
@@ -109,12 +118,15 @@ class Activity:
     )
     peer = ActivityRequested | DestroyRequested | StateChanged | UsageChanged | CommandResult
     rows = AgreementRow | ActivityRow | BatchRow | ResultRow | HeldRow
+    sources = _SOURCES
 
     def __init__(self, node_id: str) -> None:
         self._me = node_id
 
     def handle(self, rows: Rows, message: Any, meta: Meta) -> Step:
-        """Decide on one message."""
+        """Decide on one message. Raises `Violation`."""
+        if not isinstance(message, StateReported | UsageReported | CommandResult):
+            check_source(message, meta, self._me, self.name, self.sources)
         changes = _Changes(rows)
         match message:
             case AgreementApproved():
@@ -346,7 +358,8 @@ class Activity:
         key = f"held/{held.activity_id}"
         if key in rows or len(held.agreement_id) > 200:
             return NOTHING
-        if sum(1 for _ in rows.prefix("held/")) >= MAX_HELD:
+        waiting = [other.requestor for _, other in rows.prefix("held/")]
+        if len(waiting) >= MAX_HELD or waiting.count(held.requestor) >= MAX_HELD_PER_NODE:
             return self._turn_down(held.activity_id, held.requestor, "agreement not approved")
         return Step({key: held}, [Wake(key, meta.now + HELD_S, HeldExpired(held.activity_id))])
 
@@ -359,7 +372,7 @@ class Activity:
 
     def _turn_down(self, activity_id: str, requestor: str, reason: str) -> Step:
         told = StateChanged(activity_id, "Terminated", reason=reason)
-        return Step(effects=[Send(address(requestor, self.name), told)])
+        return Step(effects=[Send(address(requestor, self.name), told, REQUEST_DEADLINE_S)])
 
     def _begin(self, changes: _Changes, activity_id: str, agreement_id: str, timeout_s: float, meta: Meta) -> None:
         agreement: AgreementRow = changes.get(f"agreement/{agreement_id}")
@@ -383,8 +396,8 @@ class Activity:
             changes.effects.append(Wake(f"held/{activity_id}", None))
         row: ActivityRow | None = changes.get(f"activity/{activity_id}")
         if row is None:
-            told = StateChanged(activity_id, "Terminated", reason="no such activity")
-            changes.effects.append(Send(address(node_of(meta.sender), self.name), told))
+            told = StateChanged(check_id(activity_id), "Terminated", reason="no such activity")
+            changes.effects.append(Send(meta.sender, told, REQUEST_DEADLINE_S))
             return
         if row.role != PROVIDER or row.requestor != node_of(meta.sender):
             raise Violation(f"{meta.sender} is not the requestor of activity {activity_id}")

@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 
 from actors.kernel.machine import NOTHING, Effect, Meta, Rows, Send, Step
+from actors.sources import EDGE
 from protocol.activity import MAX_OUTPUT_BYTES, CommandResult, StateReported, UsageReported, fit_output
 from protocol.exeunit import (
     CancelCommand,
@@ -31,7 +32,7 @@ from protocol.exeunit import (
     parse_command,
     parse_script,
 )
-from protocol.types import Message, Undelivered, Violation, address
+from protocol.types import Message, Undelivered, Violation, address, node_of
 
 MAX_QUEUED = 64  # batches that wait
 REPORT_DEADLINE_S = 24 * 3600.0
@@ -46,6 +47,13 @@ _EXPECTED = {
     "Initialized": "Activity is initialized - deploy() command is expected now",
     "Deployed": "Activity is deployed - start() command is expected now",
     "Ready": "Activity is ready - run(), transfer() or terminate() command is expected now",
+}
+
+#: Who alone in this process may say what ("": the unit itself). Other exe-units have an address on the node, too.
+_SOURCES: dict[type, str] = {
+    **dict.fromkeys((UnitStarted, UsageMeasured, ShutDown), EDGE),
+    CommandFinished: "runtime",
+    Undelivered: "",
 }
 
 
@@ -81,6 +89,9 @@ class ExeUnit:
 
     def handle(self, rows: Rows, message: Any, meta: Meta) -> Step:
         """Decide on one message."""
+        source = _SOURCES.get(type(message))
+        if source is not None and meta.sender != address(node_of(self._provider), source or self.name):
+            raise Violation(f"a {type(message).__name__} from {meta.sender}, which is not of this exe-unit")
         unit: UnitRow = rows.get("unit") or UnitRow()
         match message:
             case UnitStarted(instance):

@@ -11,6 +11,8 @@ from playbook import START, Nodes, Playbook, playbook
 
 from actors.activity import (
     KEEP_S,
+    MAX_HELD,
+    MAX_HELD_PER_NODE,
     MAX_UNFINISHED,
     UNREACHABLE,
     Activity,
@@ -98,11 +100,12 @@ def test_create_asks_the_provider_and_tells_the_ledger() -> None:
 
 @pytest.mark.parametrize(("role", "ended", "code"), [("Provider", False, "forbidden"), ("Requestor", True, "bad_request")])
 def test_create_refusals(role: str, ended: bool, code: str) -> None:
-    play = playbook(Activity(R if role == "Requestor" else P), R)
+    node = R if role == "Requestor" else P
+    play = playbook(Activity(node), node)
     assert play.ask(CreateActivity(ACTIVITY, AGREEMENT, 5.0)).code == "bad_request"
-    play.tell(approved(role), f"{R}/negotiation")
+    play.tell(approved(role))
     if ended:
-        play.tell(AgreementEnded(AGREEMENT, "Provider", ""), f"{R}/negotiation")
+        play.tell(AgreementEnded(AGREEMENT, "Provider", ""))
     assert play.ask(CreateActivity(ACTIVITY, AGREEMENT, 5.0)).code == code
     assert play.sends == []
 
@@ -270,8 +273,11 @@ def test_a_request_without_agreement_is_turned_down_and_strangers_cannot_fill_th
     play = playbook(Activity(P), P)
     for number in range(200):
         play.tell(ActivityRequested(f"{number:032x}", AGREEMENT, 5.0), X)
-    assert len(play.rows) == 64
-    assert len(play.take_sent(f"{X}/activity")) == 136
+    assert len(play.rows) == MAX_HELD_PER_NODE  # one stranger leaves room for others
+    assert len(play.take_sent(f"{X}/activity")) == 200 - MAX_HELD_PER_NODE
+    for number in range(200, 400):
+        play.tell(ActivityRequested(f"{number:032x}", AGREEMENT, 5.0), f"0x{number:040x}")
+    assert len(play.rows) == MAX_HELD
     play.at(11)
     assert play.rows == {}
     assert {(told.state, told.reason) for told in play.sent(f"{X}/activity")} == {("Terminated", "agreement not approved")}

@@ -135,7 +135,7 @@ class Maker:
             return self.document()
         if kind is Any:
             extension = msgspec.msgpack.Ext(1, b"")
-            return rng.choice((None, "x" * 10, "é" * 600_000, b"\0" * 999_999, [1], {"a": [b""]}, 1, 1.5, "\0", extension))
+            return rng.choice((None, "x", "é" * 600_000, b"\0" * 999_999, [1], {"a": [b""]}, 1, 1.5, "\0", extension))
         return self.message(kind)
 
     def document(self) -> Document:
@@ -166,7 +166,7 @@ class Maker:
         except (ValueError, IndexError, TypeError, KeyError):
             return body
         new = rng.choice((
-            None, True, 0, -1, 1.5, 1e300, 10**30, "", "x", "\ud800", [], {}, [[]], {"a": {"b": 1}}, "é" * 300, "\0" * 64, "1e5", "-1",
+            None, True, 0, -1, 1.5, 1e300, 10**30, "", "x", "\ud800", [], {}, [[]], {"a": {"b": 1}}, "é" * 300, "\0" * 64, "1e5",
             START, START + 100.0, STRANGER, *rng.sample(words().texts, 5),
         ))  # fmt: skip
         if isinstance(value[name], dict) and value[name] and rng.random() < 0.7:
@@ -440,8 +440,10 @@ def test_a_stranger_cannot_use_up_what_an_offer_may_negotiate() -> None:
 
 def test_the_words_are_there() -> None:
     """The overheard life has every message that peers say, but those of refusals."""
-    rare = {"ProposalRejected", "AgreementRejected", "AgreementClosed", "InvoiceCancelRequested", "InvoiceRejected", "InvoiceCancelled",
-            "DocumentRefused", "DestroyRequested", "OffersAnnounced"}  # fmt: skip
+    rare = {
+        "ProposalRejected", "AgreementRejected", "AgreementClosed", "InvoiceCancelRequested", "InvoiceRejected",
+        "InvoiceCancelled", "DocumentRefused", "DestroyRequested", "OffersAnnounced",
+    }  # fmt: skip
     said = {kind.__name__ for kind in words().said}
     kinds = {kind.__name__ for name in MACHINES for victim in victims(name) for kind in kinds_of(victim.machine.peer)}
     assert kinds - said <= rare, kinds - said - rare
