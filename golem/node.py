@@ -241,14 +241,14 @@ async def run_node(config: Config, ask_password: AskPassword | None = None, read
         rest_ended = await nursery.start(_rest_until_stopped, node, sock)
         status = {"pid": os.getpid(), "nodeId": node.node_id, "apiUrl": node.api_url, "bus": str(config.bus_path),
                   "profile": config.profile, "startedAt": node.started_at}  # fmt: skip
-        write_private(config.status_path, json.dumps(status, indent=1))
-        stack.callback(config.status_path.unlink, missing_ok=True)
-        notify_systemd("READY=1")
-        if ready:
-            ready(node)
-        nursery.start_soon(node.chain.connect)
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             nursery.start_soon(_stop_on_signal, node, signals)
+            write_private(config.status_path, json.dumps(status, indent=1))
+            stack.callback(config.status_path.unlink, missing_ok=True)
+            notify_systemd("READY=1")
+            if ready:
+                ready(node)
+            nursery.start_soon(node.chain.connect)
             await node.stopping.wait()
         notify_systemd("STOPPING=1")
         node.system.feeds.close()
