@@ -210,7 +210,7 @@ def test_without_a_node(tmp_path: Path) -> None:
 
 def environment(tmp_path: Path, **variables: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("GOLEM_", "YAGNA_"))}
-    return {**kept, "GOLEM_CHAIN_DIR": str(tmp_path / "chain"), "LOCAL_GETH_ADDR": "http://127.0.0.1:9", **variables}
+    return {**kept, "GOLEM_CHAIN_DIR": str(tmp_path / "chain"), "GOLEM_CHAIN_URL": "http://127.0.0.1:9", **variables}
 
 
 def command_line(folder: Path, *flags: str) -> list[str]:
@@ -264,10 +264,12 @@ def ended(process: subprocess.Popen[str], sign: int, timeout_s: float = 4.0) -> 
     (("--bootstrap", "foo"), "expected /ip4/<address>/tcp/<port>/p2p/<peer id>, got 'foo'"),
     (("--network-name", "a/b"), "network name 'a/b'"),
     (("--profile", "nope"), "'nope' is not one of"),
+    (("--profile", "testnet", "--chain-url", "http://127.0.0.1:9"), "the profile testnet does not use"),
+    (("--chain-url", "127.0.0.1:9"), "expected http://HOST:PORT"),
     (("--chain-dir", "/proc/nowhere"), "cannot use the chain directory /proc/nowhere"),
 ])  # fmt: skip
 def test_bad_flags(tmp_path: Path, flags: tuple[str, ...], expected: str) -> None:
-    assert expected in refused(tmp_path, "--plain-key", "--api-url", "http://127.0.0.1:0", *flags)
+    assert expected in refused(tmp_path, "--plain-key", "--api-url", "http://127.0.0.1:0", *flags, GOLEM_CHAIN_URL="")
 
 
 @pytest.mark.parametrize(("name", "value"), [
