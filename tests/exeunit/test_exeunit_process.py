@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 import pytest
 import trio
-from support import trio_test
+from support import tell, trio_test
 from wire import A, B, Node, two_nodes
 
 from actors.activity import Activity, ActivityRow, BatchRow, ResultRow, batch_key
@@ -73,7 +73,7 @@ class World:
         for system, role in ((self.provider, "Provider"), (self.requestor, "Requestor")):
             await self.nursery.start(system.run)
             approved = AgreementApproved(AGREEMENT, role, REQUESTOR, PROVIDER, "{}", "{}", time.time(), None)
-            await system.ask("activity", approved)
+            await tell(system, "negotiation", "activity", approved)
         self.files.offer("package", FileSource(HELLO), "test")
         digest = hashlib.sha3_224(HELLO.read_bytes()).hexdigest()
         package = f"hash:sha3:{digest}:gftp://{REQUESTOR}/package"

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import trio
 from node_in_test import HEADERS, rest_in_test
-from support import trio_test
+from support import tell, trio_test
 
 from actors.kernel.machine import Send
 from golem.files import FileSink, FileSource
@@ -54,7 +54,7 @@ class Pair:
         offer = json.dumps({"golem.runtime.name": "wasmtime"})
         for side, role in ((self.r, "Requestor"), (self.p, "Provider")):
             approved = AgreementApproved(AGREEMENT, role, r, p, "{}", offer, time.time(), f"session-{role}")
-            await side.node.system.ask("activity", approved)
+            await tell(side.node.system, "negotiation", "activity", approved)
 
     async def agent(self) -> None:
         """Answer CreateActivity with an exe-unit and DestroyActivity with SIGTERM, once each."""

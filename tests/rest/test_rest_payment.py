@@ -15,7 +15,7 @@ import pytest
 import trio
 from node_in_test import HEADERS, node_in_test
 from quart_trio import QuartTrio
-from support import trio_test
+from support import tell, trio_test
 
 from golem.chain import port
 from golem.chain.devchain import ensure_devchain, stop_devchain
@@ -102,8 +102,8 @@ async def two(tmp_path: Path, **flags: Any) -> AsyncIterator[tuple[Agent, Agent]
             fact = AgreementApproved(
                 "a1", role, requestor.node_id, provider.node_id, json.dumps(demand), "{}", node.clock(), session
             )
-            await node.system.ask("ledger", fact)
-            await node.system.ask("ledger", ActivityKnown("act", "a1"))
+            await tell(node.system, "negotiation", "ledger", fact)
+            await tell(node.system, "activity", "ledger", ActivityKnown("act", "a1"))
         yield Agent(requestor), Agent(provider)
 
 
@@ -368,7 +368,7 @@ async def test_sending_to_who_is_not_there_is_504_and_says_so(tmp_path: Path) ->
         stranger = "0x" + "5" * 40
         demand = json.dumps({"golem.com.payment.chosen-platform": PLATFORM})
         fact = AgreementApproved("a1", "Provider", stranger, p.node.node_id, demand, "{}", p.node.clock(), None)
-        await p.node.system.ask("ledger", fact)
+        await tell(p.node.system, "negotiation", "ledger", fact)
         invoice = await p.made("/invoices", {"agreementId": "a1", "amount": "1", "paymentDueDate": DUE})
         path = f"/invoices/{invoice['invoiceId']}"
         code, answer = await p.post(f"{path}/send?timeout=0.3")
