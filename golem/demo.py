@@ -254,7 +254,7 @@ async def _main(options: Options) -> bool | None:
 @click.option("--out", "output", type=click.Path(dir_okay=False, path_type=Path), default=ROOT / "render.png")
 @click.option("--width", type=click.IntRange(16, 4096), default=480)
 @click.option("--height", type=click.IntRange(16, 4096), default=320)
-@click.option("--samples", type=click.IntRange(1, 10000), default=64, help="Light paths a pixel.")
+@click.option("--samples", type=click.IntRange(1, 10000), default=100, help="Light paths a pixel.")
 @click.option("--tiles", default="6x4", help="COLUMNSxROWS, one task each.")
 @click.option("--timeout", "timeout_s", type=click.IntRange(10, 86400), default=600, help="Seconds for the picture.")
 @click.option("--runtime", type=click.Choice(["wasmtime"]), default="wasmtime", help="Runtime that the job asks for.")
