@@ -37,6 +37,7 @@ class ActivityRow(Message, frozen=True):
     usage_at: float = 0.0
     destroying: bool = False
     unfinished: tuple[str, ...] = ()
+    silent_from: str = ""  # the state before it became `Unresponsive`
 
     @property
     def ended(self) -> bool:

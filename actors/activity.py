@@ -4,6 +4,7 @@ Requestor's side: `CreateActivity`, `Exec` and `DestroyActivity` come from edges
 (`StateChanged`), the exe-unit tells results (`CommandResult`). Provider's side: a request of the agreement's requestor
 becomes an event for the agent in feed `activities`; the exe-unit reports states, which go on to the requestor.
 An activity always ends: where the other side stays silent, a timer or an undelivered message ends it here, with a reason.
+An exe-unit that falls silent makes its activity `Unresponsive`; its next word undoes that, a longer silence ends it.
 
 Rows: `agreement/<id>`, `activity/<id>`, `batch/<activity>/<batch>`, `result/<batch>/<index>`, and `held/<activity>` for
 a request that came before the news of its agreement. Feeds: `activities`, `activity/<id>`, `batch/<id>`.
@@ -11,13 +12,13 @@ a request that came before the news of its agreement. Feeds: `activities`, `acti
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import msgspec
 
+from actors._activity_draft import KEEP_S, Changes, bounded_timeout, forget_batch, refuse, runtime_name, sane
 from actors._activity_rows import ActivityRow, AgreementRow, BatchRow, HeldRow, ResultRow, batch_key, result_key
-from actors.kernel.machine import NOTHING, DropFeed, Effect, Emit, Meta, Reply, Rows, Send, Step, Wake
+from actors.kernel.machine import NOTHING, DropFeed, Emit, Meta, Reply, Rows, Send, Step, Wake
 from actors.sources import EDGE, check_source
 from protocol.activity import (
     MAX_BATCH_OUTPUT_BYTES,
@@ -28,6 +29,7 @@ from protocol.activity import (
     ActivityEvent,
     ActivityKnown,
     ActivityRequested,
+    AgreementForgotten,
     BatchExpired,
     CommandResult,
     CreateActivity,
@@ -42,6 +44,7 @@ from protocol.activity import (
     ResultArrived,
     StateChanged,
     StateReported,
+    UnitSilent,
     UsageChanged,
     UsageReported,
     check_id,
@@ -53,16 +56,17 @@ from protocol.activity import (
 from protocol.codec import Decoder
 from protocol.exeunit import RunBatch, ScriptError, parse_script
 from protocol.negotiation import AgreementApproved, AgreementEnded
-from protocol.types import Message, Refused, Undelivered, Violation, actor_of, address, node_of
+from protocol.types import Refused, Undelivered, Violation, actor_of, address, node_of
 
 REQUESTOR, PROVIDER = "Requestor", "Provider"
 CREATE_MARGIN_S = 5.0  # beyond what the requestor waits for
-MAX_CREATE_S = 300.0
 REQUEST_DEADLINE_S = 600.0  # a silent provider ends the activity here
 DESTROY_PATIENCE_S = 60.0  # from the destroy event until the activity counts as ended whatever the agent says
 HELD_S, MAX_HELD, MAX_HELD_PER_NODE = 10.0, 64, 8
 USAGE_DEADLINE_S = 60.0  # then there is a newer one
-KEEP_S = 24 * 3600.0  # results after their batch, feeds after their activity
+KEEP_AGREEMENT_S = 90 * 24 * 3600.0  # an agreement and its activities after its end
+UNRESPONSIVE_S, INACTIVITY_S = 30.0, 60.0  # without a word of an exe-unit, which tells its usage every ten seconds
+LATE_S = 5.0  # a timer this late: the node was away itself, and the silence says nothing
 MAX_ACTIVITIES = 1000  # of one agreement
 MAX_UNFINISHED = 64  # batches of one activity
 UNREACHABLE = "provider unreachable"
@@ -78,23 +82,9 @@ _SENT = Decoder[Any](
 _SOURCES: dict[type, str] = {
     **dict.fromkeys((AgreementApproved, AgreementEnded), "negotiation"),
     **dict.fromkeys((CreateActivity, DestroyActivity, Exec), EDGE),
-    **dict.fromkeys((CreateExpired, DestroyExpired, HeldExpired, BatchExpired, FeedExpired, Undelivered), "activity"),
+    **dict.fromkeys((CreateExpired, DestroyExpired, HeldExpired, BatchExpired, FeedExpired, UnitSilent), "activity"),
+    **dict.fromkeys((AgreementForgotten, Undelivered), "activity"),
 }
-
-
-class _Changes:
-    """Rows and effects of a step as it is put together, read over the committed rows."""
-
-    def __init__(self, rows: Rows) -> None:
-        self._committed = rows
-        self.rows: dict[str, Message | None] = {}
-        self.effects: list[Effect] = []
-
-    def get(self, key: str) -> Any:
-        return self.rows[key] if key in self.rows else self._committed.get(key)
-
-    def step(self) -> Step:
-        return Step(self.rows, self.effects)
 
 
 class Activity:
@@ -114,20 +104,27 @@ class Activity:
         | HeldExpired
         | BatchExpired
         | FeedExpired
+        | UnitSilent
+        | AgreementForgotten
         | Undelivered
     )
     peer = ActivityRequested | DestroyRequested | StateChanged | UsageChanged | CommandResult
     rows = AgreementRow | ActivityRow | BatchRow | ResultRow | HeldRow
     sources = _SOURCES
 
-    def __init__(self, node_id: str) -> None:
+    def __init__(
+        self, node_id: str, unresponsive_s: float = UNRESPONSIVE_S, inactivity_s: float = INACTIVITY_S,
+        keep_agreement_s: float = KEEP_AGREEMENT_S,
+    ) -> None:  # fmt: skip
         self._me = node_id
+        self._unresponsive_s, self._inactivity_s = unresponsive_s, max(inactivity_s, unresponsive_s)
+        self._keep_agreement_s = keep_agreement_s
 
     def handle(self, rows: Rows, message: Any, meta: Meta) -> Step:
         """Decide on one message. Raises `Violation`."""
         if not isinstance(message, StateReported | UsageReported | CommandResult):
             check_source(message, meta, self._me, self.name, self.sources)
-        changes = _Changes(rows)
+        changes = Changes(rows)
         match message:
             case AgreementApproved():
                 return self._approved(rows, message, meta)
@@ -160,9 +157,13 @@ class Activity:
             case HeldExpired(activity_id):
                 return self._held_expired(rows, activity_id)
             case BatchExpired(activity_id, batch_id):
-                return _forget_batch(rows, activity_id, batch_id)
+                return forget_batch(rows, activity_id, batch_id)
             case FeedExpired(activity_id):
                 return Step(effects=[DropFeed(f"activity/{activity_id}")])
+            case UnitSilent(activity_id, due):
+                self._silent(changes, activity_id, due, meta)
+            case AgreementForgotten(agreement_id):
+                self._forget(changes, agreement_id, meta)
             case Undelivered():
                 self._undelivered(changes, message, meta)
             case _:
@@ -174,10 +175,10 @@ class Activity:
         key = f"agreement/{message.agreement_id}"
         if key in rows:
             return NOTHING
-        changes = _Changes(rows)
+        changes = Changes(rows)
         changes.rows[key] = AgreementRow(
             message.agreement_id, message.role, message.requestor, message.provider, message.app_session_id,
-            exe_unit=_runtime_name(message.offer_properties),
+            exe_unit=runtime_name(message.offer_properties),
         )  # fmt: skip
         for held_key, held in rows.prefix("held/"):
             if held.agreement_id == message.agreement_id:
@@ -187,7 +188,7 @@ class Activity:
                     self._begin(changes, held.activity_id, held.agreement_id, held.timeout_s, meta)
         return changes.step()
 
-    def _agreement_ended(self, changes: _Changes, message: AgreementEnded, meta: Meta) -> None:
+    def _agreement_ended(self, changes: Changes, message: AgreementEnded, meta: Meta) -> None:
         key = f"agreement/{message.agreement_id}"
         agreement = changes.get(key)
         if agreement is None or agreement.ended:
@@ -195,23 +196,39 @@ class Activity:
         changes.rows[key] = msgspec.structs.replace(agreement, ended=True)
         for activity_id in agreement.activities:
             self._ask_to_end(changes, activity_id, meta)
+        self._keep(changes, message.agreement_id, self._keep_agreement_s, meta)
+
+    def _keep(self, changes: Changes, agreement_id: str, time_s: float, meta: Meta) -> None:
+        changes.effects.append(Wake(f"agreement/{agreement_id}", meta.now + time_s, AgreementForgotten(agreement_id)))
+
+    def _forget(self, changes: Changes, agreement_id: str, meta: Meta) -> None:
+        """Delete an agreement that is long over, and its activities; their results went before."""
+        agreement: AgreementRow | None = changes.get(f"agreement/{agreement_id}")
+        if agreement is None:
+            return
+        activities = [changes.get(f"activity/{activity_id}") for activity_id in agreement.activities]
+        if any(row is not None and not row.ended for row in activities):
+            self._keep(changes, agreement_id, KEEP_S, meta)
+            return
+        changes.rows[f"agreement/{agreement_id}"] = None
+        changes.rows |= {f"activity/{activity_id}": None for activity_id in agreement.activities}
 
     # -- the requestor's side
     def _create(self, rows: Rows, message: CreateActivity, meta: Meta) -> Step:
         agreement: AgreementRow | None = rows.get(f"agreement/{message.agreement_id}")
         if agreement is None:
-            return _refuse("bad_request", f"agreement {message.agreement_id} is not approved")
+            return refuse("bad_request", f"agreement {message.agreement_id} is not approved")
         if agreement.role != REQUESTOR:
-            return _refuse("forbidden", f"not the requestor of agreement {message.agreement_id}")
+            return refuse("forbidden", f"not the requestor of agreement {message.agreement_id}")
         if agreement.ended:
-            return _refuse("bad_request", f"agreement {message.agreement_id} is not approved: it is terminated")
+            return refuse("bad_request", f"agreement {message.agreement_id} is not approved: it is terminated")
         if agreement.provider == self._me:
-            return _refuse("conflict", "a node cannot be its own provider")
+            return refuse("conflict", "a node cannot be its own provider")
         if f"activity/{message.activity_id}" in rows:
             return Step(effects=[Reply(Done(message.activity_id))])
         if len(agreement.activities) >= MAX_ACTIVITIES:
-            return _refuse("conflict", f"agreement {message.agreement_id} has had {MAX_ACTIVITIES} activities")
-        timeout_s = _bounded_timeout(message.timeout_s)
+            return refuse("conflict", f"agreement {message.agreement_id} has had {MAX_ACTIVITIES} activities")
+        timeout_s = bounded_timeout(message.timeout_s)
         row = ActivityRow(
             message.activity_id, agreement.agreement_id, REQUESTOR, agreement.requestor, agreement.provider, meta.now
         )
@@ -233,10 +250,10 @@ class Activity:
     def _destroy(self, rows: Rows, activity_id: str, meta: Meta) -> Step:
         row: ActivityRow | None = rows.get(f"activity/{activity_id}")
         if row is None:
-            return _refuse("unknown", f"no such activity: {activity_id}")
+            return refuse("unknown", f"no such activity: {activity_id}")
         if row.role != REQUESTOR:
-            return _refuse("forbidden", f"not the requestor of activity {activity_id}")
-        changes = _Changes(rows)
+            return refuse("forbidden", f"not the requestor of activity {activity_id}")
+        changes = Changes(rows)
         self._ask_to_end(changes, activity_id, meta)
         changes.effects.append(Reply(Done(activity_id)))
         return changes.step()
@@ -244,20 +261,20 @@ class Activity:
     def _exec(self, rows: Rows, message: Exec) -> Step:
         row: ActivityRow | None = rows.get(f"activity/{message.activity_id}")
         if row is None:
-            return _refuse("unknown", f"no such activity: {message.activity_id}")
+            return refuse("unknown", f"no such activity: {message.activity_id}")
         if row.role != REQUESTOR:
-            return _refuse("forbidden", f"not the requestor of activity {message.activity_id}")
+            return refuse("forbidden", f"not the requestor of activity {message.activity_id}")
         key = batch_key(message.activity_id, message.batch_id)
         if key in rows:
             return Step(effects=[Reply(Done(message.batch_id))])
         if row.ended:
-            return _refuse("unreachable", f"activity {message.activity_id} is terminated")
+            return refuse("unreachable", f"activity {message.activity_id} is terminated")
         if len(row.unfinished) >= MAX_UNFINISHED:
-            return _refuse("busy", f"activity {message.activity_id} has {MAX_UNFINISHED} unfinished batches")
+            return refuse("busy", f"activity {message.activity_id} has {MAX_UNFINISHED} unfinished batches")
         try:
             size = len(parse_script(message.script))
         except ScriptError as error:
-            return _refuse("bad_request", f"Bad request: {error}")
+            return refuse("bad_request", f"Bad request: {error}")
         waiting = msgspec.structs.replace(row, unfinished=(*row.unfinished, message.batch_id))
         run = RunBatch(message.activity_id, message.batch_id, message.script)
         return Step(
@@ -268,7 +285,7 @@ class Activity:
             ],
         )
 
-    def _state_changed(self, changes: _Changes, message: StateChanged, meta: Meta) -> None:
+    def _state_changed(self, changes: Changes, message: StateChanged, meta: Meta) -> None:
         row = self._peers_activity(changes, message.activity_id, meta)
         if row is None or row.ended:
             return
@@ -277,13 +294,13 @@ class Activity:
         self._set_state(changes, row, message, meta)
 
     def _usage_changed(self, rows: Rows, message: UsageChanged, meta: Meta) -> Step:
-        row = self._peers_activity(_Changes(rows), message.activity_id, meta)
+        row = self._peers_activity(Changes(rows), message.activity_id, meta)
         if row is None or row.ended:
             return NOTHING
-        updated = msgspec.structs.replace(row, usage=check_usage(message.usage), usage_at=_sane(message.at, meta.now))
+        updated = msgspec.structs.replace(row, usage=check_usage(message.usage), usage_at=sane(message.at, meta.now))
         return Step({f"activity/{row.activity_id}": updated})
 
-    def _peers_activity(self, changes: _Changes, activity_id: str, meta: Meta) -> ActivityRow | None:
+    def _peers_activity(self, changes: Changes, activity_id: str, meta: Meta) -> ActivityRow | None:
         """Return the requestor's row if the sender is the provider's activity actor; None if there is no such row."""
         row: ActivityRow | None = changes.get(f"activity/{activity_id}")
         if row is None:
@@ -292,7 +309,7 @@ class Activity:
             raise Violation(f"{meta.sender} is not the provider of activity {activity_id}")
         return row
 
-    def _result(self, changes: _Changes, message: CommandResult, meta: Meta) -> None:
+    def _result(self, changes: Changes, message: CommandResult, meta: Meta) -> None:
         row: ActivityRow | None = changes.get(f"activity/{message.activity_id}")
         batch: BatchRow | None = changes.get(batch_key(message.activity_id, message.batch_id))
         if row is None or batch is None:
@@ -303,20 +320,20 @@ class Activity:
             return
         if message.index != batch.have or message.index >= batch.size:
             raise Violation(f"result {message.index} of a batch that has {batch.have} of {batch.size} results")
-        at = _sane(message.at, meta.now)
+        at = sane(message.at, meta.now)
         if message.state in LIVE_STATES and not row.ended and at >= row.state_at:
             row = msgspec.structs.replace(row, state=message.state, pending=None, state_at=at)
             changes.rows[f"activity/{row.activity_id}"] = row
             changes.effects.append(Emit(f"activity/{row.activity_id}", ActivityChanged(row.state)))
         self._store(changes, row, batch, message, meta)
 
-    def _store(self, changes: _Changes, row: ActivityRow, batch: BatchRow, result: CommandResult, meta: Meta) -> None:
+    def _store(self, changes: Changes, row: ActivityRow, batch: BatchRow, result: CommandResult, meta: Meta) -> None:
         finished = not result.ok or result.is_last or result.index + 1 == batch.size
         room = min(MAX_OUTPUT_BYTES, max(0, MAX_BATCH_OUTPUT_BYTES - batch.stored_bytes))
         out, err = check_output(result.stdout), check_output(result.stderr)
         stdout, stderr, text = fit_output(out, err, result.message, room)
         changes.rows[result_key(batch.batch_id, result.index)] = ResultRow(
-            result.index, result.ok, stdout or None, stderr or None, text, _sane(result.at, meta.now), finished
+            result.index, result.ok, stdout or None, stderr or None, text, sane(result.at, meta.now), finished
         )
         changes.rows[batch_key(row.activity_id, batch.batch_id)] = msgspec.structs.replace(
             batch,
@@ -340,7 +357,7 @@ class Activity:
             if row.role != PROVIDER or row.requestor != sender or row.agreement_id != message.agreement_id:
                 raise Violation(f"activity {message.activity_id} belongs to somebody else")
             return NOTHING
-        timeout_s = _bounded_timeout(message.timeout_s)
+        timeout_s = bounded_timeout(message.timeout_s)
         agreement: AgreementRow | None = rows.get(f"agreement/{message.agreement_id}")
         if agreement is None:
             return self._hold(rows, HeldRow(message.activity_id, message.agreement_id, sender, timeout_s), meta)
@@ -349,7 +366,7 @@ class Activity:
         if agreement.ended or len(agreement.activities) >= MAX_ACTIVITIES:
             reason = "agreement terminated" if agreement.ended else f"over {MAX_ACTIVITIES} activities"
             return self._turn_down(message.activity_id, sender, reason)
-        changes = _Changes(rows)
+        changes = Changes(rows)
         self._begin(changes, message.activity_id, message.agreement_id, timeout_s, meta)
         return changes.step()
 
@@ -374,7 +391,7 @@ class Activity:
         told = StateChanged(activity_id, "Terminated", reason=reason)
         return Step(effects=[Send(address(requestor, self.name), told, REQUEST_DEADLINE_S)])
 
-    def _begin(self, changes: _Changes, activity_id: str, agreement_id: str, timeout_s: float, meta: Meta) -> None:
+    def _begin(self, changes: Changes, activity_id: str, agreement_id: str, timeout_s: float, meta: Meta) -> None:
         agreement: AgreementRow = changes.get(f"agreement/{agreement_id}")
         row = ActivityRow(activity_id, agreement_id, PROVIDER, agreement.requestor, agreement.provider, meta.now)
         changes.rows[f"activity/{activity_id}"] = row
@@ -389,7 +406,7 @@ class Activity:
             Wake(f"create/{activity_id}", meta.now + timeout_s + CREATE_MARGIN_S, CreateExpired(activity_id)),
         ]
 
-    def _destroy_requested(self, changes: _Changes, activity_id: str, meta: Meta) -> None:
+    def _destroy_requested(self, changes: Changes, activity_id: str, meta: Meta) -> None:
         held: HeldRow | None = changes.get(f"held/{activity_id}")
         if held is not None and held.requestor == node_of(meta.sender):
             changes.rows[f"held/{activity_id}"] = None
@@ -411,11 +428,13 @@ class Activity:
         by_edge = actor_of(meta.sender) == "edge"
         if isinstance(row, Refused):
             return Step(effects=[Reply(row)])
-        changes = _Changes(rows)
+        changes = Changes(rows)
         if by_edge:
             changes.effects.append(Reply(Done(message.activity_id)))
         if not row.ended:
             self._set_state(changes, row, message, meta)
+            if not by_edge and message.state != "Terminated":
+                self._listen(changes, row.activity_id, self._unresponsive_s, meta)
         return changes.step()
 
     def _usage_reported(self, rows: Rows, message: UsageReported, meta: Meta) -> Step:
@@ -424,10 +443,38 @@ class Activity:
             return Step(effects=[Reply(row)])
         if row.ended:
             return NOTHING
-        at = _sane(message.at, meta.now)
+        changes = Changes(rows)
+        self._listen(changes, row.activity_id, self._unresponsive_s, meta)
+        if row.state == "Unresponsive":
+            back = StateReported(row.activity_id, row.silent_from, usage=message.usage, at=meta.now)
+            self._set_state(changes, row, back, meta)
+            return changes.step()
+        at = sane(message.at, meta.now)
         updated = msgspec.structs.replace(row, usage=check_usage(message.usage), usage_at=at)
+        changes.rows[f"activity/{row.activity_id}"] = updated
         told = UsageChanged(row.activity_id, message.usage, at)
-        return Step({f"activity/{row.activity_id}": updated}, [Send(address(row.requestor, self.name), told, USAGE_DEADLINE_S)])
+        changes.effects.append(Send(address(row.requestor, self.name), told, USAGE_DEADLINE_S))
+        return changes.step()
+
+    def _listen(self, changes: Changes, activity_id: str, time_s: float, meta: Meta) -> None:
+        """Expect a word of the exe-unit within this time."""
+        due = meta.now + time_s
+        changes.effects.append(Wake(f"silence/{activity_id}", due, UnitSilent(activity_id, due)))
+
+    def _silent(self, changes: Changes, activity_id: str, due: float, meta: Meta) -> None:
+        """Nothing was heard of the exe-unit for long: say so, and end the activity when it lasts."""
+        row: ActivityRow | None = changes.get(f"activity/{activity_id}")
+        if row is None or row.ended or row.destroying:
+            return
+        if meta.now - due > LATE_S:
+            self._listen(changes, activity_id, self._unresponsive_s, meta)
+        elif row.state == "Unresponsive":
+            self._ask_to_end(changes, activity_id, meta)
+        else:
+            text = f"nothing was heard of the exe-unit for {self._unresponsive_s:g} s"
+            silence = StateReported(activity_id, "Unresponsive", error_message=text, at=meta.now)
+            self._set_state(changes, msgspec.structs.replace(row, silent_from=row.state), silence, meta)
+            self._listen(changes, activity_id, self._inactivity_s - self._unresponsive_s, meta)
 
     def _own_activity(self, rows: Rows, activity_id: str, meta: Meta) -> ActivityRow | Refused:
         """Return the provider's row if an edge or the activity's own exe-unit says something of it."""
@@ -441,12 +488,12 @@ class Activity:
         return row
 
     # -- both sides
-    def _set_state(self, changes: _Changes, row: ActivityRow, news: StateReported | StateChanged, meta: Meta) -> None:
+    def _set_state(self, changes: Changes, row: ActivityRow, news: StateReported | StateChanged, meta: Meta) -> None:
         if news.state not in STATES or (news.pending is not None and news.pending not in STATES):
             raise Violation(f"not a state of an activity: {news.state[:64]!r}, {str(news.pending)[:64]!r}")
-        at = _sane(news.at, meta.now)
+        at, was = sane(news.at, meta.now), row
         if news.usage is not None:
-            usage_at = _sane(news.usage_at, meta.now) if isinstance(news, StateChanged) else at
+            usage_at = sane(news.usage_at, meta.now) if isinstance(news, StateChanged) else at
             row = msgspec.structs.replace(row, usage=check_usage(news.usage), usage_at=usage_at)
         row = msgspec.structs.replace(
             row,
@@ -456,6 +503,8 @@ class Activity:
             reason=news.reason and news.reason[:MAX_TEXT],
             error_message=news.error_message and news.error_message[:MAX_TEXT],
         )
+        if row.ended and was.state == "Unresponsive":
+            row = msgspec.structs.replace(row, error_message=row.error_message or was.error_message)
         changes.rows[f"activity/{row.activity_id}"] = row
         changes.effects.append(Emit(f"activity/{row.activity_id}", ActivityChanged(row.state)))
         if row.state != "New":
@@ -465,9 +514,10 @@ class Activity:
         if row.ended:
             self._wind_up(changes, row, meta)
 
-    def _wind_up(self, changes: _Changes, row: ActivityRow, meta: Meta) -> None:
+    def _wind_up(self, changes: Changes, row: ActivityRow, meta: Meta) -> None:
         """The activity is over: no timer is left, and no batch stays without its last result."""
         changes.effects.append(Wake(f"destroy/{row.activity_id}", None))
+        changes.effects.append(Wake(f"silence/{row.activity_id}", None))
         changes.effects.append(Wake(f"feed/{row.activity_id}", meta.now + KEEP_S, FeedExpired(row.activity_id)))
         why = ": ".join(text for text in (row.reason, row.error_message) if text) or "no reason given"
         for batch_id in row.unfinished:
@@ -487,7 +537,7 @@ class Activity:
         )
         return Send(address(row.requestor, self.name), told)
 
-    def _ask_to_end(self, changes: _Changes, activity_id: str, meta: Meta) -> None:
+    def _ask_to_end(self, changes: Changes, activity_id: str, meta: Meta) -> None:
         """Begin to end a live activity; once is enough."""
         row: ActivityRow | None = changes.get(f"activity/{activity_id}")
         if row is None or row.ended or row.destroying:
@@ -506,23 +556,23 @@ class Activity:
         changes.effects.append(Wake(f"create/{activity_id}", None))
         changes.effects.append(Wake(f"destroy/{activity_id}", meta.now + wait_s, DestroyExpired(activity_id)))
 
-    def _create_expired(self, changes: _Changes, activity_id: str, meta: Meta) -> None:
+    def _create_expired(self, changes: Changes, activity_id: str, meta: Meta) -> None:
         row: ActivityRow | None = changes.get(f"activity/{activity_id}")
         if row is not None and row.state == "New":
             self._ask_to_end(changes, activity_id, meta)
 
-    def _destroy_expired(self, changes: _Changes, activity_id: str, meta: Meta) -> None:
+    def _destroy_expired(self, changes: Changes, activity_id: str, meta: Meta) -> None:
         row: ActivityRow | None = changes.get(f"activity/{activity_id}")
         if row is None or row.ended:
             return
         silent = "the provider" if row.role == REQUESTOR else "the exe-unit and the agent"
         self._end(changes, row, "destroyed", f"{silent} did not confirm the end", meta)
 
-    def _end(self, changes: _Changes, row: ActivityRow, reason: str, error_message: str, meta: Meta) -> None:
+    def _end(self, changes: Changes, row: ActivityRow, reason: str, error_message: str, meta: Meta) -> None:
         over = StateChanged(row.activity_id, "Terminated", reason=reason, error_message=error_message)
         self._set_state(changes, row, over, meta)
 
-    def _undelivered(self, changes: _Changes, message: Undelivered, meta: Meta) -> None:
+    def _undelivered(self, changes: Changes, message: Undelivered, meta: Meta) -> None:
         lost = _SENT(message.body)
         if not isinstance(lost, ActivityRequested | DestroyRequested | RunBatch):
             return
@@ -534,33 +584,6 @@ class Activity:
             request = DestroyRequested(row.activity_id)
             changes.effects.append(Send(address(row.provider, self.name), request, REQUEST_DEADLINE_S))
         self._end(changes, row, UNREACHABLE, message.reason, meta)
-
-
-def _refuse(code: str, message: str) -> Step:
-    return Step(effects=[Reply(Refused(code, message))])
-
-
-def _runtime_name(offer_properties: str) -> str:
-    try:
-        name = msgspec.json.decode(offer_properties, type=dict[str, Any]).get("golem.runtime.name")
-    except (msgspec.DecodeError, RecursionError):
-        return ""
-    return name[:100] if isinstance(name, str) else ""
-
-
-def _bounded_timeout(timeout_s: float) -> float:
-    return min(max(timeout_s, 1.0), MAX_CREATE_S) if math.isfinite(timeout_s) else MAX_CREATE_S
-
-
-def _sane(at: float, now: float) -> float:
-    """Return a reporter's time, or ours where its clock is far off."""
-    return round(at, 6) if math.isfinite(at) and abs(at - now) < KEEP_S else now
-
-
-def _forget_batch(rows: Rows, activity_id: str, batch_id: str) -> Step:
-    gone: dict[str, Message | None] = {key: None for key, _ in rows.prefix(f"result/{batch_id}/")}
-    gone[batch_key(activity_id, batch_id)] = None
-    return Step(gone, [DropFeed(f"batch/{batch_id}")])
 
 
 __all__ = ["Activity", "ActivityRow", "AgreementRow", "BatchRow", "ResultRow", "batch_key", "result_key"]

@@ -163,6 +163,19 @@ class FeedExpired(Message, frozen=True):
     activity_id: str
 
 
+class UnitSilent(Message, frozen=True):
+    """Nothing was heard of the exe-unit until `due`."""
+
+    activity_id: str
+    due: float
+
+
+class AgreementForgotten(Message, frozen=True):
+    """An agreement has been over for so long that its activities need not be readable any more."""
+
+    agreement_id: str
+
+
 # -- in feeds
 class ActivityEvent(Message, frozen=True):
     """In feed `activities` of the provider's node, for the agent. `kind`: CreateActivity or DestroyActivity."""

@@ -6,15 +6,19 @@ import json
 import random
 from typing import Any
 
+import msgspec
 import pytest
 from playbook import START, Nodes, Playbook, playbook
 
 from actors.activity import (
+    INACTIVITY_S,
+    KEEP_AGREEMENT_S,
     KEEP_S,
     MAX_HELD,
     MAX_HELD_PER_NODE,
     MAX_UNFINISHED,
     UNREACHABLE,
+    UNRESPONSIVE_S,
     Activity,
     batch_key,
     result_key,
@@ -293,7 +297,7 @@ def test_reports_go_on_to_the_requestor_and_come_from_the_unit_or_the_agent() ->
         play.tell(StateReported(ACTIVITY, "Initialized"), f"{R}/exeunit:{ACTIVITY}")
     play.tell(StateReported(ACTIVITY, "Initialized", usage=[0.0], at=START), UNIT)
     play.tell(UsageReported(ACTIVITY, [2.0], START + 1), UNIT)
-    assert play.timers == {}
+    assert list(play.timers) == [f"silence/{ACTIVITY}"]
     assert play.ask(StateReported(ACTIVITY, "Terminated", reason="execution aborted")) == Done(ACTIVITY)
     play.tell(StateReported(ACTIVITY, "Ready"), UNIT)  # over is over
     told = play.sent(f"{R}/activity")
@@ -315,6 +319,61 @@ def test_destroy_is_one_event_and_ends_even_if_nobody_confirms() -> None:
     assert [told.state for told in play.take_sent(f"{R}/activity")] == ["Terminated"]
     play.tell(DestroyRequested("d" * 32), R)
     assert [told.reason for told in play.take_sent(f"{R}/activity")] == ["no such activity"]
+
+
+def test_a_unit_that_falls_silent_is_unresponsive_until_its_next_word_or_its_end() -> None:
+    play = provider()
+    play.tell(ActivityRequested(ACTIVITY, AGREEMENT, 5.0), R)
+    play.tell(StateReported(ACTIVITY, "Ready", at=START), UNIT)
+    for _ in range(5):  # it speaks every ten seconds
+        play.at(10)
+        play.tell(UsageReported(ACTIVITY, [1.0], play.now), UNIT)
+    assert state(play)[0] == "Ready"
+    play.at(UNRESPONSIVE_S)
+    assert state(play)[0] == "Unresponsive"
+    told = play.sent(f"{R}/activity")[-1]
+    assert (told.state, told.error_message) == ("Unresponsive", "nothing was heard of the exe-unit for 30 s")
+    play.tell(UsageReported(ACTIVITY, [2.0], play.now), UNIT)
+    assert state(play)[0] == "Ready"
+    told = play.sent(f"{R}/activity")[-1]
+    assert (told.state, told.error_message, told.usage) == ("Ready", None, [2.0])
+    play.at(INACTIVITY_S - 1)
+    assert [event.kind for event in play.feed("activities")] == ["CreateActivity"]
+    play.at(2)
+    assert [event.kind for event in play.feed("activities")] == ["CreateActivity", "DestroyActivity"]
+    play.ask(StateReported(ACTIVITY, "Terminated", reason="execution aborted"))
+    assert state(play) == ("Terminated", None, "execution aborted")
+    assert play.rows[f"activity/{ACTIVITY}"].error_message == "nothing was heard of the exe-unit for 30 s"
+    assert not any(key.startswith("silence/") for key in play.timers)
+
+
+def test_silence_says_nothing_when_the_node_itself_was_away() -> None:
+    play = provider()
+    play.tell(ActivityRequested(ACTIVITY, AGREEMENT, 5.0), R)
+    play.tell(StateReported(ACTIVITY, "Ready", at=START), UNIT)
+    play.now += 3600.0
+    play.at(0)
+    assert state(play)[0] == "Ready"
+    play.at(UNRESPONSIVE_S + 1)
+    assert state(play)[0] == "Unresponsive"
+
+
+def test_what_ended_long_ago_is_forgotten_and_what_did_not_end_is_not() -> None:
+    play = created(requestor())
+    play.tell(StateChanged(ACTIVITY, "Ready", at=play.now), P)
+    play.tell(AgreementEnded(AGREEMENT, "Requestor", ""), f"{R}/negotiation")
+    assert play.timers[f"agreement/{AGREEMENT}"][0] == play.now + KEEP_AGREEMENT_S
+    live = msgspec.structs.replace(play.rows[f"activity/{ACTIVITY}"])
+    play.at(KEEP_AGREEMENT_S - 1)
+    assert state(play)[0] == "Terminated"
+    ended, play.rows[f"activity/{ACTIVITY}"] = play.rows[f"activity/{ACTIVITY}"], live
+    play.at(2)
+    assert sorted(play.rows) == [f"activity/{ACTIVITY}", f"agreement/{AGREEMENT}"]
+    play.rows[f"activity/{ACTIVITY}"] = ended
+    play.at(KEEP_S)
+    assert play.rows == {}
+    assert play.feeds.keys() <= {f"activity/{ACTIVITY}"}
+    assert play.timers == {}
 
 
 def test_a_unit_that_does_not_start_is_destroyed() -> None:
