@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ipaddress
 from pathlib import Path
 
 import click
 
 from golem.cli.client import config_of
+from golem.cli.output import fail
 
 
 @click.group()
@@ -31,6 +33,10 @@ def run(chain_dir: Path | None, host: str, port: int | None) -> None:  # fmt: sk
     from golem.chain.devchain.__main__ import main as serve
 
     config = config_of(chain_dir=chain_dir)
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        raise fail(f"--host {host}: expected an IP address of this machine, or 0.0.0.0 for all") from None
     raise SystemExit(serve(["--data-dir", str(config.chain_dir), "--host", host, "--port", str(port or 0)]))
 
 
