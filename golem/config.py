@@ -14,6 +14,7 @@ from dotenv import load_dotenv
 
 VERSION = "0.17.6"  # the API level that agents check; the SDKs want at least 0.15.2
 DEFAULT_API_URL = "http://127.0.0.1:7465"
+USAGE_EVERY_S = 10.0  # exe-units tell their usage that often: a shorter silence says nothing
 MAX_SUBSCRIPTION_TTL_S = 7200.0  # as `protocol.market.MAX_LIFETIME_S`, beyond which no node keeps an offer
 PROFILES = ("local", "testnet", "mainnet")
 
@@ -58,6 +59,11 @@ class Config:
     subscription_ttl_s: float = 3600.0
     max_events_default: int = 20
     max_events: int = 100
+    unresponsive_s: float = 30.0  # without a word of an exe-unit
+    inactivity_s: float = 60.0  # the same; then its activity is ended
+    event_store_days: float = 90.0  # events in feeds
+    cleanup_interval_s: float = 4 * 3600.0
+    max_rest_timeout_s: float = 75.0  # how long an idle connection to REST is kept open
     skip_allocation_validation: bool = False
 
     @property
@@ -162,6 +168,11 @@ def config_from(env: Mapping[str, str], **flags: object) -> Config:
         "subscription_ttl_s": _duration(env, "DEFAULT_SUBSCRIPTION_TTL", 3600.0, 1.0, MAX_SUBSCRIPTION_TTL_S),
         "max_events_default": int(_number(env, "MARKET_MAX_EVENTS_DEFAULT", 20, 1, 100)),
         "max_events": int(_number(env, "MARKET_MAX_EVENTS_MAX", 100, 1, 1000)),
+        "unresponsive_s": _duration(env, "UNRESPONSIVE_LIMIT_SECONDS", 30.0, 2 * USAGE_EVERY_S),
+        "inactivity_s": _duration(env, "INACTIVITY_LIMIT_SECONDS", 60.0, 3 * USAGE_EVERY_S),
+        "event_store_days": _number(env, "MARKET_EVENT_STORE_DAYS", 90.0, 1, 36500),
+        "cleanup_interval_s": _duration(env, "MARKET_DB_CLEANUP_INTERVAL", 4 * 3600.0, 1.0),
+        "max_rest_timeout_s": _duration(env, "MAX_REST_TIMEOUT", 75.0, 1.0, 86400.0),
         "skip_allocation_validation": env.get("YAGNA_DEV_SKIP_ALLOCATION_VALIDATION", "") == "1",
     }
     config = Config(**{**values, **given})  # type: ignore[arg-type]

@@ -47,7 +47,7 @@ from golem.signer_port import SignerPort
 log = logging.getLogger("golem.node")
 
 GRACE_S = 5.0
-FEED_DAYS = 90
+DAY_S = 86400.0
 STEP_LOG_BYTES, STEP_LOG_FILES = 16 * 1024 * 1024, 4
 
 
@@ -110,7 +110,6 @@ async def open_node(config: Config, ask_password: AskPassword | None = None) -> 
             app_keys.create("autoconfigured", identity.node_id, key=config.autoconf_app_key)
         journal = Journal(str(config.data_dir / "node.db"), lambda: secrets.token_hex(8))
         stack.callback(journal.close)
-        await trio.to_thread.run_sync(journal.prune, time.time() - FEED_DAYS * 86400)
         net_config = NetConfig(data_dir=config.data_dir, listen=config.listen, bootstrap=config.bootstrap, mdns=config.mdns,
                                network_name=config.network_name)  # fmt: skip
         try:
@@ -124,8 +123,9 @@ async def open_node(config: Config, ask_password: AskPassword | None = None) -> 
             identity.node_id, journal, router, clock=time.time, new_trace=lambda: secrets.token_hex(6),
             jitter=partial(random.uniform, 0.8, 1.2), publish=gossip.publish, step_log=step_log(config.data_dir),
         )  # fmt: skip
-        for machine in (Market, Negotiation, Activity, Ledger):
+        for machine in (Market, Negotiation, Ledger):
             system.add(machine(identity.node_id))
+        system.add(Activity(identity.node_id, config.unresponsive_s, config.inactivity_s))
         try:
             chain = await stack.enter_async_context(open_chain(config, identity, system))
         except ValueError as error:
@@ -138,12 +138,22 @@ async def open_node(config: Config, ask_password: AskPassword | None = None) -> 
         nursery = await stack.enter_async_context(trio.open_nursery())
         await nursery.start(bus.run)
         await nursery.start(system.run)
+        nursery.start_soon(forget_events, system, config)
         router.attach(system.deliver)
         gossip.attach(system)
         nursery.start_soon(gossip.run)
         network.on_peer(gossip.peer)
         yield node
         nursery.cancel_scope.cancel()
+
+
+async def forget_events(system: System, config: Config) -> None:
+    """Delete old events from the feeds, now and again and again: rows have timers of their own, events have not."""
+    while True:
+        deleted = await system.journal.prune(system.now() - config.event_store_days * DAY_S)
+        if deleted:
+            log.info("deleted %d events older than %g days", deleted, config.event_store_days)
+        await trio.sleep(config.cleanup_interval_s)
 
 
 def cycles_of(config: Config, chain: Chain) -> dict[str, float]:
@@ -215,7 +225,7 @@ async def serve_rest(node: Node, sock: socket.socket, *, task_status: Any = trio
     settings = ServerConfig()
     settings.graceful_timeout = GRACE_S
     settings.shutdown_timeout = GRACE_S
-    settings.keep_alive_timeout = 75
+    settings.keep_alive_timeout = node.config.max_rest_timeout_s
     settings.h11_max_incomplete_size = 64 * 1024
     settings.loglevel = "WARNING"
     settings.errorlog = logging.getLogger("golem.http")

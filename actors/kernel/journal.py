@@ -38,6 +38,7 @@ MIGRATIONS = (
 
 READ_AT_ONCE = 256  # rows of a prefix read by one query
 MERGED_COMMITS = 256  # commits in one transaction
+PRUNED_AT_ONCE = 5000  # events
 ACK_FLUSH_S = 0.05  # how long acknowledgements wait for a commit to go with: losing them costs a repetition, no more
 KEPT_QUARANTINED = 1000
 RETIRED_EPOCHS = 8
@@ -361,10 +362,25 @@ class Journal:
             raise JournalError(f"cannot write the journal: {error}") from error
         self.commits += 1
 
-    def prune(self, before: float) -> int:
-        """Delete feed events older than `before`; return how many. Blocking: call at start or from a thread."""
-        deleted = self._writer.execute("delete from feed where at<?", (before,)).rowcount
-        return int(deleted)
+    async def prune(self, before: float) -> int:
+        """Delete feed events older than `before`, between commits; return how many. Raises `JournalError`."""
+        deleted = 0
+        while True:  # in pieces: commits wait for each of them
+            if self._threads:
+                found = await trio.to_thread.run_sync(self._prune, before, limiter=self._limiter)
+            else:
+                await trio.lowlevel.checkpoint()
+                found = self._prune(before)
+            deleted += found
+            if found < PRUNED_AT_ONCE:
+                return deleted
+
+    def _prune(self, before: float) -> int:
+        query = "delete from feed where (name, seq) in (select name, seq from feed where at<? limit ?)"
+        try:
+            return int(self._writer.execute(query, (before, PRUNED_AT_ONCE)).rowcount)
+        except sqlite3.Error as error:
+            raise JournalError(f"cannot write the journal: {error}") from error
 
 
 def _apply(db: sqlite3.Connection, c: Commit) -> None:

@@ -34,7 +34,7 @@ OPTIONS = (
     click.option("--api-allow-origin", "allow_origins", multiple=True, metavar="ORIGIN",
                  help="CORS origin that browsers may use."),
     click.option("--debug", is_flag=True, help="Log much."),
-    click.option("--max-rest-timeout", hidden=True),
+    click.option("--max-rest-timeout", "max_rest_timeout_s", type=click.FloatRange(1, 86400), hidden=True),
     click.option("--log-dir", hidden=True),
     click.option("--disable-metrics-push", is_flag=True, hidden=True),
 )  # fmt: skip
@@ -55,7 +55,7 @@ def run_command(debug: bool, no_mdns: bool, **flags: Any) -> None:
 
     from golem.config import ConfigError
 
-    for ignored in ("max_rest_timeout", "log_dir", "disable_metrics_push"):
+    for ignored in ("log_dir", "disable_metrics_push"):
         flags.pop(ignored, None)
     config = config_of(**flags, **({"mdns": False} if no_mdns else {}))
     # our own packages speak; of what they stand on (libp2p alone writes pages) only warnings are heard

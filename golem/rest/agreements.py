@@ -50,7 +50,6 @@ if TYPE_CHECKING:
     from golem.node import Node
 
 DEFAULT_TIMEOUT_S = 5.0
-MAX_EVENTS, DEFAULT_EVENTS = 100, 20
 PAGE = 200
 NEWS_S, NEWS_STEP_S = 2.0, 0.005  # an approval's way to the other actors of this node takes a commit or two
 STATES = ("Proposal", "Pending", "Cancelled", "Rejected", "Approved", "Expired", "Terminated")
@@ -241,7 +240,7 @@ def _events(api: Blueprint, node: Node) -> None:
     @api.get("/agreementEvents")
     async def events() -> Response:
         timeout_s, session = query_float("timeout", DEFAULT_TIMEOUT_S), session_id()
-        limit = query_int("maxEvents", DEFAULT_EVENTS, 1, MAX_EVENTS)
+        limit = query_int("maxEvents", node.config.max_events_default, 1, node.config.max_events)
         after = query_time("afterTimestamp")
         cursor = SINCE_EVER if after is None else after
 

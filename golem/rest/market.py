@@ -31,7 +31,6 @@ from protocol.terms import TermsError, flatten
 if TYPE_CHECKING:
     from golem.node import Node
 
-MAX_EVENTS, DEFAULT_EVENTS = 100, 20
 DEFAULT_TIMEOUT_S = 5.0
 PROPOSAL_ID = re.compile(r"(R|P)-([0-9a-f]{64})\Z")
 
@@ -112,7 +111,7 @@ def _subscriptions(api: Blueprint, node: Node, kind: str) -> None:
 def _events(api: Blueprint, node: Node, kind: str) -> None:
     async def events(wanted: str) -> Response:
         wanted_id = subscription_id(wanted)
-        limit = query_int("maxEvents", DEFAULT_EVENTS, 1, MAX_EVENTS)
+        limit = query_int("maxEvents", node.config.max_events_default, 1, node.config.max_events)
         timeout_s = query_float("timeout", DEFAULT_TIMEOUT_S)
         feed, deadline = f"{kind}/{wanted_id}", node.clock() + timeout_s
 

@@ -576,3 +576,34 @@ async def test_timers_of_actors_that_are_gone_do_not_stay() -> None:
     async with running(system_on(storage, Doer("other"))) as a:
         await trio.sleep(30)
         assert a.journal.next_alarm() is None
+
+
+@pytest.mark.parametrize("threads", [True, False])
+def test_old_events_are_forgotten_while_others_write(
+    tmp_path: Path, threads: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal_module, "PRUNED_AT_ONCE", 3)
+    now = [0.0]
+
+    async def body() -> None:
+        journal = Journal(f"{tmp_path}/node.db", lambda: "e", threads=threads)
+        system = System("A", journal, Nowhere(), clock=lambda: now[0], new_trace=lambda: "t")
+        system.add(Doer(emit=lambda rows, meta: Step({}, [Emit("f", Text("x"))])))
+        async with trio.open_nursery() as nursery:
+            await nursery.start(system.run)
+            for second in range(20):
+                now[0] = float(second)
+                await system.ask("doer", Do("emit"))
+
+            async def more() -> None:
+                for _ in range(5):
+                    await system.ask("doer", Do("emit"))
+
+            nursery.start_soon(more)
+            assert await journal.prune(11.0) == 11
+            assert [event.at for event in system.feeds.read("f")][:9] == [float(second) for second in range(11, 20)]
+            assert await journal.prune(11.0) == 0
+            nursery.cancel_scope.cancel()
+        journal.close()
+
+    trio.run(body)
