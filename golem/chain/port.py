@@ -55,6 +55,7 @@ DEVCHAIN_LOOK_S = 5.0
 DEVCHAIN_IDLE_S = 900.0  # it ends so long after the last node that looked; its blocks stay
 START_WAIT_S = 60.0
 NAME_WAIT_S = 10.0  # for the dev chain's name: somebody waits for an answer to an HTTP request
+NAME_PAUSE_S = 0.2
 NAME_DIGITS = 16
 EXTRA_ROWS = "networks.json"  # in the data directory: rows of the user's own
 
@@ -274,8 +275,15 @@ class Chain:
         row = self._simulated()
         if row is None:
             return None
-        _, rpc = await self._reach(row.name, NAME_WAIT_S)
-        return (await rpc.genesis_hash()).removeprefix("0x")[:NAME_DIGITS]
+        until = trio.current_time() + NAME_WAIT_S
+        while True:  # asked each time: a chain that was gone for a while may be another one
+            try:
+                _, rpc = await self._reach(row.name, NAME_WAIT_S)
+                return (await rpc.genesis_hash()).removeprefix("0x")[:NAME_DIGITS]
+            except RpcError as error:
+                if error.kind != "down" or trio.current_time() >= until:
+                    raise
+            await trio.sleep(NAME_PAUSE_S)
 
     def _simulated(self) -> Network | None:
         return next((row for row in self.networks if row.simulated_by), None)
