@@ -67,6 +67,7 @@ class Network:
         self._sessions: Sessions | None = None
         self._gossip: Gossip | None = None
         self._nursery: trio.Nursery | None = None
+        self._moved = False  # the host ended for new addresses of this machine
         for address in config.announce:
             if not is_tcp_address(address):
                 raise ValueError(f"an address to announce is /ip4/<address>/tcp/<port>, got {address!r}")
@@ -186,12 +187,17 @@ class Network:
         delay_s = timing.restart_min_s
         while True:
             started_at = trio.current_time()
+            self._moved = False
             try:
                 await self._run_host()
             except Exception:
                 # py-libp2p must be treated as crashable: whatever it was, the node lives on and the host is rebuilt.
                 log.exception("the network host crashed; restarting in %.1f s", delay_s)
             else:
+                if self._moved:
+                    self._listen = _listen_again(self._listen)
+                    self._own_record = None
+                    continue
                 log.error("the network host stopped by itself; restarting in %.1f s", delay_s)
             if trio.current_time() - started_at > 60:
                 delay_s = timing.restart_min_s
@@ -232,12 +238,29 @@ class Network:
                 if config.mdns:
                     mdns = Mdns(config.network_name, self.peer_id, self._bare_addresses(), found)
                     nursery.start_soon(mdns.run)
+                if not config.listen:
+                    nursery.start_soon(self._watch_interfaces, nursery.cancel_scope)
                 self._sessions, self._gossip, self._nursery = sessions, gossip, nursery
                 self._up.set()
                 log.info("node %s listens on %s", self.node_id, ", ".join(self.addresses))
         finally:
             self._sessions = self._gossip = self._nursery = None
             self._up = trio.Event()
+
+    async def _watch_interfaces(self, host: trio.CancelScope) -> None:
+        """End the host when the machine has got an address (another network, a cable plugged in late) that stays.
+
+        The next host listens there too, and its mDNS speaks there; links go on when their peers are met again.
+        """
+        before: set[str] = set()
+        while True:
+            await trio.sleep(self._config.timing.interfaces_s)
+            new = set(_interface_ips()) - {ip for ip, _ in self._listen}
+            if new & before:
+                log.info("this machine has got the address %s", ", ".join(sorted(new)))
+                self._moved = True
+                host.cancel()
+            before = new
 
     async def _request_self(self, service: str, payload: bytes, timeout_s: float) -> bytes:
         """A request to our own node id takes no wire, and ends in the same ways."""
@@ -342,6 +365,19 @@ def _interface_ips() -> list[str]:
         if address.family == socket.AF_INET
     }
     return sorted(found, key=lambda ip: (ip.startswith("127."), ip))
+
+
+def _listen_again(listened: list[tuple[str, int]]) -> list[tuple[str, int]]:
+    """The addresses the machine has now; those it had keep their ports where these are still free."""
+    ports, found = dict(listened), []
+    for ip in _interface_ips():
+        for port in dict.fromkeys((ports.get(ip, 0), 0)):
+            try:
+                found.append(_free_address(ip, port))
+                break
+            except ListenError as error:  # taken meanwhile, or the address went as it came
+                log.info("%s", error)
+    return found or listened
 
 
 def _free_address(host: str, port: int) -> tuple[str, int]:

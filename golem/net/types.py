@@ -53,6 +53,7 @@ class Timing:
     stall_s: float = 300.0  # a stream whose reader takes nothing for so long is reset
     handler_timeout_s: float = 120.0  # a service handler that takes longer is cancelled
     gossip_heartbeat_s: float = 1.0
+    interfaces_s: float = 2.0  # how often new addresses of this machine are looked for
     restart_min_s: float = 0.5  # host crashed
     restart_max_s: float = 30.0
 

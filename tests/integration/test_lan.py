@@ -1,7 +1,8 @@
-"""Nodes of a LAN: three machines (network namespaces on one bridge) that know of each other by mDNS alone.
+"""Nodes of a LAN: machines (network namespaces on one bridge) that know of each other by mDNS alone.
 
-One test tells a day of such a LAN, since each part needs what the part before built: nodes meet, a market forms, a
-late comer catches up, a cable is pulled and a machine freezes (both at once: the watchdogs run side by side).
+One test tells a day of such a LAN, since each part needs what the part before built: nodes meet (one of them before it
+has an address), a market forms, a late comer catches up, then a cable is pulled, a machine freezes and another moves to
+a new address (all at once: the watchdogs run side by side).
 """
 
 from __future__ import annotations
@@ -69,14 +70,15 @@ class Lan:
         ip("-n", self.switch, "link", "add", "bridge", "type", "bridge")
         ip("-n", self.switch, "link", "set", "bridge", "up")
 
-    def plug_in(self, machine: str) -> str:
-        """Make a machine's namespace with an interface of the LAN; return the namespace."""
+    def plug_in(self, machine: str, address: str | None = None) -> str:
+        """Make a machine's namespace with an interface of the LAN ("": without an address yet); return the namespace."""
         namespace = f"{self.tag}-{machine}"
         self._namespace(namespace)
-        address = f"10.77.0.{len(self.namespaces)}/24"
+        address = f"10.77.0.{len(self.namespaces)}/24" if address is None else address
         ip("-n", self.switch, "link", "add", machine, "type", "veth", "peer", "name", "eth0", "netns", namespace)
         ip("-n", self.switch, "link", "set", machine, "master", "bridge", "up")
-        ip("-n", namespace, "address", "add", address, "brd", "+", "dev", "eth0")
+        if address:
+            ip("-n", namespace, "address", "add", address, "brd", "+", "dev", "eth0")
         ip("-n", namespace, "link", "set", "eth0", "up")
         ip("-n", namespace, "link", "set", "lo", "up")
         return namespace
@@ -88,9 +90,14 @@ class Lan:
     def cable(self, machine: str, state: str) -> None:
         ip("-n", f"{self.tag}-{machine}", "link", "set", "eth0", state)
 
-    async def start_node(self, machine: str) -> LocalNode:
+    def readdress(self, machine: str, address: str) -> None:
+        """Give a machine another address, as a DHCP server does."""
+        ip("-n", f"{self.tag}-{machine}", "address", "flush", "dev", "eth0")
+        ip("-n", f"{self.tag}-{machine}", "address", "add", address, "brd", "+", "dev", "eth0")
+
+    async def start_node(self, machine: str, address: str | None = None) -> LocalNode:
         """Start a node on a machine; it is told nothing but the network's name."""
-        namespace, data_dir, key = self.plug_in(machine), self.folder / machine, secrets.token_hex(16)
+        namespace, data_dir, key = self.plug_in(machine, address), self.folder / machine, secrets.token_hex(16)
         line = ["ip", "netns", "exec", namespace, sys.executable, "-m", "golem.cli", "--data-dir", str(data_dir), "run",
                 "--plain-key", "--network-name", self.name, "--chain-dir", str(self.folder / "chain")]  # fmt: skip
         environment = {"YAGNA_AUTOCONF_APPKEY": key, "GOLEM_CHAIN_URL": NOBODY}
@@ -142,6 +149,10 @@ async def ask(node: LocalNode, command: str, **arguments: Any) -> Any:
         return json.loads(await client.call("", f"cli:{command}", json.dumps(arguments).encode(), 10))
 
 
+async def is_up(node: LocalNode) -> bool:
+    return (await ask(node, "status"))["problem"] is None
+
+
 async def peers(node: LocalNode) -> set[str]:
     return {session["nodeId"] for session in await ask(node, "net_sessions")}
 
@@ -184,11 +195,13 @@ async def proposals(lan: Lan, node: LocalNode, kind: str, subscription: str, cou
 @trio_test
 async def test_a_lan(tmp_path: Path) -> None:
     async with open_lan(tmp_path) as lan:
-        alice, bob = await lan.start_node("alice"), await lan.start_node("bob")
+        alice, bob = await lan.start_node("alice"), await lan.start_node("bob", address="")
+        await until("bob's host runs on loopback alone", lan, lambda: is_up(bob), 10)
+        lan.readdress("bob", "10.77.0.42/24")  # the DHCP server was slow
         await two_meet(lan, alice, bob)
         offer = await bobs_offer_is_seen(lan, alice, bob)
         carol = await a_late_comer_sees_it_too(lan, alice, bob)
-        await mail_waits_for_a_cable_and_a_frozen_machine(lan, alice, bob, carol, offer)
+        await mail_waits_for_lost_machines(lan, alice, bob, carol, offer)
 
 
 async def two_meet(lan: Lan, alice: LocalNode, bob: LocalNode) -> None:
@@ -224,16 +237,17 @@ async def a_late_comer_sees_it_too(lan: Lan, alice: LocalNode, bob: LocalNode) -
     return carol
 
 
-async def mail_waits_for_a_cable_and_a_frozen_machine(
-    lan: Lan, alice: LocalNode, bob: LocalNode, carol: LocalNode, bobs_offer: str
-) -> None:
-    """What Alice tells Bob (no cable) and Carol (frozen) is accepted at once and arrives when they are back."""
-    offers = {bob: bobs_offer, carol: await publish_offer(lan, carol, "carol")}
+async def mail_waits_for_lost_machines(lan: Lan, alice: LocalNode, bob: LocalNode, carol: LocalNode, bobs_offer: str) -> None:
+    """What Alice tells Bob (moved), Carol (frozen) and Dave (no cable) is accepted at once and arrives when they are back."""
+    dave = await lan.start_node("dave")
+    offers = {bob: bobs_offer, carol: await publish_offer(lan, carol, "carol"), dave: await publish_offer(lan, dave, "dave")}
+    others = {node.node_id for node in offers}
     demand = await publish_demand(lan, alice)
-    found = await proposals(lan, alice, "demands", demand, 2)
-    assert {one["issuerId"] for one in found} == {bob.node_id, carol.node_id}
+    found = await proposals(lan, alice, "demands", demand, 3)
+    assert {one["issuerId"] for one in found} == others
 
     lan.cable("bob", "down")
+    lan.cable("dave", "down")
     assert carol.process.running is not None
     carol.process.running.send_signal(signal.SIGSTOP)
     for one in found:
@@ -245,12 +259,18 @@ async def mail_waits_for_a_cable_and_a_frozen_machine(
         return not await peers(alice)
 
     async def together() -> bool:
-        return await peers(alice) == {bob.node_id, carol.node_id} and await peers(bob) == {alice.node_id, carol.node_id}
+        return await peers(alice) == others and alice.node_id in await peers(bob) & await peers(carol) & await peers(dave)
 
-    await until("the lost and the frozen peer are noticed", lan, alone, 30)
+    await until("lost and frozen peers are noticed", lan, alone, 30)
+    lan.readdress("bob", "10.77.0.99/24")
     lan.cable("bob", "up")
+    lan.cable("dave", "up")
     carol.process.running.send_signal(signal.SIGCONT)
     for node, offer in offers.items():
         arrived = await proposals(lan, node, "offers", offer, 1, 20)
         assert arrived[0]["issuerId"] == alice.node_id
-    await until("all three are connected again", lan, together, 20)
+    async def moved() -> bool:
+        return any("/ip4/10.77.0.99/" in address for address in (await ask(bob, "net_status"))["addresses"])
+
+    await until("bob listens on his new address", lan, moved, 10)
+    await until("all are connected again", lan, together, 20)
