@@ -1,0 +1,395 @@
+"""A whole market in one Trio run: the real machines of three nodes on the real kernel, in a world of faults.
+
+One requestor and two providers, each with market, negotiation, activity, ledger and wallet; an exe-unit with a disk of
+its own for every activity; signer, chain and runtime in memory. Network, disks and crashes are those of `sim_world`.
+Agents act through the edge alone and look at what is committed. The safety phase has faults, the liveness phase has
+none; `sim_market_checks` then says what must hold.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from decimal import Decimal
+from itertools import count
+from typing import Any
+
+import sim_market_checks as checks
+import trio
+from market_world import KEYS
+from money import PLATFORM
+from sim_market_agents import ProviderAgent, RequestorAgent
+from sim_world import EPOCH_S, SAFETY_S, Broken, Host, SimJournal, SimSystem, Wire, World
+from whole_life import demand_of, offer_of
+
+from actors.activity import Activity
+from actors.exeunit import ExeUnit
+from actors.kernel.machine import AskTimeout, Busy, LinkDown, Meta, Send
+from actors.ledger import Ledger
+from actors.market import Market
+from actors.negotiation import Negotiation
+from actors.wallet import Wallet
+from golem.signer_port import SignerPort
+from protocol.codec import decode_batch
+from protocol.exeunit import CancelCommand, CommandFinished, Execute, UnitStarted
+from protocol.market import Announced, PeerUp
+from protocol.signing import node_id_of, sign
+from protocol.types import Message, Violation, actor_of, address, digest
+from protocol.wallet import (
+    NonceFloor,
+    Transfer,
+    TransferDelayed,
+    TransferFailed,
+    TransferMined,
+    TransferRejected,
+    TransferSent,
+    TransferVerified,
+    VerifyTransfer,
+)
+
+CONVERGE_S = 40 * 3600.0  # a payment that was refused by mistake is offered again only hours later
+LOOK_S = 30.0
+
+
+class MarketSystem(SimSystem):
+    """A system in which nobody is ever found at fault: all are honest, and no machine may crash."""
+
+    def log_violation(self, actor: str, meta: Meta, violation: Violation) -> None:
+        self.host.world.broken.append(f"{self.node}/{actor} finds fault with {meta.sender}: {violation}")
+
+    def log_crash(self, actor: str, meta: Meta, error: Exception) -> None:
+        self.host.world.broken.append(f"{self.node}/{actor} crashed on a message of {meta.sender}: {error!r}")
+
+
+class ChainPort:
+    """The port `chain` of one process. What was submitted is the world's; claims are forgotten with the process."""
+
+    name = "chain"
+    local: Any = Transfer | VerifyTransfer
+    peer: Any = None
+
+    def __init__(self, host: MarketHost) -> None:
+        self.host, self.world = host, host.world
+        self.claims: dict[str, VerifyTransfer] = {}
+
+    async def handle(self, message: Message, meta: Meta) -> Sequence[Send]:
+        await self.world.pause(1)
+        if isinstance(message, Transfer):
+            self.world.submit(self.host.name, message)
+        elif isinstance(message, VerifyTransfer):
+            self.claims[message.claim_id] = message
+        return []
+
+    async def work(self, system: MarketSystem) -> None:
+        """Move the chain on for this node's transfers and claims."""
+        world = self.world
+        while True:
+            await trio.sleep(5.0 if world.calm else world.rng.uniform(0.5, 5))
+            for batch_id, transfer in list(world.submitted.get(self.host.name, {}).items()):
+                outcome = world.mine_batch(transfer)
+                if isinstance(outcome, TransferDelayed | TransferSent):
+                    await system.post("chain", [Send("wallet", outcome)])
+                    continue
+                sends: list[Message] = [outcome]
+                if isinstance(outcome, TransferFailed):
+                    sends.append(NonceFloor(transfer.platform, transfer.payer, transfer.nonce + 1))
+                await system.post("chain", [Send("wallet", send) for send in sends])
+                world.submitted[self.host.name].pop(batch_id, None)  # a crash before this tells the outcome again
+            for claim_id, claim in list(self.claims.items()):
+                moved = world.moved(claim.tx_hash, claim.payer, claim.payee)
+                enough = moved - Decimal(claim.already_claimed) >= Decimal(claim.amount)
+                answer = TransferVerified(claim_id, claim.tx_hash) if enough else TransferRejected(claim_id, "not enough")
+                await system.post("chain", [Send("ledger", answer)])
+                self.claims.pop(claim_id, None)
+
+
+class Runtime:
+    """The port `runtime` of an exe-unit. Commands take their time; some fail. `lost`: the process before had them."""
+
+    name = "runtime"
+    local: Any = Execute | CancelCommand
+    peer: Any = None
+
+    def __init__(self, unit: UnitHost, lost: bool) -> None:
+        self.unit, self.lost = unit, lost
+        self.ran: set[tuple[str, int]] = set()
+
+    async def handle(self, message: Message, meta: Meta) -> Sequence[Send]:
+        world, key = self.unit.world, (message.batch_id, message.index)  # type: ignore[attr-defined]
+        if not isinstance(message, Execute) or key in self.ran or self.lost:
+            return []
+        self.ran.add(key)
+        if (self.unit.name, *key) in world.ran:
+            raise Broken(f"{self.unit.name} runs command {key} again")
+        world.ran.add((self.unit.name, *key))
+        await world.pause(8)
+        ok = message.refusal is None and not world.chance(0.1)
+        error = None if ok else message.refusal or "it did not work"
+        done = CommandFinished(*key, ok, "out", None, error, EPOCH_S + trio.current_time(), [trio.current_time(), 1.0])
+        return [Send(self.unit.actor, done)]
+
+
+class MarketHost(Host):
+    """A node."""
+
+    world: MarketWorld
+    system: MarketSystem | None
+
+    def __init__(self, world: MarketWorld, key: bytes) -> None:
+        super().__init__(world, node_id_of(key))
+        self.key = key
+
+    async def boot(self, nursery: trio.Nursery) -> None:
+        """Open the disk, start the system and its ports."""
+        world, numbers = self.world, count()
+        journal = SimJournal.over(self.db, lambda: f"{self.name[:8]}.{self.disks}")
+        journal.host = self
+        self.acked = {}
+        system = MarketSystem(
+            self.name, journal, Wire(world, self.name), clock=lambda: EPOCH_S + trio.current_time(),
+            new_trace=lambda: f"{self.name[:6]}{next(numbers)}", jitter=lambda: world.rng.uniform(0.8, 1.2),
+            publish=lambda topic, message: world.gossip(self.name, message),
+            crash_point=lambda actor, moment: world.may_crash(),
+        )  # fmt: skip
+        system.host = self
+        for machine in (Market, Negotiation, Activity, Ledger):
+            system.add(machine(self.name), world.faults.capacity)
+        system.add(Wallet(self.name, {PLATFORM: world.cycle_s}), world.faults.capacity)
+        system.add_port(SignerPort(self.name, lambda kind, body: sign(self.key, kind, body)))
+        chain = ChainPort(self)
+        system.add_port(chain)
+        await nursery.start(system.run)
+        self.system, self.nursery = system, nursery
+        nursery.start_soon(world.kill_sometime)
+        nursery.start_soon(chain.work, system)
+        await system.post("network", [Send("market", PeerUp(other), 60.0) for other in world.hosts if other != self.name])
+
+    async def _take(self, frame: bytes, source: str, answer: list[bytes], done: trio.Event) -> None:  # type: ignore[override]
+        raise AssertionError("frames go through `take`")
+
+    async def take(self, frame: bytes, source: str) -> bytes:
+        """Give a frame to the process, or over its bus to an exe-unit."""
+        to = decode_batch(frame)[0].to
+        if self.system is None:
+            await trio.lowlevel.checkpoint()
+            raise LinkDown(f"{self.name} is down")
+        if actor_of(to).startswith("exeunit:"):
+            unit = self.world.units.get(to)
+            if unit is None:
+                await trio.lowlevel.checkpoint()
+                raise LinkDown(f"no such exe-unit: {to}")
+            return await unit.take(frame, source)
+        return await take(self, frame, source)
+
+
+class UnitHost(Host):
+    """An exe-unit: a process with a disk of its own, on the bus of its provider's node."""
+
+    world: MarketWorld
+
+    def __init__(self, world: MarketWorld, activity_id: str, provider: str, requestor: str) -> None:
+        self.actor = f"exeunit:{activity_id}"
+        super().__init__(world, address(provider, self.actor))
+        self.activity_id, self.provider, self.requestor = activity_id, provider, requestor
+        self.starts = 0
+
+    async def exchange(self, node: str, frame: bytes) -> bytes:
+        """The transport: the bus, and behind it the provider's network."""
+        await self.world.pause(0.1)
+        host = self.world.hosts[self.provider]
+        if node == self.provider:
+            return await host.take(frame, self.name)
+        if host.system is None:
+            raise LinkDown("the node is down")
+        return await Wire(self.world, self.provider).exchange(node, frame)
+
+    async def boot(self, nursery: trio.Nursery) -> None:
+        world, numbers = self.world, count()
+        journal = SimJournal.over(self.db, lambda: f"unit{self.activity_id[:8]}")
+        journal.host = self
+        self.acked = {}
+        system = MarketSystem(
+            self.provider, journal, self, clock=lambda: EPOCH_S + trio.current_time(),
+            new_trace=lambda: f"{self.activity_id[:6]}{next(numbers)}", jitter=lambda: world.rng.uniform(0.8, 1.2),
+            crash_point=lambda actor, moment: world.may_crash(),
+        )  # fmt: skip
+        system.host = self
+        system.add(ExeUnit(self.activity_id, self.requestor, self.provider), world.faults.capacity)
+        system.add_port(Runtime(self, lost="unit" in system.rows(self.actor)))
+        self.starts += 1
+        await nursery.start(system.run)
+        instance = f"{self.starts}"
+        while True:
+            try:
+                await system.ask(self.actor, UnitStarted(instance))
+                break
+            except (AskTimeout, Busy):
+                await trio.sleep(1)
+        self.system, self.nursery = system, nursery
+        nursery.start_soon(world.kill_sometime)
+
+    async def take(self, frame: bytes, source: str) -> bytes:
+        if self.system is None:
+            await trio.lowlevel.checkpoint()
+            raise LinkDown(f"{self.name} is down")
+        return await take(self, frame, source)
+
+
+async def take(host: Host, frame: bytes, source: str) -> bytes:
+    """Give a frame to a process; a crash of it leaves the other side in silence."""
+    return await Host.take(_Taker(host), frame, source)  # type: ignore[arg-type]
+
+
+class _Taker:
+    """What `Host.take` needs of a host, with the plain way of taking."""
+
+    def __init__(self, host: Host) -> None:
+        self.world, self.name, self.system, self.nursery = host.world, host.name, host.system, host.nursery
+
+    async def _take(self, *args: Any) -> None:
+        await Host._take(self, *args)  # type: ignore[arg-type]
+
+
+class MarketWorld(World):
+    """Everything outside of the processes, and the history of what happened."""
+
+    hosts: dict[str, MarketHost]  # type: ignore[assignment]
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        rng = self.rng
+        self.faults = replace(
+            self.faults, lose_disk=False, crash_every_s=rng.choice((0, 15, 60)), capacity=rng.choice((4, 64, 256)),
+            crash_point=rng.choice((0, 0.001, 0.004)), disk_s=rng.choice((0, 0.02, 0.2)),
+        )  # fmt: skip
+        self.cycle_s = rng.choice((2.0, 20.0))
+        self.revert = rng.choice((0, 0, 0.3))
+        for host in self.hosts.values():
+            host.db.close()
+        self.hosts = {}
+        for key in KEYS[:3]:
+            host = MarketHost(self, key)
+            self.hosts[host.name] = host
+        self.units: dict[str, UnitHost] = {}
+        self.broken: list[str] = []
+        self.ran: set[tuple[str, str, int]] = set()
+        self.batches: dict[str, Transfer] = {}
+        self.submitted: dict[str, dict[str, Transfer]] = {}
+        self.outcomes: dict[str, TransferMined | TransferFailed] = {}
+        self.transfers: list[tuple[str, str, str, Decimal]] = []  # hash, payer, payee, amount
+        requestor, *providers = self.hosts.values()
+        self.requestor = RequestorAgent(self, requestor, demand_of)
+        self.providers = [ProviderAgent(self, provider, offer_of) for provider in providers]
+
+    # -- network
+    async def part(self) -> None:
+        """Cut and mend connections."""
+        names = list(self.hosts)
+        while self.faults.partition_every_s and not self.calm:
+            await trio.sleep(self.rng.expovariate(1 / self.faults.partition_every_s))
+            self.cut = set() if self.calm else {frozenset(self.rng.sample(names, 2)) for _ in range(self.rng.randrange(4))}
+            self.note("cut", sorted(sorted(pair) for pair in self.cut))
+
+    def gossip(self, origin: str, message: Message) -> None:
+        """Best effort: to each other node, perhaps."""
+        for name in self.hosts:
+            if name != origin and not self.chance(self.faults.loss) and frozenset((name, origin)) not in self.cut:
+                self.nursery.start_soon(self._hear, name, origin, message)
+
+    async def _hear(self, name: str, origin: str, message: Any) -> None:
+        await self.pause(self.faults.delay_s)
+        system = self.hosts[name].system
+        if system is not None:
+            try:
+                await system.ask("market", Announced(origin, message), timeout_s=5)
+            except (AskTimeout, Busy):
+                pass
+
+    # -- exe-units
+    def start_unit(self, activity_id: str, provider: str, requestor: str) -> UnitHost:
+        """Start the process of an activity, once; it starts again when it dies."""
+        name = address(provider, f"exeunit:{activity_id}")
+        if name not in self.units:
+            self.units[name] = unit = UnitHost(self, activity_id, provider, requestor)
+            self.nursery.start_soon(unit.keep_running)
+        return self.units[name]
+
+    # -- chain
+    def submit(self, node: str, transfer: Transfer) -> None:
+        """Take a batch; a repeat must be the same."""
+        if transfer.payer != node:
+            raise Broken(f"{node} would pay from {transfer.payer}")
+        if self.batches.setdefault(transfer.batch_id, transfer) != transfer:
+            raise Broken(f"batch {transfer.batch_id} has two contents")
+        same = [one for one in self.batches.values() if (one.payer, one.nonce) == (node, transfer.nonce)]
+        if len(same) > 1:
+            raise Broken(f"{node} uses number {transfer.nonce} twice")
+        self.submitted.setdefault(node, {})[transfer.batch_id] = transfer
+
+    def mine_batch(self, transfer: Transfer) -> Message:
+        """Say how a batch fares; once mined or failed it stays so, and pays once."""
+        batch_id = transfer.batch_id
+        tx_hash = "0x" + digest(batch_id)
+        if batch_id not in self.outcomes:
+            if self.chance(0.3):
+                return TransferDelayed(batch_id, "no gas")
+            if self.chance(0.3):
+                return TransferSent(batch_id, tx_hash)
+            if self.chance(self.revert):
+                self.outcomes[batch_id] = TransferFailed(batch_id, "reverted")
+            else:
+                self.outcomes[batch_id] = TransferMined(batch_id, tx_hash, 7, 21000, "0.001")
+                self.transfers += [(tx_hash, transfer.payer, payee, Decimal(text)) for payee, text in transfer.payees]
+            self.note("mined", batch_id)
+        return self.outcomes[batch_id]
+
+    def moved(self, tx_hash: str, payer: str, payee: str) -> Decimal:
+        """Return what a transaction moved between two."""
+        return sum((a for h, one, other, a in self.transfers if (h, one, other) == (tx_hash, payer, payee)), Decimal(0))
+
+    # -- the run
+    async def run(self) -> None:
+        """Safety phase, liveness phase, last judgement. Raises `Broken`."""
+        async with trio.open_nursery() as self.nursery:
+            for host in self.hosts.values():
+                self.nursery.start_soon(host.keep_running)
+            for agent in (self.requestor, *self.providers):
+                self.nursery.start_soon(agent.run)
+            self.nursery.start_soon(self.part)
+            self.nursery.start_soon(self._observe)
+            await trio.sleep(SAFETY_S)
+            self.calm, self.cut = True, set()
+            end = trio.current_time() + CONVERGE_S
+            while (waits := checks.unsettled(self)) and trio.current_time() < end:
+                await trio.sleep(LOOK_S)
+                self._complain()
+            if waits:
+                raise Broken(f"did not converge: {waits[:8]}")
+            checks.check_end(self)
+            self._complain()
+            self.nursery.cancel_scope.cancel()
+
+    async def _observe(self) -> None:
+        while True:
+            await trio.sleep(7)
+            checks.check_always(self)
+
+    def _complain(self) -> None:
+        if self.broken:
+            raise Broken(self.broken[0])
+
+    def close(self) -> None:
+        for host in (*self.hosts.values(), *self.units.values()):
+            host.db.close()
+
+
+def simulate_market(seed: int) -> MarketWorld:
+    """Run the market of `seed`; return its world. Raises `Broken`."""
+    from sim_scheduler import run_seeded
+
+    world = MarketWorld(seed)
+    logging.getLogger("golem.kernel").setLevel(logging.CRITICAL)
+    run_seeded(seed, world.run)
+    return world
+

@@ -1,0 +1,178 @@
+"""What must hold in the simulated market: always, and at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any
+
+from sim_world import EPOCH_S, Broken
+
+from actors.activity import Activity, ActivityRow, BatchRow, ResultRow
+from actors.agreement_rows import Agreement
+from actors.ledger import Agreement as Terms
+from actors.ledger import Allocation, Ledger, Order, Payment, PaymentDocument, total_of
+from actors.market import Market
+from actors.negotiation import Negotiation
+from actors.wallet import PayOrder, Wallet
+from protocol.codec import Decoder
+
+if TYPE_CHECKING:
+    from sim_market import MarketHost, MarketWorld
+
+_decode = {machine.name: Decoder[Any](machine.rows, 1 << 26) for machine in (Market, Negotiation, Activity, Ledger, Wallet)}
+OVER = ("Rejected", "Cancelled", "Expired", "Terminated")
+
+
+def rows(host: MarketHost, actor: str, prefix: str, kind: type) -> Iterator[Any]:
+    """Yield the rows on a disk without the kernel's help."""
+    query = "select body from row where actor=? and substr(key, 1, ?)=? order by key"
+    for (body,) in host.db.execute(query, (actor, len(prefix), prefix)).fetchall():
+        row = _decode[actor](body)
+        if isinstance(row, kind):
+            yield row
+
+
+def agreements(host: MarketHost) -> dict[str, Agreement]:
+    return {row.agreement_id: row for row in rows(host, "negotiation", "agreement/", Agreement)}
+
+
+def documents(host: MarketHost, role: str) -> dict[tuple[str, str], PaymentDocument]:
+    found = (*rows(host, "ledger", "debit-note/", PaymentDocument), *rows(host, "ledger", "invoice/", PaymentDocument))
+    return {(row.kind, row.document_id): row for row in found if row.role == role}
+
+
+def ready(host: MarketHost) -> bool:
+    return host.db.execute("select count(*) from sqlite_master where name='row'").fetchone()[0] == 1
+
+
+def paid(world: MarketWorld, payer: str, payee: str) -> Decimal:
+    """Return what the chain moved between two in all."""
+    return total_of(amount for _, one, other, amount in world.transfers if (one, other) == (payer, payee))
+
+
+def check_always(world: MarketWorld) -> None:
+    """Money: never more than was allowed, never more than was accepted, never twice."""
+    for host in world.hosts.values():
+        if not ready(host):
+            continue
+        orders = list(rows(host, "ledger", "order/", Order))
+        for allocation in rows(host, "ledger", "allocation/", Allocation):
+            spent = total_of(order.amount for order in orders if order.allocation_id == allocation.allocation_id)
+            if not spent == Decimal(allocation.spent) <= Decimal(allocation.total):
+                raise Broken(f"allocation {allocation} has orders of {spent}")
+        for terms in rows(host, "ledger", "agreement/", Terms):
+            if Decimal(terms.paid) > Decimal(terms.accepted) and terms.role == "payer":
+                raise Broken(f"more is paid than accepted: {terms}")
+        for other in world.hosts:
+            owed = total_of(order.amount for order in orders if order.peer == other)
+            if paid(world, host.name, other) > owed:
+                raise Broken(f"{host.name} paid {other} {paid(world, host.name, other)} and owes {owed}")
+
+
+def unsettled(world: MarketWorld) -> list[str]:
+    """Return what is still under way."""
+    waits: list[str] = []
+    now = EPOCH_S + _now()
+    for host in (*world.hosts.values(), *world.units.values()):
+        if host.system is None:
+            waits.append(f"{host.name} is down")
+        for link in host.db.execute("select actor, recipient, count(*) from outbox group by 1, 2"):
+            waits.append(f"{host.name}: outbox {link}")
+    for host in world.hosts.values():
+        short = host.name[:6]
+        for agreement in agreements(host).values():
+            if agreement.state not in OVER:
+                waits.append(f"{short}: agreement {agreement.agreement_id[:8]} is {agreement.state}")
+        for row in rows(host, "activity", "activity/", ActivityRow):
+            if not row.ended:
+                waits.append(f"{short}: activity {row.activity_id[:8]} is {row.state} (destroying: {row.destroying})")
+        for (kind, own_id), document in documents(host, "payee").items():
+            if document.status in ("ISSUED", "ACCEPTED") and not document.refused:
+                waits.append(f"{short}: {kind} {own_id} is {document.status}: {document.waiting}")
+            if kind == "invoice" and document.status == "RECEIVED":
+                waits.append(f"{short}: invoice {own_id} is {document.status}: {document.waiting}")
+        waits += [f"{short}: {k} is {d.status}: {d.waiting}" for k, d in documents(host, "payer").items() if d.status == "ACCEPTED"]
+        for payment in rows(host, "ledger", "payment/", Payment):
+            if payment.state not in ("ACKNOWLEDGED", "VERIFIED"):
+                waits.append(f"{short}: payment {payment.payment_id[:8]} of the {payment.role} is {payment.state}: {payment.reason}")
+        waits += [f"{short}: order {o.order_id} is {o.state}" for o in rows(host, "wallet", "order/", PayOrder) if o.state != "PAID"]
+    if now < EPOCH_S + 200:
+        waits.append("the agents have not had their last turns")
+    providers = [agent.host for agent in world.providers]
+    for provider in providers:
+        billed = {d.agreement_id for d in documents(provider, "payee").values() if d.kind == "invoice"}
+        ended = {a.agreement_id for a in agreements(provider).values() if a.state == "Terminated" and a.approved_at}
+        waits += [f"no invoice for {one[:8]}" for one in ended - billed]
+    return waits
+
+
+def _now() -> float:
+    import trio
+
+    return trio.current_time()
+
+
+def check_end(world: MarketWorld) -> None:
+    """Both sides say the same of everything, and the chain moved exactly what was accepted."""
+    check_always(world)
+    requestor, providers = world.requestor.host, [agent.host for agent in world.providers]
+    mine = agreements(requestor)
+    for provider in providers:
+        theirs = agreements(provider)
+        for agreement_id in mine.keys() | theirs.keys():
+            left, right = mine.get(agreement_id), theirs.get(agreement_id)
+            if right is None and left is not None and (left.state != "Terminated" or left.provider != provider.name):
+                continue  # it never arrived
+            if left is None or right is None:
+                raise Broken(f"agreement {agreement_id} is {left and left.state} here and {right and right.state} there")
+            if (left.state, left.terminator, left.approved_at) != (right.state, right.terminator, right.approved_at):
+                raise Broken(f"agreement {agreement_id} is {left} here and {right} there")
+        payer, payee = documents(requestor, "payer"), documents(provider, "payee")
+        for key, document in payer.items():
+            if document.agreement_id in theirs and payee[key].status != document.status:
+                raise Broken(f"{key} is {document.status} here and {payee[key].status} there")
+        for key, document in payee.items():
+            if document.status in ("ACCEPTED", "SETTLED", "RECEIVED") and key not in payer:
+                raise Broken(f"{key} is {document.status} there and unknown here")
+        _check_money(world, requestor, provider)
+    _check_activities(requestor, providers)
+
+
+def _check_money(world: MarketWorld, requestor: MarketHost, provider: MarketHost) -> None:
+    terms = [row for row in rows(requestor, "ledger", "agreement/", Terms) if row.peer == provider.name]
+    sums = {row.agreement_id: row for row in rows(provider, "ledger", "agreement/", Terms)}
+    for row in terms:
+        other = sums[row.agreement_id]
+        if not Decimal(row.accepted) == Decimal(row.paid) == Decimal(other.paid) == Decimal(other.accepted):
+            raise Broken(f"sums differ: {row} {other}")
+        if Decimal(row.accepted) != agreed(requestor, row.agreement_id):
+            raise Broken(f"{row.accepted} is owed, but {agreed(requestor, row.agreement_id)} was agreed to: {row}")
+    accepted = total_of(row.accepted for row in terms)
+    if paid(world, requestor.name, provider.name) != accepted:
+        raise Broken(f"the chain moved {paid(world, requestor.name, provider.name)}, accepted was {accepted}")
+
+
+def agreed(host: MarketHost, agreement_id: str) -> Decimal:
+    """Return what the accepted documents of an agreement come to: the invoice, else the highest note of each activity."""
+    found = [row for row in documents(host, "payer").values() if row.agreement_id == agreement_id]
+    found = [row for row in found if row.status in ("ACCEPTED", "SETTLED")]
+    notes: dict[str, Decimal] = {}
+    for row in found:
+        if row.kind == "debit-note":
+            notes[row.activity_id] = max(notes.get(row.activity_id, Decimal(0)), Decimal(row.amount))
+    invoices = [Decimal(row.amount) for row in found if row.kind == "invoice"]
+    return max(invoices) if invoices else total_of(notes.values())
+
+
+def _check_activities(requestor: MarketHost, providers: list[MarketHost]) -> None:
+    for batch in rows(requestor, "activity", "batch/", BatchRow):
+        results = list(rows(requestor, "activity", f"result/{batch.batch_id}/", ResultRow))
+        if not batch.finished or [result.index for result in results] != list(range(batch.have)) or not results:
+            raise Broken(f"batch {batch} has {results}")
+        if not results[-1].batch_finished or (len(results) < batch.size and (results[-1].ok or not results[-1].message)):
+            raise Broken(f"batch {batch} ended without a reason: {results[-1]}")
+    there = {row.activity_id: row for host in providers for row in rows(host, "activity", "activity/", ActivityRow)}
+    for row in rows(requestor, "activity", "activity/", ActivityRow):
+        if row.activity_id in there and not (row.ended and there[row.activity_id].ended):
+            raise Broken(f"activity {row} goes on on one side")
