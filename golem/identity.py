@@ -88,8 +88,9 @@ def open_identity(config: Config, ask_password: AskPassword | None = None) -> Id
             raise IdentityError(f"YAGNA_AUTOCONF_ID_SECRET: {error}") from None
     keystore, plain = config.data_dir / KEYSTORE, config.data_dir / PLAIN_KEY
     if plain.exists():
+        text = _read(plain)
         try:
-            return Identity(parse_key(_read(plain)), encrypted=False)
+            return Identity(parse_key(text), encrypted=False)
         except IdentityError as error:
             raise IdentityError(f"cannot use {plain}: {error}") from None
     if keystore.exists():

@@ -288,6 +288,15 @@ def test_durations() -> None:
     assert MAX_SUBSCRIPTION_TTL_S == MAX_LIFETIME_S
 
 
+@pytest.mark.parametrize("file", ["peers.db", "chain.db", "node.db", "identity.key", "app-keys.json", "steps.log"])
+def test_unusable_files(tmp_path: Path, file: str) -> None:
+    """A directory stands where the file should: root, too, cannot read it."""
+    (tmp_path / "node" / file).mkdir(parents=True)
+    text = refused(tmp_path, "--plain-key", "--api-url", "http://127.0.0.1:0")
+    assert text.startswith("Error: ")
+    assert str(tmp_path / "node" / file) in text
+
+
 @pytest.mark.parametrize(("file", "content", "expected"), [
     ("networks.json", "{", "networks.json: "),
     ("networks.json", '[{"name": "x", "chain_id": "1", "rpc_urls": [], "token": "x"}]', "networks.json, row 0"),

@@ -132,7 +132,7 @@ class Chain:
             try:
                 url = await ensure_devchain(directory, "--idle-exit", f"{DEVCHAIN_IDLE_S:g}")
             except (DevChainError, OSError) as error:
-                log.error("%s", error)
+                log.error("the dev chain does not run: %s", error)
             else:
                 for row in self.networks:
                     if row.simulated_by:

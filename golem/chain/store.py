@@ -128,11 +128,10 @@ class Claims:
 
 
 def _connect(path: Path | str) -> sqlite3.Connection:
-    sql = sqlite3.connect(path, isolation_level=None, timeout=10.0)
     try:
+        sql = sqlite3.connect(path, isolation_level=None, timeout=10.0)
         sql.execute("pragma journal_mode=wal")
     except sqlite3.DatabaseError as error:
-        sql.close()
         raise ValueError(f"cannot open {path}: {error}") from None
     sql.execute("pragma synchronous=full")
     sql.executescript(SCHEMA)

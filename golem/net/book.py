@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from golem.net.peerid import MAX_ADDRESSES, NodeRecord, is_tcp_address, node_id_of, pubkey_of, read_record
+from golem.net.types import NetError
 
 log = logging.getLogger(__name__)
 
@@ -134,7 +135,10 @@ class Book:
     def _open(path: Path) -> sqlite3.Connection:
         path.parent.mkdir(parents=True, exist_ok=True)
         for attempt in (1, 2):
-            db = sqlite3.connect(path, isolation_level=None, timeout=1)
+            try:
+                db = sqlite3.connect(path, isolation_level=None, timeout=1)
+            except sqlite3.OperationalError as error:
+                raise NetError(f"cannot open the address book {path}: {error}") from None
             try:
                 db.execute("PRAGMA journal_mode = WAL")
                 db.execute("PRAGMA synchronous = NORMAL")
@@ -143,7 +147,7 @@ class Book:
             except sqlite3.DatabaseError as error:
                 db.close()
                 if attempt == 2 or isinstance(error, sqlite3.OperationalError):
-                    raise
+                    raise NetError(f"cannot open the address book {path}: {error}") from None
                 log.warning("the address book %s is damaged (%s): starting a new one", path, error)
                 path.replace(path.with_suffix(".damaged"))
         raise AssertionError("unreachable")

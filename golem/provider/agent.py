@@ -28,6 +28,7 @@ from actors.kernel.journal import Journal
 from actors.kernel.machine import ActorFailed, LinkDown
 from actors.kernel.system import System
 from actors.provider import Provider
+from golem.exeunit.runtimes import runtime_names
 from golem.provider.client import MARKET, PAYMENT, ApiError, NodeAway, NodeClient, NodeError, part
 from golem.provider.hardware import HARDWARE, load_profile
 from golem.provider.offer import Template, ask_runtime, offer_spec, wanted_accounts
@@ -269,6 +270,8 @@ class Offers:
         if not wanted:
             return presets.offered()
         for runtime in wanted:
+            if runtime not in runtime_names():
+                raise AgentError(f"unknown runtime {runtime!r}: this provider has {', '.join(runtime_names())}")
             if not any(one.runtime == runtime for one in presets.all):
                 presets = presets.with_preset(Preset(runtime, runtime)).activated(runtime, True)
                 save_presets(self._settings.data_dir, presets)
