@@ -174,7 +174,7 @@ class Unit:
 
     async def _end(self) -> bool:
         with trio.move_on_after(STOP_S) as scope:
-            await self.port.stop()
+            await self.port.stop("activity terminated: " + ": ".join(filter(None, self._reason)))
         if scope.cancelled_caught:
             log.error("the runtime did not stop within %g s", STOP_S)
         await self.system.ask(self.name, ShutDown(*self._reason, self.port.usage()))

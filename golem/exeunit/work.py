@@ -89,6 +89,7 @@ class RuntimePort:
         self._running: tuple[str, int, str, trio.CancelScope] | None = None
         self._nursery: trio.Nursery | None = None
         self._post: Post | None = None
+        self._why_stopped = STOPPED
 
     def attach(self, nursery: trio.Nursery, post: Post) -> None:
         """Give the port its tasks' nursery and its way out, before the system runs."""
@@ -107,8 +108,9 @@ class RuntimePort:
         """The JSON text of the command that runs."""
         return self._running[2] if self._running else None
 
-    async def stop(self) -> None:
-        """Kill whatever runs and let go of everything."""
+    async def stop(self, why: str) -> None:
+        """Kill whatever runs and let go of everything; `why` is what the command at work is told to have ended by."""
+        self._why_stopped = why
         if self._running:
             self._running[3].cancel()
         await self._clear()
@@ -148,7 +150,7 @@ class RuntimePort:
                 finally:
                     self._running = None
         if scope.cancelled_caught:
-            text = STOPPED
+            text = self._why_stopped
         self.tell(message, {"finished": {"return_code": 0 if ok else code or 1, "message": text}})
         finished = CommandFinished(
             message.batch_id, message.index, ok, outputs["stdout"], outputs["stderr"], text,
