@@ -1,7 +1,7 @@
 # demo   a whole market on this machine: two providers render an image for a requestor and are paid
 # test   all tests            make test ARGS="tests/protocol -k terms"
 # lint   ruff, mypy, the layers
-# bench  every benchmark      make bench ARGS="bench_codec bench_links" for some
+# bench  every benchmark      make bench ARGS="bench_kernel scenario" for some; figures also go to benchmarks/results/
 # clean  what the targets made, environments included
 #
 # Each sets up what it needs (see .ci/setup); PYTHON chooses the interpreter, ARGS are passed on.
@@ -9,7 +9,7 @@
 PYTHON ?= python3
 ARGS ?=
 RUNTIME ?=
-BENCHES = $(if $(ARGS),$(ARGS:%=benchmarks/%.py),$(sort $(wildcard benchmarks/bench_*.py)))
+BENCHES = $(if $(ARGS),$(ARGS:%=benchmarks/%.py),$(sort $(wildcard benchmarks/*.py)))
 
 export PYTHON
 
@@ -30,7 +30,9 @@ lint:
 
 bench:
 	@.ci/setup node yapapi
-	@set -e; for bench in $(BENCHES); do echo "== $$bench"; .venv/bin/python $$bench; done
+	@mkdir -p benchmarks/results
+	@set -e; for bench in $(BENCHES); do echo "== $$bench"; \
+	    .venv/bin/python $$bench --json benchmarks/results/$$(basename $$bench .py).json; done
 
 setup:
 	@.ci/setup node yapapi

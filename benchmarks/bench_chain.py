@@ -1,7 +1,7 @@
-"""The chain layer in figures: `python benchmarks/bench_chain.py [--transactions N] [--payments N]`.
+"""The chain layer in figures: `python benchmarks/bench_chain.py [--transactions N] [--payments N] [--json FILE]`.
 
 Start of the dev chain, its transactions per second, the engine's time from submission to confirmation, gas a payment.
-One JSON object on the last line; times in the names' units, on whatever machine runs it.
+Times in the names' units, on whatever machine runs it.
 """
 
 from __future__ import annotations
@@ -149,11 +149,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--transactions", type=int, default=200)
     parser.add_argument("--payments", type=int, default=10)
+    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     figures = trio.run(measure, options.transactions, options.payments)
     for name, value in figures.items():
         print(f"{name:34} {value}")
-    print(json.dumps(figures))
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """What a WebAssembly command costs: compiling, finding compiled code, and one locked-down process per run.
 
-Run: python benchmarks/bench_wasm.py [--runs N] [module.wasm [argument ...]]
+Run: python benchmarks/bench_wasm.py [--runs N] [--json FILE] [module.wasm [argument ...]]
 Without a module it assembles a small one (hello), and one of a few thousand functions to compile.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 import tempfile
@@ -58,7 +59,8 @@ async def start_time_s(module: bytes, directory: Path, cache: Path) -> tuple[Was
     return runtime, time.perf_counter() - begin
 
 
-async def bench(name: str, module: bytes, args: list[str], runs: int) -> None:
+async def bench(name: str, module: bytes, args: list[str], runs: int) -> dict[str, float]:
+    """Print the figures of a module and return them, times in milliseconds."""
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch)
         cache = directory / "compiled"
@@ -78,6 +80,10 @@ async def bench(name: str, module: bytes, args: list[str], runs: int) -> None:
     print(f"  start, from cache  {cached_s * 1000:9.1f} ms")
     spread = f"{min(times):.1f} best, {max(times):.1f} worst, CPU {cpu_ms:.1f} ms, {runs} runs"
     print(f"  run                {statistics.median(times):9.1f} ms median ({spread})")
+    return {
+        "compile_ms": compile_s * 1000, "compile_cpu_s": charged_s, "compile_peak_gib": peak_gib, "cached_ms": cached_s * 1000,
+        "run_median_ms": statistics.median(times), "run_max_ms": max(times), "run_cpu_ms": cpu_ms,
+    }  # fmt: skip
 
 
 def bare_run_ms(module: bytes, runs: int) -> float:
@@ -100,6 +106,7 @@ def bare_run_ms(module: bytes, runs: int) -> float:
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--runs", type=int, default=30)
+    parser.add_argument("--json", type=Path)
     parser.add_argument("module", nargs="?", type=Path)
     parser.add_argument("args", nargs="*")
     options = parser.parse_args()
@@ -107,12 +114,16 @@ async def main() -> None:
     if refused:
         raise SystemExit(refused)
     if options.module:
-        await bench(options.module.name, options.module.read_bytes(), options.args, options.runs)
-        return
-    hello = bytes(wasmtime.wat2wasm(HELLO % ""))
-    await bench("hello", hello, [], options.runs)
-    print(f"  same, in process   {bare_run_ms(hello, options.runs):9.1f} ms median (no sandbox)")
-    await bench("4000 functions", large_module(), [], max(3, options.runs // 3))
+        name = options.module.name
+        figures = {name: await bench(name, options.module.read_bytes(), options.args, options.runs)}
+    else:
+        hello = bytes(wasmtime.wat2wasm(HELLO % ""))
+        figures = {"hello": await bench("hello", hello, [], options.runs)}
+        figures["hello"]["run_in_process_ms"] = bare_run_ms(hello, options.runs)
+        print(f"  same, in process   {figures['hello']['run_in_process_ms']:9.1f} ms median (no sandbox)")
+        figures["4000 functions"] = await bench("4000 functions", large_module(), [], max(3, options.runs // 3))
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

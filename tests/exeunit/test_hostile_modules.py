@@ -154,7 +154,7 @@ async def test_neither_the_node_nor_the_next_activity_notices_a_hostile_module(t
             await requestor.terminate(bad.agreement)
             worst = await agree(requestor, allocation, bomb)
             activity = await requestor.create_activity(worst.agreement)
-            with pytest.raises(WalkError, match="Usage limit exceeded: memory|compiling failed"):
+            with pytest.raises(WalkError, match=r"Usage limit exceeded: memory|compiling failed"):
                 await requestor.run(activity, {"deploy": {}}, {"start": {}})
             await good.greets(neighbour, "still there")
             for left in (activity, neighbour):
