@@ -183,6 +183,16 @@ async def payment_accounts(node: Node, args: dict[str, Any]) -> Any:
 
 
 @command
+async def payment_networks(node: Node, args: dict[str, Any]) -> Any:
+    """Networks that this node serves, and their platforms."""
+    return [
+        {"driver": DRIVER, "network": row.name, "token": row.symbol, "platform": row.platform,
+         "simulatedBy": row.simulated_by, "default": row.name == node.chain.default_network}
+        for row in node.chain.networks
+    ]  # fmt: skip
+
+
+@command
 async def payment_status(node: Node, args: dict[str, Any]) -> Any:
     """Balances and sums of one network."""
     network = node.chain.networks.by_name(args.get("network") or node.chain.default_network)

@@ -32,6 +32,8 @@ GOLEM = [sys.executable, "-m", "golem.cli"]
 NODE_ID = re.compile(r"0x[0-9a-f]{40}")
 STRANGER = "0x00000000000000000000000000000000000000aa"
 
+PEER_ID = "16Uiu2HAmLAzw5aqXDBnegxiKDTDtPywPozUaFXxqvY3M3rZZziJe"  # of nobody
+
 
 @pytest.fixture(scope="module")
 def market(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LocalNode, LocalNode]]:
@@ -140,6 +142,11 @@ def test_payment(alice: LocalNode) -> None:
     assert all(row["address"] == alice.node_id and row["send"] is True for row in accounts)
     assert "no real money" in run_text(alice, "payment", "accounts")
     assert run_json(alice, "payment", "init", "--sender") is None
+    drivers = run_json(alice, "payment", "driver", "list")
+    assert (drivers["erc20"]["default_network"], drivers["erc20"]["recv_init_required"]) == ("hoodi", False)
+    holesky = {"default_token": "tGLM", "tokens": {"tGLM": "erc20-holesky-tglm"}}
+    assert drivers["erc20"]["networks"]["holesky"] == holesky
+    assert "no real money" in run_text(alice, "payment", "driver", "list")
 
 
 def test_market_and_trace(alice: LocalNode) -> None:
@@ -181,6 +188,7 @@ def test_command_lists_are_not_cut() -> None:
     (("id", "show", "0x12"), "not a node id"),
     (("net", "ping", "0x12"), "not a node id"),
     (("net", "connect", "/ip4/1.2.3.4"), "expected /ip4/<address>/tcp/<port>/p2p/<peer id>"),
+    (("net", "connect", f"/ip4/127.0.0.1/tcp/9/p2p/{PEER_ID}"), "(/ip4/127.0.0.1/tcp/9: Connection refused)"),
     (("net", "connect", STRANGER), f"no address of {STRANGER} is known"),
     (("net", "disconnect", "x"), "not a node id"),
     (("payment", "status", "--network", "nope"), "unknown network 'nope'; known: local, holesky, hoodi"),

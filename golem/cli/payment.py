@@ -76,6 +76,29 @@ def status(network: str | None, **_: Any) -> None:
     table(["", ""], rows, _simulated(found))
 
 
+@payment.group()
+def driver() -> None:
+    """What payments are made with."""
+
+
+@driver.command("list")
+def driver_list() -> None:
+    """List networks and their tokens."""
+    found: dict[str, Any] = {}
+    networks = {row["network"]: row for row in ask_node("payment_networks")}
+    for name, row in networks.items():
+        one = found.setdefault(row["driver"], {"default_network": "", "networks": {}, "recv_init_required": False})
+        one["default_network"] = name if row["default"] else one["default_network"]
+        one["networks"][name] = {"default_token": row["token"], "tokens": {row["token"]: row["platform"]}}
+    if wants_json():
+        value(found)
+        return
+    rows = [[row["driver"], name, row["token"], row["platform"], "X" if row["default"] else ""] for name, row in networks.items()]
+    simulated = sorted(name for name, row in networks.items() if row["simulatedBy"])
+    note = f"{', '.join(simulated)}: simulated by a dev chain, no real money." if simulated else ""
+    table(["driver", "network", "token", "platform", "default"], rows, note)
+
+
 @payment.command("accounts")
 def accounts() -> None:
     """Platforms on which this node can pay and be paid."""

@@ -178,7 +178,7 @@ class Host:
                 nursery.cancel_scope.cancel()
             except Exception as error:
                 # Whatever sits at the address may answer anything; what its bytes raise must not leave the dial.
-                errors.append(f"{address}: {error.__cause__ or error or 'timed out'}")
+                errors.append(f"{address}: {_reason(error)}")
             finally:
                 lost.set()
 
@@ -372,6 +372,18 @@ def _remote_ip(stream: Any) -> str:
         return str(stream.stream.socket.getpeername()[0])  # upstream's own method knows no IPv6
     except OSError:
         return ""  # gone already
+
+
+def _reason(error: BaseException) -> str:
+    """What was at the bottom of a failed dial, in a few words: py-libp2p wraps it in a tale of its layers."""
+    if isinstance(error, trio.TooSlowError):
+        return "timed out"
+    while True:
+        inner = error.exceptions[0] if isinstance(error, BaseExceptionGroup) else error.__cause__
+        if inner is None:
+            known = isinstance(error, OSError) and error.errno
+            return os.strerror(error.errno) if known else str(error) or type(error).__name__
+        error = inner
 
 
 def _subtract(counts: Counter[str], key: str) -> None:
