@@ -106,7 +106,8 @@ def parse_chain_url(url: str) -> str:
     return f"{parts.scheme}://{parts.netloc}"
 
 
-def _number(env: Mapping[str, str], name: str, default: float, low: float, high: float) -> float:
+def read_number(env: Mapping[str, str], name: str, default: float, low: float, high: float) -> float:
+    """Return the number of a variable, `default` if it is not set. Raises `ConfigError`."""
     text = env.get(name, "")
     if not text:
         return default
@@ -119,8 +120,8 @@ def _number(env: Mapping[str, str], name: str, default: float, low: float, high:
     return value
 
 
-def _duration(env: Mapping[str, str], name: str, default: float, low: float = 0.0, high: float = 1e9) -> float:
-    """Read seconds, or a number with one of the units s, m (or min), h."""
+def read_duration(env: Mapping[str, str], name: str, default: float, low: float = 0.0, high: float = 1e9) -> float:
+    """Return the seconds of a variable: a number, or one with the unit s, m (or min), h. Raises `ConfigError`."""
     text = env.get(name, "").strip()
     if not text:
         return default
@@ -154,25 +155,25 @@ def config_from(env: Mapping[str, str], **flags: object) -> Config:
         "profile": profile,
         "chain_dir": Path(str(chain_dir)).expanduser().absolute(),
         "chain_url": env.get("GOLEM_CHAIN_URL", ""),
-        "listen": _list(env.get("GOLEM_LISTEN", "")),
-        "bootstrap": _list(env.get("GOLEM_BOOTSTRAP", "")),
+        "listen": read_list(env.get("GOLEM_LISTEN", "")),
+        "bootstrap": read_list(env.get("GOLEM_BOOTSTRAP", "")),
         "mdns": env.get("GOLEM_MDNS", "1") not in ("0", "false", "no"),
         "network_name": env.get("GOLEM_NETWORK_NAME") or "golem",
-        "allow_origins": _list(env.get("YAGNA_API_ALLOW_ORIGIN", "")),
+        "allow_origins": read_list(env.get("YAGNA_API_ALLOW_ORIGIN", "")),
         "autoconf_app_key": env.get("YAGNA_AUTOCONF_APPKEY", ""),
         "autoconf_id_secret": env.get("YAGNA_AUTOCONF_ID_SECRET", ""),
         "password": env.get("GOLEM_PASSWORD", ""),
         "password_file": Path(env["GOLEM_PASSWORD_FILE"]) if env.get("GOLEM_PASSWORD_FILE") else None,
         "plain_key": env.get("GOLEM_PLAIN_KEY", "") in ("1", "true", "yes"),
-        "payment_cycle_s": _duration(env, "PAYMENT_CYCLE_DEFAULT_INTERVAL", 0.0),
-        "subscription_ttl_s": _duration(env, "DEFAULT_SUBSCRIPTION_TTL", 3600.0, 1.0, MAX_SUBSCRIPTION_TTL_S),
-        "max_events_default": int(_number(env, "MARKET_MAX_EVENTS_DEFAULT", 20, 1, 100)),
-        "max_events": int(_number(env, "MARKET_MAX_EVENTS_MAX", 100, 1, 1000)),
-        "unresponsive_s": _duration(env, "UNRESPONSIVE_LIMIT_SECONDS", 30.0, 2 * USAGE_EVERY_S),
-        "inactivity_s": _duration(env, "INACTIVITY_LIMIT_SECONDS", 60.0, 3 * USAGE_EVERY_S),
-        "event_store_days": _number(env, "MARKET_EVENT_STORE_DAYS", 90.0, 1, 36500),
-        "cleanup_interval_s": _duration(env, "MARKET_DB_CLEANUP_INTERVAL", 4 * 3600.0, 1.0),
-        "max_rest_timeout_s": _duration(env, "MAX_REST_TIMEOUT", 75.0, 1.0, 86400.0),
+        "payment_cycle_s": read_duration(env, "PAYMENT_CYCLE_DEFAULT_INTERVAL", 0.0),
+        "subscription_ttl_s": read_duration(env, "DEFAULT_SUBSCRIPTION_TTL", 3600.0, 1.0, MAX_SUBSCRIPTION_TTL_S),
+        "max_events_default": int(read_number(env, "MARKET_MAX_EVENTS_DEFAULT", 20, 1, 100)),
+        "max_events": int(read_number(env, "MARKET_MAX_EVENTS_MAX", 100, 1, 1000)),
+        "unresponsive_s": read_duration(env, "UNRESPONSIVE_LIMIT_SECONDS", 30.0, 2 * USAGE_EVERY_S),
+        "inactivity_s": read_duration(env, "INACTIVITY_LIMIT_SECONDS", 60.0, 3 * USAGE_EVERY_S),
+        "event_store_days": read_number(env, "MARKET_EVENT_STORE_DAYS", 90.0, 1, 36500),
+        "cleanup_interval_s": read_duration(env, "MARKET_DB_CLEANUP_INTERVAL", 4 * 3600.0, 1.0),
+        "max_rest_timeout_s": read_duration(env, "MAX_REST_TIMEOUT", 75.0, 1.0, 86400.0),
         "skip_allocation_validation": env.get("YAGNA_DEV_SKIP_ALLOCATION_VALIDATION", "") == "1",
     }
     config = Config(**{**values, **given})  # type: ignore[arg-type]
@@ -187,5 +188,6 @@ def config_from(env: Mapping[str, str], **flags: object) -> Config:
     return config
 
 
-def _list(text: str) -> tuple[str, ...]:
+def read_list(text: str) -> tuple[str, ...]:
+    """Return the parts of a text between commas."""
     return tuple(part.strip() for part in text.split(",") if part.strip())

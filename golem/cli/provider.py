@@ -44,13 +44,15 @@ def _agent_dir(given: Path | None) -> Path:
 @click.option("--subnet", help="Only requestors of the same subnet are served. [SUBNET, or public; kept]")
 @click.option("--node-url", metavar="URL", help="REST API of the node. [YAGNA_API_URL, or the node of this data directory]")
 @click.option("--runtime", "runtimes", multiple=True, metavar="NAME", help="Offer only this runtime (repeatable). [active ones]")
-@click.option("--max-agreements", type=click.IntRange(1, 1000), help="Requestors at once. [threads of the hardware profile]")
-@click.option("--payment-network", "networks", multiple=True, help="Be paid only on this network or platform (repeatable). [all]")
-@click.option("--idle-timeout", "idle_s", type=click.FloatRange(1, 86400), default=90.0, show_default=True,
-              help="Seconds without an activity that end an agreement.")
+@click.option("--max-agreements", type=click.IntRange(1, 1000),
+              help="Requestors at once. [MAX_SIMULTANEOUS_AGREEMENTS, or threads of the hardware profile]")
+@click.option("--payment-network", "networks", multiple=True,
+              help="Be paid only on this network or platform (repeatable). [YA_PAYMENT_NETWORK, or all]")
+@click.option("--idle-timeout", "idle_s", type=click.FloatRange(1, 86400),
+              help="Seconds without an activity that end an agreement. [IDLE_AGREEMENT_TIMEOUT, or 90]")
 @click.option("--debug", is_flag=True, help="Log much.")
 def run(agent_dir: Path | None, name: str | None, subnet: str | None, node_url: str | None, runtimes: tuple[str, ...],
-        max_agreements: int | None, networks: tuple[str, ...], idle_s: float, debug: bool) -> None:  # fmt: skip
+        max_agreements: int | None, networks: tuple[str, ...], idle_s: float | None, debug: bool) -> None:  # fmt: skip
     """Run the provider agent until it is told to stop.
 
     The first Ctrl-C (or SIGTERM) withdraws the offers, ends the agreements and sends the invoices; a second stops at once.
@@ -61,6 +63,7 @@ def run(agent_dir: Path | None, name: str | None, subnet: str | None, node_url: 
     from actors.kernel.machine import ActorFailed, AskTimeout, NodeFailed
     from golem.provider.agent import AgentError, run_agent
     from golem.provider.client import NodeError
+    from golem.provider.environment import read_environment
     from golem.provider.settings import Settings, SettingsError, names
 
     known_errors = (AgentError, NodeError, SettingsError, JournalError, ActorFailed, AskTimeout, NodeFailed)
@@ -74,9 +77,12 @@ def run(agent_dir: Path | None, name: str | None, subnet: str | None, node_url: 
     folder = _agent_dir(agent_dir)
     try:
         found, net = names(env, folder, name, subnet)
+        given = read_environment(env)
         settings = Settings(
             data_dir=folder, node_file=config.status_path, node_url=node_url or env.get("YAGNA_API_URL", ""), app_key=key,
-            name=found, subnet=net, runtimes=runtimes, max_agreements=max_agreements, networks=networks, idle_s=idle_s,
+            name=found, subnet=net, runtimes=runtimes, max_agreements=max_agreements or given.max_agreements,
+            networks=networks or given.networks, idle_s=idle_s or given.idle_s, approve_timeout_s=given.approve_timeout_s,
+            terms=given.terms, most=given.most,
         )  # fmt: skip
         trio.run(partial(run_agent, settings), restrict_keyboard_interrupt_to_checkpoints=True)
     except BaseExceptionGroup as group:

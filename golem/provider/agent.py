@@ -16,13 +16,13 @@ import signal
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import trio
 
-from actors._provider_negotiators import Terms
 from actors._provider_turn import ProviderConfig
 from actors.kernel.journal import Journal
 from actors.kernel.machine import ActorFailed, LinkDown
@@ -30,7 +30,7 @@ from actors.kernel.system import System
 from actors.provider import Provider
 from golem.exeunit.runtimes import runtime_names
 from golem.provider.client import MARKET, PAYMENT, ApiError, NodeAway, NodeClient, NodeError, part
-from golem.provider.hardware import HARDWARE, load_profile
+from golem.provider.hardware import HARDWARE, Profile, load_profile
 from golem.provider.offer import Template, ask_runtime, offer_spec, wanted_accounts
 from golem.provider.polls import FEEDS, follow
 from golem.provider.port import RestPort
@@ -76,7 +76,7 @@ async def run_agent(settings: Settings) -> None:
             "agent", journal, NoTransport(), clock=time.time, new_trace=lambda: secrets.token_hex(6),
             jitter=partial(random.uniform, 0.8, 1.2),
         )  # fmt: skip
-        system.add(Provider("agent", ProviderConfig(instance, offers.terms, idle_s=settings.idle_s)))
+        system.add(Provider("agent", ProviderConfig(instance, offers.terms, settings.idle_s, settings.approve_timeout_s)))
         port = RestPort(client, system, instance)
         processes = Processes(system, settings.data_dir, partial(_bus_path, settings))
         system.add_port(port)
@@ -225,10 +225,14 @@ class Offers:
         self._settings, self._client = settings, client
         self._templates: dict[str, Template | str] = {}
         self._accounts: list[Any] = []
-        profile = load_profile(settings.data_dir)
-        self._agreements = settings.max_agreements or profile.cpu_threads
+        self._agreements = settings.max_agreements or self._profile().cpu_threads
         rules = read_rules(settings.data_dir)
-        self.terms = Terms(max_agreements=self._agreements, blacklist=rules.blacklist, allow_only=rules.allow_only)
+        self.terms = replace(
+            settings.terms, max_agreements=self._agreements, blacklist=rules.blacklist, allow_only=rules.allow_only
+        )
+
+    def _profile(self) -> Profile:
+        return load_profile(self._settings.data_dir).at_most(*self._settings.most)
 
     async def current(self) -> tuple[OfferSpec, ...]:
         """Return the offers of all presets that can be offered. Raises `AgentError`, `SettingsError` where none can."""
@@ -249,7 +253,7 @@ class Offers:
 
     async def _specs(self) -> tuple[tuple[OfferSpec, ...], list[str]]:
         settings = self._settings
-        share = load_profile(settings.data_dir).share(self._agreements)
+        share = self._profile().share(self._agreements)
         found, problems = [], []
         for preset in self._presets():
             if preset.runtime not in self._templates:

@@ -32,6 +32,11 @@ class Profile:
     mem_gib: float
     storage_gib: float
 
+    def at_most(self, cpu_threads: float, mem_gib: float, storage_gib: float) -> Profile:
+        """Return the part of this profile that stays below these."""
+        threads_left = int(min(self.cpu_threads, cpu_threads))
+        return Profile(threads_left, min(self.mem_gib, mem_gib), min(self.storage_gib, storage_gib))
+
     def share(self, agreements: int) -> Profile:
         """Return what each of so many agreements may use, so that together they never pass the profile.
 

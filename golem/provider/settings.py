@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from actors._provider_negotiators import Terms
 from golem.identity import write_private
 from protocol.types import node_id
 
@@ -37,6 +39,9 @@ class Settings:
     max_agreements: int | None = None  # None = one per thread of the hardware profile
     networks: tuple[str, ...] = ()  # names of networks or platforms to be paid on; empty = all that the node has
     idle_s: float = 90.0
+    approve_timeout_s: float = 10.0
+    terms: Terms = field(default_factory=Terms)
+    most: tuple[float, float, float] = (math.inf, math.inf, math.inf)  # threads, GiB of memory and storage to offer
 
     def __repr__(self) -> str:
         return f"Settings({self.data_dir}, {self.name!r})"  # never the key

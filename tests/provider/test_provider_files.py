@@ -16,6 +16,7 @@ from actors._provider_negotiators import COEFFS, VECTOR, Terms
 from golem.cli import main
 from golem.provider.agent import ACCOUNTS_S, LOOK_S, Offers
 from golem.provider.client import NodeClient
+from golem.provider.environment import read_environment
 from golem.provider.hardware import Profile, default_profile, load_profile, machine_profile
 from golem.provider.offer import Template, constraints, offer_spec, wanted_accounts
 from golem.provider.presets import Preset, load_presets, parse_price
@@ -209,3 +210,43 @@ def test_status_without_an_agent_says_so(tmp_path: Path) -> None:
     refused = cli(tmp_path, "status")
     assert refused.exit_code == 1
     assert "golem provider run" in refused.output
+
+
+def test_what_the_environment_gives() -> None:
+    usual = read_environment({})
+    assert (usual.terms, usual.idle_s, usual.approve_timeout_s) == (Terms(), 90, 10)
+    assert (usual.max_agreements, usual.networks) == (None, ())
+    given = read_environment({
+        "IDLE_AGREEMENT_TIMEOUT": "2min", "AGREEMENT_APPROVE_TIMEOUT": "20s", "MAX_SIMULTANEOUS_AGREEMENTS": "3",
+        "YA_PAYMENT_NETWORK": "holesky,hoodi", "YA_RT_CORES": "2", "YA_RT_MEM": "1.5", "DEBIT_NOTE_INTERVAL": "30",
+        "MIN_AGREEMENT_EXPIRATION": "60", "DEBIT_NOTE_ACCEPTANCE_DEADLINE": "1min",
+    })  # fmt: skip
+    assert (given.idle_s, given.approve_timeout_s, given.max_agreements) == (120, 20, 3)
+    assert given.networks == ("holesky", "hoodi")
+    assert Profile(8, 16.0, 50.0).at_most(*given.most) == Profile(2, 1.5, 50.0)
+    assert (given.terms.interval_s, given.terms.min_expiration_s, given.terms.accept_timeout_s) == (30, 60, 60)
+
+
+@pytest.mark.parametrize("name", ["IDLE_AGREEMENT_TIMEOUT", "MAX_SIMULTANEOUS_AGREEMENTS", "YA_RT_CORES", "DEBIT_NOTE_INTERVAL"])
+@pytest.mark.parametrize("value", ["-1", "0", "many", "nan"])
+def test_what_the_environment_must_not_give(name: str, value: str) -> None:
+    with pytest.raises(SettingsError, match=name):
+        read_environment({name: value})
+
+
+@mock_trio_test
+async def test_the_offer_keeps_to_what_the_environment_gives(tmp_path: Path) -> None:
+    given = read_environment({"YA_RT_CORES": "1", "YA_RT_MEM": "0.25", "YA_RT_STORAGE": "0.5", "DEBIT_NOTE_INTERVAL": "45"})
+    settings = Settings(
+        tmp_path, tmp_path / "node.json", "", "key", "prov", max_agreements=2, terms=given.terms, most=given.most
+    )
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, json=[ACCOUNT]))
+    async with NodeClient(lambda: "http://node", "key", transport) as client:
+        offers = Offers(settings, client)
+        offers._templates["wasmtime"] = TEMPLATE
+        (spec,) = await offers.current()
+    offer = json.loads(spec.properties)
+    found = [offer[f"golem.inf.{name}"] for name in ("cpu.threads", "mem.gib", "storage.gib")]
+    assert found == [1, 0.125, 0.25]
+    assert offer["golem.com.scheme.payu.debit-note.interval-sec?"] == 45
+    assert offers.terms.max_agreements == 2
