@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from msgspec.structs import replace
+
 from actors._provider_agreements import approved
 from actors._provider_negotiators import (
     ACCEPT_TIMEOUT,
@@ -13,6 +15,7 @@ from actors._provider_negotiators import (
     MULTI_ACTIVITY,
     PAYMENT_TIMEOUT,
     VECTOR,
+    Agreed,
     Rejected,
     expiration_s,
     negotiate,
@@ -25,6 +28,7 @@ from protocol.provider import (
     ApprovalEnded,
     ApproveAgreement,
     CounterProposal,
+    PatienceDue,
     ProposalArrived,
     RejectAgreement,
     RejectProposal,
@@ -36,48 +40,75 @@ IS_FINAL = "golem.proposal.rejection.is-final"
 
 
 def proposal_arrived(turn: Turn, message: ProposalArrived) -> None:
-    """Counter a requestor's proposal, or reject it."""
-    demand, previous = json_object(message.demand), json_object(message.previous)
-    found = negotiate(turn.config.terms, turn.situation(message.issuer), demand, previous)
-    if not isinstance(found, Rejected):
-        _counter(turn, message, found.offer)
-        return
-    text = reason(found.message, **{IS_FINAL: found.final})
-    turn.rest(RejectProposal(message.offer_id, message.proposal_id, text))
-    turn.refuse(message.issuer, message.preset, found.message, final=found.final)
-    if not found.final and not turn.agent.stopping:
-        _remember(turn, message)
+    """Counter a requestor's proposal, or reject it.
 
-
-def _counter(turn: Turn, proposal: ProposalArrived | RejectedRow, offer: dict[str, Any]) -> None:
-    turn.rest(CounterProposal(proposal.offer_id, proposal.proposal_id, json_text(offer), proposal.constraints))
-
-
-def _remember(turn: Turn, message: ProposalArrived) -> None:
+    One that there is no room for waits a moment: a requestor whose agreement has just ended asks again at once, before we
+    have heard of the end, and takes a rejection for good.
+    """
     row = RejectedRow(**{name: getattr(message, name) for name in message.__struct_fields__}, at=turn.now)
-    others = [(one.at, key) for key, one in turn.prefix("rejected/")]
-    for _, key in sorted(others)[: max(0, len(others) + 1 - MAX_REJECTED)]:
+    found = _negotiate(turn, row)
+    if isinstance(found, Rejected) and found.full:
+        _remember(turn, replace(row, waits=True))
+        turn.wake(f"patience/{row.proposal_id}", turn.now + turn.config.patience_s, PatienceDue(row.proposal_id))
+    else:
+        _answer(turn, row, found)
+
+
+def patience_due(turn: Turn, message: PatienceDue) -> None:
+    """Answer a proposal that waits for room."""
+    row: RejectedRow | None = turn.get(f"rejected/{message.proposal_id}")
+    if row is not None and row.waits:
+        turn.put(f"rejected/{row.proposal_id}", None)
+        _answer(turn, row, _negotiate(turn, row))
+
+
+def _negotiate(turn: Turn, row: RejectedRow) -> Agreed | Rejected:
+    return negotiate(turn.config.terms, turn.situation(row.issuer), json_object(row.demand), json_object(row.previous))
+
+
+def _answer(turn: Turn, row: RejectedRow, found: Agreed | Rejected) -> None:
+    """Counter or reject; what is not rejected for good is remembered."""
+    if not isinstance(found, Rejected):
+        _counter(turn, row, found.offer)
+        return
+    _reject(turn, row, found)
+    if not found.final and not turn.agent.stopping:
+        _remember(turn, replace(row, waits=False))
+
+
+def _counter(turn: Turn, row: RejectedRow, offer: dict[str, Any]) -> None:
+    turn.rest(CounterProposal(row.offer_id, row.proposal_id, json_text(offer), row.constraints))
+
+
+def _reject(turn: Turn, row: RejectedRow, why: Rejected) -> None:
+    turn.rest(RejectProposal(row.offer_id, row.proposal_id, reason(why.message, **{IS_FINAL: why.final})))
+    turn.refuse(row.issuer, row.preset, why.message, final=why.final)
+
+
+def _remember(turn: Turn, row: RejectedRow) -> None:
+    """Keep a proposal for when there is room; the oldest goes, with the answer it waits for, where there are too many."""
+    others = sorted(turn.prefix("rejected/"), key=lambda pair: (pair[1].at, pair[0]))
+    for key, oldest in others[: max(0, len(others) + 1 - MAX_REJECTED)]:
         turn.put(key, None)
+        if oldest.waits:
+            _reject(turn, oldest, Rejected("No capacity available.", False))
     turn.put(f"rejected/{row.proposal_id}", row)
 
 
 def renegotiate(turn: Turn) -> None:
-    """Look again at what was rejected for lack of capacity or the like: an agreement has ended."""
+    """Look again at what was rejected for lack of capacity or the like, or waits: an agreement has ended."""
     if turn.agent.stopping:
         return
     rows: list[tuple[str, RejectedRow]] = sorted(turn.prefix("rejected/"), key=lambda pair: pair[1].at)
     for key, row in rows:
         offer: OfferRow | None = turn.get(f"offer/{row.preset}")
         over = turn.now - row.at > turn.config.reject_memory_s or offer is None or offer.offer_id != row.offer_id
-        if over:
-            turn.put(key, None)
-            continue
-        situation = turn.situation(row.issuer)
-        found = negotiate(turn.config.terms, situation, json_object(row.demand), json_object(row.previous))
+        found = Rejected("The offer is over.", True) if over else _negotiate(turn, row)
         if not isinstance(found, Rejected):
             turn.put(key, None)
+            turn.unwake(f"patience/{row.proposal_id}")
             _counter(turn, row, found.offer)
-        elif found.final:
+        elif found.final and not row.waits:
             turn.put(key, None)
 
 

@@ -68,10 +68,11 @@ class Agreed:
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """No; `final` means that asking again is of no use."""
+    """No; `final` means that asking again is of no use, `full` that there is no room at the moment."""
 
     message: str
     final: bool
+    full: bool = False
 
 
 Rule = Callable[[Terms, Situation, Properties, dict[str, Any]], Rejected | None]
@@ -133,7 +134,7 @@ def _manifest(terms: Terms, situation: Situation, demand: Properties, ours: dict
 
 def _agreements(terms: Terms, situation: Situation, demand: Properties, ours: dict[str, Any]) -> Rejected | None:
     if situation.active_agreements >= terms.max_agreements:
-        return Rejected(f"No capacity available. Reached Agreements limit: {terms.max_agreements}", False)
+        return Rejected(f"No capacity available. Reached Agreements limit: {terms.max_agreements}", False, full=True)
     return None
 
 

@@ -55,7 +55,7 @@ class OfferRow(Message, frozen=True):
 
 
 class RejectedRow(Message, frozen=True):
-    """A proposal we rejected, but not for good."""
+    """A proposal we rejected, but not for good; or (`waits`) hold back our rejection of, for room may be there any moment."""
 
     preset: str
     offer_id: str
@@ -65,6 +65,7 @@ class RejectedRow(Message, frozen=True):
     previous: str
     constraints: str
     at: float
+    waits: bool = False
 
 
 class Refusal(Message, frozen=True):

@@ -35,6 +35,7 @@ class ProviderConfig:
     terms: Terms = field(default_factory=Terms)
     idle_s: float = 90.0
     approve_timeout_s: float = 10.0
+    patience_s: float = 2.0  # with a proposal that there is no room for; SDKs await an answer for 5 s
     invoice_due_s: float = DAY_S  # where the agreement has no payment timeout
     reject_memory_s: float = 3600.0  # a proposal is as old as its offer at most
     keep_s: float = 7 * DAY_S  # agreements after their invoice

@@ -64,6 +64,7 @@ from protocol.provider import (
     OfferLost,
     OfferPublished,
     OffersChanged,
+    PatienceDue,
     ProposalArrived,
     SendInvoice,
     SessionNamed,
@@ -115,6 +116,8 @@ def _timer_key(message: Timer) -> str:
             return f"note/{activity_id}"
         case DeadlineDue(activity_id, number, deadline):
             return f"{deadline}/{activity_id}/{number}"
+        case PatienceDue(proposal_id):
+            return f"patience/{proposal_id}"
         case ForgetDue(agreement_id):
             return f"forget/{agreement_id}"
 
@@ -222,6 +225,7 @@ _HANDLERS: dict[type, Callable[[Turn, Any], None]] = {
     NoteSent: billing.note_sent,
     NoteRead: billing.note_read,
     DeadlineDue: billing.deadline_due,
+    PatienceDue: negotiation.patience_due,
     InvoiceIssued: billing.invoice_issued,
     InvoiceSent: billing.invoice_sent,
     ForgetDue: billing.forget,

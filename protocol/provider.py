@@ -361,6 +361,12 @@ class DeadlineDue(Message, frozen=True):
     deadline: str
 
 
+class PatienceDue(Message, frozen=True):
+    """A proposal that waits for room has waited long enough."""
+
+    proposal_id: str
+
+
 class ForgetDue(Message, frozen=True):
     """An agreement that is over and billed need not be remembered any longer."""
 
@@ -391,10 +397,11 @@ LocalProvider = (
     | ExpirationDue
     | NoteDue
     | DeadlineDue
+    | PatienceDue
     | ForgetDue
     | Undelivered
 )
-Timer = IdleDue | ExpirationDue | NoteDue | DeadlineDue | ForgetDue
+Timer = IdleDue | ExpirationDue | NoteDue | DeadlineDue | PatienceDue | ForgetDue
 ToRest = (
     PublishOffer
     | WatchOffer

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from playbook import Playbook, playbook
 
+from actors._provider_negotiation import MAX_REJECTED
 from actors._provider_negotiators import (
     ACCEPT_TIMEOUT,
     COEFFS,
@@ -320,11 +321,40 @@ def test_refusals_are_bounded() -> None:
     assert refusals[-1].reason.endswith("10000029.")
 
 
+def test_a_proposal_that_there_is_no_room_for_waits_a_moment() -> None:
+    agent = Agent().begin().approved()
+    agent.propose("P-again", OTHER)  # came before the news that the agreement has ended
+    assert agent.rest(RejectProposal) == []
+    agent.event("agreements", "AgreementTerminatedEvent", "a1", "Requestor", "done")
+    assert [one.proposal_id for one in agent.rest(CounterProposal)] == ["P-again"]
+    agent.play.at(+60)
+    assert agent.rest(RejectProposal) == agent.rest(CounterProposal) == []
+    assert not list(agent.play.rows.prefix("rejected/"))
+
+
+def test_a_proposal_does_not_wait_for_long() -> None:
+    agent = Agent().begin().approved()
+    agent.propose("P-busy", OTHER)
+    agent.crash()
+    agent.play.at(+ProviderConfig("").patience_s)
+    (reject,) = agent.rest(RejectProposal)
+    assert (reject.proposal_id, "Agreements limit: 1" in reject.reason) == ("P-busy", True)
+    assert json.loads(reject.reason)["golem.proposal.rejection.is-final"] is False
+
+
+def test_of_many_that_wait_the_oldest_is_rejected() -> None:
+    agent = Agent().begin().approved()
+    for number in range(MAX_REJECTED + 1):
+        agent.propose(f"P-{number}", OTHER)
+    assert [one.proposal_id for one in agent.rest(RejectProposal)] == ["P-0"]
+    assert len(list(agent.play.rows.prefix("rejected/"))) == MAX_REJECTED
+
+
 def test_what_was_rejected_for_lack_of_room_is_taken_up_when_there_is_room() -> None:
     agent = Agent().begin().approved()
     agent.propose("P-later", OTHER)
-    (reject,) = agent.rest(RejectProposal)
-    assert json.loads(reject.reason)["golem.proposal.rejection.is-final"] is False
+    agent.play.at(+ProviderConfig("").patience_s)
+    assert len(agent.rest(RejectProposal)) == 1
     agent.event("agreements", "AgreementTerminatedEvent", "a1", "Requestor", "done")
     assert [one.proposal_id for one in agent.rest(CounterProposal)] == ["P-later"]
     assert not list(agent.play.rows.prefix("rejected/"))
