@@ -2,8 +2,8 @@
 
 One requestor and two providers, each with market, negotiation, activity, ledger and wallet; an exe-unit with a disk of
 its own for every activity; signer, chain and runtime in memory. Network, disks and crashes are those of `sim_world`.
-Agents act through the edge alone and look at what is committed. The safety phase has faults, the liveness phase has
-none; `sim_market_checks` then says what must hold.
+Agents act through the edge alone and look at what is committed. The safety phase has faults (and may end with a long
+blackout, in which agents wind up), the liveness phase has none; `sim_market_checks` then says what must hold.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class ChainPort:
         await self.world.pause(1)
         if isinstance(message, Transfer):
             self.world.submit(self.host.name, message)
-        elif isinstance(message, VerifyTransfer):
+        elif isinstance(message, VerifyTransfer) and not self.world.chance(0.2):  # or it is forgotten
             self.claims[message.claim_id] = message
         return []
 
@@ -94,11 +94,13 @@ class ChainPort:
                 sends: list[Message] = [outcome]
                 if isinstance(outcome, TransferFailed):
                     sends.append(NonceFloor(transfer.platform, transfer.payer, transfer.nonce + 1))
+                if world.chance(0.3):
+                    sends.append(outcome)
                 await system.post("chain", [Send("wallet", send) for send in sends])
                 world.submitted[self.host.name].pop(batch_id, None)  # a crash before this tells the outcome again
             for claim_id, claim in list(self.claims.items()):
                 moved = world.moved(claim.tx_hash, claim.payer, claim.payee)
-                enough = moved - Decimal(claim.already_claimed) >= Decimal(claim.amount)
+                enough = not world.chance(0.15) and moved - Decimal(claim.already_claimed) >= Decimal(claim.amount)
                 answer = TransferVerified(claim_id, claim.tx_hash) if enough else TransferRejected(claim_id, "not enough")
                 await system.post("chain", [Send("ledger", answer)])
                 self.claims.pop(claim_id, None)
@@ -264,7 +266,9 @@ class MarketWorld(World):
             crash_point=rng.choice((0, 0.001, 0.004)), disk_s=rng.choice((0, 0.02, 0.2)),
         )  # fmt: skip
         self.cycle_s = rng.choice((2.0, 20.0))
-        self.revert = rng.choice((0, 0, 0.3))
+        self.revert = rng.choice((0, 0.3))
+        self.blackout_s = rng.choice((0, 0, 100, 1000, 4000))
+        self.closing, self.pace_s = False, 10.0
         for host in self.hosts.values():
             host.db.close()
         self.hosts = {}
@@ -359,6 +363,8 @@ class MarketWorld(World):
             self.nursery.start_soon(self.part)
             self.nursery.start_soon(self._observe)
             await trio.sleep(SAFETY_S)
+            self.closing = True
+            await self._blackout()
             self.calm, self.cut = True, set()
             end = trio.current_time() + CONVERGE_S
             while (waits := checks.unsettled(self)) and trio.current_time() < end:
@@ -366,9 +372,22 @@ class MarketWorld(World):
                 self._complain()
             if waits:
                 raise Broken(f"did not converge: {waits[:8]}")
+            await trio.sleep(20 * self.pace_s)  # the agents have nothing to say any more
+            if waits := checks.unsettled(self):
+                raise Broken(f"did not rest: {waits[:8]}")
             checks.check_end(self)
             self._complain()
             self.nursery.cancel_scope.cancel()
+
+    async def _blackout(self) -> None:
+        """One node is out of reach of the others for so long that messages pass their deadlines."""
+        if self.blackout_s:
+            self.faults = replace(self.faults, partition_every_s=0, crash_every_s=0)
+            alone, *others = self.rng.sample(list(self.hosts), len(self.hosts))
+            self.pace_s = self.blackout_s / 50
+            self.cut = {frozenset((alone, other)) for other in others}
+            await trio.sleep(self.blackout_s)
+            self.pace_s = 10.0
 
     async def _observe(self) -> None:
         while True:

@@ -65,22 +65,25 @@ class Agent:
         """Look, act, wait, until the world ends."""
         while True:
             world = self.world
-            await trio.sleep(10.0 if world.calm else world.rng.uniform(0.3, 4))
-            if self.host.system is not None:
-                try:
-                    await self.turn(self.host.system)
-                except (AskTimeout, Busy, ActorFailed):
-                    pass
+            await trio.sleep(world.pace_s if world.closing else world.rng.uniform(0.3, 4))
+            try:
+                await self.turn()
+            except (AskTimeout, Busy, ActorFailed):
+                pass
 
-    async def turn(self, system: MarketSystem) -> None:
+    async def turn(self) -> None:
         raise AssertionError
 
+    @property
+    def system(self) -> MarketSystem:
+        """The node's system. Raises `AskTimeout` while it is down."""
+        if self.host.system is None:
+            raise AskTimeout("the node is down")
+        return self.host.system
+
     async def ask(self, actor: str, message: Any) -> Any:
-        """Give a command. Raises `AskTimeout` too when the node is down."""
-        system = self.host.system
-        if system is None:
-            raise AskTimeout("down")
-        reply = await system.ask(actor, message, timeout_s=self.world.rng.choice((0.2, 10)))
+        """Give a command."""
+        reply = await self.system.ask(actor, message, timeout_s=self.world.rng.choice((0.2, 10)))
         self.world.note("said", self.name, type(message).__name__, type(reply).__name__)
         return reply
 
@@ -89,24 +92,21 @@ class Agent:
         return random.Random(f"{self.world.seed} {self.name} {what}").random() < probability
 
     def rows(self, actor: str, prefix: str, kind: type) -> Iterator[Any]:
-        system = self.host.system
-        assert system is not None
-        return iter([row for _, row in system.rows(actor).prefix(prefix) if isinstance(row, kind)])
+        return iter([row for _, row in self.system.rows(actor).prefix(prefix) if isinstance(row, kind)])
 
     def now(self) -> float:
-        assert self.host.system is not None
-        return self.host.system.now()
+        return self.system.now()
 
     async def publish(self, command: type, number: int) -> None:
         """Be in the market with some offers or demands, and negotiate; at the end leave it."""
         if not self.published:
             self.published = dict(self.publication(self.host.key, self.now(), one) for one in range(number))
         for subscription_id, document in self.published.items():
-            if self.world.calm or self.decide(f"withdraw {subscription_id} {self.now() // 60}", 0.1):
+            if self.world.closing or self.decide(f"withdraw {subscription_id} {self.now() // 60}", 0.1):
                 await self.ask("market", Withdraw(subscription_id))
             else:
                 await self.ask("market", command(document))
-        if not self.world.calm:
+        if not self.world.closing:
             await self.negotiate()
 
     async def negotiate(self) -> None:
@@ -135,7 +135,7 @@ class RequestorAgent(Agent):
 
     allocations = 0
 
-    async def turn(self, system: MarketSystem) -> None:
+    async def turn(self) -> None:
         await self.publish(PublishDemand, 3)
         for agreement in self.rows("negotiation", "agreement/", Agreement):
             await self.carry_on(agreement)
@@ -143,7 +143,7 @@ class RequestorAgent(Agent):
             for row in self.rows("ledger", f"{kind}/", PaymentDocument):
                 if row.status == "RECEIVED":
                     await self.judge(row)
-        if self.world.calm and any(order.state == "GIVEN_UP" for order in self.rows("wallet", "order/", PayOrder)):
+        if self.world.closing and any(order.state == "GIVEN_UP" for order in self.rows("wallet", "order/", PayOrder)):
             await self.ask("wallet", RunCycle(PLATFORM))
 
     async def answer(self, proposal: Proposal) -> None:
@@ -162,26 +162,24 @@ class RequestorAgent(Agent):
         if agreement.state in OPEN and lapsed(agreement, now):
             return
         if agreement.state == "Proposal":
-            if self.world.calm or self.decide(f"cancel {agreement_id}", 0.1):
+            if self.world.closing or self.decide(f"cancel {agreement_id}", 0.1):
                 await self.ask("negotiation", CancelAgreement(agreement_id, REASON))
             else:
                 document = self.sign("agreement", agreement.body)
                 await self.ask("negotiation", ConfirmAgreement(agreement_id, document, "app"))
-        elif agreement.state == "Pending" and (self.world.calm or self.decide(f"regret {agreement_id} {now // 5}", 0.05)):
+        elif agreement.state == "Pending" and (self.world.closing or self.decide(f"regret {agreement_id} {now // 5}", 0.05)):
             await self.ask("negotiation", CancelAgreement(agreement_id, REASON))
         elif agreement.state == "Approved":
             over = [await self.work(agreement_id, number) for number in range(2)]
-            if self.world.calm or all(over) or self.decide(f"terminate {agreement_id} {now // 10}", 0.03):
+            if self.world.closing or all(over) or self.decide(f"terminate {agreement_id} {now // 10}", 0.03):
                 await self.ask("negotiation", TerminateAgreement(agreement_id, REASON))
 
     async def work(self, agreement_id: str, number: int) -> bool:
         """Have an activity run its scripts; return whether it is over."""
         activity_id = digest(agreement_id, str(number))[:32]
-        system = self.host.system
-        assert system is not None
-        row: ActivityRow | None = system.rows("activity").get(f"activity/{activity_id}")
+        row: ActivityRow | None = self.system.rows("activity").get(f"activity/{activity_id}")
         if row is None:
-            if not self.world.calm and self.decide(f"activity {activity_id}", 0.8):
+            if not self.world.closing and self.decide(f"activity {activity_id}", 0.8):
                 await self.ask("activity", CreateActivity(activity_id, agreement_id, self.world.rng.choice((5.0, 60.0))))
                 return False
             return True
@@ -190,12 +188,12 @@ class RequestorAgent(Agent):
         finished = 0
         for index, script in enumerate(SCRIPTS[: 3 if self.decide(f"reset {activity_id}", 0.3) else 2]):
             batch_id = digest(activity_id, str(index))[:32]
-            batch: BatchRow | None = system.rows("activity").get(f"batch/{activity_id}/{batch_id}")
+            batch: BatchRow | None = self.system.rows("activity").get(f"batch/{activity_id}/{batch_id}")
             if batch is None:
                 await self.ask("activity", Exec(batch_id, activity_id, script))
                 return False
             finished += batch.finished
-        if self.world.calm or finished >= 2:
+        if self.world.closing or finished >= 2:
             await self.ask("activity", DestroyActivity(activity_id))
         return False
 
@@ -220,10 +218,10 @@ class RequestorAgent(Agent):
 class ProviderAgent(Agent):
     """Sells: answers proposals, approves agreements, runs exe-units, and bills."""
 
-    async def turn(self, system: MarketSystem) -> None:
+    async def turn(self) -> None:
         await self.publish(PublishOffer, 2)
         for agreement in self.rows("negotiation", "agreement/", Agreement):
-            if agreement.state == "Pending" and not lapsed(agreement, self.now()) and not self.world.calm:
+            if agreement.state == "Pending" and not lapsed(agreement, self.now()) and not self.world.closing:
                 await self.consider(agreement)
             if agreement.state == "Approved" and self.decide(f"leave {agreement.agreement_id} {self.now() // 10}", 0.02):
                 await self.ask("negotiation", TerminateAgreement(agreement.agreement_id, REASON))
@@ -273,9 +271,7 @@ class ProviderAgent(Agent):
             for note in notes:
                 await self.send(note)
         invoice_id = f"invoice-{agreement_id}"
-        system = self.host.system
-        assert system is not None
-        invoice: PaymentDocument | None = system.rows("ledger").get(f"invoice/{invoice_id}")
+        invoice: PaymentDocument | None = self.system.rows("ledger").get(f"invoice/{invoice_id}")
         if invoice is not None:
             await self.send(invoice)
             if invoice.status in ("ISSUED", "RECEIVED") and self.decide(f"cancel {invoice_id}", 0.1):

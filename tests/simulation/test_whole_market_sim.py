@@ -20,7 +20,6 @@ from test_simulation import chosen_seed, first_cause
 
 from actors import _ledger_documents, _ledger_payer, _ledger_payments, agreements, ledger
 from actors.activity import Activity
-from actors.kernel.machine import NOTHING
 from actors.wallet import Wallet
 from protocol.ledger import VerifyAgain
 
@@ -109,7 +108,6 @@ MUTANTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "an undelivered end is not told again": lambda m: m.setattr(agreements, "undelivered", ignore),
     "an approved agreement never hears of its end": lambda m: m.setattr(agreements, "terminated", ignore),
     "batches stay open when the activity ends": lambda m: m.setattr(Activity, "_wind_up", ignore),
-    "a request before its agreement is dropped": lambda m: m.setattr(Activity, "_hold", lambda *a: NOTHING),
     "the silent provider is waited for": lambda m: m.setattr(Activity, "_destroy_expired", ignore),
     "the chain is not asked again": lambda m: m.setitem(ledger._HANDLERS, VerifyAgain, ignore),
     "a refused payment is not offered again": lambda m: m.setattr(_ledger_payments, "_offer_later", ignore),
