@@ -373,12 +373,15 @@ class Journal:
                 found = self._prune(before)
             deleted += found
             if found < PRUNED_AT_ONCE:
-                return deleted
+                return deleted  # a feed without events is forgotten, too: its numbers may start again
 
     def _prune(self, before: float) -> int:
         query = "delete from feed where (name, seq) in (select name, seq from feed where at<? limit ?)"
         try:
-            return int(self._writer.execute(query, (before, PRUNED_AT_ONCE)).rowcount)
+            found = int(self._writer.execute(query, (before, PRUNED_AT_ONCE)).rowcount)
+            if found < PRUNED_AT_ONCE:
+                self._writer.execute("delete from feed_head where at<?", (before,))
+            return found
         except sqlite3.Error as error:
             raise JournalError(f"cannot write the journal: {error}") from error
 

@@ -603,6 +603,9 @@ def test_old_events_are_forgotten_while_others_write(
             assert await journal.prune(11.0) == 11
             assert [event.at for event in system.feeds.read("f")][:9] == [float(second) for second in range(11, 20)]
             assert await journal.prune(11.0) == 0
+            assert await system.feeds.wait("f", 24, 10)
+            assert await journal.prune(1e6) == 14
+            assert journal.feed_head("f") == (0, 0.0), "of an empty feed nothing stays"
             nursery.cancel_scope.cancel()
         journal.close()
 

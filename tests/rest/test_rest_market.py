@@ -262,6 +262,39 @@ async def test_offers_survive_a_restart(tmp_path: Path) -> None:
         assert await agent.call("DELETE", f"/offers/{offer_id}") == (204, None)
 
 
+@trio_test
+async def test_negotiations_and_agreements_survive_restarts(tmp_path: Path) -> None:
+    """Both nodes are stopped after each stage: what was said stands, and the talks go on where they were."""
+    async with two(tmp_path) as (r, p):
+        deal = Deal(r, p)
+        draft = await deal.draft()
+        path = f"{deal.demand}/proposals/{draft}"
+        theirs = f"{deal.offer}/proposals/{deal.at_provider['proposal']['proposalId']}"
+        before = await r.get(path), await p.get(theirs)
+        assert [status for status, _ in before] == [200, 200]
+    async with two(tmp_path) as (r, p):
+        assert (await r.get(path), await p.get(theirs)) == before
+        valid_to = timestamp_text(r.node.clock() + 600)
+        agreement = await r.made("/agreements", {"proposalId": draft, "validTo": valid_to})
+        assert await r.post(f"/agreements/{agreement}/confirm") == (204, None)
+        (event,) = await p.events(deal.offer)
+        assert event["agreement"]["agreementId"] == agreement
+    async with two(tmp_path) as (r, p):
+        assert (await p.get(f"/agreements/{agreement}"))[1]["state"] == "Pending"
+        assert await p.post(f"/agreements/{agreement}/approve?timeout=10") == (204, None)
+        assert await r.post(f"/agreements/{agreement}/wait?timeout=10") == (204, None)
+    async with two(tmp_path) as (r, p):
+        found = [(await side.get(f"/agreements/{agreement}"))[1] for side in (r, p)]
+        assert [one["state"] for one in found] == ["Approved", "Approved"]
+        assert await p.post(f"/agreements/{agreement}/terminate", {"message": "enough"}) == (200, None)
+    async with two(tmp_path) as (r, p):
+        with trio.fail_after(20):  # the news may have waited for the restart
+            while (await r.get(f"/agreements/{agreement}"))[1]["state"] != "Terminated":
+                await trio.sleep(0.05)
+        status, reason = await r.get(f"/agreements/{agreement}/terminate/reason")
+        assert (status, reason["terminator"], reason["reason"]) == (200, "Provider", {"message": "enough"})
+
+
 # -- two nodes
 
 
