@@ -484,3 +484,40 @@ def test_a_signature_of_another_kind_does_not_serve() -> None:
     other = sign(payee.key, "offer", body)
     with pytest.raises(Violation):
         world.tell(payer, DocumentSent(Document("invoice", body, other.signature)), f"{payee.id}/ledger")
+
+
+@pytest.mark.parametrize("kind", ["debit-note", "invoice", "acceptance", "payment"])
+def test_what_another_key_signed_or_what_was_changed_after_signing_changes_nothing(kind: str) -> None:
+    world, payer, payee = agreed()
+    world.note(payee, "n1", "act", "0.25")
+    world.invoice(payee, "i1", "a1", "1", ("act",))
+    world.send(payee, "debit-note" if kind == "debit-note" else "invoice", "n1" if kind == "debit-note" else "i1")
+    if kind in ("acceptance", "payment"):
+        world.run()
+        world.accept(payer, "invoice", "i1", "al")
+    sender, receiver = (payee, payer) if kind in ("debit-note", "invoice") else (payer, payee)
+    link = f"{sender.id}/ledger", f"{receiver.id}/ledger"
+    if kind == "payment":
+        while "PaymentSent" not in [type(receiver.decoders["ledger"][1](one)).__name__ for one in world.links[link]]:
+            world.step()
+    true = next(
+        message for message in map(receiver.decoders["ledger"][1], world.links[link])
+        if isinstance(message, DocumentSent | DocumentAccepted | PaymentSent) and next(iter(documents(message))).kind == kind
+    )  # fmt: skip
+    (document,) = documents(true)
+    stranger = Node(KEYS[4])
+    assert b"1" in document.body
+    for lie in (stranger.sign(kind, document.body), Document(kind, document.body.replace(b"1", b"2"), document.signature)):
+        before = dict(receiver.rows["ledger"].raw)
+        with pytest.raises(Violation):
+            world.tell(receiver, type(true)(lie), link[0])
+        assert dict(receiver.rows["ledger"].raw) == before
+    world.run()
+    status = world.document(receiver, "debit-note" if kind == "debit-note" else "invoice", "n1" if kind == "debit-note" else "i1")
+    assert status.status == ("RECEIVED" if kind in ("debit-note", "invoice") else "SETTLED"), "the true one is taken"
+
+
+def documents(message: DocumentSent | DocumentAccepted | PaymentSent) -> tuple[Document, ...]:
+    """Return the signed documents of a message."""
+    values = (getattr(message, name) for name in message.__struct_fields__)
+    return tuple(value for value in values if isinstance(value, Document))
