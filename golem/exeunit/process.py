@@ -147,7 +147,7 @@ class Unit:
     async def run(self) -> int:
         """Serve the activity to its end; returns the exit status (0: it was told to end, and everybody knows)."""
         async with trio.open_nursery() as nursery:
-            self.port.attach(nursery, lambda sends: self.system.post(self.port.name, sends))
+            self.port.attach(nursery, lambda sends: self.system.post(self.port.name, sends), lost=self._state() != "New")
             nursery.start_soon(self._watch_signals)
             nursery.start_soon(self.client.run)
             await nursery.start(self.system.run)

@@ -88,12 +88,16 @@ class RuntimePort:
         self._seen: set[tuple[str, int]] = set()
         self._running: tuple[str, int, str, trio.CancelScope] | None = None
         self._nursery: trio.Nursery | None = None
+        self._lost = False
         self._post: Post | None = None
         self._why_stopped = STOPPED
 
-    def attach(self, nursery: trio.Nursery, post: Post) -> None:
-        """Give the port its tasks' nursery and its way out, before the system runs."""
-        self._nursery, self._post = nursery, post
+    def attach(self, nursery: trio.Nursery, post: Post, *, lost: bool = False) -> None:
+        """Give the port its tasks' nursery and its way out, before the system runs.
+
+        `lost` says that a process before this one had the commands: they may come again, and none is run twice.
+        """
+        self._nursery, self._post, self._lost = nursery, post, lost
 
     # -- what others ask
     def runtime_usage(self) -> Usage:
@@ -122,7 +126,7 @@ class RuntimePort:
             if self._running and self._running[:2] == (message.batch_id, message.index):
                 self._running[3].cancel()
             return []
-        if (message.batch_id, message.index) not in self._seen:
+        if (message.batch_id, message.index) not in self._seen and not self._lost:
             self._seen.add((message.batch_id, message.index))
             assert self._nursery is not None
             self._nursery.start_soon(self._execute, message)

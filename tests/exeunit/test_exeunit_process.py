@@ -21,8 +21,9 @@ from support import tell, trio_test
 from wire import A, B, Node, two_nodes
 
 from actors.activity import Activity, ActivityRow, BatchRow, ResultRow, batch_key
+from actors.exeunit import ExeUnit
 from actors.kernel.journal import Journal
-from actors.kernel.machine import Meta, Send
+from actors.kernel.machine import LinkDown, Meta, Send
 from actors.kernel.system import System
 from golem.exeunit.process import Settings, Unit
 from golem.exeunit.runtimes.base import Deployment, DeployOptions, ExitStatus, ImageFormat, OutputSink, Usage
@@ -31,6 +32,8 @@ from golem.exeunit.terms import read_terms
 from golem.files import FileServer, FileSink, FileSource
 from golem.net.types import RemoteError
 from protocol.activity import ActivityKnown, CreateActivity, DestroyActivity, Done, Exec, StateReported
+from protocol.codec import Envelope, encode, encode_batch
+from protocol.exeunit import RunBatch, UnitStarted
 from protocol.negotiation import AgreementApproved
 
 pytestmark = pytest.mark.integration
@@ -258,7 +261,7 @@ class Stub:
     def __init__(self) -> None:
         self.now = Usage()
         self.runs: list[str] = []
-        self.stops = 0
+        self.stops = self.deploys = 0
 
     async def self_test(self) -> str | None:
         return None
@@ -267,6 +270,7 @@ class Stub:
         return {}
 
     async def deploy(self, image: Path, options: DeployOptions) -> Deployment:
+        self.deploys += 1
         return Deployment(())
 
     async def start(self, args: Sequence[str]) -> None:
@@ -338,6 +342,46 @@ async def test_terminate_stops_a_command_that_hangs(tmp_path: Path) -> None:
         assert stub.runs == ["hang"]
         assert await w.live("running") is None
         await w.state("Initialized")
+
+
+async def hand_out(journal: Journal, script: str) -> None:
+    """Leave a journal as a process does that dies right after it has handed out a command."""
+
+    class Nowhere:
+        async def exchange(self, node: str, frame: bytes) -> bytes:
+            raise LinkDown(node)
+
+    system = System(PROVIDER, journal, Nowhere(), clock=time.time, new_trace=lambda: secrets.token_hex(4))
+    system.add(ExeUnit(ACTIVITY, REQUESTOR, PROVIDER))
+    name = f"exeunit:{ACTIVITY}"
+    async with trio.open_nursery() as nursery:
+        await nursery.start(system.run)
+        await system.ask(name, UnitStarted("the process before"))
+        batch = encode(RunBatch(ACTIVITY, "b" * 32, script))
+        envelope = Envelope(f"{REQUESTOR}/activity", f"{PROVIDER}/{name}", "epoch", 1, 0, "t", batch)
+        await system.deliver(encode_batch([envelope]), REQUESTOR)
+        nursery.cancel_scope.cancel()
+    assert any(recipient.endswith("/runtime") for _, recipient in journal.links())
+
+
+@trio_test
+async def test_a_command_that_another_process_was_given_is_not_run_again(tmp_path: Path) -> None:
+    async with two_nodes(tmp_path) as (a, b, nursery):
+        made, stub = World(tmp_path, a, b, nursery), Stub()
+        await made.begin()
+        (tmp_path / "work").mkdir()
+        settings = Settings(
+            "stub", ACTIVITY, tmp_path / "a.sock", tmp_path / "agreement.json", tmp_path / "work", tmp_path / "cache",
+            TransferPolicy(),
+        )  # fmt: skip
+        journal = Journal(str(tmp_path / "work" / "unit.db"), lambda: secrets.token_hex(8))
+        await hand_out(journal, '[{"deploy":{}}]')
+        journal = Journal(str(tmp_path / "work" / "unit.db"), lambda: secrets.token_hex(8))
+        unit = Unit(settings, read_terms(settings.agreement), stub, journal)
+        with trio.fail_after(20):
+            assert await unit.run() == 1
+        assert stub.deploys == 0
+        nursery.cancel_scope.cancel()
 
 
 @trio_test
