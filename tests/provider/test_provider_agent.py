@@ -132,7 +132,7 @@ async def test_the_node_may_be_restarted_under_the_agent(tmp_path: Path) -> None
 
 @trio_test
 async def test_negotiation_limits_and_idle_agreements(tmp_path: Path) -> None:
-    async with market(tmp_path, "--max-agreements", "1", "--idle-timeout", "3") as (net, requestor, seller, _):
+    async with market(tmp_path, "--max-agreements", "1", "--idle-timeout", "5") as (net, requestor, seller, _):
         other = await call(Requestor, net.nodes["requestor"].api_url, net.nodes["requestor"].app_key)
         agreement = await call(requestor.hire, subnet=net.name)
         await call(other.set_out, subnet=net.name)
@@ -151,4 +151,10 @@ async def test_negotiation_limits_and_idle_agreements(tmp_path: Path) -> None:
         assert reason["reason"]["golem.provider.code"] == "NoActivity"
         draft = await call(other.next_event, lambda event: event["eventType"] == "ProposalEvent")
         assert draft["proposal"]["state"] == "Draft", "what was rejected for lack of room is taken up again"
-        assert await call(other.agree, draft["proposal"]["proposalId"])
+        agreement = await call(other.agree, draft["proposal"]["proposalId"])
+        for _ in range(2):  # who hires again at once, while the last exe-unit is still on its way out, is not rejected
+            await call(other.start, agreement)
+            await call(other.terminate, agreement)
+            answer = await call(other.negotiate)
+            assert answer["eventType"] == "ProposalEvent", answer
+            agreement = await call(other.agree, answer["proposal"]["proposalId"])
