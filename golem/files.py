@@ -2,7 +2,7 @@
 
 Other nodes, and processes of this machine through the bus, read and write over byte streams named `gftp`; the conversation
 is in `golem/gftp_wire.py`. What is published is a `Source` or a `Sink`: here files of this machine, told by the `gftp`
-tool over the bus and withdrawn when its connection ends; the websocket services of `golem/rest/gsb.py` are others.
+tool over the bus and withdrawn when its connection ends.
 Whoever knows a name may use it: names are hashes of content or random.
 """
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
+import ipaddress
 import os
+import ssl
 from base64 import b64encode
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pytest
 import trio
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from support import trio_test
 
 from golem.exeunit.runtimes.base import Volume
@@ -39,7 +46,7 @@ class WebServer:
     def url(self, path: str = "/f", user: str = "") -> str:
         return f"http://{user}127.0.0.1:{self.port}{path}"
 
-    async def serve(self, stream: trio.SocketStream) -> None:
+    async def serve(self, stream: trio.abc.Stream) -> None:
         async with stream:
             data = b""
             while b"\r\n\r\n" not in data:
@@ -230,6 +237,63 @@ async def test_http_download_with_hash_auth_and_progress(tmp_path: Path) -> None
     assert (tmp_path / "in/deep/f").read_bytes() == CONTENT
     assert place.progress[-1] == (len(CONTENT), len(CONTENT))
     assert place.files() == ["in/deep/f"]
+
+
+def certificate(folder: Path, *names: str) -> ssl.SSLContext:
+    """Make a self-signed certificate for these names (`folder/ca.pem`); return the server's side of it."""
+    key, today = ec.generate_private_key(ec.SECP256R1()), datetime.datetime.now(datetime.UTC)
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "test")])
+    found: list[x509.GeneralName] = [x509.DNSName(name) for name in names if name != "127.0.0.1"]
+    if "127.0.0.1" in names:
+        found.append(x509.IPAddress(ipaddress.ip_address("127.0.0.1")))
+    made = (
+        x509.CertificateBuilder().subject_name(subject).issuer_name(subject).public_key(key.public_key())
+        .serial_number(1).not_valid_before(today - datetime.timedelta(days=1)).not_valid_after(today + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName(found), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True).sign(key, hashes.SHA256())
+    )  # fmt: skip
+    (folder / "ca.pem").write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    (folder / "key.pem").write_bytes(private)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "ca.pem", folder / "key.pem")
+    return context
+
+
+@pytest.mark.parametrize(
+    ("names", "trusted", "error"),
+    [
+        (("localhost",), True, None),
+        (("localhost",), False, "certificate verify failed"),
+        (("127.0.0.1", "elsewhere.example"), True, "certificate verify failed"),  # good for the address, not for the name
+    ],
+)
+@trio_test
+async def test_https_is_checked_against_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...], trusted: bool, error: str | None
+) -> None:
+    place, server = Place(tmp_path), WebServer()
+    context = certificate(tmp_path, *names)
+    if trusted:
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+
+    async def serve(stream: trio.SSLStream[trio.SocketStream]) -> None:
+        with suppress(trio.BrokenResourceError):  # a client that does not trust us
+            await server.serve(stream)
+
+    async with trio.open_nursery() as nursery:
+        listeners = await nursery.start(partial(trio.serve_ssl_over_tcp, serve, 0, context, host="127.0.0.1"))
+        url = f"hash:sha3:{SHA}:https://localhost:{listeners[0].transport_listener.socket.getsockname()[1]}/f"
+        if error is None:
+            assert await place.move(url, "container:/golem/in/f") == len(CONTENT)
+            assert (tmp_path / "in/f").read_bytes() == CONTENT
+        else:
+            with pytest.raises(TransferError, match=error):
+                await place.move(url, "container:/golem/in/f")
+            assert server.requests == []
+        nursery.cancel_scope.cancel()
 
 
 @trio_test
