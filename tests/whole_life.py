@@ -93,7 +93,9 @@ class Life(Nodes):
                 sender, to = link
                 if node_of(sender) != node_of(to):
                     self.said.append((sender, to, self.links[link][0].message))
+                self.note(sender)
                 self.deliver(link)
+                self.note(to)
             for address, play in self.plays.items():
                 for gossip in play.published:
                     for other, heard in self.plays.items():
@@ -102,9 +104,14 @@ class Life(Nodes):
                 play.published = []
             if not self.waiting() and not self._ports():
                 break
-        for address, play in self.plays.items():
-            if not self.states[address] or self.states[address][-1] != play.rows:
-                self.states[address].append(dict(play.rows))
+        for address in self.plays:
+            self.note(address)
+
+    def note(self, address: str) -> None:
+        """Take down a state of a machine, if it is another one than before."""
+        states, rows = self.states[address], self.plays[address].rows
+        if not states or states[-1] != rows:
+            states.append(dict(rows))
 
     def _ports(self) -> bool:
         """Let chain, signer and runtime answer; return whether there was something to answer."""

@@ -105,7 +105,6 @@ def mined_twice(method: Any) -> Any:
 MUTANTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "the provider ignores the requestor's decision": lambda m: m.setattr(agreements, "closed", ignore),
     "the requestor does not insist on its decision": lambda m: m.setattr(agreements, "_insist", ignore),
-    "an undelivered end is not told again": lambda m: m.setattr(agreements, "undelivered", ignore),
     "an approved agreement never hears of its end": lambda m: m.setattr(agreements, "terminated", ignore),
     "batches stay open when the activity ends": lambda m: m.setattr(Activity, "_wind_up", ignore),
     "the silent provider is waited for": lambda m: m.setattr(Activity, "_destroy_expired", ignore),
