@@ -22,7 +22,7 @@ from golem.chain import port
 from golem.chain.devchain import stop_devchain, url_of
 from golem.chain.port import Chain, open_chain
 from golem.chain.rpc import RpcError
-from protocol.types import Message, Undelivered
+from protocol.types import Message, Undelivered, Violation
 from protocol.wallet import (
     PaidOut,
     PayOut,
@@ -149,6 +149,10 @@ async def test_orders_are_paid_once_and_claims_are_verified_over_a_restart(tmp_p
             assert "not served" in refused["c3"]
             late = await w.chain._rpcs["1337"].dev("dev_faucet", a)  # mined, but no token moves: never mind the answer
             await w.system.ask("ledger", VerifyTransfer("c4", HOLESKY, late, me, a, "1", "0"))
+            for sender in (f"{me}/exeunit:{'e' * 32}", f"{me}/edge", f"{a}/wallet", f"{a}/ledger", me):
+                for message in (Transfer("b0", HOLESKY, me, 0, ((a, "1"),)), good):
+                    with pytest.raises(Violation):
+                        await w.chain.handle(message, Meta(sender, 0.0, "t"))
             meta = Meta(f"{me}/wallet", 0.0, "t")
             for wrong in (
                 Transfer("b1", HOLESKY, b, 0, ((a, "1"),)), Transfer("b2", HOLESKY, me, 0, ()),
