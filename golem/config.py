@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -50,10 +50,10 @@ class Config:
     chain_dir: Path = Path()
     chain_url: str = ""  # of a dev chain that somebody serves already; empty = the one in `chain_dir`
     allow_origins: tuple[str, ...] = ()
-    autoconf_app_key: str = ""
-    autoconf_id_secret: str = ""
+    autoconf_app_key: str = field(default="", repr=False)
+    autoconf_id_secret: str = field(default="", repr=False)
     password_file: Path | None = None
-    password: str = ""
+    password: str = field(default="", repr=False)
     plain_key: bool = False
     payment_cycle_s: float = 0.0  # 0 = the network's own
     subscription_ttl_s: float = 3600.0

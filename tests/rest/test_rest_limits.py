@@ -68,6 +68,7 @@ def test_settings_of_the_environment(tmp_path: Path) -> None:
     assert (config.unresponsive_s, config.inactivity_s) == (45.0, 120.0)
     assert (config.event_store_days, config.cleanup_interval_s) == (7.0, 3600.0)
     assert (config.max_rest_timeout_s, config.payment_cycle_s) == (30.0, 300.0)
+    assert APP_KEY not in repr(config)
     assert config.allow_origins == ("https://a.example", "https://b.example")
 
 
