@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import sqlite3
 from pathlib import Path
 
 import click
@@ -37,7 +38,11 @@ def run(chain_dir: Path | None, host: str, port: int | None) -> None:  # fmt: sk
         ipaddress.ip_address(host)
     except ValueError:
         raise fail(f"--host {host}: expected an IP address of this machine, or 0.0.0.0 for all") from None
-    raise SystemExit(serve(["--data-dir", str(config.chain_dir), "--host", host, "--port", str(port or 0)]))
+    try:
+        ended = serve(["--data-dir", str(config.chain_dir), "--host", host, "--port", str(port or 0)])
+    except (OSError, sqlite3.Error) as error:
+        raise fail(f"the dev chain in {config.chain_dir} cannot run: {error}") from None
+    raise SystemExit(ended)
 
 
 @chain.command("stop")
@@ -46,9 +51,13 @@ def stop(chain_dir: Path | None) -> None:
     """Stop the dev chain of this machine; its blocks stay."""
     import trio
 
-    from golem.chain.devchain import stop_devchain
+    from golem.chain.devchain import DevChainError, stop_devchain
 
-    stopped = trio.run(stop_devchain, config_of(chain_dir=chain_dir).chain_dir)
+    folder = config_of(chain_dir=chain_dir).chain_dir
+    try:
+        stopped = trio.run(stop_devchain, folder) if folder.is_dir() else False
+    except (DevChainError, OSError) as error:
+        raise fail(str(error)) from None
     click.echo("The dev chain is stopped." if stopped else "No dev chain was running.")
 
 
