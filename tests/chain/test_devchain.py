@@ -286,3 +286,17 @@ def test_another_chain_on_the_port_is_not_taken_for_ours(tmp_path: Path) -> None
         assert trio.run(url_of, tmp_path / "b") is None
         (tmp_path / "b" / "chain.json").write_text("{")
         assert trio.run(url_of, tmp_path / "b") is None
+
+
+def test_a_chain_hears_no_secret_of_the_node_that_starts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("YAGNA_AUTOCONF_ID_SECRET", "YAGNA_AUTOCONF_APPKEY", "GOLEM_PASSWORD"):
+        monkeypatch.setenv(name, "5ec2e7")
+    monkeypatch.setenv("GOLEM_NOTE", "no secret")
+    trio.run(ensure_devchain, tmp_path)
+    try:
+        pid = json.loads((tmp_path / "chain.json").read_text())["pid"]
+        environment = Path(f"/proc/{pid}/environ").read_bytes()
+        assert b"GOLEM_NOTE=no secret" in environment
+        assert b"5ec2e7" not in environment
+    finally:
+        trio.run(stop_devchain, tmp_path)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ LOCK_NAME = "chain.lock"
 LOG_NAME = "devchain.log"
 BUSY_EXIT = 3
 LOOPBACK = "127.0.0.1"
+_SECRET = re.compile(r"KEY|PASSWORD|SECRET|TOKEN")
 LOG_LIMIT = 4 << 20  # bytes; a longer log moves aside at the next start
 START_S = 60.0  # about 1.5 s on an idle machine
 
@@ -95,11 +97,16 @@ def _spawn(directory: Path, arguments: tuple[str, ...]) -> subprocess.Popen[byte
             stdout=out,
             stderr=out,
             cwd=directory,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            env={**_plain_environment(), "PYTHONPATH": os.pathsep.join(paths)},
             start_new_session=True,  # it serves other nodes too: our Ctrl-C is not for it
         )
     _started[:] = [each for each in _started if each.poll() is None] + [child]
     return child
+
+
+def _plain_environment() -> dict[str, str]:
+    """Return our environment without the keys and passwords in it: the chain outlives its node and serves others."""
+    return {name: value for name, value in os.environ.items() if not _SECRET.search(name.upper())}
 
 
 async def ensure_devchain(directory: Path | str, *arguments: str) -> str:
