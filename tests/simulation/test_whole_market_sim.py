@@ -23,8 +23,8 @@ from actors.activity import Activity
 from actors.wallet import Wallet
 from protocol.ledger import VerifyAgain
 
-SEEDS = int(os.environ.get("MARKET_SEEDS", "100"))
-CHUNK = max(25, SEEDS // 4)
+SEEDS = int(os.environ.get("MARKET_SEEDS", "80"))
+CHUNK = max(20, SEEDS // 4)
 
 
 @pytest.mark.parametrize("first", range(0, SEEDS, CHUNK))
