@@ -20,6 +20,7 @@ from protocol.terms import match as match_terms
 from protocol.types import Message, Undelivered, Violation, digest, node_id
 
 MAX_DOCUMENT_BYTES = 128 * 1024  # the body of one offer or demand
+REMEMBERED_BYTES = 8 * 1024  # larger documents are parsed anew each time: a stranger's must not fill our memory
 MAX_LIFETIME_S = 2 * 3600.0  # how far ahead an offer or demand may expire
 MAX_CLOCK_SKEW_S = 300.0
 MAX_IDS = 100  # in one message between nodes
@@ -263,9 +264,12 @@ def _seconds(value: Any) -> float:
     return float(value)
 
 
-@functools.lru_cache(maxsize=2048)
 def read_subscription(body: bytes) -> Subscription:
     """Parse the body of an offer or demand and check all of its form, its id included. Raises `Violation`."""
+    return _remembered(body) if len(body) <= REMEMBERED_BYTES else _read_subscription(body)
+
+
+def _read_subscription(body: bytes) -> Subscription:
     if len(body) > MAX_DOCUMENT_BYTES:
         raise Violation(f"a document of {len(body)} bytes is over the limit of {MAX_DOCUMENT_BYTES}")
     try:
@@ -290,6 +294,9 @@ def read_subscription(body: bytes) -> Subscription:
     if expected != subscription_id:
         raise Violation("the id does not name this content")
     return Subscription(subscription_id, owner, value["properties"], constraints, created, expires)
+
+
+_remembered = functools.lru_cache(maxsize=2048)(_read_subscription)
 
 
 def verify_subscription(document: Document, kind: str, now: float) -> Subscription:

@@ -15,6 +15,7 @@ from typing import Any
 
 from protocol.market import (
     MAX_DOCUMENT_BYTES,
+    REMEMBERED_BYTES,
     Matched,
     SubscriptionEnded,
     SubscriptionOpened,
@@ -294,9 +295,12 @@ AgreementEvents = (
 
 
 # -- content
-@functools.lru_cache(maxsize=1024)
 def read_properties(text: str) -> Mapping[str, Any]:
     """Return flat properties; the mapping is shared, do not change it. Raises `Violation`."""
+    return _remembered(text) if len(text) <= REMEMBERED_BYTES else _read_properties(text)
+
+
+def _read_properties(text: str) -> Mapping[str, Any]:
     if len(text) > MAX_DOCUMENT_BYTES:
         raise Violation(f"properties of {len(text)} characters are over the limit of {MAX_DOCUMENT_BYTES}")
     try:
@@ -308,6 +312,9 @@ def read_properties(text: str) -> Mapping[str, Any]:
     except (ValueError, TermsError) as error:
         raise Violation(f"the properties are not in order: {str(error)[:200]}") from None
     return properties
+
+
+_remembered = functools.lru_cache(maxsize=1024)(_read_properties)
 
 
 def check_hash(text: Any) -> str:
