@@ -37,7 +37,7 @@ from actors.agreement_rows import (
 )
 from actors.draft import Draft
 from actors.kernel.machine import Emit, Meta, Reply, Send, Wake
-from actors.proposals import ACCEPTED, DRAFT, INITIAL, Proposal
+from actors.proposals import ACCEPTED, DRAFT, INITIAL, IS_FINAL, Proposal
 from protocol.market import Done, Rematch, canonical, loads
 from protocol.negotiation import (
     PROVIDER,
@@ -406,14 +406,21 @@ def _insist(draft: Draft, agreement: Agreement) -> None:
 
 
 def rejected(draft: Draft, message: AgreementRejected, meta: Meta) -> None:
-    """Requestor: the provider does not agree."""
+    """Requestor: the provider does not agree.
+
+    If it may do so later (another requestor was faster), there is a fresh Initial proposal: agents that do not counter the
+    last proposal once more would never hear of this provider again.
+    """
     agreement = _from_peer(draft, message.agreement_id, PROVIDER, meta)
     if not agreement:
         return
     if lapsed(agreement, meta.now):
         agreement = _expire(draft, agreement, meta.now)
     if agreement.state == PENDING:
-        _rejected(draft, agreement, check_reason(message.reason), meta.now)
+        reason = check_reason(message.reason)
+        _rejected(draft, agreement, reason, meta.now)
+        if loads(reason).get(IS_FINAL) is False:
+            draft.do(Send("market", Rematch(agreement.demand_id, agreement.offer_id)))
     elif agreement.state in (CANCELLED, EXPIRED):
         _insist(draft, agreement)
     elif agreement.state != REJECTED:

@@ -52,6 +52,7 @@ MAX_PROPOSALS = 20_000  # of one subscription
 MAX_OPENED_PER_NODE = 500  # negotiations about one offer: nobody uses it up for the others
 FORGET_AT_ONCE = 500
 
+IS_FINAL = "golem.proposal.rejection.is-final"  # in a reason: false where a later answer may be another
 INITIAL, DRAFT, REJECTED, ACCEPTED = "Initial", "Draft", "Rejected", "Accepted"
 
 
@@ -433,7 +434,7 @@ def undelivered(draft: Draft, message: ProposalOpened | ProposalCountered, why: 
     if proposal and proposal.state == DRAFT and not proposal.answer_id:
         other = PROVIDER if proposal.role == REQUESTOR else REQUESTOR
         text = f"{other} {proposal.counterpart} could not be reached: {why}"
-        _mark_rejected(draft, proposal, reason_text(text, **{"golem.proposal.rejection.is-final": False}))
+        _mark_rejected(draft, proposal, reason_text(text, **{IS_FINAL: False}))
         if proposal.role == REQUESTOR:
             draft.do(Send("market", Rematch(proposal.demand_id, proposal.offer_id)))
 

@@ -480,6 +480,17 @@ def test_reject_an_agreement(pair: Pair) -> None:
     assert code(pair.approve(agreement_id)) == "gone"
 
 
+@pytest.mark.parametrize(
+    ("final", "fresh"), [("false", [Rematch(DEMAND_ID, OFFER_ID)]), ("true", []), ('"no"', []), ("null", [])]
+)
+def test_a_fresh_negotiation_after_a_rejection_for_now(pair: Pair, final: str, fresh: list[Rematch]) -> None:
+    agreement_id = pair.pending()
+    pair.p.ask(RejectAgreement(agreement_id, f'{{"golem.proposal.rejection.is-final":{final},"message":"busy"}}'))
+    pair.settle()
+    assert pair.states(agreement_id) == ("Rejected", "Rejected")
+    assert [send.message for send in pair.unlinked if send.to == "market"] == fresh
+
+
 def test_talks_may_go_on_after_an_agreement_that_was_not_made(pair: Pair) -> None:
     agreement_id = pair.pending()
     last = pair.r.rows[f"agreement/{agreement_id}"].proposal_id
