@@ -10,7 +10,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from actors._ledger_rows import Allocation, minus, remaining, reserved, total_of
+from actors._ledger_rows import Allocation, minus, owed, remaining, reserved, total_of
 from actors._money_draft import Declined, MoneyDraft
 from protocol.ledger import AllocationTimeout, AmendAllocation, CreateAllocation, Done, ReleaseAllocation
 from protocol.types import amount, amount_text, node_id
@@ -27,7 +27,7 @@ def amount_of(text: str) -> Decimal:
 
 
 def create(draft: MoneyDraft, me: str, command: CreateAllocation) -> None:
-    """Set money aside if the wallet has it beyond what other live allocations hold."""
+    """Set money aside if the wallet has it beyond what other live allocations hold and what is to be paid."""
     key = f"allocation/{command.allocation_id}"
     if draft.row(Allocation, key):
         draft.reply(Done())
@@ -128,14 +128,14 @@ def _live(draft: MoneyDraft, allocation_id: str) -> Allocation:
 def _check_funds(draft: MoneyDraft, platform: str, wanted: Decimal, balance: str | None, besides: str) -> None:
     if balance is None:
         return
-    held = reserved(draft, platform, besides)
-    free = max(minus(amount_of(balance), held), Decimal(0))
+    held, debt = reserved(draft, platform, besides), owed(draft, platform)
+    free = max(minus(amount_of(balance), total_of((held, debt))), Decimal(0))
     if wanted > free:
         raise Declined(
             "unfunded",
             f"Insufficient funds to make allocation. Top up your account or release all existing allocations "
             f"to unlock the funds. Requested: {amount_text(wanted)}, available: {amount_text(free)}, "
-            f"reserved: {amount_text(held)}",
+            f"reserved: {amount_text(held)}, accepted and not paid yet: {amount_text(debt)}",
         )
 
 

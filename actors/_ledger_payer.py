@@ -32,8 +32,10 @@ from actors._ledger_rows import (
     Agreement,
     Open,
     Order,
+    Owed,
     PaymentDocument,
     acceptance_of,
+    total_of,
 )
 from actors._money_draft import Declined, MoneyDraft
 from protocol.ledger import (
@@ -223,6 +225,8 @@ def _order(draft: MoneyDraft, row: PaymentDocument, agreement: Agreement, alloca
         ordered_at=draft.now,
     )
     draft.put(f"order/{order_id}", order)
+    debt = draft.row(Owed, f"owed/{order.platform}") or Owed()
+    draft.put(f"owed/{order.platform}", Owed(amount_text(total_of((debt.amount, added)))))
     draft.send("wallet", PayOut(order_id, order.platform, order.payer_addr, order.payee_addr, order.amount))
 
 

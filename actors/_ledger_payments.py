@@ -16,7 +16,7 @@ from decimal import Decimal
 from msgspec.structs import replace
 
 from actors._ledger_documents import explain, settle
-from actors._ledger_rows import PAYEE, PAYER, Activity, Agreement, Order, Payment, TxClaims, total_of
+from actors._ledger_rows import PAYEE, PAYER, Activity, Agreement, Order, Owed, Payment, TxClaims, minus, total_of
 from actors._money_draft import MoneyDraft
 from protocol.ledger import (
     MAX_ID_CHARS,
@@ -108,6 +108,8 @@ def _record_payment(
     )
     for order_id, order in orders:
         draft.put(f"order/{order_id}", replace(order, payment_id=payment_id))
+    debt = draft.row(Owed, f"owed/{fact.platform}") or Owed()
+    draft.put(f"owed/{fact.platform}", Owed(amount_text(max(minus(debt.amount, total), Decimal(0)))))
     _book(draft, body)
     draft.send("signer", SignPayment(payment_id, raw))
 

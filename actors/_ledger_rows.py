@@ -1,8 +1,8 @@
 """Rows of the ledger and the pure readings of them that edges use too.
 
 Keys: `allocation/<id>`, `agreement/<id>`, `activity/<id>`, `debit-note/<id>`, `invoice/<id>`, `order/<kind>:<id>`,
-`payment/<id>`, `tx/<hash>/<payer>/<payee>` (several platforms may be one chain, so none is named), and the index
-`open/<agreement>/<kind>/<id>` of accepted documents that are not settled. All amounts are decimal text in GLM.
+`payment/<id>`, `tx/<hash>/<payer>/<payee>` (several platforms may be one chain, so none is named), `owed/<platform>`, and the
+index `open/<agreement>/<kind>/<id>` of accepted documents that are not settled. All amounts are decimal text in GLM.
 """
 
 from __future__ import annotations
@@ -143,7 +143,13 @@ class Open(Message, frozen=True):
     document_id: str
 
 
-LedgerRow = Allocation | Agreement | Activity | PaymentDocument | Order | Payment | TxClaims | Open
+class Owed(Message, frozen=True):
+    """The sum of a platform's orders that are not paid yet: this money is still in the account, and not free."""
+
+    amount: str = "0"
+
+
+LedgerRow = Allocation | Agreement | Activity | PaymentDocument | Order | Payment | TxClaims | Open | Owed
 
 
 def total_of(amounts: Iterable[str | Decimal]) -> Decimal:
@@ -177,6 +183,12 @@ def reserved(rows: HasPrefix, platform: str, besides: str = "") -> Decimal:
         for _, row in rows.prefix("allocation/")
         if row.platform == platform and row.allocation_id != besides
     )
+
+
+def owed(rows: HasPrefix, platform: str) -> Decimal:
+    """Return what was accepted on a platform and is not paid yet."""
+    key = f"owed/{platform}"
+    return total_of(row.amount for found, row in rows.prefix(key) if found == key)
 
 
 def acceptance_of(document: PaymentDocument) -> bytes:

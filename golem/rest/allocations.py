@@ -6,9 +6,10 @@ import uuid
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
+import trio
 from quart import Blueprint, Response, request
 
-from actors.ledger import Allocation, decorations, minus, remaining, reserved, total_of
+from actors.ledger import Allocation, decorations, minus, owed, remaining, reserved, total_of
 from golem.chain.networks import DRIVER, Network, parse_platform
 from golem.chain.rpc import RpcError
 from golem.rest.edge import (
@@ -37,6 +38,7 @@ MAX_EXTEND_S = 10 * 366 * 24 * 3600.0
 
 def routes(api: Blueprint, node: Node) -> None:
     """Add the endpoints about allocations."""
+    one_at_a_time = trio.Lock()  # between the look at the balance and the ledger's word, also on twin platforms
 
     @api.post("/allocations")
     async def create() -> Response:
@@ -51,17 +53,14 @@ def routes(api: Blueprint, node: Node) -> None:
             raise ApiError(400, "field `extendTimeout`: expected seconds, up to ten years")
         row = _served(node, platform, address)
         allocation_id = str(uuid.uuid4())
-        balance = await _balance(node, row)
-        command = CreateAllocation(
-            allocation_id,
-            address,
-            platform,
-            amount_text(total),
-            balance,
-            body_time(body, "timeout"),
-            None if extend is None else float(extend),
-        )
-        await _ask(node, command, platform, address, total, balance, body)
+        timeout_at = body_time(body, "timeout")
+        extend_s = None if extend is None else float(extend)
+        async with one_at_a_time:
+            balance = await _balance(node, row)
+            command = CreateAllocation(
+                allocation_id, address, platform, amount_text(total), balance, timeout_at, extend_s
+            )
+            await _ask(node, command, platform, address, total, balance, body)
         return created(render(_live(node, allocation_id)))
 
     @api.get("/allocations")
@@ -83,11 +82,13 @@ def routes(api: Blueprint, node: Node) -> None:
         if body.get("deposit") is not None:
             raise _problem(400, "unsupported", "allocations from deposits are not supported by this node")
         total = body_amount(body, "totalAmount") if body.get("totalAmount") is not None else None
-        balance = await _balance(node, _served(node, row.platform, row.address))
         text = None if total is None else amount_text(total)
         wanted = minus(total, row.spent) if total is not None else Decimal(0)
-        command = AmendAllocation(allocation_id, text, body_time(body, "timeout"), balance)
-        await _ask(node, command, row.platform, row.address, wanted, balance, body, besides=allocation_id)
+        timeout_at = body_time(body, "timeout")
+        async with one_at_a_time:
+            balance = await _balance(node, _served(node, row.platform, row.address))
+            command = AmendAllocation(allocation_id, text, timeout_at, balance)
+            await _ask(node, command, row.platform, row.address, wanted, balance, body, besides=allocation_id)
         return respond_json(render(_live(node, allocation_id)))
 
     @api.delete("/allocations/<allocation_id>")
@@ -184,7 +185,7 @@ def _served(node: Node, platform: str, address: str) -> Network:
 
 
 async def _balance(node: Node, row: Network) -> str | None:
-    """What the account may reserve on a platform: its tokens less what other platforms of the same chain reserve."""
+    """What the account may reserve on a platform: its tokens less what other platforms of the same chain reserve or owe."""
     if node.config.skip_allocation_validation:
         return None
     try:
@@ -193,7 +194,7 @@ async def _balance(node: Node, row: Network) -> str | None:
         raise _problem(500, "balance-unknown", f"the balance cannot be read: {error}", paymentPlatform=row.platform) from None
     rows = node.system.rows("ledger")
     twins = [r.platform for r in node.chain.networks if (r.chain, r.token) == (row.chain, row.token) and r != row]
-    return amount_text(max(minus(held, total_of(reserved(rows, twin) for twin in twins)), Decimal(0)))
+    return amount_text(max(minus(held, total_of(each(rows, twin) for twin in twins for each in (reserved, owed))), Decimal(0)))
 
 
 async def _ask(
@@ -206,13 +207,14 @@ async def _ask(
     except ApiError as error:
         if error.status != UNFUNDED:
             raise
-        held = reserved(node.system.rows("ledger"), platform, besides)
+        rows = node.system.rows("ledger")
+        held = reserved(rows, platform, besides)
         raise _problem(
             400,
             "insufficient-funds",
             error.message or "",
             requestedFunds=amount_text(wanted),
-            availableFunds=amount_text(max(minus(balance or "0", held), Decimal(0))),
+            availableFunds=amount_text(max(minus(balance or "0", total_of((held, owed(rows, platform)))), Decimal(0))),
             reservedFunds=amount_text(held),
             paymentPlatform=platform,
             address=address,

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from money import KEYS, PLATFORM, Done, Node, World
 
-from actors.ledger import Activity, Agreement, Allocation, Payment, TxClaims, decorations, remaining, reserved
+from actors.ledger import Activity, Agreement, Allocation, Payment, TxClaims, decorations, owed, remaining, reserved
 from protocol.codec import encode
 from protocol.ledger import (
     AgreementPayment,
@@ -108,8 +108,10 @@ def test_an_allocation_cannot_shrink_below_what_is_spent() -> None:
     world.accept(payer, "invoice", "i1", "al")
     assert code(world.ask(payer, AmendAllocation("al", "0.5", None, "1000"))) == "bad_request"
     assert world.ask(payer, AmendAllocation("al", "1", None, "1000")) == Done()
+    assert code(world.ask(payer, AmendAllocation("al", "5", None, "4.9"))) == "unfunded", "1 is owed, 4 more are wanted"
+    world.run()
     assert code(world.ask(payer, AmendAllocation("al", "5", None, "3.9"))) == "unfunded"
-    assert world.ask(payer, AmendAllocation("al", "5", None, "4")) == Done()
+    assert world.ask(payer, AmendAllocation("al", "5", None, "4")) == Done(), "1 is paid"
 
 
 def test_decorations_of_one_and_of_two_allocations() -> None:
@@ -521,3 +523,25 @@ def documents(message: DocumentSent | DocumentAccepted | PaymentSent) -> tuple[D
     """Return the signed documents of a message."""
     values = (getattr(message, name) for name in message.__struct_fields__)
     return tuple(value for value in values if isinstance(value, Document))
+
+
+def test_what_is_accepted_and_not_paid_yet_is_not_free() -> None:
+    world, payer, payee = agreed("10")
+    for name, amount in (("i1", "9"), ("i2", "10")):
+        world.invoice(payee, name, "a1", amount, ("act",))
+        world.send(payee, "invoice", name)
+        world.run()
+        if name == "i1":
+            world.accept(payer, "invoice", name, "al")  # 9 of the 10 are owed; nothing has moved
+            assert world.ask(payer, ReleaseAllocation("al")) == Done()
+            assert owed(payer.rows["ledger"], PLATFORM) == 9
+            refused = world.allocate(payer, "more", "1.1", balance="10")
+            assert code(refused) == "unfunded"
+            assert "available: 1," in refused.message
+            assert "not paid yet: 9" in refused.message
+            assert world.allocate(payer, "al2", "1", balance="10") == Done()
+            assert owed(payer.rows["ledger"], PLATFORM + "2") == 0, "another platform, another debt"
+    world.run()
+    assert world.document(payer, "invoice", "i1").status == "SETTLED"
+    assert owed(payer.rows["ledger"], PLATFORM) == 0
+    assert world.allocate(payer, "al3", "1", balance="2") == Done()
