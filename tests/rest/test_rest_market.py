@@ -452,6 +452,22 @@ async def test_reject_cancel_and_bad_order(tmp_path: Path) -> None:
 
 
 @trio_test
+async def test_a_rejection_for_now_lets_the_pair_negotiate_again(tmp_path: Path) -> None:
+    async with two(tmp_path) as (r, p):
+        deal = Deal(r, p)
+        agreement_id = await deal.pending()
+        reason = {"golem.proposal.rejection.is-final": False, "message": "another requestor was faster"}
+        assert await p.post(f"/agreements/{agreement_id}/reject", reason) == (200, None)
+        assert await r.post(f"/agreements/{agreement_id}/wait?timeout=10") == (410, {"message": "Rejected"})
+        (fresh,) = await r.events(deal.demand)
+        assert (fresh["eventType"], fresh["proposal"]["state"]) == ("ProposalEvent", "Initial")
+        assert "prevProposalId" not in fresh["proposal"]
+        await r.made(f"{deal.demand}/proposals/{fresh['proposal']['proposalId']}", DEMAND)
+        (event,) = await p.events(deal.offer)
+        assert event["proposal"]["state"] == "Draft"
+
+
+@trio_test
 async def test_unconfirmed_agreements(tmp_path: Path) -> None:
     async with two(tmp_path) as (r, p):
         deal = Deal(r, p)
