@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from typing import TYPE_CHECKING, Any, Union
 
 import trio
@@ -96,6 +97,14 @@ class AlarmRings:
 
 Alarm = TimerDue | DeadlinePassed
 Delivery = LinkBatch | Ask | AlarmRings
+
+
+class Outcome(Enum):
+    """What became of a message of a link."""
+
+    TAKEN = auto()  # handled, or quarantined
+    VIOLATION = auto()  # dropped: the sender's fault
+    CRASH = auto()  # our fault: it comes again
 
 
 class Crashes:
@@ -232,6 +241,7 @@ class Actor:
         self._decode_peer: Callable[[bytes], Message] = Decoder(Union[machine.peer, None])  # noqa: UP007
         self.rows = RowView(system.journal, self.name, Decoder(machine.rows, MAX_ROW_BYTES))
         self._positions: dict[str, Position] = {}
+        self._strangers: OrderedDict[str, Position] = OrderedDict()
         self._sent: dict[str, int] = {}
         self._crashes = Crashes()
         self._alarms: dict[tuple[str, float], Alarm] = {}  # those that wait, by key and time or recipient and number
@@ -341,10 +351,11 @@ class Actor:
     def _take_link(self, link: LinkBatch, batch: Batch) -> None:
         """Take what is new of a link, in order; stop at a gap or a crash."""
         batch.links.append(link)
-        position = self._position(link.sender, batch)
+        position = self._strangers.get(link.sender) or self._position(link.sender, batch)
         if link.epoch in position.retired:
             link.note = "retired epoch"
             return
+        stranger = link.sender in self._strangers or not position.epoch
         position = position.under(link.epoch)
         for e in link.envelopes:
             if e.seq <= position.seq:
@@ -352,15 +363,28 @@ class Actor:
             if e.after > position.seq:
                 link.note = "gap"
                 break
-            if not self._take_envelope(e, batch):
+            outcome = self._take_envelope(e, batch)
+            if outcome is Outcome.CRASH:
                 link.note = "crash"
                 break
             position = Position(position.epoch, e.seq, position.retired)
-            batch.commit.inbox[e.sender] = position
+            if outcome is Outcome.VIOLATION and stranger:
+                self._estrange(e.sender, position)
+            else:
+                stranger = False
+                self._strangers.pop(e.sender, None)
+                batch.commit.inbox[e.sender] = position
         link.have = position.seq
 
-    def _take_envelope(self, e: Envelope, batch: Batch) -> bool:
-        """Step the machine with a message of a link; return whether the link may go on behind it."""
+    def _estrange(self, sender: str, position: Position) -> None:
+        """Remember, in memory only, a link that has brought nothing but violations: names are free, and rows are not."""
+        self._strangers[sender] = position
+        self._strangers.move_to_end(sender)
+        if len(self._strangers) > CACHED_LINKS:
+            self._strangers.popitem(last=False)  # should it go on, it begins anew
+
+    def _take_envelope(self, e: Envelope, batch: Batch) -> Outcome:
+        """Step the machine with a message of a link; at a crash the link may not go on behind it."""
         meta = Meta(e.sender, self.system.now(), e.trace)
         remote = node_of(e.sender) != self.system.node
         try:
@@ -369,11 +393,12 @@ class Actor:
             step = self._decide(message, meta)
         except Violation as violation:
             self.system.log_violation(self.name, meta, violation)
-            return True
+            return Outcome.VIOLATION
         except Exception as error:  # our bug: isolate the message, let the link go on behind it
-            return self._crashed(batch, (e.sender, e.epoch, e.seq), error, meta, e.body, remote=remote)
+            quarantined = self._crashed(batch, (e.sender, e.epoch, e.seq), error, meta, e.body, remote=remote)
+            return Outcome.TAKEN if quarantined else Outcome.CRASH
         self._apply(step, meta, batch, None, tag)
-        return True
+        return Outcome.TAKEN
 
     def _crashed(
         self, batch: Batch, key: tuple[str, str, int], error: Exception, meta: Meta, body: bytes, *, remote: bool = False

@@ -610,3 +610,19 @@ def test_old_events_are_forgotten_while_others_write(
         journal.close()
 
     trio.run(body)
+
+
+@mock_trio_test
+async def test_strangers_who_only_break_the_protocol_leave_no_rows() -> None:
+    db = disk()
+    async with running(system_on(db, Doer())) as system:
+        for number in range(50):
+            raw = await system.deliver(frame(1, sender=f"B/invented-{number}", body=b"\xc1"), "B")
+            assert decode_ack(raw).have == 1
+        assert db.execute("select count(*) from inbox").fetchone() == (0,)
+        raw = await system.deliver(frame(2, sender="B/invented-7", body=encode(Text("kept"))), "B")
+        assert decode_ack(raw).have == 2
+        assert db.execute("select sender, seq from inbox").fetchall() == [("B/invented-7", 2)]
+        raw = await system.deliver(frame(3, sender="B/invented-7", body=b"\xc1"), "B")  # no stranger any more
+        assert decode_ack(raw).have == 3
+        assert db.execute("select seq from inbox").fetchall() == [(3,)]
