@@ -207,6 +207,11 @@ class AppKeys:
         self._save(kept | {made.key: made})
         return made
 
+    def drop_foreign(self, name: str, identity: str) -> None:
+        """Delete the app-key of this name if it belongs to another identity: the environment's word is newer."""
+        if (existing := self.named(name)) and existing.identity != identity:
+            self.drop(name)
+
     def drop(self, name: str) -> None:
         """Raises `IdentityError` where there is no such key."""
         existing = self.named(name)

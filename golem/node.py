@@ -107,6 +107,7 @@ async def open_node(config: Config, ask_password: AskPassword | None = None) -> 
         identity = await trio.to_thread.run_sync(open_identity, config, ask_password)
         app_keys = AppKeys(config.data_dir / APP_KEYS)
         if config.autoconf_app_key:
+            app_keys.drop_foreign("autoconfigured", identity.node_id)
             app_keys.create("autoconfigured", identity.node_id, key=config.autoconf_app_key)
         journal = Journal(str(config.data_dir / "node.db"), lambda: secrets.token_hex(8))
         stack.callback(journal.close)

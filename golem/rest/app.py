@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("golem.rest")
 
 OPEN_PATHS = ("/metrics-api", "/version/get", "/dashboard")
+OWN_PATHS = ("/me", "/healthcheck")  # about the key and the process, not about an identity's objects
 CORS_MAX_AGE_S = 3600
 
 
@@ -58,6 +59,9 @@ def _authenticate(app: QuartTrio, node: Node) -> None:
         if found is None:
             return Response("Invalid application key", status=401, content_type="text/plain; charset=utf-8")
         g.caller = Caller(found.identity, found.name, found.role, found.allow_origins)
+        if found.identity != node.node_id and path not in OWN_PATHS:  # a key from before the node's identity was changed
+            text = f"app-key {found.name!r} acts for {found.identity}; all objects here belong to {node.node_id}"
+            return ApiError(403, text).response()
         return None
 
 

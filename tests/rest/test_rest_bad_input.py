@@ -68,6 +68,22 @@ async def test_every_endpoint_wants_a_key(tmp_path: Path) -> None:
 
 
 @trio_test
+async def test_another_identitys_key_reaches_no_object(tmp_path: Path) -> None:
+    async with rest_in_test(tmp_path) as (node, client):
+        stranger = "0x" + "ab" * 20
+        headers = {"Authorization": f"Bearer {node.app_keys.create('stranger', stranger).key}"}
+        assert json.loads((await answer(client, "GET", "/me", headers=headers))[1])["identity"] == stranger
+        for method, rule in endpoints(client.app):
+            if rule.startswith(OPEN) or rule == "/me":
+                continue
+            status, text, _ = await answer(client, method, fill(rule, "nonsense"), headers=headers, data=b"{}")
+            assert status == 403, (method, rule, status, text[:200])
+            assert stranger in json.loads(text)["message"]
+        status, text, _ = await answer(client, "GET", "/market-api/v1/offers", headers=HEADERS)
+        assert (status, text) == (200, b"[]")
+
+
+@trio_test
 async def test_no_input_is_our_fault(tmp_path: Path) -> None:
     async with rest_in_test(tmp_path, profile=PROFILE) as (_, client):
         for method, rule in endpoints(client.app):
