@@ -16,8 +16,9 @@ from typing import Any
 
 import msgspec
 
-from actors._activity_draft import KEEP_S, Changes, bounded_timeout, forget_batch, refuse, runtime_name, sane
+from actors._activity_parts import KEEP_S, bounded_timeout, forget_batch, refuse, runtime_name, sane
 from actors._activity_rows import ActivityRow, AgreementRow, BatchRow, HeldRow, ResultRow, batch_key, result_key
+from actors.draft import Draft
 from actors.kernel.machine import NOTHING, DropFeed, Emit, Meta, Reply, Rows, Send, Step, Wake
 from actors.sources import EDGE, check_source
 from protocol.activity import (
@@ -124,7 +125,7 @@ class Activity:
         """Decide on one message. Raises `Violation`."""
         if not isinstance(message, StateReported | UsageReported | CommandResult):
             check_source(message, meta, self._me, self.name, self.sources)
-        changes = Changes(rows)
+        changes = Draft(rows)
         match message:
             case AgreementApproved():
                 return self._approved(rows, message, meta)
@@ -175,33 +176,33 @@ class Activity:
         key = f"agreement/{message.agreement_id}"
         if key in rows:
             return NOTHING
-        changes = Changes(rows)
-        changes.rows[key] = AgreementRow(
+        changes = Draft(rows)
+        changes.put(key, AgreementRow(
             message.agreement_id, message.role, message.requestor, message.provider, message.app_session_id,
             exe_unit=runtime_name(message.offer_properties),
-        )  # fmt: skip
+        ))  # fmt: skip
         for held_key, held in rows.prefix("held/"):
             if held.agreement_id == message.agreement_id:
-                changes.rows[held_key] = None
-                changes.effects.append(Wake(f"held/{held.activity_id}", None))
+                changes.put(held_key, None)
+                changes.do(Wake(f"held/{held.activity_id}", None))
                 if message.role == PROVIDER and held.requestor == message.requestor:
                     self._begin(changes, held.activity_id, held.agreement_id, held.timeout_s, meta)
         return changes.step()
 
-    def _agreement_ended(self, changes: Changes, message: AgreementEnded, meta: Meta) -> None:
+    def _agreement_ended(self, changes: Draft, message: AgreementEnded, meta: Meta) -> None:
         key = f"agreement/{message.agreement_id}"
         agreement = changes.get(key)
         if agreement is None or agreement.ended:
             return
-        changes.rows[key] = msgspec.structs.replace(agreement, ended=True)
+        changes.put(key, msgspec.structs.replace(agreement, ended=True))
         for activity_id in agreement.activities:
             self._ask_to_end(changes, activity_id, meta)
         self._keep(changes, message.agreement_id, self._keep_agreement_s, meta)
 
-    def _keep(self, changes: Changes, agreement_id: str, time_s: float, meta: Meta) -> None:
-        changes.effects.append(Wake(f"agreement/{agreement_id}", meta.now + time_s, AgreementForgotten(agreement_id)))
+    def _keep(self, changes: Draft, agreement_id: str, time_s: float, meta: Meta) -> None:
+        changes.do(Wake(f"agreement/{agreement_id}", meta.now + time_s, AgreementForgotten(agreement_id)))
 
-    def _forget(self, changes: Changes, agreement_id: str, meta: Meta) -> None:
+    def _forget(self, changes: Draft, agreement_id: str, meta: Meta) -> None:
         """Delete an agreement that is long over, and its activities; their results went before."""
         agreement: AgreementRow | None = changes.get(f"agreement/{agreement_id}")
         if agreement is None:
@@ -210,8 +211,9 @@ class Activity:
         if any(row is not None and not row.ended for row in activities):
             self._keep(changes, agreement_id, KEEP_S, meta)
             return
-        changes.rows[f"agreement/{agreement_id}"] = None
-        changes.rows |= {f"activity/{activity_id}": None for activity_id in agreement.activities}
+        changes.put(f"agreement/{agreement_id}", None)
+        for activity_id in agreement.activities:
+            changes.put(f"activity/{activity_id}", None)
 
     # -- the requestor's side
     def _create(self, rows: Rows, message: CreateActivity, meta: Meta) -> Step:
@@ -253,9 +255,9 @@ class Activity:
             return refuse("unknown", f"no such activity: {activity_id}")
         if row.role != REQUESTOR:
             return refuse("forbidden", f"not the requestor of activity {activity_id}")
-        changes = Changes(rows)
+        changes = Draft(rows)
         self._ask_to_end(changes, activity_id, meta)
-        changes.effects.append(Reply(Done(activity_id)))
+        changes.do(Reply(Done(activity_id)))
         return changes.step()
 
     def _exec(self, rows: Rows, message: Exec) -> Step:
@@ -285,7 +287,7 @@ class Activity:
             ],
         )
 
-    def _state_changed(self, changes: Changes, message: StateChanged, meta: Meta) -> None:
+    def _state_changed(self, changes: Draft, message: StateChanged, meta: Meta) -> None:
         row = self._peers_activity(changes, message.activity_id, meta)
         if row is None or row.ended:
             return
@@ -294,13 +296,13 @@ class Activity:
         self._set_state(changes, row, message, meta)
 
     def _usage_changed(self, rows: Rows, message: UsageChanged, meta: Meta) -> Step:
-        row = self._peers_activity(Changes(rows), message.activity_id, meta)
+        row = self._peers_activity(Draft(rows), message.activity_id, meta)
         if row is None or row.ended:
             return NOTHING
         updated = msgspec.structs.replace(row, usage=check_usage(message.usage), usage_at=sane(message.at, meta.now))
         return Step({f"activity/{row.activity_id}": updated})
 
-    def _peers_activity(self, changes: Changes, activity_id: str, meta: Meta) -> ActivityRow | None:
+    def _peers_activity(self, changes: Draft, activity_id: str, meta: Meta) -> ActivityRow | None:
         """Return the requestor's row if the sender is the provider's activity actor; None if there is no such row."""
         row: ActivityRow | None = changes.get(f"activity/{activity_id}")
         if row is None:
@@ -309,7 +311,7 @@ class Activity:
             raise Violation(f"{meta.sender} is not the provider of activity {activity_id}")
         return row
 
-    def _result(self, changes: Changes, message: CommandResult, meta: Meta) -> None:
+    def _result(self, changes: Draft, message: CommandResult, meta: Meta) -> None:
         row: ActivityRow | None = changes.get(f"activity/{message.activity_id}")
         batch: BatchRow | None = changes.get(batch_key(message.activity_id, message.batch_id))
         if row is None or batch is None:
@@ -323,30 +325,30 @@ class Activity:
         at = sane(message.at, meta.now)
         if message.state in LIVE_STATES and not row.ended and at >= row.state_at:
             row = msgspec.structs.replace(row, state=message.state, pending=None, state_at=at)
-            changes.rows[f"activity/{row.activity_id}"] = row
-            changes.effects.append(Emit(f"activity/{row.activity_id}", ActivityChanged(row.state)))
+            changes.put(f"activity/{row.activity_id}", row)
+            changes.do(Emit(f"activity/{row.activity_id}", ActivityChanged(row.state)))
         self._store(changes, row, batch, message, meta)
 
-    def _store(self, changes: Changes, row: ActivityRow, batch: BatchRow, result: CommandResult, meta: Meta) -> None:
+    def _store(self, changes: Draft, row: ActivityRow, batch: BatchRow, result: CommandResult, meta: Meta) -> None:
         finished = not result.ok or result.is_last or result.index + 1 == batch.size
         room = min(MAX_OUTPUT_BYTES, max(0, MAX_BATCH_OUTPUT_BYTES - batch.stored_bytes))
         out, err = check_output(result.stdout), check_output(result.stderr)
         stdout, stderr, text = fit_output(out, err, result.message, room)
-        changes.rows[result_key(batch.batch_id, result.index)] = ResultRow(
+        changes.put(result_key(batch.batch_id, result.index), ResultRow(
             result.index, result.ok, stdout or None, stderr or None, text, sane(result.at, meta.now), finished
-        )
-        changes.rows[batch_key(row.activity_id, batch.batch_id)] = msgspec.structs.replace(
+        ))
+        changes.put(batch_key(row.activity_id, batch.batch_id), msgspec.structs.replace(
             batch,
             have=result.index + 1,
             finished=finished,
             stored_bytes=batch.stored_bytes + output_size(stdout) + output_size(stderr),
-        )
-        changes.effects.append(Emit(f"batch/{batch.batch_id}", ResultArrived(result.index, finished)))
+        ))
+        changes.do(Emit(f"batch/{batch.batch_id}", ResultArrived(result.index, finished)))
         if finished:
             left = tuple(other for other in row.unfinished if other != batch.batch_id)
-            changes.rows[f"activity/{row.activity_id}"] = msgspec.structs.replace(row, unfinished=left)
+            changes.put(f"activity/{row.activity_id}", msgspec.structs.replace(row, unfinished=left))
             forget = BatchExpired(row.activity_id, batch.batch_id)
-            changes.effects.append(Wake(f"batch/{batch.batch_id}", meta.now + KEEP_S, forget))
+            changes.do(Wake(f"batch/{batch.batch_id}", meta.now + KEEP_S, forget))
 
     # -- the provider's side
     def _requested(self, rows: Rows, message: ActivityRequested, meta: Meta) -> Step:
@@ -366,7 +368,7 @@ class Activity:
         if agreement.ended or len(agreement.activities) >= MAX_ACTIVITIES:
             reason = "agreement terminated" if agreement.ended else f"over {MAX_ACTIVITIES} activities"
             return self._turn_down(message.activity_id, sender, reason)
-        changes = Changes(rows)
+        changes = Draft(rows)
         self._begin(changes, message.activity_id, message.agreement_id, timeout_s, meta)
         return changes.step()
 
@@ -391,35 +393,35 @@ class Activity:
         told = StateChanged(activity_id, "Terminated", reason=reason)
         return Step(effects=[Send(address(requestor, self.name), told, REQUEST_DEADLINE_S)])
 
-    def _begin(self, changes: Changes, activity_id: str, agreement_id: str, timeout_s: float, meta: Meta) -> None:
+    def _begin(self, changes: Draft, activity_id: str, agreement_id: str, timeout_s: float, meta: Meta) -> None:
         agreement: AgreementRow = changes.get(f"agreement/{agreement_id}")
         row = ActivityRow(activity_id, agreement_id, PROVIDER, agreement.requestor, agreement.provider, meta.now)
-        changes.rows[f"activity/{activity_id}"] = row
-        changes.rows[f"agreement/{agreement_id}"] = msgspec.structs.replace(
+        changes.put(f"activity/{activity_id}", row)
+        changes.put(f"agreement/{agreement_id}", msgspec.structs.replace(
             agreement, activities=(*agreement.activities, activity_id)
-        )
+        ))
         event = ActivityEvent(activity_id, agreement_id, "CreateActivity", agreement.app_session_id)
-        changes.effects += [
+        changes.do(
             Send("ledger", ActivityKnown(activity_id, agreement_id)),
             Emit("activities", event),
             Emit(f"activity/{activity_id}", ActivityChanged("New")),
             Wake(f"create/{activity_id}", meta.now + timeout_s + CREATE_MARGIN_S, CreateExpired(activity_id)),
-        ]
+        )
 
-    def _destroy_requested(self, changes: Changes, activity_id: str, meta: Meta) -> None:
+    def _destroy_requested(self, changes: Draft, activity_id: str, meta: Meta) -> None:
         held: HeldRow | None = changes.get(f"held/{activity_id}")
         if held is not None and held.requestor == node_of(meta.sender):
-            changes.rows[f"held/{activity_id}"] = None
-            changes.effects.append(Wake(f"held/{activity_id}", None))
+            changes.put(f"held/{activity_id}", None)
+            changes.do(Wake(f"held/{activity_id}", None))
         row: ActivityRow | None = changes.get(f"activity/{activity_id}")
         if row is None:
             told = StateChanged(check_id(activity_id), "Terminated", reason="no such activity")
-            changes.effects.append(Send(meta.sender, told, REQUEST_DEADLINE_S))
+            changes.do(Send(meta.sender, told, REQUEST_DEADLINE_S))
             return
         if row.role != PROVIDER or row.requestor != node_of(meta.sender):
             raise Violation(f"{meta.sender} is not the requestor of activity {activity_id}")
         if row.ended:
-            changes.effects.append(self._tell_requestor(row))
+            changes.do(self._tell_requestor(row))
         else:
             self._ask_to_end(changes, activity_id, meta)
 
@@ -428,9 +430,9 @@ class Activity:
         by_edge = actor_of(meta.sender) == "edge"
         if isinstance(row, Refused):
             return Step(effects=[Reply(row)])
-        changes = Changes(rows)
+        changes = Draft(rows)
         if by_edge:
-            changes.effects.append(Reply(Done(message.activity_id)))
+            changes.do(Reply(Done(message.activity_id)))
         if not row.ended:
             self._set_state(changes, row, message, meta)
             if not by_edge and message.state != "Terminated":
@@ -443,7 +445,7 @@ class Activity:
             return Step(effects=[Reply(row)])
         if row.ended:
             return NOTHING
-        changes = Changes(rows)
+        changes = Draft(rows)
         self._listen(changes, row.activity_id, self._unresponsive_s, meta)
         if row.state == "Unresponsive":
             back = StateReported(row.activity_id, row.silent_from, usage=message.usage, at=meta.now)
@@ -451,17 +453,17 @@ class Activity:
             return changes.step()
         at = sane(message.at, meta.now)
         updated = msgspec.structs.replace(row, usage=check_usage(message.usage), usage_at=at)
-        changes.rows[f"activity/{row.activity_id}"] = updated
+        changes.put(f"activity/{row.activity_id}", updated)
         told = UsageChanged(row.activity_id, message.usage, at)
-        changes.effects.append(Send(address(row.requestor, self.name), told, USAGE_DEADLINE_S))
+        changes.do(Send(address(row.requestor, self.name), told, USAGE_DEADLINE_S))
         return changes.step()
 
-    def _listen(self, changes: Changes, activity_id: str, time_s: float, meta: Meta) -> None:
+    def _listen(self, changes: Draft, activity_id: str, time_s: float, meta: Meta) -> None:
         """Expect a word of the exe-unit within this time."""
         due = meta.now + time_s
-        changes.effects.append(Wake(f"silence/{activity_id}", due, UnitSilent(activity_id, due)))
+        changes.do(Wake(f"silence/{activity_id}", due, UnitSilent(activity_id, due)))
 
-    def _silent(self, changes: Changes, activity_id: str, due: float, meta: Meta) -> None:
+    def _silent(self, changes: Draft, activity_id: str, due: float, meta: Meta) -> None:
         """Nothing was heard of the exe-unit for long: say so, and end the activity when it lasts."""
         row: ActivityRow | None = changes.get(f"activity/{activity_id}")
         if row is None or row.ended or row.destroying:
@@ -488,7 +490,7 @@ class Activity:
         return row
 
     # -- both sides
-    def _set_state(self, changes: Changes, row: ActivityRow, news: StateReported | StateChanged, meta: Meta) -> None:
+    def _set_state(self, changes: Draft, row: ActivityRow, news: StateReported | StateChanged, meta: Meta) -> None:
         if news.state not in STATES or (news.pending is not None and news.pending not in STATES):
             raise Violation(f"not a state of an activity: {news.state[:64]!r}, {str(news.pending)[:64]!r}")
         at, was = sane(news.at, meta.now), row
@@ -505,20 +507,20 @@ class Activity:
         )
         if row.ended and was.state == "Unresponsive":
             row = msgspec.structs.replace(row, error_message=row.error_message or was.error_message)
-        changes.rows[f"activity/{row.activity_id}"] = row
-        changes.effects.append(Emit(f"activity/{row.activity_id}", ActivityChanged(row.state)))
+        changes.put(f"activity/{row.activity_id}", row)
+        changes.do(Emit(f"activity/{row.activity_id}", ActivityChanged(row.state)))
         if row.state != "New":
-            changes.effects.append(Wake(f"create/{row.activity_id}", None))
+            changes.do(Wake(f"create/{row.activity_id}", None))
         if row.role == PROVIDER:
-            changes.effects.append(self._tell_requestor(row))
+            changes.do(self._tell_requestor(row))
         if row.ended:
             self._wind_up(changes, row, meta)
 
-    def _wind_up(self, changes: Changes, row: ActivityRow, meta: Meta) -> None:
+    def _wind_up(self, changes: Draft, row: ActivityRow, meta: Meta) -> None:
         """The activity is over: no timer is left, and no batch stays without its last result."""
-        changes.effects.append(Wake(f"destroy/{row.activity_id}", None))
-        changes.effects.append(Wake(f"silence/{row.activity_id}", None))
-        changes.effects.append(Wake(f"feed/{row.activity_id}", meta.now + KEEP_S, FeedExpired(row.activity_id)))
+        changes.do(Wake(f"destroy/{row.activity_id}", None))
+        changes.do(Wake(f"silence/{row.activity_id}", None))
+        changes.do(Wake(f"feed/{row.activity_id}", meta.now + KEEP_S, FeedExpired(row.activity_id)))
         why = ": ".join(text for text in (row.reason, row.error_message) if text) or "no reason given"
         for batch_id in row.unfinished:
             current: ActivityRow = changes.get(f"activity/{row.activity_id}")
@@ -537,42 +539,42 @@ class Activity:
         )
         return Send(address(row.requestor, self.name), told)
 
-    def _ask_to_end(self, changes: Changes, activity_id: str, meta: Meta) -> None:
+    def _ask_to_end(self, changes: Draft, activity_id: str, meta: Meta) -> None:
         """Begin to end a live activity; once is enough."""
         row: ActivityRow | None = changes.get(f"activity/{activity_id}")
         if row is None or row.ended or row.destroying:
             return
-        changes.rows[f"activity/{activity_id}"] = msgspec.structs.replace(row, destroying=True)
+        changes.put(f"activity/{activity_id}", msgspec.structs.replace(row, destroying=True))
         if row.role == REQUESTOR:
             wait_s = REQUEST_DEADLINE_S
             request = DestroyRequested(activity_id)
-            changes.effects.append(Send(address(row.provider, self.name), request, wait_s))
+            changes.do(Send(address(row.provider, self.name), request, wait_s))
         else:
             wait_s = DESTROY_PATIENCE_S
             session = changes.get(f"agreement/{row.agreement_id}").app_session_id
-            changes.effects.append(
+            changes.do(
                 Emit("activities", ActivityEvent(activity_id, row.agreement_id, "DestroyActivity", session))
             )
-        changes.effects.append(Wake(f"create/{activity_id}", None))
-        changes.effects.append(Wake(f"destroy/{activity_id}", meta.now + wait_s, DestroyExpired(activity_id)))
+        changes.do(Wake(f"create/{activity_id}", None))
+        changes.do(Wake(f"destroy/{activity_id}", meta.now + wait_s, DestroyExpired(activity_id)))
 
-    def _create_expired(self, changes: Changes, activity_id: str, meta: Meta) -> None:
+    def _create_expired(self, changes: Draft, activity_id: str, meta: Meta) -> None:
         row: ActivityRow | None = changes.get(f"activity/{activity_id}")
         if row is not None and row.state == "New":
             self._ask_to_end(changes, activity_id, meta)
 
-    def _destroy_expired(self, changes: Changes, activity_id: str, meta: Meta) -> None:
+    def _destroy_expired(self, changes: Draft, activity_id: str, meta: Meta) -> None:
         row: ActivityRow | None = changes.get(f"activity/{activity_id}")
         if row is None or row.ended:
             return
         silent = "the provider" if row.role == REQUESTOR else "the exe-unit and the agent"
         self._end(changes, row, "destroyed", f"{silent} did not confirm the end", meta)
 
-    def _end(self, changes: Changes, row: ActivityRow, reason: str, error_message: str, meta: Meta) -> None:
+    def _end(self, changes: Draft, row: ActivityRow, reason: str, error_message: str, meta: Meta) -> None:
         over = StateChanged(row.activity_id, "Terminated", reason=reason, error_message=error_message)
         self._set_state(changes, row, over, meta)
 
-    def _undelivered(self, changes: Changes, message: Undelivered, meta: Meta) -> None:
+    def _undelivered(self, changes: Draft, message: Undelivered, meta: Meta) -> None:
         lost = _SENT(message.body)
         if not isinstance(lost, ActivityRequested | DestroyRequested | RunBatch):
             return
@@ -582,7 +584,7 @@ class Activity:
         if isinstance(lost, RunBatch | ActivityRequested):
             # it may have arrived all the same, or its exe-unit is gone while the node is there: let go of it there too
             request = DestroyRequested(row.activity_id)
-            changes.effects.append(Send(address(row.provider, self.name), request, REQUEST_DEADLINE_S))
+            changes.do(Send(address(row.provider, self.name), request, REQUEST_DEADLINE_S))
         self._end(changes, row, UNREACHABLE, message.reason, meta)
 
 

@@ -1,4 +1,4 @@
-"""Small parts of `actors/activity.py`: a step in the making, refusals, and what is made of other people's numbers."""
+"""Small parts of `actors/activity.py`: refusals, forgetting, and what is made of other people's numbers."""
 
 from __future__ import annotations
 
@@ -8,26 +8,11 @@ from typing import Any
 import msgspec
 
 from actors._activity_rows import batch_key
-from actors.kernel.machine import DropFeed, Effect, Reply, Rows, Step
+from actors.kernel.machine import DropFeed, Reply, Rows, Step
 from protocol.types import Message, Refused
 
 MAX_CREATE_S = 300.0
 KEEP_S = 24 * 3600.0  # results after their batch, feeds after their activity
-
-
-class Changes:
-    """Rows and effects of a step as it is put together, read over the committed rows."""
-
-    def __init__(self, rows: Rows) -> None:
-        self._committed = rows
-        self.rows: dict[str, Message | None] = {}
-        self.effects: list[Effect] = []
-
-    def get(self, key: str) -> Any:
-        return self.rows[key] if key in self.rows else self._committed.get(key)
-
-    def step(self) -> Step:
-        return Step(self.rows, self.effects)
 
 
 def refuse(code: str, message: str) -> Step:
