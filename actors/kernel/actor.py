@@ -237,6 +237,7 @@ class Actor:
         self.system, self.machine, self.name = system, machine, machine.name
         self.address = f"{system.node}/{machine.name}"
         self.post, self._mailbox = trio.open_memory_channel[Delivery](capacity)
+        self.takes_peers = machine.peer is not None
         self._decode_local: Callable[[bytes], Message] = Decoder(Union[machine.local, machine.peer, None])  # noqa: UP007
         self._decode_peer: Callable[[bytes], Message] = Decoder(Union[machine.peer, None])  # noqa: UP007
         self.rows = RowView(system.journal, self.name, Decoder(machine.rows, MAX_ROW_BYTES))

@@ -30,6 +30,7 @@ class PortActor:
     def __init__(self, system: System, port: Port, capacity: int = CAPACITY) -> None:
         self.system, self.port, self.name = system, port, port.name
         self.post, self._mailbox = trio.open_memory_channel[Delivery](capacity)
+        self.takes_peers = port.peer is not None
         self._decode_local: Callable[[bytes], Message] = Decoder(Union[port.local, port.peer, None])  # noqa: UP007
         self._decode_peer: Callable[[bytes], Message] = Decoder(Union[port.peer, None])  # noqa: UP007
         self._crashes = Crashes()

@@ -181,6 +181,8 @@ class System:
         actor = self._actors.get(actor_of(first.to))
         if actor is None:
             raise Violation(f"no such actor: {actor_of(first.to)[:80]}")
+        if node_of(first.sender) != self.node and not actor.takes_peers:  # here, where it leaves no row behind
+            raise Violation(f"{actor.name} takes no mail from other nodes")
         link, quota = LinkBatch(batch), (node_of(peer), actor.name)
         if self._taking.get(quota, 0) >= PEER_FRAMES or self._taking_bytes + len(frame) > TAKEN_BYTES:
             return await self._busy(actor.name, link)

@@ -626,3 +626,15 @@ async def test_strangers_who_only_break_the_protocol_leave_no_rows() -> None:
         raw = await system.deliver(frame(3, sender="B/invented-7", body=b"\xc1"), "B")  # no stranger any more
         assert decode_ack(raw).have == 3
         assert db.execute("select seq from inbox").fetchall() == [(3,)]
+
+
+@mock_trio_test
+async def test_an_actor_without_peer_messages_takes_no_mail_from_other_nodes() -> None:
+    class Private(Doer):
+        peer = None
+
+    db = disk()
+    async with running(system_on(db, Private())) as system:
+        with pytest.raises(Violation, match="takes no mail"):
+            await system.deliver(frame(1, body=encode(Text("x"))), "B")
+        assert db.execute("select count(*) from inbox").fetchone() == (0,)
