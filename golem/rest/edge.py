@@ -90,17 +90,11 @@ async def json_body(default: Any = ...) -> Any:
         value = json.loads(raw, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"malformed JSON body: {str(error)[:200]}") from None
-    if isinstance(value, str):
-        _utf8(value)
-    return value
-
-
-def _utf8(text: str) -> str:
     try:
-        text.encode()
+        json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise ApiError(400, "a text holds half of a surrogate pair") from None
-    return text
+    return value
 
 
 async def object_body(default: Any = ...) -> dict[str, Any]:
@@ -108,10 +102,6 @@ async def object_body(default: Any = ...) -> dict[str, Any]:
     value = await json_body(default)
     if not isinstance(value, dict):
         raise ApiError(400, "expected a JSON object")
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise ApiError(400, "a text holds half of a surrogate pair") from None
     return value
 
 

@@ -16,12 +16,15 @@ def blueprint(node: Node) -> Blueprint:
     """Return the identity API of `node`."""
     api = Blueprint("identity", __name__, url_prefix="/identity-api/v1")
 
-    @api.get("/identities")
-    @api.get("/identity/default")
-    async def identities() -> Response:
-        from quart import request
+    def default() -> dict[str, object]:
+        return {"identityId": node.node_id, "name": node.name, "isDefault": True, "isLocked": False}
 
-        default = {"identityId": node.node_id, "name": node.name, "isDefault": True, "isLocked": False}
-        return respond_json(default if request.path.endswith("default") else [default])
+    @api.get("/identities")
+    async def identities() -> Response:
+        return respond_json([default()])
+
+    @api.get("/identity/default")
+    async def default_identity() -> Response:
+        return respond_json(default())
 
     return api

@@ -21,6 +21,7 @@ BODIES = (
     b'{"totalAmount": {"$": 1}, "paymentPlatform": 3}', b'{"text": "not json"}', b'{"text": 4}', b'{"agreementId": []}',
     b'{"totalAmountAccepted": "-1", "allocationId": 5}', b'{"activityId": 1, "totalAmountDue": "x"}', b'{"state": "Ready"}',
     b'{"message": 3}', b'{"type": "lies"}', b'"\\ud800"', b'{"listen": {"on": 4}}',
+    b'{"properties": {"a": ["\\ud800"]}, "constraints": "()"}', b'["\\udfff"]', b'{"properties": {"a": "\xed\xa0\x80"}}',
 )  # fmt: skip
 PROFILE = "testnet"  # has no dev chain, for which some answers wait
 QUERIES = (
