@@ -30,6 +30,7 @@ def engine_for_tests(folder: Path, userns: bool) -> Iterator[LocalEngine]:
     """Run an Engine, or skip the test that asked for it."""
     if problem := missing():
         pytest.skip(problem)
+    folder.parent.chmod(0o711)  # remapped users pass through to what is theirs
     with open_engine(folder, userns) as engine:
         yield engine
 
