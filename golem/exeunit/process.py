@@ -1,8 +1,9 @@
 """The exe-unit's process: kernel, machine, runtime port and bus client put together, from start to end.
 
 It outlives a restart of its node: messages wait in its journal and the bus client comes back. It ends by SIGTERM, when a
-limit of the agreement is exceeded, or when the agreement has expired; each way with a last report that holds the final
-usage. A second process on the same working directory finds the runtime of the first one lost, and ends the activity.
+limit of the agreement is exceeded, when the agreement has expired, or when the runtime dies by itself; each way with a
+last report that holds the final usage. A second process on the same working directory finds the runtime of the first one
+lost, and ends the activity.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ STOP_S = 2.0  # for the runtime to stop, and again for the last report to leave:
 EXPIRY_MARGIN_S = 60.0  # the agent ends an expired agreement; this is for when it is gone
 CACHE_BYTES = 20 << 30
 IMAGE_BYTES = 8 << 30
-DESTROYED, LIMIT, EXPIRED = "destroyed", "Usage limit exceeded", "Agreement expired"
+DESTROYED, LIMIT, EXPIRED, LOST = "destroyed", "Usage limit exceeded", "Agreement expired", "Runtime lost"
 MAX_CALL_BYTES = 4096
 
 
@@ -147,7 +148,10 @@ class Unit:
     async def run(self) -> int:
         """Serve the activity to its end; returns the exit status (0: it was told to end, and everybody knows)."""
         async with trio.open_nursery() as nursery:
-            self.port.attach(nursery, lambda sends: self.system.post(self.port.name, sends), lost=self._state() != "New")
+            self.port.attach(
+                nursery, lambda sends: self.system.post(self.port.name, sends), lambda text: self.end(LOST, text),
+                lost=self._state() != "New",
+            )  # fmt: skip
             nursery.start_soon(self._watch_signals)
             nursery.start_soon(self.client.run)
             await nursery.start(self.system.run)

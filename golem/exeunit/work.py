@@ -63,7 +63,7 @@ class Failed(Exception):
 
 
 class RuntimePort:
-    """The port of one activity. `unit` is the machine's name."""
+    """The port of one activity. `unit` is the machine's name, `exeunit:` and the activity's id."""
 
     name = "runtime"
     local = Execute | CancelCommand
@@ -80,6 +80,7 @@ class RuntimePort:
         live: LiveLog,
     ) -> None:
         self._unit, self._terms, self._work_dir = unit, terms, work_dir
+        self._activity_id = unit.partition(":")[2]
         self._runtime, self._transfers, self._images, self._live = runtime, transfers, images, live
         self._counters = Counters(runtime.usage, time.monotonic())
         self._deployment: Deployment | None = None
@@ -90,14 +91,19 @@ class RuntimePort:
         self._nursery: trio.Nursery | None = None
         self._lost = False
         self._post: Post | None = None
+        self._on_failure: Callable[[str], None] = lambda text: None
+        self._watch: trio.CancelScope | None = None  # of the task that waits for the deployment's death
         self._why_stopped = STOPPED
 
-    def attach(self, nursery: trio.Nursery, post: Post, *, lost: bool = False) -> None:
-        """Give the port its tasks' nursery and its way out, before the system runs.
+    def attach(
+        self, nursery: trio.Nursery, post: Post, on_failure: Callable[[str], None], *, lost: bool = False
+    ) -> None:
+        """Give the port its tasks' nursery and its ways out, before the system runs.
 
-        `lost` says that a process before this one had the commands: they may come again, and none is run twice.
+        `on_failure` is told when the runtime dies by itself. `lost` says that a process before this one had the
+        commands: they may come again, and none is run twice.
         """
-        self._nursery, self._post, self._lost = nursery, post, lost
+        self._nursery, self._post, self._on_failure, self._lost = nursery, post, on_failure, lost
 
     # -- what others ask
     def runtime_usage(self) -> Usage:
@@ -207,6 +213,7 @@ class RuntimePort:
                 hostname=deploy.hostname,
                 hosts=deploy.hosts or {},
                 networks=networks,
+                activity_id=self._activity_id,
             )
             self._deployment = await self._runtime.deploy(image.path, options)
         except BaseException:
@@ -214,6 +221,15 @@ class RuntimePort:
             await self._clear()
             raise
         self._image = image
+        self._watch = trio.CancelScope()
+        assert self._nursery is not None
+        self._nursery.start_soon(self._watch_failure, self._watch)
+
+    async def _watch_failure(self, scope: trio.CancelScope) -> None:
+        with scope:
+            text = await self._runtime.failure()
+            log.error("the runtime died: %s", text)
+            self._on_failure(text)
 
     async def _run(self, message: Execute, run: Run, outputs: dict[Side, Output | None]) -> tuple[str | None, int]:
         capture = run.capture or Capture()
@@ -252,6 +268,9 @@ class RuntimePort:
 
     async def _clear(self) -> None:
         """Stop the runtime; the next deploy starts anew. What was used stays counted."""
+        if self._watch is not None:
+            self._watch.cancel()
+            self._watch = None
         with trio.CancelScope(shield=True):
             await self._runtime.stop()
         self._deployment = None

@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 import pytest
 import trio
+import trio.testing
 from support import tell, trio_test
 from wire import A, B, Node, two_nodes
 
@@ -26,7 +27,17 @@ from actors.kernel.journal import Journal
 from actors.kernel.machine import LinkDown, Meta, Send
 from actors.kernel.system import System
 from golem.exeunit.process import Settings, Unit
-from golem.exeunit.runtimes.base import Deployment, DeployOptions, ExitStatus, ImageFormat, OutputSink, Usage
+from golem.exeunit.runtimes.base import (
+    Deployment,
+    DeployOptions,
+    ExitStatus,
+    ImageFormat,
+    Interaction,
+    OutputSink,
+    RuntimeFault,
+    Terminal,
+    Usage,
+)
 from golem.exeunit.spool import TransferPolicy
 from golem.exeunit.terms import read_terms
 from golem.files import FileServer, FileSink, FileSource
@@ -257,9 +268,12 @@ class Stub:
     """A runtime whose commands do what their entry point says; for what no real program does on demand."""
 
     name, version, formats = "stub", "1", frozenset(ImageFormat)
+    interactions: frozenset[Interaction] = frozenset()
 
     def __init__(self) -> None:
         self.now = Usage()
+        self.dead = trio.Event()
+        self.options: DeployOptions | None = None
         self.runs: list[str] = []
         self.stops = self.deploys = 0
 
@@ -271,6 +285,7 @@ class Stub:
 
     async def deploy(self, image: Path, options: DeployOptions) -> Deployment:
         self.deploys += 1
+        self.options = options
         return Deployment(())
 
     async def start(self, args: Sequence[str]) -> None:
@@ -294,6 +309,19 @@ class Stub:
 
     def usage(self) -> Usage:
         return self.now
+
+    async def failure(self) -> str:
+        await self.dead.wait()
+        return "the container died (out of memory)"
+
+    async def open_terminal(self, argv: Sequence[str], **options: Any) -> Terminal:
+        raise RuntimeFault("no shell")
+
+    async def connect(self, port: int) -> trio.abc.HalfCloseableStream:
+        raise RuntimeFault("no network")
+
+    async def sweep(self, work_root: Path) -> list[str]:
+        return []
 
 
 @asynccontextmanager
@@ -399,6 +427,36 @@ async def test_a_limit_ends_the_activity_with_its_reason_and_final_usage(tmp_pat
         await w.until(lambda: ended)
         assert ended == [1]
         assert stub.stops == 1
+
+
+@trio_test
+async def test_a_runtime_that_dies_ends_the_activity_and_the_command_with_the_reason(tmp_path: Path) -> None:
+    async with stub_world(tmp_path) as (w, stub, _, _, ended):
+        assert stub.options is not None
+        assert stub.options.activity_id == ACTIVITY
+        hanging = await w.exec(run("hang"), wait=False)
+        await w.until(lambda: stub.runs)
+        began = time.monotonic()
+        stub.dead.set()
+        await w.state("Terminated")
+        row = w.row(w.requestor)
+        assert (row.reason, row.error_message) == ("Runtime lost", "the container died (out of memory)")
+        await w.until(lambda: w.batch(hanging).finished)
+        assert "Runtime lost: the container died (out of memory)" in (w.results(hanging)[-1].message or "")
+        await w.until(lambda: ended)
+        assert time.monotonic() - began < 10
+        assert (ended, stub.stops) == ([1], 1)
+
+
+@trio_test
+async def test_a_runtime_that_was_terminated_is_not_missed(tmp_path: Path) -> None:
+    async with stub_world(tmp_path) as (w, stub, unit, _, ended):
+        await w.exec({"terminate": {}})
+        await w.state("Initialized")
+        stub.dead.set()
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        assert not ended
+        assert not unit._ending.is_set()
 
 
 @trio_test

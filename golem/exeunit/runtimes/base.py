@@ -16,8 +16,11 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
+import trio
+
 Side = Literal["stdout", "stderr"]
 OutputSink = Callable[[Side, bytes], Awaitable[None]]
+Interaction = Literal["shell", "proxy-http"]  # what a requestor may do to a running activity beside commands
 
 GIB = 1 << 30
 MAX_ARGUMENTS = 4096
@@ -80,6 +83,7 @@ class DeployOptions:
     hostname: str | None = None
     hosts: Mapping[str, str] = field(default_factory=dict)
     networks: tuple[Mapping[str, Any], ...] = ()
+    activity_id: str = ""  # 32 hex digits; what the runtime leaves on the machine is marked with it
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,31 @@ class Usage:
     storage_gib: float = 0.0
 
 
+class Terminal(Protocol):
+    """A program inside the activity with somebody at its keyboard; one reader and one writer at a time.
+
+    Errors of every method: RuntimeFault when the runtime is gone.
+    """
+
+    async def send(self, data: bytes) -> None:
+        """Hand bytes to the program's input; waits while it does not read. After the program's end it does nothing."""
+
+    async def receive(self) -> tuple[Side, bytes] | None:
+        """Return the next output (with a terminal, all of it is stdout), or None when there will be no more."""
+
+    async def resize(self, rows: int, cols: int) -> None:
+        """Tell the program that its window has changed; without a terminal it does nothing."""
+
+    async def end_input(self) -> None:
+        """Close the program's input: it reads end of file. With a terminal, send 0x04 instead."""
+
+    async def wait(self) -> ExitStatus:
+        """Wait for the program's end; `receive` has to be called on, or it may never come."""
+
+    async def aclose(self) -> None:
+        """Kill what runs and let go of everything; may be repeated."""
+
+
 @runtime_checkable
 class Runtime(Protocol):
     """What an exe-unit asks of a runtime.
@@ -134,6 +163,7 @@ class Runtime(Protocol):
     name: str
     version: str
     formats: frozenset[ImageFormat]
+    interactions: frozenset[Interaction]  # those of `open_terminal` and `connect` that work
 
     async def self_test(self) -> str | None:
         """None if this runtime works here, else why it is not to be offered."""
@@ -160,6 +190,32 @@ class Runtime(Protocol):
 
     def usage(self) -> Usage:
         """Totals so far; cheap, and also right while a command runs."""
+
+    async def failure(self) -> str:
+        """Wait until what keeps a deployment alive has died by itself, and return why; for ever where nothing can die.
+
+        To be called after `deploy`; `stop` is not a failure. A command that is cut short by one fails with the same text.
+        """
+
+    async def open_terminal(
+        self, argv: Sequence[str], *, env: Mapping[str, str] | None, tty: bool, rows: int, cols: int
+    ) -> Terminal:
+        """Start a program with live input, beside whatever runs; `argv` () is the image's shell.
+
+        Errors: RuntimeFault, also where `interactions` has no "shell".
+        """
+
+    async def connect(self, port: int) -> trio.abc.HalfCloseableStream:
+        """Open a TCP connection to a service on the activity's own loopback address.
+
+        Errors: RuntimeFault, also where `interactions` has no "proxy-http".
+        """
+
+    async def sweep(self, work_root: Path) -> list[str]:
+        """Remove what exe-units that died without cleaning up left on this machine, below `work_root` and elsewhere.
+
+        Returns a line for each thing removed. What living exe-units use stays.
+        """
 
 
 def check_arguments(words: Sequence[str]) -> None:

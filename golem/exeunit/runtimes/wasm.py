@@ -35,10 +35,12 @@ from golem.exeunit.runtimes.base import (
     DeployOptions,
     ExitStatus,
     ImageFormat,
+    Interaction,
     Limits,
     OutputSink,
     RuntimeFault,
     Side,
+    Terminal,
     Usage,
     Volume,
     check_arguments,
@@ -85,6 +87,7 @@ class WasmRuntime:
 
     name = "wasmtime"
     formats = frozenset({ImageFormat.WASM_MODULE, ImageFormat.WASI_PACKAGE})
+    interactions: frozenset[Interaction] = frozenset()
 
     def __init__(self, cache_dir: Path, settings: WasmSettings | None = None) -> None:
         """`cache_dir`: for compiled modules, shared by activities; never let a guest write there."""
@@ -283,6 +286,23 @@ class WasmRuntime:
             gib=max([self._peak_bytes, *(child.peak_bytes() for child in alive)]) / GIB,
             storage_gib=self._storage_bytes / GIB,
         )
+
+    async def failure(self) -> str:
+        """Nothing lives between commands, so nothing can die."""
+        await trio.sleep_forever()
+        raise AssertionError("unreachable")
+
+    async def open_terminal(
+        self, argv: Sequence[str], *, env: Mapping[str, str] | None, tty: bool, rows: int, cols: int
+    ) -> Terminal:
+        raise RuntimeFault("the wasmtime runtime has no shell")
+
+    async def connect(self, port: int) -> trio.abc.HalfCloseableStream:
+        raise RuntimeFault("programs in the wasmtime runtime have no network")
+
+    async def sweep(self, work_root: Path) -> list[str]:
+        """Children die with their exe-unit and leave files in its working directory only."""
+        return []
 
     # -- children -------------------------------------------------------------------------------------------------
 
