@@ -92,10 +92,10 @@ class ImageStore:
             notice(CACHE_HIT)
         path = self._directory / name
         try:
-            found = await trio.to_thread.run_sync(detect_format, path)
-            if found is None or found not in formats:
+            found = await trio.to_thread.run_sync(detect_format, path) or ImageFormat.OTHER
+            if found not in formats:
                 wanted = ", ".join(sorted(item.value for item in formats))
-                what = found.value if found else "of an unknown format"
+                what = found.value if found is not ImageFormat.OTHER else "of an unknown format"
                 raise TransferError(f"the task package is {what}; this runtime takes: {wanted}")
         except BaseException:
             os.close(lock)

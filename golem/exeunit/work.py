@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -25,6 +26,7 @@ from golem.exeunit.live import LiveLog
 from golem.exeunit.runtimes.base import (
     Deployment,
     DeployOptions,
+    ImageFormat,
     Runtime,
     RuntimeFault,
     Side,
@@ -194,12 +196,8 @@ class RuntimePort:
 
     # -- commands
     async def _deploy(self, message: Execute, deploy: Deploy) -> None:
-        if self._terms.task_package is None:
-            raise Failed("the agreement names no task package (golem.srv.comp.task_package)")
         progress = _Progress(self, message, deploy.progress)
-        image = await self._images.obtain(
-            self._terms.task_package, self._runtime.formats, progress=progress.bytes, notice=progress.notice
-        )
+        image = await self._obtain(progress)
         try:
             self._deployments += 1
             folder = self._work_dir / f"deployment-{self._deployments}"
@@ -215,15 +213,26 @@ class RuntimePort:
                 networks=networks,
                 activity_id=self._activity_id,
             )
-            self._deployment = await self._runtime.deploy(image.path, options)
+            self._deployment = await self._runtime.deploy(image.path if image else Path(os.devnull), options)
         except BaseException:
-            image.close()
+            if image is not None:
+                image.close()
             await self._clear()
             raise
         self._image = image
         self._watch = trio.CancelScope()
         assert self._nursery is not None
         self._nursery.start_soon(self._watch_failure, self._watch)
+
+    async def _obtain(self, progress: _Progress) -> Image | None:
+        """Return the task package, None where there is none and the runtime needs none."""
+        if self._terms.task_package is not None:
+            return await self._images.obtain(
+                self._terms.task_package, self._runtime.formats, progress=progress.bytes, notice=progress.notice
+            )
+        if ImageFormat.NOTHING not in self._runtime.formats:
+            raise Failed("the agreement names no task package (golem.srv.comp.task_package)")
+        return None
 
     async def _watch_failure(self, scope: trio.CancelScope) -> None:
         with scope:

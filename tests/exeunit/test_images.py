@@ -135,7 +135,9 @@ async def test_wrong_format_names_what_is_taken(tmp_path: Path) -> None:
     with pytest.raises(TransferError, match=r"is GVMI image \(squashfs\); this runtime takes: WebAssembly module"):
         await store(tmp_path).obtain(package(tmp_path / "m", b"hsqs...."), frozenset({ImageFormat.WASM_MODULE}))
     with pytest.raises(TransferError, match="of an unknown format"):
-        await store(tmp_path).obtain(package(tmp_path / "m", b"#!/bin/sh"), ALL)
+        await store(tmp_path).obtain(package(tmp_path / "m", b"#!/bin/sh"), ALL - {ImageFormat.OTHER})
+    with await store(tmp_path).obtain(package(tmp_path / "m", b"#!/bin/sh"), ALL) as image:
+        assert image.format is ImageFormat.OTHER
 
 
 def tar(names: list[str], mode: str = "w", size: int = 3) -> bytes:

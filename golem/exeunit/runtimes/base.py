@@ -36,6 +36,8 @@ class ImageFormat(Enum):
     DOCKER_ARCHIVE = "Docker archive (tar with manifest.json)"
     OCI_ARCHIVE = "OCI layout (tar with index.json)"
     ROOTFS_ARCHIVE = "root file system (tar)"
+    OTHER = "a file of another format"  # only runtimes of a descriptor take these: what they make of them is theirs
+    NOTHING = "no task package"  # the agreement may name none; `deploy` is given an empty file then
 
 
 class RuntimeFault(Exception):
