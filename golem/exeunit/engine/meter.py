@@ -1,0 +1,129 @@
+"""What a container uses, read from the kernel's own files: CPU time and peak memory of its control group, and what it
+wrote over its image.
+
+These figures are what is billed, whatever the runtime or the guest claims. Control groups of version 1 and 2 and both
+side by side (hybrid) are read; a group is found by a process of the container, so it does not matter whether Docker,
+podman or systemd named it. A group vanishes with its container: `read` answers with the last values then, so read
+before the end. One read takes some 50 microseconds.
+Neighbours: `golem.exeunit.runtimes.vm` reads once a second and before it removes a container; `golem.exeunit.usage`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import trio
+
+from golem.exeunit.usage import measure_tree
+
+MAX_LAYER_FILES = 200_000
+
+
+class MeterError(Exception):
+    """This machine does not say what a process's control group uses; the text says why."""
+
+
+class Meter:
+    """Usage of the control group that a process belongs to; no value ever goes down."""
+
+    def __init__(self, pid: int, proc: Path = Path("/proc")) -> None:
+        """`pid`: a live process of the container, as the machine numbers it. Raises MeterError."""
+        try:
+            groups = _groups((proc / str(pid) / "cgroup").read_text())
+            mounts = _mounts((proc / "self" / "mountinfo").read_text())
+        except OSError as error:
+            raise MeterError(f"no control group of process {pid}: {error}") from None
+        self._cpu = _find(groups, mounts, "cpuacct", ("cpuacct.usage",), ("cpu.stat",))
+        self._memory = _find(
+            groups, mounts, "memory", ("memory.max_usage_in_bytes",), ("memory.peak", "memory.current")
+        )
+        if self._cpu is None or self._memory is None:
+            raise MeterError(f"no figures for the control group of process {pid}")
+        self._cpu_s, self._peak_bytes = 0.0, 0
+        self.read()
+
+    def read(self) -> tuple[float, int]:
+        """Return CPU seconds and peak memory in bytes so far; the last values once the group is gone."""
+        assert self._cpu is not None
+        assert self._memory is not None
+        try:
+            self._cpu_s = max(self._cpu_s, _cpu_s(self._cpu))
+            self._peak_bytes = max(self._peak_bytes, int(self._memory.read_text()))
+        except (OSError, ValueError, IndexError):
+            pass  # the group went away, or is about to
+        return self._cpu_s, self._peak_bytes
+
+
+class Layer:
+    """What a container wrote into its own layer over the image (nothing but this measure limits that)."""
+
+    def __init__(self, upper_dir: Path) -> None:
+        """`upper_dir`: the layer's directory on this machine, as the Engine tells it."""
+        self._upper_dir = upper_dir
+        self.used_bytes = 0
+        self.complete = True  # False: more files than are ever counted
+
+    async def measure(self, max_files: int = MAX_LAYER_FILES) -> int:
+        """Look again, with bounded work, and return the bytes; once the layer is gone the last figure stays."""
+        if await trio.to_thread.run_sync(self._upper_dir.is_dir):
+            size = await trio.to_thread.run_sync(measure_tree, self._upper_dir, max_files)
+            self.used_bytes, self.complete = size.size_bytes, size.complete
+        return self.used_bytes
+
+
+def upper_dir(inspected: dict[str, object]) -> Path | None:
+    """Return where the Engine keeps a container's own layer, from its `inspect`; None where it does not tell."""
+    driver = inspected.get("GraphDriver")
+    data = driver.get("Data") if isinstance(driver, dict) else None
+    path = data.get("UpperDir") if isinstance(data, dict) else None
+    return Path(path) if isinstance(path, str) and path.startswith("/") else None
+
+
+def _cpu_s(path: Path) -> float:
+    if path.name == "cpuacct.usage":
+        return int(path.read_text()) / 1e9
+    fields = dict(line.split(maxsplit=1) for line in path.read_text().splitlines())
+    return int(fields.get("usage_usec", "0")) / 1e6
+
+
+def _groups(text: str) -> dict[str, str]:
+    """Return the path of a process's group by controller, "" for version 2."""
+    found = {}
+    for line in text.splitlines():
+        _, controllers, path = line.split(":", 2)
+        for controller in controllers.split(","):
+            found[controller] = path
+    return found
+
+
+def _mounts(text: str) -> dict[str, tuple[Path, str]]:
+    """Return where each controller's tree is mounted, and which part of the tree, "" for version 2."""
+    found: dict[str, tuple[Path, str]] = {}
+    for line in text.splitlines():
+        fields, _, tail = line.partition(" - ")
+        words, (kind, _, options) = fields.split(), tail.split(maxsplit=2)
+        if kind == "cgroup2":
+            found.setdefault("", (Path(words[4]), words[3]))
+        elif kind == "cgroup":
+            for option in options.split(","):
+                found.setdefault(option, (Path(words[4]), words[3]))
+    return found
+
+
+def _find(
+    groups: dict[str, str],
+    mounts: dict[str, tuple[Path, str]],
+    controller: str,
+    first_version: tuple[str, ...],
+    second_version: tuple[str, ...],
+) -> Path | None:
+    """Return the first file that is there of a group: of its own controller's tree, else of the unified one."""
+    for name, files in ((controller, first_version), ("", second_version)):
+        if name not in groups or name not in mounts:
+            continue
+        point, part = mounts[name]
+        inside = groups[name].removeprefix(part.rstrip("/")).lstrip("/")
+        for file in files:
+            if (path := point / inside / file).is_file():
+                return path
+    return None
