@@ -206,6 +206,7 @@ def bind_api(config: Config) -> socket.socket:
     for port in (config.api_port,) if config.api_port_fixed else (config.api_port, 0):
         sock = socket.socket(family, socket.SOCK_STREAM)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        _notice_lost_clients(sock)
         try:
             sock.bind((config.api_host, port))
             sock.listen(256)
@@ -216,12 +217,21 @@ def bind_api(config: Config) -> socket.socket:
     raise ConfigError(f"cannot serve REST on {config.api_host}:{config.api_port}: {reason.strerror or reason}")
 
 
+def _notice_lost_clients(sock: socket.socket) -> None:
+    """Have connections end whose client is gone without a word, or takes nothing any more; accepted ones inherit it."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 60_000)):
+        if (number := getattr(socket, option, None)) is not None:
+            sock.setsockopt(socket.IPPROTO_TCP, number, value)
+
+
 async def serve_rest(node: Node, sock: socket.socket, *, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
     """Serve the REST API on a listening socket until the node stops, then end open requests within the grace."""
     import hypercorn.trio
     from hypercorn.config import Config as ServerConfig
 
     from golem.rest.app import create_app
+    from golem.rest.sockets import limit_websockets
 
     settings = ServerConfig()
     settings.graceful_timeout = GRACE_S
@@ -230,6 +240,7 @@ async def serve_rest(node: Node, sock: socket.socket, *, task_status: Any = trio
     settings.h11_max_incomplete_size = 64 * 1024
     settings.loglevel = "WARNING"
     settings.errorlog = logging.getLogger("golem.http")
+    limit_websockets(settings)
     host, port = sock.getsockname()[:2]
     node.api_url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     settings.bind = [f"fd://{sock.detach()}"]  # the server closes it

@@ -6,7 +6,7 @@ import logging
 import secrets
 from typing import TYPE_CHECKING
 
-from quart import Response, g, request
+from quart import Request, Response, Websocket, g, has_websocket_context, request, websocket
 from quart_trio import QuartTrio
 from werkzeug.exceptions import HTTPException
 
@@ -45,24 +45,33 @@ def _authenticate(app: QuartTrio, node: Node) -> None:
     @app.before_request
     async def check_key() -> Response | None:
         g.trace = secrets.token_hex(6)
-        path = request.path
-        if path.startswith(OPEN_PATHS):
+        if request.path.startswith(OPEN_PATHS):
             return None
         if request.method == "OPTIONS" and _origin_known(node, request.headers.get("Origin", "")):
             return Response(b"", status=200)
-        scheme, _, key = request.headers.get("Authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not key:
-            key = request.args.get("authToken", "")
-        if not key:
-            return Response("Missing application key", status=401, content_type="text/plain; charset=utf-8")
-        found = node.app_keys.find(key.strip())
-        if found is None:
-            return Response("Invalid application key", status=401, content_type="text/plain; charset=utf-8")
-        g.caller = Caller(found.identity, found.name, found.role, found.allow_origins)
-        if found.identity != node.node_id and path not in OWN_PATHS:  # a key from before the node's identity was changed
-            text = f"app-key {found.name!r} acts for {found.identity}; all objects here belong to {node.node_id}"
-            return ApiError(403, text).response()
-        return None
+        return _refusal(node, request)
+
+    @app.before_websocket
+    async def check_websocket_key() -> Response | None:
+        g.trace = secrets.token_hex(6)
+        return _refusal(node, websocket)
+
+
+def _refusal(node: Node, asked: Request | Websocket) -> Response | None:
+    """Find out who asks; return the answer to one that may not."""
+    scheme, _, key = asked.headers.get("Authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not key:
+        key = asked.args.get("authToken", "")  # browsers can set no header of a websocket
+    if not key:
+        return Response("Missing application key", status=401, content_type="text/plain; charset=utf-8")
+    found = node.app_keys.find(key.strip())
+    if found is None:
+        return Response("Invalid application key", status=401, content_type="text/plain; charset=utf-8")
+    g.caller = Caller(found.identity, found.name, found.role, found.allow_origins)
+    if found.identity != node.node_id and asked.path not in OWN_PATHS:  # a key from before the node's identity was changed
+        text = f"app-key {found.name!r} acts for {found.identity}; all objects here belong to {node.node_id}"
+        return ApiError(403, text).response()
+    return None
 
 
 def _origin_known(node: Node, origin: str) -> bool:
@@ -97,12 +106,14 @@ def _errors(app: QuartTrio) -> None:
 
     @app.errorhandler(HTTPException)
     async def http_error(error: HTTPException) -> Response:
-        text = f"no such endpoint: {request.method} {request.path[:200]}" if error.code == 404 else error.description
+        asked = websocket if has_websocket_context() else request
+        text = f"no such endpoint: {asked.method} {asked.path[:200]}" if error.code == 404 else error.description
         return ApiError(error.code or 500, text).response()
 
     @app.errorhandler(Exception)
     async def our_bug(error: Exception) -> Response:
-        log.error("%s %s failed (trace %s)", request.method, request.path, g.trace, exc_info=error)
+        asked = websocket if has_websocket_context() else request
+        log.error("%s %s failed (trace %s)", asked.method, asked.path, g.trace, exc_info=error)
         return ApiError(500, f"internal error (trace {g.trace})").response()
 
 
