@@ -2,11 +2,12 @@
 
 With root's rights an activity gets one ext4 file system in a file whose blocks are reserved at once: what is promised
 to one guest is not taken by another, and a disk that cannot give it says so at deploy. Volumes are directories on it;
-a volume with a size of its own is a file system in a file on it; `ram` volumes are tmpfs. Elsewhere all of them are
-plain directories, and `measure` is what a limit can be held by. A supervisor that dies leaves its mounts below
+a volume with a size of its own is a file system in a file on it; `ram` volumes are tmpfs. The container's own layer
+over its image can lie on it too (`hold_layer`), so that one size bounds everything the guest writes. Elsewhere all of
+them are plain directories, and `measure` is what a limit can be held by. A supervisor that dies leaves its mounts below
 `folder`: `leftovers` finds them there.
 Neighbours: `golem.exeunit.runtimes.vm` binds the directories into the container; `golem.exeunit.beneath` opens files in
-them.
+them; `meter.Layer` measures the layer where it cannot be held.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ MAX_FILES = 100_000  # counted in plain directories before counting is given up
 TOOL_TIMEOUT_S = 60.0
 BUSY_S = 2.0  # how long an unmount waits for whoever still looks, before it is left to the kernel
 _MNT_DETACH, _UMOUNT_NOFOLLOW = 2, 8
-_MS_NOSUID, _MS_NODEV = 2, 4
-_IMAGE, _MOUNT = "storage.ext4", "storage"
+_MS_NOSUID, _MS_NODEV, _MS_BIND = 2, 4, 4096
+_IMAGE, _MOUNT, _LAYER = "storage.ext4", "storage", ".layer"
 # No journal and no write barriers: nothing of this outlives the activity, and a crash ends it. mke2fs need not zero
 # what a fresh file holds, and neither need the kernel behind its back (noinit_itable).
 _MKFS = ("mkfs.ext4", "-q", "-F", "-m", "0", "-O", "^has_journal", "-E", "nodiscard,lazy_itable_init=1")
@@ -108,6 +109,34 @@ class Storage:
             self._mounts.append(point)
         _give(point, 0, self.owner_id, 0o710)
         return self._fresh(point / name)
+
+    async def hold_layer(self, upper_dir: Path) -> bool:
+        """Have a container that was created and not started write its own layer here; False where that cannot be.
+
+        `upper_dir`: the layer's directory, as the Engine tells it. Docker's driver overlay2 mounts what lies beside it
+        (`diff`, `work`) when the container starts, so the whole folder is taken over by a bind mount. When the Engine
+        removes the container it empties the folder, and takes the mount away by itself. Whether it worked shows in the
+        running container: ask `holds`.
+        """
+        folder, copy = upper_dir.parent, self._root / _LAYER
+        if not self.limited or upper_dir.name != "diff" or not (folder / "link").is_file() or copy.exists():
+            return False
+        if (problem := await _tool(["cp", "-a", "--", str(folder), str(copy)])) is None:
+            try:
+                await trio.to_thread.run_sync(_mount, copy, folder, b"", _MS_BIND, b"")
+                return True
+            except OSError as error:
+                problem = str(error)
+        log.warning("a container's own layer without a hard limit: %s", problem)
+        return False
+
+    def holds(self, pid: int) -> bool:
+        """Return whether the root of a running container (`pid`: one of its processes) is bounded by this storage."""
+        try:
+            inside, here = os.statvfs(f"/proc/{pid}/root"), os.statvfs(self._root)
+        except OSError:
+            return False
+        return self.limited and (inside.f_blocks, inside.f_frsize) == (here.f_blocks, here.f_frsize)
 
     def _fresh(self, path: Path) -> Path:
         path.mkdir()
@@ -192,7 +221,11 @@ def unmount(point: Path) -> None:
 
 def _mount_tmpfs(point: Path, size_bytes: int) -> None:
     data = f"size={size_bytes},mode=0710,nr_inodes={MAX_FILES}".encode()
-    if _libc.mount(b"tmpfs", os.fsencode(point), b"tmpfs", _MS_NOSUID | _MS_NODEV, data) != 0:
+    _mount(Path("tmpfs"), point, b"tmpfs", _MS_NOSUID | _MS_NODEV, data)
+
+
+def _mount(source: Path, point: Path, kind: bytes, flags: int, data: bytes) -> None:
+    if _libc.mount(os.fsencode(source), os.fsencode(point), kind, flags, data) != 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code), str(point))
 
