@@ -15,7 +15,7 @@ from support import trio_test
 
 from golem.exeunit.engine.meter import Layer, Meter, MeterError, upper_dir
 from golem.exeunit.engine.seccomp_profile import profile
-from golem.exeunit.engine.storage import Storage, guest_root_id, open_storage
+from golem.exeunit.engine.storage import Storage, open_storage
 from golem.exeunit.runtimes.base import GIB, RuntimeFault
 
 MIB = 1 << 20
@@ -141,9 +141,8 @@ async def test_volumes_with_sizes_of_their_own(tmp_path: Path) -> None:
         sized, ram = await storage.sized("0", 8 * MIB), await storage.ram("1", 2 * MIB)
         assert fill(sized / "a", 16) == errno.ENOSPC
         assert storage.used_bytes() > 5 * MIB
-        before = storage.used_bytes()
         assert fill(ram / "a", 16) == errno.ENOSPC
-        assert storage.used_bytes() == before
+        assert len({path.stat().st_dev for path in (sized, ram, storage.directory("3"))}) == 3
         assert len(mounts_below(tmp_path)) == 3
         with pytest.raises(RuntimeFault, match="more than the storage"):
             await storage.sized("2", 65 * MIB)
@@ -199,13 +198,6 @@ async def test_a_machine_that_cannot_mount_falls_back(tmp_path: Path, monkeypatc
     assert not storage.limited
     assert list((tmp_path / "s").iterdir()) == [tmp_path / "s" / "storage"]
     await storage.close()
-
-
-def test_owner_of_a_remapping_engine() -> None:
-    remapped = {"SecurityOptions": ["name=seccomp,profile=default", "name=userns"], "DockerRootDir": "/data/231072.231072"}
-    assert guest_root_id(remapped) == 231072
-    assert guest_root_id({"SecurityOptions": ["name=seccomp"], "DockerRootDir": "/data/1000.1000"}) == 0
-    assert guest_root_id({"SecurityOptions": None}) == 0
 
 
 # -- meters ---------------------------------------------------------------------------------------------------------

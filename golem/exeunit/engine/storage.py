@@ -19,10 +19,9 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import trio
 
@@ -188,15 +187,6 @@ async def open_storage(folder: Path, size_bytes: int, owner_id: int) -> Storage:
         await storage.close()
         raise
     return storage
-
-
-def guest_root_id(info: Mapping[str, Any]) -> int:
-    """Return the user id on this machine of root in a container, from the Engine's answer to `info`."""
-    options = info.get("SecurityOptions") or ()
-    if not any("name=userns" in option for option in options):
-        return 0
-    uid = Path(str(info.get("DockerRootDir", ""))).name.partition(".")[0]  # .../<uid>.<gid> with remapped users
-    return int(uid) if uid.isdigit() else 0
 
 
 def can_mount() -> bool:
