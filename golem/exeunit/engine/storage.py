@@ -64,6 +64,7 @@ class Storage:
         self._root.mkdir(mode=0o710)
         if can_mount():
             image = self.folder / _IMAGE
+            _check_room(self.folder, self.size_bytes)
             await trio.to_thread.run_sync(_reserve, image, self.size_bytes)
             self.limited = await self._mount_image(image, self._root)
             if not self.limited:
@@ -87,14 +88,17 @@ class Storage:
         return self._fresh(self._root / name)
 
     async def sized(self, name: str, size_bytes: int) -> Path:
-        """Return a directory with a size of its own, which counts against the whole. Raises OSError, RuntimeFault."""
-        if size_bytes > self.size_bytes:
-            raise RuntimeFault(f"a volume of {size_bytes} bytes is more than the storage of {self.size_bytes} bytes")
+        """Return a directory with a size of its own, set aside of the whole and counted as used from the start.
+
+        Raises OSError, RuntimeFault when that much is not left.
+        """
+        if size_bytes > self.size_bytes - self.used_bytes():
+            raise RuntimeFault(f"a volume of {size_bytes} bytes is more than is left of {self.size_bytes} bytes of storage")
         if not self.limited or size_bytes < MIN_BYTES:
             return self.directory(name)
         image, point = self._root / f".{name}.ext4", self._root / f".{name}"
         point.mkdir(mode=0o710)
-        await trio.to_thread.run_sync(_sparse, image, size_bytes)
+        await trio.to_thread.run_sync(_reserve, image, size_bytes)
         await self._mount_image(image, point)
         _give(point, 0, self.owner_id, 0o710)
         return self._fresh(point / name)
@@ -222,7 +226,6 @@ def _mount(source: Path, point: Path, kind: bytes, flags: int, data: bytes) -> N
 
 def _reserve(path: Path, size_bytes: int) -> None:
     """Make a file of zeros whose blocks are set aside where the file system can do that. Raises RuntimeFault."""
-    _check_room(path.parent, size_bytes)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         # not os.posix_fallocate: its C library writes all the zeros where the file system has no such call
@@ -232,11 +235,6 @@ def _reserve(path: Path, size_bytes: int) -> None:
             os.ftruncate(descriptor, size_bytes)
     finally:
         os.close(descriptor)
-
-
-def _sparse(path: Path, size_bytes: int) -> None:
-    with path.open("xb") as file:
-        file.truncate(size_bytes)
 
 
 def _check_room(folder: Path, size_bytes: int) -> None:
