@@ -15,11 +15,15 @@ import re
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import trio
 
+if TYPE_CHECKING:
+    from golem.exeunit.runtimes.base import Interaction
+
 REPORTED = "golem.activity.caps.transfer.report-progress"
+CAPABILITIES = "golem.runtime.capabilities"
 
 
 def main() -> int:
@@ -28,6 +32,7 @@ def main() -> int:
     logging.basicConfig(
         level=os.environ.get("GOLEM_LOG", "INFO").upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s"
     )
+    from golem.exeunit.interaction import allowed_interactions
     from golem.exeunit.runtimes import make_runtime
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -35,11 +40,12 @@ def main() -> int:
             if args.command == "run":
                 return _run(args)
             runtime = make_runtime(args.runtime, args.cache or Path(scratch))
+            allowed = allowed_interactions(args.interaction, runtime)
         except ValueError as error:
             print(f"exe-unit: {error}", file=sys.stderr)
             return 2
         if args.command == "offer-template":
-            print(json.dumps(offer_template(runtime.offer_properties())))
+            print(json.dumps(offer_template(runtime.offer_properties(), allowed)))
             return 0
         problem = trio.run(runtime.self_test)
         if problem is not None:
@@ -48,8 +54,9 @@ def main() -> int:
         return 0
 
 
-def offer_template(runtime_properties: dict[str, Any]) -> dict[str, Any]:
-    """Return the part of an offer that an exe-unit of this runtime contributes."""
+def offer_template(runtime_properties: dict[str, Any], allowed: frozenset[Interaction] = frozenset()) -> dict[str, Any]:
+    """Return the part of an offer that an exe-unit of this runtime contributes; `allowed` of shell and proxy-http."""
+    from golem.exeunit.interaction import capabilities
     from golem.exeunit.transfer import OFFERED_PROTOCOLS
     from golem.exeunit.usage import COUNTERS
 
@@ -60,6 +67,8 @@ def offer_template(runtime_properties: dict[str, Any]) -> dict[str, Any]:
         "golem.activity.caps.deploy.report-progress": True,
         **runtime_properties,
     }
+    if named := capabilities(properties.get(CAPABILITIES), allowed):
+        properties[CAPABILITIES] = named
     return {"properties": properties, "constraints": ""}
 
 
@@ -78,7 +87,7 @@ def _run(args: argparse.Namespace) -> int:
         return 2
     local = args.transfer_policy == "local"
     policy = TransferPolicy(allow_loopback=local, allow_private=local, file_roots=tuple(args.file_root))
-    settings = Settings(args.runtime, args.activity, args.bus, args.agreement, args.work, args.cache, policy)
+    settings = Settings(args.runtime, args.activity, args.bus, args.agreement, args.work, args.cache, policy, args.interaction)
     try:
         return serve(settings)
     except (TermsError, JournalError) as error:
@@ -100,6 +109,11 @@ def _parser() -> argparse.ArgumentParser:
         choices=("public", "local"),
         default=os.environ.get("GOLEM_TRANSFER_POLICY", "public"),
         help="whether transfers may reach private and loopback addresses (default: public ones only)",
+    )
+    parser.add_argument(
+        "--interaction",
+        metavar="KINDS",
+        help="what the provider allows of shell,proxy-http ('' is nothing; default: all that the runtime has)",
     )
     parser.add_argument(
         "--file-root", type=Path, action="append", default=[], help="directory for file: task packages; repeatable"

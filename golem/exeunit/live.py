@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
+from itertools import islice
 from typing import Any
 
 import trio
@@ -18,6 +19,7 @@ MAX_WAIT_S = 30.0
 EVENT_OVERHEAD_BYTES = 64
 
 Event = tuple[int, int, float, str]  # id, command index, seconds since the epoch, kind as JSON
+Watched = tuple[int, str, int, float, str]  # number in the activity, batch, command index, seconds, kind as JSON
 
 
 class LiveLog:
@@ -26,22 +28,26 @@ class LiveLog:
     def __init__(self) -> None:
         self._batches: dict[str, deque[Event]] = {}
         self._next_ids: dict[str, int] = {}
-        self._order: deque[str] = deque()  # the batch of each event, oldest first
+        self._order: deque[tuple[Watched, bool]] = deque()  # all of it, oldest first, and whether its batch has it too
+        self._next_number = 0
         self._kept_bytes = 0
         self._news = trio.Event()
 
-    def add(self, batch_id: str, index: int, at: float, kind: dict[str, Any]) -> None:
-        """Record an event of command `index`."""
+    def add(self, batch_id: str, index: int, at: float, kind: dict[str, Any], *, asked: bool = True) -> None:
+        """Record an event of command `index`. One that its script did not ask for is there for `watch` alone."""
         text = json.dumps(kind, separators=(",", ":"))
-        number = self._next_ids.get(batch_id, 0)
-        self._next_ids[batch_id] = number + 1
-        self._batches.setdefault(batch_id, deque()).append((number, index, at, text))
-        self._order.append(batch_id)
+        if asked:
+            number = self._next_ids.get(batch_id, 0)
+            self._next_ids[batch_id] = number + 1
+            self._batches.setdefault(batch_id, deque()).append((number, index, at, text))
+        self._order.append(((self._next_number, batch_id, index, at, text), asked))
+        self._next_number += 1
         self._kept_bytes += len(text) + EVENT_OVERHEAD_BYTES
         while self._kept_bytes > MAX_KEPT_BYTES:
-            oldest = self._order.popleft()
-            gone = self._batches[oldest].popleft()
-            self._kept_bytes -= len(gone[3]) + EVENT_OVERHEAD_BYTES
+            oldest, in_batch = self._order.popleft()
+            self._kept_bytes -= len(oldest[4]) + EVENT_OVERHEAD_BYTES
+            if in_batch:
+                self._batches[oldest[1]].popleft()
         self._news.set()
         self._news = trio.Event()
 
@@ -65,3 +71,22 @@ class LiveLog:
                 await self._news.wait()
             return found
         return self.read(batch_id, after)
+
+    async def watch(self, after: int, wait_s: float) -> list[Watched]:
+        """Return events of all batches with a number above `after`, waiting for one at most `wait_s` (at most 30)."""
+        with trio.move_on_after(min(max(wait_s, 0.0), MAX_WAIT_S)):
+            while not (found := self._watched(after)):
+                await self._news.wait()
+            return found
+        return self._watched(after)
+
+    def _watched(self, after: int) -> list[Watched]:
+        found: list[Watched] = []
+        size = 0
+        first = self._next_number - len(self._order)
+        for event, _ in islice(self._order, max(after + 1 - first, 0), None):
+            size += len(event[4]) + EVENT_OVERHEAD_BYTES
+            if found and size > MAX_REPLY_BYTES:
+                break
+            found.append(event)
+        return found

@@ -29,6 +29,7 @@ from actors.kernel.machine import AskTimeout, Busy
 from actors.kernel.system import System
 from golem.bus import BusClient
 from golem.exeunit.images import ImageStore
+from golem.exeunit.interaction import UnitInteractions, allowed_interactions
 from golem.exeunit.live import LiveLog
 from golem.exeunit.runtimes import make_runtime
 from golem.exeunit.runtimes.base import Runtime
@@ -37,6 +38,7 @@ from golem.exeunit.terms import Terms, read_terms
 from golem.exeunit.transfer import Transfers
 from golem.exeunit.work import RuntimePort
 from golem.gftp_wire import FileFault, GftpPeer
+from golem.interaction_wire import BACK
 from golem.net.types import RemoteError
 from protocol.codec import decode_batch
 from protocol.exeunit import ShutDown, UnitStarted, UsageMeasured
@@ -65,6 +67,7 @@ class Settings:
     work_dir: Path
     cache_dir: Path
     policy: TransferPolicy
+    interaction: str | None = None  # what the provider allows of shell and proxy-http; None: all the runtime has
 
 
 class BusGftp:
@@ -110,6 +113,11 @@ class Unit:
         self.port = RuntimePort(self.name, terms, settings.work_dir, runtime, transfers, images, self.live)
         self.system.add(ExeUnit(settings.activity_id, terms.requestor, terms.provider))
         self.system.add_port(self.port)
+        self.interactions = UnitInteractions(
+            settings.activity_id, runtime, allowed_interactions(settings.interaction, runtime), self._state,
+            lambda: self.client.open_stream("", BACK), self.port.exposed_ports,
+        )  # fmt: skip
+        self._nursery: trio.Nursery | None = None
         self._ending = trio.Event()
         self._reason: tuple[str, str | None] = (DESTROYED, None)
 
@@ -140,6 +148,10 @@ class Unit:
                 answer = self.port.running()
             case ["follow", str() as batch_id, int() as after, int() | float() as wait_s]:
                 answer = await self.live.follow(batch_id, after, float(wait_s))
+            case ["watch", int() as after, int() | float() as wait_s]:
+                answer = await self.live.watch(after, float(wait_s))
+            case ["dial", str() as token] if sender == self.terms.provider and self._nursery is not None:
+                answer = self.interactions.call(self._nursery, token)
             case _:
                 raise RemoteError("no such question")
         return msgspec.msgpack.encode(answer)
@@ -148,6 +160,7 @@ class Unit:
     async def run(self) -> int:
         """Serve the activity to its end; returns the exit status (0: it was told to end, and everybody knows)."""
         async with trio.open_nursery() as nursery:
+            self._nursery = nursery
             self.port.attach(
                 nursery, lambda sends: self.system.post(self.port.name, sends), lambda text: self.end(LOST, text),
                 lost=self._state() != "New",
@@ -177,6 +190,7 @@ class Unit:
         return row.state if row else "New"
 
     async def _end(self) -> bool:
+        self.interactions.end("the activity has ended: " + ": ".join(filter(None, self._reason)))
         with trio.move_on_after(STOP_S) as scope:
             await self.port.stop("activity terminated: " + ": ".join(filter(None, self._reason)))
         if scope.cancelled_caught:

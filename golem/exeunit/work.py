@@ -116,6 +116,10 @@ class RuntimePort:
         """Counters in the order of the agreement's usage vector."""
         return self._counters.vector(self._terms.usage_vector, time.monotonic())
 
+    def exposed_ports(self) -> tuple[int, ...]:
+        """The ports that the deployed image exposes."""
+        return self._deployment.ports if self._deployment else ()
+
     def running(self) -> str | None:
         """The JSON text of the command that runs."""
         return self._running[2] if self._running else None
@@ -190,9 +194,9 @@ class RuntimePort:
                 raise Failed(f"{command.kind} is not supported")
         return None, 0
 
-    def tell(self, message: Execute, kind: dict[str, Any]) -> None:
-        """Put an event of a command into the live log."""
-        self._live.add(message.batch_id, message.index, time.time(), kind)
+    def tell(self, message: Execute, kind: dict[str, Any], *, asked: bool = True) -> None:
+        """Put an event of a command into the live log; one that its script did not ask for is for watchers alone."""
+        self._live.add(message.batch_id, message.index, time.time(), kind, asked=asked)
 
     # -- commands
     async def _deploy(self, message: Execute, deploy: Deploy) -> None:
@@ -289,30 +293,30 @@ class RuntimePort:
 
 
 class _Progress:
-    """Tells of the progress of one command, if it asked for it, not more often than it asked for."""
+    """Tells of the progress of one command, not more often than it asked for; watchers hear of it unasked."""
 
     def __init__(self, port: RuntimePort, message: Execute, wanted: Progress | None) -> None:
         self._port, self._message = port, message
-        self._interval_s = None if wanted is None else _interval(wanted.update_interval)
+        self._asked = wanted is not None
+        self._interval_s = _interval(wanted.update_interval if wanted else None)
         self._next = 0.0
         self._last: tuple[int, int | None] = (0, None)
 
     def bytes(self, done: int, total: int | None) -> None:
         """So many bytes of so many are there."""
         self._last = (done, total)
-        if self._interval_s is None or (time.monotonic() < self._next and done != total):
+        if time.monotonic() < self._next and done != total:
             return
         self._next = time.monotonic() + self._interval_s
         self._tell(None)
 
     def notice(self, text: str) -> None:
         """Something worth saying."""
-        if self._interval_s is not None:
-            self._tell(text)
+        self._tell(text)
 
     def _tell(self, text: str | None) -> None:
         event = {"step": [0, 1], "message": text, "progress": list(self._last), "unit": "Bytes"}
-        self._port.tell(self._message, {"progress": event})
+        self._port.tell(self._message, {"progress": event}, asked=self._asked)
 
 
 def _interval(text: str | None) -> float:

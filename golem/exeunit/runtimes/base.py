@@ -107,6 +107,7 @@ class Deployment:
 
     volumes: tuple[Volume, ...]
     start_mode: Literal["empty", "blocking"] = "empty"
+    ports: tuple[int, ...] = ()  # TCP ports that the image says its services listen on
 
 
 @dataclass(frozen=True)

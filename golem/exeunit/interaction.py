@@ -1,0 +1,252 @@
+"""The shell and the services of a running activity, at the exe-unit: what comes by the streams it dials back on.
+
+Every stream carries one program with live input (`Runtime.open_terminal`) or one TCP connection into the guest
+(`Runtime.connect`). A stream that ends has hung up: its program is killed. What runs here runs in the activity's own
+container and is counted and limited with it. Neighbours: `golem/interaction_wire.py` says what goes over a stream,
+`golem/interaction.py` is at the other ends; `process.py` knows the state of the activity.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+import trio
+
+from golem.exeunit.runtimes.base import Interaction, Runtime, RuntimeFault, Terminal, check_arguments
+from golem.interaction_wire import (
+    DATA_BYTES,
+    FAREWELL_S,
+    OPEN_S,
+    STDERR,
+    STDOUT,
+    WINDOW_BYTES,
+    Channel,
+    Connect,
+    InteractionFault,
+    OpenTerminal,
+    check_request,
+    check_window,
+)
+from golem.net.types import RemoteError, Unreachable
+from golem.router import splice
+
+log = logging.getLogger("golem.exeunit")
+
+KINDS: tuple[Interaction, ...] = ("shell", "proxy-http")
+MAX_STREAMS = 64  # open at a time
+IDLE_S = 3600.0  # a connection on which nothing moves for so long is closed; a terminal may wait for its user
+DEFAULT_PORT = 80
+_NAMES = {"shell": "shells", "proxy-http": "connections to services (proxy-http)"}
+
+
+def allowed_interactions(text: str | None, runtime: Runtime) -> frozenset[Interaction]:
+    """Return what of `text` ("shell,proxy-http"; "" is nothing, None is everything) this runtime has.
+
+    Errors: ValueError for an unknown word.
+    """
+    if text is None:
+        return runtime.interactions
+    wanted = {word.strip() for word in text.split(",") if word.strip()}
+    if unknown := sorted(wanted.difference(KINDS)):
+        raise ValueError(f"unknown interaction {unknown[0][:40]!r}, expected some of {', '.join(KINDS)}")
+    return frozenset(kind for kind in KINDS if kind in wanted and kind in runtime.interactions)
+
+
+class UnitInteractions:
+    """The open streams of one activity.
+
+    `state()` is the activity's state; `dial()` opens the stream back; `ports()` are the ports the image exposes.
+    """
+
+    def __init__(
+        self,
+        activity_id: str,
+        runtime: Runtime,
+        allowed: frozenset[Interaction],
+        state: Callable[[], str],
+        dial: Callable[[], Awaitable[trio.abc.Stream]],
+        ports: Callable[[], Sequence[int]] = tuple,
+    ) -> None:
+        self._activity_id, self._runtime, self._allowed = activity_id, runtime, allowed
+        self._state, self._dial, self._ports = state, dial, ports
+        self._open: set[trio.CancelScope] = set()
+        self._ended: str | None = None  # why nothing can be opened any more
+
+    def call(self, nursery: trio.Nursery, token: str) -> list[str]:
+        """Answer the node's call to dial back: `["ok"]`, and a task of `nursery` does it, or `["error", code, text]`."""
+        try:
+            self._check_open()
+        except InteractionFault as fault:
+            return ["error", fault.code, str(fault)]
+        scope = trio.CancelScope()
+        self._open.add(scope)
+        nursery.start_soon(self._serve, token, scope)
+        return ["ok"]
+
+    def end(self, why: str) -> None:
+        """End all that is open and refuse what comes, telling why."""
+        self._ended = why
+        for scope in self._open:
+            scope.cancel()
+
+    def _check_open(self) -> None:
+        if self._ended is not None or self._state() == "Terminated":
+            raise InteractionFault("gone", self._ended or "the activity has ended")
+        if len(self._open) >= MAX_STREAMS:
+            raise InteractionFault("busy", f"the activity has {MAX_STREAMS} open shells and connections already")
+
+    def _check(self, kind: Interaction) -> None:
+        if kind not in self._runtime.interactions:
+            what = "shell" if kind == "shell" else "services to connect to"
+            raise InteractionFault("unsupported", f"runtime {self._runtime.name} has no {what}")
+        if kind not in self._allowed:
+            raise InteractionFault("forbidden", f"the provider does not allow {_NAMES[kind]}")
+        if (state := self._state()) != "Ready":
+            raise InteractionFault("conflict", f"the activity is not started: it is {state.lower()}, deploy and start it first")
+
+    async def _serve(self, token: str, scope: trio.CancelScope) -> None:
+        try:
+            try:
+                stream = await self._dial()
+            except (Unreachable, RemoteError) as error:
+                log.warning("cannot dial back to the node: %s", error)
+                return
+            channel = Channel(stream)
+            try:
+                with scope:
+                    await self._session(token, channel)
+                if scope.cancelled_caught and self._ended:
+                    await _tell(channel, InteractionFault("gone", self._ended))
+            finally:
+                with trio.CancelScope(shield=True):
+                    await trio.aclose_forcefully(stream)
+        finally:
+            self._open.discard(scope)
+
+    async def _session(self, token: str, channel: Channel) -> None:
+        try:
+            await channel.write("token", token, self._activity_id, timeout_s=OPEN_S)
+            match check_request(await channel.read(OPEN_S)):
+                case OpenTerminal() as request:
+                    self._check("shell")
+                    await self._terminal(request, channel)
+                case Connect(port):
+                    self._check("proxy-http")
+                    await self._connect(port, channel)
+        except InteractionFault as fault:
+            await _tell(channel, fault)
+        except (RuntimeFault, OSError) as fault:
+            await _tell(channel, InteractionFault("refused", str(fault)))
+        except Exception as error:
+            # a bug of ours or of a runtime ends this stream and is told; the activity goes on
+            log.exception("interaction failed")
+            await _tell(channel, InteractionFault("refused", f"internal error of the exe-unit: {type(error).__name__}"))
+
+    async def _terminal(self, request: OpenTerminal, channel: Channel) -> None:
+        check_arguments([*request.argv, *(f"{name}={value}" for name, value in request.env.items())])
+        terminal = await self._runtime.open_terminal(
+            tuple(request.argv), env=request.env, tty=request.tty, rows=request.rows, cols=request.cols
+        )
+        try:
+            await channel.write("ok")
+            await _Session(terminal, channel).run()
+            await channel.finish(FAREWELL_S)
+        finally:
+            with trio.CancelScope(shield=True):
+                await terminal.aclose()
+
+    async def _connect(self, port: int, channel: Channel) -> None:
+        if port == 0:
+            exposed = self._ports()
+            if len(exposed) > 1:
+                listed = ", ".join(map(str, sorted(exposed)[:20]))
+                raise InteractionFault("bad_request", f"the image exposes several ports ({listed}): say which one")
+            port = exposed[0] if exposed else DEFAULT_PORT
+        try:
+            guest = await self._runtime.connect(port)
+        except RuntimeFault as fault:
+            raise InteractionFault("refused", f"port {port} of the activity: {fault}") from None
+        try:
+            await channel.write("ok")
+            await splice(channel, guest, IDLE_S)
+        finally:
+            with trio.CancelScope(shield=True):
+                await trio.aclose_forcefully(guest)
+
+
+class _Session:
+    """One program with live input: three tasks between its terminal and its stream."""
+
+    def __init__(self, terminal: Terminal, channel: Channel) -> None:
+        self._terminal, self._channel = terminal, channel
+        self._input, self._inputs = trio.open_memory_channel[bytes](WINDOW_BYTES)
+        self._waiting = 0  # bytes of input that the program has not taken
+        self._fault: InteractionFault | RuntimeFault | None = None
+
+    async def run(self) -> None:
+        """Until the program has ended and its status is told. Raises `InteractionFault`, `RuntimeFault`."""
+        async with trio.open_nursery() as nursery:
+            for task in (self._read, self._feed, self._report):
+                nursery.start_soon(self._guard, task, nursery.cancel_scope)
+        if self._fault is not None:
+            raise self._fault
+
+    async def _guard(self, task: Callable[[trio.CancelScope], Awaitable[None]], scope: trio.CancelScope) -> None:
+        try:
+            await task(scope)
+        except (InteractionFault, RuntimeFault) as fault:
+            self._fault = self._fault or fault
+            scope.cancel()
+
+    async def _read(self, scope: trio.CancelScope) -> None:
+        """Take frames as they come; their end is a hang-up, whatever the program is doing."""
+        ended = False
+        while (frame := await self._channel.read()) is not None:
+            match frame:
+                case ["input", bytes() as data] if data and not ended:
+                    self._waiting += len(data)
+                    if self._waiting > WINDOW_BYTES:
+                        raise InteractionFault("bad_request", f"more than {WINDOW_BYTES} bytes of input on the way")
+                    self._input.send_nowait(data)  # every frame has a byte at least: it cannot be full
+                case ["end"]:
+                    ended = True
+                    self._input.close()
+                case ["resize", int() as rows, int() as cols]:
+                    check_window(rows, cols)
+                    await self._terminal.resize(rows, cols)
+                case _:
+                    raise InteractionFault("bad_request", "not a frame of a terminal")
+        scope.cancel()
+
+    async def _feed(self, scope: trio.CancelScope) -> None:
+        async for data in self._inputs:
+            await self._terminal.send(data)
+            self._waiting -= len(data)
+            await self._channel.write("taken", len(data))
+        await self._terminal.end_input()
+
+    async def _report(self, scope: trio.CancelScope) -> None:
+        while (output := await self._terminal.receive()) is not None:
+            side, data = output
+            for at in range(0, len(data), DATA_BYTES):
+                piece = data[at : at + DATA_BYTES]
+                await self._channel.write("output", STDERR if side == "stderr" else STDOUT, piece)
+        status = await self._terminal.wait()
+        await self._channel.write("exit", status.code, status.reason)
+        scope.cancel()
+
+
+async def _tell(channel: Channel, fault: InteractionFault) -> None:
+    """Send a fault to the requestor, if it still listens."""
+    with suppress(InteractionFault):
+        await channel.write("error", fault.code, str(fault)[:2000], timeout_s=FAREWELL_S)
+        await channel.finish(FAREWELL_S)
+
+
+def capabilities(named: Any, allowed: frozenset[Interaction]) -> list[str]:
+    """Return the offer's capabilities: those the runtime named itself, and what may be done beside commands."""
+    found = [word for word in named if isinstance(word, str)] if isinstance(named, list) else []
+    return found + [kind for kind in KINDS if kind in allowed and kind not in found]
