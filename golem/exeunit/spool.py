@@ -18,6 +18,7 @@ Progress = Callable[[int, int | None], None]
 Write = Callable[[bytes], Awaitable[None]]
 
 CHUNK_BYTES = 1 << 16
+BLOCK_BYTES = 1 << 20  # what is stored and hashed at a time
 
 
 class TransferError(Exception):
@@ -26,6 +27,10 @@ class TransferError(Exception):
     def __init__(self, text: str, passing: bool = False) -> None:
         super().__init__(text)
         self.passing = passing
+
+
+class HashMismatch(TransferError):
+    """The content is not what its hash promised."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class Digest:
     def check(self, found: hashlib._Hash) -> None:
         """Errors: TransferError when the content is another."""
         if found.hexdigest() != self.hex:
-            raise TransferError(f"hash mismatch: expected sha3:{self.hex}, got sha3:{found.hexdigest()}")
+            raise HashMismatch(f"hash mismatch: expected sha3:{self.hex}, got sha3:{found.hexdigest()}")
 
 
 def redacted(url: str) -> str:
@@ -67,14 +72,18 @@ def redacted(url: str) -> str:
 
 
 class Spool:
-    """An open file that a download fills; knows its length and, if asked for, its hash. A restart truncates it."""
+    """An open file that a download fills, in order; knows its length and, if asked for, its hash.
+
+    Bytes are gathered into blocks, which a thread stores and hashes. `flush` before the file is used.
+    """
 
     def __init__(self, descriptor: int, max_bytes: int, digest: Digest | None, progress: Progress | None) -> None:
         self._descriptor = descriptor
         self._max_bytes = max_bytes
-        self._digest = digest
         self._progress = progress
         self._hash = digest.new() if digest else None
+        self._held = bytearray()  # not yet stored
+        self.digest = digest
         self.size = 0
         self.total: int | None = None
         self.validator: str | None = None  # of the remote file's version, for a resumed download
@@ -92,26 +101,66 @@ class Spool:
         """Forget what came so far."""
         os.ftruncate(self._descriptor, 0)
         os.lseek(self._descriptor, 0, os.SEEK_SET)
-        self.size, self._hash = 0, self._digest.new() if self._digest else None
+        self._held.clear()
+        self.size, self._hash = 0, self.digest.new() if self.digest else None
 
-    async def write(self, chunk: bytes) -> None:
+    async def take_up(self) -> None:
+        """Go on after what the file holds already: the beginning of a download that another process did not end."""
+        self._hash = self.digest.new() if self.digest else None
+        self.size = await trio.to_thread.run_sync(self._rehash)
+        if self.size > self._max_bytes:
+            self.restart()
+
+    def _rehash(self) -> int:
+        os.lseek(self._descriptor, 0, os.SEEK_SET)
+        size = 0
+        while size <= self._max_bytes and (block := os.read(self._descriptor, BLOCK_BYTES)):
+            size += len(block)
+            if self._hash is not None:
+                self._hash.update(block)
+        return size
+
+    async def write(self, chunk: bytes | bytearray) -> None:
         """Errors: TransferError above the size limit or when the disk is full."""
         if self.size + len(chunk) > self._max_bytes:
             raise TransferError(f"the file is too large: more than {self._max_bytes} bytes")
-        view = memoryview(chunk)
+        if self._held or len(chunk) < BLOCK_BYTES:
+            self._held += chunk
+            self.size += len(chunk)
+            if len(self._held) >= BLOCK_BYTES:
+                await self.flush()
+            else:
+                await trio.lowlevel.checkpoint()
+        else:
+            await trio.to_thread.run_sync(self._store, chunk)
+            self.size += len(chunk)
+        if self._progress is not None:
+            self._progress(self.size, self.total)
+
+    async def flush(self) -> None:
+        """Store what was written.
+
+        Errors: TransferError when the disk is full.
+        """
+        if self._held:
+            await trio.to_thread.run_sync(self._store, self._held)  # wholly or, if cancelled before, not at all
+            self._held = bytearray()
+
+    def _store(self, block: bytes | bytearray) -> None:
+        view = memoryview(block)
         try:
             while view:
                 view = view[os.write(self._descriptor, view) :]
         except OSError as error:
             raise TransferError(f"cannot store the file: {error.strerror}") from None
-        self.size += len(chunk)
         if self._hash is not None:
-            self._hash.update(chunk)
-        if self._progress is not None:
-            self._progress(self.size, self.total)
-        await trio.lowlevel.checkpoint()
+            self._hash.update(block)
 
-    def check(self) -> None:
-        """Errors: TransferError if the content is not the expected one."""
-        if self._digest is not None and self._hash is not None:
-            self._digest.check(self._hash)
+    async def finish(self) -> None:
+        """All is there: store it, and check its hash.
+
+        Errors: TransferError, of which HashMismatch if the content is not the expected one.
+        """
+        await self.flush()
+        if self.digest is not None and self._hash is not None:
+            self.digest.check(self._hash)

@@ -23,8 +23,9 @@ import trio
 from golem.exeunit import beneath
 from golem.exeunit.runtimes.base import RuntimeFault, Volume, guest_path
 from golem.exeunit.spool import (
-    CHUNK_BYTES,
+    BLOCK_BYTES,
     Digest,
+    HashMismatch,
     Progress,
     Spool,
     TransferError,
@@ -38,6 +39,7 @@ __all__ = [
     "OFFERED_PROTOCOLS",
     "Digest",
     "GftpClient",
+    "HashMismatch",
     "Location",
     "TransferError",
     "TransferPolicy",
@@ -48,6 +50,8 @@ __all__ = [
 Notice = Callable[[str], None]
 
 RETRY_DELAYS_S = (2.0, 4.0)
+MIN_PROGRESS_BYTES = 1 << 16  # that an attempt must bring in order not to count
+PATIENT_DELAYS_S = (2.0, 4.0, 8.0, 16.0)  # of a transfer that had begun
 SCHEMES = ("container", "gftp", "http", "https", "file")
 OFFERED_PROTOCOLS = ("http", "https", "gftp")
 _HASH_BITS = (224, 256, 384, 512)
@@ -134,6 +138,8 @@ class GftpRemote:
 
     async def download(self, url: str, spool: Spool) -> None:
         spool.expect(await self._client.size(url))
+        if spool.total is not None and spool.size > spool.total:
+            spool.restart()  # not the beginning of this file
         await self._client.download(url, spool.size, spool.write)
         if spool.size != spool.total:
             raise TransferError(f"{redacted(url)}: got {spool.size} bytes of {spool.total}", passing=True)
@@ -204,25 +210,43 @@ class Transfers:
         descriptor: int,
         *,
         max_bytes: int,
+        resume: bool = False,
         progress: Progress | None = None,
         notice: Notice | None = None,
     ) -> int:
-        """Bring a remote or `file:` location into an open, writable file; returns its size. The hash is checked.
+        """Bring a remote or `file:` location into an open, readable and writable file; returns its size.
 
-        Errors: TransferError.
+        The hash is checked. `resume`: the file may hold the beginning already, from a fetch of the same location (with a
+        hash) that failed or was cancelled; a beginning that turns out not to fit is fetched anew.
+        Errors: TransferError; of which HashMismatch says that the file is of no use.
         """
-        spool = Spool(descriptor, min(max_bytes, self.policy.max_bytes), location.digest, progress)
-        spool.restart()
+        spool = Spool(descriptor, min(max_bytes, self.policy.max_bytes), _digest_of(location), progress)
         with trio.move_on_after(self.policy.max_time_s) as scope:
-            if location.scheme == "file":
-                await self._copy_file(location.rest, spool)
+            if resume and location.digest is not None and location.scheme != "file":
+                await spool.take_up()
             else:
-                remote = self._remote(location)
-                await self._try(lambda: remote.download(location.rest, spool), notice)
-            spool.check()
+                spool.restart()
+            kept = spool.size
+            await self._fill(location, spool, notice)
+            try:
+                await spool.finish()
+            except HashMismatch:
+                if not kept:
+                    raise
+                _say(notice, "What an earlier download left does not fit: starting over")
+                spool.restart()
+                await self._fill(location, spool, notice)
+                await spool.finish()
         if scope.cancelled_caught:
             raise TransferError(f"the download took longer than {self.policy.max_time_s:g} s")
         return spool.size
+
+    async def _fill(self, location: Location, spool: Spool, notice: Notice | None) -> None:
+        if location.scheme == "file":
+            await self._copy_file(location.rest, spool)
+        else:
+            remote = self._remote(location)
+            await self._try(lambda: remote.download(location.rest, spool), notice, lambda: spool.size)
 
     async def _into_volume(
         self,
@@ -244,7 +268,7 @@ class Transfers:
                     spool = Spool(new.descriptor, max_bytes, origin.digest, progress)
                     with self._open_in_volume(volumes, origin.rest) as descriptor:
                         await _copy(descriptor, spool)
-                    spool.check()
+                    await spool.finish()
                     size = spool.size
                 new.commit()
                 return size
@@ -264,7 +288,7 @@ class Transfers:
         if origin.remote:
             with tempfile.TemporaryFile() as file:
                 size = await self.fetch(origin, file.fileno(), max_bytes=max_bytes, notice=notice)
-                await self._try(lambda: remote.upload(goal.rest, file.fileno(), size, progress), notice)
+                await self._try(lambda: remote.upload(goal.rest, file.fileno(), size, progress), notice, lambda: 0)
                 return size
         with self._open_in_volume(volumes, origin.rest) as descriptor:
             size = os.fstat(descriptor).st_size
@@ -272,7 +296,7 @@ class Transfers:
                 raise TransferError(f"the file is too large: {size} bytes, at most {max_bytes}")
             if origin.digest is not None:
                 await _check_file(descriptor, origin.digest)
-            await self._try(lambda: remote.upload(goal.rest, descriptor, size, progress), notice)
+            await self._try(lambda: remote.upload(goal.rest, descriptor, size, progress), notice, lambda: 0)
             return size
 
     def _open_in_volume(self, volumes: Sequence[Volume], container_path: str) -> beneath.OpenFile:
@@ -302,18 +326,40 @@ class Transfers:
             return self._gftp
         raise TransferError(f"transfers of {location.scheme}: URLs are not available here")
 
-    async def _try(self, attempt: Callable[[], Awaitable[None]], notice: Notice | None) -> None:
-        """Make an attempt, and after a passing failure two more with growing waits."""
-        for delay_s in RETRY_DELAYS_S:
+    async def _try(
+        self, attempt: Callable[[], Awaitable[None]], notice: Notice | None, reached: Callable[[], int]
+    ) -> None:
+        """Make an attempt, and after a passing failure more with growing waits: two, or some more once it had begun.
+
+        `reached()` tells how many bytes are over; attempts that add enough to them do not count.
+        """
+        delays = iter(RETRY_DELAYS_S)
+        best = reached()
+        while True:
             try:
                 return await attempt()
             except TransferError as error:
-                if not error.passing:
+                if error.passing and reached() >= best + MIN_PROGRESS_BYTES:
+                    best = reached()
+                    delays = iter(PATIENT_DELAYS_S)
+                delay_s = next(delays, None) if error.passing else None
+                if delay_s is None:
                     raise
-                if notice is not None:
-                    notice(f"Retry in {delay_s:g}s because of error: {error}")
+                _say(notice, f"Retry in {delay_s:g}s because of error: {error}")
             await self._sleep(delay_s)
-        return await attempt()
+
+
+def _say(notice: Notice | None, text: str) -> None:
+    if notice is not None:
+        notice(text)
+
+
+def _digest_of(location: Location) -> Digest | None:
+    """The hash that a location's content must have: a gftp name of 64 hex digits is one as well."""
+    name = location.rest.rpartition("/")[2]
+    if location.digest is None and location.scheme == "gftp" and re.fullmatch(r"[0-9a-f]{64}", name):
+        return Digest(256, name)
+    return location.digest
 
 
 def find_volume(volumes: Sequence[Volume], container_path: str) -> tuple[Volume, str]:
@@ -338,16 +384,15 @@ def find_volume(volumes: Sequence[Volume], container_path: str) -> tuple[Volume,
 
 
 async def _copy(descriptor: int, spool: Spool) -> None:
-    while chunk := os.read(descriptor, CHUNK_BYTES):
-        await spool.write(chunk)
+    while block := await trio.to_thread.run_sync(os.read, descriptor, BLOCK_BYTES):
+        await spool.write(block)
 
 
 async def _check_file(descriptor: int, digest: Digest) -> None:
     found, offset = digest.new(), 0
-    while chunk := os.pread(descriptor, CHUNK_BYTES, offset):
-        found.update(chunk)
-        offset += len(chunk)
-        await trio.lowlevel.checkpoint()
+    while block := await trio.to_thread.run_sync(os.pread, descriptor, BLOCK_BYTES, offset):
+        await trio.to_thread.run_sync(found.update, block)
+        offset += len(block)
     digest.check(found)
 
 

@@ -96,12 +96,14 @@ class Web:
 
     async def download(self, url: str, spool: Spool) -> None:
         headers = {}
-        if spool.size and spool.validator:
-            headers = {"Range": f"bytes={spool.size}-", "If-Range": spool.validator}
+        if spool.size and (spool.validator or spool.digest):  # without either, two versions might be mixed
+            headers = {"Range": f"bytes={spool.size}-"} | ({"If-Range": spool.validator} if spool.validator else {})
         try:
             async with self._client() as client:
                 async with client.stream("GET", url, headers=headers, follow_redirects=True) as response:
                     if response.status_code == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and headers:
+                        if response.headers.get("Content-Range", "") == f"bytes */{spool.size}":
+                            return  # all of it was there
                         spool.restart()
                         raise TransferError(f"{redacted(url)}: cannot be resumed", passing=True)
                     _check_status("GET", url, response)

@@ -23,7 +23,7 @@ from support import trio_test
 
 from golem.exeunit.runtimes.base import Volume
 from golem.exeunit.spool import Write
-from golem.exeunit.transfer import TransferError, TransferPolicy, Transfers, find_volume, parse_location
+from golem.exeunit.transfer import HashMismatch, TransferError, TransferPolicy, Transfers, find_volume, parse_location
 from golem.exeunit.web import refusal
 
 CONTENT = bytes(range(256)) * 1000
@@ -77,8 +77,11 @@ class WebServer:
         if path not in self.files:
             return _response(404, b"nothing here")
         content, start = self.files[path], 0
-        if self.ranges and "range" in headers and headers.get("if-range") == '"v1"':
+        fits = headers.get("if-range", '"v1"') == '"v1"'
+        if self.ranges and "range" in headers and fits:
             start = int(headers["range"].removeprefix("bytes=").rstrip("-"))
+            if start >= len(content):
+                return _response(416, b"", **{"Content-Range": f"bytes */{len(content)}"})
             extra = {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}", "ETag": '"v1"'}
             response = _response(206, content[start:], **extra)
         else:
@@ -328,7 +331,7 @@ async def test_file_that_changed_meanwhile_is_not_mixed(tmp_path: Path) -> None:
         def changing(method: str, path: str, headers: dict[str, str], body: bytes) -> bytes:
             web.files["/f"] = CONTENT if "range" not in headers else b"new"
             # The server honours If-Range: another version means the whole of it.
-            return answer(method, path, {key: value for key, value in headers.items() if key != "if-range"}, body)
+            return answer(method, path, {key: value for key, value in headers.items() if key != "range"}, body)
 
         web.answer = changing  # type: ignore[method-assign]
         await place.move(web.url(), "container:/golem/f")
@@ -567,3 +570,64 @@ async def test_file_urls_are_for_packages_only(tmp_path: Path) -> None:
             await place.move(source, target)
     with pytest.raises(TransferError, match="belongs to the source"):
         await place.move("container:/golem/f", f"hash:sha3:{SHA}:gftp://0x1/b")
+
+
+# -- what an earlier fetch left -----------------------------------------------------------------------------------
+
+
+async def fetch_into(place: Place, url: str, path: Path, resume: bool = True) -> int:
+    with path.open("r+b") as file, trio.fail_after(20):
+        return await place.transfers.fetch(
+            parse_location(url), file.fileno(), max_bytes=1 << 30, resume=resume, notice=place.notices.append
+        )
+
+
+@pytest.mark.parametrize("kept", [0, 1, 100_000, len(CONTENT)])
+@trio_test
+async def test_a_fetch_goes_on_after_what_is_there(tmp_path: Path, kept: int) -> None:
+    place, part = Place(tmp_path), tmp_path / "part"
+    place.gftp.files["gftp://0x1/a"] = CONTENT
+    async with web_server() as web:
+        for url in (web.url(), "gftp://0x1/a"):
+            part.write_bytes(CONTENT[:kept])
+            assert await fetch_into(place, f"hash:sha3:{SHA}:{url}", part) == len(CONTENT)
+            assert part.read_bytes() == CONTENT
+        assert web.requests[0][1].get("range") == (f"bytes={kept}-" if kept else None)
+        assert place.gftp.offsets == [kept]
+        await fetch_into(place, web.url(), part)  # without a hash nothing tells whether it fits
+        assert "range" not in web.requests[1][1]
+    assert place.notices == []
+
+
+@pytest.mark.parametrize("left", [b"x" * 1000, b"x" * len(CONTENT), b"x" * (len(CONTENT) + 1)])
+@trio_test
+async def test_a_beginning_that_does_not_fit_is_fetched_anew(tmp_path: Path, left: bytes) -> None:
+    place, part = Place(tmp_path), tmp_path / "part"
+    place.gftp.files["gftp://0x1/a"] = CONTENT
+    async with web_server() as web:
+        for url in (web.url(), "gftp://0x1/a"):
+            part.write_bytes(left)
+            assert await fetch_into(place, f"hash:sha3:{SHA}:{url}", part) == len(CONTENT)
+            assert part.read_bytes() == CONTENT
+        part.write_bytes(left)
+        with pytest.raises(HashMismatch):
+            await fetch_into(place, f"hash:sha3:{'0' * 56}:{web.url()}", part)
+
+
+@trio_test
+async def test_a_cancelled_fetch_leaves_a_beginning(tmp_path: Path) -> None:
+    place, part = Place(tmp_path), tmp_path / "part"
+    content = CONTENT * 10
+    part.touch()
+    with trio.CancelScope() as scope:
+
+        class Stuck(MemoryGftp):
+            async def download(self, url: str, offset: int, write: Write) -> None:
+                await write(content[: 1 << 20])
+                scope.cancel()
+                await trio.sleep_forever()
+
+        place.gftp = Stuck({"gftp://0x1/a": content})
+        place.transfers = Transfers(place.policy, place.gftp)
+        await fetch_into(place, f"hash:sha3:{SHA}:gftp://0x1/a", part)
+    assert part.read_bytes() == content[: 1 << 20]
