@@ -2,10 +2,13 @@
 
 To add one, write the module and name it in `_RUNTIMES`. Modules are imported when asked for: a node without Docker need
 not have its client, and the children of `wasm` import this package for every command.
+A runtime that is a program of its own needs no module: a descriptor file names it (`golem.exeunit.descriptors`), and
+`external` speaks to it.
 """
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -19,17 +22,28 @@ _RUNTIMES = {"wasmtime": ("wasm", "WasmRuntime")}
 
 
 def runtime_names() -> tuple[str, ...]:
-    """All runtimes this build knows; whether one works on this machine its `self_test` tells."""
+    """The built-in runtimes; whether one works on this machine its `self_test` tells."""
     return tuple(_RUNTIMES)
 
 
 def make_runtime(name: str, cache_dir: Path) -> Runtime:
-    """A runtime for one activity.
+    """A runtime for one activity. Descriptors are looked for where the environment variable `EXE_UNIT_PATH` says.
 
-    Errors: ValueError for an unknown name.
+    Errors: ValueError for an unknown name, or a descriptor that cannot be used.
     """
     if name not in _RUNTIMES:
-        raise ValueError(f"unknown runtime {name!r}: this provider has {', '.join(_RUNTIMES)}")
+        return _described(name)
     module, class_name = _RUNTIMES[name]
     runtime: Runtime = getattr(import_module(f"{__name__}.{module}"), class_name)(cache_dir)
     return runtime
+
+
+def _described(name: str) -> Runtime:
+    from golem.exeunit.descriptors import SEARCH, find_descriptors
+    from golem.exeunit.runtimes.external import ExternalRuntime
+
+    found = find_descriptors(os.environ.get(SEARCH), taken=_RUNTIMES)
+    if name not in found.runtimes:
+        known = ", ".join([*_RUNTIMES, *found.runtimes])
+        raise ValueError("; ".join([f"unknown runtime {name!r}: this provider has {known}", *found.problems]))
+    return ExternalRuntime(found.runtimes[name])
