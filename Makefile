@@ -20,7 +20,7 @@ demo:
 	@.venv/bin/python -m golem.demo $(if $(RUNTIME),--runtime $(RUNTIME)) $(ARGS)
 
 test:
-	@.ci/setup node yapapi vyper anvil
+	@.ci/setup node yapapi vyper anvil golem-js
 	@.venv/bin/python -m pytest $(ARGS)
 
 lint:
@@ -38,6 +38,6 @@ setup:
 	@.ci/setup node yapapi
 
 clean:
-	rm -rf .venv .venv-yapapi .venv-vyper node_modules .demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis \
+	rm -rf .venv .venv-yapapi .venv-vyper node_modules examples/js/node_modules .demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis \
 	    .import_linter_cache benchmarks/results
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
