@@ -1,0 +1,392 @@
+"""A hand inside an activity: two nodes' buses and an exe-unit's end, over real pseudo-terminals and TCP of this machine."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import trio
+import trio.testing
+from host_runtime import HostRuntime
+from support import trio_test
+from wire import A, B, Node, two_nodes
+
+from actors.activity import ActivityRow
+from golem.bus import BusClient, open_stream
+from golem.exeunit.__main__ import offer_template
+from golem.exeunit.interaction import MAX_STREAMS, UnitInteractions, allowed_interactions
+from golem.exeunit.live import LiveLog
+from golem.exeunit.runtimes import make_runtime
+from golem.exeunit.runtimes.base import Interaction
+from golem.interaction import Exit, Interactions, Output, Taken, TerminalClient
+from golem.interaction_wire import BACK, STREAM, WINDOW_BYTES, Channel, InteractionFault, OpenTerminal
+
+ACTIVITY = "1" * 32
+PROVIDER, REQUESTOR = A, B
+
+
+def row(role: str, state: str = "Ready") -> ActivityRow:
+    return ActivityRow(ACTIVITY, "a" * 64, role, REQUESTOR, PROVIDER, 0.0, state)
+
+
+@dataclass
+class Hand:
+    """Both nodes and the exe-unit's end."""
+
+    requestor: Interactions
+    provider_node: Node
+    requestor_node: Node
+    runtime: HostRuntime
+    unit: UnitInteractions
+    rows: dict[str, ActivityRow]
+    nursery: trio.Nursery
+    state: str = "Ready"
+    tmp_path: Path = Path()
+    dialled: int = 0
+
+    async def terminal(self, *argv: str, **options: Any) -> TerminalClient:
+        return await self.requestor.open_terminal(row("Requestor"), OpenTerminal(list(argv), **options))
+
+    async def refused(self, *argv: str) -> InteractionFault:
+        with pytest.raises(InteractionFault) as caught:
+            await self.terminal(*argv)
+        return caught.value
+
+
+@asynccontextmanager
+async def hand(
+    tmp_path: Path, allowed: str | None = None, interactions: Sequence[Interaction] = ("shell", "proxy-http")
+) -> AsyncIterator[Hand]:
+    with trio.fail_after(20):
+        async with two_nodes(tmp_path) as (provider, requestor, nursery):
+            rows = {ACTIVITY: row("Provider")}
+            Interactions(PROVIDER, provider.router, rows.get)
+            runtime = HostRuntime(nursery, interactions)
+
+            async def on_call(sender: str, target: str, payload: bytes) -> bytes:
+                made.dialled += 1
+                match msgspec.msgpack.decode(payload):
+                    case ["dial", token]:
+                        return msgspec.msgpack.encode(made.unit.call(nursery, token))
+                raise AssertionError
+
+            client = BusClient(tmp_path / "a.sock", f"exeunit:{ACTIVITY}", "exeunit", on_call=on_call)
+            unit = UnitInteractions(
+                ACTIVITY, runtime, allowed_interactions(allowed, runtime), lambda: made.state,
+                lambda: client.open_stream("", BACK), lambda: runtime.ports,
+            )  # fmt: skip
+            made = Hand(
+                Interactions(REQUESTOR, requestor.router, {}.get), provider, requestor, runtime, unit, rows, nursery,
+                tmp_path=tmp_path,
+            )  # fmt: skip
+            await nursery.start(client.run)
+            yield made
+            await runtime.stop()
+
+
+async def collect(terminal: TerminalClient) -> tuple[bytes, bytes, Exit]:
+    """Read to the end; returns both sides and the end."""
+    sides = {1: b"", 2: b""}
+    while True:
+        match await terminal.receive():
+            case Output(side, data):
+                sides[side] += data
+            case Exit() as end:
+                return sides[1], sides[2], end
+
+
+async def wait_for(terminal: TerminalClient, text: bytes) -> bytes:
+    seen = b""
+    while text not in seen:
+        match await terminal.receive():
+            case Output(_, data):
+                seen += data
+            case Exit():
+                raise AssertionError(seen)
+    return seen
+
+
+async def flood(terminal: TerminalClient) -> None:
+    for _ in range(100):
+        await terminal._channel.write("input", bytes(32 << 10))
+    while True:
+        await terminal.receive()
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@trio_test
+async def test_a_program_its_sides_and_its_status(tmp_path: Path) -> None:
+    async with hand(tmp_path) as h:
+        terminal = await h.terminal("sh", "-c", 'cat; echo "$WHO" >&2; exit 7', env={"WHO": "me"})
+        await terminal.send(b"all\0 bytes\xff")
+        await terminal.end_input()
+        assert await collect(terminal) == (b"all\0 bytes\xff", b"me\n", Exit(7, None))
+        await terminal.aclose()
+        with pytest.raises(InteractionFault, match="cannot run /none/such"):
+            await h.terminal("/none/such")
+        terminal = await h.terminal("sh", "-c", "kill -9 $$")
+        assert (await collect(terminal))[2].code == 137
+        await terminal.aclose()
+
+
+@trio_test
+async def test_a_shell_with_a_window_that_changes_and_ctrl_c(tmp_path: Path) -> None:
+    async with hand(tmp_path) as h:
+        terminal = await h.terminal(tty=True, rows=33, cols=77)
+        await terminal.send(b"stty size; tty\n")
+        assert b"33 77" in await wait_for(terminal, b"/dev/pts")
+        await terminal.resize(44, 99)
+        await terminal.send(b"stty size\n")
+        await wait_for(terminal, b"44 99")
+        await terminal.send(b"trap 'echo cau''ght' INT; echo rea''dy; sleep 100\n")
+        await wait_for(terminal, b"ready")
+        await terminal.send(b"\x03")
+        await wait_for(terminal, b"caught")
+        with pytest.raises(InteractionFault, match="rows and columns"):
+            await terminal.resize(0, 80)
+        await terminal.send(b"exit 5\n")
+        assert (await collect(terminal))[2] == Exit(5, None)
+        await terminal.aclose()
+
+
+@trio_test
+async def test_more_than_fits_any_buffer_goes_both_ways(tmp_path: Path) -> None:
+    async with hand(tmp_path) as h:
+        terminal = await h.terminal("cat")
+        data = os.urandom(3 * WINDOW_BYTES)
+        taken = 0
+        got = bytearray()
+
+        async def write() -> None:
+            await terminal.send(data)
+            await terminal.end_input()
+
+        h.nursery.start_soon(write)
+        while not isinstance(event := await terminal.receive(), Exit):
+            if isinstance(event, Taken):
+                taken += event.size
+            else:
+                got += event.data
+        assert (bytes(got) == data, taken, event.code) == (True, len(data), 0)
+        await terminal.aclose()
+
+
+@trio_test
+async def test_hanging_up_kills_at_once_even_a_program_that_does_not_read(tmp_path: Path) -> None:
+    async with hand(tmp_path) as h:
+        terminal = await h.terminal("sleep", "1000")
+        h.nursery.start_soon(terminal.send, bytes(10 * WINDOW_BYTES))
+        while terminal._untaken < WINDOW_BYTES:
+            await trio.sleep(0.01)
+        await trio.testing.wait_all_tasks_blocked(0.02)
+        assert terminal._untaken == WINDOW_BYTES  # it stops at the window, it does not swallow memory
+        pid = h.runtime.terminals[0].process.pid
+        assert alive(pid)
+        await terminal.aclose()
+        while alive(pid):
+            await trio.sleep(0.01)
+
+
+@trio_test
+async def test_who_ignores_the_window_is_cut_off(tmp_path: Path) -> None:
+    async with hand(tmp_path) as h:
+        terminal = await h.terminal("sleep", "1000")
+        with pytest.raises(InteractionFault, match=r"of input on the way|broke") as caught:
+            await flood(terminal)
+        assert caught.value.code in ("bad_request", "lost")
+        await terminal.aclose()
+        while alive(h.runtime.terminals[0].process.pid):
+            await trio.sleep(0.01)
+        for nonsense in (["input", "text"], ["resize", -1, 5], ["dance"], ["input", b""]):
+            terminal = await h.terminal("sleep", "1000")
+            await terminal._channel.write(*nonsense)
+            with pytest.raises(InteractionFault):
+                await terminal.receive()
+            await terminal.aclose()
+
+
+@trio_test
+async def test_what_is_refused_says_why(tmp_path: Path) -> None:
+    async with hand(tmp_path) as h:
+        h.state = "Deployed"
+        fault = await h.refused("ls")
+        assert (fault.code, "not started: it is deployed" in str(fault)) == ("conflict", True)
+        h.state = "Ready"
+        fault = await h.refused("a\0b")
+        assert (fault.code, str(fault)) == ("refused", "an argument holds a NUL byte")
+        fault = await h.refused(*["x" * 1000] * 400)
+        assert "out of bounds" in str(fault) or fault.code == "lost"
+        open_one = await h.terminal("sleep", "1000")
+        h.unit.end("the activity has ended: destroyed")
+        with pytest.raises(InteractionFault, match="the activity has ended: destroyed") as caught:
+            await open_one.receive()
+        assert caught.value.code == "gone"
+        fault = await h.refused("ls")
+        assert (fault.code, str(fault)) == ("gone", "the activity has ended: destroyed")
+        h.rows[ACTIVITY] = row("Provider", "Terminated")
+        assert (await h.refused("ls")).code == "gone"
+        with pytest.raises(InteractionFault, match="has ended"):
+            await h.requestor.open_terminal(row("Requestor", "Terminated"), OpenTerminal(["ls"]))
+
+
+@trio_test
+async def test_a_provider_that_allows_nothing_and_a_runtime_that_has_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    async with hand(tmp_path / "a", allowed="proxy-http") as h:
+        fault = await h.refused("ls")
+        assert (fault.code, str(fault)) == ("forbidden", "the provider does not allow shells")
+    (tmp_path / "b").mkdir()
+    async with hand(tmp_path / "b", allowed="", interactions=("proxy-http",)) as h:
+        fault = await h.refused("ls")
+        assert (fault.code, str(fault)) == ("unsupported", "runtime host has no shell")
+        with pytest.raises(InteractionFault, match=r"the provider does not allow connections to services \(proxy-http\)"):
+            await h.requestor.connect(row("Requestor"), 80)
+
+
+@trio_test
+async def test_strangers_and_the_provider_itself_are_refused(tmp_path: Path) -> None:
+    async with hand(tmp_path) as h:
+        h.rows[ACTIVITY] = msgspec.structs.replace(row("Provider"), requestor="0x" + "c" * 40)
+        fault = await h.refused("id")  # the stranger claims the row it likes; the provider's counts
+        assert (fault.code, str(fault)) == ("forbidden", "not an activity of this requestor")
+        h.rows.clear()
+        assert (await h.refused("id")).code == "forbidden"
+        h.rows[ACTIVITY] = row("Requestor")
+        assert (await h.refused("id")).code == "forbidden"
+        h.rows[ACTIVITY] = row("Provider")
+        own = Channel(await open_stream(tmp_path / "a.sock", "", STREAM))  # by the provider's own bus
+        await own.write("open", ACTIVITY)
+        assert await own.read() == ["error", "forbidden", "not an activity of this requestor"]
+        await own.aclose()
+        assert h.dialled == 0
+
+
+@trio_test
+async def test_a_token_counts_once_and_from_the_bus_alone(tmp_path: Path) -> None:
+    async with hand(tmp_path) as h:
+        for path, node in ((tmp_path / "a.sock", ""), (tmp_path / "b.sock", PROVIDER)):
+            stray = Channel(await open_stream(path, node, BACK))
+            await stray.write("token", "0" * 32, ACTIVITY)
+            assert await stray.read() is None
+            await stray.aclose()
+        tokens = []
+        dial = h.unit.call
+
+        def watched(nursery: trio.Nursery, token: str) -> list[str]:
+            tokens.append(token)
+            return dial(nursery, token)
+
+        h.unit.call = watched  # type: ignore[method-assign]
+        terminal = await h.terminal("sleep", "1000")
+        again = Channel(await open_stream(tmp_path / "a.sock", "", BACK))
+        await again.write("token", tokens[0], ACTIVITY)
+        assert await again.read() is None
+        await again.aclose()
+        await terminal.aclose()
+
+
+@trio_test
+async def test_open_streams_are_counted_and_given_back(tmp_path: Path) -> None:
+    async with hand(tmp_path) as h:
+        listener = (await trio.open_tcp_listeners(0, host="127.0.0.1"))[0]
+        port = listener.socket.getsockname()[1]
+        h.nursery.start_soon(trio.serve_listeners, lambda stream: stream.receive_some(1), [listener])
+        streams = [await h.requestor.connect(row("Requestor"), port) for _ in range(MAX_STREAMS)]
+        fault = await h.refused("true")
+        assert fault.code == "busy"
+        for stream in streams:
+            await stream.aclose()
+        while h.unit._open:
+            await trio.sleep(0.01)
+        assert (await collect(await h.terminal("true")))[2] == Exit(0, None)
+
+
+@trio_test
+async def test_a_connection_with_an_end_of_its_own_each_way(tmp_path: Path) -> None:
+    async with hand(tmp_path) as h:
+
+        async def serve(stream: trio.SocketStream) -> None:
+            data = b"".join([chunk async for chunk in stream])
+            await stream.send_all(data[::-1])
+
+        listener = (await trio.open_tcp_listeners(0, host="127.0.0.1"))[0]
+        port = listener.socket.getsockname()[1]
+        h.nursery.start_soon(trio.serve_listeners, serve, [listener])
+        channel = await h.requestor.connect(row("Requestor"), port)
+        data = os.urandom(2 << 20)
+        await channel.send_all(data)
+        await channel.send_eof()
+        got = bytearray()
+        while chunk := await channel.receive_some():
+            got += chunk
+        assert bytes(got) == data[::-1]
+        await channel.aclose()
+        with socket.socket() as unused:
+            unused.bind(("127.0.0.1", 0))
+            dead = unused.getsockname()[1]
+            with pytest.raises(InteractionFault, match=f"port {dead} of the activity: nothing answers") as caught:
+                await h.requestor.connect(row("Requestor"), dead)
+        assert caught.value.code == "refused"
+        h.runtime.ports = (port,)
+        await (await h.requestor.connect(row("Requestor"), 0)).aclose()  # the one port of the image
+        h.runtime.ports = (port, 81)
+        with pytest.raises(InteractionFault, match="several ports"):
+            await h.requestor.connect(row("Requestor"), 0)
+        with pytest.raises(InteractionFault, match="not a port"):
+            await h.requestor.connect(row("Requestor"), 65536)
+
+
+@trio_test
+async def test_a_unit_that_is_away_or_says_no(tmp_path: Path) -> None:
+    async with two_nodes(tmp_path) as (provider, requestor, _):
+        Interactions(PROVIDER, provider.router, {ACTIVITY: row("Provider")}.get)
+        mine = Interactions(REQUESTOR, requestor.router, {}.get)
+        with pytest.raises(InteractionFault, match="the exe-unit cannot be reached: endpoint address not found") as caught:
+            await mine.open_terminal(row("Requestor"), OpenTerminal(["ls"]))
+        assert caught.value.code == "unreachable"
+        elsewhere = msgspec.structs.replace(row("Requestor"), provider="0x" + "d" * 40)
+        with pytest.raises(InteractionFault, match="the provider cannot be reached"):
+            await mine.open_terminal(elsewhere, OpenTerminal(["ls"]))
+
+
+def test_the_offer_says_what_is_allowed(tmp_path: Path) -> None:
+    everything: frozenset[Interaction] = frozenset({"shell", "proxy-http"})
+    properties = offer_template({"golem.runtime.capabilities": ["vpn"]}, everything)["properties"]
+    assert properties["golem.runtime.capabilities"] == ["vpn", "shell", "proxy-http"]
+    assert "golem.runtime.capabilities" not in offer_template({})["properties"]
+    wasm = make_runtime("wasmtime", tmp_path)
+    assert allowed_interactions(None, wasm) == allowed_interactions("shell,proxy-http", wasm) == frozenset()
+    with pytest.raises(ValueError, match="unknown interaction 'ssh'"):
+        allowed_interactions("shell,ssh", wasm)
+
+
+@trio_test
+async def test_watchers_see_all_batches_and_progress_nobody_asked_for() -> None:
+    live = LiveLog()
+    live.add("one", 0, 1.0, {"started": {}})
+    live.add("one", 0, 2.0, {"progress": {}}, asked=False)
+    live.add("two", 0, 3.0, {"started": {}})
+    assert [event[:2] for event in await live.watch(-1, 0)] == [(0, "one"), (1, "one"), (2, "two")]
+    assert [event[0] for event in await live.watch(1, 0)] == [2]
+    assert await live.watch(2, 0.01) == []
+    assert [event[0] for event in live.read("one", -1)] == [0]
+    for number in range(20):
+        live.add("big", number, 4.0, {"stdout": "x" * (1 << 20)}, asked=number % 2 == 0)
+    first = (await live.watch(-1, 0))[0]
+    assert first[0] > 2  # the oldest went first, also from its batch
+    assert live.read("one", -1) == []
+    assert live.read("big", -1)[0][1] >= first[2]
