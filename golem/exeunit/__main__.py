@@ -3,6 +3,7 @@
     python -m golem.exeunit --runtime wasmtime --activity ID --bus PATH --agreement FILE --work DIR --cache DIR
     python -m golem.exeunit offer-template --runtime wasmtime      the runtime's part of an offer, as JSON
     python -m golem.exeunit test --runtime wasmtime                status 0 if the runtime works here, else why not
+    python -m golem.exeunit sweep --runtime vm --work-root DIR     remove what dead exe-units left behind; says what
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 if TYPE_CHECKING:
-    from golem.exeunit.runtimes.base import Interaction
+    from golem.exeunit.runtimes.base import Interaction, Runtime
 
 REPORTED = "golem.activity.caps.transfer.report-progress"
 CAPABILITIES = "golem.runtime.capabilities"
@@ -47,11 +48,28 @@ def main() -> int:
         if args.command == "offer-template":
             print(json.dumps(offer_template(runtime.offer_properties(), allowed)))
             return 0
+        if args.command == "sweep":
+            return _sweep(runtime, args.work_root)
         problem = trio.run(runtime.self_test)
         if problem is not None:
             print(f"exe-unit: {problem}", file=sys.stderr)
             return 1
         return 0
+
+
+def _sweep(runtime: Runtime, work_root: Path | None) -> int:
+    from golem.exeunit.runtimes.base import RuntimeFault
+
+    if work_root is None:
+        print("exe-unit: missing --work-root", file=sys.stderr)
+        return 2
+    try:
+        for line in trio.run(runtime.sweep, work_root):
+            print(line)
+    except RuntimeFault as fault:
+        print(f"exe-unit: {fault}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def offer_template(runtime_properties: dict[str, Any], allowed: frozenset[Interaction] = frozenset()) -> dict[str, Any]:
@@ -97,12 +115,13 @@ def _run(args: argparse.Namespace) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="golem-exeunit", description="Run one activity.")
-    parser.add_argument("command", nargs="?", choices=("run", "offer-template", "test"), default="run")
+    parser.add_argument("command", nargs="?", choices=("run", "offer-template", "test", "sweep"), default="run")
     parser.add_argument("--runtime", default="wasmtime", help="name of the runtime")
     parser.add_argument("--activity", help="id of the activity")
     parser.add_argument("--bus", type=Path, help="the node's bus socket")
     parser.add_argument("--agreement", type=Path, help="the agreement as JSON")
     parser.add_argument("--work", type=Path, help="working directory of this activity alone")
+    parser.add_argument("--work-root", type=Path, help="directory of all activities' working directories, to sweep")
     parser.add_argument("--cache", type=Path, help="cache directory, shared by activities")
     parser.add_argument(
         "--transfer-policy",

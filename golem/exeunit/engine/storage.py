@@ -25,12 +25,14 @@ from pathlib import Path
 
 import trio
 
+from golem.exeunit.engine.supervisor import own_mark
 from golem.exeunit.runtimes.base import GIB, RuntimeFault
 from golem.exeunit.usage import measure_tree, remove_tree
 
 log = logging.getLogger("golem.exeunit")
 
 MIN_BYTES = 1 << 20  # the smallest file system that mke2fs makes sense of
+MARK_FILE = "supervisor"  # in a storage folder: whose it is
 SPARE_BYTES = 64 << 20  # what a node keeps of its disk for itself
 MAX_FILES = 100_000  # counted in plain directories before counting is given up
 TOOL_TIMEOUT_S = 60.0
@@ -61,6 +63,7 @@ class Storage:
 
     async def _open(self) -> None:
         self.folder.mkdir(mode=0o711)
+        (self.folder / MARK_FILE).write_text(own_mark())
         self._root.mkdir(mode=0o710)
         if can_mount():
             image = self.folder / _IMAGE
@@ -175,7 +178,7 @@ class Storage:
             while self._mounts:
                 await trio.to_thread.run_sync(unmount, self._mounts[-1])
                 self._mounts.pop()
-            await trio.to_thread.run_sync(_remove, self.folder)
+            await trio.to_thread.run_sync(remove_folder, self.folder)
 
 
 async def open_storage(folder: Path, size_bytes: int, owner_id: int) -> Storage:
@@ -211,6 +214,18 @@ def unmount(point: Path) -> None:
         if time.monotonic() > deadline:
             flags |= _MNT_DETACH
         time.sleep(0.01)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a storage folder in which nothing is mounted any more, its mark last. Raises OSError."""
+    with suppress(FileNotFoundError):
+        for entry in list(folder.iterdir()):
+            if entry.is_dir() and not entry.is_symlink():
+                remove_tree(entry)
+            elif entry.name != MARK_FILE:
+                entry.unlink()
+        (folder / MARK_FILE).unlink(missing_ok=True)
+        folder.rmdir()
 
 
 def _mount_tmpfs(point: Path, size_bytes: int) -> None:
@@ -267,9 +282,3 @@ async def _tool(command: Sequence[str]) -> str | None:
             return str(error) or "took too long"
     said = (ended.stderr or ended.stdout).decode(errors="replace").strip()
     return None if ended.returncode == 0 else said[:400] or f"exit status {ended.returncode}"
-
-
-def _remove(folder: Path) -> None:
-    with suppress(FileNotFoundError):
-        (folder / _IMAGE).unlink()
-    remove_tree(folder)

@@ -1,0 +1,122 @@
+"""Clearing up after exe-units that died without doing it: containers, volumes, mounts, files of volumes.
+
+Everything an exe-unit makes outside its own memory bears its mark (`supervisor`): a label of the container, a file in
+the storage folder. What bears the mark of a process that is gone is removed, in the order in which it holds on to each
+other; what a living one uses is not touched, nor is anything without a mark. Where Engine and mounts of a machine serve
+several nodes, each may sweep.
+Neighbours: `golem.exeunit.runtimes.vm` calls this; `storage` made the folders; the agent runs it at its start and after
+an exe-unit that died.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import trio
+
+from golem.exeunit.engine.admin import Admin
+from golem.exeunit.engine.storage import MARK_FILE, remove_folder, unmount
+from golem.exeunit.engine.supervisor import is_dead
+from golem.exeunit.runtimes.base import RuntimeFault
+
+log = logging.getLogger("golem.exeunit")
+
+SUPERVISOR_LABEL = "golem.supervisor"
+MAX_DEPTH = 6  # of a storage folder below the work root: agreement, activity, deployment, and some
+MAX_FOLDERS = 10_000
+
+
+async def sweep(admin: Admin, work_root: Path) -> list[str]:
+    """Remove what dead exe-units left behind; returns a line for each thing removed.
+
+    Mounts and files are looked for below `work_root`. Raises RuntimeFault, when all else is done, if the Engine does not
+    answer or something cannot be removed.
+    """
+    removed: list[str] = []
+    problems: list[str] = []
+    try:
+        await _sweep_engine(admin, removed, problems)
+    except RuntimeFault as fault:
+        problems.append(str(fault))
+    await trio.to_thread.run_sync(_sweep_storage, work_root.resolve(), removed, problems)
+    for line in removed:
+        log.info("%s", line)
+    if problems:
+        raise RuntimeFault("; ".join(removed + problems))
+    return removed
+
+
+async def _sweep_engine(admin: Admin, removed: list[str], problems: list[str]) -> None:
+    for entry in await admin.containers(SUPERVISOR_LABEL):
+        name = str((entry.get("Names") or [entry["Id"]])[0]).lstrip("/")
+        if is_dead(entry["Labels"][SUPERVISOR_LABEL]):
+            try:
+                await admin.remove_container(entry["Id"])
+                removed.append(f"removed container {name}")
+            except RuntimeFault as fault:
+                problems.append(f"container {name}: {fault}")
+    for entry in await admin.volumes(SUPERVISOR_LABEL):
+        name = str(entry["Name"])
+        if is_dead((entry.get("Labels") or {}).get(SUPERVISOR_LABEL, "")):
+            try:
+                await admin.remove_volume(name)
+                removed.append(f"removed volume {name}")
+            except RuntimeFault as fault:
+                problems.append(f"volume {name}: {fault}")
+
+
+def _sweep_storage(work_root: Path, removed: list[str], problems: list[str]) -> None:
+    for folder in list(_dead_folders(work_root)):
+        try:
+            for point in _mounts_of(folder):
+                unmount(point)
+                removed.append(f"unmounted {point}")
+            remove_folder(folder)
+            removed.append(f"removed {folder}")
+        except OSError as error:
+            problems.append(f"{folder}: {error}")
+
+
+def _dead_folders(work_root: Path) -> Iterator[Path]:
+    """Yield the storage folders below `work_root` whose exe-unit is gone. What a guest wrote is never looked into."""
+    waiting, seen = [(work_root, 0)], 0
+    while waiting and seen < MAX_FOLDERS:
+        folder, depth = waiting.pop()
+        seen += 1
+        mark = _mark(folder)
+        if mark is not None:
+            if is_dead(mark):
+                yield folder
+        elif depth < MAX_DEPTH:
+            waiting += [(inner, depth + 1) for inner in _folders(folder)]
+
+
+def _mark(folder: Path) -> str | None:
+    try:
+        return (folder / MARK_FILE).read_text()[:200]
+    except (OSError, ValueError):
+        return None
+
+
+def _folders(folder: Path) -> list[Path]:
+    try:
+        with os.scandir(folder) as listing:
+            return [Path(entry) for entry in listing if entry.is_dir(follow_symlinks=False)]
+    except OSError:
+        return []
+
+
+def _mounts_of(folder: Path) -> list[Path]:
+    """Return what is mounted below a folder, and where else the same file systems are (a container's layer), last first."""
+    mounts = [_mount(line) for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    devices = {device for device, point in mounts if folder in point.parents}
+    return [point for device, point in reversed(mounts) if device in devices]
+
+
+def _mount(line: str) -> tuple[str, Path]:
+    """Return device number and place of a line of mountinfo, whose odd characters are octal."""
+    fields = line.split()
+    return fields[2], Path(fields[4].encode().decode("unicode_escape").encode("latin-1").decode(errors="surrogateescape"))
