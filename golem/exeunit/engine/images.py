@@ -17,6 +17,7 @@ import fcntl
 import importlib.util
 import json
 import os
+import platform
 import re
 import shutil
 import signal
@@ -28,10 +29,11 @@ from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import trio
 
+from golem.exeunit.engine.admin import Admin
 from golem.exeunit.runtimes.base import ImageFormat, RuntimeFault, Side
 from golem.exeunit.sandbox.process import Ended, open_child
 
@@ -48,6 +50,7 @@ MIN_NOTICE_GAP_S = 0.5
 NOTICE_STEP_PERCENT = 10
 UNPACK_UID = 1_879_048_191  # a user that no distribution hands out
 _PACKAGE_ROOT = Path(__file__).resolve().parents[3]
+_MACHINES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm"}  # as images name them
 _LIBRARIES = ("zstandard", "lz4", "lzallright")
 
 
@@ -63,28 +66,6 @@ class ImageLimits:
     cpu_s: int = 900
     wall_s: float = 1800.0
     memory_bytes: int = 768 << 20  # of the child that reads it
-
-
-class ImageAdmin(Protocol):
-    """What is needed of `admin.Admin`. Errors: RuntimeFault."""
-
-    async def inspect_image(self, name: str) -> dict[str, Any] | None:
-        """Return the Engine's description of an image by name or id, None if it is not there."""
-
-    async def load_image(self, chunks: Iterator[bytes]) -> None:
-        """Feed a Docker archive to the Engine; an exception of `chunks` breaks the load off."""
-
-    async def list_images(self, reference: str) -> list[dict[str, Any]]:
-        """Return what the Engine says of the images whose names match `reference`."""
-
-    async def remove_image(self, name: str) -> bool:
-        """Remove a name, and the image when it was its last; False where a container uses it or it is gone."""
-
-    async def image_ids_in_use(self) -> frozenset[str]:
-        """Return the image ids of all containers, running or not."""
-
-    async def root_dir(self) -> Path | None:
-        """Return the directory of this machine where the Engine keeps its data."""
 
 
 @dataclass
@@ -126,7 +107,7 @@ def image_tag(digest: str) -> str:
 
 
 async def obtain_image(
-    admin: ImageAdmin,
+    admin: Admin,
     path: Path,
     digest: str,
     format: ImageFormat,
@@ -163,7 +144,7 @@ async def obtain_image(
             await evict(admin, folder, max_bytes, spare=frozenset({tag}))
 
 
-async def evict(admin: ImageAdmin, folder: Path, max_bytes: int, spare: frozenset[str] = frozenset()) -> list[str]:
+async def evict(admin: Admin, folder: Path, max_bytes: int, spare: frozenset[str] = frozenset()) -> list[str]:
     """Remove the least recently used images until the rest fits into `max_bytes`; returns the names removed.
 
     Images that an exe-unit holds, that a container uses or that `spare` names stay, even if they are too much.
@@ -257,7 +238,7 @@ def _digest_of(tag: str) -> str | None:
 
 
 async def _bring(
-    admin: ImageAdmin, path: Path, tag: str, format: ImageFormat, folder: Path, notice: Notice, limits: ImageLimits
+    admin: Admin, path: Path, tag: str, format: ImageFormat, folder: Path, notice: Notice, limits: ImageLimits
 ) -> float:
     """Unpack, check and load a package; returns the CPU seconds that its reading took."""
     if format not in FORMATS:
@@ -272,6 +253,7 @@ async def _bring(
                 "uid": UNPACK_UID,
                 "format": format.name,
                 "tag": tag,
+                "machine": _MACHINES.get(platform.machine(), platform.machine()),
                 "package": package.fileno(),
                 "archive": archive.fileno(),
                 "inflated": inflated.fileno(),
@@ -290,7 +272,7 @@ async def _bring(
     return cpu_s
 
 
-async def _check_room(admin: ImageAdmin, size: int) -> None:
+async def _check_room(admin: Admin, size: int) -> None:
     """An Engine holds an archive twice while it loads it."""
     root = await admin.root_dir()
     with contextlib.suppress(OSError):
@@ -298,7 +280,7 @@ async def _check_room(admin: ImageAdmin, size: int) -> None:
             raise RuntimeFault(f"this provider's Docker Engine has not enough disk space for an image of {size >> 20} MiB")
 
 
-async def _load(admin: ImageAdmin, descriptor: int, size: int, notice: Notice) -> None:
+async def _load(admin: Admin, descriptor: int, size: int, notice: Notice) -> None:
     sent, stopped = 0, threading.Event()
 
     def chunks() -> Iterator[bytes]:
