@@ -291,6 +291,7 @@ class Upload:
     async def _add(self, chunk: bytes) -> None:
         if self._finished:
             raise FileFault("WriteError", "the requestor's application has taken all that it waited for")
+        await trio.lowlevel.checkpoint_if_cancelled()
         with trio.CancelScope(shield=True):
             await self._tell("UploadChunk", {"chunk": {"offset": self._has, "content": chunk}})
             self._hash.update(chunk)
@@ -370,19 +371,16 @@ class Services:
             self._files.withdraw(service.name, service)
             service.conversation.end(code, reason)
 
-    async def run(self) -> None:
-        """Close what has been without a websocket for long, and at the end everything."""
+    async def run(self, stopping: trio.Event) -> None:
+        """Close what has been without a websocket for long, and everything when the node stops."""
         try:
-            while True:
-                await trio.sleep(SWEEP_S)
+            while not stopping.is_set():
+                with trio.move_on_after(SWEEP_S):
+                    await stopping.wait()
                 for service in list(self._by_id.values()):
                     if trio.current_time() - service.conversation.alone_since >= ABANDONED_S:
                         log.info("%s is withdrawn: its application has been away for %g s", service.on, ABANDONED_S)
                         self.close(service)
         finally:
-            self.close_all()
-
-    def close_all(self) -> None:
-        """The node stops."""
-        for service in list(self._by_id.values()):
-            self.close(service, CloseReason.GOING_AWAY, "the node is stopping")
+            for service in list(self._by_id.values()):
+                self.close(service, CloseReason.GOING_AWAY, "the node is stopping")
