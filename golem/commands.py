@@ -9,7 +9,10 @@ import json
 import sqlite3
 import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import trio
 
 from golem.bus import BusPeer
 from golem.chain.networks import DRIVER
@@ -17,6 +20,8 @@ from golem.chain.rpc import RpcError
 from golem.config import VERSION
 from golem.identity import AppKey, IdentityError
 from golem.net import NetError, RemoteError
+from golem.registry import PushOrder, StoredImage
+from golem.rest.registry import download_url, image_url
 from protocol.types import amount_text, from_wei, node_id, timestamp_text
 
 if TYPE_CHECKING:
@@ -225,3 +230,64 @@ async def payment_init(node: Node, args: dict[str, Any]) -> Any:
     """Accounts need no registration here: every platform of the profile is ready. Unknown networks are refused."""
     if args.get("network"):
         node.chain.networks.by_name(args["network"])
+
+
+# -- images
+def _image(node: Node, image: StoredImage) -> dict[str, Any]:
+    return {
+        "sha3": image.sha3, "size": image.size, "format": image.format, "source": image.source, "tags": list(image.tags),
+        "aliases": list(image.aliases), "created": timestamp_text(image.created), "url": image_url(node, image),
+        "link": download_url(node, image), "registry": node.api_url,
+    }  # fmt: skip
+
+
+@command
+async def image_store(node: Node, args: dict[str, Any]) -> Any:
+    """Where images lie and how much room there is, in bytes."""
+    return {"folder": str(node.registry.folder), "used": node.registry.total_bytes(), "limit": node.registry.max_bytes}
+
+
+@command
+async def image_push(node: Node, args: dict[str, Any]) -> Any:
+    """Begin to take in a file; `image_progress` tells how it goes."""
+    path = Path(args["path"])
+    if not path.is_absolute():
+        raise ValueError(f"not an absolute path: {path}")
+    order = PushOrder(path, tuple(args["tags"]), tuple(args["aliases"]), args["format"], args["source"])
+    return {"push": node.registry.begin(order)}
+
+
+@command
+async def image_progress(node: Node, args: dict[str, Any]) -> Any:
+    """How far a push is, in bytes, after a while; its image at the end."""
+    push = node.registry.push(args["push"])
+    with trio.move_on_after(min(args.get("wait_s", 0.0), 10.0)):
+        await push.ended.wait()
+    if push.failure:
+        raise ValueError(push.failure)
+    image = _image(node, push.image) if push.image else None
+    return {"done": push.done_bytes, "total": push.total_bytes, "image": image}
+
+
+@command
+async def image_cancel(node: Node, args: dict[str, Any]) -> Any:
+    """Give up a push."""
+    node.registry.cancel(args["push"])
+
+
+@command
+async def image_list(node: Node, args: dict[str, Any]) -> Any:
+    """All images."""
+    return [_image(node, image) for image in node.registry.images()]
+
+
+@command
+async def image_show(node: Node, args: dict[str, Any]) -> Any:
+    """One image."""
+    return _image(node, node.registry.named(args["name"]))
+
+
+@command
+async def image_remove(node: Node, args: dict[str, Any]) -> Any:
+    """Remove a tag, or an image; the image as it was."""
+    return _image(node, await node.registry.remove(args["name"]))

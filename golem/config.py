@@ -64,6 +64,7 @@ class Config:
     event_store_days: float = 90.0  # events in feeds
     cleanup_interval_s: float = 4 * 3600.0
     max_rest_timeout_s: float = 75.0  # how long an idle connection to REST is kept open
+    images_max_gib: float = 100.0  # of all images in the registry together
     skip_allocation_validation: bool = False
 
     @property
@@ -174,6 +175,7 @@ def config_from(env: Mapping[str, str], **flags: object) -> Config:
         "event_store_days": read_number(env, "MARKET_EVENT_STORE_DAYS", 90.0, 1, 36500),
         "cleanup_interval_s": read_duration(env, "MARKET_DB_CLEANUP_INTERVAL", 4 * 3600.0, 1.0),
         "max_rest_timeout_s": read_duration(env, "MAX_REST_TIMEOUT", 75.0, 1.0, 86400.0),
+        "images_max_gib": read_number(env, "GOLEM_IMAGES_MAX_GIB", 100.0, 0.001, 1e6),
         "skip_allocation_validation": env.get("YAGNA_DEV_SKIP_ALLOCATION_VALIDATION", "") == "1",
     }
     config = Config(**{**values, **given})  # type: ignore[arg-type]

@@ -41,6 +41,7 @@ from golem.files import FileServer
 from golem.gossip import Gossip
 from golem.identity import APP_KEYS, AppKeys, AskPassword, Identity, open_identity, write_private
 from golem.net import NetConfig, Network, open_network
+from golem.registry import IMAGES, Registry
 from golem.router import Router
 from golem.signer_port import SignerPort
 
@@ -55,10 +56,10 @@ class Node:
     """What edges use. Built by `open_node`."""
 
     def __init__(self, config: Config, identity: Identity, app_keys: AppKeys, router: Router, system: System,
-                 network: Network, bus: Bus, chain: Chain, files: FileServer) -> None:  # fmt: skip
+                 network: Network, bus: Bus, chain: Chain, files: FileServer, registry: Registry) -> None:  # fmt: skip
         self.config, self.identity, self.app_keys = config, identity, app_keys
         self.router, self.calls, self.system = router, router.calls, system
-        self.network, self.bus, self.chain, self.files = network, bus, chain, files
+        self.network, self.bus, self.chain, self.files, self.registry = network, bus, chain, files, registry
         self.node_id = identity.node_id
         self.name = identity.node_id[:10]
         self.started_at = time.time()
@@ -134,11 +135,13 @@ async def open_node(config: Config, ask_password: AskPassword | None = None) -> 
         system.add(Wallet(identity.node_id, cycles_of(config, chain), payees=chain.batch_sizes()))
         system.add_port(SignerPort(identity.node_id, identity.sign))
         files = FileServer(router)
-        node = Node(config, identity, app_keys, router, system, network, bus, chain, files)
+        registry = await trio.to_thread.run_sync(open_registry, config, files)
+        node = Node(config, identity, app_keys, router, system, network, bus, chain, files, registry)
         serve_commands(node)
         nursery = await stack.enter_async_context(trio.open_nursery())
         await nursery.start(bus.run)
         await nursery.start(system.run)
+        await nursery.start(registry.run)
         nursery.start_soon(forget_events, system, config)
         router.attach(system.deliver)
         gossip.attach(system)
@@ -161,6 +164,15 @@ def cycles_of(config: Config, chain: Chain) -> dict[str, float]:
     """Return how often each platform pays out, in seconds: what the user set, else the network's own pace."""
     paces = {row.platform: 1.0 if row.simulated_by else 300.0 if row.is_test else 86400.0 for row in chain.networks}
     return {platform: config.payment_cycle_s or pace for platform, pace in paces.items()}
+
+
+def open_registry(config: Config, files: FileServer) -> Registry:
+    """Return the node's store of images. Raises `ConfigError`."""
+    folder = config.data_dir / IMAGES
+    try:
+        return Registry(folder, files, time.time, int(config.images_max_gib * 2**30))
+    except OSError as error:
+        raise ConfigError(f"cannot use the images in {folder}: {error.strerror or error}") from None
 
 
 def make_folder(path: Path, use: str) -> None:

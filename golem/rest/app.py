@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("golem.rest")
 
-OPEN_PATHS = ("/metrics-api", "/version/get", "/dashboard")
+OPEN_PATHS = ("/metrics-api", "/version/get", "/dashboard", "/v1/image/", "/image.")  # the last two: golem.rest.registry
 OWN_PATHS = ("/me", "/healthcheck")  # about the key and the process, not about an identity's objects
 CORS_MAX_AGE_S = 3600
 
@@ -34,9 +34,9 @@ def create_app(node: Node) -> QuartTrio:
     _cors(app, node)
     _errors(app)
     _root(app, node)
-    from golem.rest import activity, identity, market, net, payment
+    from golem.rest import activity, identity, market, net, payment, registry
 
-    for module in (market, activity, payment, net, identity):
+    for module in (market, activity, payment, net, identity, registry):
         app.register_blueprint(module.blueprint(node))
     return app
 
