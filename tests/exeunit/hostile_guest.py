@@ -1,0 +1,344 @@
+"""What a hostile guest tries, as a program for the guest's own Python: `python3 -c <this text> NAME ARGUMENTS`.
+
+`ATTACKS` must all be refused; each says "done" if it got through, else the error it met. The other functions use up what
+there is, or plant things. Runs inside containers; of this file's own world only `test_hostile_guests` imports it, for
+the names.
+"""
+
+import ctypes
+import errno
+import json
+import mmap
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+
+# x86-64 numbers; aarch64 and all later calls share the generic ones
+X86 = os.uname().machine == "x86_64"
+NR = {
+    "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41), "chroot": (161, 51), "unshare": (272, 97),
+    "setns": (308, 268), "sethostname": (170, 161), "settimeofday": (164, 170), "clock_settime": (227, 112),
+    "reboot": (169, 142), "swapon": (167, 224), "init_module": (175, 105), "finit_module": (313, 273),
+    "kexec_load": (246, 104), "ptrace": (101, 117), "process_vm_readv": (310, 270), "kcmp": (312, 272), "bpf": (321, 280),
+    "perf_event_open": (298, 241), "userfaultfd": (323, 282), "keyctl": (250, 219), "add_key": (248, 217),
+    "request_key": (249, 218), "io_uring_setup": (425, 425), "io_uring_enter": (426, 426), "io_uring_register": (427, 427),
+    "acct": (163, 89), "quotactl": (179, 60), "syslog": (103, 116), "open_by_handle_at": (304, 265),
+    "name_to_handle_at": (303, 264), "fanotify_init": (300, 262), "open_tree": (428, 428), "move_mount": (429, 429),
+    "fsopen": (430, 430), "pidfd_getfd": (438, 438), "mount_setattr": (442, 442), "vmsplice": (278, 75),
+    "process_madvise": (440, 440), "clone": (56, 220), "clone3": (435, 435), "socket": (41, 198), "mknodat": (259, 33),
+    "personality": (135, 92), "statmount": (457, 457), "lsm_get_self_attr": (459, 459),
+}  # fmt: skip
+X86_ONLY = {"iopl": 172, "ioperm": 173, "modify_ldt": 154, "uselib": 134, "ustat": 136, "sysfs": 139}
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def call(name, *arguments):
+    """Make a system call; "done", or the name of the error."""
+    number = X86_ONLY[name] if name in X86_ONLY else NR[name][0 if X86 else 1]
+    words = [ctypes.c_long(word) if isinstance(word, int) else word for word in arguments]
+    result = libc.syscall(ctypes.c_long(number), *words)
+    return "done" if result != -1 else errno.errorcode[ctypes.get_errno()]
+
+
+def attempt(action, *arguments):
+    try:
+        action(*arguments)
+    except OSError as error:
+        return errno.errorcode.get(error.errno, str(error))
+    except ValueError:  # what Python makes of an EPERM of setrlimit
+        return "EPERM"
+    return "done"
+
+
+def write(path, text="1"):
+    def action():
+        with open(path, "w") as file:
+            file.write(text)
+
+    return lambda: attempt(action)
+
+
+def read(path):
+    def action():
+        with open(path, "rb") as file:
+            if not file.read(1):
+                raise OSError(errno.ENODATA, "empty")
+
+    return lambda: attempt(action)
+
+
+def in_child(action):
+    """Do it in a process of its own; the signal that ended it, if one did."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        os.write(writer, action().encode())
+        os._exit(0)
+    os.close(writer)
+    said = os.read(reader, 100).decode()
+    os.close(reader)
+    status = os.waitpid(pid, 0)[1]
+    return signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else said
+
+
+def machine_code(code):
+    """Run bytes of x86-64 code."""
+    page = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+    page.write(code)
+    ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(page)))()
+    return "done"
+
+
+def x32_call():
+    return "done" if libc.syscall(ctypes.c_long(0x40000000 + 39)) != -1 else "refused"
+
+
+def connect(family, address, kind=socket.SOCK_STREAM):
+    def action():
+        with socket.socket(family, kind) as one:
+            one.settimeout(3)
+            one.connect(address)
+
+    return lambda: attempt(action)
+
+
+def kill_init():
+    os.kill(1, signal.SIGKILL)
+    os.kill(1, signal.SIGSTOP)
+    time.sleep(0.05)
+    return "alive" if os.path.exists("/proc/1/status") else "done"
+
+
+def new_process(flags):
+    """Raw clone into a namespace; the child, if there is one, ends at once."""
+    result = libc.syscall(ctypes.c_long(NR["clone"][0 if X86 else 1]), *map(ctypes.c_long, (flags | 17, 0, 0, 0, 0)))
+    if result == 0:
+        os._exit(0)
+    return "done" if result != -1 else errno.errorcode[ctypes.get_errno()]
+
+
+def visible_processes():
+    """More of them than a container of ours has are those of the machine."""
+    return "done" if len([name for name in os.listdir("/proc") if name.isdigit()]) > 20 else "few"
+
+
+def interfaces():
+    return "done" if {name for _, name in socket.if_nameindex()} != {"lo"} else "lo"
+
+
+def other_sockets():
+    families = [family for family in range(64) if family not in (1, 2, 10, 16)]
+    through = [family for family in families for high in (0, 1 << 32) if call("socket", family + high, 2, 0) == "done"]
+    return "done" if through else "EPERM"
+
+
+NAMESPACES = {
+    "user": 0x10000000, "pid": 0x20000000, "net": 0x40000000, "ipc": 0x08000000, "uts": 0x04000000,
+    "cgroup": 0x02000000, "mount": 0x00020000,
+}  # fmt: skip
+CALLS = {
+    "mount": (b"none\0", b"/tmp\0", b"tmpfs\0", 0, 0), "umount2": (b"/proc\0", 2), "pivot_root": (b"/tmp\0", b"/tmp\0"),
+    "chroot": (b"/tmp\0",), "sethostname": (b"other\0", 5), "settimeofday": (bytes(16), 0), "clock_settime": (0, bytes(16)),
+    "reboot": (0xFEE1DEAD - (1 << 32), 672274793, 0, 0), "swapon": (b"/tmp\0", 0), "init_module": (b"\0", 0, b"\0"),
+    "finit_module": (0, b"\0", 0), "kexec_load": (0, 0, 0, 0), "ptrace": (0, 0, 0, 0),
+    "process_vm_readv": (1, 0, 0, 0, 0, 0), "kcmp": (1, 1, 0, 0, 0), "bpf": (0, bytes(64), 64),
+    "perf_event_open": (bytes(128), 0, -1, -1, 0), "userfaultfd": (0,), "keyctl": (0, -3, 1),
+    "add_key": (b"user\0", b"a\0", b"b\0", 1, -3), "request_key": (b"user\0", b"a\0", 0, -3),
+    "io_uring_setup": (1, bytes(128)), "io_uring_enter": (0, 0, 0, 0, 0), "io_uring_register": (0, 0, 0, 0),
+    "acct": (b"/tmp/a\0",), "quotactl": (0, 0, 0, 0), "syslog": (3, bytes(100), 100), "open_by_handle_at": (-100, bytes(64), 0),
+    "name_to_handle_at": (-100, b"/\0", bytes(256), bytes(8), 0), "fanotify_init": (0, 0), "open_tree": (-100, b"/\0", 1),
+    "move_mount": (-100, b"/tmp\0", -100, b"/mnt\0", 0), "fsopen": (b"tmpfs\0", 0), "pidfd_getfd": (0, 0, 0),
+    "mount_setattr": (-100, b"/\0", 0, bytes(32), 32), "vmsplice": (0, 0, 0, 0), "process_madvise": (0, 0, 0, 0, 0),
+    "clone3": (bytes(88), 88), "statmount": (bytes(32), bytes(512), 512, 0),
+}  # fmt: skip
+X86_CALLS = {"iopl": (3,), "ioperm": (0, 1, 1), "modify_ldt": (0, bytes(64), 64), "uselib": (b"/tmp\0",)}
+
+ATTACKS = {
+    **{f"call {name}": (lambda name=name, words=words: call(name, *words)) for name, words in CALLS.items()},
+    **{f"unshare {name}": (lambda flag=flag: call("unshare", flag)) for name, flag in NAMESPACES.items()},
+    **{f"clone {name}": (lambda flag=flag: new_process(flag)) for name, flag in NAMESPACES.items()},
+    "setns": lambda: attempt(lambda: call_or_raise("setns", os.open("/proc/1/ns/net", os.O_RDONLY), 0)),
+    "personality": lambda: call("personality", 0x0400000),
+    "write /proc/sys/kernel/panic": write("/proc/sys/kernel/panic"),
+    "write /proc/sys/kernel/core_pattern": write("/proc/sys/kernel/core_pattern", "|/bin/sh"),
+    "write /proc/sys/net/ipv4/ip_forward": write("/proc/sys/net/ipv4/ip_forward"),
+    "write /proc/sysrq-trigger": write("/proc/sysrq-trigger", "h"),
+    "write /proc/irq": write("/proc/irq/default_smp_affinity"),
+    "write /sys/kernel/uevent_helper": write("/sys/kernel/uevent_helper", "/bin/sh"),
+    "write /sys/kernel/mm": write("/sys/kernel/mm/transparent_hugepage/enabled", "never"),
+    "write /sys/fs/cgroup": lambda: attempt(os.mkdir, "/sys/fs/cgroup/memory/mine"),
+    "raise oom protection": write("/proc/self/oom_score_adj", "-1000"),
+    "raise priority": lambda: attempt(os.setpriority, os.PRIO_PROCESS, 0, -10),
+    "raise limits": lambda: attempt(resource.setrlimit, resource.RLIMIT_NOFILE, (1 << 20, 1 << 20)),
+    "real-time scheduling": lambda: attempt(os.sched_setscheduler, 0, os.SCHED_FIFO, os.sched_param(1)),
+    "read /proc/kcore": read("/proc/kcore"),
+    "read /proc/keys": read("/proc/keys"),
+    "read /proc/timer_list": read("/proc/timer_list"),
+    "read /dev/kmsg": read("/dev/kmsg"),
+    "open /dev/mem": read("/dev/mem"),
+    "open /dev/kvm": read("/dev/kvm"),
+    "open /dev/fuse": read("/dev/fuse"),
+    "open /dev/net/tun": read("/dev/net/tun"),
+    "open /dev/loop-control": read("/dev/loop-control"),
+    "open /dev/loop0": read("/dev/loop0"),
+    "mknod character device": lambda: attempt(os.mknod, "/tmp/null", 0o020666, os.makedev(1, 3)),
+    "mknod block device": lambda: attempt(os.mknod, "/tmp/disk", 0o060666, os.makedev(254, 0)),
+    "mknod whiteout": lambda: attempt(os.mknod, "/tmp/whiteout", 0o020666, 0),
+    "chown away": lambda: attempt(os.chown, "/etc/passwd", 1, 1),
+    "become another user": lambda: attempt(os.setuid, 1000),
+    "the Engine's socket": connect(socket.AF_UNIX, "/var/run/docker.sock"),
+    "processes of the machine": visible_processes,
+    "kill init": kill_init,
+    "interfaces": interfaces,
+    "connect out": connect(socket.AF_INET, ("192.0.2.1", 80)),
+    "connect out IPv6": connect(socket.AF_INET6, ("2001:db8::1", 80)),
+    "send out": connect(socket.AF_INET, ("192.0.2.1", 53), socket.SOCK_DGRAM),
+    "connect to the machine": lambda: connect(socket.AF_INET, ("127.0.0.1", int(sys.argv[2])))(),
+    "abstract socket of the machine": lambda: connect(socket.AF_UNIX, "\0" + sys.argv[3])(),
+    "socket vsock": lambda: call("socket", 40, 1, 0),
+    "socket vsock, high bits": lambda: call("socket", 40 | 1 << 32, 1, 0),
+    "socket packet": lambda: call("socket", 17, 3, 768),
+    "socket raw": lambda: call("socket", 2, 3, 1),
+    "socket alg": lambda: call("socket", 38, 5, 0),
+    "socket xdp": lambda: call("socket", 44, 3, 0),
+    "socket sctp": lambda: call("socket", 2, 1, 132),
+    "socket netfilter": lambda: call("socket", 16, 3, 12),
+    "socket of any other family": other_sockets,
+}
+if X86:
+    ATTACKS |= {
+        **{f"call {name}": (lambda name=name, words=words: call(name, *words)) for name, words in X86_CALLS.items()},
+        # mov eax, 20 (getpid of i386); int 0x80; ret
+        "i386 call": lambda: in_child(lambda: machine_code(b"\xb8\x14\0\0\0\xcd\x80\xc3")),
+        "i386 socket": lambda: in_child(lambda: machine_code(b"\xb8\x67\x01\0\0\xbb\x28\0\0\0\xb9\x01\0\0\0\xcd\x80\xc3")),
+        "x32 call": lambda: in_child(x32_call),
+    }
+
+
+def call_or_raise(name, *arguments):
+    said = call(name, *arguments)
+    if said != "done":
+        raise OSError(getattr(errno, said), said)
+
+
+def attacks():
+    """Try everything; what came of it by name, and what the process says of itself."""
+    with open("/proc/self/status") as file:
+        status = dict(line.rstrip("\n").split(":\t", 1) for line in file if ":\t" in line)
+    with open("/proc/self/uid_map") as file:
+        users = file.read().split()
+    outcome = {name: attack() for name, attack in ATTACKS.items()}
+    print(json.dumps({"status": status, "uid_map": users, "attacks": outcome}))
+
+
+def fork_bomb():
+    """Fork until nothing more comes, and leave them all behind."""
+    count = 0
+    try:
+        while count < 20_000:
+            if os.fork() == 0:
+                time.sleep(1000)
+                os._exit(0)
+            count += 1
+    except OSError as error:
+        print(count, errno.errorcode[error.errno], flush=True)
+
+
+def memory_bomb():
+    kept = []
+    while True:
+        kept.append(bytearray(b"x") * (8 << 20))
+
+
+def fill(*folders):
+    """Write until each is full; its name, MiB that went in, and the error."""
+    for folder in folders:
+        written = 0
+        try:
+            with open(folder + "/fill", "wb", buffering=0) as file:
+                while written < 4096:
+                    written += file.write(bytes(1 << 20)) / (1 << 20)
+        except OSError as error:
+            print(folder, int(written), errno.errorcode[error.errno], flush=True)
+
+
+def fill_hidden(folder):
+    """Fill with a file that has no name any more."""
+    with open(folder + "/hidden", "wb", buffering=0) as file:
+        os.unlink(folder + "/hidden")
+        written = 0
+        try:
+            while written < 4096:
+                written += file.write(bytes(1 << 20)) / (1 << 20)
+        except OSError as error:
+            print(int(written), errno.errorcode[error.errno], flush=True)
+
+
+def many_files(folder):
+    count = 0
+    try:
+        while count < 10_000_000:
+            os.close(os.open(f"{folder}/{count}", os.O_CREAT | os.O_WRONLY))
+            count += 1
+    except OSError as error:
+        print(count, errno.errorcode[error.errno], flush=True)
+
+
+def spin(processes, seconds):
+    """Burn CPU in several processes for some seconds of the clock."""
+    until = time.monotonic() + float(seconds)
+    pids = []
+    for _ in range(int(processes)):
+        pid = os.fork()
+        if pid == 0:
+            while time.monotonic() < until:
+                pass
+            os._exit(0)
+        pids.append(pid)
+    for pid in pids:
+        os.waitpid(pid, 0)
+
+
+def survivor(path, seconds="1000"):
+    """Leave a process in a session of its own that writes to a file for ever, ignores what can be ignored, and wait."""
+    for number in range(1, 32):
+        if number not in (signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD):
+            signal.signal(number, signal.SIG_IGN)
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() != 0:
+            os._exit(0)
+        for number in range(3):
+            os.close(number)
+        while True:
+            with open(path, "w") as file:
+                file.write(str(time.monotonic_ns()))
+            time.sleep(0.02)
+    print("planted", flush=True)
+    time.sleep(float(seconds))
+
+
+def plant(folder):
+    """Put into a volume what may lead a transfer astray."""
+    os.symlink("/etc/passwd", folder + "/link")
+    os.symlink("/", folder + "/slash")
+    os.symlink("..", folder + "/up")
+    os.symlink("/proc/self/root/etc/passwd", folder + "/magic")
+    os.mkfifo(folder + "/fifo")
+    os.mkdir(folder + "/folder")
+    with socket.socket(socket.AF_UNIX) as one:
+        one.bind(folder + "/socket")
+    with open(folder + "/plain", "w") as file:
+        file.write("plain")
+    os.mkdir(folder + "/inner")
+    os.symlink("/tmp", folder + "/inner/out")
+    with open(folder + "/sparse", "wb") as file:
+        file.truncate(1 << 40)
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](*([] if sys.argv[1] == "attacks" else sys.argv[2:]))

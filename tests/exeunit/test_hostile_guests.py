@@ -1,0 +1,322 @@
+"""Hostile guests of the runtime `vm` on real Engines: what they try is refused, what they use up is theirs alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import tempfile
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from engine import python_tar
+from hostile_guest import ATTACKS
+from support import trio_test
+
+from golem.exeunit.runtimes import make_runtime
+from golem.exeunit.runtimes.base import (
+    Deployment,
+    DeployOptions,
+    ExitStatus,
+    Limits,
+    Runtime,
+    RuntimeFault,
+    Side,
+    VolumeRequest,
+)
+from golem.exeunit.transfer import TransferError, TransferPolicy, Transfers
+from golem.local_engine import LocalEngine
+
+pytestmark = [pytest.mark.root, pytest.mark.integration]
+
+MIB = 1 << 20
+PYTHON = "/opt/py/bin/python3"
+PROGRAM = Path(__file__).with_name("hostile_guest.py").read_text()
+LIMITS = Limits(cpu_threads=1, mem_gib=128 / 1024, storage_gib=64 / 1024, run_time_s=20)
+# Not among them: EFAULT, EINVAL and what else says that the kernel had begun to listen.
+REFUSALS = {
+    "EPERM", "EACCES", "EROFS", "ENOENT", "ENOSYS", "ENODATA", "ENETUNREACH", "EADDRNOTAVAIL", "ECONNREFUSED",
+    "EAFNOSUPPORT", "SIGSYS", "alive", "few", "lo",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root file system with Python, as a task package."""
+    path = tmp_path_factory.mktemp("packages") / "python.tar"
+    path.write_bytes(python_tar())
+    return path
+
+
+class Guest:
+    """One activity with a hostile program in it."""
+
+    def __init__(self, runtime: Runtime, deployment: Deployment) -> None:
+        self.runtime, self.deployment = runtime, deployment
+
+    async def run(self, *argv: str) -> tuple[ExitStatus, str]:
+        """Run a program; its end and its output (both sides)."""
+        output: list[bytes] = []
+
+        async def keep(side: Side, chunk: bytes) -> None:
+            output.append(chunk)
+
+        status = await self.runtime.run(argv[0], argv[1:], keep)
+        return status, b"".join(output).decode(errors="replace")
+
+    async def attack(self, name: str, *arguments: str) -> tuple[ExitStatus, str]:
+        """Run a function of `hostile_guest`."""
+        return await self.run(PYTHON, "-I", "-S", "-c", PROGRAM, name, *arguments)
+
+    async def works(self) -> None:
+        """Check that an ordinary command still does what it should."""
+        assert await self.run("/bin/echo", "hello") == (ExitStatus(0), "hello\n")
+
+
+@asynccontextmanager
+async def open_guest(
+    engine: LocalEngine,
+    package: Path,
+    limits: Limits = LIMITS,
+    volumes: tuple[VolumeRequest, ...] = (VolumeRequest("/vol"),),
+    start: tuple[str, ...] = (),
+) -> AsyncIterator[Guest]:
+    """Deploy and start an activity on an Engine, and stop it at the end of the block."""
+    before, os.environ["DOCKER_HOST"] = os.environ.get("DOCKER_HOST"), engine.host
+    with tempfile.TemporaryDirectory(prefix="guest-") as name:
+        folder = Path(name)
+        folder.chmod(0o711)
+        work = folder / "work"
+        work.mkdir(mode=0o711)
+        runtime = make_runtime("vm", engine.folder / "cache")
+        try:
+            options = DeployOptions(work, limits, volumes=volumes, activity_id=uuid.uuid4().hex)
+            deployment = await runtime.deploy(package, options)
+            await runtime.start(start)
+            yield Guest(runtime, deployment)
+        finally:
+            with trio.CancelScope(shield=True):
+                await runtime.stop()
+            if before is None:
+                del os.environ["DOCKER_HOST"]
+            else:
+                os.environ["DOCKER_HOST"] = before
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def listeners() -> Iterator[tuple[int, str]]:
+    """Sockets of this machine that the guest must not reach: a TCP port and an abstract name."""
+    name = f"golem-test-{uuid.uuid4().hex}"
+    with socket.create_server(("127.0.0.1", 0)) as tcp, socket.socket(socket.AF_UNIX) as abstract:
+        abstract.bind("\0" + name)
+        abstract.listen()
+        yield tcp.getsockname()[1], name
+
+
+async def _attacked(engine: LocalEngine, package: Path) -> dict[str, Any]:
+    with listeners() as (port, name):
+        async with open_guest(engine, package) as guest:
+            status, output = await guest.attack("attacks", str(port), name)
+            await guest.works()  # also after an attempt to kill its first process
+    assert status.ok, output
+    found: dict[str, Any] = json.loads(output)
+    return found
+
+
+@pytest.fixture(scope="module", params=["remapped", "plain"])
+def attacked(request: pytest.FixtureRequest, package: Path) -> dict[str, Any]:
+    """What one guest that tries everything got, on each kind of Engine."""
+    engine = request.getfixturevalue("engine" if request.param == "remapped" else "plain_engine")
+    return {**trio.run(_attacked, engine, package), "remapped": request.param == "remapped"}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_attack_is_refused(attacked: dict[str, Any], attack: str) -> None:
+    assert attacked["attacks"][attack] in REFUSALS
+
+
+def test_guest_has_no_rights(attacked: dict[str, Any]) -> None:
+    status = attacked["status"]
+    for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
+        assert int(status[name], 16) == 0, name
+    assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
+    assert (int(attacked["uid_map"][1]) > 0) == attacked["remapped"]
+
+
+@trio_test
+async def test_guest_does_not_change_its_image(engine: LocalEngine, package: Path) -> None:
+    async with open_guest(engine, package) as guest:
+        status, output = await guest.run("/bin/sh", "-c", "rm /bin/echo && echo x > /evil && ls /evil")
+        assert status.ok, output
+    async with open_guest(engine, package) as other:
+        await other.works()
+        status, _ = await other.run("/bin/ls", "/evil")
+        assert not status.ok
+
+
+# -- what is used up --------------------------------------------------------------------------------------------------
+
+
+@trio_test
+async def test_fork_bomb(engine: LocalEngine, package: Path) -> None:
+    async with open_guest(engine, package) as guest:
+        with trio.fail_after(20):
+            _, output = await guest.attack("fork_bomb")
+            count, error = output.split()
+            assert error == "EAGAIN"
+            assert 10 < int(count) < 5000
+            try:  # what its own processes take is its own fault; but there is an answer
+                status, _ = await guest.run("/bin/echo", "hello")
+                assert not status.ok
+            except RuntimeFault:
+                pass
+        began = time.monotonic()
+    assert time.monotonic() - began < 5, "all of them die at once"
+
+
+@pytest.mark.parametrize("where", ["command", "service"])
+def test_memory_bomb(engine: LocalEngine, package: Path, where: str) -> None:
+    async def body() -> None:
+        bomb = (PYTHON, "-I", "-S", "-c", PROGRAM, "memory_bomb")
+        async with open_guest(engine, package, start=bomb if where == "service" else ()) as guest:
+            with trio.fail_after(20):
+                if where == "command":
+                    status, _ = await guest.run(*bomb)
+                    assert status.code == 137
+                    assert "memory" in (status.reason or "")
+                else:
+                    while guest.runtime.usage().gib < LIMITS.mem_gib * 0.9:
+                        await trio.sleep(0.05)
+                await guest.works()
+            assert LIMITS.mem_gib * 0.9 < guest.runtime.usage().gib <= LIMITS.mem_gib * 1.02
+
+    trio.run(body)
+
+
+@trio_test
+async def test_every_place_to_write_has_an_end(engine: LocalEngine, package: Path) -> None:
+    volumes = (VolumeRequest("/vol"), VolumeRequest("/ram", "ram", 4 * MIB), VolumeRequest("/own", "storage", 8 * MIB))
+    async with open_guest(engine, package, volumes=volumes) as guest:
+        # /opt is on the container's own layer, which shares the storage limit with /vol
+        status, output = await guest.attack("fill", "/ram", "/own", "/dev/shm", "/tmp", "/opt", "/vol")
+        assert status.ok, output
+        found = {folder: (int(mib), error) for folder, mib, error in map(str.split, output.splitlines())}
+        assert {error for _, error in found.values()} == {"ENOSPC"}, found
+        assert found["/ram"][0] == 4
+        assert found["/own"][0] < 8
+        assert sum(found[folder][0] for folder in ("/own", "/opt", "/vol")) <= 64
+        storage_gib = guest.runtime.usage().storage_gib
+        assert 0.75 * LIMITS.storage_gib < storage_gib <= LIMITS.storage_gib
+        await guest.works()
+
+
+@pytest.mark.parametrize(("attack", "least"), [("fill_hidden", 40), ("many_files", 1000)])
+def test_storage_without_names_or_bytes(engine: LocalEngine, package: Path, attack: str, least: int) -> None:
+    async def body() -> None:
+        for folder in ("/vol", "/opt"):
+            async with open_guest(engine, package) as guest:
+                _, output = await guest.attack(attack, folder)
+                count, error = output.split()
+                assert error == "ENOSPC"
+                assert least <= int(count) < 100_000
+                await guest.works()
+
+    trio.run(body)
+
+
+@trio_test
+async def test_cpu_is_shared_out(engine: LocalEngine, package: Path) -> None:
+    async with open_guest(engine, package) as guest:
+        before = guest.runtime.usage().cpu_sec
+        began = time.monotonic()
+        status, output = await guest.attack("spin", "6", "1.5")
+        took_s = time.monotonic() - began
+        assert status.ok, output
+        used_s = guest.runtime.usage().cpu_sec - before
+    assert used_s <= took_s * LIMITS.cpu_threads * 1.15, "six processes on one granted CPU"
+    assert used_s > 0.3, "what they used is counted"
+
+
+@trio_test
+async def test_flood_of_output(engine: LocalEngine, package: Path) -> None:
+    async with open_guest(engine, package, Limits(1, 128 / 1024, 64 / 1024, output_bytes=MIB)) as guest:
+        with trio.fail_after(15):
+            status, output = await guest.run("/bin/yes")
+            assert not status.ok
+            assert "output" in (status.reason or "")
+            assert len(output) <= MIB
+            await guest.works()
+            status, _ = await guest.run("/bin/pidof", "yes")
+            assert not status.ok, "it was killed"
+
+
+@trio_test
+async def test_nothing_survives_a_timeout(engine: LocalEngine, package: Path) -> None:
+    async with open_guest(engine, package, Limits(1, 128 / 1024, 64 / 1024, run_time_s=1.5)) as guest:
+        with trio.fail_after(15):
+            status, output = await guest.attack("survivor", "/vol/beat")
+            assert not status.ok
+            assert output == "planted\n"
+        beat = guest.deployment.volumes[0].host_dir / "beat"
+        await trio.sleep(0.1)
+        last = beat.read_text()
+        await trio.sleep(0.3)
+        assert beat.read_text() == last, "a process in a session of its own, deaf to signals, is gone, too"
+        await guest.works()
+
+
+# -- what is planted --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["remapped", "plain"])
+def test_planted_traps_against_transfers(request: pytest.FixtureRequest, package: Path, kind: str) -> None:
+    engine = request.getfixturevalue("engine" if kind == "remapped" else "plain_engine")
+    volumes = (VolumeRequest("/vol"), VolumeRequest("/ram", "ram", MIB))
+    transfers = Transfers(TransferPolicy(max_bytes=16 * MIB))
+
+    async def body() -> None:
+        async with open_guest(engine, package, volumes=volumes) as guest:
+            for folder in ("/vol", "/ram"):
+                status, output = await guest.attack("plant", folder)
+                assert status.ok, output
+                await _out_of(transfers, guest.deployment, folder)
+                await _into(transfers, guest, folder)
+
+    trio.run(body)
+
+
+async def _out_of(transfers: Transfers, deployment: Deployment, folder: str) -> None:
+    traps = ("link", "slash/etc/passwd", "up/vol/plain", "magic", "fifo", "folder", "socket", "inner/out/x", "../etc/passwd")
+    for trap in traps:
+        with pytest.raises(TransferError), trio.fail_after(5):
+            await transfers.transfer(f"container:{folder}/{trap}", f"container:{folder}/copy", deployment.volumes)
+    with pytest.raises(TransferError, match="large"), trio.fail_after(5):
+        await transfers.transfer(f"container:{folder}/sparse", f"container:{folder}/copy", deployment.volumes)
+    with trio.fail_after(5):
+        assert await transfers.transfer(f"container:{folder}/plain", f"container:{folder}/copy", deployment.volumes) == 5
+
+
+async def _into(transfers: Transfers, guest: Guest, folder: str) -> None:
+    passwd = Path("/etc/passwd").read_bytes()
+    volumes, source = guest.deployment.volumes, f"container:{folder}/plain"
+    for trap in ("slash/tmp/golem-escaped", "up/golem-escaped", "inner/out/golem-escaped", "folder", "fifo/x", "plain/x"):
+        with pytest.raises(TransferError), trio.fail_after(5):
+            await transfers.transfer(source, f"container:{folder}/{trap}", volumes)
+    for replaced in ("link", "magic", "fifo", "socket"):  # the name is taken over, what it led to stays
+        with trio.fail_after(5):
+            await transfers.transfer(source, f"container:{folder}/{replaced}", volumes)
+        status, output = await guest.run("/bin/cat", f"{folder}/{replaced}")
+        assert (status.ok, output) == (True, "plain")
+    assert Path("/etc/passwd").read_bytes() == passwd
+    assert not Path("/tmp/golem-escaped").exists()
+    status, output = await guest.run("/bin/sh", "-c", "ls /golem-escaped /tmp/golem-escaped; head -1 /etc/passwd")
+    assert output.startswith("root:")
