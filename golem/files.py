@@ -1,8 +1,8 @@
 """Files that a node publishes for others (`gftp://<node>/<name>`), and slots that others upload into.
 
 Other nodes, and processes of this machine through the bus, read and write over byte streams named `gftp`; the conversation
-is in `golem/gftp_wire.py`. What is published is a `Source` or a `Sink`: here files of this machine, told by the `gftp`
-tool over the bus and withdrawn when its connection ends.
+is in `golem/gftp_wire.py`, the receiving side of uploads in `golem/uploads.py`. What is published is a `Source` or a `Sink`:
+here files of this machine, told by the `gftp` tool over the bus and withdrawn when its connection ends.
 Whoever knows a name may use it: names are hashes of content or random.
 """
 
@@ -21,17 +21,31 @@ import msgspec
 import trio
 
 from golem.bus import BusPeer
-from golem.gftp_wire import BROKEN, CHUNK_BYTES, STREAM, FileFault, Reader, read_header, send_header
+from golem.gftp_wire import (
+    BLOCK_BYTES,
+    BROKEN,
+    NOT_HERE,
+    STREAM,
+    FileFault,
+    Reader,
+    part_name,
+    read_header,
+    send,
+    send_header,
+)
 from golem.net.types import RemoteError
 from golem.router import Router
+from golem.uploads import Upload
 
 log = logging.getLogger("golem.files")
 
 SLOT_NAME_LENGTH = 65
 MAX_PUBLISHED = 100_000
 MAX_UPLOAD_BYTES = 1 << 40
-READ_AHEAD_CHUNKS = 2
-STALL_S = 120.0  # without a byte either way a stream is given up
+MAX_LEFT_BYTES = 8 << 30  # of an upload from before this node began that are hashed again, while its sender waits
+KEEP_S = 300.0  # an upload that broke off, for its sender to come back
+DRAIN_S = 2.0  # for a sender to notice that we said no
+STALL_S = 120.0  # without a byte a stream is given up
 _ALPHANUMERICS = string.ascii_letters + string.digits
 
 
@@ -46,19 +60,22 @@ class Source(Protocol):
 
 
 class Sink(Protocol):
-    """Somewhere to upload to, by one sender at a time. Failures are `FileFault`."""
+    """Somewhere to upload to, by one sender at a time. Failures are `FileFault`.
+
+    An upload that breaks off between two writes may go on with the next one, within KEEP_S.
+    """
 
     async def begin(self) -> None:
         """A new upload starts at offset 0; what an unfinished one left is void."""
 
     async def write(self, offset: int, content: bytes) -> None:
-        """The next bytes, in order."""
+        """The next bytes, in order; at most BLOCK_BYTES."""
 
     async def finish(self, sha3_256: str) -> None:
-        """All is there; its hash in lower-case hex."""
+        """All is there, and has this hash (lower-case hex)."""
 
     async def abort(self) -> None:
-        """The upload broke off."""
+        """The upload will not go on."""
 
 
 class FileSource:
@@ -89,7 +106,8 @@ class FileSource:
         return self._size
 
     async def read(self, offset: int, size: int) -> bytes:
-        return await trio.to_thread.run_sync(self._read, offset, size)
+        data: bytes = await trio.to_thread.run_sync(self._read, offset, size)
+        return data
 
     def _read(self, offset: int, size: int) -> bytes:
         descriptor = self._open()
@@ -106,59 +124,81 @@ class FileSource:
 
 
 class FileSink:
-    """A slot: bytes go to a file beside the target, which takes its place once the hash is right."""
+    """A slot: bytes go to a file beside the target, which takes its place at the end."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises `FileFault` if there is no such directory, or something other than a file is there."""
+    def __init__(self, path: Path, slot: str = "") -> None:
+        """`slot` is its name, by which a file that an earlier process left is found again.
+
+        Raises `FileFault` if there is no such directory, or something other than a file is there.
+        """
         if not path.parent.is_dir():
             raise FileFault("WriteError", f"no such directory: {path.parent}")
         if path.exists() and not path.is_file():
             raise FileFault("WriteError", f"not a regular file: {path}")
         self.path = path
-        self._part = path.with_name(f".{path.name[:100]}.{secrets.token_hex(6)}.part")
+        self._part = path.with_name(part_name(path.name, slot or secrets.token_hex(8)))
         self._descriptor = -1
-        self._written = 0
-        self._hash = hashlib.sha3_256()
 
     async def begin(self) -> None:
-        await self.abort()
+        self._close()
+        self._descriptor = self._open(os.O_CREAT | os.O_TRUNC)
+
+    def _open(self, flags: int) -> int:
         try:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
-            self._descriptor = os.open(self._part, flags, 0o666)
+            return os.open(self._part, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | flags, 0o666)
         except OSError as error:
             raise FileFault("WriteError", f"cannot write {self.path}: {error.strerror}") from None
-        self._written, self._hash = 0, hashlib.sha3_256()
+
+    async def left(self) -> tuple[int, Any] | None:
+        """Take up what an earlier process left: its size and the SHA3-256 object that has read it, or None."""
+        try:
+            return await trio.to_thread.run_sync(self._left)
+        except (FileFault, OSError):
+            return None
+
+    def _left(self) -> tuple[int, Any] | None:
+        descriptor = self._open(0)
+        status = os.fstat(descriptor)
+        ours = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and status.st_nlink == 1
+        if not ours or status.st_size > MAX_LEFT_BYTES:
+            os.close(descriptor)
+            return None
+        self._close()
+        self._descriptor = descriptor
+        sha3 = hashlib.sha3_256()
+        size = 0
+        while block := os.read(descriptor, BLOCK_BYTES):
+            sha3.update(block)
+            size += len(block)
+        return size, sha3
 
     async def write(self, offset: int, content: bytes) -> None:
-        if offset != self._written:
-            raise FileFault("WriteError", f"expected offset {self._written}, got {offset}")
-        await trio.to_thread.run_sync(self._write, content)
+        await trio.to_thread.run_sync(self._write, offset, content)
 
-    def _write(self, content: bytes) -> None:
-        self._hash.update(content)
+    def _write(self, offset: int, content: bytes) -> None:
         view = memoryview(content)
         try:
             while view:
-                view = view[os.write(self._descriptor, view) :]
+                written = os.pwrite(self._descriptor, view, offset)
+                view, offset = view[written:], offset + written
         except OSError as error:
             raise FileFault("WriteError", f"cannot write {self.path}: {error.strerror}") from None
-        self._written += len(content)
 
     async def finish(self, sha3_256: str) -> None:
-        if self._hash.hexdigest() != sha3_256:
-            raise FileFault("IntegrityError", "the hash of the upload is another")
+        self._close()
         try:
-            os.close(self._descriptor)
-            self._descriptor = -1
             os.replace(self._part, self.path)
         except OSError as error:
             raise FileFault("WriteError", f"cannot write {self.path}: {error.strerror}") from None
 
     async def abort(self) -> None:
+        self._close()
+        self._part.unlink(missing_ok=True)
+
+    def _close(self) -> None:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
-        self._part.unlink(missing_ok=True)
 
 
 class _Publish(msgspec.Struct, frozen=True, array_like=True):
@@ -180,7 +220,7 @@ class FileServer:
 
     def __init__(self, router: Router) -> None:
         self._entries: dict[str, dict[Any, Source | Sink]] = {}
-        self._uploading: dict[str, tuple[trio.CancelScope, trio.Event]] = {}
+        self._uploads: dict[str, Upload] = {}  # under way, or kept for their sender to come back
         router.serve_stream(STREAM, self.serve)
         router.serve_local("gftp:publish", self._publish)
         router.serve_local("gftp:receive", self._receive)
@@ -200,6 +240,8 @@ class FileServer:
         found = owners.pop(owner, None) is not None
         if not owners:
             self._entries.pop(name, None)
+            if (upload := self._uploads.get(name)) is not None and upload.over.is_set():
+                upload.settled.set()  # nobody waits for the rest
         return found
 
     def withdraw_all(self, owner: object) -> None:
@@ -229,7 +271,7 @@ class FileServer:
         if len(name) != SLOT_NAME_LENGTH or not set(name) <= set(_ALPHANUMERICS):
             raise RemoteError("not the name of a slot")
         try:
-            self.offer(name, FileSink(_absolute(request.path)), client)
+            self.offer(name, FileSink(_absolute(request.path), name), client)
         except FileFault as fault:
             raise RemoteError(str(fault)) from None
         return name.encode()
@@ -237,7 +279,7 @@ class FileServer:
     async def _close(self, client: BusPeer, payload: bytes) -> bytes:
         name = _decode(payload, _Close).name
         for sink in self._entries.get(name, {}).values():
-            if isinstance(sink, FileSink) and name not in self._uploading:
+            if isinstance(sink, FileSink) and name not in self._uploads:
                 await sink.abort()
         return b"ok" if self.withdraw(name, client) else b"error"
 
@@ -245,122 +287,121 @@ class FileServer:
     async def serve(self, sender: str, stream: Any) -> None:
         """Serve one byte stream of node `sender`: requests one after another until it ends."""
         reader = Reader(stream, STALL_S)
+        name = None  # of the upload that this stream began last
         try:
-            while (request := await read_header(reader)) is not None:
+            while (request := await read_header(reader, STALL_S)) is not None:
+                if request[0:1] == ["put"]:
+                    name = request[1] if len(request) > 1 and isinstance(request[1], str) else None
                 try:
-                    if not await self._request(request, reader, stream):
-                        return
+                    await self._request(sender, request, reader, stream)
                 except FileFault as fault:
                     await send_header(stream, ["error", fault.variant, str(fault)])
+                    with trio.move_on_after(DRAIN_S):  # closing at once could overtake our word
+                        await reader.drop()
                     return
         except (FileFault, *BROKEN) as fault:
             log.debug("gftp stream of %s: %s", sender, fault)
         finally:
             with trio.CancelScope(shield=True):
                 await stream.aclose()
+            if name is not None:
+                await self._keep(name)
 
-    async def _request(self, request: list[Any], reader: Reader, stream: Any) -> bool:
-        """Serve one request; returns whether the stream can take another."""
+    async def _request(self, sender: str, request: list[Any], reader: Reader, stream: Any) -> None:
         match request:
             case ["stat", str() as name]:
                 await send_header(stream, ["ok", await self._source(name).size()])
-            case ["get", str() as name, int() as offset] if offset >= 0:
-                return await self._send(self._source(name), offset, stream)
-            case ["put", str() as name]:
-                await self._take(name, reader, stream)
+            case ["get", str() as name, int() as offset, int() as size] if offset >= 0 and size >= 0:
+                await self._send(self._source(name), offset, size, stream)
+            case ["put", str() as name, int() as size] if 0 <= size <= MAX_UPLOAD_BYTES:
+                await self._take(Upload(sender, self._sink(name), size), name, reader, stream)
+            case ["join", str() as key]:
+                found = [one for one in self._uploads.values() if (one.key, one.sender) == (key, sender)]
+                if not found:
+                    raise FileFault("WriteError", "no such upload is under way")
+                await found[0].join(reader, stream)
             case _:
                 raise FileFault("InternalError", "not a request for a file")
-        return True
 
     def _find(self, name: str) -> Any:
         for what in self._entries.get(name, {}).values():
             return what
-        raise FileFault("InternalError", "no such file is published here")
+        raise FileFault("InternalError", NOT_HERE)
 
     def _source(self, name: str) -> Source:
-        found = self._find(name)
+        found: Source = self._find(name)
         if hasattr(found, "begin"):
             raise FileFault("ReadError", "an upload slot cannot be read")
         return found
 
-    async def _send(self, source: Source, offset: int, stream: Any) -> bool:
-        """Send a header and bytes. After the header a failure is told by ending early: returns False."""
-        size = await source.size()
-        data = await source.read(offset, CHUNK_BYTES) if offset < size else b""
-        await send_header(stream, ["ok", size])
-        while data:
-            with trio.move_on_after(STALL_S) as scope:
-                await stream.send_all(data)
-            if scope.cancelled_caught:
-                log.warning("gftp: the reader stalled")
-                return False
+    def _sink(self, name: str) -> Sink:
+        found: Sink = self._find(name)
+        if not hasattr(found, "begin"):
+            raise FileFault("WriteError", "not an upload slot")
+        return found
+
+    async def _send(self, source: Source, offset: int, size: int, stream: Any) -> None:
+        """Send a header and bytes. After the header a failure is told by ending early."""
+        total = await source.size()
+        end = min(offset + size, total)
+        data = await source.read(offset, min(BLOCK_BYTES, end - offset)) if offset < end else b""
+        await send_header(stream, ["ok", total])
+        while True:
+            await send(stream, data)
             offset += len(data)
+            if offset >= end:
+                return
             try:
-                data = await source.read(offset, CHUNK_BYTES) if offset < size else b""
+                data = await source.read(offset, min(BLOCK_BYTES, end - offset))
+                if not data:
+                    raise FileFault("ReadError", "a source ends early")
             except FileFault as fault:
                 log.warning("gftp: %s", fault)
-                return False
-        return offset >= size
+                raise trio.BrokenResourceError from None
 
-    async def _take(self, name: str, reader: Reader, stream: Any) -> None:
-        sink = self._find(name)
-        if isinstance(sink, FileSource) or not hasattr(sink, "begin"):
-            raise FileFault("WriteError", "not an upload slot")
-        while name in self._uploading:  # its sender has come back: what broke off does not hold the slot
-            former, done = self._uploading[name]
-            former.cancel()
-            await done.wait()
-        with trio.CancelScope() as scope:
-            self._uploading[name] = (scope, trio.Event())
-            finished = False
-            try:
-                size = await self._fill(sink, reader, stream)
-                finished = True
-            finally:
-                if not finished:
-                    with trio.CancelScope(shield=True):
-                        await sink.abort()
-                self._uploading.pop(name)[1].set()
-        if scope.cancelled_caught:
-            raise FileFault("WriteError", "another upload to this slot began")
-        await send_header(stream, ["ok", size])
+    async def _take(self, upload: Upload, name: str, reader: Reader, stream: Any) -> None:
+        """Bring an upload into its slot, from where a former attempt ended."""
+        while (former := self._uploads.get(name)) is not None and not former.over.is_set():
+            former.stop()  # its sender has come back: what broke off does not hold the slot
+            await former.over.wait()
+        former = self._uploads.pop(name, None)
+        self._uploads[name] = upload
+        try:
+            await self._take_up(upload, former)
+            await upload.run(reader, stream)
+        except FileFault:
+            if upload.lost:
+                await upload.sink.abort()
+            raise
+        finally:
+            upload.over.set()
+        self._uploads.pop(name, None)
+        await send_header(stream, ["ok", upload.size])
 
-    async def _fill(self, sink: Any, reader: Reader, stream: Any) -> int:
-        """Bring an upload into its slot, reading ahead of the disk; returns its size."""
-        await sink.begin()
-        await send_header(stream, ["ok", 0])
-        chunks_in, chunks_out = trio.open_memory_channel[bytes](READ_AHEAD_CHUNKS)
-        size = 0
-        failure: FileFault | None = None
+    async def _take_up(self, upload: Upload, former: Upload | None) -> None:
+        """Let an upload begin with what was kept."""
+        if former is None:
+            left = await upload.sink.left() if isinstance(upload.sink, FileSink) else None
+            if left is not None and left[0] <= upload.size:
+                upload.written, upload.sha3 = left
+            return
+        former.settled.set()
+        if former.sink is not upload.sink:
+            await former.sink.abort()
+        elif not former.lost and former.sender == upload.sender and former.written <= upload.size:
+            upload.written, upload.sha3 = former.written, former.sha3
 
-        async def read() -> None:
-            nonlocal failure
-            with chunks_in:
-                try:
-                    while chunk := await reader.chunk():
-                        await chunks_in.send(chunk)
-                except FileFault as fault:
-                    failure = fault
-                except trio.BrokenResourceError:
-                    pass  # the writer has failed, and says so
-
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(read)
-            with chunks_out:
-                async for chunk in chunks_out:
-                    try:
-                        if size + len(chunk) > MAX_UPLOAD_BYTES:
-                            raise FileFault("WriteError", "the upload is too large")
-                        await sink.write(size, chunk)
-                    except FileFault as fault:
-                        failure = fault
-                        nursery.cancel_scope.cancel()
-                        break
-                    size += len(chunk)
-        if failure is not None:
-            raise failure
-        await sink.finish((await reader.exactly(64)).decode("ascii", "replace"))
-        return size
+    async def _keep(self, name: str) -> None:
+        """Wait for the sender of an upload that broke off, and then forget it."""
+        upload = self._uploads.get(name)
+        if upload is None or not upload.over.is_set():
+            return
+        if upload.written and not upload.lost and name in self._entries:
+            with trio.move_on_after(KEEP_S):
+                await upload.settled.wait()
+        if self._uploads.get(name) is upload:
+            del self._uploads[name]
+            await upload.sink.abort()
 
 
 def _decode(payload: bytes, kind: type[Any]) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
 import signal
 import sys
@@ -25,15 +26,18 @@ import trio
 
 from golem.bus import BusClient, BusError
 from golem.config import VERSION, data_dir_from
-from golem.gftp_wire import FileFault, GftpPeer, parse_url
+from golem.gftp_peer import GftpPeer
+from golem.gftp_wire import FileFault, parse_url, part_name
 from golem.net.types import RemoteError, Unreachable
+from golem.outgoing import Outgoing
 
 VERSION_TEXT = f"{VERSION} (golem-node)"
 PARSE_ERROR, INVALID_REQUEST, METHOD_NOT_FOUND, INVALID_PARAMS, SERVER_ERROR = -32700, -32600, -32601, -32602, -32000
+PUBLISH, RECEIVE, CLOSE = "gftp:publish", "gftp:receive", "gftp:close"
 MAX_LINE_BYTES = 4 << 20
 CONNECT_TIMEOUT_S = 5.0
 SHUTDOWN_S = 1.0
-RETRIES = 3
+RETRY_DELAYS_S = (1.0, 2.0, 4.0, 8.0)  # after failures that may pass; anew whenever something came over
 
 
 class RpcError(Exception):
@@ -65,7 +69,10 @@ class Gftp:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Stay on the bus until cancelled."""
-        await self._bus.run(task_status=task_status)
+        try:
+            await self._bus.run(task_status=task_status)
+        finally:
+            self.clean_up()
 
     async def _on_connect(self) -> None:
         """The node may be a new one: tell it again."""
@@ -89,8 +96,8 @@ class Gftp:
         for file in files:
             path = _absolute(file)
             name = await trio.to_thread.run_sync(_sha3_of, path, abandon_on_cancel=True)
-            await self._call("gftp:publish", str(path), name)
-            self._published[name] = ("gftp:publish", path)
+            await self._call(PUBLISH, str(path), name)
+            self._published[name] = (PUBLISH, path)
             done.append({"file": file, "url": f"gftp://{self._bus.node_id}/{name}"})
         return done
 
@@ -104,30 +111,36 @@ class Gftp:
                 done.append("error")
                 continue
             self._published.pop(name, None)
-            done.append(await self._call("gftp:close", name))
+            done.append(await self._call(CLOSE, name))
         return done
 
     async def receive(self, output_file: str) -> dict[str, str]:
         """Open a slot that others upload into."""
         path = _absolute(output_file)
-        name = await self._call("gftp:receive", str(path))
-        self._published[name] = ("gftp:receive", path)
+        name = await self._call(RECEIVE, str(path))
+        self._published[name] = (RECEIVE, path)
         return {"file": output_file, "url": f"gftp://{self._bus.node_id}/{name}"}
 
     async def download(self, url: str, output_file: str) -> dict[str, str]:
-        """Fetch a file; the output appears when it is whole."""
+        """Fetch a file; the output appears when it is whole, and has the hash that it is named by."""
         path = _absolute(output_file)
         part = path.with_name(f".{path.name[:100]}.{secrets.token_hex(6)}.part")
         try:
-            with part.open("wb") as file:
-                for left in reversed(range(RETRIES)):
-                    try:
-                        await self._peer.download(url, file.tell(), partial(_write, file))
-                        break
-                    except FileFault as fault:
-                        if not fault.passing or not left:
-                            raise
-                        await trio.sleep(1)
+            with part.open("wb", buffering=0) as file:
+                sha3 = hashlib.sha3_256()
+
+                def store(block: bytearray) -> None:
+                    view = memoryview(block)
+                    while view:
+                        view = view[file.write(view) :]
+                    sha3.update(block)
+
+                async def fetch() -> None:
+                    await self._peer.download(url, file.tell(), partial(trio.to_thread.run_sync, store))
+
+                await _persist(fetch, file.tell)
+            if re.fullmatch(r"[0-9a-f]{64}", name := parse_url(url)[1]) and sha3.hexdigest() != name:
+                raise FileFault("IntegrityError", f"{url}: the content has another hash")
             part.replace(path)
         except OSError as error:
             raise RpcError(SERVER_ERROR, f"cannot write {path}: {error.strerror}") from None
@@ -142,17 +155,39 @@ class Gftp:
         path = _absolute(file)
         try:
             with path.open("rb") as source:
-                await self._peer.upload(url, lambda most: trio.to_thread.run_sync(source.read, most))
+                outgoing = Outgoing(source.fileno(), os.fstat(source.fileno()).st_size)
+
+                async def send() -> None:
+                    await self._peer.upload(url, outgoing)
+
+                await _persist(send, lambda: outgoing.kept)
         except OSError as error:
             raise RpcError(SERVER_ERROR, f"cannot read {path}: {error.strerror}") from None
         except FileFault as fault:
             raise RpcError(SERVER_ERROR, f"{fault.variant}: {fault}") from None
         return {"file": file, "url": url}
 
+    def clean_up(self) -> None:
+        """Remove what uploads that broke off have left in our slots; for the end."""
+        for name, (target, path) in self._published.items():
+            if target == RECEIVE:
+                with suppress(OSError):
+                    path.with_name(part_name(path.name, name)).unlink(missing_ok=True)
 
-async def _write(file: Any, data: bytes) -> None:
-    file.write(data)
-    await trio.lowlevel.checkpoint()
+
+async def _persist(attempt: Callable[[], Awaitable[None]], reached: Callable[[], int]) -> None:
+    """Make attempts until one goes through. Raises the `FileFault` of the last one."""
+    delays, best = iter(RETRY_DELAYS_S), 0
+    while True:
+        try:
+            return await attempt()
+        except FileFault as fault:
+            if reached() > best:
+                delays, best = iter(RETRY_DELAYS_S), reached()
+            delay_s = next(delays, None) if fault.passing else None
+            if delay_s is None:
+                raise
+        await trio.sleep(delay_s)
 
 
 def _encode(value: Any) -> bytes:

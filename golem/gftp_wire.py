@@ -1,39 +1,46 @@
-"""What is said on a byte stream named `gftp`, and the reading and writing end of it.
+"""What is said on byte streams named `gftp`, and the parts of it that both ends share.
 
 Headers are MessagePack arrays behind their length (four bytes, big-endian, at most 4 KiB):
 
-    ["stat", name]         -> ["ok", size]
-    ["get", name, offset]  -> ["ok", size], then the bytes from `offset` to the end; a stream that ends early is a failure
-    ["put", name]          -> ["ok", 0]; then chunks behind their length, a zero length, and 64 hex digits of the
-                              SHA3-256 of it all; then -> ["ok", bytes]
-    any                    -> ["error", variant, text]       variant: ReadError WriteError InternalError IntegrityError
+    ["stat", name]               -> ["ok", size]
+    ["get", name, offset, size]  -> ["ok", size of the file], then the bytes asked for, as far as the file goes;
+                                    a stream that ends early is a failure
+    ["put", name, size]          -> ["ok", kept, sha3 of what is kept, key]: so much is there of an upload that broke off
+        ["from", offset]            offset is `kept` when the hash fits the sender's file, else 0; then blocks, an end mark,
+                                    and 64 hex digits of the SHA3-256 of the whole  -> ["ok", size]
+    ["join", key]                   another stream that brings blocks to the same upload, and an end mark
+    any                          -> ["error", variant, text]   variant: ReadError WriteError InternalError IntegrityError
 
-Neighbours: `golem/files.py` serves; `golem/gftp.py` and the exe-unit are clients, through the bus of their node.
+A block is its offset (8 bytes), its length (4 bytes, big-endian) and its bytes; the end mark has length 0. A stream takes
+one request after another, and a reader may send the next before it has read the answer. A stream brings no more than its
+window in a round trip, so over long ways several are used at once; `Assembly` puts what they bring into order.
+
+Neighbours: `golem/files.py` and `golem/uploads.py` serve; `golem/gftp_peer.py` is the client.
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Any
 
 import msgspec
 import trio
 
-from golem.bus import open_stream
-from golem.net.types import RemoteError, Unreachable
+from golem.net.types import Unreachable
 from protocol.codec import length_prefixed
 
 STREAM = "gftp"
-CHUNK_BYTES = 1 << 20
-UPLOAD_BYTES = 256 << 10
-MAX_CHUNK_BYTES = 4 << 20
+BLOCK_BYTES = 1 << 20  # of a block, and of what is read at a time
+READ_BYTES = 1 << 18  # asked of a socket at a time
+SEND_BYTES = 1 << 18  # given to a stream at a time, which takes it within STALL_S
 MAX_HEADER_BYTES = 4096
 STALL_S = 60.0
+MIN_BYTES = 1 << 14  # that must come in STALL_S
+HEADER_S = 120.0  # for an answer: the other side may have to read a file first
 _URL = re.compile(r"gftp://(0x[0-9a-fA-F]{40})/([A-Za-z0-9._\-]{1,200})\Z")
 BROKEN = (Unreachable, trio.BrokenResourceError, trio.ClosedResourceError)
+END = bytes(12)
+NOT_HERE = "no such file is published here"
 
 
 class FileFault(Exception):
@@ -52,162 +59,143 @@ def parse_url(url: str) -> tuple[str, str]:
     return match[1].lower(), match[2]
 
 
+def part_name(file_name: str, slot: str) -> str:
+    """Return the name, beside the target, of the file that an upload into a slot fills."""
+    return f".{file_name[:100]}.{slot[:16]}.part"
+
+
 class Reader:
-    """Reads exact amounts from a stream; a stream that is silent for `stall_s` has failed. Failures are `FileFault`."""
+    """Reads exact amounts from a stream, which has failed when next to nothing comes for `stall_s`. Failures are `FileFault`."""
 
     def __init__(self, stream: Any, stall_s: float = STALL_S) -> None:
         self._stream, self._stall_s, self._held = stream, stall_s, b""
 
-    async def some(self, most: int) -> bytes:
+    async def _some(self, most: int) -> bytes:
         """Return the next bytes, b"" at the end."""
         if self._held:
             data, self._held = self._held[:most], self._held[most:]
             return data
         try:
-            with trio.move_on_after(self._stall_s):
-                return bytes(await self._stream.receive_some(most))
+            return bytes(await self._stream.receive_some(most))
         except BROKEN as error:
             raise FileFault("ReadError", f"the stream broke: {error}", passing=True) from None
-        raise FileFault("ReadError", f"no byte for {self._stall_s:g} s", passing=True)
 
-    async def exactly(self, size: int) -> bytes:
+    async def exactly(self, size: int) -> bytearray:
         """Return `size` bytes."""
         parts = bytearray()
-        while len(parts) < size:
-            data = await self.some(size - len(parts))
-            if not data:
-                raise FileFault("ReadError", "the stream ended early", passing=True)
-            parts += data
-        return bytes(parts)
+        mark = 0
+        with trio.CancelScope(deadline=trio.current_time() + self._stall_s) as scope:
+            while len(parts) < size:
+                data = await self._some(min(size - len(parts), READ_BYTES))
+                if not data:
+                    raise FileFault("ReadError", "the stream ended early", passing=True)
+                parts += data
+                if len(parts) - mark >= MIN_BYTES:
+                    mark = len(parts)
+                    scope.deadline = trio.current_time() + self._stall_s
+            return parts
+        raise FileFault("ReadError", f"{len(parts) - mark} bytes in {self._stall_s:g} s", passing=True)
 
-    async def chunk(self) -> bytes:
-        """Return a chunk behind its length; b"" for the zero length that ends them."""
-        size = int.from_bytes(await self.exactly(4), "big")
-        if size > MAX_CHUNK_BYTES:
-            raise FileFault("InternalError", f"a chunk of {size} bytes is over the limit")
-        return await self.exactly(size)
+    async def block(self) -> tuple[int, bytearray]:
+        """Return a block with its offset; empty for the end mark."""
+        head = await self.exactly(12)
+        offset, size = int.from_bytes(head[:8], "big"), int.from_bytes(head[8:], "big")
+        if size > BLOCK_BYTES:
+            raise FileFault("InternalError", f"a block of {size} bytes is over the limit")
+        return offset, await self.exactly(size)
+
+    async def drop(self) -> None:
+        """Read to the end for nothing."""
+        while await self._some(READ_BYTES):
+            pass
 
     async def at_end(self) -> bool:
-        """Return whether nothing more comes."""
-        self._held = await self.some(MAX_HEADER_BYTES)
+        """Return whether nothing more comes. Waits as long as it takes for something."""
+        self._held = await self._some(MAX_HEADER_BYTES)
         return not self._held
 
 
-async def read_header(reader: Reader) -> list[Any] | None:
+async def read_header(reader: Reader, patience_s: float = HEADER_S) -> list[Any] | None:
     """Return the next header, None where the stream ends before it. Raises `FileFault`."""
-    if await reader.at_end():
-        return None
-    size = int.from_bytes(await reader.exactly(4), "big")
-    if not 0 < size <= MAX_HEADER_BYTES:
-        raise FileFault("InternalError", "not a gftp header")
+    with trio.move_on_after(patience_s) as scope:
+        if await reader.at_end():
+            return None
+        size = int.from_bytes(await reader.exactly(4), "big")
+        if not 0 < size <= MAX_HEADER_BYTES:
+            raise FileFault("InternalError", "not a gftp header")
+        body = bytes(await reader.exactly(size))
+    if scope.cancelled_caught:
+        raise FileFault("ReadError", f"the other side is silent for {patience_s:g} s", passing=True)
     try:
-        return msgspec.msgpack.decode(await reader.exactly(size), type=list[Any])
+        return msgspec.msgpack.decode(body, type=list[Any])
     except (msgspec.DecodeError, RecursionError, ValueError) as error:
         raise FileFault("InternalError", f"malformed gftp header: {error}") from None
 
 
 async def send_header(stream: Any, parts: list[Any]) -> None:
     """Send a header. Raises `FileFault` when the stream broke."""
-    await _send(stream, length_prefixed(msgspec.msgpack.encode(parts)))
+    await send(stream, length_prefixed(msgspec.msgpack.encode(parts)))
 
 
-async def _send(stream: Any, data: bytes) -> None:
+async def send(stream: Any, data: bytes | bytearray) -> None:
+    """Send bytes. Raises `FileFault` when the stream broke, or the other side takes them too slowly."""
+    view = memoryview(data)
     try:
-        with trio.move_on_after(STALL_S):
-            await stream.send_all(data)
-            return
+        while view:
+            with trio.move_on_after(STALL_S) as scope:
+                await stream.send_all(view[:SEND_BYTES])
+            if scope.cancelled_caught:
+                raise FileFault("WriteError", f"the other side takes nothing for {STALL_S:g} s", passing=True)
+            view = view[SEND_BYTES:]
     except BROKEN as error:
         raise FileFault("WriteError", f"the stream broke: {error}", passing=True) from None
-    raise FileFault("WriteError", f"the other side takes nothing for {STALL_S:g} s", passing=True)
 
 
-class GftpPeer:
-    """Reads and writes files of any node through the bus at `bus_path`. All failures are `FileFault`."""
-
-    def __init__(self, bus_path: Path) -> None:
-        self._bus_path = bus_path
-        self._hashes: dict[str, tuple[int, Any]] = {}  # of downloads that broke off: bytes so far, their hash
-
-    async def _open(self, node: str) -> trio.SocketStream:
-        try:
-            return await open_stream(self._bus_path, node, STREAM)
-        except Unreachable as error:
-            raise FileFault("InternalError", str(error), passing=True) from None
-        except RemoteError as error:
-            raise FileFault("InternalError", str(error), passing=True) from None
-
-    async def size(self, url: str) -> int:
-        """Return the size of a published file."""
-        node, name = parse_url(url)
-        async with await self._open(node) as stream:
-            reader = Reader(stream)
-            await send_header(stream, ["stat", name])
-            return _ok(await read_header(reader))
-
-    async def download(self, url: str, offset: int, write: Callable[[bytes], Awaitable[None]]) -> int:
-        """Hand the bytes from `offset` to the end to `write`; returns the size. A name that is a hash is checked."""
-        node, name = parse_url(url)
-        sha3 = self._hash_so_far(name, offset)
-        async with await self._open(node) as stream:
-            reader = Reader(stream)
-            await send_header(stream, ["get", name, offset])
-            size = _ok(await read_header(reader))
-            while offset < size:
-                data = await reader.some(min(CHUNK_BYTES, size - offset))
-                if not data:
-                    raise FileFault("ReadError", f"{url}: ended {size - offset} bytes early", passing=True)
-                await write(data)
-                offset += len(data)
-                if sha3 is not None:
-                    sha3.update(data)
-                    self._hashes[name] = (offset, sha3)
-        self._hashes.pop(name, None)
-        if sha3 is not None and sha3.hexdigest() != name:
-            raise FileFault("IntegrityError", f"{url}: the content has another hash")
-        return size
-
-    def _hash_so_far(self, name: str, offset: int) -> Any:
-        """Return the hash over what is there, None where the name is none (or the beginning is not known)."""
-        if not re.fullmatch(r"[0-9a-f]{64}", name):
-            return None
-        if offset == 0:
-            return hashlib.sha3_256()
-        known, sha3 = self._hashes.get(name, (0, None))
-        return sha3 if known == offset else None
-
-    async def upload(self, url: str, read: Callable[[int], Awaitable[bytes]]) -> int:
-        """Send what `read(most_bytes)` gives until it gives b""; returns the number of bytes."""
-        node, name = parse_url(url)
-        async with await self._open(node) as stream:
-            reader = Reader(stream)
-            await send_header(stream, ["put", name])
-            _ok(await read_header(reader))
-            sha3, size = hashlib.sha3_256(), 0
-            try:
-                while data := await read(CHUNK_BYTES):
-                    for at in range(0, len(data), UPLOAD_BYTES):  # smaller pieces keep both ends busy
-                        piece = data[at : at + UPLOAD_BYTES]
-                        sha3.update(piece)
-                        await _send(stream, length_prefixed(piece))
-                    size += len(data)
-                await _send(stream, length_prefixed(b"") + sha3.hexdigest().encode())
-            except FileFault as fault:
-                if not fault.passing:
-                    raise
-                # the other side may have said why before it closed
-                with trio.move_on_after(1):
-                    _ok(await read_header(reader))
-                raise
-            _ok(await read_header(reader))
-            return size
+async def send_block(stream: Any, offset: int, block: bytes | bytearray) -> None:
+    """Send a block. Raises `FileFault`."""
+    await send(stream, offset.to_bytes(8, "big") + len(block).to_bytes(4, "big"))
+    await send(stream, block)
 
 
-def _ok(reply: list[Any] | None) -> int:
-    match reply:
-        case ["ok", int() as value]:
-            return value
-        case ["error", str() as variant, str() as text]:
-            raise FileFault(variant, text)
-        case None:
-            raise FileFault("ReadError", "the stream ended early", passing=True)
-    raise FileFault("InternalError", "not a gftp answer")
+class Assembly:
+    """Puts blocks that come over several streams into order, at most `ahead_bytes` before the one that is taken next."""
+
+    def __init__(self, start: int, ahead_bytes: int) -> None:
+        self.next = start  # offset of the block to be taken next
+        self._ahead_bytes = ahead_bytes
+        self._blocks: dict[int, bytearray] = {}
+        self._closed = False
+        self._changed = trio.lowlevel.ParkingLot()
+
+    def has_room(self, offset: int) -> bool:
+        """Whether a block of this offset may come now."""
+        return offset < self.next + self._ahead_bytes and not self._closed
+
+    async def room(self, offset: int) -> bool:
+        """Wait until a block of this offset may come; False when none is wanted any more."""
+        while not self._closed and not self.has_room(offset):
+            await self._changed.park()
+        return not self._closed
+
+    def put(self, offset: int, block: bytearray) -> None:
+        """Add a block. Raises `FileFault` for one that is there already."""
+        if offset < self.next or offset in self._blocks:
+            raise FileFault("InternalError", f"the bytes at {offset} come twice")
+        self._blocks[offset] = block
+        self._changed.unpark_all()
+
+    async def take(self) -> bytearray | None:
+        """Return the next block; None when it is not there and the assembly is closed."""
+        while self.next not in self._blocks:
+            if self._closed:
+                return None
+            await self._changed.park()
+        block = self._blocks.pop(self.next)
+        self.next += len(block)
+        self._changed.unpark_all()
+        return block
+
+    def close(self) -> None:
+        """Nothing more comes; what is there in order can still be taken."""
+        self._closed = True
+        self._changed.unpark_all()

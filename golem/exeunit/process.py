@@ -37,9 +37,11 @@ from golem.exeunit.spool import TransferError, TransferPolicy
 from golem.exeunit.terms import Terms, read_terms
 from golem.exeunit.transfer import Transfers
 from golem.exeunit.work import RuntimePort
-from golem.gftp_wire import FileFault, GftpPeer
+from golem.gftp_peer import GftpPeer
+from golem.gftp_wire import FileFault
 from golem.interaction_wire import BACK
 from golem.net.types import RemoteError
+from golem.outgoing import Outgoing
 from protocol.codec import decode_batch
 from protocol.exeunit import ShutDown, UnitStarted, UsageMeasured
 
@@ -82,8 +84,8 @@ class BusGftp:
     async def download(self, url: str, offset: int, write: Callable[[bytes], Awaitable[None]]) -> None:
         await _transfer(self._peer.download(url, offset, write))
 
-    async def upload(self, url: str, read: Callable[[int], Awaitable[bytes]]) -> None:
-        await _transfer(self._peer.upload(url, read))
+    async def upload(self, url: str, file: Outgoing, progress: Callable[[int, int], None] | None) -> None:
+        await _transfer(self._peer.upload(url, file, progress))
 
 
 async def _transfer(work: Awaitable[int]) -> int:

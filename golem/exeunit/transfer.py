@@ -3,8 +3,8 @@
 A transfer has a source and a target, each `container:` (a volume of the runtime), `http(s):` or `gftp:`; at deploy also
 `file:` below directories the provider allows. Remote bytes go into a spool file first, are checked against the hash if
 the URL names one, and take their place in a volume by rename, so a command never sees half a file or an unchecked one.
-Failures that may pass are tried again twice. Neighbours: `spool` (where downloads go, and the policy), `web` (HTTP),
-`beneath` (paths in directories that a guest can write), `images` (the package cache); gftp comes in as a `GftpClient`.
+Failures that may pass are tried again, from where they were. Neighbours: `spool` (where downloads go, and the policy), `web`
+(HTTP), `beneath` (paths in directories that a guest can write), `images` (the package cache); gftp comes in as a `GftpClient`.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from golem.exeunit.spool import (
     redacted,
 )
 from golem.exeunit.web import Web
+from golem.outgoing import Outgoing
 
 __all__ = [
     "OFFERED_PROTOCOLS",
@@ -66,8 +67,8 @@ class GftpClient(Protocol):
     async def download(self, url: str, offset: int, write: Write) -> None:
         """Hand the file's bytes from `offset` to its end to `write`, in order."""
 
-    async def upload(self, url: str, read: Callable[[int], Awaitable[bytes]]) -> None:
-        """Send what `read(most_bytes)` gives, in order, until it gives b""; then finish with the SHA3-256 of it all."""
+    async def upload(self, url: str, file: Outgoing, progress: Progress | None) -> None:
+        """Send the file, from where an earlier attempt with the same `file` got to."""
 
 
 @dataclass(frozen=True)
@@ -126,8 +127,8 @@ class Remote(Protocol):
     async def download(self, url: str, spool: Spool) -> None:
         """Append to the spool from its present size on (or restart it) up to the end."""
 
-    async def upload(self, url: str, descriptor: int, size: int, progress: Progress | None) -> None:
-        """Send the whole open file."""
+    async def upload(self, url: str, file: Outgoing, progress: Progress | None) -> None:
+        """Send the open file; attempts after a failure have the same `file`."""
 
 
 class GftpRemote:
@@ -144,19 +145,8 @@ class GftpRemote:
         if spool.size != spool.total:
             raise TransferError(f"{redacted(url)}: got {spool.size} bytes of {spool.total}", passing=True)
 
-    async def upload(self, url: str, descriptor: int, size: int, progress: Progress | None) -> None:
-        sent = 0
-
-        async def read(most_bytes: int) -> bytes:
-            nonlocal sent
-            chunk = os.pread(descriptor, min(most_bytes, size - sent), sent)
-            sent += len(chunk)
-            if progress is not None and chunk:
-                progress(sent, size)
-            await trio.lowlevel.checkpoint()
-            return chunk
-
-        await self._client.upload(url, read)
+    async def upload(self, url: str, file: Outgoing, progress: Progress | None) -> None:
+        await self._client.upload(url, file, progress)
 
 
 class Transfers:
@@ -288,7 +278,7 @@ class Transfers:
         if origin.remote:
             with tempfile.TemporaryFile() as file:
                 size = await self.fetch(origin, file.fileno(), max_bytes=max_bytes, notice=notice)
-                await self._try(lambda: remote.upload(goal.rest, file.fileno(), size, progress), notice, lambda: 0)
+                await self._send(remote, goal.rest, Outgoing(file.fileno(), size), progress, notice)
                 return size
         with self._open_in_volume(volumes, origin.rest) as descriptor:
             size = os.fstat(descriptor).st_size
@@ -296,8 +286,13 @@ class Transfers:
                 raise TransferError(f"the file is too large: {size} bytes, at most {max_bytes}")
             if origin.digest is not None:
                 await _check_file(descriptor, origin.digest)
-            await self._try(lambda: remote.upload(goal.rest, descriptor, size, progress), notice, lambda: 0)
+            await self._send(remote, goal.rest, Outgoing(descriptor, size), progress, notice)
             return size
+
+    async def _send(
+        self, remote: Remote, url: str, file: Outgoing, progress: Progress | None, notice: Notice | None
+    ) -> None:
+        await self._try(lambda: remote.upload(url, file, progress), notice, lambda: file.kept)
 
     def _open_in_volume(self, volumes: Sequence[Volume], container_path: str) -> beneath.OpenFile:
         volume, path = find_volume(volumes, container_path)

@@ -16,7 +16,8 @@ from http import HTTPStatus
 import httpx
 import trio
 
-from golem.exeunit.spool import CHUNK_BYTES, Progress, Spool, TransferError, TransferPolicy, redacted
+from golem.exeunit.spool import BLOCK_BYTES, CHUNK_BYTES, Progress, Spool, TransferError, TransferPolicy, redacted
+from golem.outgoing import Outgoing
 
 CONNECT_TIMEOUT_S = 15.0
 IDLE_TIMEOUT_S = 60.0
@@ -121,12 +122,18 @@ class Web:
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise _translated("GET", url, error) from None
 
-    async def upload(self, url: str, descriptor: int, size: int, progress: Progress | None) -> None:
+    async def upload(self, url: str, file: Outgoing, progress: Progress | None) -> None:
+        size = file.size
+
         async def body() -> AsyncIterator[bytes]:
             sent = 0
-            while sent < size and (chunk := os.pread(descriptor, min(CHUNK_BYTES, size - sent), sent)):
-                sent += len(chunk)
-                yield chunk
+            while sent < size:
+                block = await trio.to_thread.run_sync(os.pread, file.descriptor, min(BLOCK_BYTES, size - sent), sent)
+                if not block:
+                    raise TransferError("the file became shorter while it was sent")
+                for at in range(0, len(block), CHUNK_BYTES):
+                    yield block[at : at + CHUNK_BYTES]
+                sent += len(block)
                 if progress is not None:
                     progress(sent, size)
 

@@ -8,7 +8,7 @@ import ipaddress
 import os
 import ssl
 from base64 import b64encode
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,6 +25,7 @@ from golem.exeunit.runtimes.base import Volume
 from golem.exeunit.spool import Write
 from golem.exeunit.transfer import HashMismatch, TransferError, TransferPolicy, Transfers, find_volume, parse_location
 from golem.exeunit.web import refusal
+from golem.outgoing import Outgoing
 
 CONTENT = bytes(range(256)) * 1000
 SHA = hashlib.sha3_224(CONTENT).hexdigest()
@@ -131,14 +132,11 @@ class MemoryGftp:
                 self.failures -= 1
                 raise TransferError("link lost", passing=True)
 
-    async def upload(self, url: str, read: Callable[[int], Awaitable[bytes]]) -> None:
+    async def upload(self, url: str, file: Outgoing, progress: Callable[[int, int], None] | None) -> None:
         if self.failures:
             self.failures -= 1
             raise TransferError("link lost", passing=True)
-        out = b""
-        while chunk := await read(40960):
-            out += chunk
-        self.files[url] = out
+        self.files[url] = os.pread(file.descriptor, file.size, 0)
 
 
 @dataclass
