@@ -18,7 +18,7 @@ from support import trio_test
 
 from golem.exeunit.engine.admin import Admin, socket_path
 from golem.exeunit.engine.leftovers import SUPERVISOR_LABEL, sweep
-from golem.exeunit.engine.storage import MARK_FILE
+from golem.exeunit.engine.storage import MARK_FILE, unmount
 from golem.exeunit.engine.supervisor import is_dead, own_mark
 from golem.exeunit.runtimes.base import RuntimeFault
 from golem.local_engine import LocalEngine
@@ -95,11 +95,14 @@ def traces(engine: LocalEngine, root: Path) -> dict[str, list[str]]:
 
 
 @pytest.fixture
-def work_root(tmp_path: Path) -> Path:
-    for folder in (tmp_path, tmp_path / "work"):
-        folder.mkdir(exist_ok=True)
-        folder.chmod(0o711)
-    return tmp_path / "work"
+def work_root(tmp_path: Path) -> Iterator[Path]:
+    """Where activities work; what a failed test leaves mounted there goes, lest it outlives the tests."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    yield folder
+    for line in reversed(Path("/proc/self/mountinfo").read_text().splitlines()):
+        if (point := Path(line.split()[4])).is_relative_to(folder):
+            unmount(point)
 
 
 @pytest.mark.root

@@ -28,14 +28,9 @@ class Meter:
 
     def __init__(self, pid: int, proc: Path = Path("/proc")) -> None:
         """`pid`: a live process of the container, as the machine numbers it. Raises MeterError."""
-        try:
-            groups = _groups((proc / str(pid) / "cgroup").read_text())
-            mounts = _mounts((proc / "self" / "mountinfo").read_text())
-        except OSError as error:
-            raise MeterError(f"no control group of process {pid}: {error}") from None
-        self._cpu = _find(groups, mounts, "cpuacct", ("cpuacct.usage",), ("cpu.stat",))
-        self._memory = _find(
-            groups, mounts, "memory", ("memory.max_usage_in_bytes",), ("memory.peak", "memory.current")
+        self._cpu = group_file(pid, "cpuacct", ("cpuacct.usage",), ("cpu.stat",), proc)
+        self._memory = group_file(
+            pid, "memory", ("memory.max_usage_in_bytes",), ("memory.peak", "memory.current"), proc
         )
         if self._cpu is None or self._memory is None:
             raise MeterError(f"no figures for the control group of process {pid}")
@@ -110,14 +105,21 @@ def _mounts(text: str) -> dict[str, tuple[Path, str]]:
     return found
 
 
-def _find(
-    groups: dict[str, str],
-    mounts: dict[str, tuple[Path, str]],
+def group_file(
+    pid: int,
     controller: str,
     first_version: tuple[str, ...],
     second_version: tuple[str, ...],
+    proc: Path = Path("/proc"),
 ) -> Path | None:
-    """Return the first file that is there of a group: of its own controller's tree, else of the unified one."""
+    """Return a file of the control group that a process is in: the first that is there, of the tree of its controller
+    in version 1, else of the one tree of version 2. Raises MeterError if the process is gone.
+    """
+    try:
+        groups = _groups((proc / str(pid) / "cgroup").read_text())
+        mounts = _mounts((proc / "self" / "mountinfo").read_text())
+    except OSError as error:
+        raise MeterError(f"no control group of process {pid}: {error}") from None
     for name, files in ((controller, first_version), ("", second_version)):
         if name not in groups or name not in mounts:
             continue
