@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from support import trio_test
 
-from golem.exeunit.engine.meter import Layer, Meter, MeterError, upper_dir
+from golem.exeunit.engine.meter import Layer, Meter, MeterError, upper_dir, upper_dir_of
 from golem.exeunit.engine.seccomp_profile import profile
 from golem.exeunit.engine.storage import Storage, open_storage
 from golem.exeunit.runtimes.base import GIB, RuntimeFault
@@ -282,3 +282,13 @@ def test_upper_dir_of_an_inspected_container() -> None:
     assert upper_dir({"GraphDriver": {"Name": "overlay2", "Data": {"UpperDir": "/a/diff"}}}) == Path("/a/diff")
     assert upper_dir({"GraphDriver": {"Name": "vfs", "Data": None}}) is None
     assert upper_dir({}) is None
+
+
+def test_upper_dir_of_a_running_container(tmp_path: Path) -> None:
+    (tmp_path / "7").mkdir()
+    text = "22 1 0:30 / / rw - overlay overlay rw,lowerdir=/l/A:/l/B,upperdir=/data/1/diff,workdir=/data/1/work\n"
+    (tmp_path / "7" / "mountinfo").write_text(text + "23 22 0:5 / /proc rw - proc proc rw\n")
+    assert upper_dir_of(7, tmp_path) == Path("/data/1/diff")
+    (tmp_path / "7" / "mountinfo").write_text("22 1 254:0 / / rw - ext4 /dev/vda rw\n")
+    assert upper_dir_of(7, tmp_path) is None
+    assert upper_dir_of(8, tmp_path) is None
