@@ -24,8 +24,7 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -124,22 +123,33 @@ async def obtain_image(
     Errors: RuntimeFault, whose text names what is wrong with the package.
     """
     limits, told = limits or ImageLimits(), notice or _silent
-    tag = image_tag(digest)
+    tag, path_of_lock = image_tag(digest), folder / f"{digest}.lock"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    cpu_s = 0.0
-    loaded = False
+    cpu_s, loaded = 0.0, False
     while True:
-        async with _locked(folder / f"{digest}.lock", fcntl.LOCK_SH, told) as lock:
+        lock = await _shared(path_of_lock, told)
+        try:
             found = await admin.inspect_image(tag)
             if found is not None:
-                os.utime(lock.descriptor)
-                return _engine_image(found, tag, not loaded, cpu_s, lock.keep())
+                os.utime(lock)
+                image = _engine_image(found, tag, not loaded, cpu_s, lock)
+                lock = -1  # the image's from now on
+                return image
+        finally:
+            if lock >= 0:
+                os.close(lock)
         if loaded:
             raise RuntimeFault(f"the Docker Engine lost the image {tag} at once")
-        async with _locked(folder / f"{digest}.lock", fcntl.LOCK_EX, told) as lock:
+        alone = _try_lock(path_of_lock, fcntl.LOCK_EX)
+        if alone is None:  # another one looks as well, or brings it in
+            await trio.sleep(LOCK_POLL_S)
+            continue
+        try:
             if await admin.inspect_image(tag) is None:
                 cpu_s = await _bring(admin, path, tag, format, folder, told, limits)
                 loaded = True
+        finally:
+            os.close(alone)
         if loaded and max_bytes is not None:
             await evict(admin, folder, max_bytes, spare=frozenset({tag}))
 
@@ -181,31 +191,15 @@ async def evict(admin: Admin, folder: Path, max_bytes: int, spare: frozenset[str
 # -- locks
 
 
-class _Lock:
-    def __init__(self, descriptor: int) -> None:
-        self.descriptor, self.kept = descriptor, False
-
-    def keep(self) -> int:
-        """Hand the lock over to whoever closes the descriptor."""
-        self.kept = True
-        return self.descriptor
-
-
-@asynccontextmanager
-async def _locked(path: Path, how: int, notice: Notice) -> AsyncIterator[_Lock]:
-    """Hold a lock file for the block; the wait for it can be cancelled."""
+async def _shared(path: Path, notice: Notice) -> int:
+    """Return a descriptor with a shared lock; the wait for it can be cancelled."""
     waited = False
-    while (descriptor := _try_lock(path, how)) is None:
+    while (descriptor := _try_lock(path, fcntl.LOCK_SH)) is None:
         if not waited:
             notice("Waiting for the image: another activity is bringing it in")
             waited = True
         await trio.sleep(LOCK_POLL_S)
-    lock = _Lock(descriptor)
-    try:
-        yield lock
-    finally:
-        if not lock.kept:
-            os.close(descriptor)
+    return descriptor
 
 
 def _try_lock(path: Path, how: int) -> int | None:
@@ -299,11 +293,18 @@ async def _load(admin: Admin, descriptor: int, size: int, notice: Notice) -> Non
             teller.tell(100 * sent // max(1, size))
             await trio.sleep(LOCK_POLL_S)
 
+    fault: RuntimeFault | None = None
     async with trio.open_nursery() as nursery:
         nursery.start_soon(watch)
         nursery.start_soon(_set_when_cancelled, stopped)
-        await admin.load_image(chunks())
+        try:
+            await admin.load_image(chunks())
+        except (RuntimeFault, InterruptedError) as error:  # told after the nursery, which would make a group of it
+            await trio.lowlevel.checkpoint_if_cancelled()  # then this is why the load broke off
+            fault = error if isinstance(error, RuntimeFault) else RuntimeFault(str(error))
         nursery.cancel_scope.cancel()
+    if fault is not None:
+        raise fault
 
 
 async def _set_when_cancelled(event: threading.Event) -> None:

@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from golem.exeunit.engine import archives, squashfs
@@ -38,8 +39,11 @@ def lock_in(spec: dict[str, Any]) -> None:
         seccomp.forbid_new_code()
 
 
-def convert(spec: dict[str, Any]) -> list[str]:
-    """Convert the package; returns the digests of its layers as they were written. Errors: BadImage, OSError."""
+def convert(spec: dict[str, Any], report: Callable[[bytes], object]) -> list[str]:
+    """Convert the package; returns the digests of its layers as they were written. Errors: BadImage, OSError.
+
+    `report` is given lines of a growing percentage.
+    """
     last = 0
 
     def progress(share: float) -> None:
@@ -47,7 +51,7 @@ def convert(spec: dict[str, Any]) -> list[str]:
         percent = int(100 * share)
         if percent > last:
             last = percent
-            os.write(1, b"%d\n" % percent)
+            report(b"%d\n" % percent)
 
     limits = {name: spec["limits"][name] for name in ("unpacked_bytes", "members", "layers", "ratio", "free_bytes")}
     package = archives.Package(
@@ -77,7 +81,7 @@ def main() -> None:
     try:
         squashfs.load_libraries()
         lock_in(spec)
-        report = {"layers": convert(spec)}
+        report = {"layers": convert(spec, lambda line: os.write(1, line))}
     except BadImage as problem:
         report = {"problem": str(problem)}
     except MemoryError:
