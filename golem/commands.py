@@ -20,7 +20,7 @@ from golem.chain.rpc import RpcError
 from golem.config import VERSION
 from golem.identity import AppKey, IdentityError
 from golem.net import NetError, RemoteError
-from golem.registry import PushOrder, StoredImage
+from golem.registry import PushOrder, StoredImage, normal_hash, normal_tag
 from golem.rest.registry import download_url, image_url
 from protocol.types import amount_text, from_wei, node_id, timestamp_text
 
@@ -243,7 +243,11 @@ def _image(node: Node, image: StoredImage) -> dict[str, Any]:
 
 @command
 async def image_store(node: Node, args: dict[str, Any]) -> Any:
-    """Where images lie and how much room there is, in bytes."""
+    """Where images lie and how much room there is, in bytes. Names for an image to come are checked."""
+    for tag in args.get("tags", ()):
+        normal_tag(tag)
+    for alias in args.get("aliases", ()):
+        normal_hash(alias)
     return {"folder": str(node.registry.folder), "used": node.registry.total_bytes(), "limit": node.registry.max_bytes}
 
 

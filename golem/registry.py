@@ -19,6 +19,7 @@ import logging
 import os
 import re
 import secrets
+import shutil
 import stat
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -291,7 +292,7 @@ class Registry:
     # -- the folder
     def _open(self) -> None:
         for part in self.folder.glob(f".*{PART_SUFFIX}"):
-            part.unlink()
+            shutil.rmtree(part) if part.is_dir() else part.unlink()
         for image in self._read_index():
             try:
                 if self.path(image).stat().st_size == image.size:

@@ -148,7 +148,9 @@ async def _respond_file(path: Path, image: StoredImage, downloads: set[_FileBody
     sends = request.method != "HEAD" and code != 304
     body = _FileBody(path, first, last + 1, downloads) if sends else b""
     response = Response(body, status=code, headers=headers, content_type="application/octet-stream")
-    if code != 304:
+    if code == 304:
+        response.headers.pop("Content-Length", None)
+    else:
         response.headers["Content-Length"] = str(last - first + 1)
     return response
 
