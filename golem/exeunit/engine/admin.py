@@ -3,8 +3,8 @@
 The SDK blocks, so every call runs in a thread; a few at once, each with a client of its own. It is imported at the first
 call, because that takes a good part of a second. What lasts or has to be cancelled is `client`'s business.
 
-Errors of every call: `EngineGone` when the Engine does not answer, `NoSuch` and `InUse` where no other result is named, RuntimeFault
-with the Engine's own words for everything else.
+Errors of every call: `EngineGone` when the Engine does not answer, `NoSuch` and `InUse` where no other result is named,
+RuntimeFault with the Engine's own words for everything else.
 """
 
 from __future__ import annotations
