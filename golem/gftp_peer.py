@@ -20,6 +20,7 @@ from golem.bus import open_stream
 from golem.gftp_wire import (
     BLOCK_BYTES,
     END,
+    HASHES,
     NOT_HERE,
     STREAM,
     Assembly,
@@ -111,13 +112,15 @@ class GftpPeer:
                 began = trio.current_time()
                 await send_header(stream, ["put", name, file.size])
                 match await read_header(reader):
-                    case ["ok", int() as kept, str() as sha3, str() as key] if 0 <= kept <= file.size:
+                    case ["ok", int() as kept, str() as digest, str() as hash_name, str() as key] if (
+                        0 <= kept <= file.size and hash_name in HASHES
+                    ):
                         round_trip_s = trio.current_time() - began
                         self._meet(url)
                     case reply:
                         raise _fault(reply)
-                if await trio.to_thread.run_sync(file.rewind, kept) != sha3:
-                    await trio.to_thread.run_sync(file.rewind, 0)
+                if await trio.to_thread.run_sync(file.rewind, kept, hash_name) != digest:
+                    await trio.to_thread.run_sync(file.rewind, 0, hash_name)
                 file.kept = file.offset
                 await send_header(stream, ["from", file.offset])
                 streams = self._streams_for(round_trip_s, file.size - file.offset)
@@ -232,7 +235,7 @@ class _Upload:
                     for _ in range(streams - 1):
                         senders.start_soon(stop_on_fault, partial(self._send_over_another, open_another))
                     await self._send_blocks(stream)
-                await send(stream, END + self._file.sha3_256.encode())
+                await send(stream, END + self._file.digest.encode())
                 await trio.sleep(FINISH_S)
                 raise FileFault("ReadError", f"no answer to the end for {FINISH_S:g} s", passing=True)
 

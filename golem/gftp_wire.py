@@ -5,9 +5,10 @@ Headers are MessagePack arrays behind their length (four bytes, big-endian, at m
     ["stat", name]               -> ["ok", size]
     ["get", name, offset, size]  -> ["ok", size of the file], then the bytes asked for, as far as the file goes;
                                     a stream that ends early is a failure
-    ["put", name, size]          -> ["ok", kept, sha3 of what is kept, key]: so much is there of an upload that broke off
-        ["from", offset]            offset is `kept` when the hash fits the sender's file, else 0; then blocks, an end mark,
-                                    and 64 hex digits of the SHA3-256 of the whole  -> ["ok", size]
+    ["put", name, size]          -> ["ok", kept, digest, hash, key]: so much is there of an upload that broke off, with this
+                                    digest by the hash that the receiver wants (sha256 or sha3_256)
+        ["from", offset]            offset is `kept` when the digest fits the sender's file, else 0; then blocks, an end
+                                    mark, and the 64 hex digits of the digest of the whole  -> ["ok", size]
     ["join", key]                   another stream that brings blocks to the same upload, and an end mark
     any                          -> ["error", variant, text]   variant: ReadError WriteError InternalError IntegrityError
 
@@ -40,6 +41,7 @@ HEADER_S = 120.0  # for an answer: the other side may have to read a file first
 _URL = re.compile(r"gftp://(0x[0-9a-fA-F]{40})/([A-Za-z0-9._\-]{1,200})\Z")
 BROKEN = (Unreachable, trio.BrokenResourceError, trio.ClosedResourceError)
 END = bytes(12)
+HASHES = ("sha256", "sha3_256")
 NOT_HERE = "no such file is published here"
 
 
@@ -80,23 +82,24 @@ class Reader:
         except BROKEN as error:
             raise FileFault("ReadError", f"the stream broke: {error}", passing=True) from None
 
-    async def exactly(self, size: int) -> bytearray:
+    async def exactly(self, size: int) -> bytes:
         """Return `size` bytes."""
-        parts = bytearray()
-        mark = 0
+        parts = []
+        got = mark = 0
         with trio.CancelScope(deadline=trio.current_time() + self._stall_s) as scope:
-            while len(parts) < size:
-                data = await self._some(min(size - len(parts), READ_BYTES))
+            while got < size:
+                data = await self._some(min(size - got, READ_BYTES))
                 if not data:
                     raise FileFault("ReadError", "the stream ended early", passing=True)
-                parts += data
-                if len(parts) - mark >= MIN_BYTES:
-                    mark = len(parts)
+                parts.append(data)
+                got += len(data)
+                if got - mark >= MIN_BYTES:
+                    mark = got
                     scope.deadline = trio.current_time() + self._stall_s
-            return parts
-        raise FileFault("ReadError", f"{len(parts) - mark} bytes in {self._stall_s:g} s", passing=True)
+            return parts[0] if len(parts) == 1 else b"".join(parts)
+        raise FileFault("ReadError", f"{got - mark} bytes in {self._stall_s:g} s", passing=True)
 
-    async def block(self) -> tuple[int, bytearray]:
+    async def block(self) -> tuple[int, bytes]:
         """Return a block with its offset; empty for the end mark."""
         head = await self.exactly(12)
         offset, size = int.from_bytes(head[:8], "big"), int.from_bytes(head[8:], "big")
@@ -123,7 +126,7 @@ async def read_header(reader: Reader, patience_s: float = HEADER_S) -> list[Any]
         size = int.from_bytes(await reader.exactly(4), "big")
         if not 0 < size <= MAX_HEADER_BYTES:
             raise FileFault("InternalError", "not a gftp header")
-        body = bytes(await reader.exactly(size))
+        body = await reader.exactly(size)
     if scope.cancelled_caught:
         raise FileFault("ReadError", f"the other side is silent for {patience_s:g} s", passing=True)
     try:
@@ -137,7 +140,7 @@ async def send_header(stream: Any, parts: list[Any]) -> None:
     await send(stream, length_prefixed(msgspec.msgpack.encode(parts)))
 
 
-async def send(stream: Any, data: bytes | bytearray) -> None:
+async def send(stream: Any, data: bytes) -> None:
     """Send bytes. Raises `FileFault` when the stream broke, or the other side takes them too slowly."""
     view = memoryview(data)
     try:
@@ -151,7 +154,7 @@ async def send(stream: Any, data: bytes | bytearray) -> None:
         raise FileFault("WriteError", f"the stream broke: {error}", passing=True) from None
 
 
-async def send_block(stream: Any, offset: int, block: bytes | bytearray) -> None:
+async def send_block(stream: Any, offset: int, block: bytes) -> None:
     """Send a block. Raises `FileFault`."""
     await send(stream, offset.to_bytes(8, "big") + len(block).to_bytes(4, "big"))
     await send(stream, block)
@@ -163,7 +166,7 @@ class Assembly:
     def __init__(self, start: int, ahead_bytes: int) -> None:
         self.next = start  # offset of the block to be taken next
         self._ahead_bytes = ahead_bytes
-        self._blocks: dict[int, bytearray] = {}
+        self._blocks: dict[int, bytes] = {}
         self._closed = False
         self._changed = trio.lowlevel.ParkingLot()
 
@@ -177,14 +180,14 @@ class Assembly:
             await self._changed.park()
         return not self._closed
 
-    def put(self, offset: int, block: bytearray) -> None:
+    def put(self, offset: int, block: bytes) -> None:
         """Add a block. Raises `FileFault` for one that is there already."""
         if offset < self.next or offset in self._blocks:
             raise FileFault("InternalError", f"the bytes at {offset} come twice")
         self._blocks[offset] = block
         self._changed.unpark_all()
 
-    async def take(self) -> bytearray | None:
+    async def take(self) -> bytes | None:
         """Return the next block; None when it is not there and the assembly is closed."""
         while self.next not in self._blocks:
             if self._closed:

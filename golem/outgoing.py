@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from typing import Any
 
 from golem.gftp_wire import BLOCK_BYTES, FileFault
 
@@ -14,7 +15,7 @@ CHECKPOINT_BYTES = 64 << 20
 
 
 class Outgoing:
-    """An open file on its way out, `size` bytes of it: its blocks in order, and the SHA3-256 of all before.
+    """An open file on its way out, `size` bytes of it: its blocks in order, and the hash of all before.
 
     One object serves all attempts of an upload: hashes at some offsets are kept, so that a later attempt need not read it all.
     """
@@ -23,8 +24,9 @@ class Outgoing:
         self.descriptor, self.size = descriptor, size
         self.offset = 0
         self.kept = 0  # bytes that the other side had when the last attempt began
-        self._sha3 = hashlib.sha3_256()
-        self._known = {0: hashlib.sha3_256()}
+        self._hash_name = ""
+        self._hash: Any = None
+        self._known: dict[int, Any] = {}  # hashes by offset
         self._last_known = 0
 
     def next_block(self) -> bytes:
@@ -39,23 +41,25 @@ class Outgoing:
             raise FileFault("ReadError", f"cannot read the file: {error.strerror}") from None
         if len(block) < wanted:
             raise FileFault("ReadError", "the file became shorter while it was sent")
-        self._sha3.update(block)
+        self._hash.update(block)
         self.offset += len(block)
         if self.offset >= self._last_known + CHECKPOINT_BYTES:
             self._last_known = self.offset
-            self._known[self.offset] = self._sha3.copy()
+            self._known[self.offset] = self._hash.copy()
         return block
 
-    def rewind(self, offset: int) -> str:
-        """Go to an offset and return the hash of all before; for a thread. Raises `FileFault`."""
+    def rewind(self, offset: int, hash_name: str) -> str:
+        """Go to an offset and return the digest of all before; for a thread. Raises `FileFault`."""
+        if hash_name != self._hash_name:
+            self._hash_name, self._known, self._last_known, self.offset = hash_name, {0: hashlib.new(hash_name)}, 0, -1
         near = max(known for known in self._known if known <= offset)
         if not near <= self.offset <= offset:
-            self.offset, self._sha3 = near, self._known[near].copy()
+            self.offset, self._hash = near, self._known[near].copy()
         while self.offset < offset:
             self._advance(offset)
-        return self.sha3_256
+        return self.digest
 
     @property
-    def sha3_256(self) -> str:
-        """Hash of all before the offset."""
-        return self._sha3.hexdigest()
+    def digest(self) -> str:
+        """In hex, of all before the offset."""
+        return str(self._hash.hexdigest())

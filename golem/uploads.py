@@ -19,13 +19,14 @@ MAX_STREAMS = 16  # that bring one upload
 
 
 class Upload:
-    """What `sender` sends into `sink`: a file of `size` bytes, of which `written` are there, with the hash `sha3`."""
+    """What `sender` sends into `sink`: a file of `size` bytes, of which `written` are there, with the digest of `hash`."""
 
     def __init__(self, sender: str, sink: Any, size: int) -> None:
         self.sender, self.sink, self.size = sender, sink, size
         self.key = secrets.token_hex(16)
         self.written = 0
-        self.sha3 = hashlib.sha3_256()
+        self.hash_name: str = getattr(sink, "hash_name", "sha3_256")
+        self.hash = hashlib.new(self.hash_name)
         self.lost = False  # the sink failed, or has content that is not wanted: nothing can follow
         self.over = trio.Event()  # this attempt has ended
         self.settled = trio.Event()  # taken up, finished or withdrawn: nobody need keep it any more
@@ -56,7 +57,7 @@ class Upload:
             self.over.set()
 
     async def _open(self, reader: Reader, stream: Any) -> None:
-        await send_header(stream, ["ok", self.written, self.sha3.hexdigest(), self.key])
+        await send_header(stream, ["ok", self.written, self.hash.hexdigest(), self.hash_name, self.key])
         match await read_header(reader):
             case ["from", int() as start] if start in (0, self.written):
                 self._start_at = start
@@ -65,7 +66,7 @@ class Upload:
             case _:
                 raise FileFault("InternalError", "not a place to go on from")
         if start == 0:
-            self.written, self.sha3 = 0, hashlib.sha3_256()
+            self.written, self.hash = 0, hashlib.new(self.hash_name)
             self.lost = True  # unless it goes well
             await self.sink.begin()
             self.lost = False
@@ -80,7 +81,7 @@ class Upload:
             await self.bring(reader)
             if self._fault is None:
                 try:
-                    promised = bytes(await reader.exactly(64))
+                    promised = await reader.exactly(64)
                 except FileFault as fault:
                     self._fail(fault)
 
@@ -98,14 +99,14 @@ class Upload:
         if self.written < self.size:
             raise FileFault("ReadError", "the upload ended early", passing=True)
         self.lost = True
-        if promised != self.sha3.hexdigest().encode():
+        if promised != self.hash.hexdigest().encode():
             raise FileFault("IntegrityError", "the hash of the upload is another")
-        await self.sink.finish(self.sha3.hexdigest())
+        await self.sink.finish(self.hash.hexdigest())
 
-    async def _store(self, block: bytearray) -> None:
+    async def _store(self, block: bytes) -> None:
         self.lost = True
-        await trio.to_thread.run_sync(self.sha3.update, block)
-        await self.sink.write(self.written, bytes(block))
+        await trio.to_thread.run_sync(self.hash.update, block)
+        await self.sink.write(self.written, block)
         self.written += len(block)
         self.lost = False
 
