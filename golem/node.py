@@ -39,6 +39,7 @@ from golem.commands import serve_commands
 from golem.config import Config, ConfigError
 from golem.files import FileServer
 from golem.gossip import Gossip
+from golem.gsb import Services
 from golem.identity import APP_KEYS, AppKeys, AskPassword, Identity, open_identity, write_private
 from golem.net import NetConfig, Network, open_network
 from golem.registry import IMAGES, Registry
@@ -60,6 +61,7 @@ class Node:
         self.config, self.identity, self.app_keys = config, identity, app_keys
         self.router, self.calls, self.system = router, router.calls, system
         self.network, self.bus, self.chain, self.files, self.registry = network, bus, chain, files, registry
+        self.services = Services(files)
         self.node_id = identity.node_id
         self.name = identity.node_id[:10]
         self.started_at = time.time()
@@ -143,6 +145,7 @@ async def open_node(config: Config, ask_password: AskPassword | None = None) -> 
         await nursery.start(system.run)
         await nursery.start(registry.run)
         nursery.start_soon(forget_events, system, config)
+        nursery.start_soon(node.services.run, node.stopping)
         router.attach(system.deliver)
         gossip.attach(system)
         nursery.start_soon(gossip.run)
@@ -240,19 +243,11 @@ def _notice_lost_clients(sock: socket.socket) -> None:
 async def serve_rest(node: Node, sock: socket.socket, *, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
     """Serve the REST API on a listening socket until the node stops, then end open requests within the grace."""
     import hypercorn.trio
-    from hypercorn.config import Config as ServerConfig
 
     from golem.rest.app import create_app
-    from golem.rest.sockets import limit_websockets
+    from golem.rest.server import server_settings
 
-    settings = ServerConfig()
-    settings.graceful_timeout = GRACE_S
-    settings.shutdown_timeout = GRACE_S
-    settings.keep_alive_timeout = node.config.max_rest_timeout_s
-    settings.h11_max_incomplete_size = 64 * 1024
-    settings.loglevel = "WARNING"
-    settings.errorlog = logging.getLogger("golem.http")
-    limit_websockets(settings)
+    settings = server_settings(GRACE_S, node.config.max_rest_timeout_s)
     host, port = sock.getsockname()[:2]
     node.api_url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     settings.bind = [f"fd://{sock.detach()}"]  # the server closes it

@@ -34,9 +34,9 @@ def create_app(node: Node) -> QuartTrio:
     _cors(app, node)
     _errors(app)
     _root(app, node)
-    from golem.rest import activity, identity, market, net, payment, registry
+    from golem.rest import activity, gsb, identity, market, net, payment, registry
 
-    for module in (market, activity, payment, net, identity, registry):
+    for module in (market, activity, payment, gsb, net, identity, registry):
         app.register_blueprint(module.blueprint(node))
     return app
 

@@ -1,0 +1,87 @@
+"""Hypercorn, the HTTP server of the REST API, with what it lacks: bounds for websockets, and an end for every connection.
+
+Each amendment has its reason beside it; `tests/rest/test_gsb.py` and `tests/rest/test_rest_stopping.py` fail without them.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import hypercorn.trio
+import hypercorn.trio.run
+import trio
+from hypercorn.config import Config
+from hypercorn.events import Event
+from hypercorn.protocol import ws_stream
+from hypercorn.trio.tcp_server import TCPServer
+from wsproto.events import Message
+
+MAX_MESSAGE_BYTES = 1 << 20  # of a websocket: a file's chunk is a quarter of it; a connection queues up to 20 messages
+MAX_HEADERS_BYTES = 64 << 10
+
+
+class _Connection(TCPServer):
+    """A client's connection that ends when it should.
+
+    At the end of an answer Hypercorn tells the application that the exchange is over, and Quart then cancels the task that says
+    so: without a shield it gets neither to closing the connection nor to counting its idle time.
+    """
+
+    async def run(self) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._end_with_server)
+            await super().run()
+            nursery.cancel_scope.cancel()
+
+    async def _end_with_server(self) -> None:
+        """Close on those who take nothing of what is sent: sending is under a shield, and would hold up the stop."""
+        await self.context.terminated.wait()
+        await trio.sleep(self.config.graceful_timeout * 0.9)
+        with trio.CancelScope(shield=True):
+            await trio.aclose_forcefully(self.stream)
+
+    async def protocol_send(self, event: Event) -> None:
+        with trio.CancelScope(shield=True):
+            await super().protocol_send(event)
+
+    async def _close(self) -> None:
+        with trio.CancelScope(shield=True):
+            await super()._close()
+
+
+class _Buffer(ws_stream.WebsocketBuffer):
+    """What has come of a message. Hypercorn's own notices that it is too long after keeping it, and keeps what follows."""
+
+    def extend(self, event: Message) -> None:
+        if self.length + len(event.data) > self.max_length:
+            raise ws_stream.FrameTooLargeError
+        super().extend(event)
+
+
+class _Handshake(ws_stream.Handshake):
+    """Declines compression: it would cost more than loopback does, and let 64 KiB received become 64 MiB."""
+
+    def accept(self, subprotocol: str | None, additional_headers: Any) -> Any:
+        self.extensions = None
+        return super().accept(subprotocol, additional_headers)
+
+
+def server_settings(grace_s: float, keep_alive_s: float) -> Config:
+    """Return Hypercorn's settings: at a stop, open requests have `grace_s`; idle connections are kept for `keep_alive_s`.
+
+    No pings on websockets: Hypercorn does not look for their answers, and its task of pings outlives the connection. TCP
+    keep-alive (see `golem.node.bind_api`) finds clients that are gone.
+    """
+    hypercorn.trio.run.TCPServer = _Connection  # type: ignore[misc]
+    ws_stream.WebsocketBuffer = _Buffer  # type: ignore[misc]
+    ws_stream.Handshake = _Handshake  # type: ignore[misc]
+    settings = Config()
+    settings.graceful_timeout = settings.shutdown_timeout = grace_s
+    settings.keep_alive_timeout = keep_alive_s
+    settings.h11_max_incomplete_size = MAX_HEADERS_BYTES
+    settings.websocket_max_message_size = MAX_MESSAGE_BYTES
+    settings.websocket_ping_interval = None
+    settings.loglevel = "WARNING"
+    settings.errorlog = logging.getLogger("golem.http")
+    return settings
