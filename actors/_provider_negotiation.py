@@ -19,6 +19,7 @@ from actors._provider_negotiators import (
     Rejected,
     expiration_s,
     negotiate,
+    share_of,
     whole_number,
 )
 from actors._provider_rows import APPROVING, AgreementRow, OfferRow, RejectedRow
@@ -139,7 +140,7 @@ def agreement_arrived(turn: Turn, message: AgreementArrived) -> None:
         turn.refuse(requestor, message.preset, f"agreement rejected: {refusal.message}", final=refusal.final)
         return
     turn.save(row)
-    turn.occupy(agreement_id)
+    turn.occupy(agreement_id, share_of(offer))
     ask_approval(turn, row)
 
 

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from protocol.provider import Capacity
+
 EXPIRATION = "golem.srv.comp.expiration"
 MULTI_ACTIVITY = "golem.srv.caps.multi-activity"
 PLATFORM = "golem.com.payment.chosen-platform"
@@ -21,6 +23,12 @@ PAYMENT_TIMEOUT = "golem.com.scheme.payu.payment-timeout-sec?"
 COEFFS = "golem.com.pricing.model.linear.coeffs"
 VECTOR = "golem.com.usage.vector"
 PAYLOAD, PAYLOAD_CAPABILITY = "golem.srv.comp.payload", "golem.srv.caps.payload-manifest"
+RESOURCES = {
+    "cpu_threads": ("golem.inf.cpu.threads", "threads"),
+    "mem_gib": ("golem.inf.mem.gib", "GiB of memory"),
+    "storage_gib": ("golem.inf.storage.gib", "GiB of storage"),
+}
+SLACK = 1e-6  # sums of floats
 DAY_S = 24 * 3600.0
 MAX_PRICE = 1e15  # GLM per unit; there are 1e9 GLM
 
@@ -56,6 +64,7 @@ class Situation:
     now: float
     active_agreements: int
     stopping: bool = False
+    room: Capacity | None = None  # what the agreements in force leave of what is for sale; None = not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +103,18 @@ def whole_number(value: Any) -> int | None:
     if isinstance(value, float) and not (math.isfinite(value) and value.is_integer()):
         return None
     return int(value)
+
+
+def share_of(offer: Properties) -> Capacity:
+    """Return what an agreement on this offer may use; an activity of it is bound to that."""
+
+    def number(name: str) -> float:
+        value = offer.get(RESOURCES[name][0])
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < MAX_PRICE:
+            return 0.0
+        return float(value)
+
+    return Capacity(math.ceil(number("cpu_threads")), number("mem_gib"), number("storage_gib"))
 
 
 def expiration_s(demand: Properties) -> float | None:
@@ -135,6 +156,18 @@ def _manifest(terms: Terms, situation: Situation, demand: Properties, ours: dict
 def _agreements(terms: Terms, situation: Situation, demand: Properties, ours: dict[str, Any]) -> Rejected | None:
     if situation.active_agreements >= terms.max_agreements:
         return Rejected(f"No capacity available. Reached Agreements limit: {terms.max_agreements}", False, full=True)
+    return None
+
+
+def _room(terms: Terms, situation: Situation, demand: Properties, ours: dict[str, Any]) -> Rejected | None:
+    """All agreements together stay within what is for sale, whatever each was offered when (and by which preset)."""
+    if situation.room is None:
+        return None
+    share = share_of(ours)
+    for name, (_, unit) in RESOURCES.items():
+        wanted, left = getattr(share, name), max(0, getattr(situation.room, name))
+        if wanted > left + SLACK:
+            return Rejected(f"No capacity available: {left:g} {unit} left, this offer takes {wanted:g}.", False, full=True)
     return None
 
 
@@ -205,6 +238,7 @@ RULES: tuple[Rule, ...] = (
     _platform,
     _manifest,
     _agreements,
+    _room,
     _expiration,
     _accept_timeout,
     _interval,

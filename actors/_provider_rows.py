@@ -1,7 +1,7 @@
 """Rows of the provider agent's machine, and the sums they are billed by.
 
-`agent`; `cursor/<feed>`; `offer/<preset>`; `rejected/<proposal>` (to be looked at again); `refusals` (the last ones, for
-people); `agreement/<id>`; `active/<agreement>` (index of those that take up capacity); `activity/<id>`;
+`agent`; `capacity`; `cursor/<feed>`; `offer/<preset>`; `rejected/<proposal>` (to be looked at again); `refusals` (the last
+ones, for people); `agreement/<id>`; `active/<agreement>` (index of those that take up capacity); `activity/<id>`;
 `note/<activity>/<number>`; `document/<id>` (from a debit note or invoice to what it is for).
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from decimal import ROUND_DOWN, Context, Decimal
 
+from protocol.provider import Capacity
 from protocol.types import WEI_DIGITS, Message, amount_text
 
 # of an agreement
@@ -114,10 +115,17 @@ class AgreementRow(Message, frozen=True):
     invoice_due_at: float = 0.0
 
 
+class CapacityRow(Message, frozen=True):
+    """What is for sale in all."""
+
+    capacity: Capacity
+
+
 class ActiveRow(Message, frozen=True):
-    """This agreement counts against the limit: it is in force, or a process of it is still there."""
+    """This agreement counts against the limits: it is in force, or a process of it is still there. `share`: what it may use."""
 
     agreement_id: str
+    share: Capacity = Capacity()
 
 
 class ActivityRow(Message, frozen=True):
@@ -169,6 +177,7 @@ ProviderRow = (
     | RefusalsRow
     | AgreementRow
     | ActiveRow
+    | CapacityRow
     | ActivityRow
     | NoteRow
     | DocumentRow

@@ -14,13 +14,14 @@ from actors._provider_rows import (
     ActivityRow,
     AgentRow,
     AgreementRow,
+    CapacityRow,
     NoteRow,
     Refusal,
     RefusalsRow,
 )
 from actors.draft import Draft
 from actors.kernel.machine import Rows, Send, Wake
-from protocol.provider import ToProcesses, ToRest
+from protocol.provider import Capacity, ToProcesses, ToRest
 from protocol.types import Message, Violation
 
 MAX_REFUSALS = 20
@@ -84,8 +85,9 @@ class Turn(Draft):
         """Return whether a process of this agreement is (or may be) there."""
         return any(one.state in ALIVE for one in self.activities(agreement))
 
-    def occupy(self, agreement_id: str) -> None:
-        self.put(f"active/{agreement_id}", ActiveRow(agreement_id))
+    def occupy(self, agreement_id: str, share: Capacity) -> None:
+        """This agreement takes up capacity from now on."""
+        self.put(f"active/{agreement_id}", ActiveRow(agreement_id, share))
 
     def vacate(self, agreement_id: str) -> None:
         """This agreement takes up no capacity any more."""
@@ -94,8 +96,18 @@ class Turn(Draft):
             self.vacated = True
 
     def situation(self, requestor: str) -> Situation:
-        active = sum(1 for _ in self.prefix("active/"))
-        return Situation(requestor, self.now, active, self.agent.stopping)
+        active: list[ActiveRow] = [row for _, row in self.prefix("active/")]
+        return Situation(requestor, self.now, len(active), self.agent.stopping, self._room([row.share for row in active]))
+
+    def _room(self, taken: list[Capacity]) -> Capacity | None:
+        row: CapacityRow | None = self.get("capacity")
+        if row is None or row.capacity == Capacity():
+            return None
+        return Capacity(
+            row.capacity.cpu_threads - sum(one.cpu_threads for one in taken),
+            row.capacity.mem_gib - sum(one.mem_gib for one in taken),
+            row.capacity.storage_gib - sum(one.storage_gib for one in taken),
+        )
 
     def refuse(self, requestor: str, preset: str, reason: str, *, final: bool) -> None:
         """Remember why a negotiation came to nothing, for people."""

@@ -37,6 +37,7 @@ from actors._provider_rows import (
     ActivityRow,
     AgentRow,
     AgreementRow,
+    CapacityRow,
     CursorRow,
     ProviderRow,
 )
@@ -126,6 +127,7 @@ def _timer_key(message: Timer) -> str:
 def _started(turn: Turn, message: AgentStarted) -> None:
     agent = AgentRow(turn.agent.session_id or message.session_id, turn.agent.since, turn.config.instance)
     turn.put("agent", agent)
+    turn.put("capacity", CapacityRow(message.capacity))
     turn.do(Reply(SessionNamed(agent.session_id)))
     for _, row in list(turn.prefix("agreement/")):
         _resume_agreement(turn, row)
@@ -166,6 +168,9 @@ def _resume_activity(turn: Turn, row: AgreementRow, activity: ActivityRow) -> No
 
 
 def _offers_changed(turn: Turn, message: OffersChanged) -> None:
+    if turn.get("capacity") != CapacityRow(message.capacity):
+        turn.put("capacity", CapacityRow(message.capacity))
+        turn.vacated = True  # there may be room now for what was rejected
     offers.reconcile(turn, message.offers, again=False)
 
 

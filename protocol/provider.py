@@ -20,12 +20,21 @@ class OfferSpec(Message, frozen=True):
     subnet: str
 
 
+class Capacity(Message, frozen=True):
+    """What all agreements together may use, or one does. Zeros: not known, nothing is held against it."""
+
+    cpu_threads: int = 0
+    mem_gib: float = 0.0
+    storage_gib: float = 0.0
+
+
 # -- from the agent's start, its watch over files, its signals
 class AgentStarted(Message, frozen=True):
     """The agent runs (again), and this is what it should offer. Answer: `SessionNamed`."""
 
     session_id: str  # for a first start; later ones keep the first one's
     offers: tuple[OfferSpec, ...]
+    capacity: Capacity = Capacity()
 
 
 class SessionNamed(Message, frozen=True):
@@ -35,9 +44,10 @@ class SessionNamed(Message, frozen=True):
 
 
 class OffersChanged(Message, frozen=True):
-    """Presets, hardware or payment platforms changed: this is now to be offered."""
+    """Presets, hardware, payment platforms or runtimes that work changed: this is now to be offered."""
 
     offers: tuple[OfferSpec, ...]
+    capacity: Capacity = Capacity()
 
 
 class StopAgent(Message, frozen=True):

@@ -16,7 +16,9 @@ from golem.cli.output import fail, nothing, table, text, value, wants_json
 from golem.config import load_environment
 
 if TYPE_CHECKING:
-    from golem.provider.presets import Presets
+    from collections.abc import Callable
+
+    from golem.provider.presets import Preset, Presets
 
 APP_KEY_NAME = "provider"
 
@@ -38,6 +40,19 @@ def _agent_dir(given: Path | None) -> Path:
     return agent_dir(load_environment(), config_of().data_dir, given)
 
 
+def _places_option(function: Any) -> Any:
+    help_text = "Descriptors of more runtimes: files, directories, patterns. [EXE_UNIT_PATH, or `plugins` in --data-dir, ...]"
+    return click.option("--exe-unit-path", "places", metavar="PATHS", help=help_text)(function)
+
+
+def _interaction_options(function: Any) -> Any:
+    shell = click.option("--shell/--no-shell", default=None,
+                         help="Whether requestors may open shells in what they rent. [yes; kept]")  # fmt: skip
+    proxy = click.option("--proxy-http/--no-proxy-http", default=None,
+                         help="Whether requestors may reach services inside. [yes; kept]")  # fmt: skip
+    return shell(proxy(function))
+
+
 @provider.command("run")
 @_data_dir_option
 @click.option("--name", "--node-name", help="What requestors see. [NODE_NAME, or golem-<host name>; kept]")
@@ -50,9 +65,12 @@ def _agent_dir(given: Path | None) -> Path:
               help="Be paid only on this network or platform (repeatable). [YA_PAYMENT_NETWORK, or all]")
 @click.option("--idle-timeout", "idle_s", type=click.FloatRange(1, 86400),
               help="Seconds without an activity that end an agreement. [IDLE_AGREEMENT_TIMEOUT, or 90]")
+@_places_option
+@_interaction_options
 @click.option("--debug", is_flag=True, help="Log much.")
 def run(agent_dir: Path | None, name: str | None, subnet: str | None, node_url: str | None, runtimes: tuple[str, ...],
-        max_agreements: int | None, networks: tuple[str, ...], idle_s: float | None, debug: bool) -> None:  # fmt: skip
+        max_agreements: int | None, networks: tuple[str, ...], idle_s: float | None, places: str | None, shell: bool | None,
+        proxy_http: bool | None, debug: bool) -> None:  # fmt: skip
     """Run the provider agent until it is told to stop.
 
     The first Ctrl-C (or SIGTERM) withdraws the offers, ends the agreements and sends the invoices; a second stops at once.
@@ -64,7 +82,7 @@ def run(agent_dir: Path | None, name: str | None, subnet: str | None, node_url: 
     from golem.provider.agent import AgentError, run_agent
     from golem.provider.client import NodeError
     from golem.provider.environment import read_environment
-    from golem.provider.settings import Settings, SettingsError, names
+    from golem.provider.settings import Settings, SettingsError, keep_interactions, names
 
     known_errors = (AgentError, NodeError, SettingsError, JournalError, ActorFailed, AskTimeout, NodeFailed)
     config, env = config_of(), load_environment()
@@ -77,12 +95,14 @@ def run(agent_dir: Path | None, name: str | None, subnet: str | None, node_url: 
     folder = _agent_dir(agent_dir)
     try:
         found, net = names(env, folder, name, subnet)
+        keep_interactions(folder, shell=shell, proxy_http=proxy_http)
         given = read_environment(env)
         settings = Settings(
             data_dir=folder, node_file=config.status_path, node_url=node_url or env.get("YAGNA_API_URL", ""), app_key=key,
             name=found, subnet=net, runtimes=runtimes, max_agreements=max_agreements or given.max_agreements,
             networks=networks or given.networks, idle_s=idle_s or given.idle_s, approve_timeout_s=given.approve_timeout_s,
-            terms=given.terms, most=given.most,
+            terms=given.terms, most=given.most, exe_unit_path=places or given.exe_unit_path,
+            test_interval_s=given.test_interval_s,
         )  # fmt: skip
         trio.run(partial(run_agent, settings), restrict_keyboard_interrupt_to_checkpoints=True)
     except BaseExceptionGroup as group:
@@ -122,6 +142,7 @@ def status(agent_dir: Path | None) -> None:
         return
     text(f"{found['name']} ({found['nodeId']}) on subnet {found['subnet']}: {found['state']}")
     sections = (
+        ("Runtimes", ["name", "version", "offered", "reason"], "runtimes"),
         ("Offers", ["preset", "offer", "state"], "offers"),
         ("Agreements", ["agreement", "requestor", "state", "activities", "amount", "invoice", "reason"], "agreements"),
         ("Activities", ["activity", "agreement", "state", "pid", "amount", "notes"], "activities"),
@@ -130,10 +151,100 @@ def status(agent_dir: Path | None) -> None:
     )
     for title, columns, key in sections:
         text(f"\n{title}")
-        table(columns, [[row[column] for column in columns] for row in found[key]], "" if found[key] else "none")
+        rows = [[_cell(row[column]) for column in columns] for row in found.get(key, [])]
+        table(columns, rows, "" if rows else "none")
+
+
+def _cell(value: Any) -> Any:
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else value
 
 
 provider.add_command(status, "show")
+
+
+# -- runtimes
+@provider.group("exe-unit")
+def exe_unit() -> None:
+    """Runtimes: what an activity can run in, built in or added by a descriptor file."""
+
+
+@exe_unit.command("list")
+@_data_dir_option
+@_places_option
+def exe_unit_list(agent_dir: Path | None, places: str | None) -> None:
+    """List the runtimes: which are offered, and why the others are not.
+
+    A running agent is asked; without one each runtime is tested now.
+    """
+    import trio
+
+    from golem.provider.environment import read_environment
+    from golem.provider.runtimes import catalogue, search_places, survey
+    from golem.provider.settings import SettingsError
+    from golem.provider.status import read_status, runs
+
+    folder = _agent_dir(agent_dir)
+    try:
+        where = search_places(places or read_environment(load_environment()).exe_unit_path, folder)
+        found = read_status(folder).get("runtimes", []) if runs(folder) else trio.run(survey, where)
+    except SettingsError as error:
+        raise fail(str(error)) from None
+    problems = catalogue(where).problems
+    if wants_json():
+        value({"runtimes": found, "problems": list(problems)})
+        return
+    columns = ["name", "version", "from", "presets", "works", "offered", "reason"]
+    table(columns, [[_cell(", ".join(row[one]) if one == "presets" else row[one]) for one in columns] for row in found])
+    for problem in problems:
+        text(f"not usable: {problem}")
+
+
+# -- settings
+@provider.group()
+def settings() -> None:
+    """What is kept for the agent: name, subnet, and what requestors may do inside."""
+
+
+@settings.command("show")
+@_data_dir_option
+def settings_show(agent_dir: Path | None) -> None:
+    """Show what is kept."""
+    _show_settings(_agent_dir(agent_dir))
+
+
+@settings.command("set")
+@_data_dir_option
+@click.option("--node-name", "--name", help="What requestors see; from the agent's next start on.")
+@click.option("--subnet", help="Only requestors of the same subnet are served; from the agent's next start on.")
+@_interaction_options
+def settings_set(
+    agent_dir: Path | None, node_name: str | None, subnet: str | None, shell: bool | None, proxy_http: bool | None
+) -> None:
+    """Change what is kept. A running agent takes --shell and --proxy-http up within a minute, for new activities."""
+    from golem.provider.settings import SettingsError, keep_interactions, names
+
+    folder = _agent_dir(agent_dir)
+    try:
+        names({}, folder, node_name, subnet)
+        keep_interactions(folder, shell=shell, proxy_http=proxy_http)
+    except SettingsError as error:
+        raise fail(str(error)) from None
+    _show_settings(folder)
+
+
+def _show_settings(folder: Path) -> None:
+    from golem.provider.settings import SWITCHES, SettingsError, interactions, names
+
+    try:
+        name, subnet = names({}, folder, None, None)
+        allowed = interactions(folder)
+    except SettingsError as error:
+        raise fail(str(error)) from None
+    found = {"node_name": name, "subnet": subnet, **{key: kind in allowed for key, kind in SWITCHES.items()}}
+    if wants_json():
+        value(found)
+        return
+    table(["setting", "value"], [[key, _cell(one)] for key, one in found.items()])
 
 
 # -- presets
@@ -168,19 +279,41 @@ def _change(given: Path | None, change: Any) -> None:
 @preset.command("list")
 @_data_dir_option
 def preset_list(agent_dir: Path | None) -> None:
-    """List the presets."""
+    """List the presets, and whether a running agent offers them."""
     from golem.provider.presets import preset_json
 
-    found = _presets(_agent_dir(agent_dir))
+    folder = _agent_dir(agent_dir)
+    found = _presets(folder)
+    offered = _offered(folder)
     if wants_json():
-        value([preset_json(one) | {"active": one.name in found.active} for one in found.all])
+        value([preset_json(one) | {"active": one.name in found.active, "offered": offered(one)} for one in found.all])
         return
     rows = [
-        [one.name, one.runtime, "yes" if one.name in found.active else "no", _plain(one.initial_price),
+        [one.name, one.runtime, _cell(one.name in found.active), offered(one), _plain(one.initial_price),
          ", ".join(f"{counter.removeprefix('golem.usage.')} {_plain(price)}" for counter, price in sorted(one.coeffs.items()))]
         for one in found.all
     ]  # fmt: skip
-    table(["name", "runtime", "active", "start price", "prices per unit (GLM)"], rows)
+    table(["name", "runtime", "active", "offered", "start price", "prices per unit (GLM)"], rows)
+
+
+def _offered(folder: Path) -> Callable[[Preset], str]:
+    """Return what says whether the agent of a directory offers a preset: yes, or why not."""
+    from golem.provider.settings import SettingsError
+    from golem.provider.status import read_status, runs
+
+    try:
+        found = read_status(folder) if runs(folder) else {}
+    except SettingsError:
+        found = {}
+    published = {one["preset"] for one in found.get("offers", [])}
+    reasons = {one["name"]: one["reason"] for one in found.get("runtimes", [])}
+
+    def answer(preset: Preset) -> str:
+        if preset.name in published:
+            return "yes"
+        return f"no: {reasons.get(preset.runtime) or 'not active'}" if found else "no agent runs"
+
+    return answer
 
 
 def _plain(price: float) -> str:
@@ -219,14 +352,14 @@ def preset_create(
     name: str | None, preset_name: str | None, runtime: str, prices: tuple[str, ...], agent_dir: Path | None, **_: Any
 ) -> None:
     """Make a preset (not yet active). Without --price it has the default prices."""
-    from golem.provider.presets import Preset, check_name
+    from golem.provider.presets import Preset, check_name, default_preset
     from golem.provider.settings import SettingsError
 
     def change(found: Presets) -> Presets:
         new = check_name(name or preset_name)
         if any(one.name == new for one in found.all):
             raise SettingsError(f"there is a preset {new!r} already; change it with `preset update`")
-        base = Preset(new, check_name(runtime), {}) if prices else Preset(new, check_name(runtime))
+        base = Preset(new, check_name(runtime), {} if prices else default_preset(runtime).coeffs)
         return found.with_preset(_priced(base, prices))
 
     _change(agent_dir, change)

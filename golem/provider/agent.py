@@ -16,29 +16,28 @@ import signal
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import trio
 
+from actors._provider_rows import ALIVE, WAITING
 from actors._provider_turn import ProviderConfig
 from actors.kernel.journal import Journal
 from actors.kernel.machine import ActorFailed, LinkDown
 from actors.kernel.system import System
 from actors.provider import Provider
-from golem.exeunit.runtimes import runtime_names
-from golem.provider.client import MARKET, PAYMENT, ApiError, NodeAway, NodeClient, NodeError, part
-from golem.provider.hardware import HARDWARE, Profile, load_profile
-from golem.provider.offer import Template, ask_runtime, offer_spec, wanted_accounts
+from golem.provider.client import MARKET, ApiError, NodeAway, NodeClient, NodeError, part
+from golem.provider.leftovers import Leftovers
+from golem.provider.offering import AgentError, Offering
 from golem.provider.polls import FEEDS, follow
 from golem.provider.port import RestPort
-from golem.provider.presets import PRESETS, Preset, load_presets, save_presets
 from golem.provider.processes import Processes
-from golem.provider.settings import JOURNAL, LOCK, Settings, SettingsError, read_json, read_rules
+from golem.provider.settings import JOURNAL, LOCK, Settings, SettingsError, read_json
 from golem.provider.status import write_status
-from protocol.provider import AgentStarted, AgreementArrived, OffersChanged, OfferSpec, SessionNamed, StopAgent
+from protocol.provider import AgentStarted, AgreementArrived, SessionNamed, StopAgent
 from protocol.types import Violation
 
 log = logging.getLogger("golem.provider")
@@ -46,12 +45,6 @@ log = logging.getLogger("golem.provider")
 NODE_PATIENCE_S = 30.0  # at the start
 STOP_S = 20.0
 MAX_PICKED_UP = 20
-LOOK_S = 2.0  # at the files
-ACCOUNTS_S = 15.0  # between looks at the accounts: their dev chain may be made anew
-
-
-class AgentError(Exception):
-    """The agent cannot run; the text says why and what to do."""
 
 
 class NoTransport:
@@ -67,8 +60,8 @@ async def run_agent(settings: Settings) -> None:
         _lock(settings.data_dir, stack)
         client = await stack.enter_async_context(NodeClient(node_url(settings), settings.app_key))
         node_id = await _node_id(client)
-        offers = Offers(settings, client)
-        specs = await offers.current()
+        offering = Offering(settings, client)
+        offers = await offering.current()
         instance = secrets.token_hex(6)
         journal = Journal(str(settings.data_dir / JOURNAL), lambda: secrets.token_hex(8))
         stack.callback(journal.close)
@@ -76,31 +69,34 @@ async def run_agent(settings: Settings) -> None:
             "agent", journal, NoTransport(), clock=time.time, new_trace=lambda: secrets.token_hex(6),
             jitter=partial(random.uniform, 0.8, 1.2),
         )  # fmt: skip
-        system.add(Provider("agent", ProviderConfig(instance, offers.terms, settings.idle_s, settings.approve_timeout_s)))
+        system.add(Provider("agent", ProviderConfig(instance, offering.terms, settings.idle_s, settings.approve_timeout_s)))
         port = RestPort(client, system, instance)
-        processes = Processes(system, settings.data_dir, partial(_bus_path, settings))
+        leftovers = Leftovers(settings.data_dir, offering.units, offering.runtimes.known)
+        processes = Processes(system, settings.data_dir, partial(_bus_path, settings), offering.units, leftovers)
         system.add_port(port)
         system.add_port(processes)
         nursery = await stack.enter_async_context(trio.open_nursery())
         signals = stack.enter_context(trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT))
         await _take_back_offers(system, client, settings.name)
+        nursery.start_soon(leftovers.remove_stale, leftovers.find_stale(expected_units(system)))
         await nursery.start(port.run)
         await nursery.start(processes.run)
         await nursery.start(system.run)
-        session_id = await _begin(system, client, settings, specs)
+        session_id = await _begin(system, client, settings, AgentStarted("", offers, offering.capacity))
         log.info("%s sells as %s on subnet %s; session %s", settings.name, node_id, settings.subnet, session_id)
         since = system.rows("provider")["agent"].since
         for feed in FEEDS:
             nursery.start_soon(follow, client, system, feed, session_id, since)
-        nursery.start_soon(write_status, system, settings, node_id)
-        nursery.start_soon(offers.watch, system)
+        nursery.start_soon(write_status, system, settings, node_id, offering.report)
+        nursery.start_soon(offering.watch, system)
         await _until_stopped(system, signals, processes)
         nursery.cancel_scope.cancel()
 
 
-async def _begin(system: System, client: NodeClient, settings: Settings, specs: tuple[OfferSpec, ...]) -> str:
+async def _begin(system: System, client: NodeClient, settings: Settings, started: AgentStarted) -> str:
     """Start the machine and show it what the last run of the agent may have missed; return the session id."""
-    answer = await system.ask("provider", AgentStarted(f"{settings.name}-{secrets.token_hex(4)}", specs))
+    session_id = f"{settings.name}-{secrets.token_hex(4)}"
+    answer = await system.ask("provider", msgspec.structs.replace(started, session_id=session_id))
     assert isinstance(answer, SessionNamed)
     try:
         await _pick_up_agreements(system, client)
@@ -166,6 +162,11 @@ def open_business(system: System) -> str:
     return f"{active} agreements, {unsent} invoices not sent" if active or unsent else ""
 
 
+def expected_units(system: System) -> list[str]:
+    """Return the activities whose process is there, or will be looked for or started."""
+    return [row.activity_id for _, row in system.rows("provider").prefix("activity/") if row.state in (WAITING, *ALIVE)]
+
+
 # -- the node
 def _node_file(settings: Settings) -> dict[str, Any]:
     """Return the running node's `node.json`, empty where no node runs."""
@@ -215,106 +216,3 @@ def _lock(data_dir: Path, stack: AsyncExitStack) -> None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         raise AgentError(f"another provider agent runs on {data_dir} (choose another with --data-dir)") from None
-
-
-# -- the offers
-class Offers:
-    """What is to be offered now, by presets, hardware, runtimes and payment accounts."""
-
-    def __init__(self, settings: Settings, client: NodeClient) -> None:
-        self._settings, self._client = settings, client
-        self._templates: dict[str, Template | str] = {}
-        self._accounts: list[Any] = []
-        self._agreements = settings.max_agreements or self._profile().cpu_threads
-        rules = read_rules(settings.data_dir)
-        self.terms = replace(
-            settings.terms, max_agreements=self._agreements, blacklist=rules.blacklist, allow_only=rules.allow_only
-        )
-
-    def _profile(self) -> Profile:
-        return load_profile(self._settings.data_dir).at_most(*self._settings.most)
-
-    async def current(self) -> tuple[OfferSpec, ...]:
-        """Return the offers of all presets that can be offered. Raises `AgentError`, `SettingsError` where none can."""
-        raw = await self._client.persist(
-            "asking for payment accounts", partial(self._client.call, "GET", f"{PAYMENT}/providerAccounts"),
-            until=trio.current_time() + NODE_PATIENCE_S,
-        )  # fmt: skip
-        self._accounts = list(wanted_accounts(raw, self._settings.networks))
-        if not self._accounts:
-            wanted = f" on {', '.join(self._settings.networks)}" if self._settings.networks else ""
-            raise AgentError(f"the node has no account to be paid{wanted}")
-        found, problems = await self._specs()
-        if not found:
-            raise AgentError("there is nothing to offer: " + ("; ".join(problems) or "no preset is active"))
-        for problem in problems:
-            log.warning("not offered: %s", problem)
-        return found
-
-    async def _specs(self) -> tuple[tuple[OfferSpec, ...], list[str]]:
-        settings = self._settings
-        share = self._profile().share(self._agreements)
-        found, problems = [], []
-        for preset in self._presets():
-            if preset.runtime not in self._templates:
-                self._templates[preset.runtime] = await ask_runtime(preset.runtime)
-            template = self._templates[preset.runtime]
-            if isinstance(template, str):
-                problems.append(f"preset {preset.name}: runtime {preset.runtime}: {template}")
-                continue
-            try:
-                found.append(offer_spec(preset, template, share, self._accounts, settings.name, settings.subnet, self.terms))
-            except ValueError as error:
-                problems.append(str(error))
-        return tuple(found), problems
-
-    def _presets(self) -> list[Preset]:
-        """Return the active presets, or those of the runtimes asked for (made with default prices where there is none)."""
-        presets, wanted = load_presets(self._settings.data_dir), self._settings.runtimes
-        if not wanted:
-            return presets.offered()
-        for runtime in wanted:
-            if runtime not in runtime_names():
-                raise AgentError(f"unknown runtime {runtime!r}: this provider has {', '.join(runtime_names())}")
-            if not any(one.runtime == runtime for one in presets.all):
-                presets = presets.with_preset(Preset(runtime, runtime)).activated(runtime, True)
-                save_presets(self._settings.data_dir, presets)
-        chosen = [one for one in presets.offered() if one.runtime in wanted]
-        return chosen or [one for one in presets.all if one.runtime in wanted]
-
-    async def watch(self, system: System) -> None:
-        """Take up changes of presets, hardware and accounts until cancelled."""
-        seen, asked_at = self._stamp(), trio.current_time()
-        while True:
-            await trio.sleep(LOOK_S)
-            other_accounts = False
-            if trio.current_time() - asked_at >= ACCOUNTS_S:
-                other_accounts, asked_at = await self._accounts_changed(), trio.current_time()
-            if (stamp := self._stamp()) == seen and not other_accounts:
-                continue
-            seen = stamp
-            try:
-                found, problems = await self._specs()
-            except SettingsError as error:
-                log.warning("%s (the offers stay as they are)", error)
-                continue
-            log.info("presets, hardware or accounts changed: %d offers", len(found))
-            for problem in problems:
-                log.warning("not offered: %s", problem)
-            await system.ask("provider", OffersChanged(found))
-
-    async def _accounts_changed(self) -> bool:
-        """Ask for the accounts again; while the node or its chain does not say, they stay as they are."""
-        try:
-            raw = await self._client.call("GET", f"{PAYMENT}/providerAccounts")
-        except (ApiError, NodeAway):
-            return False
-        found = list(wanted_accounts(raw, self._settings.networks))
-        if not found or found == self._accounts:
-            return False
-        self._accounts = found
-        return True
-
-    def _stamp(self) -> tuple[int, ...]:
-        files = (self._settings.data_dir / name for name in (PRESETS, HARDWARE))
-        return tuple(path.stat().st_mtime_ns if path.exists() else 0 for path in files)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from actors._provider_negotiators import Terms
 from golem.config import ConfigError, read_duration, read_list, read_number
+from golem.exeunit.descriptors import SEARCH
 from golem.provider.settings import SettingsError
 
 DAY_S = 24 * 3600.0
@@ -24,6 +25,8 @@ class Given:
     max_agreements: int | None
     networks: tuple[str, ...]
     most: tuple[float, float, float]
+    exe_unit_path: str | None
+    test_interval_s: float
 
 
 def read_environment(env: Mapping[str, str]) -> Given:
@@ -60,6 +63,8 @@ def read_environment(env: Mapping[str, str]) -> Given:
                 read_number(env, "YA_RT_MEM", math.inf, 0.0625, 1e6),
                 read_number(env, "YA_RT_STORAGE", math.inf, 0.0625, 1e9),
             ),
+            env.get(SEARCH) or None,
+            seconds("RUNTIME_TEST_INTERVAL", 60.0),
         )
     except ConfigError as error:
         raise SettingsError(str(error)) from None

@@ -3,65 +3,17 @@
 from __future__ import annotations
 
 import json
-import logging
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
-
-import trio
 
 from actors._provider_negotiators import ACCEPT_TIMEOUT, COEFFS, INTERVAL, PAYMENT_TIMEOUT, VECTOR, Terms
 from golem.provider.hardware import Profile, cpu_properties
 from golem.provider.presets import Preset
-from golem.provider.processes import unit_environment
+from golem.provider.runtimes import Template
 from protocol.ledger import LOCAL_CHAIN
 from protocol.provider import OfferSpec
 
-log = logging.getLogger("golem.provider")
-
-TEMPLATE_S, SELF_TEST_S = 30.0, 120.0
 PROTOCOL_VERSION = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Template:
-    """What a runtime contributes to an offer."""
-
-    runtime: str
-    properties: Mapping[str, Any]
-
-
-async def ask_runtime(runtime: str) -> Template | str:
-    """Return the template of a runtime that works here, or why it is not to be offered."""
-    problem, _ = await _exe_unit("test", runtime, SELF_TEST_S)
-    if problem is not None:
-        return problem
-    problem, text = await _exe_unit("offer-template", runtime, TEMPLATE_S)
-    if problem is not None:
-        return problem
-    try:
-        properties = json.loads(text)["properties"]
-        if not isinstance(properties, dict):
-            raise TypeError("properties are no object")
-    except (ValueError, KeyError, TypeError) as error:
-        return f"its offer template is not in order: {error!r}"
-    return Template(runtime, properties)
-
-
-async def _exe_unit(command: str, runtime: str, timeout_s: float) -> tuple[str | None, str]:
-    """Run a short command of the exe-unit; return its problem (or None) and its output."""
-    arguments = [sys.executable, "-m", "golem.exeunit", command, "--runtime", runtime]
-    with trio.move_on_after(timeout_s):
-        done = await trio.run_process(
-            arguments, capture_stdout=True, capture_stderr=True, check=False, stdin=subprocess.DEVNULL, env=unit_environment()
-        )
-        said = done.stderr.decode("utf-8", "replace").strip().splitlines()
-        if done.returncode == 0:
-            return None, done.stdout.decode("utf-8", "replace")
-        return (said[-1] if said else f"status {done.returncode}").removeprefix("exe-unit: ")[:500], ""
-    return f"no answer to `{command}` within {timeout_s:g} s", ""
 
 
 def offer_spec(

@@ -1,7 +1,8 @@
 """Presets: what a runtime costs. One active preset is one offer.
 
 `presets.json`: `{"ver":"V1","active":["wasmtime"],"presets":[{"name","exeunit-name","pricing-model":"linear",
-"initial-price":0.0,"usage-coeffs":{"golem.usage.cpu_sec":0.0001}}]}`. Prices are GLM per unit: a second, or a GiB.
+"initial-price":0.0,"usage-coeffs":{"golem.usage.cpu_sec":0.0001}}],"given":["vm","wasmtime"]}`. Prices are GLM per unit: a
+second, or a GiB. `given` are the runtimes whose default preset was made once: one that was removed then stays away.
 """
 
 from __future__ import annotations
@@ -16,8 +17,12 @@ from typing import Any
 from golem.provider.settings import SettingsError, read_json, write_json
 
 PRESETS = "presets.json"
-DEFAULT_RUNTIME = "wasmtime"
 DEFAULT_COEFFS = {"golem.usage.cpu_sec": 0.0001, "golem.usage.duration_sec": 0.00005}  # 0.36 and 0.18 GLM an hour
+_HOUR_GLM = 0.025  # of a thread at work
+DEFAULTS: Mapping[str, Mapping[str, float]] = {
+    "wasmtime": DEFAULT_COEFFS,
+    "vm": {"golem.usage.cpu_sec": _HOUR_GLM / 3600, "golem.usage.duration_sec": _HOUR_GLM / 3600 / 5},
+}
 COUNTERS = {
     "cpu": "golem.usage.cpu_sec",
     "duration": "golem.usage.duration_sec",
@@ -54,6 +59,7 @@ class Presets:
 
     all: tuple[Preset, ...]
     active: tuple[str, ...]
+    given: tuple[str, ...] = tuple(sorted(DEFAULTS))
 
     def named(self, name: str) -> Preset:
         """Raises `SettingsError`."""
@@ -77,7 +83,8 @@ class Presets:
     def without(self, name: str) -> Presets:
         """Raises `SettingsError`."""
         self.named(name)
-        return Presets(tuple(one for one in self.all if one.name != name), tuple(one for one in self.active if one != name))
+        others = tuple(one for one in self.all if one.name != name)
+        return replace(self, all=others, active=tuple(one for one in self.active if one != name))
 
     def activated(self, name: str, active: bool) -> Presets:
         """Raises `SettingsError`."""
@@ -86,31 +93,46 @@ class Presets:
         return replace(self, active=(*others, name) if active else others)
 
 
-def default_presets() -> Presets:
-    return Presets((Preset(DEFAULT_RUNTIME, DEFAULT_RUNTIME),), (DEFAULT_RUNTIME,))
+def default_preset(runtime: str) -> Preset:
+    return Preset(runtime, runtime, dict(DEFAULTS.get(runtime, DEFAULT_COEFFS)))
 
 
 def load_presets(data_dir: Path) -> Presets:
-    """Return the presets of an agent, writing the default ones at the first time. Raises `SettingsError`."""
+    """Return the presets of an agent, with the default ones that were never given, which are written. Raises `SettingsError`."""
     path = data_dir / PRESETS
     raw = read_json(path, "presets file")
-    if raw is None:
-        found = default_presets()
-        save_presets(data_dir, found)
+    found = Presets((), (), ()) if raw is None else _presets(raw, path)
+    if set(DEFAULTS) <= set(found.given):
         return found
+    for runtime in DEFAULTS:
+        if runtime not in found.given and not any(runtime in (one.name, one.runtime) for one in found.all):
+            found = found.with_preset(default_preset(runtime)).activated(runtime, True)
+    found = replace(found, given=tuple(sorted({*found.given, *DEFAULTS})))
+    save_presets(data_dir, found)
+    return found
+
+
+def _presets(raw: Any, path: Path) -> Presets:
     try:
         presets = tuple(_preset(one) for one in raw["presets"])
         active = tuple(str(name) for name in raw["active"])
+        # Before there were several defaults this one alone was given, and whoever removed it meant it.
+        given = tuple(check_name(name) for name in raw.get("given", ["wasmtime"]))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise SettingsError(f"the presets file {path} is not in order: {error!r}") from None
     if len(presets) > MAX_PRESETS or len({one.name for one in presets}) < len(presets):
         raise SettingsError(f"the presets file {path} holds two presets of one name, or more than {MAX_PRESETS}")
-    return Presets(presets, active)
+    return Presets(presets, active, given)
 
 
 def save_presets(data_dir: Path, presets: Presets) -> None:
     """Raises `SettingsError`."""
-    raw = {"ver": "V1", "active": list(presets.active), "presets": [preset_json(one) for one in presets.all]}
+    raw = {
+        "ver": "V1",
+        "active": list(presets.active),
+        "presets": [preset_json(one) for one in presets.all],
+        "given": list(presets.given),
+    }
     write_json(data_dir / PRESETS, raw)
 
 

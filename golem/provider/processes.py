@@ -1,7 +1,8 @@
 """Port `processes` of the provider agent: exe-units, one process per activity.
 
 An exe-unit is started in a session of its own and outlives the agent; a later run of the agent finds it again by process
-id, start time and command line. Its working directory is removed when it is gone, its log stays a while.
+id, start time and command line. Its working directory is removed when it is gone, its log stays a while; one that was
+killed counts as gone when what it left running is gone too.
 """
 
 from __future__ import annotations
@@ -9,32 +10,38 @@ from __future__ import annotations
 import logging
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import trio
 
 from actors.kernel.machine import Meta, Send
 from actors.kernel.system import System
+from golem.exeunit.descriptors import SEARCH
 from golem.identity import write_private
 from protocol.provider import FindUnit, StartUnit, StopUnit, ToProcesses, UnitExited, UnitRunning
+
+if TYPE_CHECKING:
+    from golem.provider.leftovers import Leftovers
+    from golem.provider.runtimes import ExeUnits
 
 log = logging.getLogger("golem.provider")
 
 TERMINATION_S = 5.0  # from SIGTERM to SIGKILL
-KEPT_LOGS = 100
 _ROOT = Path(__file__).resolve().parents[2]  # where the packages are, installed or not
 _SECRETS = re.compile(r"(KEY|PASSWORD|PASSWD|SECRET|TOKEN|CREDENTIAL|AUTOCONF)")
 
 
-def unit_environment() -> dict[str, str]:
-    """Return the environment of exe-units: ours without anything secret."""
+def unit_environment(places: str | None = None) -> dict[str, str]:
+    """Return the environment of exe-units: ours without anything secret. `places`: where descriptors are."""
     env = {name: value for name, value in os.environ.items() if not _SECRETS.search(name.upper())}
+    if places is not None:
+        env[SEARCH] = places
     env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_ROOT), env.get("PYTHONPATH"))))
     return env
 
@@ -57,6 +64,15 @@ def is_unit(pid: int, activity_id: str) -> bool:
     return b"golem.exeunit" in words and activity_id.encode() in words
 
 
+def runtime_of(pid: int) -> str | None:
+    """Return the runtime that a process's command line names."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        return words[words.index(b"--runtime") + 1].decode()
+    except (OSError, ValueError, IndexError):
+        return None
+
+
 def find_unit(activity_id: str) -> int:
     """Return the process id of an activity's exe-unit; 0 if there is none."""
     pids = sorted(int(name) for name in os.listdir("/proc") if name.isdigit())
@@ -64,14 +80,17 @@ def find_unit(activity_id: str) -> int:
 
 
 class Processes:
-    """The port; `run` must be running. `bus` says where the node's bus is now."""
+    """The port; `run` must be running. `bus` says where the node's bus is now, `units` how exe-units are started."""
 
     name = "processes"
     local = ToProcesses
     peer = None
 
-    def __init__(self, system: System, data_dir: Path, bus: Callable[[], Path]) -> None:
+    def __init__(
+        self, system: System, data_dir: Path, bus: Callable[[], Path], units: Callable[[], ExeUnits], leftovers: Leftovers
+    ) -> None:
         self._system, self._data_dir, self._bus = system, data_dir, bus
+        self._units, self._leftovers = units, leftovers
         self._live: dict[str, int] = {}  # process id by activity
         self._stopping: set[str] = set()
         self._nursery: trio.Nursery | None = None
@@ -136,14 +155,17 @@ class Processes:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         agreement = agreement_dir / "agreement.json"
         write_private(agreement, message.agreement)
+        units = self._units()
         command = [
             sys.executable, "-m", "golem.exeunit", "--runtime", message.runtime, "--activity", message.activity_id,
             "--bus", str(self._bus()), "--agreement", str(agreement), "--work", str(work), "--cache", str(cache),
+            *units.flags(),
         ]  # fmt: skip
         with (logs / f"{message.activity_id}.log").open("ab") as output:
             return await trio.lowlevel.open_process(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True, env=unit_environment()
-            )
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
+                env=unit_environment(units.places),
+            )  # fmt: skip
 
     # -- find and watch
     def _find(self, message: FindUnit) -> Sequence[Send]:
@@ -155,7 +177,7 @@ class Processes:
         if self._is(activity_id, pid, message.started_ticks):
             self._adopt(activity_id, pid)
             return ()
-        self._clean(activity_id)
+        self._clean(activity_id, None, None)
         return [Send("provider", UnitExited(activity_id, None))]
 
     def _adopt(self, activity_id: str, pid: int) -> Sequence[Send]:
@@ -171,6 +193,7 @@ class Processes:
 
     async def _wait(self, activity_id: str, pid: int, process: trio.Process | None) -> None:
         code: int | None = None
+        runtime = runtime_of(pid)
         if process is not None:
             code = await process.wait()
         else:
@@ -178,9 +201,11 @@ class Processes:
         log.info("activity %s: exe-unit %d is gone (%s)", activity_id[:8], pid, "status unknown" if code is None else code)
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(pid, signal.SIGKILL)  # whatever it left behind in its process group
+        if code is None or code < 0:  # it may not have ended what it ran, and that still takes up what others could use
+            await self._leftovers.sweep([runtime] if runtime else [])
         self._stopping.discard(activity_id)
         del self._live[activity_id]
-        self._clean(activity_id)
+        self._clean(activity_id, runtime, code)
         await self._system.post(self.name, [Send("provider", UnitExited(activity_id, code))])
 
     async def _stop(self, activity_id: str, pid: int, ticks: int) -> None:
@@ -194,9 +219,9 @@ class Processes:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(pid, signal.SIGKILL)
 
-    def _clean(self, activity_id: str) -> None:
+    def _clean(self, activity_id: str, runtime: str | None, code: int | None) -> None:
         assert self._nursery is not None
-        self._nursery.start_soon(trio.to_thread.run_sync, remove_work, self._data_dir / "exe-unit", activity_id)
+        self._nursery.start_soon(self._leftovers.clean, activity_id, runtime, code)
 
 
 async def _wait_gone(pid: int) -> None:
@@ -209,15 +234,3 @@ async def _wait_gone(pid: int) -> None:
         await trio.lowlevel.wait_readable(handle)
     finally:
         os.close(handle)
-
-
-def remove_work(base: Path, activity_id: str) -> None:
-    """Remove the working directory of an activity, that of its agreement if it was the last, and old logs."""
-    for folder in (base / "work").glob(f"*/{activity_id}"):
-        shutil.rmtree(folder, ignore_errors=True)
-        parent = folder.parent
-        if not any(one.is_dir() for one in parent.iterdir()):
-            shutil.rmtree(parent, ignore_errors=True)
-    logs = sorted((base / "logs").glob("*.log"), key=lambda path: path.stat().st_mtime)
-    for path in logs[:-KEPT_LOGS]:
-        path.unlink(missing_ok=True)

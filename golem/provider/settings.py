@@ -18,6 +18,7 @@ from protocol.types import node_id
 
 GLOBALS, RULES, STATUS, LOCK, JOURNAL = "globals.json", "rules.json", "status.json", "provider.lock", "provider.db"
 MAX_FILE_BYTES = 1024 * 1024
+SWITCHES = {"shell": "shell", "proxy_http": "proxy-http"}  # key in globals.json -> the exe-unit's word for it
 _NAME = re.compile(r"[^\x00-\x1f]{1,100}\Z")
 
 
@@ -42,6 +43,8 @@ class Settings:
     approve_timeout_s: float = 10.0
     terms: Terms = field(default_factory=Terms)
     most: tuple[float, float, float] = (math.inf, math.inf, math.inf)  # threads, GiB of memory and storage to offer
+    exe_unit_path: str | None = None  # where descriptors of runtimes are; None = the default places
+    test_interval_s: float = 60.0  # between self-tests of a runtime
 
     def __repr__(self) -> str:
         return f"Settings({self.data_dir}, {self.name!r})"  # never the key
@@ -84,9 +87,7 @@ def names(env: Mapping[str, str], data_dir: Path, name: str | None, subnet: str 
 
     What a flag says is kept in `globals.json`. Raises `SettingsError`.
     """
-    kept = read_json(data_dir / GLOBALS, "settings file") or {}
-    if not isinstance(kept, dict):
-        raise SettingsError(f"the settings file {data_dir / GLOBALS} must hold a JSON object")
+    kept = read_globals(data_dir)
     found = name or env.get("NODE_NAME") or kept.get("node_name") or f"golem-{platform.node() or 'provider'}"
     net = subnet or env.get("SUBNET") or kept.get("subnet") or "public"
     if not isinstance(found, str) or not _NAME.match(found):
@@ -96,6 +97,35 @@ def names(env: Mapping[str, str], data_dir: Path, name: str | None, subnet: str 
     if name or subnet or not kept:
         write_json(data_dir / GLOBALS, {**kept, "node_name": found, "subnet": net})
     return found, net
+
+
+def read_globals(data_dir: Path) -> dict[str, Any]:
+    """Return what is kept in `globals.json`. Raises `SettingsError`."""
+    kept = read_json(data_dir / GLOBALS, "settings file") or {}
+    if not isinstance(kept, dict):
+        raise SettingsError(f"the settings file {data_dir / GLOBALS} must hold a JSON object")
+    return kept
+
+
+def keep_interactions(data_dir: Path, **switches: bool | None) -> None:
+    """Keep the owner's word on `shell` and `proxy_http`; None leaves it as it is. Raises `SettingsError`."""
+    told = {name: value for name, value in switches.items() if value is not None}
+    if told:
+        write_json(data_dir / GLOBALS, {**read_globals(data_dir), **told})
+
+
+def interactions(data_dir: Path) -> tuple[str, ...]:
+    """Return what a requestor may do to a running activity beside commands: all, unless the owner has switched it off.
+
+    Raises `SettingsError`.
+    """
+    kept, found = read_globals(data_dir), []
+    for name, kind in SWITCHES.items():
+        value = kept.get(name, True)
+        if not isinstance(value, bool):
+            raise SettingsError(f"the settings file {data_dir / GLOBALS}: {name} must be true or false")
+        found += [kind] if value else []
+    return tuple(found)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ log = logging.getLogger("golem.provider")
 
 INTERVAL_S = 1.0
 MAX_LISTED = 200
+Report = Callable[[], list[dict[str, Any]]]  # of each runtime: name, version, presets, offered, reason
 
 
-def status_of(system: System, settings: Settings, node_id: str) -> dict[str, Any]:
-    """Return what `golem provider status` shows, read from the machine's rows."""
+def status_of(system: System, settings: Settings, node_id: str, runtimes: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what `golem provider status` shows, read from the machine's rows; `runtimes` as reported."""
     rows = system.rows("provider")
     agent = rows.get("agent")
     agreements = [row for _, row in rows.prefix("agreement/")]
@@ -40,6 +42,7 @@ def status_of(system: System, settings: Settings, node_id: str) -> dict[str, Any
     return {
         "name": settings.name, "nodeId": node_id, "subnet": settings.subnet, "pid": os.getpid(),
         "session": agent.session_id if agent else "", "state": "stopping" if agent and agent.stopping else "running",
+        "runtimes": runtimes,
         "offers": [
             {"preset": row.preset, "offer": row.offer_id, "state": "published" if row.offer_id else "being published"}
             for _, row in rows.prefix("offer/")
@@ -67,14 +70,15 @@ def _agreement_of(activities: list[Any], activity_id: str) -> str:
     return next((row.agreement_id for row in activities if row.activity_id == activity_id), "")
 
 
-async def write_status(system: System, settings: Settings, node_id: str) -> None:
+async def write_status(system: System, settings: Settings, node_id: str, report: Report) -> None:
     """Write the status whenever it changed, until cancelled."""
     last: dict[str, Any] = {}
-    commits = -1
+    seen: object = None
     while True:
-        if system.journal.commits != commits:
-            commits = system.journal.commits
-            found = status_of(system, settings, node_id)
+        runtimes = report()
+        if (system.journal.commits, runtimes) != seen:
+            seen = (system.journal.commits, runtimes)
+            found = status_of(system, settings, node_id, runtimes)
             if found != last:
                 try:
                     write_json(settings.data_dir / STATUS, found)

@@ -408,7 +408,7 @@ def test_life_of_an_agreement_with_notes_and_an_invoice() -> None:
     assert agent.play.rows["agreement/a1"].invoice == "Settled"
     assert not agent.rest(TerminateAgreement), "the requestor did"
     agent.play.at(8 * 86400)
-    left = [key for key in agent.play.rows if not key.startswith(("agent", "cursor", "offer"))]
+    left = [key for key in agent.play.rows if not key.startswith(("agent", "capacity", "cursor", "offer"))]
     assert left == []
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +16,24 @@ from support import mock_trio_test
 
 from actors._provider_negotiators import COEFFS, VECTOR, Terms
 from golem.cli import main
-from golem.provider.agent import ACCOUNTS_S, LOOK_S, Offers
 from golem.provider.client import NodeClient
 from golem.provider.environment import read_environment
 from golem.provider.hardware import Profile, default_profile, load_profile, machine_profile
-from golem.provider.offer import Template, constraints, offer_spec, wanted_accounts
+from golem.provider.offer import constraints, offer_spec, wanted_accounts
+from golem.provider.offering import ACCOUNTS_S, LOOK_S, Offering
 from golem.provider.presets import Preset, load_presets, parse_price
-from golem.provider.settings import Settings, SettingsError, names, read_json, read_rules
+from golem.provider.runtimes import RETRY_S, ExeUnits, Template
+from golem.provider.settings import Settings, SettingsError, interactions, keep_interactions, names, read_json, read_rules
 from protocol.ledger import LOCAL_CHAIN
-from protocol.provider import OffersChanged
+from protocol.provider import Capacity, OffersChanged
 from protocol.terms import compile_constraint, match
 
 ACCOUNT = {"platform": "erc20-local-tglm", "address": "0x" + "9" * 40, "network": "local"}
 TEMPLATE = Template("wasmtime", {VECTOR: ["golem.usage.duration_sec", "golem.usage.cpu_sec"], "golem.runtime.version": "1.0.0"})
+
+
+async def wasmtime_alone(runtime: str, units: ExeUnits) -> Template | str:
+    return TEMPLATE if runtime == "wasmtime" else "no Docker Engine"
 
 
 def cli(folder: Path, *arguments: str) -> Any:
@@ -35,13 +42,16 @@ def cli(folder: Path, *arguments: str) -> Any:
 
 
 def test_the_default_price_is_within_what_sdk_examples_accept(tmp_path: Path) -> None:
-    (preset,) = load_presets(tmp_path).offered()
-    cpu, env = (preset.coeffs[f"golem.usage.{name}_sec"] * 3600 for name in ("cpu", "duration"))
-    assert preset.runtime == "wasmtime"
-    assert cpu <= 1
-    assert env <= 0.5
-    assert preset.initial_price <= 0.5
-    assert preset.initial_price + cpu + env <= 1
+    presets = load_presets(tmp_path).offered()
+    assert [preset.runtime for preset in presets] == ["wasmtime", "vm"]
+    for preset in presets:
+        cpu, env = (preset.coeffs[f"golem.usage.{name}_sec"] * 3600 for name in ("cpu", "duration"))
+        assert cpu <= 1
+        assert env <= 0.5
+        assert preset.initial_price <= 0.5
+        assert preset.initial_price + cpu + env <= 1
+        if preset.runtime == "vm":
+            assert (cpu, env * 5) == pytest.approx((0.025, 0.025))
     assert json.loads((tmp_path / "presets.json").read_text())["presets"][0]["exeunit-name"] == "wasmtime"
 
 
@@ -57,6 +67,18 @@ def test_presets_by_command(tmp_path: Path) -> None:
     refused = cli(tmp_path, "preset", "activate", "wasmtime")
     assert refused.exit_code == 1
     assert "no preset named 'wasmtime'" in refused.output
+
+
+def test_a_presets_file_of_an_older_version_gets_vm_once(tmp_path: Path) -> None:
+    preset = {"name": "mine", "exeunit-name": "wasmtime", "initial-price": 0.0, "usage-coeffs": {}}
+    folder = tmp_path / "provider"
+    folder.mkdir()
+    (folder / "presets.json").write_text(json.dumps({"ver": "V1", "active": ["mine"], "presets": [preset]}))
+    assert [(one.name, one.runtime) for one in load_presets(folder).offered()] == [("mine", "wasmtime"), ("vm", "vm")]
+    assert cli(tmp_path, "preset", "remove", "vm").exit_code == 0
+    assert [one.name for one in load_presets(folder).all] == ["mine"], "what was removed stays away"
+    (folder / "presets.json").write_text(json.dumps({"active": [], "presets": [{**preset, "name": "vm"}]}))
+    assert [(one.name, one.runtime) for one in load_presets(folder).all] == [("vm", "wasmtime")], "the name is taken"
 
 
 @pytest.mark.parametrize("price", ["CPU", "CPU=-1", "CPU=nan", "CPU=inf", "CPU=x", "Warp=1", "CPU=1e9"])
@@ -156,8 +178,7 @@ async def test_a_dev_chain_made_anew_renews_the_offers(tmp_path: Path) -> None:
 
     settings = Settings(tmp_path, tmp_path / "node.json", "", "key", "prov")
     async with NodeClient(lambda: "http://node", "key", httpx.MockTransport(node)) as client:
-        offers = Offers(settings, client)
-        offers._templates["wasmtime"] = TEMPLATE
+        offers = Offering(settings, client, wasmtime_alone)
         assert [json.loads(spec.properties)[LOCAL_CHAIN] for spec in await offers.current()] == ["first"]
         with trio.move_on_after(ACCOUNTS_S + 2 * LOOK_S):
             await offers.watch(System())  # type: ignore[arg-type]
@@ -189,6 +210,121 @@ def test_names_are_kept(tmp_path: Path) -> None:
     for name, subnet in (("", "a b"), ("x\n", "public"), ("y" * 101, "public")):
         with pytest.raises(SettingsError):
             names({}, tmp_path, name, subnet)
+
+
+def test_what_requestors_may_do_inside_is_kept(tmp_path: Path) -> None:
+    folder = tmp_path / "provider"
+    assert interactions(folder) == ("shell", "proxy-http")
+    keep_interactions(folder, shell=False, proxy_http=None)
+    assert interactions(folder) == ("proxy-http",)
+    assert json.loads(cli(tmp_path, "settings", "set", "--no-proxy-http", "--subnet", "s").output) == {
+        "node_name": names({}, folder, None, None)[0], "subnet": "s", "shell": False, "proxy_http": False,
+    }  # fmt: skip
+    assert ExeUnits(None, interactions(folder)).flags() == ["--interaction", ""]
+    assert json.loads(cli(tmp_path, "settings", "show").output)["shell"] is False
+    (folder / "globals.json").write_text('{"shell": "no"}')
+    with pytest.raises(SettingsError, match="shell must be true or false"):
+        interactions(folder)
+
+
+# -- runtimes that come and go
+class Answers:
+    """Self-tests by script: each runtime's next answer, the last one again and again."""
+
+    def __init__(self, **answers: list[bool | str]) -> None:
+        self.answers, self.asked = answers, []  # type: ignore[var-annotated]
+
+    async def __call__(self, runtime: str, units: ExeUnits) -> Template | str:
+        self.asked.append((trio.current_time(), runtime, units.interactions))
+        left = self.answers[runtime]
+        found = left.pop(0) if len(left) > 1 else left[0]
+        await trio.sleep(1)
+        return Template(runtime, {**TEMPLATE.properties, "with": units.interactions}) if found is True else str(found)
+
+
+class Told:
+    """The machine's side: which runtimes are offered, and since when."""
+
+    def __init__(self) -> None:
+        self.offers: list[tuple[float, list[str]]] = []
+
+    async def ask(self, actor: str, message: OffersChanged) -> None:
+        self.offers.append((trio.current_time(), sorted(spec.runtime for spec in message.offers)))
+
+
+@asynccontextmanager
+async def offering(tmp_path: Path, answers: Answers, **changes: Any) -> AsyncIterator[tuple[Offering, list[str], Told]]:
+    settings = Settings(tmp_path / "provider", tmp_path / "node.json", "", "key", "prov", **changes)
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, json=[ACCOUNT]))
+    async with NodeClient(lambda: "http://node", "key", transport) as client, trio.open_nursery() as nursery:
+        made, told = Offering(settings, client, answers), Told()
+        first = [spec.runtime for spec in await made.current()]
+        nursery.start_soon(made.watch, told)
+        yield made, first, told
+        nursery.cancel_scope.cancel()
+
+
+@mock_trio_test
+async def test_a_runtime_that_works_later_is_offered_then_and_withdrawn_when_it_fails(tmp_path: Path) -> None:
+    engine: list[bool | str] = ["no Engine", "no Engine", True, True, "one hiccup", True, "the Engine is gone"]
+    answers = Answers(wasmtime=[True], vm=engine)
+    async with offering(tmp_path, answers) as (made, first, told):
+        assert first == ["wasmtime"]
+        report = {one["name"]: one for one in made.report()}
+        assert (report["vm"]["offered"], report["vm"]["reason"], report["wasmtime"]["offered"]) == (False, "no Engine", True)
+        await trio.sleep(2 * 62 + 10)
+        assert [runtimes for _, runtimes in told.offers] == [["vm", "wasmtime"]], "as soon as a test says so"
+        assert told.offers[0][0] < 2 * 62 + 10
+        await trio.sleep(2 * 62 + RETRY_S + 5)
+        assert len(told.offers) == 1, "one failure is looked at twice"
+        await trio.sleep(70 + RETRY_S)
+        assert told.offers[-1][1] == ["wasmtime"]
+        assert {one["name"]: one["reason"] for one in made.report()}["vm"] == "the Engine is gone"
+
+
+@mock_trio_test
+async def test_nothing_works_yet_and_later_it_does(tmp_path: Path) -> None:
+    async with offering(tmp_path, Answers(vm=["no Engine", True]), runtimes=("vm",)) as (_, first, told):
+        assert first == []
+        await trio.sleep(75)
+        assert told.offers[-1][1] == ["vm"]
+
+
+@mock_trio_test
+async def test_a_test_that_hangs_holds_nothing_up(tmp_path: Path) -> None:
+    answers = Answers(wasmtime=[True], vm=["never comes"])
+    usual = answers.__call__
+
+    async def ask(runtime: str, units: ExeUnits) -> Template | str:
+        if runtime == "vm":
+            await trio.sleep(50)
+        return await usual(runtime, units)
+
+    async with offering(tmp_path, ask) as (made, first, _):  # type: ignore[arg-type]
+        assert first == ["wasmtime"]
+        assert trio.current_time() < 25
+        assert {one["name"]: one["reason"] for one in made.report()}["vm"] == "not tested yet"
+
+
+@mock_trio_test
+async def test_other_settings_and_descriptors_are_taken_up(tmp_path: Path) -> None:
+    answers = Answers(wasmtime=[True], vm=[True], other=[True])
+    async with offering(tmp_path, answers) as (made, _, told):
+        keep_interactions(tmp_path / "provider", shell=False)
+        await trio.sleep(10)
+        assert {runtime for _, runtime, allowed in answers.asked if allowed == ("proxy-http",)} == {"vm", "wasmtime"}
+        assert told.offers[-1][1] == ["vm", "wasmtime"]
+        plugins = tmp_path / "provider" / "plugins"
+        plugins.mkdir()
+        one = {"name": "other", "version": "2.0", "supervisor-path": "exe-unit", "runtime-path": "x"}
+        (plugins / "ya-other.json").write_text(json.dumps([one]))
+        assert {one["name"]: (one["version"], one["reason"]) for one in made.report()}["other"] == (
+            "2.0", "no active preset sells it",
+        )  # fmt: skip
+        assert cli(tmp_path, "preset", "create", "mine", "--exe-unit", "other").exit_code == 0
+        assert cli(tmp_path, "preset", "activate", "mine").exit_code == 0
+        await trio.sleep(10)
+        assert told.offers[-1][1] == ["other", "vm", "wasmtime"]
 
 
 def test_rules(tmp_path: Path) -> None:
@@ -242,11 +378,11 @@ async def test_the_offer_keeps_to_what_the_environment_gives(tmp_path: Path) -> 
     )
     transport = httpx.MockTransport(lambda request: httpx.Response(200, json=[ACCOUNT]))
     async with NodeClient(lambda: "http://node", "key", transport) as client:
-        offers = Offers(settings, client)
-        offers._templates["wasmtime"] = TEMPLATE
+        offers = Offering(settings, client, wasmtime_alone)
         (spec,) = await offers.current()
     offer = json.loads(spec.properties)
     found = [offer[f"golem.inf.{name}"] for name in ("cpu.threads", "mem.gib", "storage.gib")]
     assert found == [1, 0.125, 0.25]
     assert offer["golem.com.scheme.payu.debit-note.interval-sec?"] == 45
     assert offers.terms.max_agreements == 2
+    assert offers.capacity == Capacity(2, 0.25, 0.5), "what both presets sell is sold once"

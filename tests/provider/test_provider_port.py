@@ -18,8 +18,10 @@ from support import mock_trio_test, trio_test
 
 from actors.kernel.machine import Meta, Send
 from golem.provider.client import MAX_ANSWER_BYTES, ApiError, NodeAway, NodeClient
+from golem.provider.leftovers import Leftovers
 from golem.provider.port import RestPort
-from golem.provider.processes import Processes, find_unit, is_unit, remove_work, start_ticks, unit_environment
+from golem.provider.processes import Processes, find_unit, is_unit, start_ticks, unit_environment
+from golem.provider.runtimes import ExeUnits
 from protocol.provider import (
     ApprovalEnded,
     ApproveAgreement,
@@ -246,7 +248,7 @@ def test_a_process_of_an_earlier_run_is_found_watched_and_ended(tmp_path: Path, 
     @trio_test
     async def body() -> None:
         outbox = Outbox()
-        port = Processes(outbox, tmp_path, lambda: tmp_path / "bus.sock")  # type: ignore[arg-type]
+        port = Processes(outbox, tmp_path, lambda: tmp_path / "bus.sock", ExeUnits, nothing_left(tmp_path))  # type: ignore[arg-type]
         async with trio.open_nursery() as nursery:
             await nursery.start(port.run)
             assert not await port.handle(FindUnit(ACTIVITY, process.pid, ticks), META)
@@ -268,7 +270,7 @@ def test_a_process_of_an_earlier_run_is_found_watched_and_ended(tmp_path: Path, 
 
 @trio_test
 async def test_a_process_that_is_gone_or_another_one_counts_as_lost() -> None:
-    port = Processes(Outbox(), Path("/nonexistent"), Path)  # type: ignore[arg-type]
+    port = Processes(Outbox(), Path("/nonexistent"), Path, ExeUnits, nothing_left(Path("/nonexistent")))  # type: ignore[arg-type]
     async with trio.open_nursery() as nursery:
         await nursery.start(port.run)
         for pid in (0, os.getpid(), 2**22 - 1):
@@ -286,12 +288,49 @@ def test_exe_units_get_no_secrets(monkeypatch: Any) -> None:
     assert env["GOLEM_LOG"] == "debug"
 
 
-def test_work_of_a_finished_activity_is_removed(tmp_path: Path) -> None:
+def nothing_left(data_dir: Path) -> Leftovers:
+    return Leftovers(data_dir, ExeUnits, lambda: ())
+
+
+@trio_test
+async def test_work_of_a_finished_activity_is_removed(tmp_path: Path) -> None:
+    work = tmp_path / "exe-unit" / "work"
     for activity in ("x1", "x2"):
-        (tmp_path / "work" / "a1" / activity / "deep").mkdir(parents=True)
-    (tmp_path / "logs").mkdir()
-    (tmp_path / "work" / "a1" / "agreement.json").write_text("{}")
-    remove_work(tmp_path, "x1")
-    assert sorted(path.name for path in (tmp_path / "work" / "a1").iterdir()) == ["agreement.json", "x2"]
-    remove_work(tmp_path, "x2")
-    assert not list((tmp_path / "work").iterdir())
+        deep = work / "a1" / activity
+        deep.mkdir(parents=True)
+        for _ in range(100):
+            deep /= "d" * 200
+            os.mkdir(deep) if len(str(deep)) < 4000 else None
+    logs = tmp_path / "exe-unit" / "logs"
+    logs.mkdir()
+    for number in range(105):
+        (logs / f"{number}.log").touch()
+    (work / "a1" / "agreement.json").write_text("{}")
+    leftovers = nothing_left(tmp_path)
+    await leftovers.clean("x1", None, 0)
+    assert sorted(path.name for path in (work / "a1").iterdir()) == ["agreement.json", "x2"]
+    await leftovers.clean("x2", None, None)
+    assert not list(work.iterdir())
+    assert len(list(logs.iterdir())) == 100
+
+
+@trio_test
+async def test_what_an_earlier_run_left_is_removed_and_nothing_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    process = exe_unit_like(False)  # the exe-unit of ACTIVITY lives on
+    try:
+        work = tmp_path / "exe-unit" / "work"
+        for name in (ACTIVITY, "0" * 32, "1" * 32):
+            (work / "agreement" / name / "deployment-1").mkdir(parents=True)
+        (work / "other" / ("2" * 32)).mkdir(parents=True)
+        (work / "other" / "agreement.json").write_text("{}")
+        leftovers = Leftovers(tmp_path, ExeUnits, lambda: ("wasmtime",))
+        stale = leftovers.find_stale(["1" * 32])
+        (work / "agreement" / ("3" * 32)).mkdir()  # of an activity that starts meanwhile
+        with caplog.at_level("INFO"):
+            await leftovers.remove_stale(stale)
+        assert {path.name for path in work.glob("*/*")} == {ACTIVITY, "1" * 32, "3" * 32}
+        assert not (work / "other").exists()
+        assert [record.message for record in caplog.records if "22222222" in record.message]
+    finally:
+        process.kill()
+        process.wait()
