@@ -332,7 +332,3 @@ def _not_here(api: Blueprint) -> None:
     @api.post("/activity/<activity_id>/encrypted")
     async def encrypted(activity_id: str) -> Response:
         raise ApiError(501, "encrypted calls need an enclave, which no runtime of this node offers")
-
-    @api.route("/activity/<activity_id>/proxy-http/<path:url>", methods=["GET", "POST"])
-    async def proxy(activity_id: str, url: str) -> Response:
-        raise ApiError(404, "no runtime of this node offers HTTP services")

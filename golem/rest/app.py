@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+from functools import partial
 from typing import TYPE_CHECKING
 
 from quart import Request, Response, Websocket, g, has_websocket_context, request, websocket
@@ -34,10 +35,12 @@ def create_app(node: Node) -> QuartTrio:
     _cors(app, node)
     _errors(app)
     _root(app, node)
-    from golem.rest import activity, gsb, identity, market, net, payment, registry
+    from golem.rest import activity, gsb, identity, interaction, market, net, payment, registry
+    from golem.rest.proxy import Proxy
 
-    for module in (market, activity, payment, gsb, net, identity, registry):
+    for module in (market, activity, interaction, payment, gsb, net, identity, registry):
         app.register_blueprint(module.blueprint(node))
+    app.asgi_app = Proxy(node, app.asgi_app, partial(admit, node))  # type: ignore[method-assign]
     return app
 
 
@@ -59,19 +62,27 @@ def _authenticate(app: QuartTrio, node: Node) -> None:
 
 def _refusal(node: Node, asked: Request | Websocket) -> Response | None:
     """Find out who asks; return the answer to one that may not."""
-    scheme, _, key = asked.headers.get("Authorization", "").partition(" ")
+    who = admit(node, asked.headers.get("Authorization", ""), asked.args.get("authToken", ""), asked.path)
+    if isinstance(who, Response):
+        return who
+    g.caller = who
+    return None
+
+
+def admit(node: Node, authorization: str, token: str, path: str) -> Caller | Response:
+    """Return who asks, by the header or by the query's `authToken`; or the answer to one that may not."""
+    scheme, _, key = authorization.partition(" ")
     if scheme.lower() != "bearer" or not key:
-        key = asked.args.get("authToken", "")  # browsers can set no header of a websocket
+        key = token  # browsers can set no header of a websocket
     if not key:
         return Response("Missing application key", status=401, content_type="text/plain; charset=utf-8")
     found = node.app_keys.find(key.strip())
     if found is None:
         return Response("Invalid application key", status=401, content_type="text/plain; charset=utf-8")
-    g.caller = Caller(found.identity, found.name, found.role, found.allow_origins)
-    if found.identity != node.node_id and asked.path not in OWN_PATHS:  # a key from before the node's identity was changed
+    if found.identity != node.node_id and path not in OWN_PATHS:  # a key from before the node's identity was changed
         text = f"app-key {found.name!r} acts for {found.identity}; all objects here belong to {node.node_id}"
         return ApiError(403, text).response()
-    return None
+    return Caller(found.identity, found.name, found.role, found.allow_origins)
 
 
 def _origin_known(node: Node, origin: str) -> bool:

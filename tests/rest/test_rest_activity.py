@@ -305,7 +305,7 @@ async def test_codes_and_bodies_without_an_exe_unit(tmp_path: Path) -> None:
             404, {"message": f"Not found: batch_id = {unknown}"},
         )  # fmt: skip
         assert (await w.r("POST", f"/activity/{activity}/encrypted"))[0] == 501
-        assert (await w.r("GET", f"/activity/{activity}/proxy-http/a/b"))[0] == 404
+        assert (await w.r("GET", f"/activity/{activity}/proxy-http/80/b"))[0] == 410
 
 
 @trio_test

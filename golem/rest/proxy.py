@@ -1,0 +1,210 @@
+"""Activity API, HTTP services inside a running activity: `/activity-api/v1/activity/{id}/proxy-http/{url}`, any method.
+
+`{url}` names the service by its port and the path there: `8080/items?all=1` or `http://localhost:8080/items?all=1`.
+Where it begins with neither, all of it is the path, and the port is the only one that the image exposes, or 80.
+
+Bodies stream both ways as fast as the slower side takes them (chunked answers and server-sent events work), and so do
+websockets. What is of one connection only is not passed on. The guest never sees the app-key: `Authorization: Bearer`,
+`authToken` of the query and a `Referer` with one are taken out; `Authorization` of other schemes belongs to the service.
+The provider is a stranger to the user's browser: pages get a sandbox of their own (Content-Security-Policy), and a
+browser's cookies stay here, since they are those of every program at this address. `Location` leads back through here.
+Failures of the service are 502 with a reason.
+
+This is an ASGI application before Quart's, which keeps bodies in memory. Neighbours: `golem/interaction.py` opens the
+connection, `proxy_rules.py` says which headers pass, `golem/rest/app.py` who may ask.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+import h11
+import trio
+from quart import Response
+
+from golem.interaction_wire import BROKEN, Channel, InteractionFault
+from golem.rest.activity import find
+from golem.rest.edge import ApiError, Caller
+from golem.rest.interaction import api_error
+from golem.rest.proxy_rules import Header, Target, cross_origin, forwarded, header, key_of, returned
+from golem.rest.proxy_socket import relay_websocket
+
+if TYPE_CHECKING:
+    from golem.node import Node
+
+log = logging.getLogger("golem.rest")
+
+Asgi = Callable[[Any, Any, Any], Awaitable[None]]
+Admit = Callable[[str, str, str], Caller | Response]
+
+MAX_HEAD_BYTES = 64 << 10  # of an answer's status line and headers
+READ_BYTES = 64 << 10
+_PATH = re.compile(rb"(/activity-api/v1/activity/([^/]{1,64})/proxy-http)(?:/(.*))?\Z", re.DOTALL)
+
+
+class Proxy:
+    """The application; what is not for it goes to `inner`.
+
+    `admit(authorization, token, path)` returns who asks, or the answer to one who may not.
+    """
+
+    def __init__(self, node: Node, inner: Asgi, admit: Admit) -> None:
+        self._node, self._inner, self._admit = node, inner, admit
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        match = None
+        if scope["type"] in ("http", "websocket"):
+            match = _PATH.match(scope.get("raw_path") or quote(scope["path"]).encode())
+        if match is None or (scope.get("method") == "OPTIONS" and header(scope["headers"], b"access-control-request-method")):
+            await self._inner(scope, receive, send)  # what browsers ask before they ask is the application's to answer
+            return
+        trace = secrets.token_hex(6)
+        more: list[Header] = [(b"x-trace-id", trace.encode())]
+        begun = False
+
+        async def tell(message: Any) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            refusal = await self._serve(match, scope, receive, tell, more)
+        except InteractionFault as fault:
+            refusal = api_error(fault).response()
+        except ApiError as error:
+            refusal = error.response()
+        except Exception as error:
+            # a bug of ours is this request's end, not the server's
+            log.error("proxy-http failed (trace %s)", trace, exc_info=error)
+            refusal = ApiError(500, f"internal error (trace {trace})").response()
+        if refusal is not None and not begun:
+            await answer(scope, send, refusal, more)
+
+    async def _serve(
+        self, match: re.Match[bytes], scope: Any, receive: Any, send: Any, more: list[Header]
+    ) -> Response | None:
+        """Serve one request; returns the refusal to one who may not ask. `more`: headers that every answer gets."""
+        headers, query = scope["headers"], scope["query_string"]
+        who = self._admit(header(headers, b"authorization").decode("latin-1"), key_of(query), scope["path"])
+        if isinstance(who, Response):
+            return who
+        more += cross_origin(headers, {*self._node.config.allow_origins, *who.allow_origins})
+        row = find(self._node, match[2].decode("latin-1"), "Requestor")
+        target = Target(match[1], match[3] or b"", query)
+        if scope.get("method") == "CONNECT":
+            raise ApiError(405, "CONNECT is not for services")
+        channel = await self._node.interactions.connect(row, target.port)
+        try:
+            if scope["type"] == "websocket":
+                await relay_websocket(channel, target, forwarded(headers, target), scope, receive, send)
+            else:
+                await _Exchange(channel, target, receive, send, more).run(scope)
+        finally:
+            with trio.CancelScope(shield=True):
+                await channel.aclose()
+        return None
+
+
+class _Exchange:
+    """One request and its answer."""
+
+    def __init__(self, channel: Channel, target: Target, receive: Any, send: Any, more: list[Header]) -> None:
+        self._channel, self._target, self._receive, self._send, self._more = channel, target, receive, send, more
+        self._http = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD_BYTES)
+        self._fault: ApiError | None = None
+
+    async def run(self, scope: Any) -> None:
+        """Raises `ApiError`; an answer that has begun then ends before its end, and the server breaks the connection."""
+        headers = forwarded(scope["headers"], self._target)
+        names = {name for name, _ in headers}
+        with_body = b"content-length" in names or b"transfer-encoding" in names
+        if scope["http_version"] not in ("1.0", "1.1") and not with_body and scope["method"] not in ("GET", "HEAD"):
+            headers.append((b"transfer-encoding", b"chunked"))  # HTTP/2 tells the end of a body by itself
+            with_body = True
+        try:
+            request = h11.Request(method=scope["method"], target=self._target.path, headers=headers)
+            head = self._http.send(request) or b""
+            if not with_body:
+                head += self._http.send(h11.EndOfMessage()) or b""
+        except h11.LocalProtocolError as error:
+            raise ApiError(400, f"the request cannot be passed on: {error}") from None
+        try:
+            await self._channel.send_all(head)
+        except BROKEN as error:
+            raise ApiError(502, f"the service does not take the request: {error}") from None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._upload, with_body, nursery.cancel_scope)
+            nursery.start_soon(self._download, nursery.cancel_scope)
+        if self._fault is not None:
+            log.info("proxy-http: %s", self._fault)
+            raise self._fault
+
+    async def _upload(self, with_body: bool, scope: trio.CancelScope) -> None:
+        """Pass the body on, and see to it that a client that leaves ends it all."""
+        writing = with_body
+        while True:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                scope.cancel()
+                return
+            if not writing:
+                continue
+            try:
+                data = self._http.send(h11.Data(message["body"])) if message.get("body") else b""
+                if not message.get("more_body"):
+                    writing = False
+                    data = (data or b"") + (self._http.send(h11.EndOfMessage()) or b"")
+                if data:
+                    await self._channel.send_all(data)
+            except BROKEN:
+                writing = False  # the service may have answered before it stopped to listen
+            except h11.LocalProtocolError as error:
+                self._fault = ApiError(400, f"the body is not what its headers say: {error}")
+                scope.cancel()
+                return
+
+    async def _download(self, scope: trio.CancelScope) -> None:
+        try:
+            while not await self._one_event():
+                pass
+        except ApiError as error:
+            self._fault = error
+        except h11.RemoteProtocolError as error:
+            self._fault = ApiError(502, f"the service's answer is not HTTP: {error}")
+        except BROKEN as error:
+            self._fault = ApiError(502, f"the connection to the service broke: {error}")
+        scope.cancel()
+
+    async def _one_event(self) -> bool:
+        """Pass on what came next; returns whether that was the end."""
+        match self._http.next_event():
+            case h11.NEED_DATA:
+                data = await self._channel.receive_some(READ_BYTES)
+                if not data and self._http.their_state is h11.SEND_RESPONSE:
+                    raise ApiError(502, "the service closed the connection without an answer")
+                self._http.receive_data(data)
+            case h11.Response() as response:
+                headers = returned(list(response.headers), self._target) + self._more
+                await self._send({"type": "http.response.start", "status": response.status_code, "headers": headers})
+            case h11.Data(data=data):
+                await self._send({"type": "http.response.body", "body": bytes(data), "more_body": True})
+            case h11.EndOfMessage():
+                await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+                return True
+            case h11.ConnectionClosed() | h11.PAUSED:
+                raise ApiError(502, "the service's answer came before its time")
+        return False
+
+
+async def answer(scope: Any, send: Any, response: Response, more: list[Header]) -> None:
+    """Send an answer of our own, to a request or to the handshake of a websocket."""
+    body: Any = await response.get_data(as_text=False)
+    headers = [(name.lower().encode(), value.encode("latin-1")) for name, value in response.headers.items()] + more
+    kind = "http.response" if scope["type"] == "http" else "websocket.http.response"
+    await send({"type": f"{kind}.start", "status": response.status_code, "headers": headers})
+    await send({"type": f"{kind}.body", "body": body, "more_body": False})

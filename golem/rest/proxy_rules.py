@@ -1,0 +1,123 @@
+"""What of an HTTP request goes through to a service inside an activity, and what of its answer comes back. Pure.
+
+Neighbours: `proxy.py` and `proxy_socket.py` do the talking.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+from urllib.parse import parse_qsl, unquote_plus
+
+from golem.rest.edge import ApiError
+
+Header = tuple[bytes, bytes]
+
+SANDBOX = b"sandbox allow-scripts allow-forms allow-popups allow-downloads"
+_PORT = re.compile(rb"(\d{1,5})(?:/(.*))?\Z", re.DOTALL)
+_URL = re.compile(rb"([A-Za-z]{1,10}):/{1,2}(\[[0-9A-Fa-f:]*\]|[^/:]*)(?::(\d{1,5}))?(?:/(.*))?\Z", re.DOTALL)
+_LOCAL_HOSTS = (b"localhost", b"127.0.0.1", b"[::1]")
+_OF_ONE_CONNECTION = frozenset((
+    b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection", b"te", b"trailer",
+    b"upgrade", b"http2-settings", b"expect",
+))  # fmt: skip
+_OF_THE_NODE = frozenset((b"date", b"server", b"x-trace-id"))  # of an answer: the node says its own
+
+
+class Target:
+    """A service and what is asked of it. Raises `ApiError` for what cannot be reached.
+
+    `port`: 0 is the image's own. `path`: with query, as the service sees it. `prefix`: what leads to the service here.
+    """
+
+    def __init__(self, prefix: bytes, url: bytes, query: bytes) -> None:
+        self.port, self.prefix, path = 0, prefix, url
+        if match := _URL.match(url):
+            scheme, host, port, path = match.groups(b"")
+            if scheme.lower() not in (b"http", b"ws") or host.lower() not in _LOCAL_HOSTS:
+                raise ApiError(400, "only services of the activity itself can be reached: http://localhost:<port>/...")
+            self.port = int(port or 80)
+        elif match := _PORT.match(url):
+            port, path = match.groups(b"")
+            self.port = int(port)
+        if match:
+            if not 1 <= self.port <= 65535:
+                raise ApiError(400, f"not a port: {self.port}")
+            self.prefix = prefix + b"/%d" % self.port
+        query = without_key(query)
+        self.path = b"/" + path + (b"?" + query if query else b"")
+        self.host = b"localhost:%d" % self.port if self.port else b"localhost"
+
+    def back(self, location: bytes) -> bytes:
+        """Return a redirection to the service as one through here; one to elsewhere as it is."""
+        if location.startswith(b"/") and not location.startswith(b"//"):
+            return self.prefix + location
+        match = _URL.match(location)
+        if match and match[1].lower() == b"http" and match[2].lower() in _LOCAL_HOSTS and int(match[3] or 80) == self.port:
+            return self.prefix + b"/" + (match[4] or b"")
+        return location
+
+
+def key_of(query: bytes) -> str:
+    """Return the app-key that a query holds, "" if it holds none."""
+    pairs = parse_qsl(query.decode("latin-1"), keep_blank_values=True)
+    return next((value for name, value in pairs if name == "authToken"), "")
+
+
+def without_key(query: bytes) -> bytes:
+    """Return a query without the app-key."""
+    return b"&".join(
+        one for one in query.split(b"&") if unquote_plus(one.partition(b"=")[0].decode("latin-1")) != "authToken"
+    )  # fmt: skip
+
+
+def header(headers: Sequence[Header], name: bytes) -> bytes:
+    """Return the first value of a header, b"" if there is none."""
+    return next((value for key, value in headers if key.lower() == name), b"")
+
+
+def _passing(headers: Sequence[Header], kept: Collection[bytes] = ()) -> list[Header]:
+    """Return the headers that are not of one connection only."""
+    dropped = set(_OF_ONE_CONNECTION)
+    for name, value in headers:
+        if name.lower() == b"connection":
+            dropped.update(word.strip().lower() for word in value.split(b","))
+    dropped.difference_update(kept)
+    return [(name.lower(), value) for name, value in headers if name.lower() not in dropped]
+
+
+def forwarded(headers: Sequence[Header], target: Target) -> list[Header]:
+    """Return the headers of a request as the service gets them."""
+    from_browser = bool(header(headers, b"sec-fetch-mode"))
+    found = [(b"host", target.host)]
+    for name, value in _passing(headers, (b"content-length", b"transfer-encoding")):
+        if name == b"host" or name.startswith(b"sec-websocket-"):
+            continue
+        if name == b"authorization" and value.lstrip()[:6].lower() == b"bearer":
+            continue  # the app-key
+        if name == b"referer" and b"authtoken" in unquote_plus(value.decode("latin-1")).lower().encode("latin-1", "replace"):
+            continue
+        if name == b"cookie" and from_browser:
+            continue
+        found.append((name, value))
+    return [*found, (b"x-forwarded-prefix", target.prefix)]
+
+
+def returned(headers: Sequence[Header], target: Target) -> list[Header]:
+    """Return the headers of an answer as the client gets them, apart from those of cross-origin rules."""
+    found = [(b"content-security-policy", SANDBOX)]
+    for name, value in _passing(headers):
+        if name in _OF_THE_NODE or name == b"transfer-encoding" or name.startswith(b"access-control-"):
+            continue
+        found.append((name, target.back(value) if name == b"location" else value))
+    return found
+
+
+def cross_origin(headers: Sequence[Header], allowed: Collection[str]) -> list[Header]:
+    """Return the headers that let a page of an allowed origin read an answer."""
+    origin = header(headers, b"origin")
+    if not origin or not ({"*", origin.decode("latin-1")} & set(allowed)):
+        return []
+    return [
+        (b"access-control-allow-origin", origin), (b"vary", b"Origin"), (b"access-control-allow-credentials", b"true"),
+    ]  # fmt: skip

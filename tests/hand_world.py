@@ -1,0 +1,148 @@
+"""Two whole nodes, REST served over real sockets, and an exe-unit in this process whose guest is this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+import socket
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import trio
+from host_runtime import HostRuntime
+from node_in_test import HEADERS, node_in_test
+from support import tell
+
+from actors.kernel.journal import Journal
+from golem.exeunit.process import Settings, Unit
+from golem.exeunit.runtimes.base import Interaction
+from golem.exeunit.spool import TransferPolicy
+from golem.exeunit.terms import read_terms
+from golem.files import FileSource
+from golem.node import Node, serve_rest
+from protocol.activity import CreateActivity, DestroyActivity, Exec
+from protocol.negotiation import AgreementApproved
+
+HELLO = Path(__file__).resolve().parents[1] / "examples" / "hello" / "hello.wasm"
+AGREEMENT = "e" * 64
+
+
+@dataclass
+class HandWorld:
+    """Requestor `r`, provider `p`, and the activity between them."""
+
+    r: Node
+    p: Node
+    tmp_path: Path
+    nursery: trio.Nursery
+    runtime: HostRuntime
+    activity_id: str = "1" * 32
+    unit: Unit | None = None
+    ended: trio.Event = field(default_factory=trio.Event)
+    batches: list[str] = field(default_factory=list)
+
+    @property
+    def path(self) -> str:
+        return f"/activity-api/v1/activity/{self.activity_id}"
+
+    @property
+    def base(self) -> str:
+        return self.r.api_url + self.path
+
+    def http(self, **options: Any) -> httpx.AsyncClient:
+        """A client with the app-key; its addresses begin at the activity's `proxy-http/`."""
+        return httpx.AsyncClient(base_url=f"{self.base}/proxy-http/", headers=HEADERS, timeout=20, **options)
+
+    async def create(self, interaction: str | None) -> None:
+        """Begin the activity, with its exe-unit."""
+        await self.r.system.ask("activity", CreateActivity(self.activity_id, AGREEMENT, 30.0))
+        self.r.files.offer("package", FileSource(HELLO), "test")
+        package = f"hash:sha3:{hashlib.sha3_224(HELLO.read_bytes()).hexdigest()}:gftp://{self.r.node_id}/package"
+        agreement = {
+            "agreementId": AGREEMENT,
+            "demand": {"requestorId": self.r.node_id, "properties": {"golem.srv.comp.task_package": package}},
+            "offer": {"providerId": self.p.node_id, "properties": {}},
+        }
+        path, work = self.tmp_path / "agreement.json", self.tmp_path / "work"
+        path.write_text(json.dumps(agreement))
+        work.mkdir()
+        policy = TransferPolicy()
+        settings = Settings(
+            "host", self.activity_id, self.p.config.bus_path, path, work, self.tmp_path / "cache", policy, interaction
+        )  # fmt: skip
+        self.unit = Unit(settings, read_terms(path), self.runtime, Journal(str(work / "unit.db"), lambda: secrets.token_hex(8)))
+        await self.until(lambda: self.p.activity(self.activity_id))
+
+        async def run() -> None:
+            assert self.unit is not None
+            await self.unit.run()
+            self.ended.set()
+
+        self.nursery.start_soon(run)
+        await self.state("Initialized")
+
+    async def execute(self, *commands: dict[str, Any]) -> str:
+        batch_id = secrets.token_hex(16)
+        await self.r.system.ask("activity", Exec(batch_id, self.activity_id, json.dumps(commands)))
+        self.batches.append(batch_id)
+        return batch_id
+
+    async def start(self) -> None:
+        await self.execute({"deploy": {}}, {"start": {}})
+        await self.state("Ready")
+
+    async def destroy(self) -> None:
+        await self.r.system.ask("activity", DestroyActivity(self.activity_id))
+        assert self.unit is not None
+        self.unit.end("destroyed")
+        await self.state("Terminated")
+
+    async def state(self, wanted: str) -> None:
+        await self.until(lambda: (row := self.r.activity(self.activity_id)) and row.state == wanted)
+
+    async def until(self, condition: Any) -> None:
+        with trio.fail_after(20):
+            while not condition():
+                await trio.sleep(0.01)
+
+
+@asynccontextmanager
+async def hand_world(
+    tmp_path: Path, *, interaction: str | None = None, has: Sequence[Interaction] = ("shell", "proxy-http"), start: bool = True
+) -> AsyncIterator[HandWorld]:
+    """`interaction`: what the provider allows. `has`: what the runtime has. `start`: bring the activity to Ready."""
+    for name in ("r", "p"):
+        (tmp_path / name).mkdir()
+    async with node_in_test(tmp_path / "r") as r, node_in_test(tmp_path / "p") as p, trio.open_nursery() as nursery:
+        with trio.fail_after(30):
+            while not (r.network.is_up and p.network.is_up):
+                await trio.sleep(0.02)
+            await r.network.connect(p.network.addresses[0])
+        for node, role in ((r, "Requestor"), (p, "Provider")):
+            offer = json.dumps({"golem.runtime.name": "host"})
+            approved = AgreementApproved(AGREEMENT, role, r.node_id, p.node_id, "{}", offer, time.time(), f"session-{role}")
+            await tell(node.system, "negotiation", "activity", approved)
+            await nursery.start(serve_rest, node, listening())
+        world = HandWorld(r, p, tmp_path, nursery, HostRuntime(nursery, has))
+        await world.create(interaction)
+        if start:
+            await world.start()
+        try:
+            yield world
+        finally:
+            with trio.CancelScope(shield=True):
+                await world.runtime.stop()
+            nursery.cancel_scope.cancel()
+
+
+def listening() -> socket.socket:
+    sock = socket.socket()
+    sock.bind(("127.0.0.1", 0))
+    sock.listen(16)
+    return sock

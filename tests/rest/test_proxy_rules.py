@@ -1,0 +1,85 @@
+"""What of an HTTP request reaches a service inside an activity, and what of its answer comes back."""
+
+from __future__ import annotations
+
+import pytest
+
+from golem.rest.edge import ApiError
+from golem.rest.proxy_rules import SANDBOX, Target, cross_origin, forwarded, key_of, returned, without_key
+
+HERE = b"/activity-api/v1/activity/1/proxy-http"
+KEY = b"0123456789abcdef0123456789abcdef"
+
+
+@pytest.mark.parametrize(("url", "port", "path", "prefix"), [
+    (b"8080", 8080, b"/", b"/8080"),
+    (b"8080/", 8080, b"/", b"/8080"),
+    (b"8080/a//b%2Fc/", 8080, b"/a//b%2Fc/", b"/8080"),
+    (b"http://localhost:8080/a", 8080, b"/a", b"/8080"),
+    (b"http:/127.0.0.1:81/a", 81, b"/a", b"/81"),  # some clients take one of two slashes away
+    (b"http://[::1]/x", 80, b"/x", b"/80"),
+    (b"ws://LocalHost:9/x", 9, b"/x", b"/9"),
+    (b"", 0, b"/", b""),
+    (b"v1/chat", 0, b"/v1/chat", b""),
+    (b"123456/x", 0, b"/123456/x", b""),
+])  # fmt: skip
+def test_the_place_of_the_port(url: bytes, port: int, path: bytes, prefix: bytes) -> None:
+    target = Target(HERE, url, b"")
+    assert (target.port, target.path, target.prefix) == (port, path, HERE + prefix)
+
+
+@pytest.mark.parametrize("url", [b"0/x", b"70000", b"http://10.0.0.1:80/", b"https://localhost/", b"http://example.com/a", b"ftp://localhost/"])
+def test_what_cannot_be_reached(url: bytes) -> None:
+    with pytest.raises(ApiError) as caught:
+        Target(HERE, url, b"")
+    assert caught.value.status == 400
+
+
+def test_the_key_stays_here() -> None:
+    assert without_key(b"a=1&authToken=" + KEY + b"&b=%20&auth%54oken=x&c") == b"a=1&b=%20&c"
+    assert key_of(b"a=1&auth%54oken=ab+c") == "ab c"
+    assert key_of(b"a=1") == ""
+    assert Target(HERE, b"80", b"authToken=" + KEY).path == b"/"
+    target = Target(HERE, b"80/x", b"q=1&authToken=" + KEY)
+    sent = forwarded([
+        (b"Host", b"127.0.0.1:7465"), (b"authorization", b"Bearer " + KEY), (b"Authorization", b"bEARER\t" + KEY),
+        (b"authorization", b"Basic dTpw"), (b"referer", b"http://x/?authToken=" + KEY),
+        (b"referer", b"http://x/?auth%54oken=" + KEY),
+        (b"cookie", b"a=b"), (b"connection", b"keep-alive, X-Hop"), (b"x-hop", b"1"), (b"te", b"trailers"),
+        (b"upgrade", b"h2c"), (b"proxy-authorization", b"Basic x"), (b"expect", b"100-continue"), (b"content-length", b"3"),
+        (b"x-mine", b"\xe4"),
+    ], target)  # fmt: skip
+    assert sent == [
+        (b"host", b"localhost:80"), (b"authorization", b"Basic dTpw"), (b"cookie", b"a=b"), (b"content-length", b"3"),
+        (b"x-mine", b"\xe4"), (b"x-forwarded-prefix", HERE + b"/80"),
+    ]  # fmt: skip
+    assert not any(KEY in value for _, value in sent)
+    browser = forwarded([(b"sec-fetch-mode", b"navigate"), (b"cookie", b"of=another-program")], target)
+    assert b"cookie" not in dict(browser)
+
+
+def test_the_answer() -> None:
+    target = Target(HERE, b"8080", b"")
+    found = returned([
+        (b"date", b"x"), (b"server", b"x"), (b"connection", b"close, x-hop"), (b"x-hop", b"1"), (b"keep-alive", b"x"),
+        (b"transfer-encoding", b"chunked"), (b"content-type", b"text/html"), (b"access-control-allow-origin", b"*"),
+        (b"content-security-policy", b"default-src 'none'"), (b"location", b"/login?a=1"),
+    ], target)  # fmt: skip
+    assert found == [
+        (b"content-security-policy", SANDBOX), (b"content-type", b"text/html"),
+        (b"content-security-policy", b"default-src 'none'"), (b"location", HERE + b"/8080/login?a=1"),
+    ]  # fmt: skip
+    for there, here in (
+        (b"http://localhost:8080/x", HERE + b"/8080/x"), (b"http://localhost:8080", HERE + b"/8080/"),
+        (b"http://localhost:81/x", b"http://localhost:81/x"), (b"//example.com/x", b"//example.com/x"),
+        (b"https://example.com/", b"https://example.com/"), (b"x/y", b"x/y"),
+    ):  # fmt: skip
+        assert target.back(there) == here
+
+
+def test_pages_of_other_origins() -> None:
+    asked = [(b"Origin", b"http://mine")]
+    assert dict(cross_origin(asked, {"http://mine"}))[b"access-control-allow-origin"] == b"http://mine"
+    assert cross_origin(asked, {"*"})
+    assert cross_origin(asked, {"http://yours"}) == []
+    assert cross_origin([], {"*"}) == []
