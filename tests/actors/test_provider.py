@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,16 +24,19 @@ from actors._provider_negotiators import (
     Situation,
     Terms,
     negotiate,
+    share_of,
 )
 from actors._provider_rows import cost
 from actors._provider_turn import ProviderConfig
 from actors.provider import Provider
+from golem.exeunit.terms import read_terms
 from protocol.provider import (
     ActivityClosed,
     AgentStarted,
     AgreementArrived,
     ApprovalEnded,
     ApproveAgreement,
+    Capacity,
     CloseActivity,
     CounterProposal,
     EventArrived,
@@ -810,3 +814,129 @@ def test_an_approval_that_failed_leaves_nothing() -> None:
     assert not list(agent.play.rows.prefix("agreement/"))
     assert not list(agent.play.rows.prefix("active/"))
     assert "Cancelled" in agent.play.rows["refusals"].refusals[-1].reason
+
+
+# -- hardware
+def sized(cpu: int, mem: float, storage: float) -> dict[str, Any]:
+    return {"golem.inf.cpu.threads": cpu, "golem.inf.mem.gib": mem, "golem.inf.storage.gib": storage}
+
+
+def test_an_agreement_takes_what_its_offer_says() -> None:
+    assert share_of(sized(2, 1.5, 10.0)) == Capacity(2, 1.5, 10.0)
+    assert share_of({"golem.inf.cpu.threads": True, "golem.inf.mem.gib": "much", "golem.inf.storage.gib": -1.0}) == Capacity()
+    assert share_of({"golem.inf.mem.gib": float("nan"), "golem.inf.storage.gib": float("inf")}) == Capacity()
+
+
+@pytest.mark.parametrize(
+    ("second", "reason"),
+    [
+        (sized(2, 1.0, 10.0), None),
+        (sized(3, 1.0, 10.0), "2 threads left, this offer takes 3"),
+        (sized(2, 1.001, 10.0), "1 GiB of memory left, this offer takes 1.001"),
+        (sized(1, 0.5, 11.0), "10 GiB of storage left, this offer takes 11"),
+    ],
+)
+def test_agreements_of_all_presets_share_one_machine(second: dict[str, Any], reason: str | None) -> None:
+    agent = Agent(max_agreements=9).begin()
+    vm = OfferSpec("vm", "vm", json.dumps({**OFFER, "golem.runtime.name": "vm"}), "public")
+    agent.tell(OffersChanged((SPEC, vm), Capacity(4, 2.0, 20.0)))
+    agent.approved("a1", offer=sized(2, 1.0, 10.0))
+    agreement = {
+        "agreementId": "a2",
+        "timestamp": timestamp_text(agent.play.now),
+        "demand": {"requestorId": OTHER, "properties": DEMAND},
+        "offer": {"providerId": OTHER, "properties": {**OFFER, "golem.runtime.name": "vm", **second}},
+    }
+    agent.tell(AgreementArrived("vm", "offer-vm", json.dumps(agreement)))
+    if reason is None:
+        assert [one.agreement_id for one in agent.rest(ApproveAgreement)] == ["a2"]
+        agent.tell(OffersChanged((SPEC, vm), Capacity(2, 1.0, 10.0)))  # the profile shrinks below what is in force
+        agent.offered_agreement("a3", offer=sized(1, 0.1, 0.1))
+        assert "0 threads left" in agent.rest(RejectAgreement)[0].reason
+        return
+    (reject,) = agent.rest(RejectAgreement)
+    assert reason in json.loads(reject.reason)["message"]
+    assert json.loads(reject.reason)["golem.proposal.rejection.is-final"] is False
+    agent.event("agreements", "AgreementTerminatedEvent", "a1", "Requestor", "done")
+    agent.tell(AgreementArrived("vm", "offer-vm", json.dumps({**agreement, "agreementId": "a3"})))
+    assert [one.agreement_id for one in agent.rest(ApproveAgreement)] == ["a3"], "what is given back is sold again"
+
+
+def test_room_that_a_larger_profile_makes_is_offered_to_who_was_rejected() -> None:
+    agent = Agent(max_agreements=9).begin()
+    agent.tell(OffersChanged((SPEC,), Capacity(1, 1.0, 1.0)))
+    large = {**OFFER, **sized(2, 1.0, 1.0)}
+    agent.tell(ProposalArrived("wasmtime", agent.offer_id, "P-1", REQUESTOR, json.dumps(DEMAND), json.dumps(large), "(&)"))
+    agent.play.at(+10)
+    assert "1 threads left" in agent.rest(RejectProposal)[0].reason
+    agent.tell(OffersChanged((SPEC,), Capacity(2, 1.0, 1.0)))
+    assert [one.proposal_id for one in agent.rest(CounterProposal)] == ["P-1"]
+
+
+def test_whatever_happens_what_is_promised_stays_within_what_there_is() -> None:
+    """Agreements of changing offers and sizes come, fail, end and outlive crashes; profiles grow and shrink."""
+    rng = random.Random(11)
+    refused = accepted = overlapping = 0
+    for _ in range(40):
+        agent = Agent(max_agreements=4).begin()
+        capacity, serial = Capacity(4, 4.0, 40.0), 0
+        agent.tell(OffersChanged((SPEC,), capacity))
+        for _ in range(60):
+            active = {row.agreement_id: row.share for _, row in agent.play.rows.prefix("active/")}
+            match rng.randrange(6):
+                case 0 | 1:
+                    serial += 1
+                    share = Capacity(rng.randint(1, 3), rng.choice((0.5, 1.0, 3.0)), rng.choice((1.0, 10.0, 30.0)))
+                    fits = all(
+                        sum(getattr(one, name) for one in (*active.values(), share)) <= getattr(capacity, name) + 1e-6
+                        for name in ("cpu_threads", "mem_gib", "storage_gib")
+                    )
+                    offer = sized(share.cpu_threads, share.mem_gib, share.storage_gib)
+                    ends = {EXPIRATION: int((agent.play.now + 1000) * 1000)}
+                    agent.offered_agreement(f"a{serial}", demand=ends, offer=offer)
+                    approved = bool(agent.rest(ApproveAgreement))
+                    assert approved is (fits and len(active) < 4)
+                    accepted, refused = accepted + approved, refused + (not approved)
+                    if approved:
+                        agent.tell(ApprovalEnded(f"a{serial}", rng.random() < 0.9))
+                case 2 if active:
+                    agent.event("agreements", "AgreementTerminatedEvent", rng.choice(sorted(active)), "Requestor", "done")
+                case 3 if active:
+                    agreement_id = rng.choice(sorted(active))
+                    agent.event("activities", "CreateActivity", f"x{serial}-{rng.random()}", agreement_id)
+                    for started in agent.processes(StartUnit):
+                        agent.tell(UnitRunning(started.activity_id, 100, 1))
+                case 4:
+                    capacity = Capacity(rng.randint(1, 4), rng.choice((1.0, 2.0, 4.0)), 40.0)
+                    agent.tell(OffersChanged((SPEC,), capacity))
+                case 5:
+                    agent.play.machine = Provider("agent", agent._config("run-2"))
+                    agent.play.sends.clear()
+                    agent.play.ask(AgentStarted("prov-other", (SPEC,), capacity))
+            alive: dict[str, int] = {}
+            for _, row in agent.play.rows.prefix("activity/"):
+                if row.state in ("Starting", "Running", "Stopping"):
+                    alive[row.agreement_id] = alive.get(row.agreement_id, 0) + 1
+            held = {row.agreement_id for _, row in agent.play.rows.prefix("active/")}
+            assert set(alive) <= held, "what still runs is still counted"
+            assert all(count == 1 for count in alive.values()), "an agreement's share is one activity's at a time"
+            overlapping += len(alive) > 1
+    assert min(accepted, refused, overlapping) > 50, "the test has met what it is about"
+
+
+def test_a_second_activity_of_an_agreement_is_refused_with_the_reason() -> None:
+    agent = Agent().begin().approved(offer=sized(1, 1.0, 1.0)).started()
+    agent.event("activities", "CreateActivity", "x2", "a1")
+    (close,) = agent.rest(CloseActivity)
+    assert (close.activity_id, close.reason) == ("x2", "creation failed")
+    assert "Only single Activity allowed" in close.error_message
+    assert not agent.processes(StartUnit)
+
+
+def test_the_exe_unit_is_bound_to_what_the_agreement_says(tmp_path: Path) -> None:
+    agent = Agent().begin().approved(offer=sized(3, 1.25, 7.5))
+    agent.event("activities", "CreateActivity", "x1", "a1")
+    (start,) = agent.processes(StartUnit)
+    (tmp_path / "agreement.json").write_text(start.agreement)  # as the port does
+    limits = read_terms(tmp_path / "agreement.json").limits
+    assert (limits.cpu_threads, limits.mem_gib, limits.storage_gib) == (3, 1.25, 7.5)
