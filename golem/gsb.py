@@ -253,22 +253,24 @@ class Upload:
     """Where an agent takes an upload, as a `Sink`.
 
     Chunks go strictly in order, one after the other's answer: golem-js writes them as they come. It cannot be told to begin
-    again either: of an upload that is repeated after a failure, what it has already is compared and left out.
+    again either: of an upload that is repeated after a failure, what it has already is compared (by SHA-256) and left out.
     """
+
+    hash_name = "sha3_256"  # what agents check
 
     def __init__(self, conversation: Conversation) -> None:
         self._conversation = conversation
-        self._hash = hashlib.sha3_256()  # of what the agent has
+        self._hash = hashlib.sha256()  # of what the agent has
         self._has = 0
         self._doubt = False  # whether it may have a chunk more than we know
         self._finished = False
         self._at = 0  # of the upload that is under way
-        self._repeated = hashlib.sha3_256()  # of its beginning, as far as the agent has it
+        self._repeated = hashlib.sha256()  # of its beginning, as far as the agent has it
 
     async def begin(self) -> None:
         if self._doubt:
             raise FileFault("WriteError", "the requestor's application did not answer before: what it has is not known")
-        self._at, self._repeated = 0, hashlib.sha3_256()
+        self._at, self._repeated = 0, hashlib.sha256()
 
     async def write(self, offset: int, content: bytes) -> None:
         if offset != self._at:
@@ -279,7 +281,7 @@ class Upload:
         if offset + known == self._has and self._repeated is not self._hash:
             self._check_repeated()
         for start in range(known, len(content), CHUNK_BYTES):
-            await self._add(content[start : start + CHUNK_BYTES])
+            await self._add(bytes(content[start : start + CHUNK_BYTES]))
         self._at = offset + len(content)
 
     def _check_repeated(self) -> None:
@@ -305,14 +307,12 @@ class Upload:
             self._doubt = fault.passing
             raise
 
-    async def finish(self, sha3_256: str) -> None:
+    async def finish(self, digest: str) -> None:
         if self._at != self._has:
             raise FileFault("WriteError", "the requestor's application has begun to take other content")
-        if self._hash.hexdigest() != sha3_256:
-            raise FileFault("IntegrityError", "the hash of the upload is another")
         if not self._finished:
             with trio.CancelScope(shield=True):
-                await self._tell("UploadFinished", {"hash": sha3_256})
+                await self._tell("UploadFinished", {"hash": digest})
                 self._finished = True
 
     async def abort(self) -> None:

@@ -19,9 +19,11 @@ import trio_websocket
 from flatbuffers.flexbuffers import Dumps
 from node_in_test import APP_KEY, HEADERS, node_in_test
 from support import mock_trio_test, trio_test
+from test_gftp import fetch, send
 from trio_websocket import ConnectionClosed, ConnectionRejected, WebSocketConnection
 
 from golem import gsb
+from golem.gftp_peer import GftpPeer
 from golem.gftp_wire import FileFault
 from golem.gsb import ANSWER_TIMEOUT_S, CHUNK_BYTES, IN_FLIGHT, Conversation, Download, Upload
 from golem.gsb_frames import decode, encode
@@ -76,9 +78,9 @@ class Agent:
 
 
 @asynccontextmanager
-async def agent_in_test(folder: Path) -> AsyncIterator[Agent]:
+async def agent_in_test(folder: Path, **flags: Any) -> AsyncIterator[Agent]:
     """A node that serves REST as in earnest, and its agent."""
-    async with node_in_test(folder) as node, trio.open_nursery() as nursery:
+    async with node_in_test(folder, **flags) as node, trio.open_nursery() as nursery:
         sock = socket.create_server(("127.0.0.1", 0))
         await nursery.start(serve_rest, node, sock)
         async with httpx.AsyncClient(base_url=node.api_url, headers=HEADERS, timeout=20) as client:
@@ -219,11 +221,53 @@ async def test_an_upload_goes_chunk_by_chunk(tmp_path: Path) -> None:
         assert finished == [{"hash": hashlib.sha3_256(data).hexdigest()}]
 
 
-async def upload(sink: Any, data: bytes, piece: int, sha3: str | None = None) -> None:
+async def upload(sink: Any, data: bytes, piece: int) -> None:
     await sink.begin()
     for offset in range(0, len(data), piece):
         await sink.write(offset, data[offset : offset + piece])
-    await sink.finish(sha3 or hashlib.sha3_256(data).hexdigest())
+    await sink.finish(hashlib.sha3_256(data).hexdigest())
+
+
+@trio_test
+async def test_another_node_reads_and_writes(tmp_path: Path) -> None:
+    """Over libp2p, as an exe-unit does it."""
+    data = content(2_500_000)
+    (tmp_path / "far").mkdir()
+    async with agent_in_test(tmp_path) as agent, node_in_test(tmp_path / "far") as far:
+        with trio.fail_after(30):
+            while not (far.network.is_up and agent.node.network.is_up):
+                await trio.sleep(0.02)
+            await far.network.connect(agent.node.network.addresses[0])
+        peer = GftpPeer(far.config.bus_path)
+        taken = bytearray()
+
+        def take(component: str, payload: Any) -> None:
+            if component == "UploadChunk":
+                taken.extend(payload["chunk"]["content"])
+            elif payload["hash"] != hashlib.sha3_256(taken).hexdigest():
+                raise AssertionError("another hash")
+
+        url = f"gftp://{agent.node.node_id}"
+        source_id, slot_id, broken_id = await agent.open("in", READ), await agent.open("out", TAKE), await agent.open("bad", READ)
+        with trio.fail_after(30):
+            async with agent.serve(source_id, answer_from(data)), agent.serve(slot_id, take):
+                assert await fetch(peer, f"{url}/in") == data
+                assert await fetch(peer, f"{url}/in", 2_499_990) == data[-10:]
+                await send(peer, f"{url}/out", data)
+                assert taken == data
+                await send(peer, f"{url}/out", data)
+                assert taken == data, "a repeated upload is not taken twice"
+                with pytest.raises(FileFault, match="cannot be read"):
+                    await fetch(peer, f"{url}/out")
+                with pytest.raises(FileFault, match="not an upload slot"):
+                    await send(peer, f"{url}/in", b"x")
+            async with agent.serve(broken_id, lambda *_: ValueError({"ReadError": "the disk is gone"})):
+                with pytest.raises(FileFault, match="the disk is gone") as caught:
+                    await fetch(peer, f"{url}/bad")
+                assert caught.value.variant == "ReadError"
+            await agent.client.delete(f"/gsb-api/v1/services/{source_id}")
+            with pytest.raises(FileFault, match="no such file"):
+                await fetch(peer, f"{url}/in")
 
 
 @trio_test
@@ -453,25 +497,6 @@ async def test_an_upload_that_is_repeated_leaves_out_what_the_agent_has() -> Non
             with pytest.raises(FileFault, match=r"other content|all that it waited for"):
                 await upload(sink, other, CHUNK_BYTES)
         assert len(line.asked) == 6
-        nursery.cancel_scope.cancel()
-
-
-@mock_trio_test
-async def test_an_upload_with_a_wrong_hash_is_not_finished() -> None:
-    conversation, line = Conversation(), Line()
-    sink = Upload(conversation)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(conversation.serve, line)
-
-        async def answer() -> None:
-            await line.wait(1)
-            line.answer(None)
-
-        nursery.start_soon(answer)
-        with pytest.raises(FileFault) as caught:
-            await upload(sink, b"content", 100, "00" * 32)
-        assert caught.value.variant == "IntegrityError"
-        assert [one["component"] for one in line.asked] == ["UploadChunk"]
         nursery.cancel_scope.cancel()
 
 
