@@ -25,7 +25,12 @@ def config_of(context: click.Context | None = None, **flags: Any) -> Config:
 def ask_node(command: str, timeout_s: float = 60.0, **args: Any) -> Any:
     """Return the running node's answer to `command`. Ends the command with a plain message when there is none."""
     config = config_of()
-    return trio.run(partial(_ask, config, command, args, timeout_s))
+    try:
+        return trio.run(partial(_ask, config, command, args, timeout_s))
+    except BaseExceptionGroup as group:  # Ctrl-C inside a nursery
+        if group.subgroup(KeyboardInterrupt) is None:
+            raise
+        raise KeyboardInterrupt from None
 
 
 async def _ask(config: Config, command: str, args: dict[str, Any], timeout_s: float) -> Any:
