@@ -104,7 +104,20 @@ class _Stream:
         return batch.have if batch else 0
 
     async def _follow(self) -> list[_Event] | None:
-        """Ask the exe-unit; None if it cannot be asked."""
+        """Ask the exe-unit, for as long as the node runs; None if it cannot be asked."""
+        events: list[_Event] | None = None
+
+        async def stop() -> None:
+            await self._node.stopping.wait()
+            nursery.cancel_scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(stop)
+            events = await self._ask_exeunit()
+            nursery.cancel_scope.cancel()
+        return events
+
+    async def _ask_exeunit(self) -> list[_Event] | None:
         batch = self._batch()
         wait_s = 0.0 if batch is not None and batch.finished else FOLLOW_S
         question = msgspec.msgpack.encode(("follow", self._batch_id, self._after, wait_s))
@@ -169,4 +182,5 @@ async def _monitor(node: Node) -> AsyncIterator[str]:
             }
             shown.append(entry if row.usage is None else {**entry, "usage": row.usage})
         yield f"data: {json.dumps({'ts': timestamp_text(node.clock()), 'activities': shown})}\r\n\r\n"
-        await trio.sleep(MONITOR_S)
+        with trio.move_on_after(MONITOR_S):
+            await node.stopping.wait()

@@ -1,0 +1,143 @@
+"""A node that stops: requests that wait are answered, streams and websockets end, and nobody holds it up."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+import trio
+import trio_websocket
+from node_in_test import APP_KEY, HEADERS, node_in_test
+from support import trio_test
+from test_rest_activity import pair
+
+from golem.node import Node, serve_rest
+
+SOON_S = 1.5
+
+
+class Served:
+    """A node's REST server; `ended` is set when it has stopped."""
+
+    def __init__(self, node: Node, client: httpx.AsyncClient, nursery: trio.Nursery) -> None:
+        self.node, self.client, self.nursery = node, client, nursery
+        self.ended = trio.Event()
+
+    async def stop(self) -> float:
+        """Stop as `golem.node.run_node` does; returns how many seconds it took."""
+        began = time.monotonic()
+        self.node.stopping.set()
+        self.node.system.feeds.close()
+        with trio.fail_after(15):
+            await self.ended.wait()
+        return time.monotonic() - began
+
+
+@asynccontextmanager
+async def served(node: Node) -> AsyncIterator[Served]:
+    async with trio.open_nursery() as nursery:
+        sock = socket.create_server(("127.0.0.1", 0))
+
+        async def serve(task_status: trio.TaskStatus[None]) -> None:
+            await serve_rest(node, sock, task_status=task_status)
+            found.ended.set()
+
+        async with httpx.AsyncClient(headers=HEADERS, timeout=30) as client:
+            found = Served(node, client, nursery)
+            await nursery.start(serve)
+            client.base_url = httpx.URL(node.api_url)
+            yield found
+            nursery.cancel_scope.cancel()
+
+
+def address(node: Node) -> tuple[str, int]:
+    host, _, port = node.api_url.removeprefix("http://").rpartition(":")
+    return host, int(port)
+
+
+@trio_test
+async def test_a_stop_waits_for_nobody(tmp_path: Path) -> None:
+    """Open at the same time: an idle connection, a long-poll, the monitor's event stream, a websocket."""
+    async with node_in_test(tmp_path) as node, served(node) as rest:
+        answers: list[int] = []
+        monitored = trio.Event()
+
+        async def poll() -> None:
+            answers.append((await rest.client.get("/payment-api/v1/invoiceEvents?timeout=60")).status_code)
+
+        async def monitor() -> None:
+            async with rest.client.stream("GET", "/activity-api/v1/_monitor") as response:
+                async for _ in response.aiter_lines():
+                    monitored.set()
+
+        body = {"listen": {"on": "/public/gftp/x", "components": ["GetMetadata", "GetChunk"]}}
+        service = (await rest.client.post("/gsb-api/v1/services", json=body)).json()["servicesId"]
+        rest.nursery.start_soon(poll)
+        rest.nursery.start_soon(monitor)
+        url = f"{node.api_url.replace('http', 'ws', 1)}/gsb-api/v1/services/{service}?authToken={APP_KEY}"
+        async with trio_websocket.open_websocket_url(url):
+            await monitored.wait()
+            assert await rest.stop() < SOON_S
+        assert answers == [200]
+
+
+@trio_test
+async def test_a_stop_ends_the_event_stream_of_a_batch_that_runs(tmp_path: Path) -> None:
+    async with pair(tmp_path) as both, served(both.r.node) as rest:
+        node = both.r.node
+        both.nursery.start_soon(both.agent)
+        activity = await both.create()
+        body = {"listen": {"on": "/public/gftp/x", "components": ["GetMetadata", "GetChunk"]}}
+        await rest.client.post("/gsb-api/v1/services", json=body)  # nobody answers there
+        transfer = {"from": f"gftp://{node.node_id}/x", "to": "container:/golem/work/x"}
+        commands = [{"deploy": {}}, {"start": {}}, {"transfer": transfer}]
+        status, batch = await both.r("POST", f"/activity/{activity}/exec", {"text": json.dumps(commands)})
+        assert status == 200
+        following, ended = trio.Event(), trio.Event()
+
+        async def follow() -> None:
+            path = f"/activity-api/v1/activity/{activity}/exec/{batch}"
+            async with rest.client.stream("GET", path, headers={"Accept": "text/event-stream"}) as response:
+                async for line in response.aiter_lines():
+                    if '"transfer"' in line:
+                        following.set()
+            ended.set()
+
+        rest.nursery.start_soon(follow)
+        with trio.fail_after(20):
+            await following.wait()
+        assert await rest.stop() < SOON_S
+        with trio.fail_after(1):
+            await ended.wait()
+
+
+@trio_test
+async def test_who_takes_nothing_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("golem.node.GRACE_S", 0.5)
+    async with node_in_test(tmp_path) as node, served(node) as rest:
+        async with await trio.open_tcp_stream(*address(node)) as stream:
+            question = b"GET /version/get HTTP/1.1\r\nHost: x\r\n\r\n" * 1000
+            with trio.move_on_after(1) as scope:
+                while True:
+                    await stream.send_all(question)
+            assert scope.cancelled_caught, "the server does not read on while its answers are not taken"
+            assert await rest.stop() < SOON_S
+
+
+@trio_test
+async def test_a_connection_ends_when_its_last_answer_has(tmp_path: Path) -> None:
+    async with node_in_test(tmp_path, max_rest_timeout_s=0.3) as node, served(node):
+        for more in ("Connection: close\r\n", ""):  # without it: idle for longer than is allowed
+            async with await trio.open_tcp_stream(*address(node)) as stream:
+                await stream.send_all(f"GET /version/get HTTP/1.1\r\nHost: x\r\n{more}\r\n".encode())
+                answer = b""
+                with trio.fail_after(3):
+                    while data := await stream.receive_some(4096):
+                        answer += data
+                assert answer.startswith(b"HTTP/1.1 200")
