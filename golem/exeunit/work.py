@@ -216,6 +216,7 @@ class RuntimePort:
                 hosts=deploy.hosts or {},
                 networks=networks,
                 activity_id=self._activity_id,
+                notice=progress.notice,
             )
             self._deployment = await self._runtime.deploy(image.path if image else Path(os.devnull), options)
         except BaseException:

@@ -46,11 +46,11 @@ class NoSuch(RuntimeFault):
 def socket_path(host: str | None = None) -> Path:
     """Return where the Engine listens: `host`, else `DOCKER_HOST`, else the usual place.
 
-    Errors: RuntimeFault for anything but unix:// (an Engine on another machine cannot share directories with us).
+    Errors: ValueError for anything but unix:// (an Engine on another machine cannot share directories with us).
     """
     host = host or os.environ.get("DOCKER_HOST") or DEFAULT_HOST
     if not host.startswith("unix:///"):
-        raise RuntimeFault(f"DOCKER_HOST must be unix:///path/to/socket, not {host!r}")
+        raise ValueError(f"DOCKER_HOST must be unix:///path/to/socket, not {host!r}")
     return Path(host.removeprefix("unix://"))
 
 
@@ -267,7 +267,7 @@ class Admin:
 
     async def _gone(self, work: Callable[[APIClient], object]) -> None:
         try:
-            await self._call(work)
+            await self._call(work, abandon=True)
         except NoSuch:
             pass
 

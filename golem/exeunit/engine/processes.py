@@ -57,6 +57,21 @@ class ContainerProcesses:
                     break
         return killed
 
+    def kill_tree(self, pid: int) -> int:
+        """Kill a program and its children, as far as they have not detached themselves; returns how many were killed."""
+        killed = 0
+        with self._frozen():
+            found = self._read()
+            for one in found:
+                above = one
+                while above in found and above not in (pid, self._init_pid):
+                    above = found[above][0]
+                if above == pid:
+                    with suppress(ProcessLookupError, PermissionError):
+                        os.kill(one, signal.SIGKILL)
+                        killed += 1
+        return killed
+
     def _stays(
         self, pid: int, found: dict[int, tuple[int, int]], known: frozenset[Process], spared: frozenset[int]
     ) -> bool:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from golem.exeunit.runtimes.base import Runtime
 
 # Name in `golem.runtime.name` -> module here, class in it, which is called with a directory for what it caches.
-_RUNTIMES = {"wasmtime": ("wasm", "WasmRuntime")}
+_RUNTIMES = {"wasmtime": ("wasm", "WasmRuntime"), "vm": ("vm", "VmRuntime")}
 
 
 def runtime_names() -> tuple[str, ...]:

@@ -86,6 +86,7 @@ class DeployOptions:
     hosts: Mapping[str, str] = field(default_factory=dict)
     networks: tuple[Mapping[str, Any], ...] = ()
     activity_id: str = ""  # 32 hex digits; what the runtime leaves on the machine is marked with it
+    notice: Callable[[str], None] = lambda text: None  # told of what takes long at deploy
 
 
 @dataclass(frozen=True)
@@ -235,6 +236,14 @@ def check_arguments(words: Sequence[str]) -> None:
             raise RuntimeFault("an argument is not valid Unicode") from None
     if total > MAX_ARGUMENT_BYTES:
         raise RuntimeFault(f"arguments are too long: {total} bytes, at most {MAX_ARGUMENT_BYTES}")
+
+
+def environment_words(environment: Mapping[str, str]) -> list[str]:
+    """Return `name=value` of each variable. Errors: RuntimeFault on names that no environment can hold."""
+    for name in environment:
+        if not name or "=" in name:
+            raise RuntimeFault(f"not a name of an environment variable: {name!r}"[:200])
+    return [f"{name}={value}" for name, value in environment.items()]
 
 
 _UNITS = {"": 1, "b": 1}

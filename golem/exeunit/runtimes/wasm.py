@@ -44,6 +44,7 @@ from golem.exeunit.runtimes.base import (
     Usage,
     Volume,
     check_arguments,
+    environment_words,
 )
 from golem.exeunit.runtimes.wasm_cache import CompiledCache
 from golem.exeunit.runtimes.wasm_child import CONFIG_TAG
@@ -145,7 +146,7 @@ class WasmRuntime:
             mounts = self._package.mounts
         taken = {mount.path for mount in mounts}
         mounts += tuple(Mount("rw", volume.path) for volume in options.volumes if volume.path not in taken)
-        check_arguments(_environment_words(options.env))
+        check_arguments(environment_words(options.env))
         if os.geteuid() == 0:
             digest = hashlib.sha3_256(os.fsencode(options.work_dir.resolve())).digest()
             self._uid = FIRST_UID + int.from_bytes(digest[:4], "big") % UIDS
@@ -249,7 +250,7 @@ class WasmRuntime:
             raise RuntimeFault(f"entry point {entry_point!r} not found: this package has {known}")
         argv = [entry.argv0 or entry_point, *args]
         environment = {**self._options.env, **(env or {})}
-        check_arguments([*argv, *_environment_words(environment)])
+        check_arguments([*argv, *environment_words(environment)])
         limits = self._options.limits
         countable = await self._measure_storage()
         if not self._entries:
@@ -379,14 +380,6 @@ class WasmRuntime:
         size = await trio.to_thread.run_sync(measure_tree, options.work_dir / "volumes", options.limits.files)
         self._storage_bytes = size.size_bytes
         return size.complete
-
-
-def _environment_words(environment: Mapping[str, str]) -> list[str]:
-    """Errors: RuntimeFault on names that no environment can hold."""
-    for name in environment:
-        if not name or "=" in name:
-            raise RuntimeFault(f"not a name of an environment variable: {name!r}"[:200])
-    return [f"{name}={value}" for name, value in environment.items()]
 
 
 def _storage_text(limits: Limits) -> str:

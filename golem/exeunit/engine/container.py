@@ -1,0 +1,119 @@
+"""What a container of the runtime `vm` is made of, in the Engine's own words, and what of a requestor's wishes is refused.
+
+Whoever holds the image may be hostile: no capabilities, no new privileges, no network, our own system-call filter, and
+hard limits of memory, CPU and processes. The image's user, directory and environment stand; its programs do not start by
+themselves, and its health check never does.
+Neighbours: `golem.exeunit.runtimes.vm` and `self_test` make containers of this; `seccomp_profile`, `init_program`.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from golem.exeunit.engine.admin import EngineFacts
+from golem.exeunit.engine.leftovers import SUPERVISOR_LABEL
+from golem.exeunit.engine.seccomp_profile import profile
+from golem.exeunit.engine.supervisor import own_mark
+from golem.exeunit.runtimes.base import Limits, RuntimeFault
+
+ACTIVITY_LABEL = "golem.activity"
+INIT_PATH = "/.golem/init"
+PROCESSES = 512
+MIN_MEM_BYTES = 6 << 20  # what the Engine asks for
+OPEN_FILES = 16_384
+SHARED_MEMORY_BYTES = 64 << 20  # of /dev/shm, counted as the activity's memory
+MAX_HOSTS = 256
+_HOST_NAME = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)(\.(?!-)[A-Za-z0-9_-]{1,63}(?<!-))*")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A container to be. `mounts`: path inside by name of the Engine's volume. `init_file`: on this machine."""
+
+    image: str
+    activity_id: str
+    init_file: Path
+    limits: Limits
+    env: Sequence[str] = ()
+    hostname: str | None = None
+    hosts: Mapping[str, str] = field(default_factory=dict)
+    mounts: Mapping[str, str] = field(default_factory=dict)
+
+
+def labels(activity_id: str) -> dict[str, str]:
+    """Return what says whose a container or a volume is; `leftovers` removes those of the dead."""
+    return {ACTIVITY_LABEL: activity_id, SUPERVISOR_LABEL: own_mark()}
+
+
+def container_config(plan: Plan, facts: EngineFacts) -> dict[str, Any]:
+    """Return the body of POST /containers/create. Errors: RuntimeFault for names and addresses that are none."""
+    config: dict[str, Any] = {
+        "Image": plan.image,
+        "Entrypoint": [INIT_PATH],
+        "Cmd": [],
+        "Env": list(plan.env),
+        "Labels": labels(plan.activity_id),
+        "Healthcheck": {"Test": ["NONE"]},
+        "StopSignal": "SIGTERM",
+        "NetworkDisabled": True,
+        "HostConfig": _host_config(plan, facts),
+    }
+    if plan.hostname is not None:
+        config["Hostname"] = _host_name(plan.hostname)
+    return config
+
+
+def _host_config(plan: Plan, facts: EngineFacts) -> dict[str, Any]:
+    memory = max(MIN_MEM_BYTES, plan.limits.mem_bytes)
+    mounts: list[dict[str, Any]] = [
+        {"Type": "bind", "Source": str(plan.init_file), "Target": INIT_PATH, "ReadOnly": True}
+    ]
+    mounts += [{"Type": "volume", "Source": name, "Target": path} for path, name in plan.mounts.items()]
+    host = {
+        "NetworkMode": "none",
+        "IpcMode": "private",
+        "Memory": memory,
+        "MemorySwap": memory,
+        "NanoCpus": min(plan.limits.cpu_threads, facts.cpus) * 1_000_000_000,
+        "PidsLimit": PROCESSES,
+        "CapDrop": ["ALL"],
+        "Privileged": False,
+        "SecurityOpt": ["no-new-privileges", f"seccomp={profile()}"],
+        "Ulimits": [
+            {"Name": "core", "Soft": 0, "Hard": 0},
+            {"Name": "nofile", "Soft": OPEN_FILES, "Hard": OPEN_FILES},
+        ],
+        "ShmSize": min(SHARED_MEMORY_BYTES, memory),
+        "ExtraHosts": _extra_hosts(plan.hosts),
+        "RestartPolicy": {"Name": "no"},
+        "LogConfig": {"Type": "none", "Config": {}},
+        "Mounts": mounts,
+    }
+    if facts.podman:
+        host["LogConfig"] = {}  # podman takes no driver called none by this way
+    return host
+
+
+def _host_name(name: str) -> str:
+    if len(name) > 63 or _HOST_NAME.fullmatch(name) is None:
+        raise RuntimeFault(f"not a host name: {name[:100]!r}")
+    return name
+
+
+def _extra_hosts(hosts: Mapping[str, str]) -> list[str]:
+    if len(hosts) > MAX_HOSTS:
+        raise RuntimeFault(f"too many hosts: {len(hosts)}, at most {MAX_HOSTS}")
+    found = []
+    for name, address in hosts.items():
+        if len(name) > 253 or _HOST_NAME.fullmatch(name) is None:
+            raise RuntimeFault(f"not a host name: {name[:100]!r}")
+        try:
+            found.append(f"{name}:{ipaddress.ip_address(address)}")
+        except ValueError:
+            raise RuntimeFault(f"not an address: {address[:100]!r}") from None
+    return found

@@ -1,0 +1,578 @@
+"""The `vm` runtime: an image as it is, in one locked-down container of a Docker Engine for the length of an activity.
+
+Nothing of the image starts by itself: process 1 is a program of our own that sleeps, and every command runs in the
+container as the image's user, in its directory, with its environment. An empty entry point stands for the image's
+ENTRYPOINT (and CMD); arguments of `start` start it in the background. What a command leaves in the background lives
+until the activity ends. Volumes, the image's own and those asked for, are directories of this machine; as with Docker, a
+new volume begins with what the image has at its path.
+
+The Engine's socket is as good as root: it is reached from exe-unit processes and command-line tools alone. `DOCKER_HOST`
+says where it is. Where the exe-unit is not root, a command that has to be stopped takes its container with it, and
+nothing can be connected to.
+Neighbours: everything in `golem.exeunit.engine`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+import os
+import re
+import signal
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from golem.exeunit.engine.admin import Admin, EngineFacts, EngineGone, InUse, NoSuch, socket_path
+from golem.exeunit.engine.client import EngineClient
+from golem.exeunit.engine.container import Plan, container_config, labels
+from golem.exeunit.engine.images import FORMATS, EngineImage, obtain_image
+from golem.exeunit.engine.init_program import init_program
+from golem.exeunit.engine.leftovers import sweep
+from golem.exeunit.engine.meter import Layer, Meter, MeterError, group_file, upper_dir, upper_dir_of
+from golem.exeunit.engine.network import GuestNetwork
+from golem.exeunit.engine.processes import ContainerProcesses
+from golem.exeunit.engine.program import EngineTerminal, Program
+from golem.exeunit.engine.storage import Storage, open_storage
+from golem.exeunit.runtimes.base import (
+    GIB,
+    Deployment,
+    DeployOptions,
+    ExitStatus,
+    ImageFormat,
+    Interaction,
+    Limits,
+    OutputSink,
+    RuntimeFault,
+    Terminal,
+    Usage,
+    Volume,
+    VolumeRequest,
+    check_arguments,
+    environment_words,
+)
+
+log = logging.getLogger("golem.exeunit")
+
+KILLED = 137
+MAX_VOLUMES = 64
+MAX_TERMINALS = 64
+IMAGE_CACHE_BYTES = 20 << 30
+CHECK_S = 0.5  # how often a command's own limits are looked at
+SAMPLE_S = 1.0
+PING_S, PING_TIMEOUT_S, AWAY_S = 1.0, 6.0, 3.0  # an Engine that is away longer is given up
+KILL_TIMEOUT_S = 3.0
+REMOVE_TIMEOUT_S = 2.5
+SHELL = ("/bin/sh",)
+ENGINE_GONE = "the provider's Docker Engine has stopped or does not answer"
+_serials = itertools.count(1)
+
+
+@dataclass
+class _Deployed:
+    """What `deploy` made, in the order in which it is taken down from the end."""
+
+    options: DeployOptions
+    facts: EngineFacts
+    image: EngineImage | None = None
+    storage: Storage | None = None
+    volume_names: tuple[str, ...] = ()
+    name: str | None = None  # of the container
+
+
+@dataclass
+class _Started:
+    """A running container as this machine sees it. What only root can have is None elsewhere."""
+
+    pid: int
+    pidfd: int
+    processes: ContainerProcesses | None
+    network: GuestNetwork | None
+    oom_file: Path | None  # where the kernel counts what it killed for want of memory
+
+
+class VmRuntime:
+    """One activity's runtime; see `base.Runtime`."""
+
+    name = "vm"
+    version = "1.0.0"
+    formats: frozenset[ImageFormat] = FORMATS
+
+    def __init__(self, cache_dir: Path, host: str | None = None) -> None:
+        """`cache_dir`: shared by activities. `host`: the Engine, else as `DOCKER_HOST` says. Raises ValueError."""
+        self._cache_dir = cache_dir
+        path = socket_path(host)
+        self._admin, self._client = Admin(path), EngineClient(path)
+        words: tuple[Interaction, ...] = ("shell", "proxy-http") if os.geteuid() == 0 else ("shell",)
+        self.interactions: frozenset[Interaction] = frozenset(words)
+        self._deployed: _Deployed | None = None
+        self._started: _Started | None = None
+        self._meter: Meter | None = None
+        self._layer: Layer | None = None
+        self._death: str | None = None
+        self._terminals: set[EngineTerminal] = set()
+        self._past_cpu_s, self._peak_bytes, self._storage_bytes = 0.0, 0, 0
+
+    # -- what is offered ------------------------------------------------------------------------------------------
+
+    async def self_test(self) -> str | None:
+        """Find out who the Engine is and make a container that tries what must not work; None if all is well."""
+        from golem.exeunit.engine.self_test import self_test
+
+        return await self_test(self._admin, self._client)
+
+    def offer_properties(self) -> dict[str, Any]:
+        return {
+            "golem.runtime.name": self.name,
+            "golem.runtime.version": self.version,
+            "golem.runtime.capabilities": [],  # the exe-unit adds the interactions that the provider allows
+        }
+
+    # -- life of an activity --------------------------------------------------------------------------------------
+
+    async def deploy(self, image: Path, options: DeployOptions) -> Deployment:
+        if self._deployed is not None:
+            raise RuntimeFault("already deployed")
+        check_arguments(environment_words(options.env))
+        if options.networks:
+            log.warning("virtual networks are not there yet: the container has none")
+        self._death = None
+        deployed = self._deployed = _Deployed(options, await self._admin.facts())
+        try:
+            deployed.image = await self._obtain(image, options)
+            self._past_cpu_s += deployed.image.unpack_cpu_s
+            deployed.storage = await open_storage(
+                options.work_dir / "storage", options.limits.storage_bytes, deployed.facts.root_id
+            )
+            requests = _volume_requests(deployed.image, options.volumes)
+            volumes = [
+                await self._make_volume(deployed, deployed.storage, number, request)
+                for number, request in enumerate(requests)
+            ]
+            await self._create(deployed, deployed.image, volumes)
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await self.stop()
+            raise
+        return Deployment(tuple(volumes), "blocking", _tcp_ports(deployed.image))
+
+    async def _obtain(self, image: Path, options: DeployOptions) -> EngineImage:
+        from golem.exeunit.images import detect_format
+
+        digest = await trio.to_thread.run_sync(_digest, image)
+        found = await trio.to_thread.run_sync(detect_format, image)
+        if found not in self.formats:
+            raise RuntimeFault(f"the task package is {found.value if found else 'of an unknown format'}: no image")
+        assert found is not None
+        folder = self._cache_dir / "engine"
+        return await obtain_image(
+            self._admin, image, digest, found, folder=folder, notice=options.notice, max_bytes=IMAGE_CACHE_BYTES
+        )
+
+    async def _make_volume(
+        self, deployed: _Deployed, storage: Storage, number: int, request: VolumeRequest
+    ) -> Volume:
+        """Make a directory, and a volume of the Engine that is it (so the Engine fills it from the image)."""
+        size = request.size_bytes
+        if request.kind == "ram":
+            directory = await storage.ram(str(number), size or deployed.options.limits.mem_bytes // 2)
+        elif request.kind == "storage" and size is not None:
+            directory = await storage.sized(str(number), size)
+        else:
+            directory = storage.directory(str(number))
+        name = f"golem-{deployed.options.activity_id or 'none'}-{os.getpid()}-{next(_serials)}"
+        deployed.volume_names += (name,)
+        where = {"type": "none", "o": "bind", "device": str(directory.resolve())}
+        await self._admin.create_volume(name, where, labels(deployed.options.activity_id))
+        return Volume(request.path, directory)
+
+    async def _create(self, deployed: _Deployed, image: EngineImage, volumes: Sequence[Volume]) -> None:
+        options = deployed.options
+        init_file = options.work_dir / "init"
+        init_file.write_bytes(init_program())
+        init_file.chmod(0o755)
+        plan = Plan(
+            image=image.id,
+            activity_id=options.activity_id,
+            init_file=init_file.resolve(),
+            limits=options.limits,
+            env=environment_words(options.env),
+            hostname=options.hostname,
+            hosts=options.hosts,
+            mounts=dict(zip((one.container_path for one in volumes), deployed.volume_names, strict=True)),
+        )
+        config = container_config(plan, deployed.facts)
+        deployed.name = f"golem-{options.activity_id or 'none'}-{os.getpid()}-{next(_serials)}"
+        await self._admin.create_container(deployed.name, config)
+        upper = upper_dir(await self._client.inspect(deployed.name))
+        if deployed.storage is not None and upper is not None:
+            await deployed.storage.hold_layer(upper)
+
+    async def start(self, args: Sequence[str]) -> None:
+        """`args` start the image's ENTRYPOINT with them in the background; without, nothing of the image starts."""
+        deployed = self._deployed
+        if deployed is None or deployed.name is None or deployed.image is None:
+            raise RuntimeFault("not deployed")
+        if self._started is not None:
+            raise RuntimeFault("already started")
+        check_arguments(args)
+        await self._admin.start_container(deployed.name)
+        try:
+            inspected = await self._client.inspect(deployed.name)
+            pid = int(inspected["State"]["Pid"])
+            self._started = _look_at(pid)
+            if int((await self._client.inspect(deployed.name))["State"]["Pid"]) != pid or not pid:
+                raise RuntimeFault("the container ended at once")
+            self._meter = Meter(pid)
+        except (OSError, MeterError) as error:
+            raise RuntimeFault(f"the container cannot be measured: {error}") from None
+        if deployed.storage is not None and not deployed.storage.holds(pid):
+            upper = upper_dir(inspected) or upper_dir_of(pid)
+            self._layer = Layer(upper) if upper is not None else None
+        if args:
+            command = [*deployed.image.entrypoint, *args]
+            exec_id = await self._client.create_exec(deployed.name, command, attached=False)
+            await self._client.start_exec_detached(exec_id)
+
+    async def run(
+        self, entry_point: str, args: Sequence[str], output: OutputSink, env: Mapping[str, str] | None = None
+    ) -> ExitStatus:
+        """Errors: RuntimeFault if the command cannot be started at all, or the container or its Engine has died."""
+        deployed, started = self._ready()
+        assert deployed.image is not None
+        argv = _command(deployed.image, entry_point, args)
+        check_arguments([*argv, *environment_words(env or {})])
+        before = started.processes.running() if started.processes is not None else frozenset()
+        ooms = _oom_kills(started.oom_file)
+
+        async def kill(exec_id: str) -> None:
+            await self._kill(exec_id, lambda processes, spared: processes.kill_since(before, spared))
+
+        try:
+            exec_id = await self._client.create_exec(str(deployed.name), argv, env=env)
+            async with await self._client.start_exec(exec_id) as stream:
+                program = Program(self._client, stream)
+                status = await self._attend(program, output, deployed.options.limits, kill)
+        except (EngineGone, NoSuch, InUse) as fault:
+            raise await self._died(fault) from None
+        if status.code in (KILLED, 128 + signal.SIGTERM) and status.reason is None:
+            if (death := await self._diagnose()) is not None:
+                raise RuntimeFault(death)
+            if _oom_kills(started.oom_file) > ooms:
+                return ExitStatus(status.code, f"memory limit of {deployed.options.limits.mem_gib:g} GiB reached")
+        return status
+
+    async def _attend(
+        self, program: Program, output: OutputSink, limits: Limits, kill: Callable[[str], Awaitable[None]]
+    ) -> ExitStatus:
+        """Hand on what a program writes until it has ended, or a limit of the command has been reached."""
+        written, began_cpu_s = 0, self._cpu_s()
+        why: str | None = None
+        try:
+            with trio.move_on_after(limits.run_time_s if limits.run_time_s is not None else float("inf")) as time_limit:
+                while why is None:
+                    part = None
+                    with trio.move_on_after(CHECK_S) as check:
+                        part = await program.receive()
+                    if part is not None:
+                        written += len(part[1])
+                        if written > limits.output_bytes:
+                            why = f"output limit of {limits.output_bytes} bytes reached"
+                        else:
+                            await output(*part)
+                    elif not check.cancelled_caught:
+                        return ExitStatus(await program.exit_code(), program.problem)
+                    if limits.cpu_time_s is not None and self._cpu_s() - began_cpu_s > limits.cpu_time_s:
+                        why = f"CPU time limit of {limits.cpu_time_s:g} s reached"
+            if time_limit.cancelled_caught:
+                why = f"time limit of {limits.run_time_s:g} s reached"
+        except BaseException:  # also when cancelled: a command that nobody waits for does not run on
+            with trio.CancelScope(shield=True):
+                await kill(program.id)
+            raise
+        with trio.CancelScope(shield=True):
+            await kill(program.id)
+        return ExitStatus(KILLED, why)
+
+    async def stop(self) -> None:
+        terminals, self._terminals = tuple(self._terminals), set()
+        deployed, self._deployed = self._deployed, None
+        started, self._started = self._started, None
+        for terminal in terminals:
+            await terminal.drop()
+        if deployed is None:
+            return
+        with trio.CancelScope(shield=True):  # nobody else would do it later
+            await self._measure(deployed)
+            await self._remove_container(deployed, started)
+            for name in deployed.volume_names:
+                with trio.move_on_after(REMOVE_TIMEOUT_S), suppress(RuntimeFault):
+                    await self._admin.remove_volume(name)
+            try:
+                if deployed.storage is not None:
+                    await deployed.storage.close()
+            finally:
+                self._settle()
+                if deployed.image is not None:
+                    deployed.image.close()
+                with suppress(OSError):
+                    (deployed.options.work_dir / "init").unlink()
+
+    async def _remove_container(self, deployed: _Deployed, started: _Started | None) -> None:
+        if deployed.name is not None:
+            try:
+                with trio.fail_after(REMOVE_TIMEOUT_S):
+                    await self._admin.remove_container(deployed.name)
+            except (RuntimeFault, trio.TooSlowError) as fault:
+                log.error("container %s is left to be swept: %s", deployed.name, fault)
+                if started is not None:  # at least nothing runs on
+                    with suppress(OSError):
+                        signal.pidfd_send_signal(started.pidfd, signal.SIGKILL)
+        if started is not None:
+            os.close(started.pidfd)
+            if started.network is not None:
+                started.network.close()
+
+    # -- usage ----------------------------------------------------------------------------------------------------
+
+    def usage(self) -> Usage:
+        """Storage is what was found at the last look, a second ago or so; the rest is as of now."""
+        peak = max(self._peak_bytes, self._meter.read()[1] if self._meter is not None else 0)
+        return Usage(self._cpu_s(), peak / GIB, self._storage_bytes / GIB)
+
+    def _cpu_s(self) -> float:
+        return self._past_cpu_s + (self._meter.read()[0] if self._meter is not None else 0.0)
+
+    async def _measure(self, deployed: _Deployed) -> None:
+        """Look at the storage: the volumes and what the container wrote over its image."""
+        found = 0
+        if deployed.storage is not None:
+            found += await deployed.storage.measure()
+        if self._layer is not None:
+            found += await self._layer.measure()
+            if not self._layer.complete:
+                found = max(found, deployed.options.limits.storage_bytes + 1)
+        self._storage_bytes = found
+        if self._meter is not None:
+            self._meter.read()
+
+    def _settle(self) -> None:
+        """Add what a container used to the totals; it is gone."""
+        if self._meter is not None:
+            cpu_s, peak_bytes = self._meter.read()
+            self._past_cpu_s += cpu_s
+            self._peak_bytes = max(self._peak_bytes, peak_bytes)
+        self._meter = self._layer = None
+        self._storage_bytes = 0
+
+    # -- death ----------------------------------------------------------------------------------------------------
+
+    async def failure(self) -> str:
+        """Also takes the samples of storage, as long as it is waited for."""
+        deployed = self._deployed
+        if deployed is None:
+            await trio.sleep_forever()
+        assert deployed is not None
+        texts: list[str] = []
+
+        async def first(watch: Callable[[_Deployed], Awaitable[str]]) -> None:
+            texts.append(await watch(deployed))
+            nursery.cancel_scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._sample, deployed)
+            nursery.start_soon(first, self._watch_container)
+            nursery.start_soon(first, self._watch_engine)
+        self._death = self._death or texts[0]
+        return self._death
+
+    async def _sample(self, deployed: _Deployed) -> None:
+        took_s = 0.0
+        while True:
+            await trio.sleep(max(SAMPLE_S, 5 * took_s))  # looking takes long where there are many files
+            began_s = trio.current_time()
+            await self._measure(deployed)
+            took_s = trio.current_time() - began_s
+
+    async def _watch_container(self, deployed: _Deployed) -> str:
+        while True:
+            try:
+                await self._client.wait_exit(str(deployed.name))
+            except NoSuch:
+                pass
+            except RuntimeFault:  # the Engine: its own watcher decides whether it is gone for good
+                pass
+            if (text := await self._diagnose()) is not None:
+                return text
+            await trio.sleep(AWAY_S / 10)
+
+    async def _watch_engine(self, deployed: _Deployed) -> str:
+        seen_s = trio.current_time()
+        while trio.current_time() - seen_s <= AWAY_S:
+            try:
+                with trio.fail_after(PING_TIMEOUT_S):
+                    await self._client.ping()
+            except (RuntimeFault, trio.TooSlowError):
+                await trio.sleep(PING_S / 4)
+            else:
+                seen_s = trio.current_time()
+                await trio.sleep(PING_S)
+        return ENGINE_GONE
+
+    async def _diagnose(self) -> str | None:
+        """Why the container has died; None while it lives, or the Engine does not say."""
+        deployed = self._deployed
+        if self._death is None and deployed is not None and deployed.name is not None:
+            try:
+                found = await self._client.inspect(deployed.name)
+            except NoSuch:
+                self._death = "the container was removed from outside"
+            except RuntimeFault:
+                return None
+            else:
+                self._death = _death_text(found.get("State") or {}, deployed.options.limits)
+        return self._death
+
+    async def _died(self, fault: RuntimeFault) -> RuntimeFault:
+        """What a command is told when the Engine failed it."""
+        if (text := await self._diagnose()) is not None:
+            return RuntimeFault(text)
+        if isinstance(fault, EngineGone):
+            self._death = self._death or ENGINE_GONE
+            return RuntimeFault(self._death)
+        return fault
+
+    async def _kill(self, exec_id: str, how: Callable[[ContainerProcesses, list[int]], object]) -> None:
+        """End a program and what it started; where its processes are out of reach, the container."""
+        with trio.move_on_after(KILL_TIMEOUT_S), suppress(RuntimeFault):
+            started = self._started
+            if started is None:
+                return
+            if started.processes is None:
+                self._death = "a command had to be stopped, and without root's rights only the whole container can be"
+                await self._admin.remove_container(str(self._deployed and self._deployed.name))
+                return
+            while (state := await self._client.inspect_exec(exec_id)).exit_code is None:
+                if state.pid:  # else it is just being started
+                    how(started.processes, [pid for terminal in self._terminals if (pid := terminal.pid)])
+                await trio.sleep(0.01)
+
+    # -- interaction ----------------------------------------------------------------------------------------------
+
+    def _ready(self) -> tuple[_Deployed, _Started]:
+        if self._death is not None:
+            raise RuntimeFault(self._death)
+        if self._deployed is None or self._started is None:
+            raise RuntimeFault("not started")
+        return self._deployed, self._started
+
+    async def open_terminal(
+        self, argv: Sequence[str], *, env: Mapping[str, str] | None, tty: bool, rows: int, cols: int
+    ) -> Terminal:
+        deployed, _ = self._ready()
+        if len(self._terminals) >= MAX_TERMINALS:
+            raise RuntimeFault(f"{MAX_TERMINALS} terminals are open already")
+        command = [*(argv or SHELL)]
+        check_arguments([*command, *environment_words(env or {})])
+        given = {"TERM": "xterm", **(env or {})} if tty else env
+        try:
+            exec_id = await self._client.create_exec(str(deployed.name), command, env=given, tty=tty, stdin=True)
+            stream = await self._client.start_exec(exec_id, tty=tty)
+        except (EngineGone, NoSuch, InUse) as fault:
+            raise await self._died(fault) from None
+        terminal = EngineTerminal(self._client, stream, tty, self._close_terminal, self._died)
+        self._terminals.add(terminal)
+        try:
+            await terminal.begin(rows, cols)
+        except BaseException:
+            await terminal.aclose()
+            raise
+        return terminal
+
+    async def _close_terminal(self, terminal: EngineTerminal) -> None:
+        """Kill its program and children; what has detached itself from them lives on, as after any shell."""
+        self._terminals.discard(terminal)
+        if terminal.pid is not None:
+            pid = terminal.pid
+            await self._kill(terminal.id, lambda processes, spared: processes.kill_tree(pid))
+
+    async def connect(self, port: int) -> trio.SocketStream:
+        _, started = self._ready()
+        if started.network is None:
+            raise RuntimeFault("connections into a container need an exe-unit that runs as root")
+        return await started.network.connect(port)
+
+    async def sweep(self, work_root: Path) -> list[str]:
+        return await sweep(self._admin, work_root)
+
+
+def _digest(image: Path) -> str:
+    """Return the digest that a cached package is named by, else the SHA3-224 of the file."""
+    match = re.fullmatch(r"sha3-\d{3}-([0-9a-f]{56,128})", image.name)
+    if match is not None:
+        return match[1]
+    with image.open("rb") as file:
+        return hashlib.file_digest(file, "sha3_224").hexdigest()
+
+
+def _volume_requests(image: EngineImage, asked: Sequence[VolumeRequest]) -> list[VolumeRequest]:
+    """Return the image's volumes and those asked for, whose kind counts where both name a path."""
+    found = {path: VolumeRequest(path) for path in image.volumes} | {request.path: request for request in asked}
+    if len(found) > MAX_VOLUMES:
+        raise RuntimeFault(f"too many volumes: {len(found)}, at most {MAX_VOLUMES}")
+    for path in found:
+        if path == "/" or path.split("/")[1] in ("proc", "sys", "dev", ".golem"):
+            raise RuntimeFault(f"a volume cannot be at {path}")
+    return list(found.values())
+
+
+def _tcp_ports(image: EngineImage) -> tuple[int, ...]:
+    found = (re.fullmatch(r"(\d{1,5})(?:/tcp)?", port) for port in image.ports)
+    return tuple(sorted({int(match[1]) for match in found if match is not None and 0 < int(match[1]) < 65536}))
+
+
+def _command(image: EngineImage, entry_point: str, args: Sequence[str]) -> list[str]:
+    argv = [entry_point, *args] if entry_point else [*image.entrypoint, *(args or image.cmd)]
+    if not argv:
+        raise RuntimeFault("an empty entry point stands for the image's own ENTRYPOINT or CMD, and it has none")
+    return argv
+
+
+def _look_at(pid: int) -> _Started:
+    """Raises OSError or MeterError when the process is gone, or this machine is not the Engine's."""
+    pidfd = os.pidfd_open(pid)
+    network: GuestNetwork | None = None
+    try:
+        processes = None
+        if os.geteuid() == 0:
+            processes, network = ContainerProcesses(pid), GuestNetwork(pid)
+        oom = group_file(pid, "memory", ("memory.oom_control",), ("memory.events",))
+    except BaseException:
+        os.close(pidfd)
+        if network is not None:
+            network.close()
+        raise
+    return _Started(pid, pidfd, processes, network, oom)
+
+
+def _oom_kills(path: Path | None) -> int:
+    """Return how many processes of a container the kernel has killed for want of memory."""
+    with suppress(OSError, ValueError):
+        for line in path.read_text().splitlines() if path is not None else ():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return 0
+
+
+def _death_text(state: Mapping[str, Any], limits: Limits) -> str | None:
+    if state.get("Running") or state.get("Status") == "created":
+        return None
+    if state.get("OOMKilled"):
+        return f"the container was killed: memory limit of {limits.mem_gib:g} GiB reached"
+    problem = f": {state['Error']}" if state.get("Error") else ""
+    return f"the container was ended from outside (exit code {state.get('ExitCode')}){problem}"
