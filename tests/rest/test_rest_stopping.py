@@ -56,6 +56,17 @@ async def served(node: Node) -> AsyncIterator[Served]:
             nursery.cancel_scope.cancel()
 
 
+class Silent:
+    """A file that is there and not there."""
+
+    async def size(self) -> int:
+        await trio.sleep_forever()
+        raise AssertionError
+
+    async def read(self, offset: int, size: int) -> bytes:
+        raise AssertionError
+
+
 def address(node: Node) -> tuple[str, int]:
     host, _, port = node.api_url.removeprefix("http://").rpartition(":")
     return host, int(port)
@@ -93,8 +104,7 @@ async def test_a_stop_ends_the_event_stream_of_a_batch_that_runs(tmp_path: Path)
         node = both.r.node
         both.nursery.start_soon(both.agent)
         activity = await both.create()
-        body = {"listen": {"on": "/public/gftp/x", "components": ["GetMetadata", "GetChunk"]}}
-        await rest.client.post("/gsb-api/v1/services", json=body)  # nobody answers there
+        node.files.offer("x", Silent(), "test")
         transfer = {"from": f"gftp://{node.node_id}/x", "to": "container:/golem/work/x"}
         commands = [{"deploy": {}}, {"start": {}}, {"transfer": transfer}]
         status, batch = await both.r("POST", f"/activity/{activity}/exec", {"text": json.dumps(commands)})
