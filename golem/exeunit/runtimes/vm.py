@@ -341,9 +341,11 @@ class VmRuntime:
     # -- usage ----------------------------------------------------------------------------------------------------
 
     def usage(self) -> Usage:
-        """Storage is what was found at the last look, a second ago or so; the rest is as of now."""
+        """As of now, but for storage that the kernel does not limit: that was looked at a second ago or so."""
         peak = max(self._peak_bytes, self._meter.read()[1] if self._meter is not None else 0)
-        return Usage(self._cpu_s(), peak / GIB, self._storage_bytes / GIB)
+        storage = self._deployed.storage if self._deployed is not None else None
+        found = storage.used_bytes() if storage is not None and self._layer is None else self._storage_bytes
+        return Usage(self._cpu_s(), peak / GIB, found / GIB)
 
     def _cpu_s(self) -> float:
         return self._past_cpu_s + (self._meter.read()[0] if self._meter is not None else 0.0)
