@@ -225,16 +225,16 @@ class _Upload:
                     await work()
                 except FileFault as fault:
                     self._fault = self._fault or fault
-                    with trio.move_on_after(1):  # the other side may have said why before it closed
-                        await trio.sleep_forever()
+                    if fault.passing:  # the other side may have said why before it closed: leave its answer time to come
+                        await trio.sleep(1)
                     nursery.cancel_scope.cancel()
 
             async def send_all() -> None:
                 async with trio.open_nursery() as senders:
                     senders.start_soon(stop_on_fault, self._read)
+                    senders.start_soon(stop_on_fault, partial(self._send_blocks, stream))
                     for _ in range(streams - 1):
                         senders.start_soon(stop_on_fault, partial(self._send_over_another, open_another))
-                    await self._send_blocks(stream)
                 await send(stream, END + self._file.digest.encode())
                 await trio.sleep(FINISH_S)
                 raise FileFault("ReadError", f"no answer to the end for {FINISH_S:g} s", passing=True)

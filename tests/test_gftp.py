@@ -21,6 +21,7 @@ import trio.testing
 from support import trio_test
 from wire import A, two_nodes
 
+import golem.gftp
 from golem.files import FileServer
 from golem.gftp import Gftp, RpcError, Server
 from golem.gftp_peer import GftpPeer
@@ -151,7 +152,8 @@ class Breaking:
 
 
 @trio_test
-async def test_a_download_resumes_and_checks_the_whole_hash(tmp_path: Path) -> None:
+async def test_a_download_resumes_and_checks_the_whole_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(golem.gftp, "RETRY_DELAYS_S", (0.0, 0.0))
     data = content(100_000)
     name = hashlib.sha3_256(data).hexdigest()
     async with session(tmp_path) as (gftp, _, files, _):
