@@ -1,5 +1,8 @@
 """`make demo`: a market on this machine. Two providers render a picture for an unmodified yapapi script and are paid.
 
+With `--runtime vm` the renderer is a Docker image: made without a registry, pushed to the requestor's node by
+`golem image push`, found by the script by its tag, and run by the providers in containers.
+
 All parts are real processes that talk over libp2p; the chain is the embedded dev chain (no real money). What is printed at
 the end is read back from the nodes and the chain: each invoice on both sides, each transaction, and that the balances
 before and after add up to the last wei.
@@ -13,7 +16,8 @@ import signal
 import sys
 import tempfile
 import time
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -25,12 +29,14 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from golem.local_engine import LocalEngine, LocalEngineError
 from golem.localnet import LocalNet, LocalNetError, LocalNode, Process, open_localnet
 from protocol.types import amount, amount_text, to_wei
 
 ROOT = Path(__file__).resolve().parents[1]
 YAPAPI_PYTHON = ROOT / ".venv-yapapi" / "bin" / "python"
 EXAMPLE = ROOT / "examples" / "render"
+IMAGE_TAG = "render:demo"
 SETTLE_TIMEOUT_S = 60.0
 out = Console(highlight=False, soft_wrap=True, markup=True, **({} if sys.stdout.isatty() else {"width": 200}))
 
@@ -48,6 +54,7 @@ class Options:
     tiles: str
     timeout_s: int
     keep: bool
+    runtime: str = "wasmtime"
 
 
 @dataclass(frozen=True)
@@ -78,8 +85,59 @@ async def balance(node: LocalNode) -> Decimal:
     return amount((await node.command("payment", "status"))["amount"])
 
 
-async def start_market(net: LocalNet, options: Options, clock: Clock) -> tuple[LocalNode, list[LocalNode]]:
-    """Start the nodes, fund the requestor, start the agents."""
+@asynccontextmanager
+async def docker_engine(clock: Clock) -> AsyncIterator[str]:
+    """The Docker Engine for the length of the block, as `DOCKER_HOST` wants it: this machine's if it will do, else our own."""
+    usual = os.environ.get("DOCKER_HOST") or "unix:///var/run/docker.sock"
+    problem = await engine_problem(usual)
+    if problem is None:
+        clock.say(f"containers run on the Docker Engine at {usual}")
+        yield usual
+        return
+    with tempfile.TemporaryDirectory(prefix="golem-engine-", ignore_cleanup_errors=True) as folder:
+        Path(folder).chmod(0o711)  # remapped users pass through to what is theirs
+        engine = LocalEngine(Path(folder) / "e")
+        try:
+            try:
+                await trio.to_thread.run_sync(engine.start)
+            except LocalEngineError as error:
+                raise LocalNetError(f"no Docker Engine for the containers. {usual}: {problem}. An own one: {error}") from None
+            if problem := await engine_problem(engine.host):
+                raise LocalNetError(f"containers cannot be run here: {problem}")
+            clock.say("containers run on a Docker Engine of the demo's own")
+            yield engine.host
+        finally:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(engine.stop)
+                await trio.to_thread.run_sync(engine.remove)
+
+
+async def engine_problem(host: str) -> str | None:
+    """Return why the runtime `vm` does not work on an Engine, None if it does."""
+    if not host.startswith("unix://") or not Path(host.removeprefix("unix://")).exists():
+        return "there is none"
+    line = [sys.executable, "-m", "golem.exeunit", "test", "--runtime", "vm"]
+    result = await trio.run_process(line, env={**os.environ, "DOCKER_HOST": host}, capture_stderr=True, check=False)
+    said = result.stderr.decode(errors="replace").strip().splitlines() or [f"status {result.returncode}"]
+    return None if result.returncode == 0 else said[-1].removeprefix("exe-unit: ")
+
+
+async def push_image(net: LocalNet, requestor: LocalNode, clock: Clock) -> None:
+    """Make the renderer's image and store it at the requestor's node."""
+    archive = net.folder / "render.tar"
+    line = [sys.executable, str(EXAMPLE / "make_image.py"), str(archive)]
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    result = await trio.run_process(line, env={**os.environ, "PYTHONPATH": path}, capture_stderr=True, check=False)
+    if result.returncode:
+        raise LocalNetError(result.stderr.decode(errors="replace").strip())
+    image = await requestor.command("image", "push", str(archive), "--tag", IMAGE_TAG)
+    clock.say(f"golem image push: {IMAGE_TAG} is {image['sha3'][:12]}…, {image['size'] / 2**20:.1f} MiB, at {image['url'][:30]}…")
+
+
+async def start_market(
+    net: LocalNet, options: Options, clock: Clock, environment: Mapping[str, str]
+) -> tuple[LocalNode, list[LocalNode]]:
+    """Start the nodes, fund the requestor, start the agents with `environment`."""
     names = ["requestor", *(f"provider-{number}" for number in range(1, options.providers + 1))]
     nodes = [await net.start_node(name, wait=False) for name in names]
     async with trio.open_nursery() as nursery:
@@ -88,6 +146,7 @@ async def start_market(net: LocalNet, options: Options, clock: Clock) -> tuple[L
     for node in nodes:
         clock.say(f"{node.name:12} {node.node_id}  {node.api_url}")
     for node in nodes[1:]:
+        node.environment |= environment
         net.start_agent(node, subnet=net.name)
     funds = await nodes[0].command("payment", "fund")
     clock.say(f"the faucet gave the requestor {funds['amount']} {funds['token']} (on the {funds['simulatedBy']}: no real money)")
@@ -102,6 +161,7 @@ async def render(net: LocalNet, requestor: LocalNode, options: Options) -> dict[
         "--width", str(options.width), "--height", str(options.height), "--samples", str(options.samples),
         "--tiles", options.tiles, "--max-workers", str(options.providers), "--subnet", net.name,
         "--timeout", str(options.timeout_s), "--summary", str(summary), "--log", str(net.folder / "yapapi.log"),
+        *(("--image-tag", IMAGE_TAG, "--registry", requestor.api_url) if options.runtime == "vm" else ()),
     ], dict(requestor.environment), net.folder / "render.log")  # fmt: skip
     environment = {**os.environ, **script.environment}
     process = await trio.lowlevel.open_process(script.arguments, env=environment, stdin=None)
@@ -204,8 +264,14 @@ def check_books(before: dict[str, Decimal], after: dict[str, Decimal], bills: li
 async def demo(options: Options, folder: Path) -> bool:
     """Run the whole of it; return whether everything went right."""
     clock = Clock()
-    async with open_localnet(folder) as net:
-        requestor, providers = await start_market(net, options, clock)
+    async with AsyncExitStack() as stack:
+        environment = {}
+        if options.runtime == "vm":
+            environment["DOCKER_HOST"] = await stack.enter_async_context(docker_engine(clock))
+        net = await stack.enter_async_context(open_localnet(folder))
+        requestor, providers = await start_market(net, options, clock, environment)
+        if options.runtime == "vm":
+            await push_image(net, requestor, clock)
         before = {node.name: await balance(node) for node in (requestor, *providers)}
         clock.say("the requestor's script (unmodified yapapi 0.13.1) starts")
         summary = await render(net, requestor, options)
@@ -257,9 +323,10 @@ async def _main(options: Options) -> bool | None:
 @click.option("--samples", type=click.IntRange(1, 10000), default=100, help="Light paths a pixel.")
 @click.option("--tiles", default="6x4", help="COLUMNSxROWS, one task each.")
 @click.option("--timeout", "timeout_s", type=click.IntRange(10, 86400), default=600, help="Seconds for the picture.")
-@click.option("--runtime", type=click.Choice(["wasmtime"]), default="wasmtime", help="Runtime that the job asks for.")
+@click.option("--runtime", type=click.Choice(["wasmtime", "vm"]), default="wasmtime",
+              help="Runtime that the job asks for: a WebAssembly module, or a Docker image.")  # fmt: skip
 @click.option("--keep", is_flag=True, help="Keep the nodes' data and logs in .demo/.")
-def main(runtime: str, **flags: Any) -> None:
+def main(**flags: Any) -> None:
     """Start a market on this machine, render a picture on it, pay for it, and clean up."""
     options = Options(**flags)
     if not YAPAPI_PYTHON.exists():
