@@ -35,7 +35,7 @@ enum { MAX_LINE = 512, MAX_NAME = 32, MAX_SIDE = 16384, MAX_SAMPLES = 65536 };
 #define BRIGHTEST 1.2f /* of a lamp that lights a diffuse surface by way of a mirror or glass: a little less light
                           there for far less noise */
 
-typedef float vec __attribute__((ext_vector_type(4))); /* x y z; w unused */
+typedef float vec __attribute__((vector_size(16))); /* x y z; w unused */
 typedef enum { DIFFUSE, CHECKER, GLOSSY, MIRROR, GLASS, LIGHT } Kind;
 typedef enum { SPHERE, BOX, PLANE } Shape;
 typedef struct { char name[MAX_NAME]; Kind kind; vec colour, other; float value; } Material;
@@ -58,14 +58,18 @@ static uint64_t rays;
 
 /* ---- vectors and random numbers ---- */
 
+static const vec ZERO = {0, 0, 0, 0}, ONE = {1, 1, 1, 1};
+
 static vec v3(float x, float y, float z) { return (vec){x, y, z, 0}; }
-static float dot(vec a, vec b) { vec p = a * b; return p.x + p.y + p.z; }
-static vec cross(vec a, vec b) { return a.yzxw * b.zxyw - a.zxyw * b.yzxw; }
+static float dot(vec a, vec b) { vec p = a * b; return p[0] + p[1] + p[2]; }
+static vec yzx(vec a) { return (vec){a[1], a[2], a[0], a[3]}; }
+static vec zxy(vec a) { return (vec){a[2], a[0], a[1], a[3]}; }
+static vec cross(vec a, vec b) { return yzx(a) * zxy(b) - zxy(a) * yzx(b); }
 static vec unit(vec a) { return a / sqrtf(dot(a, a)); }
 static vec mix(vec a, vec b, float t) { return a + (b - a) * t; }
-static vec least(vec a, vec b) { return v3(fminf(a.x, b.x), fminf(a.y, b.y), fminf(a.z, b.z)); }
-static vec most(vec a, vec b) { return v3(fmaxf(a.x, b.x), fmaxf(a.y, b.y), fmaxf(a.z, b.z)); }
-static float largest(vec a) { return fmaxf(a.x, fmaxf(a.y, a.z)); }
+static vec least(vec a, vec b) { return v3(fminf(a[0], b[0]), fminf(a[1], b[1]), fminf(a[2], b[2])); }
+static vec most(vec a, vec b) { return v3(fmaxf(a[0], b[0]), fmaxf(a[1], b[1]), fmaxf(a[2], b[2])); }
+static float largest(vec a) { return fmaxf(a[0], fmaxf(a[1], a[2])); }
 static vec reflect(vec d, vec n) { return d - n * (2 * dot(d, n)); }
 
 static uint64_t scramble(uint64_t z) /* the finalizer of SplitMix64 */
@@ -83,7 +87,7 @@ static float uniform(uint64_t *state) /* [0, 1), SplitMix64 */
 
 static vec around(vec axis, float cosine, float turn) /* the unit vector at that angle from the axis */
 {
-    vec side = unit(fabsf(axis.x) > 0.5f ? cross(axis, v3(0, 1, 0)) : cross(axis, v3(1, 0, 0)));
+    vec side = unit(fabsf(axis[0]) > 0.5f ? cross(axis, v3(0, 1, 0)) : cross(axis, v3(1, 0, 0)));
     float sine = sqrtf(fmaxf(0, 1 - cosine * cosine)), angle = 2 * PI * turn;
     return side * (sine * cosf(angle)) + cross(axis, side) * (sine * sinf(angle)) + axis * cosine;
 }
@@ -275,7 +279,7 @@ static int build_tree(int first, int count)
         node.count = count;
     } else {
         vec size = node.hi - node.lo;
-        node.axis = size.x >= size.y && size.x >= size.z ? 0 : size.y >= size.z ? 1 : 2;
+        node.axis = size[0] >= size[1] && size[0] >= size[2] ? 0 : size[1] >= size[2] ? 1 : 2;
         split_axis = node.axis;
         qsort(scene.objects + first, count, sizeof(Object), by_centre);
         build_tree(first, count / 2);
@@ -285,14 +289,14 @@ static int build_tree(int first, int count)
     return index;
 }
 
-static Ray ray(vec origin, vec dir) { return (Ray){origin, dir, (vec){1, 1, 1, 1} / dir}; }
+static Ray ray(vec origin, vec dir) { return (Ray){origin, dir, ONE / dir}; }
 
 /* Where the ray enters and leaves the box; enter > leave where it misses. */
 static void slab(const Ray *r, vec lo, vec hi, float *enter, float *leave)
 {
     vec a = (lo - r->origin) * r->inverse, b = (hi - r->origin) * r->inverse;
-    *enter = fmaxf(fmaxf(a.x < b.x ? a.x : b.x, a.y < b.y ? a.y : b.y), a.z < b.z ? a.z : b.z);
-    *leave = fminf(fminf(a.x < b.x ? b.x : a.x, a.y < b.y ? b.y : a.y), a.z < b.z ? b.z : a.z);
+    *enter = fmaxf(fmaxf(a[0] < b[0] ? a[0] : b[0], a[1] < b[1] ? a[1] : b[1]), a[2] < b[2] ? a[2] : b[2]);
+    *leave = fminf(fminf(a[0] < b[0] ? b[0] : a[0], a[1] < b[1] ? b[1] : a[1]), a[2] < b[2] ? b[2] : a[2]);
 }
 
 static float distance_to(const Object *o, const Ray *r) /* 0 if the ray misses */
@@ -351,9 +355,9 @@ static vec normal_at(const Object *o, vec p) /* outward */
     if (o->shape == SPHERE) return (p - o->a) / o->radius;
     if (o->shape == PLANE) return o->b;
     vec half = (o->b - o->a) / 2, d = (p - (o->a + o->b) / 2);
-    float x = half.x - fabsf(d.x), y = half.y - fabsf(d.y), z = half.z - fabsf(d.z);
-    if (x <= y && x <= z) return v3(copysignf(1, d.x), 0, 0);
-    return y <= z ? v3(0, copysignf(1, d.y), 0) : v3(0, 0, copysignf(1, d.z));
+    float x = half[0] - fabsf(d[0]), y = half[1] - fabsf(d[1]), z = half[2] - fabsf(d[2]);
+    if (x <= y && x <= z) return v3(copysignf(1, d[0]), 0, 0);
+    return y <= z ? v3(0, copysignf(1, d[1]), 0) : v3(0, 0, copysignf(1, d[2]));
 }
 
 /* ---- light ---- */
@@ -362,7 +366,7 @@ static vec sky(vec dir, bool with_sun)
 {
     if (with_sun && scene.has_sun && dot(dir, scene.sun) > scene.sun_cos)
         return scene.sun_colour / (2 * PI * (1 - scene.sun_cos));
-    return mix(scene.horizon, scene.zenith, sqrtf(fmaxf(0, dir.y)));
+    return mix(scene.horizon, scene.zenith, sqrtf(fmaxf(0, dir[1])));
 }
 
 /* A direction towards the lamp, how far it may go before it meets the lamp, and the reciprocal of the
@@ -393,8 +397,8 @@ static float towards(const Object *lamp, vec p, uint64_t *rng, vec *dir, float *
     while (k < 2 && pick >= area[k]) pick -= area[k++];
     vec at = lamp->a + (lamp->b - lamp->a) * v3(u, v, u);
     at[k] = p[k] < lamp->a[k] ? lamp->a[k] : lamp->b[k];
-    if (k == 2) at.y = lamp->a.y + (lamp->b.y - lamp->a.y) * v;
-    if (k == 1) at.z = lamp->a.z + (lamp->b.z - lamp->a.z) * v;
+    if (k == 2) at[1] = lamp->a[1] + (lamp->b[1] - lamp->a[1]) * v;
+    if (k == 1) at[2] = lamp->a[2] + (lamp->b[2] - lamp->a[2]) * v;
     vec to = at - p;
     float square = dot(to, to), length = sqrtf(square);
     *dir = to / length;
@@ -406,7 +410,7 @@ static float towards(const Object *lamp, vec p, uint64_t *rng, vec *dir, float *
 static vec direct_light(vec p, vec normal, uint64_t *rng)
 {
     int sources = scene.light_count + scene.has_sun;
-    if (!sources) return 0;
+    if (!sources) return ZERO;
     int pick = (int)(uniform(rng) * sources);
     vec dir, colour;
     float limit = INFINITY, weight = 1 / PI;
@@ -419,10 +423,10 @@ static vec direct_light(vec p, vec normal, uint64_t *rng)
         dir = around(scene.sun, 1 - u * (1 - scene.sun_cos), uniform(rng));
     }
     weight *= dot(dir, normal) * sources;
-    if (!(weight > 0)) return 0;
+    if (!(weight > 0)) return ZERO;
     Hit blocker;
     Ray r = ray(p, dir);
-    return trace(&r, limit, true, &blocker) ? 0 : colour * weight;
+    return trace(&r, limit, true, &blocker) ? ZERO : colour * weight;
 }
 
 static float fresnel(float cosine, float ratio) /* Schlick's approximation; ratio of the indices */
@@ -452,7 +456,7 @@ static vec seen(vec light, bool scattered)
 
 static vec radiance(Ray r, uint64_t *rng)
 {
-    vec light = 0, weight = 1;
+    vec light = ZERO, weight = ONE;
     bool sees_lamps = true; /* false after a diffuse bounce: direct_light has counted them already */
     bool scattered = false;
     for (int depth = 0; depth < MAX_DEPTH; depth++) {
@@ -465,20 +469,24 @@ static vec radiance(Ray r, uint64_t *rng)
         if (m->kind == LIGHT) return sees_lamps ? light + weight * seen(colour, scattered) : light;
         if (m->kind == CHECKER) {
             vec cell = p / m->value + EPSILON;
-            if ((int)(floorf(cell.x) + floorf(cell.y) + floorf(cell.z)) & 1) colour = m->other;
+            if ((int)(floorf(cell[0]) + floorf(cell[1]) + floorf(cell[2])) & 1) colour = m->other;
         }
         if (m->kind == MIRROR) {
             dir = reflect(r.dir, normal);
-            if (m->value > 0) dir = unit(dir + around(normal, 2 * uniform(rng) - 1, uniform(rng)) * m->value);
+            if (m->value > 0) {
+                float u = uniform(rng); /* drawn one by one: compilers order arguments as they like */
+                dir = unit(dir + around(normal, 2 * u - 1, uniform(rng)) * m->value);
+            }
             if (dot(dir, normal) <= 0) return light;
         } else if (m->kind == GLASS) {
             dir = through_glass(r.dir, outward, m->value, rng);
         } else if (coat) {
             dir = reflect(r.dir, normal);
-            colour = 1;
+            colour = ONE;
         } else {
             light += weight * colour * direct_light(p, normal, rng);
-            dir = around(normal, sqrtf(1 - uniform(rng)), uniform(rng));
+            float u = uniform(rng);
+            dir = around(normal, sqrtf(1 - u), uniform(rng));
             scattered = true;
         }
         sees_lamps = m->kind == MIRROR || m->kind == GLASS || coat;
@@ -499,12 +507,12 @@ static vec pixel(int x, int y, int width, int height, int samples, uint64_t seed
 {
     uint64_t rng = scramble(scramble(scramble(seed) + (uint64_t)x) + (uint64_t)y);
     int grid = (int)sqrtf((float)samples);
-    vec sum = 0;
+    vec sum = ZERO;
     for (int s = 0; s < samples; s++) { /* the first grid x grid samples are stratified over the pixel */
         float u = uniform(&rng), v = uniform(&rng);
         if (s < grid * grid) u = (s % grid + u) / grid, v = (s / grid + v) / grid;
         float sx = (2 * (x + u) - width) / height * scene.tangent, sy = (height - 2 * (y + v)) / height * scene.tangent;
-        vec target = (scene.forward + scene.right * sx + scene.up * sy) * scene.focus, lens = 0;
+        vec target = (scene.forward + scene.right * sx + scene.up * sy) * scene.focus, lens = ZERO;
         if (scene.aperture > 0) {
             float radius = scene.aperture * sqrtf(uniform(&rng)), angle = 2 * PI * uniform(&rng);
             lens = scene.right * (radius * cosf(angle)) + scene.up * (radius * sinf(angle));
@@ -562,7 +570,7 @@ int main(int argc, char **argv)
     for (int y = top; y < top + h; y++)
         for (int x = left; x < left + w; x++) {
             vec c = pixel(x, y, width, height, samples, seed);
-            uint8_t rgb[3] = {encode(c.x), encode(c.y), encode(c.z)};
+            uint8_t rgb[3] = {encode(c[0]), encode(c[1]), encode(c[2])};
             fwrite(rgb, 1, 3, out);
         }
     bool failed = ferror(out);

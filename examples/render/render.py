@@ -6,6 +6,8 @@
 What happens: the module `render.wasm` is published with the node's `gftp` (or taken from --image-url), a demand asks
 for the runtime `wasmtime` and that module, every worker gets the scene once and then renders tiles; each finished
 tile goes into the PNG at once, a tile whose provider fails is given to another one. Invoices are accepted by yapapi.
+With `--image-tag NAME` it is a Docker image instead (`make_image.py` makes it, `golem image push` stores it at the node):
+the demand is yapapi's own `vm.repo(image_tag=NAME, repository_url=...)`.
 `--summary FILE` writes what it took as JSON: tiles by provider, agreements, invoices, total. yapapi's own log goes to
 `--log`. Ctrl-C ends agreements and waits for invoices; a second one stops at once.
 
@@ -21,6 +23,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import re
 import shutil
 import signal
@@ -37,7 +40,7 @@ from typing import Any
 from image import Canvas, Tile, cut
 from yapapi import Golem, Task, WorkContext, events
 from yapapi.log import log_event_repr
-from yapapi.payload import Payload
+from yapapi.payload import Payload, vm
 from yapapi.props import inf
 from yapapi.props.base import constraint, prop
 from yapapi.rest.activity import CommandExecutionError
@@ -101,7 +104,7 @@ class Rendering:
     def complete(self) -> bool:
         return len(self.done) == len(self.tiles)
 
-    async def run(self, package: str) -> None:
+    async def run(self, payload: Payload) -> None:
         """Render every tile on the market; returns when invoices are settled, complete or not."""
         options = self.options
         async with Golem(
@@ -118,7 +121,7 @@ class Rendering:
                 async for task in golem.execute_tasks(
                     lambda ctx, tasks: self.work(ctx, tasks, Path(folder)),
                     [Task(data=tile) for tile in self.tiles],
-                    payload=WasmPayload(package=package),
+                    payload=payload,
                     max_workers=options.max_workers,
                     timeout=timedelta(seconds=options.timeout),
                 ):
@@ -139,7 +142,7 @@ class Rendering:
             script = ctx.new_script(timeout=timedelta(seconds=self.options.tile_timeout))
             if not scene_sent:
                 script.upload_file(str(self.options.scene), SCENE_AT_PROVIDER)
-            script.run("render", *self.arguments(tile))
+            script.run("/bin/render" if self.options.image_tag else "render", *self.arguments(tile))
             script.download_file(TILE_AT_PROVIDER, str(local))
             started = time.monotonic()
             try:
@@ -164,7 +167,7 @@ class Rendering:
             )
 
     def arguments(self, tile: Tile) -> list[str]:
-        """The command line of render.wasm for one tile."""
+        """The command line of the renderer for one tile."""
         options = self.options
         numbers = (tile.x, tile.y, tile.w, tile.h, options.width, options.height, options.samples, options.seed)
         return [SCENE_AT_PROVIDER, TILE_AT_PROVIDER, *map(str, numbers)]
@@ -234,15 +237,17 @@ class Rendering:
 
 
 @contextlib.asynccontextmanager
-async def published(module: Path, digest: str, image_url: str | None) -> AsyncIterator[str]:
-    """The task package of the module, published for as long as the context lasts unless its URL is given."""
-    if image_url:
-        yield f"hash:sha3:{digest}:{image_url}"
-        return
-    async with gftp.provider() as storage:
-        source = await storage.upload_file(module)
-        yield f"hash:sha3:{digest}:{source.download_url}"
-        await storage.release_source(source)
+async def published(options: argparse.Namespace) -> AsyncIterator[Payload]:
+    """What providers shall run: the module, published for as long as the context lasts unless its URL is given, or an image."""
+    if options.image_tag:
+        yield await vm.repo(image_tag=options.image_tag, repository_url=options.registry)
+    elif options.image_url:
+        yield WasmPayload(package=f"hash:sha3:{options.digest}:{options.image_url}")
+    else:
+        async with gftp.provider() as storage:
+            source = await storage.upload_file(options.module)
+            yield WasmPayload(package=f"hash:sha3:{options.digest}:{source.download_url}")
+            await storage.release_source(source)
 
 
 def tile_grid(text: str) -> tuple[int, int]:
@@ -291,6 +296,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--timeout", type=bounded(1, 86400), default=600, help="seconds for all tiles (default: %(default)s)")
     add("--tile-timeout", type=bounded(1, 86400), default=300, help="seconds for one tile (default: %(default)s)")
     add("--image-url", default=None, help="where providers find render.wasm; without it gftp publishes the file")
+    add("--image-tag", default=None, metavar="NAME", help="a Docker image in the registry, run instead of the module")
+    node = os.environ.get("YAGNA_API_URL") or "http://127.0.0.1:7465"
+    add("--registry", default=node, metavar="URL", help="where to ask for --image-tag (default: the node, %(default)s)")
     add("--module", type=Path, default=HERE / "render.wasm", help=argparse.SUPPRESS)
     add("--stream", action="store_true", help="take results by event stream instead of polling")
     add("--preview", choices=("auto", "always", "never"), default="auto", help="draw the image in the terminal")
@@ -357,8 +365,8 @@ async def main(options: argparse.Namespace) -> int:
         loop.add_signal_handler(number, interrupted, number)
     status = 130
     try:
-        async with published(options.module, options.digest, options.image_url) as package:
-            await rendering.run(package)
+        async with published(options) as payload:
+            await rendering.run(payload)
         status = 0 if rendering.complete else 1
     except asyncio.CancelledError:
         if not (rendering.error or "").startswith("interrupted"):
