@@ -39,6 +39,7 @@ def command(function: Command) -> Command:
 
 def serve_commands(node: Node) -> None:
     """Answer the command line on the node's bus."""
+    import golem.activity_commands  # noqa: F401  it registers its own
 
     def handler(run: Command) -> Callable[[BusPeer, bytes], Awaitable[bytes]]:
         async def answer(client: BusPeer, payload: bytes) -> bytes:

@@ -25,7 +25,7 @@ from typing import Any
 
 import trio
 
-from actors.activity import Activity
+from actors.activity import Activity, ActivityRow
 from actors.kernel.journal import Journal
 from actors.kernel.system import System
 from actors.kernel.trace import Line
@@ -41,6 +41,7 @@ from golem.files import FileServer
 from golem.gossip import Gossip
 from golem.gsb import Services
 from golem.identity import APP_KEYS, AppKeys, AskPassword, Identity, open_identity, write_private
+from golem.interaction import Interactions
 from golem.net import NetConfig, Network, open_network
 from golem.registry import IMAGES, Registry
 from golem.router import Router
@@ -63,6 +64,7 @@ class Node:
         self.network, self.bus, self.chain, self.files, self.registry = network, bus, chain, files, registry
         self.services = Services(files)
         self.node_id = identity.node_id
+        self.interactions = Interactions(self.node_id, router, self.activity)
         self.name = identity.node_id[:10]
         self.started_at = time.time()
         self.api_url = ""
@@ -71,6 +73,11 @@ class Node:
     def clock(self) -> float:
         """Return the time in seconds since the epoch."""
         return self.system.now()
+
+    def activity(self, activity_id: str) -> ActivityRow | None:
+        """Return the row of an activity that this node is a party of."""
+        row: ActivityRow | None = self.system.rows("activity").get(f"activity/{activity_id}")
+        return row
 
     def new_id(self) -> str:
         """Return 32 random hex digits."""

@@ -40,9 +40,9 @@ def status() -> None:
 
 def _register() -> None:
     """Commands that live in modules of their own."""
-    from golem.cli import chain, identity, image, market, net, payment, provider, run, trace
+    from golem.cli import activity, chain, identity, image, market, net, payment, provider, run, trace
 
-    for module in (run, identity, net, payment, market, provider, image, chain, trace):
+    for module in (run, identity, net, payment, market, activity, provider, image, chain, trace):
         module.register(main)
 
 

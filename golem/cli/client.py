@@ -52,11 +52,17 @@ async def _ask(config: Config, command: str, args: dict[str, Any], timeout_s: fl
 
 def get(path: str, **query: Any) -> Any:
     """Return what the node's REST API answers to a GET. Ends the command with the API's message when it refuses."""
+    return call("GET", path, **query)
+
+
+def call(method: str, path: str, **query: Any) -> Any:
+    """Return what the node's REST API answers. Ends the command with the API's message when it refuses."""
     import httpx
 
     access = ask_node("rest_access")
+    headers = {"Authorization": f"Bearer {access['key']}"}
     try:
-        answer = httpx.get(access["url"] + path, params=query, headers={"Authorization": f"Bearer {access['key']}"}, timeout=60)
+        answer = httpx.request(method, access["url"] + path, params=query, headers=headers, timeout=60)
     except httpx.HTTPError as error:
         raise fail(f"the node's REST API did not answer: {error}") from None
     if answer.status_code > 299:

@@ -62,7 +62,7 @@ def blueprint(node: Node) -> Blueprint:
             raise api_error(fault) from None
         try:
             await websocket.accept()
-            await _Shell(terminal, request.tty).run()
+            await _Shell(terminal, request.tty, node.stopping).run()
         finally:
             with trio.CancelScope(shield=True):
                 await terminal.aclose()
@@ -103,8 +103,8 @@ class _Control(msgspec.Struct, forbid_unknown_fields=True):
 class _Shell:
     """The websocket at hand and a program, joined."""
 
-    def __init__(self, terminal: TerminalClient, tty: bool) -> None:
-        self._terminal, self._tty = terminal, tty
+    def __init__(self, terminal: TerminalClient, tty: bool, stopping: trio.Event) -> None:
+        self._terminal, self._tty, self._stopping = terminal, tty, stopping
         self._fault: InteractionFault | None = None
 
     async def run(self) -> None:
@@ -112,6 +112,7 @@ class _Shell:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._guard, self._read, nursery.cancel_scope)
             nursery.start_soon(self._guard, self._write, nursery.cancel_scope)
+            nursery.start_soon(self._guard, self._watch_node, nursery.cancel_scope)
         if self._fault is not None:
             await _say({"error": str(self._fault), "code": self._fault.code})
         await close_websocket(CloseReason.INTERNAL_ERROR if self._fault else CloseReason.NORMAL_CLOSURE)
@@ -130,6 +131,10 @@ class _Shell:
                 await self._terminal.send(message)
             elif message:
                 await self._control(message)
+
+    async def _watch_node(self) -> None:
+        await self._stopping.wait()
+        raise InteractionFault("lost", "the node is stopping")
 
     async def _control(self, text: str) -> None:
         try:

@@ -103,7 +103,7 @@ class Proxy:
             if scope["type"] == "websocket":
                 await relay_websocket(channel, target, forwarded(headers, target), scope, receive, send)
             else:
-                await _Exchange(channel, target, receive, send, more).run(scope)
+                await _Exchange(channel, target, receive, send, more).run(scope, self._node.stopping)
         finally:
             with trio.CancelScope(shield=True):
                 await channel.aclose()
@@ -118,7 +118,7 @@ class _Exchange:
         self._http = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD_BYTES)
         self._fault: ApiError | None = None
 
-    async def run(self, scope: Any) -> None:
+    async def run(self, scope: Any, stopping: trio.Event) -> None:
         """Raises `ApiError`; an answer that has begun then ends before its end, and the server breaks the connection."""
         headers = forwarded(scope["headers"], self._target)
         names = {name for name, _ in headers}
@@ -140,9 +140,15 @@ class _Exchange:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._upload, with_body, nursery.cancel_scope)
             nursery.start_soon(self._download, nursery.cancel_scope)
+            nursery.start_soon(self._watch_node, stopping, nursery.cancel_scope)
         if self._fault is not None:
             log.info("proxy-http: %s", self._fault)
             raise self._fault
+
+    async def _watch_node(self, stopping: trio.Event, scope: trio.CancelScope) -> None:
+        await stopping.wait()
+        self._fault = ApiError(503, "the node is stopping")
+        scope.cancel()
 
     async def _upload(self, with_body: bool, scope: trio.CancelScope) -> None:
         """Pass the body on, and see to it that a client that leaves ends it all."""
