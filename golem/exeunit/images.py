@@ -1,8 +1,13 @@
 """Task packages: downloaded once into a cache by digest, kept while in use, told apart by content.
 
-The cache directory is shared by all exe-units of a provider. Files arrive by rename after their digest is checked.
-Locks are `flock`s, so they end with their process: a user of an image holds a shared lock on it, a downloader an
-exclusive one on the part file; eviction takes the least recently used images that nobody holds.
+The cache directory is shared by all exe-units of a provider. Files arrive by rename after their digest is checked; half a
+download is kept and gone on with where its failure may pass. Locks are `flock`s, so they end with their process: a user
+of an image holds a shared lock on it, a downloader an exclusive one on the part file; eviction takes the least recently
+used images (by access time, which is set at every use) that nobody holds.
+
+A file's size, modification time and inode are noted when its digest is found right, in an extended attribute, together
+with its format. While they are the same, a file is hashed again once a day and not at every deploy; where there are no
+such attributes it is at every deploy.
 Neighbours: `transfer` (the download), `runtimes.base` (which formats a runtime takes).
 """
 
@@ -11,8 +16,15 @@ from __future__ import annotations
 import errno
 import fcntl
 import gzip
+import hashlib
+import json
 import os
+import re
+import shutil
+import time
 import zlib
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -22,13 +34,18 @@ import trio
 
 from golem.exeunit.runtimes.base import ImageFormat
 from golem.exeunit.spool import Progress, TransferError
-from golem.exeunit.transfer import Location, Notice, Transfers, parse_location
+from golem.exeunit.transfer import Digest, Location, Notice, Transfers, parse_location
 
 CACHE_HIT = "Deployed image from cache"
 DOWNLOAD_POLL_S = 0.2
 MAX_SCANNED_MEMBERS = 200_000
 MAX_INFLATED_BYTES = 2 << 30
 TAR_BLOCK_BYTES = 512
+CHECKED_FOR_S = 24 * 3600.0
+HASHED_AT_ONCE_BYTES = 64 << 20
+MIN_FREE_BYTES = 1 << 30  # of the disk, left free by the cache
+NOTE = "user.golem.checked"
+_PART_OF_ARCHIVE = re.compile(r"blobs/sha(256|512)/|[0-9a-f]{64}/(layer\.tar|json|VERSION)\Z|oci-layout\Z")
 _ARCHIVE_MARKS = {"manifest.json": ImageFormat.DOCKER_ARCHIVE, "index.json": ImageFormat.OCI_ARCHIVE}
 
 
@@ -58,9 +75,19 @@ class Image:
 class ImageStore:
     """A directory of images, named `sha3-<bits>-<hex>`."""
 
-    def __init__(self, directory: Path, transfers: Transfers, max_bytes: int, max_image_bytes: int) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        transfers: Transfers,
+        max_bytes: int,
+        max_image_bytes: int,
+        *,
+        clock: Callable[[], float] = time.time,
+        free_bytes: Callable[[Path], int] = lambda path: shutil.disk_usage(path).free,
+    ) -> None:
         """`max_bytes` bounds the cache (images in use may exceed it), `max_image_bytes` one image."""
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._clock, self._free_bytes = clock, free_bytes
         self._directory = directory
         self._transfers = transfers
         self._max_bytes = max_bytes
@@ -84,7 +111,7 @@ class ImageStore:
         if location.scheme == "container":
             raise TransferError("a task package cannot be in a container")
         name = f"sha3-{location.digest.bits}-{location.digest.hex}"
-        lock = self._hold(name)
+        lock = await self._hold_checked(location.digest, name, notice)
         cached = lock is not None
         if lock is None:
             lock = await self._download(location, name, progress, notice)
@@ -93,6 +120,8 @@ class ImageStore:
         path = self._directory / name
         try:
             found = await trio.to_thread.run_sync(detect_format, path) or ImageFormat.OTHER
+            if _read_note(lock) is None:
+                _write_note(lock, self._clock(), found)
             if found not in formats:
                 wanted = ", ".join(sorted(item.value for item in formats))
                 what = found.value if found is not ImageFormat.OTHER else "of an unknown format"
@@ -111,10 +140,36 @@ class ImageStore:
             except FileNotFoundError:
                 return None
             fcntl.flock(descriptor, fcntl.LOCK_SH)  # eviction holds its exclusive lock for an instant only
-            if os.fstat(descriptor).st_nlink:
-                os.utime(descriptor)
+            status = os.fstat(descriptor)
+            if status.st_nlink:
+                os.utime(descriptor, ns=(time.time_ns(), status.st_mtime_ns))
                 return descriptor
             os.close(descriptor)  # evicted between open and lock
+
+    async def _hold_checked(self, digest: Digest, name: str, notice: Notice | None) -> int | None:
+        """Hold a cached image whose content is what its name says; one that is damaged is removed."""
+        descriptor = self._hold(name)
+        if descriptor is None:
+            return None
+        try:
+            note = _read_note(descriptor)
+            if note is not None and abs(self._clock() - note.at_s) < CHECKED_FOR_S:
+                return descriptor
+            if await _has_digest(descriptor, digest):
+                if note is not None:
+                    _write_note(descriptor, self._clock(), note.format)
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        if notice is not None:
+            notice("The cached image is damaged: getting it anew")
+        path = self._directory / name
+        with suppress(FileNotFoundError):
+            if path.stat().st_ino == os.fstat(descriptor).st_ino:
+                path.unlink()
+        os.close(descriptor)
+        return None
 
     async def _download(self, location: Location, name: str, progress: Progress | None, notice: Notice | None) -> int:
         """Fetch an image, or wait for another exe-unit that is fetching it; returns the held descriptor."""
@@ -140,27 +195,36 @@ class ImageStore:
     async def _fill(
         self, location: Location, part: Path, descriptor: int, progress: Progress | None, notice: Notice | None
     ) -> None:
+        """Download into the part file, on from what it holds."""
+        self._evict()
+        room = self._free_bytes(self._directory) - MIN_FREE_BYTES + os.fstat(descriptor).st_size
+        most = min(self._max_image_bytes, max(room, 0))
         try:
             await self._transfers.fetch(
-                location, descriptor, max_bytes=self._max_image_bytes, progress=progress, notice=notice
+                location, descriptor, max_bytes=most, resume=True, progress=progress, notice=notice
             )
             os.fsync(descriptor)
-        except BaseException:  # also when cancelled: half a file is of no use, as a download starts anew
-            os.unlink(part)
+        except BaseException as error:  # also when cancelled: the next one goes on from here
+            refused = isinstance(error, TransferError) and not error.passing
+            if refused or not os.fstat(descriptor).st_size:
+                part.unlink()
+            if refused and most < self._max_image_bytes:
+                raise TransferError(f"{error} (this provider has disk space for {most} bytes)") from None
             raise
 
     def _evict(self) -> None:
-        """Remove the least recently used images that nobody holds, until the rest fits."""
+        """Remove the least recently used images and parts that nobody holds, until the rest fits and the disk has room."""
         images = []
         for path in self._directory.glob("sha3-*"):
             try:
                 status = path.stat()
             except FileNotFoundError:  # another exe-unit evicts as well
                 continue
-            images.append((status.st_mtime_ns, status.st_size, path))
+            images.append((max(status.st_atime_ns, status.st_mtime_ns), status.st_size, path))
         total = sum(size for _, size, _ in images)
+        most = min(self._max_bytes, total + self._free_bytes(self._directory) - MIN_FREE_BYTES)
         for _, size, path in sorted(images):
-            if total <= self._max_bytes:
+            if total <= most:
                 return
             try:
                 descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -188,9 +252,55 @@ def _lock_now(descriptor: int, path: Path) -> bool:
         return False
 
 
+@dataclass(frozen=True)
+class _Note:
+    """What was found of a file when it was last hashed."""
+
+    at_s: float
+    format: ImageFormat
+
+
+def _read_note(descriptor: int) -> _Note | None:
+    """Return the note on a file, None where there is none or the file has changed since."""
+    status = os.fstat(descriptor)
+    try:
+        note = json.loads(os.getxattr(descriptor, NOTE))
+        if note["file"] == [status.st_size, status.st_mtime_ns, status.st_ino]:
+            return _Note(float(note["at_s"]), ImageFormat[note["format"]])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return None
+
+
+def _write_note(descriptor: int, at_s: float, format: ImageFormat) -> None:
+    status = os.fstat(descriptor)
+    note = {"file": [status.st_size, status.st_mtime_ns, status.st_ino], "at_s": at_s, "format": format.name}
+    with suppress(OSError):  # a file system without extended attributes
+        os.setxattr(descriptor, NOTE, json.dumps(note).encode())
+
+
+async def _has_digest(descriptor: int, digest: Digest) -> bool:
+    """Whether a file has a digest; between parts of it the question can be cancelled."""
+    found, offset = digest.new(), 0
+    while done := await trio.to_thread.run_sync(_hash_some, descriptor, offset, found):
+        offset += done
+    return found.hexdigest() == digest.hex
+
+
+def _hash_some(descriptor: int, offset: int, found: hashlib._Hash) -> int:
+    done = 0
+    while done < HASHED_AT_ONCE_BYTES and (chunk := os.pread(descriptor, 1 << 20, offset + done)):
+        found.update(chunk)
+        done += len(chunk)
+    return done
+
+
 def detect_format(path: Path) -> ImageFormat | None:
-    """Tell what a file is from its content; None if it is nothing we know."""
+    """Tell what a file is from its content, or from the cache's note on it; None if it is nothing we know."""
     with path.open("rb") as file:
+        note = _read_note(file.fileno())
+        if note is not None:
+            return note.format if note.format is not ImageFormat.OTHER else None
         head = file.read(512)
         if head[:4] == b"\0asm":
             return ImageFormat.WASM_MODULE
@@ -211,7 +321,7 @@ def detect_format(path: Path) -> ImageFormat | None:
 def _detect_tar(file: BinaryIO, max_bytes: int | None) -> ImageFormat | None:
     """Walk the headers of a tar; `max_bytes` bounds what is read of a compressed one."""
     names: set[str] = set()
-    position = 0
+    position, parts = 0, False
     for _ in range(MAX_SCANNED_MEMBERS):
         header = file.read(TAR_BLOCK_BYTES)
         if len(header) < TAR_BLOCK_BYTES or not header.strip(b"\0"):
@@ -221,11 +331,14 @@ def _detect_tar(file: BinaryIO, max_bytes: int | None) -> ImageFormat | None:
         name = header[:100].split(b"\0")[0].decode("utf-8", "replace").removeprefix("./")
         if name in _ARCHIVE_MARKS:
             names.add(name)
+        parts = parts or _PART_OF_ARCHIVE.match(name) is not None
         size = _tar_number(header[124:136])
         if size is None:
             return None
         position += TAR_BLOCK_BYTES + -(-size // TAR_BLOCK_BYTES) * TAR_BLOCK_BYTES
         if max_bytes is not None and position > max_bytes:
+            if parts:  # a mark may come later; which one, whoever reads it all will see
+                names.add("manifest.json")
             break
         file.seek(position)
     else:

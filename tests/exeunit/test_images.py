@@ -13,7 +13,7 @@ import trio
 import wat_modules as wat
 from support import trio_test
 
-from golem.exeunit.images import CACHE_HIT, ImageStore, detect_format
+from golem.exeunit.images import CACHE_HIT, MIN_FREE_BYTES, NOTE, ImageStore, detect_format
 from golem.exeunit.runtimes.base import ImageFormat
 from golem.exeunit.spool import Spool
 from golem.exeunit.transfer import TransferError, TransferPolicy, Transfers
@@ -138,6 +138,136 @@ async def test_wrong_format_names_what_is_taken(tmp_path: Path) -> None:
         await store(tmp_path).obtain(package(tmp_path / "m", b"#!/bin/sh"), ALL - {ImageFormat.OTHER})
     with await store(tmp_path).obtain(package(tmp_path / "m", b"#!/bin/sh"), ALL) as image:
         assert image.format is ImageFormat.OTHER
+
+
+class BrokenWeb:
+    """Serves a content and breaks off at a place."""
+
+    def __init__(self, content: bytes, end: int) -> None:
+        self.content, self.end, self.starts = content, end, list[int]()
+
+    async def download(self, url: str, spool: Spool) -> None:
+        self.starts.append(spool.size)
+        await spool.write(self.content[spool.size : self.end])
+        if spool.size < len(self.content):
+            raise TransferError("the line is cut", passing=True)
+
+    async def upload(self, *args: object) -> None:
+        raise AssertionError("nothing is uploaded here")
+
+
+async def no_sleep(delay_s: float) -> None:
+    await trio.lowlevel.checkpoint()
+
+
+@trio_test
+async def test_half_a_download_is_gone_on_with(tmp_path: Path) -> None:
+    content = b"\0asm" + bytes(range(256)) * (12 << 10)
+    reference = f"hash:sha3:{hashlib.sha3_224(content).hexdigest()}:http://h/x"
+    first, second = BrokenWeb(content, 2 << 20), BrokenWeb(content, len(content))
+    stores = [
+        ImageStore(tmp_path / "c", Transfers(TransferPolicy(), web=web, sleep=no_sleep), 9 << 20, 9 << 20)
+        for web in (first, second)
+    ]
+    with pytest.raises(TransferError, match="the line is cut"):
+        await stores[0].obtain(reference, ALL)
+    (part,) = (tmp_path / "c").iterdir()
+    assert part.suffix == ".part"
+    assert part.read_bytes() == content[: 2 << 20]
+    with await stores[1].obtain(reference, ALL) as image:
+        assert image.path.read_bytes() == content
+    assert second.starts == [2 << 20]
+
+
+@pytest.mark.parametrize("reached", [0, 100])
+@trio_test
+async def test_a_cancelled_download_keeps_what_it_has(tmp_path: Path, reached: int) -> None:
+    content = b"\0asm" + bytes(2 << 20)
+
+    class Web(BrokenWeb):
+        async def download(self, url: str, spool: Spool) -> None:
+            if reached:
+                await spool.write(content[: reached << 10])
+                await spool.flush()
+            scope.cancel()
+            await trio.sleep_forever()
+
+    reference = f"hash:sha3:{hashlib.sha3_224(content).hexdigest()}:http://h/x"
+    images = ImageStore(tmp_path / "c", Transfers(TransferPolicy(), web=Web(content, 0)), 9 << 20, 9 << 20)
+    with trio.CancelScope() as scope:
+        await images.obtain(reference, ALL)
+    assert [part.stat().st_size for part in (tmp_path / "c").iterdir()] == ([reached << 10] if reached else [])
+
+
+def change(path: Path, when: int | None = None) -> None:
+    """Damage a file; `when`: its modification time afterwards, as a failing disk would leave it."""
+    status = path.stat()
+    path.write_bytes(bytes(reversed(path.read_bytes())))
+    if when is not None:
+        os.utime(path, ns=(status.st_atime_ns, when))
+
+
+@trio_test
+async def test_a_damaged_file_is_found_out_and_fetched_anew(tmp_path: Path) -> None:
+    now, notices = [1e9], list[str]()
+    images = ImageStore(
+        tmp_path / "cache", Transfers(TransferPolicy(file_roots=(tmp_path,))), 1 << 20, 1 << 20, clock=lambda: now[0]
+    )
+    reference = package(tmp_path / "m", wat.TRAP)
+
+    async def obtain() -> bool:
+        with await images.obtain(reference, ALL, notice=notices.append) as image:
+            assert image.path.read_bytes() == wat.TRAP
+            assert detect_format(image.path) is ImageFormat.WASM_MODULE
+            return image.cached
+
+    assert not await obtain()
+    (cached,) = (tmp_path / "cache").iterdir()
+    change(cached)  # by hand: its time tells
+    assert not await obtain()
+    assert notices == ["The cached image is damaged: getting it anew"]
+    change(cached, cached.stat().st_mtime_ns)  # behind everybody's back
+    now[0] += 25 * 3600
+    assert not await obtain()
+    cached.write_bytes(wat.TRAP)  # a new time and the right content
+    assert await obtain()
+    assert await obtain()
+
+
+@trio_test
+async def test_a_checked_file_is_not_hashed_at_every_deploy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, reference = store(tmp_path), package(tmp_path / "m", wat.TRAP)
+    (await images.obtain(reference, ALL)).close()
+    (cached,) = (tmp_path / "cache").iterdir()
+    try:
+        os.getxattr(cached, NOTE)
+    except OSError:
+        pytest.skip("the file system of temporary files has no extended attributes")
+    monkeypatch.setattr("golem.exeunit.images._hash_some", None)
+    assert (await images.obtain(reference, ALL)).cached
+
+
+@trio_test
+async def test_the_disk_is_not_filled(tmp_path: Path) -> None:
+    free = [MIN_FREE_BYTES + 60]
+    images = ImageStore(
+        tmp_path / "cache", Transfers(TransferPolicy(file_roots=(tmp_path,))), 9999, 9999, free_bytes=lambda path: free[0]
+    )
+    (await images.obtain(package(tmp_path / "a", b"\0asm" + b"a" * 50), ALL)).close()
+    free[0] = MIN_FREE_BYTES + 10
+    with pytest.raises(TransferError, match=r"too large.*disk space for 10 bytes"):
+        await images.obtain(package(tmp_path / "b", b"\0asm" + b"b" * 50), ALL)
+    free[0] = MIN_FREE_BYTES - 20  # others have filled it: images that nobody uses make room
+    with pytest.raises(TransferError, match=r"disk space for 0 bytes"):
+        await images.obtain(package(tmp_path / "b", b"\0asm" + b"b" * 50), ALL)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_large_compressed_archives_are_told_by_their_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("golem.exeunit.images.MAX_INFLATED_BYTES", 4096)
+    for name, form in (("blobs/sha256/x", ImageFormat.DOCKER_ARCHIVE), ("etc/x", ImageFormat.ROOTFS_ARCHIVE)):
+        (tmp_path / "x").write_bytes(tar([name, "y", "manifest.json"], "w:gz", 9000))
+        assert detect_format(tmp_path / "x") is form
 
 
 def tar(names: list[str], mode: str = "w", size: int = 3) -> bytes:

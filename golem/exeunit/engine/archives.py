@@ -202,6 +202,11 @@ class Blobs:
                     raise BadImage("the archive: it ends too early")
                 self._files[name] = (reader.position, plain.size)
 
+    @property
+    def oci_alone(self) -> bool:
+        """Whether this is an OCI layout and no Docker archive as well."""
+        return "index.json" in self._files and "manifest.json" not in self._files
+
     def find(self, name: str) -> tuple[int, int]:
         """Return where a file begins and its size. Errors: BadImage."""
         wanted = name
@@ -260,14 +265,17 @@ class Blob:
     size: int | None = None
 
 
-def convert_blobs(package: Package, docker: bool, output: Output) -> None:
-    """Convert a Docker archive (`docker`) or an OCI layout, itself plain or gzip. Errors: BadImage."""
+def convert_blobs(package: Package, output: Output) -> None:
+    """Convert a Docker archive or an OCI layout, itself plain or gzip. Errors: BadImage.
+
+    New Engines save both in one; then it is read as a Docker archive.
+    """
     descriptor, size, limits, begun = package.descriptor, package.size, package.limits, 0.0
     if os.pread(descriptor, len(GZIP_MAGIC), 0) == GZIP_MAGIC:
         begun = 0.5
         descriptor, size = package.inflated_to, _inflate(package, begun)
     blobs = Blobs(descriptor, size)
-    raw, layers = _docker_manifest(blobs) if docker else _oci_manifest(blobs, package.machine)
+    raw, layers = _oci_manifest(blobs, package.machine) if blobs.oci_alone else _docker_manifest(blobs)
     image = read_json(raw, "the image's configuration")
     if not isinstance(image, dict):
         raise BadImage("the image's configuration is not an object")

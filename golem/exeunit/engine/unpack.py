@@ -68,7 +68,7 @@ def convert(spec: dict[str, Any], report: Callable[[bytes], object]) -> list[str
     elif spec["format"] == "ROOTFS_ARCHIVE":
         archives.convert_rootfs(package, output)
     else:
-        archives.convert_blobs(package, spec["format"] == "DOCKER_ARCHIVE", output)
+        archives.convert_blobs(package, output)
     return output.diff_ids
 
 
