@@ -87,7 +87,7 @@ class Place:
         self.line = Line(b.router._network)
         self.publisher = Gftp(folder / "a.sock")
 
-    def peer(self, streams: int | None = None) -> GftpPeer:
+    def peer(self, streams: int | None = 1) -> GftpPeer:
         return GftpPeer(self.folder / "b.sock", streams)
 
     async def published(self, content: bytes = CONTENT) -> str:
@@ -179,7 +179,7 @@ async def test_a_long_way_is_gone_on_several_streams(tmp_path: Path) -> None:
         here.line.pause = pause
         url = await here.published()
         got = Got()
-        await here.peer().download(url, 0, got.write)
+        await here.peer(None).download(url, 0, got.write)
         assert got.data == CONTENT
         assert 2 <= here.line.opened <= 8
 
