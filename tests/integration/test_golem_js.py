@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 import trio
+from engine import admin, busybox_tar, import_image
 from support import trio_test
 
+from golem.local_engine import LocalEngine
 from golem.localnet import LocalNet, LocalNode, open_localnet
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,13 +32,18 @@ pytestmark = [
 
 
 @asynccontextmanager
-async def market(folder: Path, runtime: str) -> AsyncIterator[tuple[LocalNet, LocalNode, LocalNode]]:
-    """A funded requestor and one provider of a runtime."""
+async def market(
+    folder: Path, runtime: str, engine: LocalEngine | None = None
+) -> AsyncIterator[tuple[LocalNet, LocalNode, LocalNode]]:
+    """A funded requestor and one provider of a runtime, with a Docker Engine or without."""
     async with open_localnet(folder) as net:
         requestor = await net.start_node("requestor", wait=False)
         provider = await net.start_node("provider", wait=False)
         await requestor.wait_ready()
         await provider.wait_ready()
+        if engine is not None:
+            provider.environment["DOCKER_HOST"] = engine.host  # reaches the agent, not the nodes
+        provider.environment["YA_RT_STORAGE"] = "1"  # GiB: it is set aside, and other tests want some
         net.start_agent(provider, subnet=net.name, arguments=("--runtime", runtime))
         await requestor.command("payment", "fund")
         yield net, requestor, provider
@@ -80,4 +87,25 @@ async def test_a_file_goes_there_and_back_and_the_work_is_paid(tmp_path: Path) -
         done = await script(net, requestor, line)
         assert done["stdout"] == "Hello Ada\n"
         assert (tmp_path / "result").read_bytes() == b"Hello Ada\n" + letter
+        await settled(requestor, provider, done["agreement"])
+
+
+@trio_test
+async def test_a_docker_image_by_its_tag(tmp_path: Path, engine: LocalEngine) -> None:
+    tag = "golem-js-hello:1"
+    import_image(engine, busybox_tar(), tag)
+    client = admin(engine)
+    with (tmp_path / "image.tar").open("wb") as file:
+        file.writelines(client.get_image(tag))
+    client.remove_image(tag)
+    client.close()
+    letter = random.Random(3).randbytes(3_000_000)
+    (tmp_path / "letter").write_bytes(letter)
+    async with market(tmp_path / "net", "vm", engine) as (net, requestor, provider):
+        await requestor.command("image", "push", str(tmp_path / "image.tar"), "--tag", tag)
+        line = [str(EXAMPLE / "hello.mjs"), "--tag", tag, "--letter", str(tmp_path / "letter"),
+                "--result", str(tmp_path / "result"), "Grace"]  # fmt: skip
+        done = await script(net, requestor, line, {"GOLEM_REGISTRY_URL": requestor.api_url})
+        assert done["stdout"] == "Hello Grace\n"
+        assert (tmp_path / "result").read_bytes() == b"Hello Grace\n" + letter
         await settled(requestor, provider, done["agreement"])
