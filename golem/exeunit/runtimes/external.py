@@ -17,7 +17,8 @@ it started use is metered by the exe-unit from the kernel's figures, whatever th
 ends when it is too much. `F` is an empty file where the agreement names no task package. The environment is a plain one;
 variables that the requestor sets are not put into it (the loader of the program would heed them) but stand in
 GOLEM_RUNTIME_ENV as a JSON object, for programs that know it.
-Neighbours: `process_tree` (starting, metering, killing), `runtime_api` (the service's messages).
+Variables of one command do not reach a service: its protocol has no place for them.
+Neighbours: `process_tree` (starting, metering, killing), `service` and `runtime_api` (what "blocking" speaks).
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ from golem.exeunit.runtimes.base import (
     check_arguments,
     guest_path,
 )
-from golem.exeunit.runtimes.process_tree import Ended, Tree, sweep_processes
+from golem.exeunit.runtimes.process_tree import Command, Ended, Tree, sweep_processes
+from golem.exeunit.runtimes.service import Service
 from golem.exeunit.usage import COUNTERS, measure_tree, remove_tree
 
 VECTOR = "golem.com.usage.vector"
@@ -91,7 +93,9 @@ class ExternalRuntime:
         self._tree = Tree()
         self._options: DeployOptions | None = None
         self._image = Path(os.devnull)
-        self._deployed = self._started = False
+        self._deployed = self._started = self._blocking = False
+        self._service: Service | None = None
+        self._service_command: Command | None = None
         self._storage_bytes = 0
 
     # -- what is offered
@@ -204,11 +208,12 @@ class ExternalRuntime:
             found = tuple(self._volume(one) for one in volumes)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise RuntimeFault(f"the runtime's answer to deploy is not in order: {error!r}"[:300]) from None
-        if mode != "empty":
+        if mode not in ("empty", "blocking"):
             raise RuntimeFault(f"the runtime wants start mode {str(mode)[:50]!r}, which this supervisor does not have")
         if len({one.container_path for one in found}) < len(found):
             raise RuntimeFault("the runtime's answer to deploy is not in order: two volumes of one path")
-        return Deployment(found, "empty")
+        self._blocking = mode == "blocking"
+        return Deployment(found, "blocking" if self._blocking else "empty")
 
     def _volume(self, raw: Mapping[str, Any]) -> Volume:
         """Read one of `vols`: a real directory below the runtime's own working directory."""
@@ -225,8 +230,22 @@ class ExternalRuntime:
         if self._started:
             raise RuntimeFault("already started")
         check_arguments(args)
-        await self._step("start", ["start", "--", *args], self._settings.start_s)
+        if self._blocking:
+            await self._start_service(["start", "--", *args])
+        else:
+            await self._step("start", ["start", "--", *args], self._settings.start_s)
         self._started = True
+
+    async def _start_service(self, words: Sequence[str]) -> None:
+        self._service_command = self._launch(words, {}, stdin=True)
+        service = Service(self._service_command)
+        try:
+            await service.begin(self._settings.start_s)
+        except BaseException:  # also when cancelled: half started is not started
+            await self._service_command.close()
+            self._service_command = None
+            raise
+        self._service = service
 
     async def run(
         self, entry_point: str, args: Sequence[str], output: OutputSink, env: Mapping[str, str] | None = None
@@ -239,6 +258,12 @@ class ExternalRuntime:
         await self._measure()
         if self._storage_bytes >= limits.storage_bytes:
             raise RuntimeFault(f"storage limit of {limits.storage_gib:g} GiB and {limits.files} files reached")
+        if self._service is not None:
+            found = await self._service.run(
+                entry_point, args, output, max_output_bytes=limits.output_bytes, time_limit_s=limits.run_time_s
+            )
+            await self._measure()
+            return found
         words = ["run", "--entrypoint", entry_point, "--", *args]
         ended = await self._call(words, output, limits.output_bytes, limits.run_time_s, env or {})
         await self._measure()
@@ -246,9 +271,15 @@ class ExternalRuntime:
 
     async def stop(self) -> None:
         with trio.CancelScope(shield=True):
+            service, self._service = self._service, None
+            if service is not None:
+                await service.end()
             await self._tree.kill_all()
+            command, self._service_command = self._service_command, None
+            if command is not None:
+                await command.close()
             options, self._options = self._options, None
-            self._deployed = self._started = False
+            self._deployed = self._started = self._blocking = False
             self._image, self._storage_bytes = Path(os.devnull), 0
             if options is not None:
                 await trio.to_thread.run_sync(remove_tree, options.work_dir / "runtime")
@@ -260,10 +291,12 @@ class ExternalRuntime:
         return Usage(cpu_s, peak_bytes / GIB, self._storage_bytes / GIB)
 
     async def failure(self) -> str:
-        """Nothing that has to live lives between commands; meters what commands left running in the background."""
+        """A service that ends by itself. Meters what runs in the background meanwhile."""
         pause_s = WATCH_S
         while True:
             await trio.sleep(pause_s)
+            if self._service is not None and self._service.lost.is_set():
+                return self._service.why_lost
             self._tree.usage()
             began_s = trio.current_time()
             await self._measure()
@@ -288,9 +321,7 @@ class ExternalRuntime:
         async def keep(side: Side, chunk: bytes) -> None:
             said[side] += chunk
 
-        assert self._options is not None
-        limit_s = self._options.limits.run_time_s
-        ended = await self._call(words, keep, MAX_ANSWER_BYTES, min(time_limit_s, limit_s or time_limit_s), {})
+        ended = await self._call(words, keep, MAX_ANSWER_BYTES, time_limit_s, {})
         status = exit_status(ended)
         if not status.ok:
             why = status.reason or f"exit code {status.code}"
@@ -301,19 +332,21 @@ class ExternalRuntime:
     async def _call(
         self, words: Sequence[str], output: OutputSink, max_output_bytes: int, time_limit_s: float | None, env: Mapping[str, str]
     ) -> Ended:
+        command = self._launch(words, env)
+        try:
+            return await command.wait(output, max_output_bytes=max_output_bytes, time_limit_s=time_limit_s)
+        finally:
+            await command.close()
+
+    def _launch(self, words: Sequence[str], env: Mapping[str, str], *, stdin: bool = False) -> Command:
         options = self._options
         assert options is not None
         variables = json.dumps({**options.env, **env})
         check_arguments([*words, variables])
         argv = [str(self._program), "--workdir", str(self._work_dir), "--task-package", str(self._image)]
         argv += [*self._limits(options.limits), *self._arguments, *words]
-        command = self._tree.start(
-            argv, env=_environment(self._scratch) | {ENVIRONMENT: variables}, cwd=self._work_dir, cpus=options.limits.cpu_threads
-        )
-        try:
-            return await command.wait(output, max_output_bytes=max_output_bytes, time_limit_s=time_limit_s)
-        finally:
-            await command.close()
+        environment = _environment(self._scratch) | {ENVIRONMENT: variables}
+        return self._tree.start(argv, env=environment, cwd=self._work_dir, cpus=options.limits.cpu_threads, stdin=stdin)
 
     def _limits(self, limits: Limits) -> list[str]:
         if not self._handoff:

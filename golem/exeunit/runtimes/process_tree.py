@@ -277,8 +277,12 @@ class Command:
         return b""
 
     async def gone(self) -> None:
-        """Wait for the end of the program itself."""
-        await trio.lowlevel.wait_readable(self._pidfd)
+        """Wait for the end of the program itself; any number of tasks may."""
+        handle = os.dup(self._pidfd)
+        try:
+            await trio.lowlevel.wait_readable(handle)
+        finally:
+            os.close(handle)
         self._gone = True
         for scope in self._waiting:
             scope.cancel()
@@ -346,7 +350,7 @@ class Command:
         with trio.CancelScope(shield=True):
             if self._status is None:
                 self.kill("cancelled")
-                await trio.lowlevel.wait_readable(self._pidfd)
+                await self.gone()
                 self._reap()
             for stream in (self._out, self._err, self.input):
                 if stream is not None:
