@@ -37,6 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 YAPAPI_PYTHON = ROOT / ".venv-yapapi" / "bin" / "python"
 EXAMPLE = ROOT / "examples" / "render"
 IMAGE_TAG = "render:demo"
+PROVIDER_SHARE = {"YA_RT_STORAGE": "4", "YA_RT_MEM": "2"}  # GiB: the providers are on one machine, and storage is set aside
 SETTLE_TIMEOUT_S = 60.0
 out = Console(highlight=False, soft_wrap=True, markup=True, **({} if sys.stdout.isatty() else {"width": 200}))
 
@@ -267,7 +268,8 @@ async def demo(options: Options, folder: Path) -> bool:
     async with AsyncExitStack() as stack:
         environment = {}
         if options.runtime == "vm":
-            environment["DOCKER_HOST"] = await stack.enter_async_context(docker_engine(clock))
+            host = await stack.enter_async_context(docker_engine(clock))
+            environment = {"DOCKER_HOST": host, **PROVIDER_SHARE}
         net = await stack.enter_async_context(open_localnet(folder))
         requestor, providers = await start_market(net, options, clock, environment)
         if options.runtime == "vm":
