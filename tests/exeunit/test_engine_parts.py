@@ -136,7 +136,7 @@ async def test_volumes_share_one_hard_size(tmp_path: Path) -> None:
 @pytest.mark.root
 @trio_test
 async def test_volumes_with_sizes_of_their_own(tmp_path: Path) -> None:
-    storage = await open_storage(tmp_path / "s", 64 * MIB, 0)
+    storage = await open_storage(tmp_path / "s", 64 * MIB, 0, ram_bytes=3 * MIB)
     try:
         sized, ram = await storage.sized("0", 8 * MIB), await storage.ram("1", 2 * MIB)
         assert fill(sized / "a", 16) == errno.ENOSPC
@@ -146,6 +146,8 @@ async def test_volumes_with_sizes_of_their_own(tmp_path: Path) -> None:
         assert len(mounts_below(tmp_path)) == 3
         with pytest.raises(RuntimeFault, match="more than is left"):
             await storage.sized("2", 60 * MIB)
+        with pytest.raises(RuntimeFault, match="in memory"):
+            await storage.ram("4", 2 * MIB)
     finally:
         await storage.close()
     await storage.close()
@@ -174,7 +176,7 @@ async def test_a_disk_without_room_says_so(tmp_path: Path) -> None:
 @trio_test
 async def test_without_root_volumes_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("golem.exeunit.engine.storage.can_mount", lambda: False)
-    storage = await open_storage(tmp_path / "s", 4 * MIB, os.geteuid())
+    storage = await open_storage(tmp_path / "s", 4 * MIB, os.geteuid(), ram_bytes=MIB)
     assert not storage.limited
     sized, ram = await storage.sized("0", MIB), await storage.ram("1", MIB)
     assert fill(sized / "a", 3) is None
@@ -271,11 +273,24 @@ async def test_layer_is_measured_with_bounded_work(tmp_path: Path) -> None:
     assert layer.complete
     for number in range(10):
         (upper / str(number)).touch()
-    await layer.measure(max_files=5)
-    assert not layer.complete
+    few = Layer(upper, max_files=5)
+    await few.measure()
+    assert not few.complete
     shutil.rmtree(upper)
     used = layer.used_bytes
     assert await layer.measure() == used, "what was written stays known"
+
+
+@trio_test
+async def test_layer_that_is_a_copy_of_the_image(tmp_path: Path) -> None:
+    (tmp_path / "copy").mkdir()
+    fill(tmp_path / "copy" / "image", 4)
+    layer = Layer(tmp_path / "copy", max_files=3)
+    await layer.take_as_image()
+    assert await layer.measure() == 0
+    fill(tmp_path / "copy" / "a", 2)
+    assert 2 * MIB <= await layer.measure() < 3 * MIB
+    assert layer.complete
 
 
 def test_upper_dir_of_an_inspected_container() -> None:

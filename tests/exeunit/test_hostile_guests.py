@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import trio
-from engine import python_tar
+from engine import busybox_tar, engine_for_tests, python_tar
 from hostile_guest import ATTACKS
 from support import trio_test
 
@@ -231,6 +231,25 @@ def test_storage_without_names_or_bytes(engine: LocalEngine, package: Path, atta
                 await guest.works()
 
     trio.run(body)
+
+
+def test_storage_where_the_engine_copies_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no layer that could be held: it is measured, and the exe-unit ends what goes beyond."""
+    package = tmp_path / "busybox.tar"
+    package.write_bytes(busybox_tar())
+
+    async def body(engine: LocalEngine) -> None:
+        async with open_guest(engine, package) as guest:
+            assert guest.runtime.usage().storage_gib < 0.01
+            status, output = await guest.run("/bin/dd", "if=/dev/zero", "of=/tmp/fill", "bs=1M", "count=80")
+            assert status.ok, output
+            with trio.fail_after(10):
+                while guest.runtime.usage().storage_gib <= LIMITS.storage_gib:
+                    await trio.sleep(0.05)
+
+    monkeypatch.setattr("golem.local_engine.DRIVERS", ("vfs",))
+    with tempfile.TemporaryDirectory(prefix="engine-") as folder, engine_for_tests(Path(folder) / "e", userns=True) as engine:
+        trio.run(body, engine)
 
 
 @trio_test

@@ -36,7 +36,7 @@ from golem.exeunit.engine.supervisor import own_mark
 async def main(host, folder, image, name):
     admin = Admin(socket_path(host))
     facts = await admin.facts()
-    storage = await open_storage(Path(folder), 16 << 20, facts.root_id)
+    storage = await open_storage(Path(folder), 16 << 20, facts.root_id, 1 << 20)
     binds = [f"{storage.directory('0')}:/a", f"{await storage.ram('1', 1 << 20)}:/b", f"{await storage.sized('2', 4 << 20)}:/c"]
     labels = {SUPERVISOR_LABEL: own_mark()}
     await admin.create_volume(f"{name}-v", {}, labels)

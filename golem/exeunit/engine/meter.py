@@ -50,20 +50,60 @@ class Meter:
 
 
 class Layer:
-    """What a container wrote into its own layer over the image (nothing but this measure limits that)."""
+    """What a container wrote over its image, where nothing but this measure limits that; made by `open_layer`."""
 
-    def __init__(self, upper_dir: Path) -> None:
-        """`upper_dir`: the layer's directory on this machine, as the Engine tells it."""
-        self._upper_dir = upper_dir
+    def __init__(self, folder: Path, max_files: int = MAX_LAYER_FILES) -> None:
+        """`folder`: where the layer is on this machine."""
+        self._folder, self._max_files = folder, max_files
+        self._image_bytes = self._image_files = 0
         self.used_bytes = 0
         self.complete = True  # False: more files than are ever counted
 
-    async def measure(self, max_files: int = MAX_LAYER_FILES) -> int:
+    async def take_as_image(self) -> None:
+        """What is there now came with the image."""
+        size = await trio.to_thread.run_sync(measure_tree, self._folder)
+        self._image_bytes, self._image_files = size.size_bytes, size.entries
+
+    async def measure(self) -> int:
         """Look again, with bounded work, and return the bytes; once the layer is gone the last figure stays."""
-        if await trio.to_thread.run_sync(self._upper_dir.is_dir):
-            size = await trio.to_thread.run_sync(measure_tree, self._upper_dir, max_files)
-            self.used_bytes, self.complete = size.size_bytes, size.complete
+        if await trio.to_thread.run_sync(self._folder.is_dir):
+            size = await trio.to_thread.run_sync(measure_tree, self._folder, self._image_files + self._max_files)
+            self.used_bytes, self.complete = max(0, size.size_bytes - self._image_bytes), size.complete
         return self.used_bytes
+
+
+async def open_layer(pid: int, told: Path | None) -> Layer:
+    """Find the layer of a running container that has done nothing yet. `pid`: a process in it; `told`: as the Engine says.
+
+    Raises MeterError where it cannot be found: then nothing would limit what the container writes.
+    """
+    upper = told or upper_dir_of(pid)
+    if upper is not None:
+        return Layer(upper)
+    folder = await trio.to_thread.run_sync(_whole_root, pid)  # drivers that copy the image: vfs, btrfs
+    if folder is None:
+        raise MeterError("the Engine's storage driver does not show what a container writes")
+    layer = Layer(folder)
+    await layer.take_as_image()
+    return layer
+
+
+def _whole_root(pid: int) -> Path | None:
+    """Return the directory of this machine that a process has as its root."""
+    try:
+        inside = Path(f"/proc/{pid}/root").stat()
+        for line in Path(f"/proc/{pid}/mountinfo").read_text().splitlines():
+            fields = line.split()
+            if fields[4] == "/":
+                for here in Path("/proc/self/mountinfo").read_text().splitlines():
+                    own = here.split()
+                    if own[2] == fields[2] and Path(fields[3]).is_relative_to(own[3]):
+                        found = Path(own[4]) / Path(fields[3]).relative_to(own[3])
+                        if found.is_dir() and found.stat().st_ino == inside.st_ino:
+                            return found
+    except OSError:
+        pass
+    return None
 
 
 def upper_dir(inspected: dict[str, object]) -> Path | None:

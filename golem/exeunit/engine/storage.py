@@ -50,8 +50,9 @@ _libc = ctypes.CDLL(None, use_errno=True)
 class Storage:
     """The volumes of one deployment; made by `open_storage`. `limited`: whether the kernel holds the size."""
 
-    def __init__(self, folder: Path, size_bytes: int, owner_id: int) -> None:
+    def __init__(self, folder: Path, size_bytes: int, owner_id: int, ram_bytes: int) -> None:
         self.folder, self.size_bytes, self.owner_id = folder, size_bytes, owner_id
+        self.ram_left_bytes = ram_bytes
         self.limited = False
         self._mounts: list[Path] = []
         self._empty_bytes = 0
@@ -107,7 +108,12 @@ class Storage:
         return self._fresh(point / name)
 
     async def ram(self, name: str, size_bytes: int) -> Path:
-        """Return a directory in memory (where root may mount), which counts as the guest's memory. Raises OSError."""
+        """Return a directory in memory (where root may mount). What the guest writes there counts as its memory, but
+        not what transfers bring: so all of them together are bounded, too. Raises OSError, RuntimeFault.
+        """
+        if size_bytes > self.ram_left_bytes:
+            raise RuntimeFault(f"a volume in memory of {size_bytes} bytes is more than the {self.ram_left_bytes} bytes left")
+        self.ram_left_bytes -= size_bytes
         point = self.folder / f"ram-{name}"
         point.mkdir(mode=0o710)
         if can_mount():
@@ -181,13 +187,14 @@ class Storage:
             await trio.to_thread.run_sync(remove_folder, self.folder)
 
 
-async def open_storage(folder: Path, size_bytes: int, owner_id: int) -> Storage:
+async def open_storage(folder: Path, size_bytes: int, owner_id: int, ram_bytes: int = 0) -> Storage:
     """Make `folder` (which must not exist) the storage of one deployment.
 
-    `size_bytes`: of all volumes together. `owner_id`: the user and group on this machine that the guest's root is.
+    `size_bytes`: of all volumes together; `ram_bytes`: of those in memory together. `owner_id`: the user and group on this
+    machine that the guest's root is.
     Raises RuntimeFault when this machine has no room, OSError.
     """
-    storage = Storage(folder, max(size_bytes, MIN_BYTES), owner_id)
+    storage = Storage(folder, max(size_bytes, MIN_BYTES), owner_id, ram_bytes)
     try:
         await storage._open()
     except BaseException:

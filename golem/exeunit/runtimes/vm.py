@@ -34,7 +34,7 @@ from golem.exeunit.engine.container import Plan, container_config, labels
 from golem.exeunit.engine.images import FORMATS, EngineImage, obtain_image
 from golem.exeunit.engine.init_program import init_program
 from golem.exeunit.engine.leftovers import sweep
-from golem.exeunit.engine.meter import Layer, Meter, MeterError, group_file, upper_dir, upper_dir_of
+from golem.exeunit.engine.meter import Layer, Meter, MeterError, group_file, open_layer, upper_dir
 from golem.exeunit.engine.network import GuestNetwork
 from golem.exeunit.engine.processes import ContainerProcesses
 from golem.exeunit.engine.program import EngineTerminal, Program
@@ -68,6 +68,7 @@ SAMPLE_S = 1.0
 PING_S, PING_TIMEOUT_S, AWAY_S = 1.0, 6.0, 3.0  # an Engine that is away longer is given up
 KILL_TIMEOUT_S = 3.0
 REMOVE_TIMEOUT_S = 2.5
+_PF_EXITING = 0x4  # of the flags in /proc/<pid>/stat
 SHELL = ("/bin/sh",)
 ENGINE_GONE = "the provider's Docker Engine has stopped or does not answer"
 _serials = itertools.count(1)
@@ -147,7 +148,10 @@ class VmRuntime:
             deployed.image = await self._obtain(image, options)
             self._past_cpu_s += deployed.image.unpack_cpu_s
             deployed.storage = await open_storage(
-                options.work_dir / "storage", options.limits.storage_bytes, deployed.facts.root_id
+                options.work_dir / "storage",
+                options.limits.storage_bytes,
+                deployed.facts.root_id,
+                ram_bytes=options.limits.mem_bytes,
             )
             requests = _volume_requests(deployed.image, options.volumes)
             volumes = [
@@ -180,7 +184,7 @@ class VmRuntime:
         """Make a directory, and a volume of the Engine that is it (so the Engine fills it from the image)."""
         size = request.size_bytes
         if request.kind == "ram":
-            directory = await storage.ram(str(number), size or deployed.options.limits.mem_bytes // 2)
+            directory = await storage.ram(str(number), size or storage.ram_left_bytes // 2)
         elif request.kind == "storage" and size is not None:
             directory = await storage.sized(str(number), size)
         else:
@@ -232,8 +236,7 @@ class VmRuntime:
         except (OSError, MeterError) as error:
             raise RuntimeFault(f"the container cannot be measured: {error}") from None
         if deployed.storage is not None and not deployed.storage.holds(pid):
-            upper = upper_dir(inspected) or upper_dir_of(pid)
-            self._layer = Layer(upper) if upper is not None else None
+            self._layer = await open_layer(pid, upper_dir(inspected))
         if args:
             command = [*deployed.image.entrypoint, *args]
             exec_id = await self._client.create_exec(deployed.name, command, attached=False)
@@ -261,7 +264,7 @@ class VmRuntime:
         except (EngineGone, NoSuch, InUse) as fault:
             raise await self._died(fault) from None
         if status.code in (KILLED, 128 + signal.SIGTERM) and status.reason is None:
-            if (death := await self._diagnose()) is not None:
+            if (death := await self._diagnose(started)) is not None:
                 raise RuntimeFault(death)
             if _oom_kills(started.oom_file) > ooms:
                 return ExitStatus(status.code, f"memory limit of {deployed.options.limits.mem_gib:g} GiB reached")
@@ -426,8 +429,16 @@ class VmRuntime:
                 await trio.sleep(PING_S)
         return ENGINE_GONE
 
-    async def _diagnose(self) -> str | None:
-        """Why the container has died; None while it lives, or the Engine does not say."""
+    async def _diagnose(self, started: _Started | None = None) -> str | None:
+        """Why the container has died; None while it lives, or the Engine does not say.
+
+        `started`: wait for the Engine to say it, if the container's first process is ending.
+        """
+        if started is not None and _is_ending(started.pid):
+            with trio.move_on_after(AWAY_S):
+                while await self._diagnose() is None:
+                    await trio.sleep(0.02)
+            return self._death
         deployed = self._deployed
         if self._death is None and deployed is not None and deployed.name is not None:
             try:
@@ -560,6 +571,15 @@ def _look_at(pid: int) -> _Started:
             network.close()
         raise
     return _Started(pid, pidfd, processes, network, oom)
+
+
+def _is_ending(pid: int) -> bool:
+    """Whether a container's first process is on its way out: the kernel ends all others before it is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    except (OSError, IndexError):
+        return True
+    return fields[0] in "ZX" or bool(int(fields[6]) & _PF_EXITING)
 
 
 def _oom_kills(path: Path | None) -> int:
