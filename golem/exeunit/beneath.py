@@ -65,7 +65,8 @@ class OpenFile:
 class NewFile:
     """A file being written below `root`; `commit` puts it in its place, leaving the block without it removes it.
 
-    Parents are made. File and parents get the owner of `root`, so that the guest can use them.
+    Parents are made. File and parents get the owner of `root`, and may be written by all whom `root` lets write, so that
+    the guest's users can use them; a file that replaces another keeps its mode.
     """
 
     def __init__(self, root: Path, path: str) -> None:
@@ -80,7 +81,7 @@ class NewFile:
         self._temporary: str | None = f".transfer-{uuid.uuid4().hex}"
         try:
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NONBLOCK
-            self.descriptor = open_beneath(self._directory, self._temporary, flags, 0o644)
+            self.descriptor = open_beneath(self._directory, self._temporary, flags, 0o600)
         except OSError:
             os.close(self._directory)
             raise
@@ -92,14 +93,26 @@ class NewFile:
                 try:
                     inner = open_beneath(current, name, os.O_PATH | os.O_DIRECTORY)
                 except FileNotFoundError:
-                    os.mkdir(name, 0o755, dir_fd=current)
-                    inner = open_beneath(current, name, os.O_PATH | os.O_DIRECTORY)
-                    if os.geteuid() == 0:
-                        os.chown(name, self._owner.st_uid, self._owner.st_gid, dir_fd=current, follow_symlinks=False)
+                    os.mkdir(name, 0o700, dir_fd=current)
+                    inner = open_beneath(current, name, os.O_RDONLY | os.O_DIRECTORY)
+                    self._give(inner, 0o755)
             finally:
                 os.close(current)
             current = inner
         return current
+
+    def _give(self, descriptor: int, mode: int) -> None:
+        """Hand a file or directory of ours to the guest."""
+        if os.geteuid() == 0:
+            os.fchown(descriptor, self._owner.st_uid, self._owner.st_gid)
+        os.fchmod(descriptor, mode | (self._owner.st_mode & 0o022))
+
+    def _former_mode(self) -> int | None:
+        try:
+            former = os.stat(self._name, dir_fd=self._directory, follow_symlinks=False)
+        except FileNotFoundError:
+            return None
+        return stat.S_IMODE(former.st_mode) & 0o777 if stat.S_ISREG(former.st_mode) else None
 
     def __enter__(self) -> NewFile:
         return self
@@ -110,8 +123,9 @@ class NewFile:
         Errors: OSError, for one if that name is a directory.
         """
         assert self._temporary is not None
-        if os.geteuid() == 0:
-            os.fchown(self.descriptor, self._owner.st_uid, self._owner.st_gid)
+        self._give(self.descriptor, 0o644)
+        if (mode := self._former_mode()) is not None:
+            os.fchmod(self.descriptor, mode)
         os.rename(self._temporary, self._name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
         self._temporary = None
 

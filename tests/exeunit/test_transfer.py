@@ -7,9 +7,10 @@ import hashlib
 import ipaddress
 import os
 import ssl
+import stat
 from base64 import b64encode
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -550,14 +551,53 @@ async def test_directory_in_the_way(tmp_path: Path) -> None:
 
 
 @pytest.mark.root
+@pytest.mark.parametrize(("volume", "directory", "file"), [(0o755, 0o755, 0o644), (0o777, 0o777, 0o666), (0o2775, 0o775, 0o664)])
 @trio_test
-async def test_what_is_brought_in_belongs_to_the_guest(tmp_path: Path) -> None:
+async def test_what_is_brought_in_belongs_to_the_guest(tmp_path: Path, volume: int, directory: int, file: int) -> None:
     place = Place(tmp_path)
     os.chown(tmp_path / "out", 54321, 54322)
-    await place.move(_put(place, b"x"), "container:/golem/a/b")
-    for path in ("out/a", "out/a/b"):
+    (tmp_path / "out").chmod(volume)
+    mask = os.umask(0o077)
+    try:
+        await place.move(_put(place, b"x"), "container:/golem/a/b")
+    finally:
+        os.umask(mask)
+    for path, mode in (("out/a", directory), ("out/a/b", file)):
         found = (tmp_path / path).stat()
-        assert (found.st_uid, found.st_gid) == (54321, 54322)
+        assert (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode) & 0o777) == (54321, 54322, mode)
+
+
+@trio_test
+async def test_a_replaced_file_keeps_its_mode(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    (tmp_path / "out/script").touch(0o755)
+    (tmp_path / "out/script").chmod(0o4755)
+    await place.move(_put(place, b"x"), "container:/golem/script")
+    assert stat.S_IMODE((tmp_path / "out/script").stat().st_mode) == 0o755
+
+
+@pytest.mark.root
+@trio_test
+async def test_a_volume_may_be_a_mount_but_may_not_hold_others(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m,nosuid,nodev", "none"]
+    async with AsyncExitStack() as stack:
+        for path in (tmp_path / "out", tmp_path / "out/inner"):
+            path.mkdir(exist_ok=True)
+            if (await trio.run_process([*mount, str(path)], check=False, capture_stderr=True)).returncode:
+                pytest.skip("no mounts here")
+            stack.push_async_callback(trio.run_process, ["umount", str(path)])
+        assert await place.move(_put(place, b"x"), "container:/golem/a/b") == 1
+        assert await place.move("container:/golem/a/b", "gftp://0x1/back") == 1
+        (tmp_path / "out/inner/secret").write_text("s")
+        with pytest.raises(TransferError, match="leads out of the volume"):
+            await place.move("container:/golem/inner/secret", "gftp://0x1/b")
+        with pytest.raises(TransferError, match="leads out of the volume"):
+            await place.move("gftp://0x1/a", "container:/golem/inner/x")
+        place.gftp.files["gftp://0x1/a"] = bytes(3 << 20)
+        with pytest.raises(TransferError, match="No space left on device"):
+            await place.move("gftp://0x1/a", "container:/golem/big")
+        assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a", "inner"]
 
 
 @trio_test
