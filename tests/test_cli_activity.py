@@ -14,13 +14,18 @@ import termios
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import trio
 from hand_world import HandWorld, hand_world
+from msgspec.structs import replace
 from support import trio_test
 
+from actors.activity import ActivityRow
+from actors.agreement_rows import Agreement
+from golem.activity_commands import _form
 from golem.cli.terminal import Escapes
 from golem.cli.watch import describe, printable
 from golem.node import Node
@@ -273,3 +278,22 @@ async def test_watch(tmp_path: Path) -> None:
         await process.stdout.aclose()
         lines = (await golem(w.r, "watch", "1")).stdout
         assert b"Terminated - destroyed" in lines
+
+
+def test_usage_is_named_and_priced_as_the_agreement_says() -> None:
+    counters = ["golem.usage.duration_sec", "golem.usage.cpu_sec"]
+    offer = {"golem": {"com": {"usage": {"vector": counters}, "pricing": {"model": {"linear": {"coeffs": [0.1, 2, 1]}}}}}}
+    signed = Agreement(
+        "e" * 64, "Requestor", "0xr", "0xp", "", "", "", json.dumps({"offer": {"properties": offer}}).encode(), "Approved", 0.0, 0.0
+    )
+    rows = {
+        "negotiation": {f"agreement/{'e' * 64}": signed},
+        "activity": {},
+    }
+    node: Any = SimpleNamespace(system=SimpleNamespace(rows=rows.__getitem__), clock=lambda: 100.0)
+    row = ActivityRow("1" * 32, "e" * 64, "Requestor", "0xr", "0xp", 40.0, "Ready", usage=[20.0, 0.5])
+    form = _form(node, row)
+    assert form["usage"] == {"golem.usage.duration_sec": 20.0, "golem.usage.cpu_sec": 0.5}
+    assert (form["cost"], form["age_s"], form["peer"]) == ("4", 60.0, "0xp")
+    assert _form(node, replace(row, usage=[1.0]))["cost"] is None  # not what was agreed
+    assert _form(node, replace(row, agreement_id="f" * 64))["usage"] == {"0": 20.0, "1": 0.5}

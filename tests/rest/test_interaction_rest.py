@@ -139,7 +139,7 @@ async def test_requests_reach_the_service_and_the_key_does_not(tmp_path: Path) -
                 yield body[at : at + 100_000]
 
         for data in (body, pieces()):  # with its length, and chunked
-            answer = await http.request("PATCH", f"http://localhost:{s.port}/hash", content=data)
+            answer = await http.request("PATCH", f"{w.base}/proxy-http/http://localhost:{s.port}/hash", content=data)
             assert (answer.status_code, answer.text) == (200, sha)
             assert answer.headers.get_list("set-cookie") == ["a=1", "b=2"]
         answer = await http.get(f"{s.port}/login")
