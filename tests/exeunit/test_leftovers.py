@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from engine import admin, busybox_tar, import_image
+from engine import admin, busybox_tar
 from support import trio_test
 
 from golem.exeunit.engine.admin import Admin, socket_path
@@ -23,44 +23,36 @@ from golem.exeunit.engine.supervisor import is_dead, own_mark
 from golem.exeunit.runtimes.base import RuntimeFault
 from golem.local_engine import LocalEngine
 
-# Plays an exe-unit: a container whose layer and volume are on storage of its own, and then nothing more.
+# An exe-unit's runtime with all kinds of volumes and a command that runs; and then nothing more is heard of it.
 SUPERVISOR = """
-import sys, time, trio
+import os, sys, trio
 from pathlib import Path
-from golem.exeunit.engine.admin import Admin, socket_path
-from golem.exeunit.engine.leftovers import SUPERVISOR_LABEL
-from golem.exeunit.engine.meter import upper_dir
-from golem.exeunit.engine.storage import open_storage
-from golem.exeunit.engine.supervisor import own_mark
+from golem.exeunit.runtimes import make_runtime
+from golem.exeunit.runtimes.base import DeployOptions, Limits, VolumeRequest
 
-async def main(host, folder, image, name):
-    admin = Admin(socket_path(host))
-    facts = await admin.facts()
-    storage = await open_storage(Path(folder), 16 << 20, facts.root_id, 1 << 20)
-    binds = [f"{storage.directory('0')}:/a", f"{await storage.ram('1', 1 << 20)}:/b", f"{await storage.sized('2', 4 << 20)}:/c"]
-    labels = {SUPERVISOR_LABEL: own_mark()}
-    await admin.create_volume(f"{name}-v", {}, labels)
-    await admin.create_container(name, {
-        "Image": image, "Cmd": ["/bin/sleep", "1000"], "Labels": labels, "Volumes": {"/anonymous": {}},
-        "HostConfig": {"Binds": [*binds, f"{name}-v:/d"], "NetworkMode": "none", "Init": True},
-    })
-    assert await storage.hold_layer(upper_dir(await admin.inspect_container(name)))
-    await admin.start_container(name)
-    assert storage.holds((await admin.inspect_container(name))["State"]["Pid"])
-    print("up", flush=True)
-    await trio.sleep_forever()
+async def main(host, folder, package, activity):
+    os.environ["DOCKER_HOST"] = host
+    runtime = make_runtime("vm", Path(package).parent / "cache")
+    volumes = VolumeRequest("/a"), VolumeRequest("/b", "ram", 1 << 20), VolumeRequest("/c", "storage", 4 << 20)
+    limits = Limits(mem_gib=1 / 16, storage_gib=1 / 32)
+    await runtime.deploy(Path(package), DeployOptions(Path(folder), limits, volumes=volumes, activity_id=activity))
+    await runtime.start([])
+
+    async def started(side, chunk):
+        print(chunk.decode(), end="", flush=True)
+
+    await runtime.run("/bin/sh", ["-c", "echo x > /a/file; echo x > /file; echo up; sleep 1000"], started)
 
 trio.run(main, *sys.argv[1:])
 """
 
 
 @contextmanager
-def supervisor(engine: LocalEngine, folder: Path, name: str) -> Iterator[subprocess.Popen[str]]:
+def supervisor(engine: LocalEngine, package: Path, folder: Path, activity: str) -> Iterator[subprocess.Popen[str]]:
     """Run one until the block ends, and be sure that its container is up."""
-    image = import_image(engine, busybox_tar(), "leftovers:1")
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True)
     process = subprocess.Popen(
-        [sys.executable, "-c", SUPERVISOR, engine.host, folder, image, name], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", SUPERVISOR, engine.host, folder, package, activity], stdout=subprocess.PIPE, text=True
     )
     try:
         assert process.stdout is not None
@@ -90,7 +82,7 @@ def traces(engine: LocalEngine, root: Path) -> dict[str, list[str]]:
         "mounts": [point for point in mounts if point.startswith((f"{root}/", f"{data}/")) and "/overlay2/" not in point],
         "layers": [point for point in mounts if point.startswith(f"{data}/") and "/overlay2/" in point],
         "loops": [line for line in losetup.splitlines() if line.startswith(f"{root}/")],
-        "files": [str(path) for path in root.rglob("*") if path.is_file()],
+        "files": [str(path) for path in root.rglob("*") if path.is_file() and path.name != "init"],
     }
 
 
@@ -105,15 +97,22 @@ def work_root(tmp_path: Path) -> Iterator[Path]:
             unmount(point)
 
 
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    path = tmp_path / "busybox.tar"
+    path.write_bytes(busybox_tar())
+    return path
+
+
 @pytest.mark.root
 @pytest.mark.integration
-def test_nothing_is_left_of_a_killed_unit(engine: LocalEngine, work_root: Path) -> None:
-    dead_name, living_name = f"dead-{uuid.uuid4().hex}", f"living-{uuid.uuid4().hex}"
+def test_nothing_is_left_of_a_killed_unit(engine: LocalEngine, work_root: Path, package: Path) -> None:
+    dead_name, living_name = uuid.uuid4().hex, uuid.uuid4().hex
     clean = traces(engine, work_root)
     control = Admin(socket_path(engine.host))
-    with supervisor(engine, work_root / "b" / "2" / "storage", living_name) as living:
+    with supervisor(engine, package, work_root / "b" / "2", living_name) as living:
         before = traces(engine, work_root)
-        with supervisor(engine, work_root / "a" / "1" / "storage", dead_name) as dead:
+        with supervisor(engine, package, work_root / "a" / "1", dead_name) as dead:
             both = traces(engine, work_root)
             assert all(len(both[what]) > len(before[what]) for what in both), both
             assert trio.run(sweep, control, work_root) == [], "both live"
@@ -132,16 +131,16 @@ def test_nothing_is_left_of_a_killed_unit(engine: LocalEngine, work_root: Path) 
 
 @pytest.mark.root
 @pytest.mark.integration
-def test_sweep_on_the_command_line(engine: LocalEngine, work_root: Path) -> None:
-    name = f"dead-{uuid.uuid4().hex}"
+def test_sweep_on_the_command_line(engine: LocalEngine, work_root: Path, package: Path) -> None:
+    name = uuid.uuid4().hex
     clean = traces(engine, work_root)
-    with supervisor(engine, work_root / "a" / "1" / "storage", name) as dead:
+    with supervisor(engine, package, work_root / "a" / "1", name) as dead:
         dead.kill()
     command = [sys.executable, "-m", "golem.exeunit", "sweep", "--runtime", "vm", "--work-root", work_root]
     environment = {**os.environ, "DOCKER_HOST": engine.host}
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 0, ended.stderr
-    assert f"removed container {name}" in ended.stdout
+    assert f"removed container golem-{name}" in ended.stdout
     assert traces(engine, work_root) == clean
 
 
