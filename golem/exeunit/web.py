@@ -21,25 +21,30 @@ from golem.outgoing import Outgoing
 
 CONNECT_TIMEOUT_S = 15.0
 IDLE_TIMEOUT_S = 60.0
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _PASSING = {408, 425, 429, 500, 502, 503, 504}
+# IPv6 networks whose addresses end in an IPv4 address: mapped, compatible, translated, NAT64
+_WITH_IPV4 = [ipaddress.ip_network(text) for text in ("::ffff:0:0/96", "::/96", "::ffff:0:0:0/96", "64:ff9b::/96")]
+# not to be reached from outside, though not all of them count as private: IETF assignments, NAT64 of one's own, site-local
+_INNER = [ipaddress.ip_network(text) for text in ("192.0.0.0/24", "64:ff9b:1::/48", "fec0::/10")]
+# where clouds tell a machine its own secrets, beside the link-local 169.254.169.254
+_METADATA = [ipaddress.ip_address(text) for text in ("fd00:ec2::254", "100.100.100.200", "168.63.129.16", "192.0.0.192")]
 
 
 def refusal(address: str, policy: TransferPolicy) -> str | None:
     """Why the policy forbids an IP address, or None."""
     ip: ipaddress.IPv4Address | ipaddress.IPv6Address = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(ip, ipaddress.IPv6Address):
-        if ip.ipv4_mapped is not None:
-            ip = ip.ipv4_mapped
-        elif ip in _NAT64:
+    if isinstance(ip, ipaddress.IPv6Address) and ip not in (ipaddress.IPv6Address("::"), ipaddress.IPv6Address("::1")):
+        if any(ip in network for network in _WITH_IPV4):
             ip = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
         elif ip.sixtofour is not None:
             ip = ip.sixtofour
+    if ip in _METADATA:
+        return "an address of cloud metadata"
     if ip.is_loopback:
         return None if policy.allow_loopback else "a loopback address"
     if ip.is_link_local or ip.is_multicast or ip.is_unspecified:
         return "a link-local, multicast or unspecified address"
-    if not ip.is_global:
+    if not ip.is_global or any(ip in network for network in _INNER):
         return None if policy.allow_private else "a private address"
     return None
 
@@ -175,6 +180,11 @@ def _total(response: httpx.Response, offset: int) -> int | None:
 def _translated(method: str, url: str, error: Exception) -> TransferError:
     """httpx errors as ours. A URL that cannot be used will not get better; everything on the way may."""
     passing = isinstance(error, httpx.TransportError) and not isinstance(error, httpx.UnsupportedProtocol)
+    if isinstance(error, httpx.ConnectTimeout):
+        return TransferError(f"{method} {redacted(url)}: no connection within {CONNECT_TIMEOUT_S:g} s", passing)
+    if isinstance(error, httpx.TimeoutException):
+        what = "nothing was taken" if isinstance(error, httpx.WriteTimeout) else "nothing came"
+        return TransferError(f"{method} {redacted(url)}: {what} for {IDLE_TIMEOUT_S:g} s", passing)
     cause: BaseException | None = error
     while cause is not None and not str(cause):  # failed handshakes have their reason at the bottom only
         cause = cause.__cause__ or cause.__context__

@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from support import trio_test
 
+import golem.exeunit.web
 from golem.exeunit.runtimes.base import Volume
 from golem.exeunit.spool import Write
 from golem.exeunit.transfer import HashMismatch, TransferError, TransferPolicy, Transfers, find_volume, parse_location
@@ -446,14 +447,119 @@ async def test_redirect_to_a_private_address_is_refused(tmp_path: Path) -> None:
         ("172.16.0.1", False), ("169.254.169.254", False), ("100.64.0.1", False), ("0.0.0.0", False),
         ("224.0.0.1", False), ("255.255.255.255", False), ("::1", False), ("::", False), ("fe80::1%eth0", False),
         ("fd00::1", False), ("::ffff:10.0.0.1", False), ("64:ff9b::a00:1", False), ("2002:a00:1::", False),
+        ("::127.0.0.1", False), ("::ffff:0:127.0.0.1", False), ("::ffff:1.1.1.1", True), ("64:ff9b:1::1", False),
+        ("fec0::1", False), ("ff02::1", False), ("0.1.2.3", False), ("192.0.0.192", False), ("198.18.0.1", False),
+        ("240.0.0.1", False), ("168.63.129.16", False), ("2001:db8::1", False), ("100.127.255.255", False),
     ],
 )  # fmt: skip
 def test_address_policy(address: str, allowed: bool) -> None:
     assert (refusal(address, TransferPolicy()) is None) is allowed
 
 
-def test_metadata_services_stay_out_of_reach_even_locally() -> None:
-    assert refusal("169.254.169.254", TransferPolicy.local()) is not None
+@pytest.mark.parametrize(
+    "address", ["169.254.169.254", "::ffff:169.254.169.254", "fd00:ec2::254", "100.100.100.200", "168.63.129.16", "0.0.0.0"]
+)
+def test_metadata_services_stay_out_of_reach_even_locally(address: str) -> None:
+    assert refusal(address, TransferPolicy.local()) is not None
+
+
+@trio_test
+async def test_a_name_is_looked_up_once_and_every_address_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = Place(tmp_path, TransferPolicy(allow_loopback=True))
+    answers = [["127.0.0.1"], ["10.0.0.1"], ["127.0.0.1", "10.0.0.1"], ["10.0.0.1"]]
+    asked: list[str] = []
+
+    async def lookup(host: str, port: int, **how: object) -> list[tuple[object, ...]]:
+        asked.append(host)
+        return [(0, 0, 0, "", (address, port)) for address in answers.pop(0)]
+
+    async with web_server() as web:
+        monkeypatch.setattr(trio.socket, "getaddrinfo", lookup)  # trio's own connections ask it only for names
+        url = f"http://rebinds.example:{web.port}/f"
+        assert await place.move(url, "container:/golem/f") == len(CONTENT)  # connected to what was checked
+        assert web.requests[0][1]["host"] == f"rebinds.example:{web.port}"
+        assert asked[0] == "rebinds.example"
+        assert asked.count("rebinds.example") == 1
+        del answers[0:1]
+        with pytest.raises(TransferError, match="private"):
+            await place.move(url, "container:/golem/f")
+        assert len(web.requests) == 1
+
+
+@trio_test
+async def test_credentials_go_to_their_host_only(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    async with web_server() as web, web_server() as other:
+        web.redirects["/away"] = other.url()
+        web.redirects["/here"] = web.url()
+        web.redirects["/named"] = f"http://you:hidden@127.0.0.1:{other.port}/f"
+        await place.move(web.url("/here", user="me:secret@"), "container:/golem/f")
+        assert "authorization" in web.requests[1][1]
+        for path in ("/away", "/named"):
+            await place.move(web.url(path, user="me:secret@"), "container:/golem/f")
+            assert "cookie" not in other.requests[-1][1]
+            assert b64encode(b"me:secret").decode() not in other.requests[-1][1].get("authorization", "")
+        web.redirects["/up"] = other.url("/up")
+        with pytest.raises(TransferError, match="answered 302"):
+            await place.move("container:/golem/f", web.url("/up", user="me:secret@"))
+        assert "/up" not in other.files
+
+
+@trio_test
+async def test_error_pages_are_not_content(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    async with web_server() as web:
+        for status in (400, 401, 403, 404, 410, 451, 501):
+            web.statuses = [status]
+            with pytest.raises(TransferError, match=f"answered {status}"):
+                await place.move(web.url(), "container:/golem/f")
+        assert place.waits == []
+        assert place.files() == []
+
+
+@trio_test
+async def test_servers_that_never_end_or_say_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = Place(tmp_path)
+    monkeypatch.setattr(golem.exeunit.web, "IDLE_TIMEOUT_S", 0.1)
+
+    async def endless(stream: trio.SocketStream) -> None:
+        with suppress(trio.BrokenResourceError):
+            await stream.receive_some()
+            await stream.send_all(b"HTTP/1.1 200 OK\r\n\r\n")
+            while True:
+                await stream.send_all(bytes(1 << 16))
+
+    async def silent(stream: trio.SocketStream) -> None:
+        await stream.receive_some()
+        await stream.receive_some()
+
+    async def garbage(stream: trio.SocketStream) -> None:
+        await stream.receive_some()
+        with suppress(trio.BrokenResourceError):
+            await stream.send_all(b"HTTP/1.1 200 OK\r\nX: " + b"x" * (1 << 20))
+
+    for handler, text in ((endless, "too large: more than 5000000"), (silent, "nothing came for 0.1 s"), (garbage, "f: ")):
+        async with trio.open_nursery() as nursery:
+            listeners = await nursery.start(partial(trio.serve_tcp, handler, 0, host="127.0.0.1"))
+            port = listeners[0].socket.getsockname()[1]
+            with pytest.raises(TransferError, match=text):
+                await place.move(f"http://127.0.0.1:{port}/f", "container:/golem/f", max_bytes=5_000_000)
+            nursery.cancel_scope.cancel()
+    assert place.files() == []
+
+
+@trio_test
+async def test_a_transfer_has_a_time_limit(tmp_path: Path) -> None:
+    place = Place(tmp_path, TransferPolicy(allow_loopback=True, max_time_s=0.1))
+
+    class Stuck(MemoryGftp):
+        async def download(self, url: str, offset: int, write: Write) -> None:
+            await trio.sleep_forever()
+
+    place.transfers = Transfers(place.policy, Stuck({"gftp://0x1/a": CONTENT}))
+    with pytest.raises(TransferError, match=r"longer than 0\.1 s"):
+        await place.move("gftp://0x1/a", "container:/golem/f")
+    assert place.files() == []
 
 
 # -- gftp ---------------------------------------------------------------------------------------------------------
