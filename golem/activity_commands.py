@@ -12,7 +12,7 @@ import msgspec
 
 from actors._provider_rows import cost
 from actors.activity import ActivityRow, BatchRow, ResultRow, result_key
-from golem.commands import command
+from golem.commands import COMMANDS, command
 from golem.exeunit.terms import flat
 from golem.net import RemoteError, Unreachable
 from protocol.types import timestamp_text
@@ -85,6 +85,12 @@ async def activity_list(node: Node, args: dict[str, Any]) -> Any:
     """All activities of this node, the newest last."""
     rows = [row for _, row in node.system.rows("activity").prefix("activity/")]
     return [_form(node, row) for row in sorted(rows, key=lambda row: row.created_at) if args.get("all") or not row.ended]
+
+
+@command
+async def activity_find(node: Node, args: dict[str, Any]) -> Any:
+    """The whole id of an activity, and the way to the REST API."""
+    return {"id": _named(node, args).activity_id, **await COMMANDS["rest_access"](node, {})}
 
 
 @command

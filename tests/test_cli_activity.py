@@ -284,12 +284,9 @@ def test_usage_is_named_and_priced_as_the_agreement_says() -> None:
     counters = ["golem.usage.duration_sec", "golem.usage.cpu_sec"]
     offer = {"golem": {"com": {"usage": {"vector": counters}, "pricing": {"model": {"linear": {"coeffs": [0.1, 2, 1]}}}}}}
     signed = Agreement(
-        "e" * 64, "Requestor", "0xr", "0xp", "", "", "", json.dumps({"offer": {"properties": offer}}).encode(), "Approved", 0.0, 0.0
+        "e" * 64, "Requestor", "0xr", "0xp", "", "", "", json.dumps({"offer": {"properties": offer}}).encode(), "Approved", 0, 0
     )
-    rows = {
-        "negotiation": {f"agreement/{'e' * 64}": signed},
-        "activity": {},
-    }
+    rows = {"negotiation": {f"agreement/{'e' * 64}": signed}, "activity": {}}
     node: Any = SimpleNamespace(system=SimpleNamespace(rows=rows.__getitem__), clock=lambda: 100.0)
     row = ActivityRow("1" * 32, "e" * 64, "Requestor", "0xr", "0xp", 40.0, "Ready", usage=[20.0, 0.5])
     form = _form(node, row)

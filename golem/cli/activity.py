@@ -53,7 +53,7 @@ def activity_watch(activity_id: str) -> None:
 
     Commands, their output and the progress of transfers, from the beginning (as far as it is kept) until it ends.
     """
-    found = ask_node("activity_show", id=activity_id)
+    found = ask_node("activity_find", id=activity_id)
     after = -1
     with Watcher(console, plain=not sys.stdout.isatty()) as watcher:
         while True:
@@ -108,8 +108,8 @@ def activity_exec(pairs: tuple[str, ...], interactive: bool, activity_id: str, c
 def _run(activity_id: str, command: tuple[str, ...], env: dict[str, str], *, terminal: bool, stdin: bool) -> None:
     from golem.cli.terminal import run_program
 
-    found = ask_node("activity_show", id=activity_id)
-    status = run_program(ask_node("rest_access"), found["id"], command, env, terminal=terminal, stdin=stdin)
+    found = ask_node("activity_find", id=activity_id)
+    status = run_program(found, found["id"], command, env, terminal=terminal, stdin=stdin)
     sys.stdout.flush()
     raise SystemExit(status)
 
@@ -119,7 +119,7 @@ def _run(activity_id: str, command: tuple[str, ...], env: dict[str, str], *, ter
 @click.option("--timeout", "timeout_s", type=click.FloatRange(0, 3600), default=15.0, show_default=True, help="Seconds to wait.")
 def activity_destroy(activity_id: str, timeout_s: float) -> None:
     """End an activity (as its requestor)."""
-    found = ask_node("activity_show", id=activity_id)
+    found = ask_node("activity_find", id=activity_id)
     call("DELETE", f"/activity-api/v1/activity/{found['id']}", timeout=timeout_s)
     nothing()
 
