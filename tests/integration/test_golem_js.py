@@ -92,6 +92,7 @@ async def test_a_file_goes_there_and_back_and_the_work_is_paid(tmp_path: Path) -
 
 @trio_test
 async def test_a_docker_image_by_its_tag(tmp_path: Path, engine: LocalEngine) -> None:
+    """A file there and back, and then (another agreement) bytes and JSON, single, in a batch and beside a stream."""
     tag = "golem-js-hello:1"
     import_image(engine, busybox_tar(), tag)
     client = admin(engine)
@@ -103,9 +104,12 @@ async def test_a_docker_image_by_its_tag(tmp_path: Path, engine: LocalEngine) ->
     (tmp_path / "letter").write_bytes(letter)
     async with market(tmp_path / "net", "vm", engine) as (net, requestor, provider):
         await requestor.command("image", "push", str(tmp_path / "image.tar"), "--tag", tag)
+        registry = {"GOLEM_REGISTRY_URL": requestor.api_url}
         line = [str(EXAMPLE / "hello.mjs"), "--tag", tag, "--letter", str(tmp_path / "letter"),
                 "--result", str(tmp_path / "result"), "Grace"]  # fmt: skip
-        done = await script(net, requestor, line, {"GOLEM_REGISTRY_URL": requestor.api_url})
+        done = await script(net, requestor, line, registry)
         assert done["stdout"] == "Hello Grace\n"
         assert (tmp_path / "result").read_bytes() == b"Hello Grace\n" + letter
         await settled(requestor, provider, done["agreement"])
+        data = await script(net, requestor, [str(Path(__file__).with_name("golem_js_data.cjs")), str(EXAMPLE), tag], registry)
+        await settled(requestor, provider, data["agreement"])
