@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from typing import Any
@@ -89,6 +90,17 @@ class Requestor:
 
     def destroy(self, activity_id: str) -> None:
         self.call("DELETE", f"/activity-api/v1/activity/{activity_id}", timeout=20)
+
+    def execute(self, activity_id: str, *commands: dict[str, Any], patience_s: float = 60) -> list[dict[str, Any]]:
+        """Run a script to its end; return the results of its commands."""
+        path = f"/activity-api/v1/activity/{activity_id}/exec"
+        batch_id = self.call("POST", path, {"text": json.dumps(commands)})
+
+        def ended() -> list[dict[str, Any]]:
+            found = self.call("GET", f"{path}/{batch_id}", timeout=5)
+            return list(found) if found and found[-1]["isBatchFinished"] else []
+
+        return list(eventually(ended, patience_s))
 
     def state(self, activity_id: str) -> str:
         return str(self.call("GET", f"/activity-api/v1/activity/{activity_id}/state")["state"][0])
