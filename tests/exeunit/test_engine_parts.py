@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 from support import trio_test
 
 from golem.exeunit.engine.meter import Layer, Meter, MeterError, upper_dir, upper_dir_of
@@ -152,6 +153,29 @@ async def test_volumes_with_sizes_of_their_own(tmp_path: Path) -> None:
         await storage.close()
     await storage.close()
     assert mounts_below(tmp_path) == []
+
+
+@pytest.mark.root
+@trio_test
+async def test_layer_of_an_engine_that_is_gone(tmp_path: Path) -> None:
+    layer = tmp_path / "overlay2" / "id"
+    for name in ("diff", "work", "merged"):
+        (layer / name).mkdir(parents=True)
+    (layer / "link").write_text("ABC")
+    storage = await open_storage(tmp_path / "s", 8 * MIB, 0)
+    try:
+        assert not await storage.hold_layer(tmp_path / "other" / "diff")
+        assert await storage.hold_layer(layer / "diff")
+        assert not await storage.hold_layer(layer / "diff"), "one layer a storage"
+        options = f"lowerdir={tmp_path / 's'},upperdir={layer / 'diff'},workdir={layer / 'work'}"
+        await trio.run_process(["mount", "-t", "overlay", "overlay", "-o", options, str(layer / "merged")])
+        assert fill(layer / "merged" / "a", 16) == errno.ENOSPC
+        assert storage.used_bytes() > 6 * MIB
+    finally:
+        await storage.close()
+    assert mounts_below(tmp_path) == []
+    assert loops_below(tmp_path) == []
+    assert (layer / "link").read_text() == "ABC", "the Engine finds what it had made"
 
 
 @pytest.mark.root

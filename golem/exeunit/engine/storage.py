@@ -55,6 +55,7 @@ class Storage:
         self.ram_left_bytes = ram_bytes
         self.limited = False
         self._mounts: list[Path] = []
+        self._layer: Path | None = None
         self._empty_bytes = 0
         self._measured_bytes = 0
 
@@ -127,8 +128,8 @@ class Storage:
 
         `upper_dir`: the layer's directory, as the Engine tells it. Docker's driver overlay2 mounts what lies beside it
         (`diff`, `work`) when the container starts, so the whole folder is taken over by a bind mount. When the Engine
-        removes the container it empties the folder, and takes the mount away by itself. Whether it worked shows in the
-        running container: ask `holds`.
+        removes the container it empties the folder, and takes the mount away by itself; `close` does where it could not.
+        Whether it worked shows in the running container: ask `holds`.
         """
         folder, copy = upper_dir.parent, self._root / _LAYER
         if not self.limited or upper_dir.name != "diff" or not (folder / "link").is_file() or copy.exists():
@@ -136,6 +137,7 @@ class Storage:
         if (problem := await _tool(["cp", "-a", "--", str(folder), str(copy)])) is None:
             try:
                 await trio.to_thread.run_sync(_mount, copy, folder, b"", _MS_BIND, b"")
+                self._layer = folder
                 return True
             except OSError as error:
                 problem = str(error)
@@ -181,6 +183,9 @@ class Storage:
         with trio.CancelScope(shield=True):
             self.used_bytes()
             self.limited = False
+            if self._layer is not None:  # still there if the Engine is gone, with the container's root mounted on it
+                await trio.to_thread.run_sync(unmount, self._layer, 0.0)
+                self._layer = None
             while self._mounts:
                 await trio.to_thread.run_sync(unmount, self._mounts[-1])
                 self._mounts.pop()
@@ -208,9 +213,9 @@ def can_mount() -> bool:
     return os.geteuid() == 0 and shutil.which("mkfs.ext4") is not None and shutil.which("mount") is not None
 
 
-def unmount(point: Path) -> None:
+def unmount(point: Path, busy_s: float = BUSY_S) -> None:
     """Unmount, waiting a little for others to let go; then the mount is only taken out of sight. Raises OSError."""
-    deadline = time.monotonic() + BUSY_S
+    deadline = time.monotonic() + busy_s
     flags = _UMOUNT_NOFOLLOW
     while _libc.umount2(os.fsencode(point), flags) != 0:
         code = ctypes.get_errno()
@@ -218,7 +223,7 @@ def unmount(point: Path) -> None:
             return
         if code != errno.EBUSY:
             raise OSError(code, os.strerror(code), str(point))
-        if time.monotonic() > deadline:
+        if time.monotonic() >= deadline:
             flags |= _MNT_DETACH
         time.sleep(0.01)
 
