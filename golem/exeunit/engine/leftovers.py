@@ -18,7 +18,7 @@ from pathlib import Path
 import trio
 
 from golem.exeunit.engine.admin import Admin
-from golem.exeunit.engine.storage import MARK_FILE, remove_folder, unmount
+from golem.exeunit.engine.storage import MARK_FILE, remove_folder, unmount_all
 from golem.exeunit.engine.supervisor import is_dead
 from golem.exeunit.runtimes.base import RuntimeFault
 
@@ -71,9 +71,7 @@ async def _sweep_engine(admin: Admin, removed: list[str], problems: list[str]) -
 def _sweep_storage(work_root: Path, removed: list[str], problems: list[str]) -> None:
     for folder in list(_dead_folders(work_root)):
         try:
-            for point in _mounts_of(folder):
-                unmount(point)
-                removed.append(f"unmounted {point}")
+            removed += [f"unmounted {point}" for point in unmount_all(folder)]
             remove_folder(folder)
             removed.append(f"removed {folder}")
         except OSError as error:
@@ -107,16 +105,3 @@ def _folders(folder: Path) -> list[Path]:
             return [Path(entry) for entry in listing if entry.is_dir(follow_symlinks=False)]
     except OSError:
         return []
-
-
-def _mounts_of(folder: Path) -> list[Path]:
-    """Return what is mounted below a folder, and where else the same file systems are (a container's layer), last first."""
-    mounts = [_mount(line) for line in Path("/proc/self/mountinfo").read_text().splitlines()]
-    devices = {device for device, point in mounts if folder in point.parents}
-    return [point for device, point in reversed(mounts) if device in devices]
-
-
-def _mount(line: str) -> tuple[str, Path]:
-    """Return device number and place of a line of mountinfo, whose odd characters are octal."""
-    fields = line.split()
-    return fields[2], Path(fields[4].encode().decode("unicode_escape").encode("latin-1").decode(errors="surrogateescape"))

@@ -54,8 +54,6 @@ class Storage:
         self.folder, self.size_bytes, self.owner_id = folder, size_bytes, owner_id
         self.ram_left_bytes = ram_bytes
         self.limited = False
-        self._mounts: list[Path] = []
-        self._layer: Path | None = None
         self._empty_bytes = 0
         self._measured_bytes = 0
 
@@ -85,7 +83,6 @@ class Storage:
             if (problem := await _tool(command)) is not None:
                 log.warning("volumes without a hard limit: %s: %s", command[0], problem)
                 return False
-        self._mounts.append(point)
         return True
 
     def directory(self, name: str) -> Path:
@@ -119,7 +116,6 @@ class Storage:
         point.mkdir(mode=0o710)
         if can_mount():
             await trio.to_thread.run_sync(_mount_tmpfs, point, max(size_bytes, os.sysconf("SC_PAGESIZE")))
-            self._mounts.append(point)
         _give(point, 0, self.owner_id, 0o710)
         return self._fresh(point / name)
 
@@ -137,7 +133,6 @@ class Storage:
         if (problem := await _tool(["cp", "-a", "--", str(folder), str(copy)])) is None:
             try:
                 await trio.to_thread.run_sync(_mount, copy, folder, b"", _MS_BIND, b"")
-                self._layer = folder
                 return True
             except OSError as error:
                 problem = str(error)
@@ -183,12 +178,7 @@ class Storage:
         with trio.CancelScope(shield=True):
             self.used_bytes()
             self.limited = False
-            if self._layer is not None:  # still there if the Engine is gone, with the container's root mounted on it
-                await trio.to_thread.run_sync(unmount, self._layer, 0.0)
-                self._layer = None
-            while self._mounts:
-                await trio.to_thread.run_sync(unmount, self._mounts[-1])
-                self._mounts.pop()
+            await trio.to_thread.run_sync(unmount_all, self.folder)
             await trio.to_thread.run_sync(remove_folder, self.folder)
 
 
@@ -226,6 +216,27 @@ def unmount(point: Path, busy_s: float = BUSY_S) -> None:
         if time.monotonic() >= deadline:
             flags |= _MNT_DETACH
         time.sleep(0.01)
+
+
+def unmount_all(folder: Path) -> list[Path]:
+    """Unmount what is mounted below a folder, and where else the same file systems are; returns the places.
+
+    Elsewhere are a container's layer and the Engine's volumes, if the Engine died before it could take them down.
+    Raises OSError.
+    """
+    folder = folder.resolve()
+    mounts = [_place(line) for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    devices = {device for device, point in mounts if folder in point.parents}
+    found = [point for device, point in reversed(mounts) if device in devices]
+    for point in found:
+        unmount(point, BUSY_S if folder in point.parents else 0.0)
+    return found
+
+
+def _place(line: str) -> tuple[str, Path]:
+    """Return device number and place of a line of mountinfo, whose odd characters are octal."""
+    fields = line.split()
+    return fields[2], Path(fields[4].encode().decode("unicode_escape").encode("latin-1").decode(errors="surrogateescape"))
 
 
 def remove_folder(folder: Path) -> None:
