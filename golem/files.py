@@ -343,23 +343,39 @@ class FileServer:
         return found
 
     async def _send(self, source: Source, offset: int, size: int, stream: Any) -> None:
-        """Send a header and bytes. After the header a failure is told by ending early."""
+        """Send a header and bytes, reading ahead. After the header a failure is told by ending early."""
         total = await source.size()
         end = min(offset + size, total)
-        data = await source.read(offset, min(BLOCK_BYTES, end - offset)) if offset < end else b""
+        first = await source.read(offset, min(BLOCK_BYTES, end - offset)) if offset < end else b""
         await send_header(stream, ["ok", total])
-        while True:
-            await send(stream, data)
-            offset += len(data)
-            if offset >= end:
-                return
-            try:
-                data = await source.read(offset, min(BLOCK_BYTES, end - offset))
-                if not data:
-                    raise FileFault("ReadError", "a source ends early")
-            except FileFault as fault:
-                log.warning("gftp: %s", fault)
-                raise trio.BrokenResourceError from None
+        give, take = trio.open_memory_channel[bytes](1)
+        fault: FileFault | None = None
+
+        async def read(at: int, data: bytes) -> None:
+            nonlocal fault
+            with give:
+                try:
+                    while at < end:
+                        if not data:
+                            raise FileFault("ReadError", "the source ended early")
+                        await give.send(data)
+                        at += len(data)
+                        data = await source.read(at, min(BLOCK_BYTES, end - at)) if at < end else b""
+                except FileFault as failed:
+                    fault = failed
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read, offset, first)
+            async for data in take:
+                try:
+                    await send(stream, data)
+                except FileFault as failed:
+                    fault = failed
+                    nursery.cancel_scope.cancel()
+                    break
+        if fault is not None:
+            log.info("gftp: sending ended early: %s", fault)
+            raise trio.BrokenResourceError from None
 
     async def _take(self, upload: Upload, name: str, reader: Reader, stream: Any) -> None:
         """Bring an upload into its slot, from where a former attempt ended."""
