@@ -321,7 +321,7 @@ def detect_format(path: Path) -> ImageFormat | None:
 def _detect_tar(file: BinaryIO, max_bytes: int | None) -> ImageFormat | None:
     """Walk the headers of a tar; `max_bytes` bounds what is read of a compressed one."""
     names: set[str] = set()
-    position, parts = 0, False
+    position = 0
     for _ in range(MAX_SCANNED_MEMBERS):
         header = file.read(TAR_BLOCK_BYTES)
         if len(header) < TAR_BLOCK_BYTES or not header.strip(b"\0"):
@@ -331,14 +331,14 @@ def _detect_tar(file: BinaryIO, max_bytes: int | None) -> ImageFormat | None:
         name = header[:100].split(b"\0")[0].decode("utf-8", "replace").removeprefix("./")
         if name in _ARCHIVE_MARKS:
             names.add(name)
-        parts = parts or _PART_OF_ARCHIVE.match(name) is not None
+        if max_bytes is not None and (name in _ARCHIVE_MARKS or _PART_OF_ARCHIVE.match(name)):
+            # Reading on would mean to inflate it all; whether it is both formats, or the other, its reader will see.
+            return _ARCHIVE_MARKS.get(name, ImageFormat.DOCKER_ARCHIVE)
         size = _tar_number(header[124:136])
         if size is None:
             return None
         position += TAR_BLOCK_BYTES + -(-size // TAR_BLOCK_BYTES) * TAR_BLOCK_BYTES
         if max_bytes is not None and position > max_bytes:
-            if parts:  # a mark may come later; which one, whoever reads it all will see
-                names.add("manifest.json")
             break
         file.seek(position)
     else:

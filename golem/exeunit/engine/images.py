@@ -237,7 +237,7 @@ async def _bring(
     """Unpack, check and load a package; returns the CPU seconds that its reading took."""
     if format not in FORMATS:
         raise RuntimeFault(f"the task package is {format.value}: no image for a container")
-    room = shutil.disk_usage(folder).free - RESERVE_BYTES
+    room = _free(folder) - RESERVE_BYTES
     if room <= path.stat().st_size:
         raise RuntimeFault(f"this provider has not enough disk space to unpack the image: {max(0, room) >> 20} MiB free")
     with tempfile.TemporaryFile(dir=folder) as archive, tempfile.TemporaryFile(dir=folder) as inflated:
@@ -270,8 +270,12 @@ async def _check_room(admin: Admin, size: int) -> None:
     """An Engine holds an archive twice while it loads it."""
     root = await admin.root_dir()
     with contextlib.suppress(OSError):
-        if root is not None and shutil.disk_usage(root).free < 2 * size + RESERVE_BYTES:
+        if root is not None and _free(root) < 2 * size + RESERVE_BYTES:
             raise RuntimeFault(f"this provider's Docker Engine has not enough disk space for an image of {size >> 20} MiB")
+
+
+def _free(path: Path) -> int:
+    return shutil.disk_usage(path).free
 
 
 async def _load(admin: Admin, descriptor: int, size: int, notice: Notice) -> None:
