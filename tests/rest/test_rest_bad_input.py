@@ -10,7 +10,7 @@ import trio
 from node_in_test import HEADERS, rest_in_test
 from support import trio_test
 
-OPEN = ("/version/get", "/metrics-api")
+OPEN = ("/version/get", "/metrics-api", "/v1/image/", "/image.<sha3>.link")
 #: What each kind of path parameter is filled with: nothing that exists.
 FILLINGS = (
     "nonsense", "0" * 32, "R-" + "0" * 64, "a" * 32 + "-" + "b" * 64, "00000000-0000-4000-8000-000000000000", "%00", "é" * 300,
