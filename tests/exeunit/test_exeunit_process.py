@@ -83,13 +83,13 @@ class World:
         node.router.attach(system.deliver)
         return system
 
-    async def begin(self) -> None:
+    async def begin(self, package_file: Path = HELLO) -> None:
         for system, role in ((self.provider, "Provider"), (self.requestor, "Requestor")):
             await self.nursery.start(system.run)
             approved = AgreementApproved(AGREEMENT, role, REQUESTOR, PROVIDER, "{}", "{}", time.time(), None)
             await tell(system, "negotiation", "activity", approved)
-        self.files.offer("package", FileSource(HELLO), "test")
-        digest = hashlib.sha3_224(HELLO.read_bytes()).hexdigest()
+        self.files.offer("package", FileSource(package_file), "test")
+        digest = hashlib.sha3_224(package_file.read_bytes()).hexdigest()
         package = f"hash:sha3:{digest}:gftp://{REQUESTOR}/package"
         agreement = {
             "agreementId": AGREEMENT,
@@ -107,12 +107,12 @@ class World:
         assert await self.requestor.ask("activity", CreateActivity(ACTIVITY, AGREEMENT, 30.0)) == Done(ACTIVITY)
         await self.until(lambda: self.provider.feeds.read("activities"))
 
-    async def start(self) -> trio.Process:
-        command = [sys.executable, "-m", "golem.exeunit", "--runtime", "wasmtime", "--activity", ACTIVITY]
+    async def start(self, runtime: str = "wasmtime", docker_host: str = "") -> trio.Process:
+        command = [sys.executable, "-m", "golem.exeunit", "--runtime", runtime, "--activity", ACTIVITY]
         for name in ("agreement.json", "work", "cache"):
             command += [f"--{name.partition('.')[0]}", str(self.tmp_path / name)]
         command += ["--bus", str(self.tmp_path / "a.sock")]
-        return await trio.lowlevel.open_process(command)
+        return await trio.lowlevel.open_process(command, env={**os.environ, "DOCKER_HOST": docker_host})
 
     async def until(self, condition: Callable[[], Any], timeout_s: float = 30) -> None:
         with trio.fail_after(timeout_s):

@@ -60,7 +60,6 @@ def container_config(plan: Plan, facts: EngineFacts) -> dict[str, Any]:
         "Labels": labels(plan.activity_id),
         "Healthcheck": {"Test": ["NONE"]},
         "StopSignal": "SIGTERM",
-        "NetworkDisabled": True,
         "HostConfig": _host_config(plan, facts),
     }
     if plan.hostname is not None:

@@ -16,7 +16,7 @@ import trio
 from golem.exeunit.engine.client import EngineClient, ExecState, ExecStream
 from golem.exeunit.runtimes.base import ExitStatus, RuntimeFault, Side
 
-FIRST_LOOK_S, SLOWEST_LOOK_S = 0.1, 1.0  # how long nothing has to come before the Engine is asked
+FIRST_LOOK_S, SLOWEST_LOOK_S = 0.1, 1.0  # between questions to the Engine
 QUIET_S = 0.3  # of silence after the end of a program whose streams another one holds
 DRAIN_S = 3.0  # no longer than that, even if the other one goes on writing
 START_TIMEOUT_S = 5.0
@@ -26,10 +26,12 @@ _NOT_STARTED = b"OCI runtime exec failed: "  # how Engines say, as output, that 
 class Program:
     """A started program. One task at a time may call it."""
 
-    def __init__(self, client: EngineClient, stream: ExecStream) -> None:
+    def __init__(self, client: EngineClient, stream: ExecStream, on_left: Callable[[], None] | None = None) -> None:
+        """`on_left` is called when the program has ended and another one still holds its streams."""
         self.id = stream.id
-        self._client, self._stream = client, stream
+        self._client, self._stream, self._on_left = client, stream, on_left
         self._look_s = FIRST_LOOK_S
+        self._look_at = trio.current_time() + FIRST_LOOK_S
         self._ended: ExecState | None = None
         self._deadline = float("inf")  # to drain until, once it has ended
         self._first = True
@@ -38,8 +40,12 @@ class Program:
     async def receive(self) -> tuple[Side, bytes] | None:
         """Return the next output, None when there will be no more. Errors: RuntimeFault."""
         while True:
-            wait_s = self._look_s if self._ended is None else QUIET_S
-            with trio.CancelScope(deadline=min(trio.current_time() + wait_s, self._deadline)) as scope:
+            now_s = trio.current_time()
+            if self._ended is None and now_s >= self._look_at:
+                await self._look()
+                continue
+            deadline = self._look_at if self._ended is None else min(now_s + QUIET_S, self._deadline)
+            with trio.CancelScope(deadline=deadline) as scope:
                 part = await self._stream.receive()
                 if part is not None and self._first:
                     self._first = False
@@ -49,14 +55,16 @@ class Program:
                 return part
             if scope.cancelled_caught and self._ended is not None:
                 return None
-            await self._look()
 
     async def _look(self) -> None:
-        self._look_s = min(SLOWEST_LOOK_S, 2 * self._look_s)
         state = await self._client.inspect_exec(self.id)
+        self._look_s = min(SLOWEST_LOOK_S, 2 * self._look_s)
+        self._look_at = trio.current_time() + self._look_s
         if not state.running and state.exit_code is not None:
             self._ended = state
             self._deadline = trio.current_time() + DRAIN_S
+            if self._on_left is not None:
+                self._on_left()
 
     async def exit_code(self) -> int:
         """Wait for the end of the process; to be called when there is no more output. Errors: RuntimeFault."""

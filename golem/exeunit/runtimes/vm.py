@@ -33,6 +33,7 @@ from golem.exeunit.engine.client import EngineClient
 from golem.exeunit.engine.container import Plan, container_config, labels
 from golem.exeunit.engine.images import FORMATS, EngineImage, obtain_image
 from golem.exeunit.engine.init_program import init_program
+from golem.exeunit.engine.left_pipes import LeftPipes
 from golem.exeunit.engine.leftovers import sweep
 from golem.exeunit.engine.meter import Layer, Meter, MeterError, group_file, open_layer, upper_dir
 from golem.exeunit.engine.network import GuestNetwork
@@ -94,6 +95,7 @@ class _Started:
     pidfd: int
     processes: ContainerProcesses | None
     network: GuestNetwork | None
+    pipes: LeftPipes | None
     oom_file: Path | None  # where the kernel counts what it killed for want of memory
 
 
@@ -253,16 +255,23 @@ class VmRuntime:
         before = started.processes.running() if started.processes is not None else frozenset()
         ooms = _oom_kills(started.oom_file)
 
+        def left() -> None:
+            if started.processes is not None and started.pipes is not None:
+                started.pipes.adopt((pid for pid, _ in started.processes.running() - before), self._terminal_pids())
+
         async def kill(exec_id: str) -> None:
             await self._kill(exec_id, lambda processes, spared: processes.kill_since(before, spared))
 
         try:
             exec_id = await self._client.create_exec(str(deployed.name), argv, env=env)
             async with await self._client.start_exec(exec_id) as stream:
-                program = Program(self._client, stream)
+                program = Program(self._client, stream, left)
                 status = await self._attend(program, output, deployed.options.limits, kill)
         except (EngineGone, NoSuch, InUse) as fault:
             raise await self._died(fault) from None
+        finally:
+            if started.pipes is not None:
+                started.pipes.release()
         if status.code in (KILLED, 128 + signal.SIGTERM) and status.reason is None:
             if (death := await self._diagnose(started)) is not None:
                 raise RuntimeFault(death)
@@ -338,8 +347,9 @@ class VmRuntime:
                         signal.pidfd_send_signal(started.pidfd, signal.SIGKILL)
         if started is not None:
             os.close(started.pidfd)
-            if started.network is not None:
-                started.network.close()
+            for held in (started.network, started.pipes):
+                if held is not None:
+                    held.close()
 
     # -- usage ----------------------------------------------------------------------------------------------------
 
@@ -378,7 +388,7 @@ class VmRuntime:
     # -- death ----------------------------------------------------------------------------------------------------
 
     async def failure(self) -> str:
-        """Also takes the samples of storage, as long as it is waited for."""
+        """Also takes the samples of storage, and the output of services nobody hears, as long as it is waited for."""
         deployed = self._deployed
         if deployed is None:
             await trio.sleep_forever()
@@ -401,6 +411,8 @@ class VmRuntime:
         while True:
             await trio.sleep(max(SAMPLE_S, 5 * took_s))  # looking takes long where there are many files
             began_s = trio.current_time()
+            if self._started is not None and self._started.pipes is not None:
+                self._started.pipes.drain()
             await self._measure(deployed)
             took_s = trio.current_time() - began_s
 
@@ -472,8 +484,11 @@ class VmRuntime:
                 return
             while (state := await self._client.inspect_exec(exec_id)).exit_code is None:
                 if state.pid:  # else it is just being started
-                    how(started.processes, [pid for terminal in self._terminals if (pid := terminal.pid)])
+                    how(started.processes, self._terminal_pids())
                 await trio.sleep(0.01)
+
+    def _terminal_pids(self) -> list[int]:
+        return [terminal.pid for terminal in self._terminals if terminal.pid is not None]
 
     # -- interaction ----------------------------------------------------------------------------------------------
 
@@ -561,16 +576,16 @@ def _look_at(pid: int) -> _Started:
     pidfd = os.pidfd_open(pid)
     network: GuestNetwork | None = None
     try:
-        processes = None
+        processes = pipes = None
         if os.geteuid() == 0:
-            processes, network = ContainerProcesses(pid), GuestNetwork(pid)
+            processes, network, pipes = ContainerProcesses(pid), GuestNetwork(pid), LeftPipes(pid)
         oom = group_file(pid, "memory", ("memory.oom_control",), ("memory.events",))
     except BaseException:
         os.close(pidfd)
         if network is not None:
             network.close()
         raise
-    return _Started(pid, pidfd, processes, network, oom)
+    return _Started(pid, pidfd, processes, network, pipes, oom)
 
 
 def _is_ending(pid: int) -> bool:
