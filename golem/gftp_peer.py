@@ -7,6 +7,7 @@ Neighbours: `golem/gftp_wire.py` (the conversation), `golem/gftp.py` and the exe
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -34,6 +35,8 @@ from golem.gftp_wire import (
 )
 from golem.net.types import RemoteError, Unreachable
 from golem.outgoing import Outgoing
+
+log = logging.getLogger("golem.gftp")
 
 MAX_STREAMS = 8
 STREAM_RTT_S = 0.01  # a window of 1 MiB a round trip: further streams from here on
@@ -183,8 +186,9 @@ class _Download:
             at += len(block)
 
     async def _read_another(self, open_another: Open) -> None:
-        async with await open_another() as stream:
-            await self._read_turns(stream, Reader(stream))
+        if (stream := await _further(open_another)) is not None:
+            async with stream:
+                await self._read_turns(stream, Reader(stream))
 
     async def _read_turns(self, stream: Any, reader: Reader) -> None:
         """Ask for the block whose turn it is; two are on their way at a time."""
@@ -269,11 +273,21 @@ class _Upload:
                 self._progress(self._sent, self._file.size)
 
     async def _send_over_another(self, open_another: Open) -> None:
-        async with await open_another() as stream:
-            await send_header(stream, ["join", self._key])
-            await self._send_blocks(stream)
-            await send(stream, END)
-            _ok(await read_header(Reader(stream), FINISH_S))
+        if (stream := await _further(open_another)) is not None:
+            async with stream:
+                await send_header(stream, ["join", self._key])
+                await self._send_blocks(stream)
+                await send(stream, END)
+                _ok(await read_header(Reader(stream), FINISH_S))
+
+
+async def _further(open_another: Open) -> trio.SocketStream | None:
+    """Open one more stream, or do without it."""
+    try:
+        return await open_another()
+    except FileFault as fault:
+        log.debug("no further stream: %s", fault)
+        return None
 
 
 async def _stat(stream: Any, reader: Reader, name: str) -> int:

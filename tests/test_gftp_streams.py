@@ -41,10 +41,13 @@ class Line:
         self.cuts: list[int] = []  # bytes after which the next streams break, either way counted
         self.carried = 0  # bytes in all
         self.opened = 0
+        self.most = 1000  # streams that may be opened
         self.pause: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
 
     async def open_stream(self, node: str, name: str, timeout_s: float = 10) -> Any:
         self.opened += 1
+        if self.opened > self.most:
+            raise Unreachable("too many streams")
         return Wire(self, await self.open(node, name, timeout_s), self.cuts.pop(0) if self.cuts else 1 << 60)
 
 
@@ -182,6 +185,19 @@ async def test_a_long_way_is_gone_on_several_streams(tmp_path: Path) -> None:
         await here.peer(None).download(url, 0, got.write)
         assert got.data == CONTENT
         assert 2 <= here.line.opened <= 8
+
+
+@trio_test
+async def test_further_streams_are_done_without(tmp_path: Path) -> None:
+    async with place(tmp_path) as here, outgoing(CONTENT) as file:
+        url, slot, got = await here.published(), await here.slot(), Got()
+        here.line.most = 2
+        await here.peer(4).download(url, 0, got.write)
+        assert got.data == CONTENT
+        here.line.opened = 0
+        await here.peer(4).upload(slot, file)
+        assert here.line.opened > 2
+        assert (tmp_path / "out").read_bytes() == CONTENT
 
 
 # -- broken streams -----------------------------------------------------------------------------------------------
