@@ -17,6 +17,8 @@ from hypercorn.protocol import ws_stream
 from hypercorn.trio.tcp_server import TCPServer
 from wsproto.events import Message
 
+log = logging.getLogger("golem.http")
+
 MAX_MESSAGE_BYTES = 1 << 20  # of a websocket: a file's chunk is a quarter of it; a connection queues up to 20 messages
 MAX_HEADERS_BYTES = 64 << 10
 
@@ -29,10 +31,13 @@ class _Connection(TCPServer):
     """
 
     async def run(self) -> None:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._end_with_server)
-            await super().run()
-            nursery.cancel_scope.cancel()
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._end_with_server)
+                await super().run()
+                nursery.cancel_scope.cancel()
+        except* Exception as failed:  # bytes that Hypercorn stumbles over end their connection, not the node
+            log.info("a connection failed: %s", "; ".join(map(repr, failed.exceptions)))
 
     async def _end_with_server(self) -> None:
         """Close on those who take nothing of what is sent: sending is under a shield, and would hold up the stop."""
@@ -83,5 +88,5 @@ def server_settings(grace_s: float, keep_alive_s: float) -> Config:
     settings.websocket_max_message_size = MAX_MESSAGE_BYTES
     settings.websocket_ping_interval = None
     settings.loglevel = "WARNING"
-    settings.errorlog = logging.getLogger("golem.http")
+    settings.errorlog = log
     return settings

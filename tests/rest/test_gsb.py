@@ -57,6 +57,18 @@ class Agent:
         async with trio_websocket.open_websocket_url(url, **({"subprotocols": [PROTOCOL]} | options)) as socket:
             yield socket
 
+    async def raw(self) -> trio.SocketStream:
+        """Return a connection without any protocol."""
+        host, port = self.node.api_url.removeprefix("http://").split(":")
+        return await trio.open_tcp_stream(host, int(port))
+
+    def handshake(self, service_id: str) -> bytes:
+        return (
+            f"GET /gsb-api/v1/services/{service_id}?authToken={APP_KEY} HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\n"
+            f"Upgrade: websocket\r\nSec-WebSocket-Key: {base64.b64encode(bytes(16)).decode()}\r\n"
+            "Sec-WebSocket-Version: 13\r\n\r\n"
+        ).encode()
+
     @asynccontextmanager
     async def serve(self, service_id: str, answer: Callable[[str, Any], Any]) -> AsyncIterator[WebSocketConnection]:
         """Answer every question with the payload (or the error, where it is an exception) that `answer` returns."""
@@ -340,13 +352,8 @@ async def test_a_message_too_long_is_not_kept(tmp_path: Path) -> None:
     """An agent that goes on and on after the limit, without a word of its own."""
     async with agent_in_test(tmp_path) as agent:
         service_id = await agent.open("x", READ)
-        path = f"/gsb-api/v1/services/{service_id}?authToken={APP_KEY}"
-        host, port = agent.node.api_url.removeprefix("http://").split(":")
-        async with await trio.open_tcp_stream(host, int(port)) as stream:
-            await stream.send_all(
-                f"GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
-                f"Sec-WebSocket-Key: {base64.b64encode(bytes(16)).decode()}\r\nSec-WebSocket-Version: 13\r\n\r\n".encode()
-            )
+        async with await agent.raw() as stream:
+            await stream.send_all(agent.handshake(service_id))
             assert (await stream.receive_some(4096)).startswith(b"HTTP/1.1 101")
             await stream.send_all(b"\x82\xff" + (1 << 40).to_bytes(8, "big") + bytes(4))  # a frame of a tebibyte
             before = rss_bytes()
@@ -355,6 +362,34 @@ async def test_a_message_too_long_is_not_kept(tmp_path: Path) -> None:
             with trio.fail_after(5):
                 assert (await stream.receive_some(4096))[:4] == b"\x88\x02" + (1009).to_bytes(2, "big")
             assert rss_bytes() - before < 50 << 20
+        async with agent.serve(service_id, answer_from(b"as before")):
+            assert await read_all(source(agent, "x")) == b"as before"
+
+
+@trio_test
+async def test_bytes_that_are_no_protocol_end_their_connection_and_nothing_else(tmp_path: Path) -> None:
+    async with agent_in_test(tmp_path) as agent:
+        service_id = await agent.open("x", READ)
+        dice = random.Random(271)
+        handshake, answered = agent.handshake(service_id), 0
+        for number in range(150):
+            async with await agent.raw() as stream:
+                if number % 3 == 0:  # a bent handshake
+                    bent = bytearray(handshake)
+                    for _ in range(3):
+                        bent[dice.randrange(len(bent))] = dice.randrange(256)
+                    await stream.send_all(bent)
+                elif number % 3 == 1:  # frames before the handshake has an answer
+                    await stream.send_all(handshake + dice.randbytes(20))
+                else:
+                    await stream.send_all(handshake)
+                    assert (await stream.receive_some(4096)).startswith(b"HTTP/1.1 101")
+                    await stream.send_all(bytes([dice.randrange(256), dice.randrange(256)]) + dice.randbytes(40))
+                    if dice.random() < 0.5:
+                        await stream.send_eof()
+                with trio.move_on_after(0.02):
+                    answered += bool(await stream.receive_some(4096))
+        assert answered > 50
         async with agent.serve(service_id, answer_from(b"as before")):
             assert await read_all(source(agent, "x")) == b"as before"
 
