@@ -25,6 +25,7 @@ from foreign_images import docker_archive, entry, gvmi, image_json, oci_layout, 
 from support import trio_test
 
 from golem.exeunit.engine.admin import Admin
+from golem.exeunit.engine.archives import is_own
 from golem.exeunit.engine.images import ImageLimits, image_tag, obtain_image
 from golem.exeunit.engine.inflate import BadImage
 from golem.exeunit.runtimes.base import ImageFormat, RuntimeFault
@@ -459,6 +460,28 @@ async def test_through_the_sandbox(tmp_path: Path, attacks: str, attack: str) ->
     assert str(caught.value).isprintable()
     assert [one.name for one in folder.iterdir()] == [f"{digest}.lock"]
     assert {one.name for one in tmp_path.iterdir()} <= {"package", "locks", "tree", "s"}
+
+
+def test_a_reader_that_was_taken_over_cannot_name_other_images(tmp_path: Path) -> None:
+    foreign.convert(docker_archive([LAYER, LAYER]), "DOCKER_ARCHIVE", tmp_path)
+    good, tag = (tmp_path / "written").read_bytes(), "golem/x:latest"
+
+    def own(data: bytes, tag: str = tag, layers: int = 2) -> bool:
+        (tmp_path / "w").write_bytes(data)
+        with (tmp_path / "w").open("rb") as file:
+            return is_own(file.fileno(), len(data), tag, layers)
+
+    assert own(good)
+    manifest = good.index(b"manifest.json\0")
+    more = raw_header(b"index.json", size=b"%011o\0" % 2) + padded(b"{}")
+    for data in (
+        good.replace(b"golem/x:latest", b"golem/y:latest"), good.replace(b'"golem/x:latest"]', b'"golem/y:l", "x"]'),
+        good[:manifest] + more + good[manifest:], good[:-1024] + more + good[-1024:], good + more, good[:-512],
+        good[:-1] + b"x", more + good, good.replace(b"0000644", b"0000744", 1), good.replace(b"1.tar", b"2.tar", 1), b"",
+    ):  # fmt: skip
+        assert not own(data)
+    assert not own(good, "golem/y:latest")
+    assert not own(good, layers=1)
 
 
 @trio_test

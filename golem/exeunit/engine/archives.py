@@ -28,6 +28,7 @@ MAX_BLOBS = 10_000
 MAX_JSON_BYTES = 4 << 20
 MAX_INDEX_DEPTH = 3
 MAX_LINKS = 5
+OWN_CONFIG, OWN_MANIFEST = "config.json", "manifest.json"
 _DIGEST = re.compile(r"sha(256|512):([0-9a-f]{64}|[0-9a-f]{128})")
 
 
@@ -101,20 +102,47 @@ class Output:
         layer = TarWriter(self._descriptor)
         fill(layer)
         layer.finish()
-        name = b"%d.tar" % len(self.diff_ids)
-        os.pwrite(self._descriptor, header(Member(name, Kind.FILE, 0o644, size=layer.size)), start)
+        name = f"{len(self.diff_ids)}.tar"
+        os.pwrite(self._descriptor, _own_header(name, layer.size), start)
         self.diff_ids.append(f"sha256:{layer.hash.hexdigest()}")
 
     def finish(self, config: dict[str, Any]) -> None:
         """Write the configuration and the list of what is there."""
         config = {**config, "rootfs": {"type": "layers", "diff_ids": self.diff_ids}}
-        layers = [f"{number}.tar" for number in range(len(self.diff_ids))]
-        manifest = [{"Config": "config.json", "RepoTags": [self._tag], "Layers": layers}]
-        for name, content in (("config.json", config), ("manifest.json", manifest)):
-            data = json.dumps(content).encode()
-            write_all(self._descriptor, header(Member(name.encode(), Kind.FILE, 0o644, size=len(data))))
+        manifest = _own_manifest(self._tag, len(self.diff_ids))
+        for name, data in ((OWN_CONFIG, json.dumps(config).encode()), (OWN_MANIFEST, manifest)):
+            write_all(self._descriptor, _own_header(name, len(data)))
             write_all(self._descriptor, data + bytes(-len(data) % BLOCK_BYTES))
         write_all(self._descriptor, bytes(2 * BLOCK_BYTES))
+
+
+def _own_manifest(tag: str, layers: int) -> bytes:
+    names = [f"{number}.tar" for number in range(layers)]
+    return json.dumps([{"Config": OWN_CONFIG, "RepoTags": [tag], "Layers": names}]).encode()
+
+
+def _own_header(name: str, size: int) -> bytes:
+    return header(Member(name.encode(), Kind.FILE, 0o644, size=size))
+
+
+def is_own(descriptor: int, size: int, tag: str, layers: int) -> bool:
+    """Whether a file is an archive as `Output` writes it, with this tag and no other.
+
+    For the one who gave the package to the sandboxed child: a child that a package has taken over could otherwise have
+    the Engine give other names, those of other packages, to images of its choice.
+    """
+    at = 0
+    for name in (*(f"{number}.tar" for number in range(layers)), OWN_CONFIG, OWN_MANIFEST):
+        block = os.pread(descriptor, BLOCK_BYTES, at)
+        octal = re.fullmatch(rb"[0-7]{11}", block[124:135])
+        length = int(octal[0], 8) if octal is not None else int.from_bytes(block[125:136], "big")
+        if block != _own_header(name, length):
+            return False
+        at += BLOCK_BYTES + length + -length % BLOCK_BYTES
+    manifest = _own_manifest(tag, layers)
+    start = at - len(manifest) - -len(manifest) % BLOCK_BYTES
+    whole = os.pread(descriptor, len(manifest), start) == manifest and length == len(manifest)
+    return whole and size == at + 2 * BLOCK_BYTES and not any(os.pread(descriptor, 2 * BLOCK_BYTES, at))
 
 
 def copy_layer(source: Source, what: str, names: Names, layer: TarWriter, budget: Budget) -> None:

@@ -33,6 +33,7 @@ from typing import Any
 import trio
 
 from golem.exeunit.engine.admin import Admin
+from golem.exeunit.engine.archives import is_own
 from golem.exeunit.runtimes.base import ImageFormat, RuntimeFault, Side
 from golem.exeunit.sandbox.process import Ended, open_child
 
@@ -258,6 +259,8 @@ async def _bring(
             cpu_s, layers = await _unpack(spec, files, notice, limits)
         inflated.truncate(0)
         size = archive.seek(0, os.SEEK_END)
+        if not is_own(archive.fileno(), size, tag, len(layers)):
+            raise RuntimeFault("the image cannot be used: what was made of it is not what it should be")
         await _check_room(admin, size)
         await _load(admin, archive.fileno(), size, notice)
     image = await admin.inspect_image(tag)
