@@ -177,7 +177,7 @@ class Transfers:
     ) -> int:
         """Carry out a transfer command; returns the number of bytes.
 
-        `max_bytes`: room left in the volumes, if less than the policy allows.
+        `max_bytes`: room left for what is brought in, if less than the policy allows.
         Errors: TransferError.
         """
         origin, goal = parse_location(source), parse_location(target)
@@ -282,8 +282,8 @@ class Transfers:
                 return size
         with self._open_in_volume(volumes, origin.rest) as descriptor:
             size = os.fstat(descriptor).st_size
-            if size > max_bytes:
-                raise TransferError(f"the file is too large: {size} bytes, at most {max_bytes}")
+            if size > self.policy.max_bytes:  # the room left in the volumes is no matter here
+                raise TransferError(f"the file is too large: {size} bytes, at most {self.policy.max_bytes}")
             if origin.digest is not None:
                 await _check_file(descriptor, origin.digest)
             await self._send(remote, goal.rest, Outgoing(descriptor, size), progress, notice)

@@ -387,6 +387,18 @@ async def test_size_limit_holds_with_and_without_an_announcement(tmp_path: Path)
     assert place.files() == []
 
 
+@trio_test
+async def test_the_room_in_the_volumes_does_not_limit_what_leaves_them(tmp_path: Path) -> None:
+    place = Place(tmp_path, TransferPolicy(allow_loopback=True, max_bytes=len(CONTENT)))
+    (tmp_path / "out/f").write_bytes(CONTENT)
+    assert await place.move("container:/golem/f", "gftp://0x1/b", max_bytes=0) == len(CONTENT)
+    with pytest.raises(TransferError, match="too large"):
+        await place.move("gftp://0x1/b", "gftp://0x1/c", max_bytes=len(CONTENT) - 1)  # it lies on our disk meanwhile
+    (tmp_path / "out/f").write_bytes(CONTENT + b"x")
+    with pytest.raises(TransferError, match="too large"):
+        await place.move("container:/golem/f", "gftp://0x1/b")
+
+
 def _put(place: Place, data: bytes) -> str:
     place.gftp.files["gftp://0x1/a"] = data
     return "gftp://0x1/a"
