@@ -165,20 +165,23 @@ provider.add_command(status, "show")
 # -- runtimes
 @provider.group("exe-unit")
 def exe_unit() -> None:
-    """Runtimes: what an activity can run in, built in or added by a descriptor file."""
+    """Runtimes: what an activity can run in."""
 
 
 @exe_unit.command("list")
 @_data_dir_option
 @_places_option
 def exe_unit_list(agent_dir: Path | None, places: str | None) -> None:
-    """List the runtimes: which are offered, and why the others are not.
+    """List the runtimes, built in and of descriptors.
+
+    Which are offered, and why the others are not.
 
     A running agent is asked; without one each runtime is tested now.
     """
     import trio
 
     from golem.provider.environment import read_environment
+    from golem.provider.presets import load_presets
     from golem.provider.runtimes import catalogue, search_places, survey
     from golem.provider.settings import SettingsError
     from golem.provider.status import read_status, runs
@@ -186,7 +189,13 @@ def exe_unit_list(agent_dir: Path | None, places: str | None) -> None:
     folder = _agent_dir(agent_dir)
     try:
         where = search_places(places or read_environment(load_environment()).exe_unit_path, folder)
-        found = read_status(folder).get("runtimes", []) if runs(folder) else trio.run(survey, where)
+        if runs(folder):
+            found = read_status(folder).get("runtimes", [])
+        else:
+            sold: dict[str, list[str]] = {}
+            for one in load_presets(folder).offered():
+                sold.setdefault(one.runtime, []).append(one.name)
+            found = trio.run(survey, where, sold)
     except SettingsError as error:
         raise fail(str(error)) from None
     problems = catalogue(where).problems
@@ -202,7 +211,7 @@ def exe_unit_list(agent_dir: Path | None, places: str | None) -> None:
 # -- settings
 @provider.group()
 def settings() -> None:
-    """What is kept for the agent: name, subnet, and what requestors may do inside."""
+    """Name, subnet, what requestors may do inside."""
 
 
 @settings.command("show")

@@ -206,8 +206,8 @@ def _built_in_version(name: str) -> str:
         return ""
 
 
-async def survey(places: str | None, ask: Ask = ask_runtime) -> list[dict[str, Any]]:
-    """Test every runtime now, for a provider whose agent does not run; also what is wrong with descriptors."""
+async def survey(places: str | None, presets: Mapping[str, list[str]], ask: Ask = ask_runtime) -> list[dict[str, Any]]:
+    """Test every runtime now and describe it, for a provider whose agent does not run. `presets`: active ones by runtime."""
     found = catalogue(places)
     answers: dict[str, Template | str] = {}
 
@@ -217,7 +217,8 @@ async def survey(places: str | None, ask: Ask = ask_runtime) -> list[dict[str, A
     async with trio.open_nursery() as nursery:
         for name in (*runtime_names(), *found.runtimes):
             nursery.start_soon(look, name)
-    return [describe(name, places, answers[name], []) for name in (*runtime_names(), *found.runtimes)]
+    rows = [describe(name, places, answers[name], presets.get(name, [])) for name in (*runtime_names(), *found.runtimes)]
+    return [{**row, "offered": False, "reason": row["reason"] or "no agent runs"} for row in rows]
 
 
 def check_known(runtimes: Iterable[str], places: str | None) -> str | None:

@@ -327,6 +327,24 @@ async def test_other_settings_and_descriptors_are_taken_up(tmp_path: Path) -> No
         assert told.offers[-1][1] == ["other", "vm", "wasmtime"]
 
 
+def test_the_list_of_runtimes_without_an_agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/nothing.sock")
+    (tmp_path / "ya-other.json").write_text(
+        '[{"name":"other","version":"7","supervisor-path":"/usr/bin/exe-unit","runtime-path":"x"}]'
+    )
+    (tmp_path / "ya-bad.json").write_text("[")
+    found = json.loads(cli(tmp_path, "exe-unit", "list", "--exe-unit-path", str(tmp_path)).output)
+    rows = {one["name"]: one for one in found["runtimes"]}
+    assert (rows["vm"]["works"], rows["vm"]["presets"]) == (False, ["vm"])
+    assert "nothing.sock" in rows["vm"]["reason"]
+    assert (rows["other"]["works"], rows["other"]["version"]) == (False, "7")
+    assert "own supervisor, is started" in rows["other"]["reason"], "foreign supervisors are not"
+    if rows["wasmtime"]["works"]:
+        assert rows["wasmtime"]["reason"] == "no agent runs"
+    assert not any(one["offered"] for one in rows.values())
+    assert "ya-bad.json" in found["problems"][0]
+
+
 def test_rules(tmp_path: Path) -> None:
     assert read_rules(tmp_path).blacklist == frozenset()
     (tmp_path / "rules.json").write_text(json.dumps({"blacklist": ["0x" + "A" * 40]}))
