@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import socket
+import tarfile
 import tempfile
 import time
 import uuid
@@ -16,6 +18,7 @@ from typing import Any
 import pytest
 import trio
 from engine import busybox_tar, engine_for_tests, python_tar
+from foreign_images import docker_archive, image_json
 from hostile_guest import ATTACKS
 from support import trio_test
 
@@ -166,6 +169,53 @@ async def test_guest_does_not_change_its_image(engine: LocalEngine, package: Pat
         assert not status.ok
 
 
+def _with_links(links: dict[str, str]) -> bytes:
+    """A root file system in which some names lead elsewhere."""
+    out = io.BytesIO(busybox_tar())
+    with tarfile.open(fileobj=out, mode="a") as archive:
+        for name, target in links.items():
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = tarfile.SYMTYPE, target
+            archive.addfile(link)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["remapped", "plain"])
+def test_image_whose_mount_points_lead_out(request: pytest.FixtureRequest, tmp_path: Path, kind: str) -> None:
+    engine = request.getfixturevalue("engine" if kind == "remapped" else "plain_engine")
+    outside, name = Path(tempfile.gettempdir()) / f"golem-{uuid.uuid4().hex}", "package.tar"
+    (tmp_path / name).write_bytes(_with_links({".golem": "/../../../../../tmp", "vol": f"../../../../../..{outside}"}))
+
+    async def body() -> None:
+        with suppress(RuntimeFault):  # that is a good end, too
+            async with open_guest(engine, tmp_path / name) as guest:
+                await guest.works()
+                await guest.run("/bin/sh", "-c", f"echo x > /vol/escaped; mkdir -p {outside}; echo x > {outside}/escaped")
+
+    trio.run(body)
+    assert not outside.exists()
+    assert not (Path(tempfile.gettempdir()) / "init").exists()
+
+
+@pytest.mark.parametrize("descriptor", [7, 8])
+def test_working_directory_that_leads_out(engine: LocalEngine, tmp_path: Path, descriptor: int) -> None:
+    """Old versions of runc kept a descriptor of the machine open while they went there."""
+    (tmp_path / "secret").write_text("of the machine")
+    rootfs = _with_links({"work": f"/proc/self/fd/{descriptor}"})
+    config = image_json([rootfs], {"WorkingDir": "/work", "Env": ["PATH=/bin"]})
+    (tmp_path / "package.tar").write_bytes(docker_archive([rootfs], config))
+    said: list[str] = []
+
+    async def body() -> None:
+        with suppress(RuntimeFault):
+            async with open_guest(engine, tmp_path / "package.tar", volumes=()) as guest:
+                _, output = await guest.run("/bin/cat", f"../../../../../../../../../..{tmp_path}/secret")
+                said.append(output)
+
+    trio.run(body)
+    assert not any("of the machine" in output for output in said)
+
+
 # -- what is used up --------------------------------------------------------------------------------------------------
 
 
@@ -219,16 +269,15 @@ async def test_every_place_to_write_has_an_end(engine: LocalEngine, package: Pat
         await guest.works()
 
 
-@pytest.mark.parametrize(("attack", "least"), [("fill_hidden", 40), ("many_files", 1000)])
-def test_storage_without_names_or_bytes(engine: LocalEngine, package: Path, attack: str, least: int) -> None:
+@pytest.mark.parametrize(("attack", "folder", "least"), [("fill_hidden", "/opt", 40), ("many_files", "/vol", 1000)])
+def test_storage_without_names_or_bytes(engine: LocalEngine, package: Path, attack: str, folder: str, least: int) -> None:
     async def body() -> None:
-        for folder in ("/vol", "/opt"):
-            async with open_guest(engine, package) as guest:
-                _, output = await guest.attack(attack, folder)
-                count, error = output.split()
-                assert error == "ENOSPC"
-                assert least <= int(count) < 100_000
-                await guest.works()
+        async with open_guest(engine, package) as guest:
+            _, output = await guest.attack(attack, folder)
+            count, error = output.split()
+            assert error == "ENOSPC"
+            assert least <= int(count) < 100_000
+            await guest.works()
 
     trio.run(body)
 
