@@ -22,6 +22,7 @@ from support import trio_test
 from test_exeunit_process import ACTIVITY, REQUESTOR, World
 from wire import two_nodes
 
+from golem.exeunit.engine.watch import ENGINE_GONE
 from golem.exeunit.runtimes.base import (
     Deployment,
     DeployOptions,
@@ -33,7 +34,7 @@ from golem.exeunit.runtimes.base import (
     Terminal,
     VolumeRequest,
 )
-from golem.exeunit.runtimes.vm import ENGINE_GONE, VmRuntime
+from golem.exeunit.runtimes.vm import VmRuntime
 from golem.files import FileSink, FileSource
 from golem.local_engine import LocalEngine
 from protocol.activity import DestroyActivity
@@ -349,7 +350,7 @@ async def _die_soon(engine: LocalEngine, container: str, how: str) -> None:
 def test_an_engine_that_stops_is_told_and_nothing_runs_on(package: Path, sign: signal.Signals) -> None:
     async def body(engine: LocalEngine) -> None:
         async with open_guest(engine, package) as guest:
-            pid = guest.runtime._started.pid  # type: ignore[union-attr]
+            pid = guest.runtime._inside.pid  # type: ignore[union-attr]
 
             async def stop() -> None:
                 await trio.sleep(0.3)

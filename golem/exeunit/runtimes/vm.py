@@ -33,13 +33,13 @@ from golem.exeunit.engine.client import EngineClient
 from golem.exeunit.engine.container import Plan, container_config, labels
 from golem.exeunit.engine.images import FORMATS, EngineImage, obtain_image
 from golem.exeunit.engine.init_program import init_program
-from golem.exeunit.engine.left_pipes import LeftPipes
+from golem.exeunit.engine.inside import Inside, look_inside
 from golem.exeunit.engine.leftovers import sweep
-from golem.exeunit.engine.meter import Layer, Meter, MeterError, group_file, open_layer, upper_dir
-from golem.exeunit.engine.network import GuestNetwork
+from golem.exeunit.engine.meter import Layer, Meter, MeterError, open_layer, upper_dir
 from golem.exeunit.engine.processes import ContainerProcesses
 from golem.exeunit.engine.program import EngineTerminal, Program
 from golem.exeunit.engine.storage import Storage, open_storage
+from golem.exeunit.engine.watch import Watch
 from golem.exeunit.runtimes.base import (
     GIB,
     Deployment,
@@ -66,12 +66,10 @@ MAX_TERMINALS = 64
 IMAGE_CACHE_BYTES = 20 << 30
 CHECK_S = 0.5  # how often a command's own limits are looked at
 SAMPLE_S = 1.0
-PING_S, PING_TIMEOUT_S, AWAY_S = 1.0, 6.0, 3.0  # an Engine that is away longer is given up
 KILL_TIMEOUT_S = 3.0
-REMOVE_TIMEOUT_S = 2.5
-_PF_EXITING = 0x4  # of the flags in /proc/<pid>/stat
+MEASURE_TIMEOUT_S = 0.5
+REMOVE_TIMEOUT_S = 2.0  # with what comes before and after, less than what the agent grants an exe-unit
 SHELL = ("/bin/sh",)
-ENGINE_GONE = "the provider's Docker Engine has stopped or does not answer"
 _serials = itertools.count(1)
 
 
@@ -85,18 +83,7 @@ class _Deployed:
     storage: Storage | None = None
     volume_names: tuple[str, ...] = ()
     name: str | None = None  # of the container
-
-
-@dataclass
-class _Started:
-    """A running container as this machine sees it. What only root can have is None elsewhere."""
-
-    pid: int
-    pidfd: int
-    processes: ContainerProcesses | None
-    network: GuestNetwork | None
-    pipes: LeftPipes | None
-    oom_file: Path | None  # where the kernel counts what it killed for want of memory
+    watch: Watch | None = None
 
 
 class VmRuntime:
@@ -114,10 +101,9 @@ class VmRuntime:
         words: tuple[Interaction, ...] = ("shell", "proxy-http") if os.geteuid() == 0 else ("shell",)
         self.interactions: frozenset[Interaction] = frozenset(words)
         self._deployed: _Deployed | None = None
-        self._started: _Started | None = None
+        self._inside: Inside | None = None  # once started
         self._meter: Meter | None = None
         self._layer: Layer | None = None
-        self._death: str | None = None
         self._terminals: set[EngineTerminal] = set()
         self._past_cpu_s, self._peak_bytes, self._storage_bytes = 0.0, 0, 0
 
@@ -144,7 +130,6 @@ class VmRuntime:
         check_arguments(environment_words(options.env))
         if options.networks:
             log.warning("virtual networks are not there yet: the container has none")
-        self._death = None
         deployed = self._deployed = _Deployed(options, await self._admin.facts())
         try:
             deployed.image = await self._obtain(image, options)
@@ -214,6 +199,7 @@ class VmRuntime:
         )
         config = container_config(plan, deployed.facts)
         deployed.name = f"golem-{options.activity_id or 'none'}-{os.getpid()}-{next(_serials)}"
+        deployed.watch = Watch(self._client, deployed.name, options.limits)
         await self._admin.create_container(deployed.name, config)
         upper = upper_dir(await self._client.inspect(deployed.name))
         if deployed.storage is not None and upper is not None:
@@ -224,14 +210,14 @@ class VmRuntime:
         deployed = self._deployed
         if deployed is None or deployed.name is None or deployed.image is None:
             raise RuntimeFault("not deployed")
-        if self._started is not None:
+        if self._inside is not None:
             raise RuntimeFault("already started")
         check_arguments(args)
         await self._admin.start_container(deployed.name)
         try:
             inspected = await self._client.inspect(deployed.name)
             pid = int(inspected["State"]["Pid"])
-            self._started = _look_at(pid)
+            self._inside = look_inside(pid)
             if int((await self._client.inspect(deployed.name))["State"]["Pid"]) != pid or not pid:
                 raise RuntimeFault("the container ended at once")
             self._meter = Meter(pid)
@@ -248,16 +234,15 @@ class VmRuntime:
         self, entry_point: str, args: Sequence[str], output: OutputSink, env: Mapping[str, str] | None = None
     ) -> ExitStatus:
         """Errors: RuntimeFault if the command cannot be started at all, or the container or its Engine has died."""
-        deployed, started = self._ready()
+        deployed, watch, inside = self._ready()
         assert deployed.image is not None
         argv = _command(deployed.image, entry_point, args)
         check_arguments([*argv, *environment_words(env or {})])
-        before = started.processes.running() if started.processes is not None else frozenset()
-        ooms = _oom_kills(started.oom_file)
+        before, ooms = inside.running(), inside.oom_kills()
 
         def left() -> None:
-            if started.processes is not None and started.pipes is not None:
-                started.pipes.adopt((pid for pid, _ in started.processes.running() - before), self._terminal_pids())
+            if inside.pipes is not None:
+                inside.pipes.adopt((pid for pid, _ in inside.running() - before), self._terminal_pids())
 
         async def kill(exec_id: str) -> None:
             await self._kill(exec_id, lambda processes, spared: processes.kill_since(before, spared))
@@ -268,14 +253,14 @@ class VmRuntime:
                 program = Program(self._client, stream, left)
                 status = await self._attend(program, output, deployed.options.limits, kill)
         except (EngineGone, NoSuch, InUse) as fault:
-            raise await self._died(fault) from None
+            raise await watch.explain(fault) from None
         finally:
-            if started.pipes is not None:
-                started.pipes.release()
+            if inside.pipes is not None:
+                inside.pipes.release()
         if status.code in (KILLED, 128 + signal.SIGTERM) and status.reason is None:
-            if (death := await self._diagnose(started)) is not None:
+            if (death := await watch.diagnose(inside)) is not None:
                 raise RuntimeFault(death)
-            if _oom_kills(started.oom_file) > ooms:
+            if inside.oom_kills() > ooms:
                 return ExitStatus(status.code, f"memory limit of {deployed.options.limits.mem_gib:g} GiB reached")
         return status
 
@@ -314,17 +299,23 @@ class VmRuntime:
     async def stop(self) -> None:
         terminals, self._terminals = tuple(self._terminals), set()
         deployed, self._deployed = self._deployed, None
-        started, self._started = self._started, None
+        inside, self._inside = self._inside, None
         for terminal in terminals:
             await terminal.drop()
         if deployed is None:
             return
         with trio.CancelScope(shield=True):  # nobody else would do it later
-            await self._measure(deployed)
-            await self._remove_container(deployed, started)
-            for name in deployed.volume_names:
-                with trio.move_on_after(REMOVE_TIMEOUT_S), suppress(RuntimeFault):
-                    await self._admin.remove_volume(name)
+            with trio.move_on_after(MEASURE_TIMEOUT_S):
+                await self._measure(deployed)
+            try:
+                with trio.fail_after(REMOVE_TIMEOUT_S):
+                    await self._remove(deployed)
+            except (RuntimeFault, trio.TooSlowError) as fault:
+                log.error("container %s is left to be swept: %s", deployed.name, fault or "the Engine takes too long")
+                if inside is not None:
+                    inside.kill()  # at least nothing runs on
+            if inside is not None:
+                inside.close()
             try:
                 if deployed.storage is not None:
                     await deployed.storage.close()
@@ -335,21 +326,11 @@ class VmRuntime:
                 with suppress(OSError):
                     (deployed.options.work_dir / "init").unlink()
 
-    async def _remove_container(self, deployed: _Deployed, started: _Started | None) -> None:
+    async def _remove(self, deployed: _Deployed) -> None:
         if deployed.name is not None:
-            try:
-                with trio.fail_after(REMOVE_TIMEOUT_S):
-                    await self._admin.remove_container(deployed.name)
-            except (RuntimeFault, trio.TooSlowError) as fault:
-                log.error("container %s is left to be swept: %s", deployed.name, fault)
-                if started is not None:  # at least nothing runs on
-                    with suppress(OSError):
-                        signal.pidfd_send_signal(started.pidfd, signal.SIGKILL)
-        if started is not None:
-            os.close(started.pidfd)
-            for held in (started.network, started.pipes):
-                if held is not None:
-                    held.close()
+            await self._admin.remove_container(deployed.name)
+        for name in deployed.volume_names:
+            await self._admin.remove_volume(name)
 
     # -- usage ----------------------------------------------------------------------------------------------------
 
@@ -390,101 +371,36 @@ class VmRuntime:
     async def failure(self) -> str:
         """Also takes the samples of storage, and the output of services nobody hears, as long as it is waited for."""
         deployed = self._deployed
-        if deployed is None:
+        if deployed is None or deployed.watch is None:
             await trio.sleep_forever()
-        assert deployed is not None
-        texts: list[str] = []
-
-        async def first(watch: Callable[[_Deployed], Awaitable[str]]) -> None:
-            texts.append(await watch(deployed))
-            nursery.cancel_scope.cancel()
-
+            raise AssertionError("unreachable")
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._sample, deployed)
-            nursery.start_soon(first, self._watch_container)
-            nursery.start_soon(first, self._watch_engine)
-        self._death = self._death or texts[0]
-        return self._death
+            text = await deployed.watch.failure()
+            nursery.cancel_scope.cancel()
+        return text
 
     async def _sample(self, deployed: _Deployed) -> None:
         took_s = 0.0
         while True:
             await trio.sleep(max(SAMPLE_S, 5 * took_s))  # looking takes long where there are many files
             began_s = trio.current_time()
-            if self._started is not None and self._started.pipes is not None:
-                self._started.pipes.drain()
+            if self._inside is not None and self._inside.pipes is not None:
+                self._inside.pipes.drain()
             await self._measure(deployed)
             took_s = trio.current_time() - began_s
-
-    async def _watch_container(self, deployed: _Deployed) -> str:
-        while True:
-            try:
-                await self._client.wait_exit(str(deployed.name))
-            except NoSuch:
-                pass
-            except RuntimeFault:  # the Engine: its own watcher decides whether it is gone for good
-                pass
-            if (text := await self._diagnose()) is not None:
-                return text
-            await trio.sleep(AWAY_S / 10)
-
-    async def _watch_engine(self, deployed: _Deployed) -> str:
-        seen_s = trio.current_time()
-        while trio.current_time() - seen_s <= AWAY_S:
-            try:
-                with trio.fail_after(PING_TIMEOUT_S):
-                    await self._client.ping()
-            except (RuntimeFault, trio.TooSlowError):
-                await trio.sleep(PING_S / 4)
-            else:
-                seen_s = trio.current_time()
-                await trio.sleep(PING_S)
-        return ENGINE_GONE
-
-    async def _diagnose(self, started: _Started | None = None) -> str | None:
-        """Why the container has died; None while it lives, or the Engine does not say.
-
-        `started`: wait for the Engine to say it, if the container's first process is ending.
-        """
-        if started is not None and _is_ending(started.pid):
-            with trio.move_on_after(AWAY_S):
-                while await self._diagnose() is None:
-                    await trio.sleep(0.02)
-            return self._death
-        deployed = self._deployed
-        if self._death is None and deployed is not None and deployed.name is not None:
-            try:
-                found = await self._client.inspect(deployed.name)
-            except NoSuch:
-                self._death = "the container was removed from outside"
-            except RuntimeFault:
-                return None
-            else:
-                self._death = _death_text(found.get("State") or {}, deployed.options.limits)
-        return self._death
-
-    async def _died(self, fault: RuntimeFault) -> RuntimeFault:
-        """What a command is told when the Engine failed it."""
-        if (text := await self._diagnose()) is not None:
-            return RuntimeFault(text)
-        if isinstance(fault, EngineGone):
-            self._death = self._death or ENGINE_GONE
-            return RuntimeFault(self._death)
-        return fault
 
     async def _kill(self, exec_id: str, how: Callable[[ContainerProcesses, list[int]], object]) -> None:
         """End a program and what it started; where its processes are out of reach, the container."""
         with trio.move_on_after(KILL_TIMEOUT_S), suppress(RuntimeFault):
-            started = self._started
-            if started is None:
-                return
-            if started.processes is None:
-                self._death = "a command had to be stopped, and without root's rights only the whole container can be"
-                await self._admin.remove_container(str(self._deployed and self._deployed.name))
+            deployed, watch, inside = self._ready()
+            if inside.processes is None:
+                watch.death = "a command had to be stopped, and without root's rights only the whole container can be"
+                await self._admin.remove_container(str(deployed.name))
                 return
             while (state := await self._client.inspect_exec(exec_id)).exit_code is None:
                 if state.pid:  # else it is just being started
-                    how(started.processes, self._terminal_pids())
+                    how(inside.processes, self._terminal_pids())
                 await trio.sleep(0.01)
 
     def _terminal_pids(self) -> list[int]:
@@ -492,17 +408,18 @@ class VmRuntime:
 
     # -- interaction ----------------------------------------------------------------------------------------------
 
-    def _ready(self) -> tuple[_Deployed, _Started]:
-        if self._death is not None:
-            raise RuntimeFault(self._death)
-        if self._deployed is None or self._started is None:
+    def _ready(self) -> tuple[_Deployed, Watch, Inside]:
+        deployed, inside = self._deployed, self._inside
+        if deployed is None or deployed.watch is None or inside is None:
             raise RuntimeFault("not started")
-        return self._deployed, self._started
+        if deployed.watch.death is not None:
+            raise RuntimeFault(deployed.watch.death)
+        return deployed, deployed.watch, inside
 
     async def open_terminal(
         self, argv: Sequence[str], *, env: Mapping[str, str] | None, tty: bool, rows: int, cols: int
     ) -> Terminal:
-        deployed, _ = self._ready()
+        deployed, watch, _ = self._ready()
         if len(self._terminals) >= MAX_TERMINALS:
             raise RuntimeFault(f"{MAX_TERMINALS} terminals are open already")
         command = [*(argv or SHELL)]
@@ -512,8 +429,8 @@ class VmRuntime:
             exec_id = await self._client.create_exec(str(deployed.name), command, env=given, tty=tty, stdin=True)
             stream = await self._client.start_exec(exec_id, tty=tty)
         except (EngineGone, NoSuch, InUse) as fault:
-            raise await self._died(fault) from None
-        terminal = EngineTerminal(self._client, stream, tty, self._close_terminal, self._died)
+            raise await watch.explain(fault) from None
+        terminal = EngineTerminal(self._client, stream, tty, self._close_terminal, watch.explain)
         self._terminals.add(terminal)
         try:
             await terminal.begin(rows, cols)
@@ -530,10 +447,10 @@ class VmRuntime:
             await self._kill(terminal.id, lambda processes, spared: processes.kill_tree(pid))
 
     async def connect(self, port: int) -> trio.SocketStream:
-        _, started = self._ready()
-        if started.network is None:
+        _, _, inside = self._ready()
+        if inside.network is None:
             raise RuntimeFault("connections into a container need an exe-unit that runs as root")
-        return await started.network.connect(port)
+        return await inside.network.connect(port)
 
     async def sweep(self, work_root: Path) -> list[str]:
         return await sweep(self._admin, work_root)
@@ -569,47 +486,3 @@ def _command(image: EngineImage, entry_point: str, args: Sequence[str]) -> list[
     if not argv:
         raise RuntimeFault("an empty entry point stands for the image's own ENTRYPOINT or CMD, and it has none")
     return argv
-
-
-def _look_at(pid: int) -> _Started:
-    """Raises OSError or MeterError when the process is gone, or this machine is not the Engine's."""
-    pidfd = os.pidfd_open(pid)
-    network: GuestNetwork | None = None
-    try:
-        processes = pipes = None
-        if os.geteuid() == 0:
-            processes, network, pipes = ContainerProcesses(pid), GuestNetwork(pid), LeftPipes(pid)
-        oom = group_file(pid, "memory", ("memory.oom_control",), ("memory.events",))
-    except BaseException:
-        os.close(pidfd)
-        if network is not None:
-            network.close()
-        raise
-    return _Started(pid, pidfd, processes, network, pipes, oom)
-
-
-def _is_ending(pid: int) -> bool:
-    """Whether a container's first process is on its way out: the kernel ends all others before it is gone."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    except (OSError, IndexError):
-        return True
-    return fields[0] in "ZX" or bool(int(fields[6]) & _PF_EXITING)
-
-
-def _oom_kills(path: Path | None) -> int:
-    """Return how many processes of a container the kernel has killed for want of memory."""
-    with suppress(OSError, ValueError):
-        for line in path.read_text().splitlines() if path is not None else ():
-            if line.startswith("oom_kill "):
-                return int(line.split()[1])
-    return 0
-
-
-def _death_text(state: Mapping[str, Any], limits: Limits) -> str | None:
-    if state.get("Running") or state.get("Status") == "created":
-        return None
-    if state.get("OOMKilled"):
-        return f"the container was killed: memory limit of {limits.mem_gib:g} GiB reached"
-    problem = f": {state['Error']}" if state.get("Error") else ""
-    return f"the container was ended from outside (exit code {state.get('ExitCode')}){problem}"
