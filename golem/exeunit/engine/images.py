@@ -149,6 +149,9 @@ async def obtain_image(
             if await admin.inspect_image(tag) is None:
                 cpu_s = await _bring(admin, path, tag, format, folder, told, limits)
                 loaded = True
+        except BaseException:  # no image, no lock; whoever waits for it makes a new one
+            path_of_lock.unlink(missing_ok=True)
+            raise
         finally:
             os.close(alone)
         if loaded and max_bytes is not None:
