@@ -13,7 +13,7 @@
  * push alpine:3.20`). Progress goes to stderr; stdout gets one JSON object: greeting, provider, agreement, or "ok": false
  * and the error.
  */
-import { readFile } from "node:fs/promises";
+import { access } from "node:fs/promises";
 import { dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { parseArgs } from "node:util";
@@ -85,7 +85,7 @@ async function main() {
 
 let result;
 try {
-  await readFile(options.letter);
+  await access(options.letter);
   result = await main();
 } catch (error) {
   result = { ok: false, error: String(error.previous ?? error) };
