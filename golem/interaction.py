@@ -19,6 +19,7 @@ import trio
 
 from actors.activity import ActivityRow
 from golem.interaction_wire import (
+    ACK_BYTES,
     BACK,
     DATA_BYTES,
     FAREWELL_S,
@@ -229,6 +230,7 @@ class TerminalClient:
         self._channel = channel
         self._untaken = 0
         self._room = trio.Event()
+        self._taken = 0  # bytes of output dealt with that the exe-unit was not told of
 
     async def send(self, data: bytes) -> None:
         """Hand input on; waits while the program does not take what was sent. Raises `InteractionFault`."""
@@ -244,13 +246,23 @@ class TerminalClient:
         """Say that no more input comes. Raises `InteractionFault`."""
         await self._channel.write("end")
 
+    async def taken(self, size: int) -> None:
+        """Say that `size` bytes of output are dealt with, so that more may come. Raises `InteractionFault`."""
+        self._taken += size
+        if self._taken >= ACK_BYTES:
+            told, self._taken = self._taken, 0
+            await self._channel.write("taken", told)
+
     async def resize(self, rows: int, cols: int) -> None:
         """Give the terminal another size. Raises `InteractionFault`."""
         check_window(rows, cols)
         await self._channel.write("resize", rows, cols)
 
     async def receive(self) -> Output | Taken | Exit:
-        """Return what happens next; `Exit` is the last. Raises `InteractionFault`."""
+        """Return what happens next; `Exit` is the last. Raises `InteractionFault`.
+
+        Output has to be answered with `taken`, or it soon ceases.
+        """
         frame = await self._channel.read()
         if frame is None:
             raise InteractionFault("lost", "the exe-unit went away")

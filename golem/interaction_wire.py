@@ -9,13 +9,14 @@ arrays behind their length (four bytes, big-endian):
     ["terminal", argv, env, tty, rows, cols]  ->  ["ok"]
         ["input", bytes]                              ["taken", bytes of input that the program has got]
         ["end"]              no more input            ["output", 1 stdout or 2 stderr, bytes]
-        ["resize", rows, cols]                        ["exit", status, reason or nil], and the stream ends
+        ["taken", bytes of output dealt with]         ["exit", status, reason or nil], and the stream ends
+        ["resize", rows, cols]
     ["connect", port]                         ->  ["ok"], then bytes both ways, each way with an end of its own
                                                   ["error", code, text] instead of any of these, and the stream ends
 
 Port 0 is the one port that the image exposes, or 80. A requestor that leaves (its side of the stream ends) has hung up:
-the program is killed. So that this is seen at once, whatever the program does, the exe-unit always reads frames, and
-the requestor keeps at most `WINDOW_BYTES` of input on the way that are not taken yet.
+the program is killed. So that this is seen at once, and that a user may stop reading for an hour, both sides always read
+frames: each keeps at most `WINDOW_BYTES` on the way that the other has not taken yet.
 Neighbours: `golem/interaction.py` (nodes), `golem/exeunit/interaction.py`, `golem/rest/interaction.py`.
 """
 
@@ -33,6 +34,7 @@ from protocol.codec import length_prefixed
 STREAM, BACK = "exeunit", "exeunit-back"
 STDOUT, STDERR = 1, 2
 WINDOW_BYTES = 256 << 10
+ACK_BYTES = 64 << 10  # less than this need not be told to be taken
 DATA_BYTES = 32 << 10  # of input or output in one frame
 MAX_FRAME_BYTES = 256 << 10
 MAX_WINDOW_SIDE = 4096  # rows or columns
@@ -106,17 +108,18 @@ class Channel:
 
     # -- frames
     async def read(self, timeout_s: float = math.inf) -> list[Any] | None:
-        """Return the next frame, None where the stream ends before it. Raises `InteractionFault`."""
+        """Return the next frame, None where the stream ends before it; may be cancelled. Raises `InteractionFault`."""
         with trio.move_on_after(timeout_s):
-            head = await self._exactly(4, may_end=True)
-            if head is None:
+            if not await self._hold(4):
                 return None
-            size = int.from_bytes(head, "big")
+            size = int.from_bytes(self._held[:4], "big")
             if not 0 < size <= MAX_FRAME_BYTES:
                 raise InteractionFault("bad_request", f"a frame of {size} bytes is out of bounds")
-            body = await self._exactly(size)
+            await self._hold(4 + size)
+            body = bytes(self._held[4 : 4 + size])
+            del self._held[: 4 + size]
             try:
-                return msgspec.msgpack.decode(body or b"", type=list[Any])
+                return msgspec.msgpack.decode(body, type=list[Any])
             except (msgspec.DecodeError, ValueError, RecursionError):
                 raise InteractionFault("bad_request", "malformed frame") from None
         raise InteractionFault("lost", f"no answer within {timeout_s:g} s")
@@ -133,20 +136,19 @@ class Channel:
                     raise InteractionFault("lost", f"the stream broke: {error}") from None
         raise InteractionFault("lost", f"the other side takes nothing for {timeout_s:g} s")
 
-    async def _exactly(self, size: int, may_end: bool = False) -> bytes | None:
+    async def _hold(self, size: int) -> bool:
+        """Read on until so many bytes are held; returns False where the stream ended before any."""
         while len(self._held) < size:
             try:
                 data = await self._stream.receive_some(READ_BYTES)
             except BROKEN as error:
                 raise InteractionFault("lost", f"the stream broke: {error}") from None
             if not data:
-                if may_end and not self._held:
-                    return None
+                if not self._held:
+                    return False
                 raise InteractionFault("lost", "the stream ended in the middle of a frame")
             self._held += data
-        found = bytes(self._held[:size])
-        del self._held[:size]
-        return found
+        return True
 
     # -- bytes
     async def receive_some(self, n: int = READ_BYTES) -> bytes:

@@ -145,6 +145,25 @@ async def test_ctrl_c_kills_what_exec_runs_even_while_it_reads_nothing(tmp_path:
 
 @pytest.mark.integration
 @trio_test
+async def test_a_reader_that_pauses_holds_the_program_and_nothing_else(tmp_path: Path) -> None:
+    async with hand_world(tmp_path) as w:
+        process = await trio.lowlevel.open_process(
+            command(w.r, "exec", "1", "--", "head", "-c", "20000000", "/dev/zero"), stdout=subprocess.PIPE
+        )
+        assert process.stdout is not None
+        with trio.fail_after(30):
+            assert (await process.stdout.receive_some(1)) == b"\0"
+            await trio.sleep(0.5)
+            assert w.runtime.terminals[-1].process.poll() is None  # it waits
+            size = 1
+            while data := await process.stdout.receive_some():
+                size += len(data)
+            assert (size, await process.wait()) == (20_000_000, 0)
+        await process.stdout.aclose()
+
+
+@pytest.mark.integration
+@trio_test
 async def test_nobody_reads_the_output(tmp_path: Path) -> None:
     async with hand_world(tmp_path) as w:
         line = " ".join(command(w.r, "exec", "1", "--", "yes"))
@@ -216,10 +235,10 @@ async def test_a_shell_at_a_terminal(tmp_path: Path) -> None:
             await s.resize(22, 55)
             await s.type(b"until [ \"$(stty size)\" = '22 55' ]; do :; done; echo resi''zed\n")
             await s.until(b"resized")
-            await s.type(b"trap 'echo cau''ght' INT; echo rea''dy; sleep 100\n")
-            await s.until(b"ready")
+            await s.type(b"trap 'echo 4$((1+1))!; stop=1' INT; echo 1$((1+1))!; until [ $stop ]; do :; done\n")
+            await s.until(b"12!")
             await s.type(b"\x03")
-            await s.until(b"caught")
+            await s.until(b"42!")
             await s.type(b"exit 6\n")
             with trio.fail_after(10):
                 assert await s.process.wait() == 6

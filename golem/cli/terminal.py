@@ -22,7 +22,7 @@ import trio
 from trio_websocket import ConnectionClosed, ConnectionRejected, HandshakeError, WebSocketConnection, open_websocket_url
 
 from golem.cli.output import say
-from golem.interaction_wire import WINDOW_BYTES
+from golem.interaction_wire import ACK_BYTES, WINDOW_BYTES
 
 READ_BYTES = 32 << 10
 MAX_MESSAGE_BYTES = 1 << 20
@@ -80,7 +80,8 @@ def run_program(
     `access`: REST address and key. `terminal`: give it one, ours. `stdin`: hand our input on. Raises `Lost`.
     """
     size = os.get_terminal_size(sys.stdin.fileno()) if terminal else os.terminal_size((80, 24))
-    query: list[tuple[str, Any]] = [("tty", int(terminal)), ("rows", max(size.lines, 1)), ("cols", max(size.columns, 1))]
+    query: list[tuple[str, Any]] = [("flow", 1), ("tty", int(terminal))]
+    query += [("rows", max(size.lines, 1)), ("cols", max(size.columns, 1))]
     query += [("cmd", word) for word in argv] + [("env", f"{name}={value}") for name, value in env.items()]
     url = f"{access['url'].replace('http', 'ws', 1)}/activity-api/v1/activity/{activity_id}/shell?{urlencode(query)}"
     return trio.run(_connect, url, access["key"], terminal, stdin)
@@ -117,6 +118,7 @@ class _Program:
     def __init__(self, socket: WebSocketConnection, terminal: bool, stdin: bool) -> None:
         self._socket, self._terminal, self._stdin = socket, terminal, stdin
         self._untaken = 0
+        self._taken = 0  # bytes of output written that the node was not told of
         self._room = trio.Event()
         self.status: int | None = None
         self.problem: str | None = None
@@ -179,14 +181,24 @@ class _Program:
                 message = await self._socket.get_message()
                 if isinstance(message, str):
                     self._hear(message)
-                elif self._terminal:
-                    await _write(sys.stdout.fileno(), message)
                 else:
-                    await _write((sys.stderr if message[:1] == b"\2" else sys.stdout).fileno(), message[1:])
+                    await self._show(message)
         except ConnectionClosed as closed:
             self.problem = f"the connection to the activity was lost: {closed.reason or 'closed'}"
         except BrokenPipeError:
             self.status = 128 + signal.SIGPIPE  # nobody reads our output any more
+
+    async def _show(self, message: bytes) -> None:
+        """Write output, and have more of it come when that is done: until then nothing waits on the way."""
+        if self._terminal:
+            await _write(sys.stdout.fileno(), message)
+        else:
+            await _write((sys.stderr if message[:1] == b"\2" else sys.stdout).fileno(), message[1:])
+        self._taken += len(message) - (not self._terminal)
+        if self._taken >= ACK_BYTES:
+            told, self._taken = self._taken, 0
+            with suppress(ConnectionClosed):  # what came before it is still to be read
+                await self._socket.send_message(json.dumps({"taken": told}))
 
     def _hear(self, message: str) -> None:
         match json.loads(message):

@@ -184,6 +184,8 @@ class _Session:
         self._terminal, self._channel = terminal, channel
         self._input, self._inputs = trio.open_memory_channel[bytes](WINDOW_BYTES)
         self._waiting = 0  # bytes of input that the program has not taken
+        self._untaken = 0  # bytes of output that the requestor has not taken
+        self._room = trio.Event()
         self._fault: InteractionFault | RuntimeFault | None = None
 
     async def run(self) -> None:
@@ -214,6 +216,9 @@ class _Session:
                 case ["end"]:
                     ended = True
                     self._input.close()
+                case ["taken", int() as size] if size >= 0:
+                    self._untaken = max(0, self._untaken - size)
+                    self._room.set()
                 case ["resize", int() as rows, int() as cols]:
                     check_window(rows, cols)
                     await self._terminal.resize(rows, cols)
@@ -233,6 +238,10 @@ class _Session:
             side, data = output
             for at in range(0, len(data), DATA_BYTES):
                 piece = data[at : at + DATA_BYTES]
+                while self._untaken + len(piece) > WINDOW_BYTES:
+                    self._room = trio.Event()
+                    await self._room.wait()
+                self._untaken += len(piece)
                 await self._channel.write("output", STDERR if side == "stderr" else STDOUT, piece)
         status = await self._terminal.wait()
         await self._channel.write("exit", status.code, status.reason)

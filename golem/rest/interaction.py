@@ -3,11 +3,14 @@
     GET /activity-api/v1/activity/{id}/shell?tty=1&rows=24&cols=80&cmd=ls&cmd=-l&env=NAME%3Dvalue      (websocket)
 
 The app-key is the right to it, as for every call (`Authorization: Bearer` or `authToken=`). Without `cmd` the image's
-shell runs; `tty=0` runs without a terminal. What may not be is refused before the handshake, with a status and a JSON
-message (403 the provider does not allow it, 409 not started, 410 ended, 501 the runtime has none, 503 too many).
+shell runs; `tty=0` runs without a terminal; `flow=1` has output wait for the client (below). What may not be is refused
+before the handshake, with a status and a JSON message (403 the provider does not allow it, 409 not started, 410 ended,
+501 the runtime has none, 503 too many).
 
 Client to server: binary messages are input; text messages are JSON: `{"resize": [rows, cols]}`, `{"end": true}` (no more
-input; a terminal gets Ctrl-D). Closing the websocket hangs up, which kills the program.
+input; a terminal gets Ctrl-D), with `flow=1` also `{"taken": bytes}` (so much output is dealt with; told at least every
+64 KiB). A client may then stop for as long as it likes, while one without that is cut off when it takes nothing for a
+minute. Closing the websocket hangs up, which kills the program.
 Server to client: binary messages are output; with `tty=0` each begins with one byte, 1 for stdout or 2 for stderr. Text
 messages are JSON: `{"taken": bytes}` (so much input has reached the program; a client that keeps at most 256 KiB untaken
 can always be heard), and as the last one `{"exit": status, "reason": text or null}` or `{"error": text, "code": word}`.
@@ -56,13 +59,13 @@ def blueprint(node: Node) -> Blueprint:
     async def shell(activity_id: str) -> None:
         row = find(node, activity_id, "Requestor")
         try:
-            request = _request()
+            request, flow = _request(), _flag("flow", "0")
             terminal = await node.interactions.open_terminal(row, request)
         except InteractionFault as fault:
             raise api_error(fault) from None
         try:
             await websocket.accept()
-            await _Shell(terminal, request.tty, node.stopping).run()
+            await _Shell(terminal, request.tty, flow, node.stopping).run()
         finally:
             with trio.CancelScope(shield=True):
                 await terminal.aclose()
@@ -78,12 +81,14 @@ def _request() -> OpenTerminal:
         if not name or not equals:
             raise ApiError(400, f"query parameter env={pair[:40]!r}: expected NAME=value")
         env[name] = value
-    tty = websocket.args.get("tty", "1").lower()
-    if tty not in ("0", "1", "false", "true"):
-        raise ApiError(400, f"query parameter tty={tty[:40]!r}: expected 0 or 1")
-    return OpenTerminal(
-        websocket.args.getlist("cmd"), env, tty in ("1", "true"), _number("rows", 24), _number("cols", 80)
-    )  # fmt: skip
+    return OpenTerminal(websocket.args.getlist("cmd"), env, _flag("tty", "1"), _number("rows", 24), _number("cols", 80))
+
+
+def _flag(name: str, default: str) -> bool:
+    text = websocket.args.get(name, default).lower()
+    if text not in ("0", "1", "false", "true"):
+        raise ApiError(400, f"query parameter {name}={text[:40]!r}: expected 0 or 1")
+    return text in ("1", "true")
 
 
 def _number(name: str, default: int) -> int:
@@ -98,13 +103,14 @@ class _Control(msgspec.Struct, forbid_unknown_fields=True):
 
     resize: tuple[int, int] | None = None
     end: bool = False
+    taken: int = 0
 
 
 class _Shell:
     """The websocket at hand and a program, joined."""
 
-    def __init__(self, terminal: TerminalClient, tty: bool, stopping: trio.Event) -> None:
-        self._terminal, self._tty, self._stopping = terminal, tty, stopping
+    def __init__(self, terminal: TerminalClient, tty: bool, flow: bool, stopping: trio.Event) -> None:
+        self._terminal, self._tty, self._flow, self._stopping = terminal, tty, flow, stopping
         self._fault: InteractionFault | None = None
 
     async def run(self) -> None:
@@ -145,12 +151,16 @@ class _Shell:
             await self._terminal.resize(*control.resize)
         if control.end:
             await self._terminal.end_input()
+        if self._flow and control.taken > 0:
+            await self._terminal.taken(control.taken)
 
     async def _write(self) -> None:
         while True:
             match await self._terminal.receive():
                 case Output(side, data):
                     await websocket.send(data if self._tty else bytes((side,)) + data)
+                    if not self._flow:
+                        await self._terminal.taken(len(data))
                 case Taken(size):
                     await _say({"taken": size})
                 case Exit(code, reason):

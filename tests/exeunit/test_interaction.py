@@ -98,6 +98,7 @@ async def collect(terminal: TerminalClient) -> tuple[bytes, bytes, Exit]:
         match await terminal.receive():
             case Output(side, data):
                 sides[side] += data
+                await terminal.taken(len(data))
             case Exit() as end:
                 return sides[1], sides[2], end
 
@@ -108,6 +109,7 @@ async def wait_for(terminal: TerminalClient, text: bytes) -> bytes:
         match await terminal.receive():
             case Output(_, data):
                 seen += data
+                await terminal.taken(len(data))
             case Exit():
                 raise AssertionError(seen)
     return seen
@@ -152,10 +154,10 @@ async def test_a_shell_with_a_window_that_changes_and_ctrl_c(tmp_path: Path) -> 
         await terminal.resize(44, 99)
         await terminal.send(b"stty size\n")
         await wait_for(terminal, b"44 99")
-        await terminal.send(b"trap 'echo cau''ght' INT; echo rea''dy; sleep 100\n")
-        await wait_for(terminal, b"ready")
+        await terminal.send(b"trap 'echo 4$((1+1))!; stop=1' INT; echo 1$((1+1))!; until [ $stop ]; do :; done\n")
+        await wait_for(terminal, b"12!")
         await terminal.send(b"\x03")
-        await wait_for(terminal, b"caught")
+        await wait_for(terminal, b"42!")
         with pytest.raises(InteractionFault, match="rows and columns"):
             await terminal.resize(0, 80)
         await terminal.send(b"exit 5\n")
@@ -181,6 +183,7 @@ async def test_more_than_fits_any_buffer_goes_both_ways(tmp_path: Path) -> None:
                 taken += event.size
             else:
                 got += event.data
+                await terminal.taken(len(event.data))
         assert (bytes(got) == data, taken, event.code) == (True, len(data), 0)
         await terminal.aclose()
 
@@ -198,6 +201,26 @@ async def test_hanging_up_kills_at_once_even_a_program_that_does_not_read(tmp_pa
         assert alive(pid)
         await terminal.aclose()
         while alive(pid):
+            await trio.sleep(0.01)
+
+
+@trio_test
+async def test_output_waits_for_its_reader_and_not_on_the_way(tmp_path: Path) -> None:
+    async with hand(tmp_path) as h:
+        terminal = await h.terminal("yes")
+        got = 0
+        while True:
+            with trio.move_on_after(0.3) as patience:
+                event = await terminal.receive()
+            if patience.cancelled_caught:
+                break
+            assert isinstance(event, Output)
+            got += len(event.data)
+        assert WINDOW_BYTES // 2 < got <= WINDOW_BYTES
+        await terminal.taken(got)
+        await terminal.receive()
+        await terminal.aclose()  # it is seen, though the program is held
+        while alive(h.runtime.terminals[0].process.pid):
             await trio.sleep(0.01)
 
 

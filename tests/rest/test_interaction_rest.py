@@ -219,8 +219,8 @@ async def test_services_that_fail_are_502_with_a_reason(tmp_path: Path) -> None:
         assert answer.status_code == 502
         assert f"port {dead} of the activity: " in answer.json()["message"]
         for said, text in (
-            (b"SSH-2.0-OpenSSH\r\n\r\n", "is not HTTP"), (b"", "without an answer"), (b"HTTP/1.1 200 OK\r\n", "without an answer"),
-            (b"HTTP/1.1 200 OK\r\nA: " + b"x" * 200_000, "is not HTTP"),
+            (b"SSH-2.0-OpenSSH\r\n\r\n", "is not HTTP"), (b"", "without an answer"),
+            (b"HTTP/1.1 200 OK\r\n", "without an answer"), (b"HTTP/1.1 200 OK\r\nA: " + b"x" * 200_000, "is not HTTP"),
         ):  # fmt: skip
             listener = (await trio.open_tcp_listeners(0, host="127.0.0.1"))[0]
 
@@ -252,6 +252,38 @@ async def test_an_answer_that_breaks_off_does_not_look_whole(tmp_path: Path) -> 
         raw = await trio_get(f"{w.base}/proxy-http/{listener.socket.getsockname()[1]}/?authToken={APP_KEY}")
         assert b"hello" in raw
         assert not raw.endswith(b"0\r\n\r\n")
+
+
+@trio_test
+async def test_a_page_of_an_origin_that_may(tmp_path: Path) -> None:
+    async with hand_world(tmp_path) as w, service(w) as s, w.http() as http:
+        key = w.r.app_keys.create("page", w.r.node_id, allow_origins=("http://page",)).key
+        asked = {"Origin": "http://page", "Access-Control-Request-Method": "PUT", "Authorization": ""}
+        answer = await http.options(f"{s.port}/x", headers=asked)
+        assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (200, "http://page")
+        assert (await http.options(f"{s.port}/x", headers={**asked, "Origin": "http://other"})).status_code == 401
+        assert not s.seen
+        for where, status in ((f"{s.port}/x", 404), ("1/x", 502)):  # also errors can be read
+            answer = await http.get(where, headers={"Origin": "http://page", "Authorization": f"Bearer {key}"})
+            assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (status, "http://page")
+        answer = await http.get(f"{s.port}/x", headers={"Origin": "http://other"})
+        assert "access-control-allow-origin" not in answer.headers
+
+
+@trio_test
+async def test_a_body_that_waits_to_be_asked_for(tmp_path: Path) -> None:
+    async with hand_world(tmp_path) as w, service(w) as s:
+        stream = await trio.open_tcp_stream("127.0.0.1", int(w.r.api_url.rpartition(":")[2]))
+        async with stream:
+            head = f"POST {w.path}/proxy-http/{s.port}/hash HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {APP_KEY}\r\n"
+            await stream.send_all(f"{head}Content-Length: 3\r\nExpect: 100-continue\r\n\r\n".encode())
+            assert (await stream.receive_some()).startswith(b"HTTP/1.1 100")
+            await stream.send_all(b"abc")
+            seen = b""
+            while hashlib.sha256(b"abc").hexdigest().encode() not in seen:
+                data = await stream.receive_some()
+                assert data
+                seen += data
 
 
 def shell_url(world: HandWorld, node: Node | None = None, key: str | None = APP_KEY, activity: str = "", **query: Any) -> str:
