@@ -4,7 +4,8 @@ For `vm` and `wasmtime`, through the real Runtime objects: deploy of a package t
 of a command (`true`, or a module that returns at once), and stop. Beside `vm`, by turns in the same run, the bare Engine
 with a container of the same settings: create, start, exec (create, attach, read to the end, inspect), remove, each over
 the Docker SDK; and `docker exec` where that program is. Aims: an exec at most 25 ms and a start at most 150 ms over the
-Engine's own.
+Engine's own. Last, the same commands as a requestor meets them: from its REST API through two nodes to the exe-unit and
+back, on a market of real processes.
 
     python benchmarks/bench_exec.py [--runs 40] [--json FILE]      DOCKER_HOST says which Engine; else one is started
 """
@@ -31,11 +32,15 @@ import trio
 import wasmtime
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "rest"))
+
+from requestor import Requestor, published
 
 from golem.exeunit.engine.seccomp_profile import profile
 from golem.exeunit.runtimes import make_runtime
 from golem.exeunit.runtimes.base import DeployOptions, Limits, Runtime, Side, VolumeRequest
 from golem.local_engine import missing, open_engine
+from golem.localnet import LocalNet, LocalNode, open_localnet
 
 EXEC_AIM_MS, START_AIM_MS = 25.0, 150.0
 BUSYBOX = Path("/bin/busybox")
@@ -177,13 +182,43 @@ async def bench_wasm(folder: Path, rounds: int, execs: int) -> dict[str, float]:
     return figures(ours.times)
 
 
+async def market_exec(net: LocalNet, node: LocalNode, runtime: str, image: Path, entry_point: str, execs: int) -> list[float]:
+    """Times of commands in one activity, from a requestor's REST API and back."""
+    times: Times = {}
+    async with node.client() as client, published(image, node.environment) as package:
+        requestor = Requestor(client, net.name)
+        demand, body = await requestor.demand(await requestor.allocate(), package, runtime=runtime)
+        draft = await requestor.negotiate(demand, body, await requestor.proposal(demand, "Initial"))
+        agreement = await requestor.agree(draft)
+        activity = await requestor.create_activity(agreement)
+        await requestor.run(activity, {"deploy": {}}, {"start": {}})
+        for _ in range(execs):
+            with timed(times, "exec"):
+                (result,) = await requestor.run(activity, {"run": {"entry_point": entry_point, "args": []}})
+            assert result["result"] == "Ok", result
+        await requestor.destroy_activity(activity)
+        await requestor.terminate(agreement)
+    return times["exec"]
+
+
+async def bench_market(folder: Path, runtimes: dict[str, tuple[Path, str]], execs: int) -> dict[str, list[float]]:
+    async with open_localnet(folder / "market") as net:
+        requestor, provider = await net.start_node("requestor"), await net.start_node("provider")
+        await requestor.command("payment", "fund")
+        net.start_agent(provider, subnet=net.name)
+        return {
+            runtime: await market_exec(net, requestor, runtime, image, entry_point, execs)
+            for runtime, (image, entry_point) in runtimes.items()
+        }
+
+
 def show(found: dict[str, dict[str, float]]) -> None:
     """Print a table: steps down, sides across, and what `vm` adds."""
     sides = list(found)
     print(f"{'ms, medians':14}" + "".join(f"{side:>10}" for side in sides) + f"{'vm adds':>10}")
-    for step in ("deploy", "start", "exec", "exec_worst", "stop", "docker exec"):
+    for step in ("deploy", "start", "exec", "exec_worst", "stop", "docker exec", "exec by REST"):
         line = f"{step:14}" + "".join(f"{found[side][step]:10.1f}" if step in found[side] else f"{'':10}" for side in sides)
-        if step in found.get("vm", {}):
+        if step in found.get("vm", {}) and step in found["engine"]:
             line += f"{found['vm'][step] - found['engine'][step]:+10.1f}"
         print(line)
     if "vm" in found:
@@ -194,20 +229,34 @@ def show(found: dict[str, dict[str, float]]) -> None:
         print(f"deploy and start {adds_up:+.1f} ms (aim for start {START_AIM_MS:g})")
 
 
+@contextmanager
+def engine_host(folder: Path) -> Iterator[str | None]:
+    """Give the Engine to use, None (and say why) where there is none."""
+    if os.environ.get("DOCKER_HOST"):
+        yield os.environ["DOCKER_HOST"]
+    elif problem := missing() or (None if BUSYBOX.exists() else "no /bin/busybox (Debian: busybox-static)"):
+        print(f"vm: skipped, {problem}")
+        yield None
+    else:
+        with open_engine(folder) as engine:
+            os.environ["DOCKER_HOST"] = engine.host
+            yield engine.host
+
+
 async def measure(rounds: int, execs: int) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
         folder = Path(scratch)
         folder.chmod(0o711)
-        found["wasmtime"] = await bench_wasm(folder, rounds, execs)
-        if os.environ.get("DOCKER_HOST"):
-            return {**await bench_vm(os.environ["DOCKER_HOST"], folder, rounds, execs), **found}
-        if problem := missing() or (None if BUSYBOX.exists() else "no /bin/busybox (Debian: busybox-static)"):
-            print(f"vm: skipped, {problem}")
-            return found
-        with open_engine(folder / "e") as engine:
-            os.environ["DOCKER_HOST"] = engine.host
-            return {**await bench_vm(engine.host, folder, rounds, execs), **found}
+        runtimes = {"wasmtime": (folder / "module.wasm", "main")}
+        with engine_host(folder / "e") as host:
+            if host is not None:
+                found |= await bench_vm(host, folder, rounds, execs)
+                runtimes["vm"] = (folder / "package.tar", "/bin/true")
+            found["wasmtime"] = await bench_wasm(folder, rounds, execs)
+            for runtime, times in (await bench_market(folder, runtimes, rounds * execs)).items():
+                found[runtime]["exec by REST"] = statistics.median(times)
+    return found
 
 
 def main() -> None:

@@ -78,7 +78,7 @@ class Requestor:
         return found
 
     async def demand(
-        self, allocation: dict[str, Any], package: str, constraints: Sequence[str] = ()
+        self, allocation: dict[str, Any], package: str, constraints: Sequence[str] = (), runtime: str = "wasmtime"
     ) -> tuple[str, dict[str, Any]]:
         """Publish a demand; return its id and its body."""
         found = await self.call("GET", f"{PAYMENT}/demandDecorations", allocationIds=allocation["allocationId"])
@@ -89,7 +89,7 @@ class Requestor:
             **{item["key"]: item["value"] for item in found["properties"]},
         }  # fmt: skip
         clauses = [f"(golem.node.debug.subnet={self.subnet})", "(golem.com.pricing.model=linear)",
-                   "(golem.runtime.name=wasmtime)", *found["constraints"], *constraints]  # fmt: skip
+                   f"(golem.runtime.name={runtime})", *found["constraints"], *constraints]  # fmt: skip
         body = {"properties": properties, "constraints": f"(&{''.join(clauses)})"}
         return await self.call("POST", f"{MARKET}/demands", body), body
 
