@@ -1,0 +1,261 @@
+"""The Trio client of an Engine against servers that misbehave, programs for containers, and the SDK's faults in our words."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import struct
+import subprocess
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import pytest
+import trio
+from engine import admin as sdk
+from engine import busybox_tar, import_image
+from support import trio_test
+
+from golem.exeunit.engine import left_pipes
+from golem.exeunit.engine.admin import Admin, EngineFacts, EngineGone, InUse, NoSuch
+from golem.exeunit.engine.client import MAX_BODY_BYTES, EngineClient
+from golem.exeunit.engine.container import Plan, container_config
+from golem.exeunit.engine.init_program import PROBE_TEXT, init_program, probe_program, supported
+from golem.exeunit.engine.left_pipes import LeftPipes
+from golem.exeunit.engine.self_test import _unfit
+from golem.exeunit.runtimes.base import Limits, RuntimeFault
+from golem.local_engine import LocalEngine
+
+FACTS = EngineFacts("20.10.24", "1.41", False, False, True, 100000, 2, "1", True, True, "x86_64")
+
+
+@asynccontextmanager
+async def server(path: Path, answers: Sequence[bytes]) -> AsyncIterator[list[bytes]]:
+    """Serve a socket: each connection is told the next answer and closed; the list gets what was asked."""
+    asked: list[bytes] = []
+    left = list(answers)
+    sock = trio.socket.socket(trio.socket.AF_UNIX)
+    await sock.bind(str(path))
+    sock.listen()
+
+    async def handle(stream: trio.SocketStream) -> None:
+        async with stream:
+            asked.append(await stream.receive_some())
+            with suppress(trio.BrokenResourceError):  # it has heard enough
+                await stream.send_all(left.pop(0))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(trio.serve_listeners, handle, [trio.SocketListener(sock)])
+        yield asked
+        nursery.cancel_scope.cancel()
+
+
+def answer(status: str, body: object = None, raw: bytes | None = None) -> bytes:
+    data = raw if raw is not None else json.dumps(body).encode()
+    return b"HTTP/1.1 %s\r\nContent-Length: %d\r\n\r\n%s" % (status.encode(), len(data), data)
+
+
+def frame(side: int, data: bytes) -> bytes:
+    return struct.pack(">BxxxI", side, len(data)) + data
+
+
+@trio_test
+async def test_faults_of_an_engine_have_names(tmp_path: Path) -> None:
+    path = tmp_path / "docker.sock"
+    client = EngineClient(path)
+    with pytest.raises(EngineGone, match="No such file"):
+        await client.ping()
+    cases: list[tuple[bytes, type[RuntimeFault], str]] = [
+        (answer("404 Not Found", {"message": "No such container: x"}), NoSuch, "No such container"),
+        (answer("409 Conflict", {"message": "is not running"}), InUse, "not running"),
+        (answer("500 Oops", raw=b"<html>"), RuntimeFault, "status 500"),
+        (b"", EngineGone, "closed|broke"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n{}", EngineGone, "broke"),
+        (b"SSH-2.0-OpenSSH\r\n\r\n", EngineGone, "broke"),
+        (b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 50_000, EngineGone, "broke"),
+        (answer("200 OK", raw=b"x" * (MAX_BODY_BYTES + 1)), RuntimeFault, "too long"),
+    ]
+    async with server(path, [case[0] for case in cases]) as asked:
+        for _, kind, text in cases:
+            with pytest.raises(kind, match=text), trio.fail_after(10):
+                await client.inspect("a/../b")
+    assert asked[0].startswith(b"GET /v1.41/containers/a/../b/json HTTP/1.1\r\n") or b"a%2F..%2Fb" in asked[0]
+
+
+@trio_test
+async def test_a_wait_that_is_broken_off_is_no_exit_code(tmp_path: Path) -> None:
+    path = tmp_path / "docker.sock"
+    head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    async with server(path, [head, head + b"0\r\n\r\n", head + b'10\r\n{"StatusCode": 3}\r\n0\r\n\r\n']):
+        for _ in range(2):
+            with pytest.raises(EngineGone):
+                await EngineClient(path).wait_exit("c")
+        with pytest.raises(EngineGone):  # 0x10 is one byte short of that text
+            await EngineClient(path).wait_exit("c")
+
+
+@trio_test
+async def test_streams_are_cut_anywhere_and_put_together(tmp_path: Path) -> None:
+    path = tmp_path / "docker.sock"
+    switch = b"HTTP/1.1 101 UPGRADED\r\nConnection: Upgrade\r\nUpgrade: tcp\r\n\r\n"
+    body = frame(1, b"one") + frame(2, b"") + frame(2, b"two") + frame(1, b"x" * 100_000)
+    async with server(path, [switch + body, switch + frame(7, b"?"), switch + body, answer("404 No", {"message": "gone"})]):
+        client = EngineClient(path)
+        async with await client.start_exec("e") as stream:
+            parts = []
+            while (part := await stream.receive()) is not None:
+                parts.append(part)
+        assert parts[:2] == [("stdout", b"one"), ("stderr", b"two")]
+        assert b"".join(data for _, data in parts[2:]) == b"x" * 100_000
+        async with await client.start_exec("e") as stream:
+            with pytest.raises(EngineGone, match="no stream"):
+                await stream.receive()
+        async with await client.start_exec("e", tty=True) as stream:  # as it comes
+            found = b""
+            while (part := await stream.receive()) is not None:
+                assert part[0] == "stdout"
+                found += part[1]
+            assert found == body
+            await stream.send(b"to nobody")
+            await stream.end_input()
+        with pytest.raises(NoSuch, match="gone"):
+            await client.start_exec("e")
+
+
+@pytest.mark.skipif(not supported(), reason="no programs for this machine")
+def test_the_programs_run_here(tmp_path: Path) -> None:
+    for name, content in (("init", init_program()), ("probe", probe_program())):
+        (tmp_path / name).write_bytes(content)
+        (tmp_path / name).chmod(0o755)
+        assert len(content) < 512
+    done = subprocess.run([tmp_path / "probe"], capture_output=True, timeout=10)
+    assert done.stdout == PROBE_TEXT
+    assert done.returncode in (0, 1, 2, 4)
+    with subprocess.Popen([tmp_path / "init"]) as process:  # in our own namespace: nobody is outside of it
+        deadline = time.monotonic() + 10
+        while not _waits(process.pid) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.terminate()
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.2)
+        process.kill()
+
+
+def _waits(pid: int) -> bool:
+    """Whether process 1 is through with its preparations: it ignores SIGCHLD and sleeps."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    fields = dict(line.split(":", 1) for line in lines)
+    return bool(int(fields["SigIgn"], 16) & 1 << (signal.SIGCHLD - 1)) and fields["State"].strip().startswith("S")
+
+
+def test_programs_for_both_machines_are_elf_files_that_begin_behind_their_header() -> None:
+    for machine, number in (("x86_64", 62), ("aarch64", 183)):
+        for content in (init_program(machine), probe_program(machine)):
+            assert content[:7] == b"\x7fELF\2\1\1"
+            kind, found, _, entry = struct.unpack_from("<HHIQ", content, 16)
+            assert (kind, found, entry) == (2, number, 0x400000 + 120)
+            assert struct.unpack_from("<II", content, 64) == (1, 5)
+            assert struct.unpack_from("<QQ", content, 96) == (len(content), len(content))
+    assert not supported("pdp11")
+    with pytest.raises(KeyError):
+        init_program("pdp11")
+
+
+def test_engines_that_will_not_do() -> None:
+    from dataclasses import replace
+
+    assert _unfit(FACTS) is None
+    assert "too old" in str(_unfit(replace(FACTS, api="1.40")))
+    assert _unfit(replace(FACTS, api="1.100")) is None
+    assert "seccomp" in str(_unfit(replace(FACTS, seccomp=False)))
+    assert "processes" in str(_unfit(replace(FACTS, pids_limit=False)))
+    assert "podman" in replace(FACTS, podman=True).text
+
+
+def test_a_container_is_locked_down_whatever_is_asked_for() -> None:
+    plan = Plan("image", "a" * 32, Path("/init"), Limits(cpu_threads=64, mem_gib=0.001), mounts={"/data": "volume"})
+    config = container_config(plan, FACTS)
+    host = config["HostConfig"]
+    assert (host["NetworkMode"], host["CapDrop"], host["Privileged"]) == ("none", ["ALL"], False)
+    assert host["SecurityOpt"][0] == "no-new-privileges"
+    assert json.loads(host["SecurityOpt"][1].removeprefix("seccomp="))["defaultAction"] == "SCMP_ACT_ERRNO"
+    assert host["Memory"] == host["MemorySwap"] == 6 << 20
+    assert host["NanoCpus"] == 2_000_000_000
+    assert config["Healthcheck"] == {"Test": ["NONE"]}
+    assert {mount["Type"] for mount in host["Mounts"]} == {"bind", "volume"}
+
+
+@pytest.mark.root
+@pytest.mark.integration
+def test_admin_on_an_engine(engine: LocalEngine, tmp_path: Path) -> None:
+    async def body() -> None:
+        admin = Admin(engine.socket)
+        facts = await admin.facts()
+        assert (facts.root_id > 0, facts.podman, facts.seccomp) == (True, False, True)
+        tag = "golem-test/admin:latest"
+        image_id = await admin.import_image(io.BytesIO(busybox_tar()), tag, ["USER 7", "CMD true"])
+        found = await admin.inspect_image(tag)
+        assert found is not None
+        assert (found["Id"], found["Config"]["User"]) == (image_id, "7")
+        assert await admin.inspect_image("golem-test/none") is None
+        with pytest.raises(RuntimeFault, match="Docker Engine"):
+            await admin.import_image(io.BytesIO(b"no tar at all" * 100), "golem-test/bad:latest")
+        with pytest.raises(NoSuch):
+            await admin.create_container("golem-test-x", {"Image": "golem-test/none"})
+        container = await admin.create_container("golem-test-x", {"Image": tag, "Labels": {"golem-test": "1"}})
+        try:
+            with pytest.raises(InUse):
+                await admin.create_container("golem-test-x", {"Image": tag})
+            assert image_id in await admin.image_ids_in_use()
+            assert [entry["Id"] for entry in await admin.containers("golem-test")] == [container]
+            assert not await admin.remove_image(image_id)
+        finally:
+            await admin.remove_container("golem-test-x")
+        await admin.remove_container("golem-test-x")
+        assert await admin.inspect_container("golem-test-x") is None
+        assert await admin.remove_image(tag)
+        assert not await admin.remove_image(tag)
+
+    trio.run(body)
+
+
+@pytest.mark.root
+@pytest.mark.integration
+def test_pipes_of_who_was_left_are_held_and_no_others(engine: LocalEngine) -> None:
+    image = import_image(engine, busybox_tar(), "golem-test/pipes:latest")
+    client = sdk(engine)
+    made = client.create_container(image, ["sleep", "1000"], host_config=client.create_host_config(network_mode="none"))
+    client.start(made["Id"])
+    try:
+        first = int(client.inspect_container(made["Id"])["State"]["Pid"])
+        pipes = LeftPipes(first)
+        program = client.exec_create(made["Id"], ["sh", "-c", "sleep 1000 | cat & sleep 1001; true"], tty=False)["Id"]
+        stream = client.exec_start(program, stream=True)
+        del stream  # nobody reads, and the program runs on
+        pids: list[int] = []
+        for _ in range(500):
+            top = client.top(made["Id"], "-o pid,args")["Processes"] or []
+            pids = [int(row[0]) for row in top if int(row[0]) != first]
+            if len(pids) == 4:
+                break
+        assert len(pids) == 4
+        main = next(int(row[0]) for row in top if row[1].startswith("sh "))
+        assert pipes.adopt(pids, [main]) == 0  # somebody listens to that program
+        assert pipes.adopt(pids, []) == 2  # its two sides; not the pipe between two of them
+        assert pipes.adopt(pids, []) == 0
+        assert pipes.adopt([os.getpid()], []) == 0
+        pipes.release()
+        pipes.drain()
+        assert len(pipes._held) == 2
+        client.kill(made["Id"])
+        client.wait(made["Id"])
+        pipes.drain()
+        assert pipes._held == {}
+        pipes.close()
+        assert left_pipes.MAX_PIPES > 0
+    finally:
+        client.remove_container(made["Id"], force=True)
+        client.close()
