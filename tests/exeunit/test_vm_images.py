@@ -368,7 +368,10 @@ async def test_a_load_that_is_cancelled_leaves_nothing(engine: LocalEngine, tmp_
 
 
 class Full:
-    """An Engine that has no room."""
+    """An Engine that has no room, and an old image."""
+
+    def __init__(self) -> None:
+        self.removed: list[str] = []
 
     async def inspect_image(self, name: str) -> None:
         return None
@@ -376,15 +379,28 @@ class Full:
     async def root_dir(self) -> Path:
         return Path("/")
 
+    async def list_images(self, reference: str) -> list[dict[str, Any]]:
+        return [] if self.removed else [{"RepoTags": [image_tag("0" * 56)], "Id": "x", "Size": 1000}]
+
+    async def image_ids_in_use(self) -> frozenset[str]:
+        return frozenset()
+
+    async def remove_image(self, name: str) -> bool:
+        self.removed.append(name)
+        return True
+
 
 @trio_test
 async def test_a_full_disk_is_told_before_the_engine_fills_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, digest = package(tmp_path, foreign.docker_archive(LAYERS))
-    for place, text in ((tmp_path / "f", "not enough disk space to unpack"), (Path("/"), "Docker Engine has not")):
+    folder, engine = tmp_path / "f", Full()
+    for place, text in ((folder, "not enough disk space to unpack"), (Path("/"), "Docker Engine has not")):
+        assert engine.removed == []
         free = {str(place): 0}
         monkeypatch.setattr("golem.exeunit.engine.images._free", lambda path, free=free: free.get(str(path), 1 << 40))
         with pytest.raises(RuntimeFault, match=text):
-            await obtain_image(cast("Admin", Full()), path, digest, ImageFormat.DOCKER_ARCHIVE, folder=tmp_path / "f")
+            await obtain_image(cast("Admin", engine), path, digest, ImageFormat.DOCKER_ARCHIVE, folder=folder)
+    assert engine.removed == [image_tag("0" * 56)]  # which was not enough
 
 
 @trio_test

@@ -12,7 +12,6 @@ Neighbours: `admin.Admin` (the Engine), `golem.exeunit.images` (where the packag
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import importlib.util
 import json
@@ -158,10 +157,13 @@ async def obtain_image(
             await evict(admin, folder, max_bytes, spare=frozenset({tag}))
 
 
-async def evict(admin: Admin, folder: Path, max_bytes: int, spare: frozenset[str] = frozenset()) -> list[str]:
+async def evict(
+    admin: Admin, folder: Path, max_bytes: int, spare: frozenset[str] = frozenset(), *, at_least_bytes: int = 0
+) -> list[str]:
     """Remove the least recently used images until the rest fits into `max_bytes`; returns the names removed.
 
-    Images that an exe-unit holds, that a container uses or that `spare` names stay, even if they are too much.
+    `at_least_bytes`: so much has to go in any case. Images that an exe-unit holds, that a container uses or that `spare`
+    names stay, even if they are too much.
     """
     images = []
     for entry in await admin.list_images(f"{REPOSITORY}/*"):
@@ -170,6 +172,7 @@ async def evict(admin: Admin, folder: Path, max_bytes: int, spare: frozenset[str
             if digest is not None:
                 images.append((_last_use(folder / f"{digest}.lock"), tag, digest, str(entry["Id"]), int(entry["Size"])))
     total = sum(size for *_, size in images)
+    max_bytes = min(max_bytes, total - at_least_bytes)
     if total <= max_bytes:
         return []
     in_use, removed = await admin.image_ids_in_use(), []
@@ -264,7 +267,7 @@ async def _bring(
         size = archive.seek(0, os.SEEK_END)
         if not is_own(archive.fileno(), size, tag, len(layers)):
             raise RuntimeFault("the image cannot be used: what was made of it is not what it should be")
-        await _check_room(admin, size)
+        await _make_room(admin, folder, size)
         await _load(admin, archive.fileno(), size, notice)
     image = await admin.inspect_image(tag)
     if image is None or image.get("RootFS", {}).get("Layers", layers) != layers:
@@ -272,12 +275,20 @@ async def _bring(
     return cpu_s
 
 
-async def _check_room(admin: Admin, size: int) -> None:
-    """An Engine holds an archive twice while it loads it."""
+async def _make_room(admin: Admin, folder: Path, size: int) -> None:
+    """See to it that the Engine has the disk space for an archive, which it holds twice while it loads it."""
     root = await admin.root_dir()
-    with contextlib.suppress(OSError):
-        if root is not None and _free(root) < 2 * size + RESERVE_BYTES:
-            raise RuntimeFault(f"this provider's Docker Engine has not enough disk space for an image of {size >> 20} MiB")
+    if root is None:
+        return
+    try:
+        for _ in range(2):
+            missing = 2 * size + RESERVE_BYTES - _free(root)
+            if missing <= 0:
+                return
+            await evict(admin, folder, sys.maxsize, at_least_bytes=missing)
+    except OSError:  # it is not for us to see; then it is the Engine who finds out
+        return
+    raise RuntimeFault(f"this provider's Docker Engine has not enough disk space for an image of {size >> 20} MiB")
 
 
 def _free(path: Path) -> int:
