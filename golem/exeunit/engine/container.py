@@ -24,6 +24,7 @@ from golem.exeunit.runtimes.base import Limits, RuntimeFault
 ACTIVITY_LABEL = "golem.activity"
 INIT_PATH = "/.golem/init"
 PROCESSES = 512
+OOM_SCORE = 500  # a machine that is short of memory takes guests first, not the node
 MIN_MEM_BYTES = 6 << 20  # what the Engine asks for
 OPEN_FILES = 16_384
 SHARED_MEMORY_BYTES = 64 << 20  # of /dev/shm, counted as the activity's memory
@@ -80,6 +81,7 @@ def _host_config(plan: Plan, facts: EngineFacts) -> dict[str, Any]:
         "MemorySwap": memory,
         "NanoCpus": min(plan.limits.cpu_threads, facts.cpus) * 1_000_000_000,
         "PidsLimit": PROCESSES,
+        "OomScoreAdj": OOM_SCORE,
         "CapDrop": ["ALL"],
         "Privileged": False,
         "SecurityOpt": ["no-new-privileges", f"seccomp={profile()}"],
