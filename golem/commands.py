@@ -21,7 +21,6 @@ from golem.config import VERSION
 from golem.identity import AppKey, IdentityError
 from golem.net import NetError, RemoteError
 from golem.registry import PushOrder, StoredImage, normal_hash, normal_tag
-from golem.rest.registry import download_url, image_url
 from protocol.types import amount_text, from_wei, node_id, timestamp_text
 
 if TYPE_CHECKING:
@@ -237,8 +236,8 @@ async def payment_init(node: Node, args: dict[str, Any]) -> Any:
 def _image(node: Node, image: StoredImage) -> dict[str, Any]:
     return {
         "sha3": image.sha3, "size": image.size, "format": image.format, "source": image.source, "tags": list(image.tags),
-        "aliases": list(image.aliases), "created": timestamp_text(image.created), "url": image_url(node, image),
-        "link": download_url(node, image), "registry": node.api_url,
+        "aliases": list(image.aliases), "created": timestamp_text(image.created), "url": image.url(node.node_id),
+        "link": image.link(node.api_url), "registry": node.api_url,
     }  # fmt: skip
 
 

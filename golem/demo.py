@@ -324,7 +324,8 @@ async def _main(options: Options) -> bool | None:
 @click.option("--height", type=click.IntRange(16, 4096), default=320)
 @click.option("--samples", type=click.IntRange(1, 10000), default=100, help="Light paths a pixel.")
 @click.option("--tiles", default="6x4", help="COLUMNSxROWS, one task each.")
-@click.option("--timeout", "timeout_s", type=click.IntRange(10, 86400), default=600, help="Seconds for the picture.")
+@click.option("--timeout", "timeout_s", type=click.IntRange(300, 86400), default=600,
+              help="Seconds for the picture; providers take nothing shorter than 300.")  # fmt: skip
 @click.option("--runtime", type=click.Choice(["wasmtime", "vm"]), default="wasmtime",
               help="Runtime that the job asks for: a WebAssembly module, or a Docker image.")  # fmt: skip
 @click.option("--keep", is_flag=True, help="Keep the nodes' data and logs in .demo/.")

@@ -81,6 +81,14 @@ class StoredImage(msgspec.Struct, frozen=True, kw_only=True):
         """The name under which other nodes find the file."""
         return f"image-{self.sha3}"
 
+    def url(self, node_id: str) -> str:
+        """Return the URL for providers, who fetch over the network of the nodes: REST need not be in their reach."""
+        return f"gftp://{node_id}/{self.published_name}"
+
+    def link(self, api_url: str) -> str:
+        """Return the URL of the file at a REST API."""
+        return f"{api_url.rstrip('/')}/v1/image/{self.sha3}"
+
 
 class _Index(msgspec.Struct, frozen=True):
     version: int

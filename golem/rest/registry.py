@@ -30,16 +30,6 @@ MAX_DOWNLOADS = 64  # at a time
 _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 
 
-def image_url(node: Node, image: StoredImage) -> str:
-    """Return the URL for providers."""
-    return f"gftp://{node.node_id}/{image.published_name}"
-
-
-def download_url(node: Node, image: StoredImage) -> str:
-    """Return the URL of the image at this node's REST API."""
-    return f"{node.api_url}/v1/image/{image.sha3}"
-
-
 def blueprint(node: Node) -> Blueprint:
     """Return the registry of `node`."""
     api = Blueprint("registry", __name__)
@@ -48,15 +38,15 @@ def blueprint(node: Node) -> Blueprint:
     @api.get("/v1/image/info")
     async def info() -> Response:
         image = _asked_for(node)
-        url = image_url(node, image)
+        url = image.url(node.node_id)
         return respond_json({
-            "sha3": image.sha3, "size": image.size, "http": url, "https": url, "link": download_url(node, image),
+            "sha3": image.sha3, "size": image.size, "http": url, "https": url, "link": image.link(request.host_url),
             "tags": list(image.tags), "format": image.format,
         })  # fmt: skip
 
     @api.get("/image.<sha3>.link")
     async def link(sha3: str) -> Response:
-        return Response(image_url(node, _exactly(node, sha3)), content_type="text/plain; charset=utf-8")
+        return Response(_exactly(node, sha3).url(node.node_id), content_type="text/plain; charset=utf-8")
 
     @api.get("/v1/image/<sha3>")
     async def image(sha3: str) -> Response:
