@@ -346,30 +346,41 @@ async def _die_soon(engine: LocalEngine, container: str, how: str) -> None:
     client.close()
 
 
-@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL, signal.SIGSTOP])
 def test_an_engine_that_stops_is_told_and_nothing_runs_on(package: Path, sign: signal.Signals) -> None:
     async def body(engine: LocalEngine) -> None:
+        process = engine._process
+        assert process is not None
+        told: list[str] = []
+
+        async def command(guest: Guest) -> None:
+            try:
+                await guest.run("sleep", "60")
+            except RuntimeFault as fault:
+                told.append(str(fault))
+
         async with open_guest(engine, package) as guest:
             pid = guest.runtime._inside.pid  # type: ignore[union-attr]
-
-            async def stop() -> None:
-                await trio.sleep(0.3)
-                await trio.to_thread.run_sync(engine.stop, sign)
-
             with trio.fail_after(10):
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(stop)
-                    with pytest.raises(RuntimeFault) as caught:
-                        await guest.run("sleep", "60")
-                await guest.failed.wait()
+                    nursery.start_soon(command, guest)
+                    await trio.sleep(0.3)
+                    process.send_signal(sign)
+                    await guest.failed.wait()
+                    await trio.sleep(0.1)
+                    nursery.cancel_scope.cancel()  # as a unit does
             [text] = guest.failures
-            assert text == str(caught.value)
-            assert text == ENGINE_GONE or "from outside" in text
-            if sign == signal.SIGKILL:
-                assert text == ENGINE_GONE
+            assert text == ENGINE_GONE or (sign == signal.SIGTERM and "from outside" in text)
+            assert told == ([] if sign == signal.SIGSTOP else [text])
+            engine._process, began = None, time.monotonic()  # no more questions to it
+        engine._process = process
+        assert time.monotonic() - began < 5
         with trio.fail_after(5):
             while os.path.exists(f"/proc/{pid}"):
                 await trio.sleep(0.02)
+        process.send_signal(signal.SIGCONT)
+        volumes = str(engine.folder / "data" / "100000.100000" / "volumes")
+        assert [line for line in Path("/proc/self/mountinfo").read_text().splitlines() if volumes in line] == []
 
     with tempfile.TemporaryDirectory(prefix="engine-") as folder, engine_for_tests(Path(folder) / "e", userns=True) as engine:
         trio.run(body, engine)
@@ -563,6 +574,13 @@ async def test_destroyed_from_the_requestor_in_the_middle(engine: LocalEngine, p
         await w.begin(package)
         process = await w.start("vm", engine.host)
         await w.exec({"deploy": {}}, {"start": {}})
+        sleeping = await w.exec({"run": {"entry_point": "sleep", "args": ["60"]}}, wait=False)
+        await w.exec({"terminate": {}})
+        await w.until(lambda: w.batch(sleeping).finished)
+        assert w.results(sleeping)[-1].message == "stopped by a terminate command"
+        await w.state("Initialized")
+        again = await w.exec({"deploy": {}}, {"start": {}}, {"run": {"entry_point": "true"}})
+        assert [(row.ok, row.message) for row in w.results(again)] == [(True, None)] * 3
         await w.exec({"run": {"entry_point": "sleep", "args": ["60"]}}, wait=False)
         await w.requestor.ask("activity", DestroyActivity(ACTIVITY))
         process.send_signal(signal.SIGTERM)

@@ -311,7 +311,7 @@ class VmRuntime:
                 with trio.fail_after(REMOVE_TIMEOUT_S):
                     await self._remove(deployed)
             except (RuntimeFault, trio.TooSlowError) as fault:
-                log.error("container %s is left to be swept: %s", deployed.name, fault or "the Engine takes too long")
+                log.error("container %s is left to be swept: %s", deployed.name, str(fault) or "no answer in time")
                 if inside is not None:
                     inside.kill()  # at least nothing runs on
             if inside is not None:
