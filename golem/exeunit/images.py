@@ -174,6 +174,7 @@ class ImageStore:
     async def _download(self, location: Location, name: str, progress: Progress | None, notice: Notice | None) -> int:
         """Fetch an image, or wait for another exe-unit that is fetching it; returns the held descriptor."""
         part = self._directory / f"{name}.part"
+        waits = False
         while True:
             descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             try:
@@ -190,6 +191,9 @@ class ImageStore:
                     return held
             finally:
                 os.close(descriptor)
+            if not waits and notice is not None:
+                notice("Waiting for the image: another activity is downloading it")
+            waits = True
             await trio.sleep(DOWNLOAD_POLL_S)
 
     async def _fill(

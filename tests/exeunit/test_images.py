@@ -112,12 +112,12 @@ async def test_least_recently_used_goes_but_not_what_is_in_use(tmp_path: Path, f
 async def test_two_at_once_download_once(tmp_path: Path) -> None:
     web = SlowWeb(wat.TRAP)
     reference = f"hash:sha3:{hashlib.sha3_256(wat.TRAP).hexdigest()}:http://h/x"
-    found: list[bool] = []
+    found, notices = list[bool](), list[str]()
 
     async def obtain() -> None:
         # Two stores over one directory are what two exe-unit processes are.
         images = ImageStore(tmp_path / "cache", Transfers(TransferPolicy(), web=web), 1 << 20, 1 << 20)
-        with await images.obtain(reference, ALL) as image:
+        with await images.obtain(reference, ALL, notice=notices.append) as image:
             found.append(image.cached)
 
     with trio.fail_after(10):
@@ -128,6 +128,7 @@ async def test_two_at_once_download_once(tmp_path: Path) -> None:
             web.go.set()
     assert web.downloads == 1
     assert len(found) == 2
+    assert notices == ["Waiting for the image: another activity is downloading it"]
 
 
 @trio_test
