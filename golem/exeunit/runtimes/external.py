@@ -53,6 +53,7 @@ from golem.exeunit.runtimes.base import (
     Volume,
     VolumeRequest,
     check_arguments,
+    environment_words,
     guest_path,
 )
 from golem.exeunit.runtimes.process_tree import Command, Ended, Tree, sweep_processes
@@ -196,9 +197,11 @@ class ExternalRuntime:
         return self._options.work_dir / "tmp"
 
     def _deployment(self, said: bytes) -> Deployment:
-        """Read and check a DeployResult."""
+        """Read and check a DeployResult: after whatever the program logged before it; nothing at all is a success."""
+        if not said.strip():
+            return Deployment((), "empty")
         try:
-            result = json.loads(said)
+            result = json.loads(said[max(0, said.find(b"{")) :])
             valid, volumes = result["valid"], result.get("vols", [])
             mode = result.get("startMode", "empty")
             if "Ok" not in valid:
@@ -341,11 +344,11 @@ class ExternalRuntime:
     def _launch(self, words: Sequence[str], env: Mapping[str, str], *, stdin: bool = False) -> Command:
         options = self._options
         assert options is not None
-        variables = json.dumps({**options.env, **env})
-        check_arguments([*words, variables])
+        variables = {**options.env, **env}
+        check_arguments([*words, *environment_words(variables)])
         argv = [str(self._program), "--workdir", str(self._work_dir), "--task-package", str(self._image)]
         argv += [*self._limits(options.limits), *self._arguments, *words]
-        environment = _environment(self._scratch) | {ENVIRONMENT: variables}
+        environment = _environment(self._scratch) | {ENVIRONMENT: json.dumps(variables)}
         return self._tree.start(argv, env=environment, cwd=self._work_dir, cpus=options.limits.cpu_threads, stdin=stdin)
 
     def _limits(self, limits: Limits) -> list[str]:

@@ -192,15 +192,29 @@ class Tree:
                     _, _, used = os.wait4(pid, os.WNOHANG)
                     self.note_peak(used.ru_maxrss * 1024)
 
-    def kill(self, command: Command) -> None:
-        """Kill what a command is and what it started, also what has left its session or lost its parent."""
+    def kill(self, command: Command) -> int:
+        """Kill what a command is and what it started, also what has left its session or lost its parent.
+
+        Returns how many were still there: until there are none, one of them may have started another meanwhile. To be
+        called before the command is collected: after that its number may be another's.
+        """
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(command.pid, signal.SIGKILL)
-        mine = set(self.members(command.pid))
+        mine, count = set(self.members(command.pid)), 0
         for pid in self.members():
             found = _stat(pid)
-            if found and (pid in mine or found.session == command.pid or _environ(pid).get("GOLEM_COMMAND") == command.mark):
+            if found is None or found.state in "ZX":
+                continue
+            if pid in mine or found.session == command.pid or _environ(pid).get("GOLEM_COMMAND") == command.mark:
                 _kill(pid)
+                count += 1
+        return count
+
+    async def kill_fully(self, command: Command) -> None:
+        """Kill a command until nothing of it is left; gives up after KILL_S."""
+        with trio.move_on_after(KILL_S, shield=True):
+            while self.kill(command):
+                await trio.sleep(0.005)
 
     async def kill_all(self) -> None:
         """Kill every member, and those that they start meanwhile; gives up after KILL_S."""
@@ -331,6 +345,8 @@ class Command:
             clock.cancel_scope.cancel()
         if not self._gone:
             await self.gone()
+        if self._killed_for is not None:
+            await self._tree.kill_fully(self)
         self._reap()
         assert self._status is not None
         if os.WIFSIGNALED(self._status):
@@ -351,6 +367,7 @@ class Command:
             if self._status is None:
                 self.kill("cancelled")
                 await self.gone()
+                await self._tree.kill_fully(self)
                 self._reap()
             for stream in (self._out, self._err, self.input):
                 if stream is not None:
