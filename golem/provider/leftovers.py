@@ -61,16 +61,14 @@ class Leftovers:
     async def clean(self, activity_id: str, runtime: str | None, code: int | None) -> None:
         """Remove the working directory of an activity whose exe-unit has ended with `code` (None: nobody saw it), and old logs.
 
-        A runtime may still hold mounts in it where the exe-unit was not given the time to undo them.
+        Where it still has mounts there, the runtimes come first: the marks by which they know them are in the directory.
         """
-        if code is None and runtime is None and any(self._work.glob(f"*/{activity_id}")):
-            await self.sweep(self._runtimes())
-        for attempt in range(2):
-            folders = list(self._work.glob(f"*/{activity_id}"))
-            if attempt and folders and runtime is not None:
-                await self.sweep([runtime])
-            for folder in folders:
-                await self.remove(folder)
+        folders = list(self._work.glob(f"*/{activity_id}"))
+        unseen = code is None and runtime is None
+        if folders and (unseen or await trio.to_thread.run_sync(_mounted, folders)):
+            await self.sweep([runtime] if runtime is not None else self._runtimes())
+        for folder in folders:
+            await self.remove(folder)
         await trio.to_thread.run_sync(self._remove_logs)
 
     def _remove_logs(self) -> None:
@@ -88,3 +86,12 @@ class Leftovers:
         parent = folder.parent
         if parent.is_dir() and not any(one.is_dir() for one in parent.iterdir()):
             shutil.rmtree(parent, ignore_errors=True)
+
+
+def _mounted(folders: Sequence[Path]) -> bool:
+    """Return whether anything is mounted below one of several directories."""
+    try:
+        points = [Path(line.split()[4]) for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    except OSError:
+        return False
+    return any(folder.resolve() in point.parents for folder in folders for point in points)
