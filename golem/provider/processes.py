@@ -80,17 +80,27 @@ def find_unit(activity_id: str) -> int:
 
 
 class Processes:
-    """The port; `run` must be running. `bus` says where the node's bus is now, `units` how exe-units are started."""
+    """The port; `run` must be running.
+
+    `bus` says where the node's bus is now, `units` how exe-units are started; `doubt` is told of runtimes whose exe-units
+    end badly.
+    """
 
     name = "processes"
     local = ToProcesses
     peer = None
 
     def __init__(
-        self, system: System, data_dir: Path, bus: Callable[[], Path], units: Callable[[], ExeUnits], leftovers: Leftovers
+        self,
+        system: System,
+        data_dir: Path,
+        bus: Callable[[], Path],
+        units: Callable[[], ExeUnits],
+        leftovers: Leftovers,
+        doubt: Callable[[str], None] = lambda runtime: None,
     ) -> None:
         self._system, self._data_dir, self._bus = system, data_dir, bus
-        self._units, self._leftovers = units, leftovers
+        self._units, self._leftovers, self._doubt = units, leftovers, doubt
         self._live: dict[str, int] = {}  # process id by activity
         self._stopping: set[str] = set()
         self._nursery: trio.Nursery | None = None
@@ -201,6 +211,8 @@ class Processes:
         log.info("activity %s: exe-unit %d is gone (%s)", activity_id[:8], pid, "status unknown" if code is None else code)
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(pid, signal.SIGKILL)  # whatever it left behind in its process group
+        if runtime is not None and code != 0:
+            self._doubt(runtime)
         if code is None or code < 0:  # it may not have ended what it ran, and that still takes up what others could use
             await self._leftovers.sweep([runtime] if runtime else [])
         self._stopping.discard(activity_id)

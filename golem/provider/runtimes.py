@@ -31,6 +31,7 @@ TEMPLATE_S, SELF_TEST_S = 30.0, 120.0
 START_S = 20.0  # that the agent's start waits for self-tests
 TEST_INTERVAL_S = 60.0
 RETRY_S = 5.0  # after a first failure of a runtime that worked
+DOUBT_S = 10.0  # between tests of a runtime whose exe-units end badly: its requestors can bring that about too
 VERSION = "golem.runtime.version"
 NOT_TESTED = "not tested yet"
 
@@ -109,6 +110,7 @@ class Runtimes:
         self._asked_with: dict[str, tuple[ExeUnits, object]] = {}
         self._watched: dict[str, trio.CancelScope] = {}
         self._fresh: set[str] = set()
+        self._doubted: set[str] = set()
 
     def answer(self, runtime: str) -> Template | str:
         """Return the template of a runtime, or why it is not to be offered."""
@@ -117,6 +119,10 @@ class Runtimes:
     def known(self) -> tuple[str, ...]:
         """Return the names of all runtimes, built-in ones first."""
         return (*runtime_names(), *catalogue(self._units().places).runtimes)
+
+    def doubt(self, runtime: str) -> None:
+        """Test a runtime soon: an exe-unit of it has ended badly."""
+        self._doubted.add(runtime)
 
     async def test(self, runtimes: Iterable[str]) -> None:
         """Test those that were not tested yet, all at once, for START_S at most; who needs longer is tested on later."""
@@ -171,11 +177,15 @@ class Runtimes:
                 await self._pause(runtime)
 
     async def _pause(self, runtime: str) -> None:
-        """Wait for the next test; not for long once descriptor or settings are others."""
+        """Wait for the next test; not for long once descriptor or settings are others, or the runtime is doubted."""
         step_s = min(2.0, self._interval_s)
-        until = trio.current_time() + self._interval_s
-        while trio.current_time() < until and self._same(runtime, self._units(), self._description(runtime)):
+        since = trio.current_time()
+        while self._same(runtime, self._units(), self._description(runtime)):
+            waited_s = trio.current_time() - since
+            if waited_s >= (min(DOUBT_S, self._interval_s) if runtime in self._doubted else self._interval_s):
+                break
             await trio.sleep(step_s)
+        self._doubted.discard(runtime)
 
     def report(self, presets: Mapping[str, list[str]]) -> list[dict[str, Any]]:
         """Return what people are told of each runtime: `presets` are the names of those that sell it."""

@@ -22,7 +22,7 @@ from golem.provider.hardware import Profile, default_profile, load_profile, mach
 from golem.provider.offer import constraints, offer_spec, wanted_accounts
 from golem.provider.offering import ACCOUNTS_S, LOOK_S, Offering
 from golem.provider.presets import Preset, load_presets, parse_price
-from golem.provider.runtimes import RETRY_S, ExeUnits, Template
+from golem.provider.runtimes import DOUBT_S, RETRY_S, ExeUnits, Template
 from golem.provider.settings import Settings, SettingsError, interactions, keep_interactions, names, read_json, read_rules
 from protocol.ledger import LOCAL_CHAIN
 from protocol.provider import Capacity, OffersChanged
@@ -280,6 +280,16 @@ async def test_a_runtime_that_works_later_is_offered_then_and_withdrawn_when_it_
         await trio.sleep(70 + RETRY_S)
         assert told.offers[-1][1] == ["wasmtime"]
         assert {one["name"]: one["reason"] for one in made.report()}["vm"] == "the Engine is gone"
+
+
+@mock_trio_test
+async def test_a_runtime_whose_exe_units_end_badly_is_tested_soon(tmp_path: Path) -> None:
+    async with offering(tmp_path, Answers(wasmtime=[True], vm=[True, "the Engine is gone"])) as (made, first, told):
+        assert first == ["wasmtime", "vm"]
+        await trio.sleep(3)
+        made.runtimes.doubt("vm")
+        await trio.sleep(DOUBT_S + RETRY_S + 5)
+        assert told.offers[-1][1] == ["wasmtime"]
 
 
 @mock_trio_test
