@@ -20,7 +20,7 @@ import logging
 import os
 import re
 import signal
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +67,7 @@ IMAGE_CACHE_BYTES = 20 << 30
 CHECK_S = 0.5  # how often a command's own limits are looked at
 SAMPLE_S = 1.0
 KILL_TIMEOUT_S = 3.0
+NEVER_STARTED_S = 0.5  # a program that was asked for and has not begun by then never will
 MEASURE_TIMEOUT_S = 0.5
 REMOVE_TIMEOUT_S = 2.0  # with what comes before and after, less than what the agent grants an exe-unit
 SHELL = ("/bin/sh",)
@@ -245,13 +246,20 @@ class VmRuntime:
                 inside.pipes.adopt((pid for pid, _ in inside.running() - before), self._terminal_pids())
 
         async def kill(exec_id: str) -> None:
-            await self._kill(exec_id, lambda processes, spared: processes.kill_since(before, spared))
+            with trio.CancelScope(shield=True):
+                await self._kill(exec_id, lambda processes, spared: processes.kill_since(before, spared))
 
         try:
             exec_id = await self._client.create_exec(str(deployed.name), argv, env=env)
-            async with await self._client.start_exec(exec_id) as stream:
-                program = Program(self._client, stream, left)
-                status = await self._attend(program, output, deployed.options.limits, kill)
+            try:
+                async with await self._client.start_exec(exec_id) as stream:
+                    program = Program(self._client, stream, left)
+                    status = await self._attend(program, output, deployed.options.limits)
+                    if not program.ended:
+                        await kill(exec_id)
+            except BaseException:  # also when cancelled: a command that nobody waits for does not run on
+                await kill(exec_id)
+                raise
         except (EngineGone, NoSuch, InUse) as fault:
             raise await watch.explain(fault) from None
         finally:
@@ -264,36 +272,27 @@ class VmRuntime:
                 return ExitStatus(status.code, f"memory limit of {deployed.options.limits.mem_gib:g} GiB reached")
         return status
 
-    async def _attend(
-        self, program: Program, output: OutputSink, limits: Limits, kill: Callable[[str], Awaitable[None]]
-    ) -> ExitStatus:
+    async def _attend(self, program: Program, output: OutputSink, limits: Limits) -> ExitStatus:
         """Hand on what a program writes until it has ended, or a limit of the command has been reached."""
         written, began_cpu_s = 0, self._cpu_s()
         why: str | None = None
-        try:
-            with trio.move_on_after(limits.run_time_s if limits.run_time_s is not None else float("inf")) as time_limit:
-                while why is None:
-                    part = None
-                    with trio.move_on_after(CHECK_S) as check:
-                        part = await program.receive()
-                    if part is not None:
-                        written += len(part[1])
-                        if written > limits.output_bytes:
-                            why = f"output limit of {limits.output_bytes} bytes reached"
-                        else:
-                            await output(*part)
-                    elif not check.cancelled_caught:
-                        return ExitStatus(await program.exit_code(), program.problem)
-                    if limits.cpu_time_s is not None and self._cpu_s() - began_cpu_s > limits.cpu_time_s:
-                        why = f"CPU time limit of {limits.cpu_time_s:g} s reached"
-            if time_limit.cancelled_caught:
-                why = f"time limit of {limits.run_time_s:g} s reached"
-        except BaseException:  # also when cancelled: a command that nobody waits for does not run on
-            with trio.CancelScope(shield=True):
-                await kill(program.id)
-            raise
-        with trio.CancelScope(shield=True):
-            await kill(program.id)
+        with trio.move_on_after(limits.run_time_s if limits.run_time_s is not None else float("inf")) as time_limit:
+            while why is None:
+                part = None
+                with trio.move_on_after(CHECK_S) as check:
+                    part = await program.receive()
+                if part is not None:
+                    written += len(part[1])
+                    if written > limits.output_bytes:
+                        why = f"output limit of {limits.output_bytes} bytes reached"
+                    else:
+                        await output(*part)
+                elif not check.cancelled_caught:
+                    return ExitStatus(await program.exit_code(), program.problem)
+                if limits.cpu_time_s is not None and self._cpu_s() - began_cpu_s > limits.cpu_time_s:
+                    why = f"CPU time limit of {limits.cpu_time_s:g} s reached"
+        if time_limit.cancelled_caught:
+            why = f"time limit of {limits.run_time_s:g} s reached"
         return ExitStatus(KILLED, why)
 
     async def stop(self) -> None:
@@ -398,9 +397,12 @@ class VmRuntime:
                 watch.death = "a command had to be stopped, and without root's rights only the whole container can be"
                 await self._admin.remove_container(str(deployed.name))
                 return
+            begun_s = trio.current_time()
             while (state := await self._client.inspect_exec(exec_id)).exit_code is None:
-                if state.pid:  # else it is just being started
+                if state.pid:
                     how(inside.processes, self._terminal_pids())
+                elif not state.running and trio.current_time() > begun_s + NEVER_STARTED_S:
+                    return
                 await trio.sleep(0.01)
 
     def _terminal_pids(self) -> list[int]:
