@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import http.server
 import io
 import json
 import os
 import signal
+import socketserver
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -195,6 +198,54 @@ def test_a_docker_tag_has_one_hash(node: LocalNode, engine: LocalEngine, tmp_pat
         client.remove_image(image_id, force=True)
         client.close()
     answer(node, "remove", tag, "another-name-of-it:2")
+
+
+class BrokenEngine(http.server.BaseHTTPRequestHandler):
+    """Answers like an Engine until the image is to come: then with half of one, or with an error."""
+
+    protocol_version = "HTTP/1.1"
+    refuses = False
+
+    def do_GET(self) -> None:
+        if self.path.endswith("/version"):
+            self._answer(200, {"ApiVersion": "1.41", "Version": "20.10.24"})
+        elif self.path.endswith("/json"):
+            self._answer(200, {"Id": "sha256:" + "ab" * 32, "Size": 5000, "RepoTags": ["broken:1"]})
+        elif self.refuses:
+            self._answer(500, {"message": "layer does not exist"})
+        else:
+            self.send_response(200)
+            self.send_header("Content-Length", "5000")
+            self.end_headers()
+            self.wfile.write(b"x" * 100)
+            self.close_connection = True
+
+    def _answer(self, status: int, value: dict[str, Any]) -> None:
+        body = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def address_string(self) -> str:
+        return "unix"
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@integration
+@pytest.mark.parametrize(("refuses", "words"), [(True, "Engine refused: layer does not exist"), (False, "broke off while it gave")])
+def test_an_engine_that_breaks_off(node: LocalNode, tmp_path: Path, refuses: bool, words: str) -> None:
+    handler = type("Handler", (BrokenEngine,), {"refuses": refuses})
+    with socketserver.ThreadingUnixStreamServer(str(tmp_path / "s"), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            assert words in refused(node, "push", "broken:1", host=f"unix://{tmp_path / 's'}")
+        finally:
+            server.shutdown()
+    assert [name for name in os.listdir(node.data_dir / "images") if name.endswith(".part")] == []
 
 
 # -- archives

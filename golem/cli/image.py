@@ -81,7 +81,7 @@ def image_show(name: str) -> None:
 @click.argument("names", nargs=-1, metavar="NAME...")
 @click.option("--untagged", is_flag=True, help="Remove the images that have no tag (any more).")
 def image_remove(names: tuple[str, ...], untagged: bool) -> None:
-    """Remove tags, each with its image if it was the last; or images by hash."""
+    """Remove tags, or images by hash. An image goes with its last tag."""
     wanted = [*names, *(one["sha3"] for one in ask_node("image_list") if untagged and not one["tags"])]
     if not wanted and not untagged:
         raise click.UsageError("which image? Give a tag or a hash")
@@ -159,10 +159,11 @@ def _save(bars: Progress, tag: str, target: Path) -> dict[str, Any]:
     host = os.environ.get("DOCKER_HOST") or DEFAULT_HOST
     if not host.startswith("unix://"):
         raise fail(f"DOCKER_HOST={host}: expected the socket of an Engine on this machine (unix:///...)")
+    found: dict[str, Any] = {}
     try:
         client = docker.APIClient(base_url=host, version="auto", timeout=60)
         try:
-            found: dict[str, Any] = client.inspect_image(tag)
+            found = client.inspect_image(tag)
             bar = bars.add_task(f"exporting {tag}", total=found.get("Size"))
             with target.open("xb") as out:
                 for chunk in client.get_image(found["Id"], CHUNK_BYTES):
@@ -177,6 +178,8 @@ def _save(bars: Progress, tag: str, target: Path) -> dict[str, Any]:
     except docker.errors.APIError as error:
         raise fail(f"the Docker Engine refused: {error.explanation or error}") from None
     except (docker.errors.DockerException, requests.exceptions.RequestException) as error:
+        if found:
+            raise fail(f"the Docker Engine at {host} broke off while it gave {tag}: {_cause(error)}") from None
         raise fail(f"{tag} is no file, and no Docker Engine answers at {host} (set DOCKER_HOST): {_cause(error)}") from None
 
 
