@@ -176,7 +176,7 @@ def test_engines_that_will_not_do() -> None:
 
 
 def test_a_container_is_locked_down_whatever_is_asked_for() -> None:
-    plan = Plan("image", "a" * 32, Path("/init"), Limits(cpu_threads=64, mem_gib=0.001), mounts={"/data": "volume"})
+    plan = Plan("image", "a" * 32, Path("/folder"), Limits(cpu_threads=64, mem_gib=0.001), mounts={"/data": "volume"})
     config = container_config(plan, FACTS)
     host = config["HostConfig"]
     assert (host["NetworkMode"], host["CapDrop"], host["Privileged"]) == ("none", ["ALL"], False)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from golem.exeunit.engine.admin import EngineFacts
+from golem.exeunit.engine.init_program import init_program
 from golem.exeunit.engine.leftovers import SUPERVISOR_LABEL
 from golem.exeunit.engine.seccomp_profile import profile
 from golem.exeunit.engine.supervisor import own_mark
@@ -29,21 +30,36 @@ MIN_MEM_BYTES = 6 << 20  # what the Engine asks for
 OPEN_FILES = 16_384
 SHARED_MEMORY_BYTES = 64 << 20  # of /dev/shm, counted as the activity's memory
 MAX_HOSTS = 256
+_INIT_FILE, _PROFILE_FILE = "init", "seccomp.json"
 _HOST_NAME = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)(\.(?!-)[A-Za-z0-9_-]{1,63}(?<!-))*")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A container to be. `mounts`: path inside by name of the Engine's volume. `init_file`: on this machine."""
+    """A container to be. `folder`: as `lay_out` left it. `mounts`: name of the Engine's volume by path inside."""
 
     image: str
     activity_id: str
-    init_file: Path
+    folder: Path
     limits: Limits
     env: Sequence[str] = ()
     hostname: str | None = None
     hosts: Mapping[str, str] = field(default_factory=dict)
     mounts: Mapping[str, str] = field(default_factory=dict)
+
+
+def lay_out(folder: Path, facts: EngineFacts) -> None:
+    """Put the files that a container is started with into a folder, where they stay as long as it lives. Raises OSError."""
+    (folder / _INIT_FILE).write_bytes(init_program())
+    (folder / _INIT_FILE).chmod(0o755)
+    if facts.podman:
+        (folder / _PROFILE_FILE).write_text(profile())
+
+
+def clear_away(folder: Path) -> None:
+    """Remove what `lay_out` made. Raises OSError."""
+    for name in (_INIT_FILE, _PROFILE_FILE):
+        (folder / name).unlink(missing_ok=True)
 
 
 def labels(activity_id: str) -> dict[str, str]:
@@ -71,7 +87,7 @@ def container_config(plan: Plan, facts: EngineFacts) -> dict[str, Any]:
 def _host_config(plan: Plan, facts: EngineFacts) -> dict[str, Any]:
     memory = max(MIN_MEM_BYTES, plan.limits.mem_bytes)
     mounts: list[dict[str, Any]] = [
-        {"Type": "bind", "Source": str(plan.init_file), "Target": INIT_PATH, "ReadOnly": True}
+        {"Type": "bind", "Source": str(plan.folder / _INIT_FILE), "Target": INIT_PATH, "ReadOnly": True}
     ]
     mounts += [{"Type": "volume", "Source": name, "Target": path} for path, name in plan.mounts.items()]
     host = {
@@ -96,7 +112,8 @@ def _host_config(plan: Plan, facts: EngineFacts) -> dict[str, Any]:
         "Mounts": mounts,
     }
     if facts.podman:
-        host["LogConfig"] = {}  # podman takes no driver called none by this way
+        host["LogConfig"] = {}  # it has no driver called none
+        host["SecurityOpt"] = ["no-new-privileges", f"seccomp={plan.folder / _PROFILE_FILE}"]  # it wants a file
     return host
 
 

@@ -22,14 +22,13 @@ import trio
 
 from golem.exeunit.engine.admin import Admin, EngineFacts
 from golem.exeunit.engine.client import EngineClient
-from golem.exeunit.engine.container import Plan, container_config
+from golem.exeunit.engine.container import Plan, container_config, lay_out
 from golem.exeunit.engine.init_program import (
     PROBE_CLOSED,
     PROBE_I386,
     PROBE_IO_URING,
     PROBE_TEXT,
     PROBE_VSOCK,
-    init_program,
     probe_program,
     supported,
 )
@@ -40,7 +39,7 @@ from golem.exeunit.runtimes.base import Limits, RuntimeFault
 log = logging.getLogger("golem.exeunit")
 
 TIMEOUT_S = 30.0
-IMAGE = "golem-self-test:latest"
+NAME = "golem-self-test"
 _PROBE = "/probe"
 _LIMITS = Limits(mem_gib=1 / 16)
 _SYSTEM_CALL_FILTERED = 128 + signal.SIGSYS
@@ -79,15 +78,13 @@ def _unfit(facts: EngineFacts) -> str | None:
 
 
 async def _try_container(admin: Admin, client: EngineClient, facts: EngineFacts) -> str | None:
-    await admin.import_image(io.BytesIO(_image()), IMAGE)
-    name = f"golem-self-test-{os.getpid()}"
+    name, image = f"{NAME}-{os.getpid()}", f"{NAME}:{os.getpid()}"
     with tempfile.TemporaryDirectory(prefix="golem-self-test-") as folder:
         Path(folder).chmod(0o711)
-        init_file = Path(folder) / "init"
-        init_file.write_bytes(init_program())
-        init_file.chmod(0o755)
-        config = container_config(Plan(IMAGE, "self-test", init_file, _LIMITS), facts)
+        lay_out(Path(folder), facts)
+        config = container_config(Plan(image, "self-test", Path(folder), _LIMITS), facts)
         try:
+            await admin.import_image(io.BytesIO(_image()), image)
             await admin.remove_container(name)
             await admin.create_container(name, config)
             await admin.start_container(name)
@@ -95,6 +92,7 @@ async def _try_container(admin: Admin, client: EngineClient, facts: EngineFacts)
         finally:
             with trio.CancelScope(shield=True), trio.move_on_after(5), suppress(RuntimeFault):
                 await admin.remove_container(name)
+                await admin.remove_image(image)
 
 
 async def _probe(client: EngineClient, name: str, facts: EngineFacts) -> str | None:

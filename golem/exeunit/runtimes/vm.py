@@ -23,6 +23,7 @@ import signal
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,8 @@ import trio
 
 from golem.exeunit.engine.admin import Admin, EngineFacts, EngineGone, InUse, NoSuch, socket_path
 from golem.exeunit.engine.client import EngineClient
-from golem.exeunit.engine.container import Plan, container_config, labels
+from golem.exeunit.engine.container import Plan, clear_away, container_config, labels, lay_out
 from golem.exeunit.engine.images import FORMATS, EngineImage, obtain_image
-from golem.exeunit.engine.init_program import init_program
 from golem.exeunit.engine.inside import Inside, look_inside
 from golem.exeunit.engine.leftovers import sweep
 from golem.exeunit.engine.meter import Layer, Meter, MeterError, open_layer, upper_dir
@@ -185,13 +185,11 @@ class VmRuntime:
 
     async def _create(self, deployed: _Deployed, image: EngineImage, volumes: Sequence[Volume]) -> None:
         options = deployed.options
-        init_file = options.work_dir / "init"
-        init_file.write_bytes(init_program())
-        init_file.chmod(0o755)
+        lay_out(options.work_dir, deployed.facts)
         plan = Plan(
             image=image.id,
             activity_id=options.activity_id,
-            init_file=init_file.resolve(),
+            folder=options.work_dir.resolve(),
             limits=options.limits,
             env=environment_words(options.env),
             hostname=options.hostname,
@@ -225,7 +223,7 @@ class VmRuntime:
         except (OSError, MeterError) as error:
             raise RuntimeFault(f"the container cannot be measured: {error}") from None
         if deployed.storage is not None and not deployed.storage.holds(pid):
-            self._layer = await open_layer(pid, upper_dir(inspected))
+            self._layer = await open_layer(pid, upper_dir(inspected), partial(self._client.layer_bytes, deployed.name))
         if args:
             command = [*deployed.image.entrypoint, *args]
             exec_id = await self._client.create_exec(deployed.name, command, attached=False)
@@ -323,7 +321,7 @@ class VmRuntime:
                 if deployed.image is not None:
                     deployed.image.close()
                 with suppress(OSError):
-                    (deployed.options.work_dir / "init").unlink()
+                    clear_away(deployed.options.work_dir)
 
     async def _remove(self, deployed: _Deployed) -> None:
         if deployed.name is not None:
