@@ -282,8 +282,13 @@ def test_storage_without_names_or_bytes(engine: LocalEngine, package: Path, atta
     trio.run(body)
 
 
-def test_storage_where_the_engine_copies_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There is no layer that could be held: it is measured, and the exe-unit ends what goes beyond."""
+@pytest.mark.parametrize("reach", [True, False])
+def test_storage_where_the_engine_copies_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reach: bool) -> None:
+    """There is no layer that could be held: it is measured (out of `reach` by the Engine), and the exe-unit ends what goes
+    beyond.
+    """
+    if not reach:
+        monkeypatch.setattr("golem.exeunit.engine.meter._whole_root", lambda pid: None)
     package = tmp_path / "busybox.tar"
     package.write_bytes(busybox_tar())
 

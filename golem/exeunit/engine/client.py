@@ -62,6 +62,11 @@ class EngineClient:
         found: dict[str, Any] = await self._ask("GET", f"/containers/{quote(container)}/json")
         return found
 
+    async def layer_bytes(self, container: str) -> int:
+        """Return what a container wrote over its image, which the Engine walks through to find out."""
+        found = await self._ask("GET", f"/containers/{quote(container)}/json?size=1")
+        return int(found.get("SizeRw") or 0)
+
     async def wait_exit(self, container: str) -> int:
         """Wait for the end of a container that runs, or was created and not started yet; returns its exit code."""
         answer = await self._ask("POST", f"/containers/{quote(container)}/wait?condition=next-exit")

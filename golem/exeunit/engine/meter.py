@@ -10,10 +10,14 @@ Neighbours: `golem.exeunit.runtimes.vm` reads once a second and before it remove
 
 from __future__ import annotations
 
+import os
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 
 import trio
 
+from golem.exeunit.runtimes.base import RuntimeFault
 from golem.exeunit.usage import measure_tree
 
 MAX_LAYER_FILES = 200_000
@@ -72,17 +76,32 @@ class Layer:
         return self.used_bytes
 
 
-async def open_layer(pid: int, told: Path | None) -> Layer:
-    """Find the layer of a running container that has done nothing yet. `pid`: a process in it; `told`: as the Engine says.
+class LayerByEngine(Layer):
+    """A layer that is out of our reach (without root's rights): the Engine's own measure of it."""
 
-    Raises MeterError where it cannot be found: then nothing would limit what the container writes.
+    def __init__(self, ask: Callable[[], Awaitable[int]]) -> None:
+        """`ask`: the bytes, or RuntimeFault."""
+        super().__init__(Path("/"))
+        self._ask = ask
+
+    async def measure(self) -> int:
+        """Ask again; when there is no answer the last figure stays."""
+        with suppress(RuntimeFault):
+            self.used_bytes = await self._ask()
+        return self.used_bytes
+
+
+async def open_layer(pid: int, told: Path | None, ask: Callable[[], Awaitable[int]]) -> Layer:
+    """Find the layer of a running container that has done nothing yet.
+
+    `pid`: a process in it; `told`: the layer's directory, if the Engine says it; `ask`: the Engine's measure of it.
     """
     upper = told or upper_dir_of(pid)
-    if upper is not None:
+    if upper is not None and await trio.to_thread.run_sync(os.access, upper, os.R_OK | os.X_OK):
         return Layer(upper)
     folder = await trio.to_thread.run_sync(_whole_root, pid)  # drivers that copy the image: vfs, btrfs
     if folder is None:
-        raise MeterError("the Engine's storage driver does not show what a container writes")
+        return LayerByEngine(ask)
     layer = Layer(folder)
     await layer.take_as_image()
     return layer
