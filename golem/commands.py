@@ -258,7 +258,7 @@ async def image_push(node: Node, args: dict[str, Any]) -> Any:
     if not path.is_absolute():
         raise ValueError(f"not an absolute path: {path}")
     order = PushOrder(path, tuple(args["tags"]), tuple(args["aliases"]), args["format"], args["source"])
-    return {"push": node.registry.begin(order)}
+    node.registry.begin(order, args["push"])
 
 
 @command
@@ -275,8 +275,8 @@ async def image_progress(node: Node, args: dict[str, Any]) -> Any:
 
 @command
 async def image_cancel(node: Node, args: dict[str, Any]) -> Any:
-    """Give up a push."""
-    node.registry.cancel(args["push"])
+    """Give up a push; whether nothing of it stays."""
+    return node.registry.cancel(args["push"])
 
 
 @command

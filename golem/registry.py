@@ -203,19 +203,19 @@ class Registry:
             task_status.started()
             await trio.sleep_forever()
 
-    def begin(self, order: PushOrder) -> str:
-        """Begin to take in an image; returns the push's id for `push` and `cancel`. Raises `RegistryError`."""
+    def begin(self, order: PushOrder, number: str) -> None:
+        """Begin to take in an image, under an id for `push` and `cancel` that the caller chose. Raises `RegistryError`."""
+        if number in self._pushes or not 8 <= len(number) <= 64:
+            raise RegistryError("not a new push")
         if sum(not push.ended.is_set() for push in self._pushes.values()) >= MAX_PUSHES:
             raise RegistryError(f"{MAX_PUSHES} images are being pushed already: try again when one is done")
         assert self._nursery is not None
         checked = PushOrder(order.path, *_checked_names(order.tags, order.aliases), order.format[:80], order.source[:255])
-        ended = [number for number, push in self._pushes.items() if push.ended.is_set()]
-        for number in ended[: max(0, len(ended) - MAX_ENDED_PUSHES + 1)]:
-            del self._pushes[number]
-        number = secrets.token_hex(8)
+        ended = [old for old, push in self._pushes.items() if push.ended.is_set()]
+        for old in ended[: max(0, len(ended) - MAX_ENDED_PUSHES + 1)]:
+            del self._pushes[old]
         self._pushes[number] = Push(checked)
         self._nursery.start_soon(self._carry_out, self._pushes[number])
-        return number
 
     def push(self, number: str) -> Push:
         """Return a push that `begin` gave out. Raises `RegistryError`."""
@@ -223,9 +223,12 @@ class Registry:
             raise RegistryError("no such push: the node was started anew, or its end was long ago")
         return self._pushes[number]
 
-    def cancel(self, number: str) -> None:
-        """Give up a push; nothing of it stays. One that has ended is left alone."""
-        self.push(number).scope.cancel()
+    def cancel(self, number: str) -> bool:
+        """Give up a push; returns whether nothing of it stays: one that has ended is left alone."""
+        push = self._pushes.get(number)
+        if push is not None:
+            push.scope.cancel()
+        return push is None or push.image is None
 
     async def _carry_out(self, push: Push) -> None:
         try:

@@ -236,7 +236,7 @@ class BrokenEngine(http.server.BaseHTTPRequestHandler):
 
 
 @integration
-@pytest.mark.parametrize(("refuses", "words"), [(True, "Engine refused: layer does not exist"), (False, "broke off while it gave")])
+@pytest.mark.parametrize(("refuses", "words"), [(True, "refused: layer does not exist"), (False, "broke off while it gave")])
 def test_an_engine_that_breaks_off(node: LocalNode, tmp_path: Path, refuses: bool, words: str) -> None:
     handler = type("Handler", (BrokenEngine,), {"refuses": refuses})
     with socketserver.ThreadingUnixStreamServer(str(tmp_path / "s"), handler) as server:

@@ -201,9 +201,10 @@ def _store(
     bars: Progress, path: Path, tags: Sequence[str], aliases: Sequence[str], kind: str, source: str
 ) -> dict[str, Any]:
     """Have the node take in a file; returns what it says of the image. Ctrl-C calls it off."""
-    number = ask_node("image_push", path=str(path), tags=tags, aliases=aliases, format=kind, source=source)["push"]
+    number = secrets.token_hex(8)
     bar: TaskID = bars.add_task("storing", total=None)
     try:
+        ask_node("image_push", push=number, path=str(path), tags=tags, aliases=aliases, format=kind, source=source)
         while True:
             state = ask_node("image_progress", push=number, wait_s=POLL_S)
             bars.update(bar, completed=state["done"], total=state["total"] or None)
@@ -211,8 +212,7 @@ def _store(
                 found: dict[str, Any] = state["image"]
                 return found
     except KeyboardInterrupt:
-        ask_node("image_cancel", push=number)
-        say("called off: nothing was stored")
+        say("called off: nothing was stored" if ask_node("image_cancel", push=number) else "too late: the image is stored")
         raise
 
 

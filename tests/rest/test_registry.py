@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import secrets
 import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -42,7 +43,8 @@ async def serving(folder: Path, **flags: Any) -> AsyncIterator[tuple[Node, httpx
 async def pushed(node: Node, content: bytes = CONTENT, *tags: str, aliases: tuple[str, ...] = ()) -> StoredImage:
     path = trio.Path(node.config.data_dir.parent / "image.tar")
     await path.write_bytes(content)
-    push = node.registry.push(node.registry.begin(PushOrder(Path(path), tags, aliases, "some format", "image.tar")))
+    node.registry.begin(PushOrder(Path(path), tags, aliases, "some format", "image.tar"), number := secrets.token_hex(8))
+    push = node.registry.push(number)
     with trio.fail_after(20):
         await push.ended.wait()
     assert push.image is not None, push.failure
@@ -311,17 +313,21 @@ async def test_pushes_are_bounded_and_can_be_given_up(tmp_path: Path) -> None:
     slow = file(tmp_path, bytes(64 << 20))
     async with trio.open_nursery() as nursery:
         await nursery.start(store.run)
-        numbers = [store.begin(PushOrder(slow, (f"t{number}",))) for number in range(4)]
-        with pytest.raises(RegistryError, match="already"):
-            store.begin(PushOrder(slow))
+        numbers = [f"number-{number}" for number in range(4)]
         for number in numbers:
-            store.cancel(number)
+            store.begin(PushOrder(slow, (number,)), number)
+        with pytest.raises(RegistryError, match="already"):
+            store.begin(PushOrder(slow), "number-4")
+        with pytest.raises(RegistryError, match="not a new push"):
+            store.begin(PushOrder(slow), "number-3")
+        assert all(store.cancel(number) for number in (*numbers, "unknown"))
         with trio.fail_after(20):
             for number in numbers:
                 await store.push(number).ended.wait()
         assert {store.push(number).failure for number in numbers} == {"given up"}
         assert os.listdir(store.folder) == []
-        failing = store.push(store.begin(PushOrder(tmp_path / "gone")))
+        store.begin(PushOrder(tmp_path / "gone"), "number-5")
+        failing = store.push("number-5")
         await failing.ended.wait()
         assert "No such file" in failing.failure
         with pytest.raises(RegistryError, match="no such push"):
@@ -355,7 +361,8 @@ async def _fill(tmp_path: Path, folder: Path) -> None:
         held = await store.add(PushOrder(file(tmp_path, b"held"), ("held",)))
         async with trio.open_nursery() as nursery:
             await nursery.start(store.run)
-            push = store.push(store.begin(PushOrder(file(tmp_path, random.Random(1).randbytes(2 << 20)))))
+            store.begin(PushOrder(file(tmp_path, random.Random(1).randbytes(2 << 20))), "too large")
+            push = store.push("too large")
             await push.ended.wait()
             assert push.failure == "the disk is full"
             nursery.cancel_scope.cancel()
