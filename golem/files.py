@@ -154,7 +154,7 @@ class FileSink:
     async def left(self) -> tuple[int, Any] | None:
         """Take up what an earlier process left: its size and the hash object that has read it, or None."""
         try:
-            return await trio.to_thread.run_sync(self._left)
+            return await trio.to_thread.run_sync(self._left, abandon_on_cancel=True)  # it may be a long file
         except (FileFault, OSError):
             return None
 

@@ -122,7 +122,8 @@ class GftpPeer:
                         self._meet(url)
                     case reply:
                         raise _fault(reply)
-                if await trio.to_thread.run_sync(file.rewind, kept, hash_name) != digest:
+                # in threads that may be left behind: it may be a long file
+                if await trio.to_thread.run_sync(file.rewind, kept, hash_name, abandon_on_cancel=True) != digest:
                     await trio.to_thread.run_sync(file.rewind, 0, hash_name)
                 file.kept = file.offset
                 await send_header(stream, ["from", file.offset])

@@ -107,18 +107,18 @@ class Spool:
     async def take_up(self) -> None:
         """Go on after what the file holds already: the beginning of a download that another process did not end."""
         self._hash = self.digest.new() if self.digest else None
-        self.size = await trio.to_thread.run_sync(self._rehash)
+        os.lseek(self._descriptor, 0, os.SEEK_SET)
+        self.size = 0
+        while self.size <= self._max_bytes and (more := await trio.to_thread.run_sync(self._read_hashed)):
+            self.size += more
         if self.size > self._max_bytes:
             self.restart()
 
-    def _rehash(self) -> int:
-        os.lseek(self._descriptor, 0, os.SEEK_SET)
-        size = 0
-        while size <= self._max_bytes and (block := os.read(self._descriptor, BLOCK_BYTES)):
-            size += len(block)
-            if self._hash is not None:
-                self._hash.update(block)
-        return size
+    def _read_hashed(self) -> int:
+        block = os.read(self._descriptor, BLOCK_BYTES)
+        if self._hash is not None:
+            self._hash.update(block)
+        return len(block)
 
     async def write(self, chunk: bytes | bytearray) -> None:
         """Errors: TransferError above the size limit or when the disk is full."""

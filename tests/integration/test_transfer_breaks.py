@@ -14,6 +14,7 @@ import pytest
 import trio
 from support import trio_test
 
+import golem.exeunit.transfer
 from golem.exeunit.process import BusGftp
 from golem.exeunit.runtimes.base import Volume
 from golem.exeunit.spool import TransferPolicy
@@ -67,7 +68,9 @@ async def tool(node: LocalNode) -> AsyncIterator[Gftp]:
 
 
 @trio_test
-async def test_200_mb_both_ways_through_nodes_that_die(tmp_path: Path) -> None:
+async def test_200_mb_both_ways_through_nodes_that_die(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for delays in ("RETRY_DELAYS_S", "PATIENT_DELAYS_S"):
+        monkeypatch.setattr(golem.exeunit.transfer, delays, (0.3,) * 100)
     source, volume = tmp_path / "source", tmp_path / "volume"
     source.write_bytes(random.Random(3).randbytes(SIZE))
     volume.mkdir()
