@@ -393,7 +393,7 @@ class Registry:
             )
         free = os.statvfs(self.folder)
         if not on_disk and free.f_bavail * free.f_frsize < size + SPARE_BYTES:
-            raise RegistryError(f"the disk is full: {size >> 20} MiB are needed in {self.folder}")
+            raise RegistryError(f"the disk is full: {size + SPARE_BYTES >> 20} MiB are needed in {self.folder}")
 
 
 def _checked_names(tags: Iterable[str], aliases: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
