@@ -76,7 +76,7 @@ def traces(engine: LocalEngine, root: Path) -> dict[str, list[str]]:
     data = engine.folder / "data"
     mounts = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
     losetup = subprocess.run(["losetup", "--list", "-n", "-O", "BACK-FILE"], capture_output=True, text=True).stdout
-    return {
+    found = {
         "containers": containers,
         "volumes": [entry["Name"] for entry in volumes],
         "mounts": [point for point in mounts if point.startswith((f"{root}/", f"{data}/")) and "/overlay2/" not in point],
@@ -84,6 +84,7 @@ def traces(engine: LocalEngine, root: Path) -> dict[str, list[str]]:
         "loops": [line for line in losetup.splitlines() if line.startswith(f"{root}/")],
         "files": [str(path) for path in root.rglob("*") if path.is_file() and path.name != "init"],
     }
+    return {what: sorted(names) for what, names in found.items()}
 
 
 @pytest.fixture
