@@ -20,7 +20,7 @@ from engine import busybox_tar, import_image
 from support import trio_test
 
 from golem.exeunit.engine import left_pipes
-from golem.exeunit.engine.admin import Admin, EngineFacts, EngineGone, InUse, NoSuch
+from golem.exeunit.engine.admin import Admin, EngineFacts, EngineGone, InUse, NoSuch, spoken_api
 from golem.exeunit.engine.client import MAX_BODY_BYTES, EngineClient
 from golem.exeunit.engine.container import Plan, container_config
 from golem.exeunit.engine.init_program import PROBE_TEXT, init_program, probe_program, supported
@@ -173,6 +173,12 @@ def test_engines_that_will_not_do() -> None:
     assert "seccomp" in str(_unfit(replace(FACTS, seccomp=False)))
     assert "processes" in str(_unfit(replace(FACTS, pids_limit=False)))
     assert "podman" in replace(FACTS, podman=True).text
+
+
+def test_the_oldest_api_that_both_speak() -> None:
+    assert spoken_api({"ApiVersion": "1.41", "MinAPIVersion": "1.12"}) == "1.41"
+    assert spoken_api({"ApiVersion": "1.52", "MinAPIVersion": "1.44"}) == "1.44"
+    assert spoken_api({}) == "1.41"
 
 
 def test_a_container_is_locked_down_whatever_is_asked_for() -> None:

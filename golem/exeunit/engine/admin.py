@@ -32,7 +32,7 @@ CALL_TIMEOUT_S = 30.0
 IMAGE_TIMEOUT_S = 600.0  # between two answers of the Engine while it takes in an image
 MAX_ERROR_CHARS = 500
 _CHUNK_BYTES = 1 << 20
-_PLAIN_API = "1.41"  # asked for until the Engine has told what it speaks
+OLDEST_API = "1.41"  # of Docker 20.10; spoken with every Engine that still does
 
 
 class EngineGone(RuntimeFault):
@@ -91,7 +91,7 @@ class Admin:
         self.path = path
         self._idle: list[APIClient] = []
         self._limiter = trio.CapacityLimiter(MAX_CALLS)
-        self._api = _PLAIN_API
+        self.api: str | None = None  # what is spoken with this Engine, once it has been asked
 
     async def _call(
         self, work: Callable[[APIClient], T], *, timeout_s: float = CALL_TIMEOUT_S, abandon: bool = False
@@ -113,9 +113,12 @@ class Admin:
         try:
             client = self._idle.pop()
         except IndexError:
-            client = APIClient(base_url=f"unix://{self.path}", version=self._api, timeout=CALL_TIMEOUT_S)
+            client = APIClient(base_url=f"unix://{self.path}", version=self.api or OLDEST_API, timeout=CALL_TIMEOUT_S)
         client.timeout = timeout_s
         try:
+            if self.api is None:
+                self.api = spoken_api(client.version(api_version=False))
+                client = APIClient(base_url=f"unix://{self.path}", version=self.api, timeout=timeout_s)
             return work(client)
         except docker.errors.NotFound as error:
             raise NoSuch(_explained(error)) from None
@@ -140,17 +143,12 @@ class Admin:
         return found
 
     async def facts(self) -> EngineFacts:
-        """Ask who the Engine is; later calls speak no newer API than it does."""
-        version = await self.version()
-        api = str(version.get("ApiVersion", _PLAIN_API))
-        if _number(api) < _number(self._api):
-            self._api = api
-            self._idle.clear()
-        info = await self.info()
+        """Ask who the Engine is."""
+        version, info = await self.version(), await self.info()
         options = [str(option) for option in info.get("SecurityOptions") or ()]
         return EngineFacts(
             version=str(version.get("Version", "?")),
-            api=api,
+            api=str(version.get("ApiVersion", "0")),
             podman=any("podman" in str(part.get("Name", "")).lower() for part in version.get("Components") or ()),
             rootless=any("name=rootless" in option for option in options),
             seccomp=any("name=seccomp" in option for option in options),
@@ -292,6 +290,11 @@ def _root_id(options: Sequence[str], root_dir: str) -> int:
     """Return the user id of container root; an Engine with remapped ids has it in the name of its directory."""
     match = re.search(r"/(\d{1,10})\.(\d{1,10})/*\Z", root_dir)
     return int(match[1]) if match and any("name=userns" in option for option in options) else 0
+
+
+def spoken_api(version: Mapping[str, Any]) -> str:
+    """Return the API to speak with an Engine, from its answer to `version`: the oldest of ours that it takes."""
+    return max(OLDEST_API, str(version.get("MinAPIVersion") or OLDEST_API), key=_number)
 
 
 def _number(version: str) -> tuple[int, ...]:

@@ -25,10 +25,9 @@ from urllib.parse import quote, urlencode
 import h11
 import trio
 
-from golem.exeunit.engine.admin import EngineGone, InUse, NoSuch
+from golem.exeunit.engine.admin import OLDEST_API, EngineGone, InUse, NoSuch
 from golem.exeunit.runtimes.base import RuntimeFault, Side
 
-API = "v1.41"  # of Docker 20.10; later Engines and podman speak it, too
 CHUNK_BYTES = 64 << 10
 MAX_BODY_BYTES = 4 << 20
 MAX_HEADER_BYTES = 64 << 10
@@ -47,10 +46,10 @@ class ExecState:
 
 
 class EngineClient:
-    """An Engine by its socket; holds nothing open between calls."""
+    """An Engine by its socket; holds nothing open between calls. `api`: what it is to be spoken to, as `Admin` found out."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, api: str = OLDEST_API) -> None:
+        self.path, self.api = path, api
 
     # -- containers
     async def ping(self) -> None:
@@ -102,7 +101,7 @@ class EngineClient:
         connection = await _open(self.path)
         try:
             body = {"Detach": False, "Tty": tty}
-            await connection.send("POST", f"/{API}/exec/{exec_id}/start", body, upgrade=True)
+            await connection.send("POST", f"/v{self.api}/exec/{exec_id}/start", body, upgrade=True)
             status = await connection.status()
             if status not in (HTTPStatus.SWITCHING_PROTOCOLS, HTTPStatus.OK):
                 raise _fault(status, await connection.body())
@@ -129,7 +128,7 @@ class EngineClient:
         """Return the answer's JSON, None if it has none."""
         connection = await _open(self.path)
         try:
-            await connection.send(method, f"/{API}{target}", body)
+            await connection.send(method, f"/v{self.api}{target}", body)
             status = await connection.status()
             data = await connection.body()
         finally:

@@ -58,6 +58,7 @@ async def self_test(admin: Admin, client: EngineClient) -> str | None:
         with trio.fail_after(TIMEOUT_S):
             facts = await admin.facts()
             log.info("%s", facts.text)
+            client.api = admin.api or client.api
             return _unfit(facts) or await _try_container(admin, client, facts)
     except RuntimeFault as fault:
         return str(fault)

@@ -148,7 +148,7 @@ class Terminal(Protocol):
         """Tell the program that its window has changed; without a terminal it does nothing."""
 
     async def end_input(self) -> None:
-        """Close the program's input: it reads end of file. With a terminal, send 0x04 instead."""
+        """Close the program's input: it reads end of file. A terminal is sent 0x04, as from the keyboard."""
 
     async def wait(self) -> ExitStatus:
         """Wait for the program's end; `receive` has to be called on, or it may never come."""

@@ -132,6 +132,7 @@ class VmRuntime:
         if options.networks:
             log.warning("virtual networks are not there yet: the container has none")
         deployed = self._deployed = _Deployed(options, await self._admin.facts())
+        self._client.api = self._admin.api or self._client.api
         try:
             deployed.image = await self._obtain(image, options)
             self._past_cpu_s += deployed.image.unpack_cpu_s
