@@ -166,3 +166,61 @@ def test_marks() -> None:
     assert not is_dead(f"{pid}:{int(ticks) + 1}:1")
     for malformed in ("", "1:2", "x:y:z", "1:2:3:4", "-1:2:3"):
         assert not is_dead(malformed)
+
+
+def dead_mark() -> str:
+    return "999999999:1:" + own_mark().split(":")[2]
+
+
+@trio_test
+async def test_marks_that_guests_write_count_for_nothing(tmp_path: Path) -> None:
+    root, others = tmp_path / "work", tmp_path / "others"
+    volume = root / "agreement" / "activity" / "deployment-1" / "volumes" / "0"
+    (volume / "storage").mkdir(parents=True)
+    others.mkdir()
+    (others / "file").touch()
+    (others / MARK_FILE).write_text(dead_mark())
+    (volume / MARK_FILE).write_text(dead_mark())
+    (volume / "storage" / MARK_FILE).write_text(dead_mark())
+    with pytest.raises(RuntimeFault, match="does not answer"):
+        await sweep(Admin(tmp_path / "no.sock"), root)
+    assert (volume / "storage" / MARK_FILE).exists()
+    assert (others / "file").exists()
+
+
+@trio_test
+async def test_a_folder_that_becomes_a_link_meanwhile_is_not_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, others = tmp_path / "work", tmp_path / "others"
+    swapped = root / "activity" / "storage"
+    swapped.mkdir(parents=True)
+    others.mkdir()
+    (others / "file").touch()
+    (swapped / MARK_FILE).write_text(dead_mark())
+
+    def swap(mark: str) -> bool:
+        if swapped.is_symlink():
+            return True
+        (swapped / MARK_FILE).unlink()
+        swapped.rmdir()
+        swapped.symlink_to(others)
+        return True
+
+    monkeypatch.setattr("golem.exeunit.engine.leftovers.is_dead", swap)
+    with pytest.raises(RuntimeFault):
+        await sweep(Admin(tmp_path / "no.sock"), root)
+    assert (others / "file").exists()
+
+
+@trio_test
+async def test_a_mark_without_an_end_is_none(tmp_path: Path) -> None:
+    for name, target in (("endless", "/dev/zero"), ("waiting", None)):
+        folder = tmp_path / name / "storage"
+        folder.mkdir(parents=True)
+        if target is None:
+            os.mkfifo(folder / MARK_FILE)
+        else:
+            (folder / MARK_FILE).symlink_to(target)
+    with trio.fail_after(5), pytest.raises(RuntimeFault, match="does not answer"):
+        await sweep(Admin(tmp_path / "no.sock"), tmp_path)

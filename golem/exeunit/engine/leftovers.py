@@ -18,14 +18,15 @@ from pathlib import Path
 import trio
 
 from golem.exeunit.engine.admin import Admin
-from golem.exeunit.engine.storage import MARK_FILE, remove_folder, unmount_all
+from golem.exeunit.engine.storage import FOLDER, MARK_FILE, remove_folder, unmount_all
 from golem.exeunit.engine.supervisor import is_dead
 from golem.exeunit.runtimes.base import RuntimeFault
 
 log = logging.getLogger("golem.exeunit")
 
 SUPERVISOR_LABEL = "golem.supervisor"
-MAX_DEPTH = 6  # of a storage folder below the work root: agreement, activity, deployment, and some
+MAX_DEPTH = 4  # of a storage folder below the work root: agreement, activity, deployment, itself; guests write deeper
+MAX_MARK_BYTES = 200
 MAX_FOLDERS = 10_000
 
 
@@ -79,24 +80,33 @@ def _sweep_storage(work_root: Path, removed: list[str], problems: list[str]) -> 
 
 
 def _dead_folders(work_root: Path) -> Iterator[Path]:
-    """Yield the storage folders below `work_root` whose exe-unit is gone. What a guest wrote is never looked into."""
+    """Yield the storage folders below `work_root` whose exe-unit is gone.
+
+    What a guest wrote is never looked into, of whatever runtime: it could bear a mark, too, and become a link meanwhile.
+    """
     waiting, seen = [(work_root, 0)], 0
     while waiting and seen < MAX_FOLDERS:
         folder, depth = waiting.pop()
         seen += 1
-        mark = _mark(folder)
-        if mark is not None:
-            if is_dead(mark):
+        if folder.name == FOLDER and depth:
+            if is_dead(_mark(folder)):
                 yield folder
         elif depth < MAX_DEPTH:
             waiting += [(inner, depth + 1) for inner in _folders(folder)]
 
 
-def _mark(folder: Path) -> str | None:
+def _mark(folder: Path) -> str:
+    """Return what a storage folder says of itself, "" if nothing."""
     try:
-        return (folder / MARK_FILE).read_text()[:200]
-    except (OSError, ValueError):
-        return None
+        descriptor = os.open(folder / MARK_FILE, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return ""
+    try:
+        return os.read(descriptor, MAX_MARK_BYTES).decode(errors="replace")
+    except OSError:
+        return ""
+    finally:
+        os.close(descriptor)
 
 
 def _folders(folder: Path) -> list[Path]:

@@ -32,6 +32,7 @@ from golem.exeunit.usage import measure_tree, remove_tree
 log = logging.getLogger("golem.exeunit")
 
 MIN_BYTES = 1 << 20  # the smallest file system that mke2fs makes sense of
+FOLDER = "storage"  # a storage folder's own name, by which `leftovers` looks for it
 MARK_FILE = "supervisor"  # in a storage folder: whose it is
 SPARE_BYTES = 64 << 20  # what a node keeps of its disk for itself
 MAX_FILES = 100_000  # counted in plain directories before counting is given up
@@ -224,7 +225,7 @@ def unmount_all(folder: Path) -> list[Path]:
     Elsewhere are a container's layer and the Engine's volumes, if the Engine died before it could take them down.
     Raises OSError.
     """
-    folder = folder.resolve()
+    folder = folder.parent.resolve() / folder.name  # itself it is never a link
     mounts = [_place(line) for line in Path("/proc/self/mountinfo").read_text().splitlines()]
     devices = {device for device, point in mounts if folder in point.parents}
     found = [point for device, point in reversed(mounts) if device in devices]
@@ -242,6 +243,8 @@ def _place(line: str) -> tuple[str, Path]:
 def remove_folder(folder: Path) -> None:
     """Remove a storage folder in which nothing is mounted any more, its mark last. Raises OSError."""
     with suppress(FileNotFoundError):
+        if folder.is_symlink():
+            raise NotADirectoryError(errno.ENOTDIR, "a link is no storage folder", str(folder))
         for entry in list(folder.iterdir()):
             if entry.is_dir() and not entry.is_symlink():
                 remove_tree(entry)

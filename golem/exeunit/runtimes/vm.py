@@ -38,7 +38,7 @@ from golem.exeunit.engine.leftovers import sweep
 from golem.exeunit.engine.meter import Layer, Meter, MeterError, open_layer, upper_dir
 from golem.exeunit.engine.processes import ContainerProcesses
 from golem.exeunit.engine.program import EngineTerminal, Program
-from golem.exeunit.engine.storage import Storage, open_storage
+from golem.exeunit.engine.storage import FOLDER, Storage, open_storage
 from golem.exeunit.engine.watch import Watch
 from golem.exeunit.runtimes.base import (
     GIB,
@@ -137,7 +137,7 @@ class VmRuntime:
             deployed.image = await self._obtain(image, options)
             self._past_cpu_s += deployed.image.unpack_cpu_s
             deployed.storage = await open_storage(
-                options.work_dir / "storage",
+                options.work_dir / FOLDER,
                 options.limits.storage_bytes,
                 deployed.facts.root_id,
                 ram_bytes=options.limits.mem_bytes,
