@@ -340,5 +340,49 @@ def plant(folder):
         file.truncate(1 << 40)
 
 
+def ordinary():
+    """No attack at all: what harmless programs do all the time."""
+    import asyncio
+    import multiprocessing
+    import subprocess
+    import tempfile
+    import threading
+
+    async def exchange():
+        async def serve(reader, writer):
+            writer.write(await reader.readline())
+            writer.close()
+
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+        writer.write(b"over TCP\n")
+        return (await reader.readline()).decode().strip()
+
+    said = []
+    threads = [threading.Thread(target=said.append, args=("thread",)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    said.append(subprocess.run(["/bin/echo", "subprocess"], capture_output=True, text=True).stdout.strip())
+    with multiprocessing.Pool(2) as pool:
+        said.append(str(sum(pool.map(abs, range(-10, 0)))))
+    said.append(asyncio.run(exchange()))
+    signal.signal(signal.SIGALRM, lambda number, frame: said.append("alarm"))
+    signal.setitimer(signal.ITIMER_REAL, 0.01)
+    time.sleep(0.05)
+    with tempfile.TemporaryDirectory() as folder:
+        os.mkfifo(folder + "/fifo")
+        os.symlink("fifo", folder + "/link")
+        os.chmod(folder, 0o700)
+        os.rename(folder + "/link", folder + "/other")
+    os.close(os.memfd_create("x"))
+    os.getrandom(8)
+    os.sched_getaffinity(0)
+    os.nice(1)
+    said.append("".join(name for _, name in socket.if_nameindex()))
+    print(" ".join(said))
+
+
 if __name__ == "__main__":
     globals()[sys.argv[1]](*([] if sys.argv[1] == "attacks" else sys.argv[2:]))

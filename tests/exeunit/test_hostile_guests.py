@@ -159,6 +159,13 @@ def test_guest_has_no_rights(attacked: dict[str, Any]) -> None:
 
 
 @trio_test
+async def test_harmless_programs_run(engine: LocalEngine, package: Path) -> None:
+    async with open_guest(engine, package) as guest:
+        expected = "thread thread thread thread subprocess 55 over TCP alarm lo\n"
+        assert await guest.attack("ordinary") == (ExitStatus(0), expected)
+
+
+@trio_test
 async def test_guest_does_not_change_its_image(engine: LocalEngine, package: Path) -> None:
     async with open_guest(engine, package) as guest:
         status, output = await guest.run("/bin/sh", "-c", "rm /bin/echo && echo x > /evil && ls /evil")
