@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -43,6 +44,7 @@ log = logging.getLogger("golem.interaction")
 
 ENDED = "the activity has ended"
 MAX_DIALLING = 64  # streams that wait for their exe-unit
+MAX_EVENTS = 2 * WINDOW_BYTES  # held: output, at least a byte each, and what came between
 
 
 @dataclass
@@ -69,9 +71,9 @@ class Interactions:
         """Start a program in an activity. Raises `InteractionFault`."""
         return TerminalClient(await self._open(row, request))
 
-    async def connect(self, row: ActivityRow, port: int) -> Channel:
+    async def connect(self, row: ActivityRow, port: int) -> ServiceStream:
         """Open a TCP connection to a service of an activity. Raises `InteractionFault`."""
-        return await self._open(row, Connect(port))
+        return ServiceStream(await self._open(row, Connect(port)))
 
     async def _open(self, row: ActivityRow, request: Request) -> Channel:
         check_request(msgspec.to_builtins(request))
@@ -151,7 +153,9 @@ class Interactions:
         raise InteractionFault("unreachable", "the exe-unit did not dial back")
 
     async def _take(self, sender: str, stream: Any) -> None:
-        """Serve the other half of a stream, that of an exe-unit on our bus."""
+        """Serve the other half of a stream, that of an exe-unit on our bus (and of nobody in the network)."""
+        if sender != self._me:
+            return
         channel = Channel(stream)
         try:
             frame = await channel.read(OPEN_S)
@@ -163,7 +167,7 @@ class Interactions:
                 dialling = self._dialling.get(token)
             case _:
                 dialling = None
-        if sender != self._me or dialling is None or dialling.activity_id != activity_id or dialling.channel is not None:
+        if dialling is None or dialling.activity_id != activity_id or dialling.channel is not None:
             log.warning("a stream came back with a token that counts for nothing")
             return
         dialling.channel = channel
@@ -216,6 +220,11 @@ class Taken:
 
 
 @dataclass(frozen=True)
+class End:
+    """No more output comes, though input may still be taken."""
+
+
+@dataclass(frozen=True)
 class Exit:
     """How the program ended."""
 
@@ -223,22 +232,25 @@ class Exit:
     reason: str | None
 
 
-class TerminalClient:
-    """A program in an activity, as the requestor's node holds it. Closing it kills the program."""
+class _Client:
+    """The requestor's end of a session. What it may have on the way is bounded on both ways, and so is what is held here."""
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
-        self._untaken = 0
-        self._room = trio.Event()
+        self._untaken = 0  # bytes of input on the way
         self._taken = 0  # bytes of output dealt with that the exe-unit was not told of
+        self._events: deque[Output | Taken | End | Exit] = deque()
+        self._held = 0  # bytes of output among them
+        self._fault: InteractionFault | None = None
+        self._reading = False
+        self._news = trio.Event()
 
     async def send(self, data: bytes) -> None:
-        """Hand input on; waits while the program does not take what was sent. Raises `InteractionFault`."""
+        """Hand input on; waits while what was sent is not taken. Raises `InteractionFault`."""
         for at in range(0, len(data), DATA_BYTES):
             piece = data[at : at + DATA_BYTES]
             while self._untaken + len(piece) > WINDOW_BYTES:
-                self._room = trio.Event()
-                await self._room.wait()
+                await self._progress()
             self._untaken += len(piece)
             await self._channel.write("input", piece)
 
@@ -253,6 +265,66 @@ class TerminalClient:
             told, self._taken = self._taken, 0
             await self._channel.write("taken", told)
 
+    async def next_event(self) -> Output | Taken | End | Exit:
+        """Return what happened next. Raises `InteractionFault`."""
+        while not self._events:
+            await self._progress()
+        event = self._events.popleft()
+        if isinstance(event, Output):
+            self._held -= len(event.data)
+        return event
+
+    async def aclose(self) -> None:
+        """Hang up."""
+        await self._channel.aclose()
+
+    async def _progress(self) -> None:
+        """Return when a frame has come: the first who waits reads it for all. Raises `InteractionFault`."""
+        if self._fault is not None:
+            raise self._fault
+        if self._reading:
+            await self._news.wait()
+            return
+        self._reading = True
+        try:
+            self._take(await self._channel.read())
+        except InteractionFault as fault:
+            self._fault = fault
+            raise
+        finally:
+            self._reading = False
+            self._news.set()
+            self._news = trio.Event()
+
+    def _take(self, frame: list[Any] | None) -> None:
+        if frame is None:
+            raise InteractionFault("lost", "the exe-unit went away")
+        _raise_error(frame)
+        match frame:
+            case ["output", (1 | 2) as side, bytes() as data]:
+                self._held += len(data)
+                if self._held > WINDOW_BYTES:
+                    raise InteractionFault("lost", "the exe-unit sends more than may be on the way")
+                self._events.append(Output(STDOUT if side == STDOUT else STDERR, data))
+            case ["taken", int() as size] if size > 0:
+                self._untaken = max(0, self._untaken - size)
+                if self._events and isinstance(before := self._events[-1], Taken):
+                    self._events[-1] = Taken(before.size + size)
+                else:
+                    self._events.append(Taken(size))
+            case ["end"]:
+                self._events.append(End())
+            case ["exit", int() as code, (str() | None) as reason]:
+                self._events.append(Exit(code, reason))
+            case _:
+                raise InteractionFault("lost", "the exe-unit answers nonsense")
+        if len(self._events) > MAX_EVENTS:
+            raise InteractionFault("lost", "the exe-unit says more than anybody can take")
+
+
+class TerminalClient(_Client):
+    """A program in an activity. Closing it kills the program. One task may send while another one receives."""
+
     async def resize(self, rows: int, cols: int) -> None:
         """Give the terminal another size. Raises `InteractionFault`."""
         check_window(rows, cols)
@@ -263,21 +335,31 @@ class TerminalClient:
 
         Output has to be answered with `taken`, or it soon ceases.
         """
-        frame = await self._channel.read()
-        if frame is None:
-            raise InteractionFault("lost", "the exe-unit went away")
-        _raise_error(frame)
-        match frame:
-            case ["output", (1 | 2) as side, bytes() as data]:
-                return Output(STDOUT if side == STDOUT else STDERR, data)
-            case ["taken", int() as size] if size >= 0:
-                self._untaken = max(0, self._untaken - size)
-                self._room.set()
-                return Taken(size)
-            case ["exit", int() as code, (str() | None) as reason]:
-                return Exit(code, reason)
-        raise InteractionFault("lost", "the exe-unit answers nonsense")
+        while isinstance(event := await self.next_event(), End):
+            pass
+        return event
 
-    async def aclose(self) -> None:
-        """Hang up."""
-        await self._channel.aclose()
+
+class ServiceStream(_Client):
+    """A TCP connection into an activity. All methods raise `InteractionFault` when it is broken."""
+
+    _ended = False
+
+    async def receive_some(self) -> bytes:
+        """Return some bytes as soon as there are any, b"" where the service ended its way."""
+        while not self._ended:
+            match await self.next_event():
+                case Output(_, data) if data:
+                    await self.taken(len(data))
+                    return data
+                case End() | Exit():
+                    self._ended = True
+        return b""
+
+    async def send_all(self, data: bytes) -> None:
+        """Send all, waiting while the service does not read."""
+        await self.send(data)
+
+    async def send_eof(self) -> None:
+        """End our way; the service may still send."""
+        await self.end_input()

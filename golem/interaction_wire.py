@@ -11,7 +11,8 @@ arrays behind their length (four bytes, big-endian):
         ["end"]              no more input            ["output", 1 stdout or 2 stderr, bytes]
         ["taken", bytes of output dealt with]         ["exit", status, reason or nil], and the stream ends
         ["resize", rows, cols]
-    ["connect", port]                         ->  ["ok"], then bytes both ways, each way with an end of its own
+    ["connect", port]                         ->  ["ok"]
+        as above, without "resize"                    as above; ["end"] before "exit" where the service ends its way first
                                                   ["error", code, text] instead of any of these, and the stream ends
 
 Port 0 is the one port that the image exposes, or 80. A requestor that leaves (its side of the stream ends) has hung up:
@@ -96,10 +97,9 @@ def check_window(rows: int, cols: int) -> None:
 
 
 class Channel:
-    """A byte stream that begins with frames (or has nothing else), of a bus or between nodes.
+    """Frames on a byte stream, of a bus or between nodes; they may be written by several tasks.
 
-    Frames may be written by several tasks. `receive_some` and the other methods of a stream are for what comes after
-    the frames; they fail as the stream beneath does.
+    `receive_some` and the other methods of a stream are for nodes that join two of them; they fail as the stream does.
     """
 
     def __init__(self, stream: Any) -> None:

@@ -7,7 +7,6 @@ Neighbours: `actors/kernel` (whose `Transport` the router is), `golem/net`, `gol
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
@@ -218,20 +217,18 @@ async def _welcome(stream: trio.SocketStream, node_id: str) -> None:
     await stream.send_all(encode(["welcome", node_id]))
 
 
-async def splice(near: Any, far: Any, idle_s: float = math.inf) -> None:
-    """Carry bytes both ways between two streams until both have ended, one broke, or nothing moved for `idle_s`."""
+async def splice(near: Any, far: Any) -> None:
+    """Carry bytes both ways between two streams until both have ended, or one broke."""
 
     async def carry(source: Any, sink: Any, scope: trio.CancelScope) -> None:
         try:
             while data := await source.receive_some(SPLICE_BYTES):
                 await sink.send_all(data)
-                scope.deadline = trio.current_time() + idle_s
             await sink.send_eof()
         except (Unreachable, trio.BrokenResourceError, trio.ClosedResourceError) as error:
             log.debug("spliced stream ended: %s", error)
             scope.cancel()
 
     async with trio.open_nursery() as nursery:
-        nursery.cancel_scope.deadline = trio.current_time() + idle_s
         nursery.start_soon(carry, near, far, nursery.cancel_scope)
         nursery.start_soon(carry, far, near, nursery.cancel_scope)

@@ -15,7 +15,15 @@ from typing import Any
 
 import trio
 
-from golem.exeunit.runtimes.base import Interaction, Runtime, RuntimeFault, Terminal, check_arguments
+from golem.exeunit.runtimes.base import (
+    ExitStatus,
+    Interaction,
+    Runtime,
+    RuntimeFault,
+    Side,
+    Terminal,
+    check_arguments,
+)
 from golem.interaction_wire import (
     DATA_BYTES,
     FAREWELL_S,
@@ -31,13 +39,11 @@ from golem.interaction_wire import (
     check_window,
 )
 from golem.net.types import RemoteError, Unreachable
-from golem.router import splice
 
 log = logging.getLogger("golem.exeunit")
 
 KINDS: tuple[Interaction, ...] = ("shell", "proxy-http")
 MAX_STREAMS = 64  # open at a time
-IDLE_S = 3600.0  # a connection on which nothing moves for so long is closed; a terminal may wait for its user
 DEFAULT_PORT = 80
 _NAMES = {"shell": "shells", "proxy-http": "connections to services (proxy-http)"}
 
@@ -171,17 +177,55 @@ class UnitInteractions:
             raise InteractionFault("refused", f"port {port} of the activity: {fault}") from None
         try:
             await channel.write("ok")
-            await splice(channel, guest, IDLE_S)
+            await _Session(_Connection(guest), channel, two_ends=True).run()
+            await channel.finish(FAREWELL_S)
         finally:
             with trio.CancelScope(shield=True):
                 await trio.aclose_forcefully(guest)
 
 
-class _Session:
-    """One program with live input: three tasks between its terminal and its stream."""
+class _Connection:
+    """A TCP connection to a service, looked at as a program with input and output."""
 
-    def __init__(self, terminal: Terminal, channel: Channel) -> None:
-        self._terminal, self._channel = terminal, channel
+    def __init__(self, stream: trio.abc.HalfCloseableStream) -> None:
+        self._stream = stream
+        self._input_ended = trio.Event()
+
+    async def send(self, data: bytes) -> None:
+        with suppress(trio.BrokenResourceError):  # it may have answered before it stopped to listen
+            await self._stream.send_all(data)
+
+    async def receive(self) -> tuple[Side, bytes] | None:
+        try:
+            data = await self._stream.receive_some(DATA_BYTES)
+        except trio.BrokenResourceError:
+            raise RuntimeFault("the service broke the connection off") from None
+        return ("stdout", bytes(data)) if data else None
+
+    async def resize(self, rows: int, cols: int) -> None:
+        raise InteractionFault("bad_request", "a connection has no window")
+
+    async def end_input(self) -> None:
+        with suppress(trio.BrokenResourceError):
+            await self._stream.send_eof()
+        self._input_ended.set()
+
+    async def wait(self) -> ExitStatus:
+        await self._input_ended.wait()
+        return ExitStatus(0)
+
+    async def aclose(self) -> None:
+        await trio.aclose_forcefully(self._stream)
+
+
+class _Session:
+    """One program with live input: three tasks between its terminal and its stream.
+
+    With `two_ends` the end of its output is told for itself: it may go on to read.
+    """
+
+    def __init__(self, terminal: Terminal, channel: Channel, *, two_ends: bool = False) -> None:
+        self._terminal, self._channel, self._two_ends = terminal, channel, two_ends
         self._input, self._inputs = trio.open_memory_channel[bytes](WINDOW_BYTES)
         self._waiting = 0  # bytes of input that the program has not taken
         self._untaken = 0  # bytes of output that the requestor has not taken
@@ -243,6 +287,8 @@ class _Session:
                     await self._room.wait()
                 self._untaken += len(piece)
                 await self._channel.write("output", STDERR if side == "stderr" else STDOUT, piece)
+        if self._two_ends:
+            await self._channel.write("end")
         status = await self._terminal.wait()
         await self._channel.write("exit", status.code, status.reason)
         scope.cancel()

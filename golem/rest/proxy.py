@@ -27,7 +27,8 @@ import h11
 import trio
 from quart import Response
 
-from golem.interaction_wire import BROKEN, Channel, InteractionFault
+from golem.interaction import ServiceStream
+from golem.interaction_wire import InteractionFault
 from golem.rest.activity import find
 from golem.rest.edge import ApiError, Caller
 from golem.rest.interaction import api_error
@@ -43,7 +44,6 @@ Asgi = Callable[[Any, Any, Any], Awaitable[None]]
 Admit = Callable[[str, str, str], Caller | Response]
 
 MAX_HEAD_BYTES = 64 << 10  # of an answer's status line and headers
-READ_BYTES = 64 << 10
 _PATH = re.compile(rb"(/activity-api/v1/activity/([^/]{1,64})/proxy-http)(?:/(.*))?\Z", re.DOTALL)
 
 
@@ -72,8 +72,9 @@ class Proxy:
             begun = True
             await send(message)
 
+        source = _Source(receive)
         try:
-            refusal = await self._serve(match, scope, receive, tell, more)
+            refusal = await self._serve(match, scope, source, tell, more)
         except InteractionFault as fault:
             refusal = api_error(fault).response()
         except ApiError as error:
@@ -82,11 +83,14 @@ class Proxy:
             # a bug of ours is this request's end, not the server's
             log.error("proxy-http failed (trace %s)", trace, exc_info=error)
             refusal = ApiError(500, f"internal error (trace {trace})").response()
-        if refusal is not None and not begun:
-            await answer(scope, send, refusal, more)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(source.drain)
+            if refusal is not None and not begun:
+                await answer(scope, send, refusal, more)
+                nursery.cancel_scope.cancel()
 
     async def _serve(
-        self, match: re.Match[bytes], scope: Any, receive: Any, send: Any, more: list[Header]
+        self, match: re.Match[bytes], scope: Any, source: _Source, send: Any, more: list[Header]
     ) -> Response | None:
         """Serve one request; returns the refusal to one who may not ask. `more`: headers that every answer gets."""
         headers, query = scope["headers"], scope["query_string"]
@@ -98,25 +102,47 @@ class Proxy:
         target = Target(match[1], match[3] or b"", query)
         if scope.get("method") == "CONNECT":
             raise ApiError(405, "CONNECT is not for services")
-        channel = await self._node.interactions.connect(row, target.port)
+        service = await self._node.interactions.connect(row, target.port)
         try:
             if scope["type"] == "websocket":
-                await relay_websocket(channel, target, forwarded(headers, target), scope, receive, send)
+                await relay_websocket(service, target, forwarded(headers, target), scope, source.receive, send)
             else:
-                await _Exchange(channel, target, receive, send, more).run(scope, self._node.stopping)
+                await _Exchange(service, target, source.receive, send, more).run(scope, self._node.stopping)
         finally:
             with trio.CancelScope(shield=True):
-                await channel.aclose()
+                await service.aclose()
         return None
+
+
+class _Source:
+    """What comes from the client.
+
+    All of it must be taken, answered or not: Hypercorn cannot end a connection while what it has read waits for us.
+    """
+
+    def __init__(self, receive: Any) -> None:
+        self._receive, self._ended = receive, False
+
+    async def receive(self) -> Any:
+        message = await self._receive()
+        kind = message["type"]
+        self._ended = kind.endswith(".disconnect") or (kind == "http.request" and not message.get("more_body"))
+        return message
+
+    async def drain(self) -> None:
+        """Take what still comes, to the end of the body or until the client leaves."""
+        while not self._ended:
+            await self.receive()
 
 
 class _Exchange:
     """One request and its answer."""
 
-    def __init__(self, channel: Channel, target: Target, receive: Any, send: Any, more: list[Header]) -> None:
-        self._channel, self._target, self._receive, self._send, self._more = channel, target, receive, send, more
+    def __init__(self, service: ServiceStream, target: Target, receive: Any, send: Any, more: list[Header]) -> None:
+        self._service, self._target, self._receive, self._send, self._more = service, target, receive, send, more
         self._http = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD_BYTES)
         self._fault: ApiError | None = None
+        self._writing = trio.CancelScope()
 
     async def run(self, scope: Any, stopping: trio.Event) -> None:
         """Raises `ApiError`; an answer that has begun then ends before its end, and the server breaks the connection."""
@@ -134,8 +160,8 @@ class _Exchange:
         except h11.LocalProtocolError as error:
             raise ApiError(400, f"the request cannot be passed on: {error}") from None
         try:
-            await self._channel.send_all(head)
-        except BROKEN as error:
+            await self._service.send_all(head)
+        except InteractionFault as error:
             raise ApiError(502, f"the service does not take the request: {error}") from None
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._upload, with_body, nursery.cancel_scope)
@@ -158,7 +184,7 @@ class _Exchange:
             if message["type"] == "http.disconnect":
                 scope.cancel()
                 return
-            if not writing:
+            if not writing or self._writing.cancel_called:
                 continue
             try:
                 data = self._http.send(h11.Data(message["body"])) if message.get("body") else b""
@@ -166,9 +192,11 @@ class _Exchange:
                     writing = False
                     data = (data or b"") + (self._http.send(h11.EndOfMessage()) or b"")
                 if data:
-                    await self._channel.send_all(data)
-            except BROKEN:
-                writing = False  # the service may have answered before it stopped to listen
+                    with self._writing:
+                        await self._service.send_all(data)
+                    self._writing = trio.CancelScope() if not self._writing.cancel_called else self._writing
+            except InteractionFault:
+                writing = False  # who receives hears why
             except h11.LocalProtocolError as error:
                 self._fault = ApiError(400, f"the body is not what its headers say: {error}")
                 scope.cancel()
@@ -182,15 +210,15 @@ class _Exchange:
             self._fault = error
         except h11.RemoteProtocolError as error:
             self._fault = ApiError(502, f"the service's answer is not HTTP: {error}")
-        except BROKEN as error:
-            self._fault = ApiError(502, f"the connection to the service broke: {error}")
+        except InteractionFault as fault:
+            self._fault = ApiError(502, f"the connection to the service broke: {fault}")
         scope.cancel()
 
     async def _one_event(self) -> bool:
         """Pass on what came next; returns whether that was the end."""
         match self._http.next_event():
             case h11.NEED_DATA:
-                data = await self._channel.receive_some(READ_BYTES)
+                data = await self._service.receive_some()
                 if not data and self._http.their_state is h11.SEND_RESPONSE:
                     raise ApiError(502, "the service closed the connection without an answer")
                 self._http.receive_data(data)
@@ -200,6 +228,7 @@ class _Exchange:
             case h11.Data(data=data):
                 await self._send({"type": "http.response.body", "body": bytes(data), "more_body": True})
             case h11.EndOfMessage():
+                self._writing.cancel()  # what it did not read before it answered, it does not want
                 await self._send({"type": "http.response.body", "body": b"", "more_body": False})
                 return True
             case h11.ConnectionClosed() | h11.PAUSED:

@@ -24,22 +24,22 @@ from wsproto.events import (
 from wsproto.frame_protocol import CloseReason
 from wsproto.utilities import ProtocolError
 
-from golem.interaction_wire import BROKEN, Channel
+from golem.interaction import ServiceStream
+from golem.interaction_wire import InteractionFault
 from golem.rest.edge import ApiError
 from golem.rest.proxy_rules import Header, Target
 from golem.rest.sockets import MAX_MESSAGE_BYTES
 
-READ_BYTES = 64 << 10
 HANDSHAKE_S = 30.0
 _MAX_HEAD_BYTES = 64 << 10
 
 
 async def relay_websocket(
-    channel: Channel, target: Target, headers: list[Header], scope: Any, receive: Any, send: Any
+    stream: ServiceStream, target: Target, headers: list[Header], scope: Any, receive: Any, send: Any
 ) -> None:
     """Join a client's websocket and a service's until one of them ends. Raises `ApiError` before the handshake is done."""
     await receive()  # websocket.connect
-    relay = _Relay(channel, receive, send)
+    relay = _Relay(stream, receive, send)
     with trio.move_on_after(HANDSHAKE_S) as limit:
         await relay.shake_hands(target, headers, scope["subprotocols"])
     if limit.cancelled_caught:
@@ -50,8 +50,8 @@ async def relay_websocket(
 class _Relay:
     """The two ends. What the service sends in pieces goes on whole, within the bound of a message."""
 
-    def __init__(self, channel: Channel, receive: Any, send: Any) -> None:
-        self._channel, self._receive, self._send = channel, receive, send
+    def __init__(self, stream: ServiceStream, receive: Any, send: Any) -> None:
+        self._stream, self._receive, self._send = stream, receive, send
         self._service = WSConnection(ConnectionType.CLIENT)
         self._text: list[str] = []
         self._bytes = bytearray()
@@ -63,7 +63,7 @@ class _Relay:
             host=target.host.decode(), target=target.path.decode("latin-1"), subprotocols=subprotocols, extra_headers=passing
         )
         try:
-            await self._channel.send_all(self._service.send(request))
+            await self._stream.send_all(self._service.send(request))
             got = 0
             while True:
                 for event in self._service.events():
@@ -75,12 +75,12 @@ class _Relay:
                             raise ApiError(status if 400 <= status < 600 else 502, f"the service answers with status {status}")
                         case RejectData():
                             pass
-                data = await self._channel.receive_some(READ_BYTES)
+                data = await self._stream.receive_some()
                 got += len(data)
                 if not data or got > _MAX_HEAD_BYTES:
                     raise ApiError(502, "the service does not speak websocket")
                 self._service.receive_data(data)
-        except BROKEN as error:
+        except InteractionFault as error:
             raise ApiError(502, f"the connection to the service broke: {error}") from None
         except ProtocolError as error:
             raise ApiError(502, f"the service does not speak websocket: {error}") from None
@@ -93,7 +93,7 @@ class _Relay:
     async def _until_end(self, way: Callable[[], Awaitable[None]], scope: trio.CancelScope) -> None:
         try:
             await way()
-        except (*BROKEN, ProtocolError) as error:
+        except (InteractionFault, ProtocolError) as error:
             await self._close(CloseReason.INTERNAL_ERROR, f"the service's websocket broke: {error}")
         scope.cancel()
 
@@ -104,10 +104,10 @@ class _Relay:
         while (message := await self._receive())["type"] == "websocket.receive":
             text = message.get("text")
             event: Message[Any] = TextMessage(text) if text is not None else BytesMessage(message["bytes"])
-            await self._channel.send_all(self._service.send(event))
+            await self._stream.send_all(self._service.send(event))
         code = message.get("code") or CloseReason.NORMAL_CLOSURE
         code = code if code not in (CloseReason.ABNORMAL_CLOSURE, CloseReason.NO_STATUS_RCVD) else CloseReason.GOING_AWAY
-        await self._channel.send_all(self._service.send(CloseConnection(code=code)))
+        await self._stream.send_all(self._service.send(CloseConnection(code=code)))
 
     async def _from_service(self) -> None:
         while True:
@@ -117,12 +117,12 @@ class _Relay:
                         if not await self._pass_on(event):
                             return
                     case Ping():
-                        await self._channel.send_all(self._service.send(event.response()))
+                        await self._stream.send_all(self._service.send(event.response()))
                     case CloseConnection(code=code, reason=reason):
                         sayable = code if code != CloseReason.NO_STATUS_RCVD else CloseReason.NORMAL_CLOSURE
                         await self._close(sayable, reason or "")
                         return
-            data = await self._channel.receive_some(READ_BYTES)
+            data = await self._stream.receive_some()
             if not data:
                 await self._close(CloseReason.GOING_AWAY, "the service went away")
                 return

@@ -192,7 +192,12 @@ async def test_more_than_fits_any_buffer_goes_both_ways(tmp_path: Path) -> None:
 async def test_hanging_up_kills_at_once_even_a_program_that_does_not_read(tmp_path: Path) -> None:
     async with hand(tmp_path) as h:
         terminal = await h.terminal("sleep", "1000")
-        h.nursery.start_soon(terminal.send, bytes(10 * WINDOW_BYTES))
+
+        async def send() -> None:
+            with pytest.raises(InteractionFault):
+                await terminal.send(bytes(10 * WINDOW_BYTES))
+
+        h.nursery.start_soon(send)
         while terminal._untaken < WINDOW_BYTES:
             await trio.sleep(0.01)
         await trio.testing.wait_all_tasks_blocked(0.02)
@@ -357,6 +362,23 @@ async def test_a_connection_with_an_end_of_its_own_each_way(tmp_path: Path) -> N
         while chunk := await channel.receive_some():
             got += chunk
         assert bytes(got) == data[::-1]
+        await channel.aclose()
+        heard = trio.Event()
+
+        async def listen(stream: trio.SocketStream) -> None:
+            await stream.send_all(b"that is all")
+            await stream.send_eof()
+            assert b"".join([chunk async for chunk in stream]) == b"but " + data
+            heard.set()
+
+        second = (await trio.open_tcp_listeners(0, host="127.0.0.1"))[0]
+        h.nursery.start_soon(trio.serve_listeners, listen, [second])
+        channel = await h.requestor.connect(row("Requestor"), second.socket.getsockname()[1])
+        await channel.send_all(b"but ")
+        assert (await channel.receive_some(), await channel.receive_some()) == (b"that is all", b"")
+        await channel.send_all(data)
+        await channel.send_eof()
+        await heard.wait()
         await channel.aclose()
         with socket.socket() as unused:
             unused.bind(("127.0.0.1", 0))

@@ -7,7 +7,7 @@ import json
 import os
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -284,6 +284,41 @@ async def test_a_body_that_waits_to_be_asked_for(tmp_path: Path) -> None:
                 data = await stream.receive_some()
                 assert data
                 seen += data
+
+
+@trio_test
+async def test_who_is_answered_before_all_is_said_is_not_kept(tmp_path: Path) -> None:
+    async with hand_world(tmp_path) as w:
+        listener = (await trio.open_tcp_listeners(0, host="127.0.0.1"))[0]
+
+        async def refuse(stream: trio.SocketStream) -> None:
+            await stream.receive_some()
+            await stream.send_all(b"HTTP/1.1 413 Too Large\r\nContent-Length: 3\r\n\r\nno!")
+            await trio.sleep_forever()  # and reads no more of it
+
+        w.nursery.start_soon(trio.serve_listeners, refuse, [listener])
+        port = listener.socket.getsockname()[1]
+        for where, key, status in ((f"{port}/", APP_KEY, b"413"), (f"{port}/", "f" * 32, b"401"), ("1/", APP_KEY, b"502")):
+            stream = await trio.open_tcp_stream("127.0.0.1", int(w.r.api_url.rpartition(":")[2]))
+            head = f"POST {w.path}/proxy-http/{where} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\n"
+            await stream.send_all(f"{head}Content-Length: {1 << 30}\r\n\r\n".encode())
+            seen = bytearray()
+
+            async def flood(stream: trio.SocketStream = stream) -> None:
+                with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+                    while True:
+                        await stream.send_all(bytes(1 << 20))
+
+            with trio.fail_after(15), suppress(trio.BrokenResourceError):
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(flood)
+                    async for data in stream:
+                        seen += data
+                    nursery.cancel_scope.cancel()
+            assert seen.startswith(b"HTTP/1.1 " + status)
+            await stream.aclose()
+            assert w.unit is not None
+            await w.until(lambda: not w.unit.interactions._open)
 
 
 def shell_url(world: HandWorld, node: Node | None = None, key: str | None = APP_KEY, activity: str = "", **query: Any) -> str:
