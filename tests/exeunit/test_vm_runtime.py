@@ -387,6 +387,21 @@ def test_an_engine_that_stops_is_told_and_nothing_runs_on(package: Path, sign: s
         trio.run(body, engine)
 
 
+def test_an_engine_that_is_restarted_is_cleaned_up(package: Path) -> None:
+    async def body(engine: LocalEngine) -> None:
+        async with open_guest(engine, package) as guest:
+            await trio.to_thread.run_sync(engine.stop)
+            await trio.to_thread.run_sync(engine.start)
+            with trio.fail_after(10):
+                await guest.failed.wait()
+            with pytest.raises(RuntimeFault):
+                await guest.run("true")
+        # and open_guest finds no container, volume, mount or file
+
+    with tempfile.TemporaryDirectory(prefix="engine-") as folder, engine_for_tests(Path(folder) / "e", userns=True) as engine:
+        trio.run(body, engine)
+
+
 # -- interaction
 
 

@@ -8,7 +8,6 @@ Neighbours: `client`; `golem.exeunit.runtimes.vm`.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import suppress
 from typing import Any
 
 import trio
@@ -20,6 +19,7 @@ from golem.exeunit.runtimes.base import Limits, RuntimeFault
 
 PING_S, PING_TIMEOUT_S = 1.0, 5.0
 AWAY_S = 3.0
+LOOK_S = 4.0
 ENGINE_GONE = "the provider's Docker Engine has stopped or does not answer"
 
 
@@ -46,12 +46,16 @@ class Watch:
         return self.death
 
     async def _container_died(self) -> str:
-        while True:
-            with suppress(RuntimeFault):  # if that is the Engine: `_engine_died` decides whether it is gone for good
-                await self._client.wait_exit(self._name)
-            if (text := await self.diagnose()) is not None:
-                return text
-            await trio.sleep(AWAY_S / 10)
+        while (text := await self.diagnose()) is None:
+            # An end between that look and this wait is not told of by an Engine that has just come back: look again.
+            with trio.move_on_after(LOOK_S):
+                try:
+                    await self._client.wait_exit(self._name)
+                    pause_s = 0.01
+                except RuntimeFault:  # if that is the Engine: `_engine_died` decides whether it is gone for good
+                    pause_s = AWAY_S / 10
+                await trio.sleep(pause_s)
+        return text
 
     async def _engine_died(self) -> str:
         seen_s = trio.current_time()
