@@ -114,7 +114,8 @@ class Reader:
 
     async def at_end(self) -> bool:
         """Return whether nothing more comes. Waits as long as it takes for something."""
-        self._held = await self._some(MAX_HEADER_BYTES)
+        if not self._held:
+            self._held = await self._some(MAX_HEADER_BYTES)
         return not self._held
 
 
