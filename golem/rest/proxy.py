@@ -7,7 +7,9 @@ Bodies stream both ways as fast as the slower side takes them (chunked answers a
 websockets. What is of one connection only is not passed on. The guest never sees the app-key: `Authorization: Bearer`,
 `authToken` of the query and a `Referer` with one are taken out; `Authorization` of other schemes belongs to the service.
 The provider is a stranger to the user's browser: pages get a sandbox of their own (Content-Security-Policy), and a
-browser's cookies stay here, since they are those of every program at this address. `Location` leads back through here.
+browser's cookies stay here, since they are those of every program at this address. A page opened with `authToken` is
+opened with a ticket in its place (`proxy_tickets.py`): its scripts can read their address. `Location` leads back through
+here, never to the node's own API.
 Failures of the service are 502 with a reason.
 
 This is an ASGI application before Quart's, which keeps bodies in memory. Neighbours: `golem/interaction.py` opens the
@@ -32,8 +34,9 @@ from golem.interaction_wire import InteractionFault
 from golem.rest.activity import find
 from golem.rest.edge import ApiError, Caller
 from golem.rest.interaction import api_error
-from golem.rest.proxy_rules import Header, Target, cross_origin, forwarded, header, key_of, returned
+from golem.rest.proxy_rules import Header, Target, cross_origin, forwarded, header, is_from_browser, key_of, returned
 from golem.rest.proxy_socket import relay_websocket
+from golem.rest.proxy_tickets import Tickets, opens_page, with_ticket
 
 if TYPE_CHECKING:
     from golem.node import Node
@@ -55,6 +58,7 @@ class Proxy:
 
     def __init__(self, node: Node, inner: Asgi, admit: Admit) -> None:
         self._node, self._inner, self._admit = node, inner, admit
+        self._tickets = Tickets()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         match = None
@@ -94,12 +98,19 @@ class Proxy:
     ) -> Response | None:
         """Serve one request; returns the refusal to one who may not ask. `more`: headers that every answer gets."""
         headers, query = scope["headers"], scope["query_string"]
-        who = self._admit(header(headers, b"authorization").decode("latin-1"), key_of(query), scope["path"])
+        authorization, token = header(headers, b"authorization").decode("latin-1"), key_of(query)
+        activity_id = match[2].decode("latin-1")
+        app_key = self._tickets.app_key(token, activity_id)
+        who = self._admit(authorization, app_key or token, scope["path"])
         if isinstance(who, Response):
             return who
         more += cross_origin(headers, {*self._node.config.allow_origins, *who.allow_origins})
-        row = find(self._node, match[2].decode("latin-1"), "Requestor")
-        target = Target(match[1], match[3] or b"", query)
+        row = find(self._node, activity_id, "Requestor")
+        if token and app_key is None and scope["type"] == "http" and opens_page(headers):
+            more.append((b"referrer-policy", b"no-referrer"))
+            here = with_ticket(match[0], query, self._tickets.issue(activity_id, token))
+            return Response(b"", 307, {"Location": here, "Cache-Control": "no-store"})
+        target = Target(match[1], match[3] or b"", query, header(headers, b"host"))
         if scope.get("method") == "CONNECT":
             raise ApiError(405, "CONNECT is not for services")
         service = await self._node.interactions.connect(row, target.port)
@@ -143,9 +154,11 @@ class _Exchange:
         self._http = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD_BYTES)
         self._fault: ApiError | None = None
         self._writing = trio.CancelScope()
+        self._to_browser = False
 
     async def run(self, scope: Any, stopping: trio.Event) -> None:
         """Raises `ApiError`; an answer that has begun then ends before its end, and the server breaks the connection."""
+        self._to_browser = is_from_browser(scope["headers"])
         headers = forwarded(scope["headers"], self._target)
         names = {name for name, _ in headers}
         with_body = b"content-length" in names or b"transfer-encoding" in names
@@ -223,7 +236,7 @@ class _Exchange:
                     raise ApiError(502, "the service closed the connection without an answer")
                 self._http.receive_data(data)
             case h11.Response() as response:
-                headers = returned(list(response.headers), self._target) + self._more
+                headers = returned(list(response.headers), self._target, to_browser=self._to_browser) + self._more
                 await self._send({"type": "http.response.start", "status": response.status_code, "headers": headers})
             case h11.Data(data=data):
                 await self._send({"type": "http.response.body", "body": bytes(data), "more_body": True})

@@ -16,22 +16,30 @@ Header = tuple[bytes, bytes]
 SANDBOX = b"sandbox allow-scripts allow-forms allow-popups allow-downloads"
 _PORT = re.compile(rb"(\d{1,5})(?:/(.*))?\Z", re.DOTALL)
 _URL = re.compile(rb"([A-Za-z]{1,10}):/{1,2}(\[[0-9A-Fa-f:]*\]|[^/:]*)(?::(\d{1,5}))?(?:/(.*))?\Z", re.DOTALL)
+_ABSOLUTE = re.compile(rb"(https?:)?//+([^/]*)(.*)\Z", re.DOTALL | re.IGNORECASE)
+_AUTHORITY = re.compile(rb"(\[[0-9A-Fa-f:]*\]|[^:@]*)(?::(\d{1,5}))?\Z")
 _LOCAL_HOSTS = (b"localhost", b"127.0.0.1", b"[::1]")
 _OF_ONE_CONNECTION = frozenset((
     b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection", b"te", b"trailer",
     b"upgrade", b"http2-settings", b"expect",
 ))  # fmt: skip
 _OF_THE_NODE = frozenset((b"date", b"server", b"x-trace-id"))  # of an answer: the node says its own
+_OF_THE_ORIGIN = frozenset((  # of an answer: a service cannot speak for all that a browser knows at this address
+    b"clear-site-data", b"service-worker-allowed", b"strict-transport-security", b"alt-svc", b"nel", b"report-to",
+    b"reporting-endpoints",
+))  # fmt: skip
 
 
 class Target:
     """A service and what is asked of it. Raises `ApiError` for what cannot be reached.
 
-    `port`: 0 is the image's own. `path`: with query, as the service sees it. `prefix`: what leads to the service here.
+    `port`: 0 is the image's own. `path`: with query, as the service sees it. `prefix`: what leads to the service here;
+    `root`: to all services. `origin`: by which host and port the client knows this node.
     """
 
-    def __init__(self, prefix: bytes, url: bytes, query: bytes) -> None:
+    def __init__(self, prefix: bytes, url: bytes, query: bytes, origin: bytes = b"") -> None:
         self.port, self.prefix, path = 0, prefix, url
+        self.root, self.origin = prefix, origin
         if match := _URL.match(url):
             scheme, host, port, path = match.groups(b"")
             if scheme.lower() not in (b"http", b"ws") or host.lower() not in _LOCAL_HOSTS:
@@ -48,14 +56,47 @@ class Target:
         self.path = b"/" + path + (b"?" + query if query else b"")
         self.host = b"localhost:%d" % self.port if self.port else b"localhost"
 
-    def back(self, location: bytes) -> bytes:
-        """Return a redirection to the service as one through here; one to elsewhere as it is."""
-        if location.startswith(b"/") and not location.startswith(b"//"):
-            return self.prefix + location
-        match = _URL.match(location)
-        if match and match[1].lower() == b"http" and match[2].lower() in _LOCAL_HOSTS and int(match[3] or 80) == self.port:
-            return self.prefix + b"/" + (match[4] or b"")
-        return location
+    def back(self, location: bytes) -> bytes | None:
+        """Return a redirection as the client is to follow it: to a service of the activity as one through here, to
+        elsewhere as it is. None for one to this node, which the client would follow with its app-key in hand.
+        """
+        location = re.sub(rb"[\t\r\n]", b"", location).strip()  # as clients do before they read it
+        address, mark, fragment = location.partition(b"#")
+        path, question, query = address.partition(b"?")
+        path, rest = path.replace(b"\\", b"/"), question + query + mark + fragment
+        prefix = self.prefix
+        if match := _ABSOLUTE.match(path):
+            scheme, authority, path = match.groups(b"")
+            local = _AUTHORITY.match(authority)
+            if self.origin and authority.rpartition(b"@")[2].lower() == self.origin.lower():
+                return None
+            if scheme.lower() not in (b"", b"http:") or local is None or local[1].lower() not in _LOCAL_HOSTS:
+                return location
+            port = int(local[2] or 80)
+            prefix = prefix if port == self.port else self.root + b"/%d" % port
+        elif re.match(rb"[A-Za-z][A-Za-z0-9+.\-]*:", path):
+            return location if not re.match(rb"https?:", path, re.IGNORECASE) else None  # odd, and read in several ways
+        elif not path and question:
+            path = self.path.partition(b"?")[0]
+        elif not path.startswith(b"/"):
+            path = self.path.partition(b"?")[0].rpartition(b"/")[0] + b"/" + path
+        return prefix + _without_dots(path) + rest
+
+
+def _without_dots(path: bytes) -> bytes:
+    """Return a path that leads nowhere up, however a client reads it."""
+    kept: list[bytes] = []
+    parts = path.split(b"/")[1:] or [b""]
+    for number, part in enumerate(parts):
+        plain = re.sub(rb"%2e", b".", part, flags=re.IGNORECASE)
+        if plain == b"..":
+            del kept[-1:]
+        elif plain != b".":
+            kept.append(part)
+            continue
+        if number == len(parts) - 1:
+            kept.append(b"")
+    return b"/" + b"/".join(kept)
 
 
 def key_of(query: bytes) -> str:
@@ -86,10 +127,16 @@ def _passing(headers: Sequence[Header], kept: Collection[bytes] = ()) -> list[He
     return [(name.lower(), value) for name, value in headers if name.lower() not in dropped]
 
 
+def is_from_browser(headers: Sequence[Header]) -> bool:
+    """Return whether a browser sends a request, as far as it says so."""
+    return bool(header(headers, b"sec-fetch-mode"))
+
+
 def forwarded(headers: Sequence[Header], target: Target) -> list[Header]:
     """Return the headers of a request as the service gets them."""
-    from_browser = bool(header(headers, b"sec-fetch-mode"))
+    from_browser = is_from_browser(headers)
     found = [(b"host", target.host)]
+    chunked = bool(header(headers, b"transfer-encoding"))
     for name, value in _passing(headers, (b"content-length", b"transfer-encoding")):
         if name == b"host" or name.startswith(b"sec-websocket-"):
             continue
@@ -99,17 +146,32 @@ def forwarded(headers: Sequence[Header], target: Target) -> list[Header]:
             continue
         if name == b"cookie" and from_browser:
             continue
+        if name == b"content-length" and chunked:
+            continue  # it counts for nothing beside the other, and might to the service
         found.append((name, value))
     return [*found, (b"x-forwarded-prefix", target.prefix)]
 
 
-def returned(headers: Sequence[Header], target: Target) -> list[Header]:
-    """Return the headers of an answer as the client gets them, apart from those of cross-origin rules."""
+def returned(headers: Sequence[Header], target: Target, *, to_browser: bool = False) -> list[Header]:
+    """Return the headers of an answer as the client gets them, apart from those of cross-origin rules.
+
+    `to_browser`: its cookies would be those of every program at this address.
+    """
     found = [(b"content-security-policy", SANDBOX)]
+    chunked = bool(header(headers, b"transfer-encoding"))
     for name, value in _passing(headers):
-        if name in _OF_THE_NODE or name == b"transfer-encoding" or name.startswith(b"access-control-"):
+        if name in _OF_THE_NODE or name in _OF_THE_ORIGIN or name.startswith(b"access-control-"):
             continue
-        found.append((name, target.back(value) if name == b"location" else value))
+        if name == b"transfer-encoding" or (name == b"content-length" and chunked):
+            continue
+        if name == b"set-cookie" and to_browser:
+            continue
+        if name == b"location":
+            back = target.back(value)
+            if back is None:
+                continue
+            value = back
+        found.append((name, value))
     return found
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
+import httpx
 import hypercorn.config
 import hypercorn.trio
 import pytest
@@ -91,6 +92,9 @@ class Service:
     async def _login(self, receive: Any, send: Any) -> None:
         await self._send(send, 302, b"", (b"location", b"/home"))
 
+    async def _away(self, receive: Any, send: Any) -> None:
+        await self._send(send, 307, b"", (b"location", b"/../../../../../../payment-api/v1/allocations"), (b"set-cookie", b"a=1"))
+
     async def _websocket(self, scope: Any, receive: Any, send: Any) -> None:
         await receive()
         if scope["path"] == "/closed":
@@ -163,6 +167,35 @@ async def trio_get(url: str) -> bytes:
     async with stream:
         await stream.send_all(f"GET /{path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
         return b"".join([chunk async for chunk in stream])
+
+
+@trio_test
+async def test_a_page_does_not_learn_the_key(tmp_path: Path) -> None:
+    page = {"Sec-Fetch-Mode": "navigate", "Authorization": "", "Accept": "text/html,*/*"}
+    async with hand_world(tmp_path) as w, service(w) as s, w.http() as http:
+        opened = await http.get(f"{s.port}/x?a=1&authToken={APP_KEY}", headers=page)
+        assert (opened.status_code, s.seen) == (307, [])
+        address = opened.headers["location"]
+        assert APP_KEY not in str(opened.headers)
+        assert address.startswith(f"{w.path}/proxy-http/{s.port}/x?a=1&authToken=page-")
+        shown = await http.get(w.r.api_url + address, headers=page)
+        assert (shown.status_code, s.seen[-1]["query"]) == (404, "a=1")
+        ticket = address.rpartition("=")[2]
+        async with httpx.AsyncClient(base_url=w.r.api_url) as bare:  # the ticket opens nothing else
+            for other in (f"{w.path}/state", f"/activity-api/v1/activity/{'2' * 32}/proxy-http/{s.port}/x", "/me"):
+                assert (await bare.get(f"{other}?authToken={ticket}")).status_code == 401
+        assert await rejected(shell_url(w, key=ticket)) == (401, "Invalid application key")
+        older = {"Authorization": "", "Accept": "text/html"}
+        assert (await http.get(f"{s.port}/x?authToken={APP_KEY}", headers=older)).status_code == 307
+        assert (await http.get(f"{s.port}/away", headers={"Sec-Fetch-Mode": "cors"})).headers.get("set-cookie") is None
+
+
+@trio_test
+async def test_a_redirection_cannot_use_the_key_against_the_node(tmp_path: Path) -> None:
+    async with hand_world(tmp_path) as w, service(w) as s, w.http(follow_redirects=True) as http:
+        answer = await http.post(f"{s.port}/away", json={"totalAmount": "1"})
+        assert (answer.status_code, answer.text) == (404, "nothing here")
+        assert s.seen[-1]["path"] == "/payment-api/v1/allocations"
 
 
 @trio_test

@@ -71,8 +71,9 @@ def test_the_answer() -> None:
     ]  # fmt: skip
     for there, here in (
         (b"http://localhost:8080/x", HERE + b"/8080/x"), (b"http://localhost:8080", HERE + b"/8080/"),
-        (b"http://localhost:81/x", b"http://localhost:81/x"), (b"//example.com/x", b"//example.com/x"),
-        (b"https://example.com/", b"https://example.com/"), (b"x/y", b"x/y"),
+        (b"http://localhost:81/x", HERE + b"/81/x"), (b"//example.com/x", b"//example.com/x"),
+        (b"https://example.com/", b"https://example.com/"), (b"x/y", HERE + b"/8080/x/y"), (b"?b=1#c", HERE + b"/8080/?b=1#c"),
+        (b"mailto:x", b"mailto:x"), (b"//localhost:8080/x", HERE + b"/8080/x"), (b"/a/./b/", HERE + b"/8080/a/b/"),
     ):  # fmt: skip
         assert target.back(there) == here
 
@@ -83,3 +84,42 @@ def test_pages_of_other_origins() -> None:
     assert cross_origin(asked, {"*"})
     assert cross_origin(asked, {"http://yours"}) == []
     assert cross_origin([], {"*"}) == []
+
+
+@pytest.mark.parametrize("location", [
+    b"/../../../../../../payment-api/v1/x", b"../../../../../../../payment-api/v1/x", b"/a/%2e%2E/.%2e/../payment-api",
+    b"/a\\..\\..\\..\\payment-api", b"/.\t./../payment-api", b"http://localhost:8080/../../payment-api", b"/..",
+    b"http://127.0.0.1:7465/payment-api", b"//127.0.0.1:7465/payment-api", b"http://[::1]:7465/../payment-api",
+])  # fmt: skip
+def test_no_redirection_leads_to_the_node(location: bytes) -> None:
+    """Clients follow redirections with the app-key, and 307 with the method and the body."""
+    for origin in (b"", b"somewhere:7465"):
+        back = Target(HERE, b"8080/sub/page", b"", origin).back(location)
+        assert back is not None
+        assert back.startswith((HERE + b"/8080/", HERE + b"/7465/"))
+        assert not {b"..", b"%2e%2e"} & set(back.lower().split(b"/"))
+
+
+@pytest.mark.parametrize("location", [
+    b"http://node.lan:7465/payment-api", b"//node.lan:7465/x", b"HTTP://user@NODE.lan:7465", b"http:\\\\node.lan:7465/x",
+    b"http:/node.lan:7465/x", b"ht\ttp://node.lan:7465/x", b"///node.lan:7465/x",
+])  # fmt: skip
+def test_no_redirection_names_the_node(location: bytes) -> None:
+    target = Target(HERE, b"8080/sub/page", b"", b"node.lan:7465")
+    assert returned([(b"location", location)], target) == [(b"content-security-policy", SANDBOX)]
+
+
+def test_a_service_does_not_speak_for_the_whole_address() -> None:
+    target = Target(HERE, b"8080", b"")
+    given = [(b"clear-site-data", b'"*"'), (b"service-worker-allowed", b"/"), (b"set-cookie", b"a=1")]
+    assert returned(given, target) == [(b"content-security-policy", SANDBOX), (b"set-cookie", b"a=1")]
+    assert returned(given, target, to_browser=True) == [(b"content-security-policy", SANDBOX)]
+
+
+def test_two_ways_to_tell_a_length_are_one() -> None:
+    target = Target(HERE, b"8080", b"")
+    both = [(b"content-length", b"5"), (b"transfer-encoding", b"chunked")]
+    assert (b"content-length", b"5") not in returned(both, target)
+    assert (b"content-length", b"5") not in forwarded(both, target)
+    assert (b"content-length", b"5") in returned(both[:1], target)
+    assert (b"content-length", b"5") in forwarded(both[:1], target)
