@@ -106,14 +106,17 @@ class LocalEngine:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _own_processes(self) -> list[int]:
-        """Return containerd and its shims: whatever names our exec root on its command line."""
-        mark = os.fsencode(self.folder / "exec")
-        found = []
-        for name in os.listdir("/proc"):
-            with suppress(OSError):
-                if name.isdigit() and mark in Path(f"/proc/{name}/cmdline").read_bytes():
-                    found.append(int(name))
-        return found
+        """Return containerd and its shims, which name our exec root, and what runs in containers of our folder."""
+        return [int(name) for name in os.listdir("/proc") if name.isdigit() and self._is_own(Path("/proc", name))]
+
+    def _is_own(self, process: Path) -> bool:
+        with suppress(OSError):
+            if os.fsencode(self.folder / "exec") in (process / "cmdline").read_bytes():
+                return True
+            for line in (process / "mountinfo").read_text().splitlines():
+                if line.split()[4] == "/":  # of a container that outlived its shim: an overlay of directories of ours
+                    return f"{self.folder / 'data'}/" in line
+        return False
 
     def _mounts(self) -> list[str]:
         inside = f"{self.folder.resolve()}/"
