@@ -56,8 +56,15 @@ def start_ticks(pid: int) -> int:
 
 
 def is_unit(pid: int, activity_id: str) -> bool:
-    """Return whether a process is the exe-unit of an activity, by its command line."""
+    """Return whether a process is the exe-unit of an activity, by its command line.
+
+    Others may call themselves so, guests in containers above all: it is of our user and in our pid namespace, too.
+    """
     try:
+        if os.stat(f"/proc/{pid}/ns/pid").st_ino != os.stat("/proc/self/ns/pid").st_ino:
+            return False
+        if os.stat(f"/proc/{pid}").st_uid != os.geteuid():
+            return False
         words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except OSError:
         return False

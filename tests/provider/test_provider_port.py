@@ -268,6 +268,32 @@ def test_a_process_of_an_earlier_run_is_found_watched_and_ended(tmp_path: Path, 
         process.wait()
 
 
+IMPOSTOR = """
+import ctypes, subprocess, sys
+if {unshare} and ctypes.CDLL(None).unshare(0x20000000) != 0: sys.exit(1)  # CLONE_NEWPID
+user = {{"user": 65534}} if not {unshare} else {{}}
+child = subprocess.Popen(["golem.exeunit", sys.stdin.readline().strip()], executable="/bin/cat", stdin=subprocess.PIPE, **user)
+print("up", flush=True)
+sys.stdin.read()
+child.kill()
+"""
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("unshare", [True, False])
+def test_a_guest_that_calls_itself_an_exe_unit_is_none(unshare: bool) -> None:
+    command = [sys.executable, "-c", IMPOSTOR.format(unshare=unshare)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(f"{ACTIVITY}\n".encode())
+        process.stdin.flush()
+        assert process.stdout.readline() == b"up\n"
+        found = find_unit(ACTIVITY)
+        process.stdin.close()
+        assert found == 0
+
+
 @trio_test
 async def test_a_process_that_is_gone_or_another_one_counts_as_lost() -> None:
     port = Processes(Outbox(), Path("/nonexistent"), Path, ExeUnits, nothing_left(Path("/nonexistent")))  # type: ignore[arg-type]
