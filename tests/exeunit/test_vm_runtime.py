@@ -390,13 +390,17 @@ def test_an_engine_that_stops_is_told_and_nothing_runs_on(package: Path, sign: s
 def test_an_engine_that_is_restarted_is_cleaned_up(package: Path) -> None:
     async def body(engine: LocalEngine) -> None:
         async with open_guest(engine, package) as guest:
+            pid = guest.runtime._inside.pid  # type: ignore[union-attr]
             await trio.to_thread.run_sync(engine.stop)
             await trio.to_thread.run_sync(engine.start)
             with trio.fail_after(10):
                 await guest.failed.wait()
             with pytest.raises(RuntimeFault):
                 await guest.run("true")
-        # and open_guest finds no container, volume, mount or file
+        # open_guest finds no container, volume, mount or file; and the Engine may have lost sight of the process
+        with trio.fail_after(5):
+            while os.path.exists(f"/proc/{pid}"):
+                await trio.sleep(0.02)
 
     with tempfile.TemporaryDirectory(prefix="engine-") as folder, engine_for_tests(Path(folder) / "e", userns=True) as engine:
         trio.run(body, engine)

@@ -310,9 +310,8 @@ class VmRuntime:
                     await self._remove(deployed)
             except (RuntimeFault, trio.TooSlowError) as fault:
                 log.error("container %s is left to be swept: %s", deployed.name, str(fault) or "no answer in time")
-                if inside is not None:
-                    inside.kill()  # at least nothing runs on
             if inside is not None:
+                inside.kill()  # nothing runs on, also where the Engine has lost it or is gone
                 inside.close()
             try:
                 if deployed.storage is not None:
