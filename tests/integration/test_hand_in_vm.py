@@ -97,10 +97,10 @@ async def _shell(w: HandWorld) -> None:
         await s.resize(22, 55)
         await s.type(b"until [ \"$(stty size)\" = '22 55' ]; do sleep 0.05; done; echo resi''zed\n")
         await s.until(b"resized")
-        await s.type(b"echo rea''dy; sleep 1000; echo status $?\n")
-        await s.until(b"ready")
+        await s.type(b"trap 'echo 4$((1+1))!; stop=1' INT; echo 1$((1+1))!; until [ $stop ]; do :; done\n")
+        await s.until(b"12!")
         await s.type(b"\x03")
-        await s.until(b"# ")
+        await s.until(b"42!")
         await s.type(b"exit 6\n")
         assert await s.process.wait() == 6
     async with screen(w, "shell", "1", "--", "sh", "-c", "sleep 777 & echo on; sleep 777; true") as s:
