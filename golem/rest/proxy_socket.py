@@ -56,6 +56,7 @@ class _Relay:
         self._text: list[str] = []
         self._bytes = bytearray()
         self._size = 0
+        self._sending = trio.Lock()  # both ways write to the service, and a frame goes in pieces
 
     async def shake_hands(self, target: Target, headers: list[Header], subprotocols: list[str]) -> None:
         passing = [(name, value) for name, value in headers if name not in (b"host", b"content-length", b"transfer-encoding")]
@@ -85,6 +86,10 @@ class _Relay:
         except ProtocolError as error:
             raise ApiError(502, f"the service does not speak websocket: {error}") from None
 
+    async def _tell_service(self, event: Any) -> None:
+        async with self._sending:
+            await self._stream.send_all(self._service.send(event))
+
     async def run(self) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._until_end, self._from_client, nursery.cancel_scope)
@@ -104,10 +109,10 @@ class _Relay:
         while (message := await self._receive())["type"] == "websocket.receive":
             text = message.get("text")
             event: Message[Any] = TextMessage(text) if text is not None else BytesMessage(message["bytes"])
-            await self._stream.send_all(self._service.send(event))
+            await self._tell_service(event)
         code = message.get("code") or CloseReason.NORMAL_CLOSURE
         code = code if code not in (CloseReason.ABNORMAL_CLOSURE, CloseReason.NO_STATUS_RCVD) else CloseReason.GOING_AWAY
-        await self._stream.send_all(self._service.send(CloseConnection(code=code)))
+        await self._tell_service(CloseConnection(code=code))
 
     async def _from_service(self) -> None:
         while True:
@@ -117,7 +122,7 @@ class _Relay:
                         if not await self._pass_on(event):
                             return
                     case Ping():
-                        await self._stream.send_all(self._service.send(event.response()))
+                        await self._tell_service(event.response())
                     case CloseConnection(code=code, reason=reason):
                         sayable = code if code != CloseReason.NO_STATUS_RCVD else CloseReason.NORMAL_CLOSURE
                         await self._close(sayable, reason or "")
@@ -135,7 +140,8 @@ class _Relay:
             await self._close(CloseReason.MESSAGE_TOO_BIG, f"the service sends a message over {MAX_MESSAGE_BYTES} bytes")
             return False
         if isinstance(event, TextMessage):
-            self._text.append(event.data)
+            if event.data:  # pieces without anything in them may come for ever
+                self._text.append(event.data)
         else:
             self._bytes += event.data
         if event.message_finished:

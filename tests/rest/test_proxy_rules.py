@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-import pytest
+from typing import Any
 
+import pytest
+import trio
+from support import trio_test
+from wsproto.connection import Connection, ConnectionType
+from wsproto.events import BytesMessage, Ping
+from wsproto.frame_protocol import CloseReason
+
+from golem.interaction import ServiceStream
 from golem.rest.edge import ApiError
 from golem.rest.proxy_rules import SANDBOX, Target, cross_origin, forwarded, key_of, returned, without_key
+from golem.rest.proxy_socket import _Relay
 
 HERE = b"/activity-api/v1/activity/1/proxy-http"
 KEY = b"0123456789abcdef0123456789abcdef"
@@ -123,3 +132,72 @@ def test_two_ways_to_tell_a_length_are_one() -> None:
     assert (b"content-length", b"5") not in forwarded(both, target)
     assert (b"content-length", b"5") in returned(both[:1], target)
     assert (b"content-length", b"5") in forwarded(both[:1], target)
+
+
+# -- websockets
+class Wire(ServiceStream):
+    """A service's end: what it says, and what it is told, in pieces of one byte."""
+
+    def __init__(self, *says: bytes) -> None:
+        self.says, self.told = list(says), b""
+        self.may_end = trio.Event()
+
+    async def receive_some(self) -> bytes:
+        if not self.says:
+            await self.may_end.wait()
+            return b""
+        return self.says.pop(0)
+
+    async def send_all(self, data: bytes) -> None:
+        for at in range(len(data)):
+            await trio.lowlevel.checkpoint()
+            self.told += data[at : at + 1]
+
+
+def relay(wire: Wire, receive: Any, sent: list[Any]) -> _Relay:
+    """A relay after its handshake."""
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    made = _Relay(wire, receive, send)
+    made._service = Connection(ConnectionType.CLIENT)  # type: ignore[assignment]
+    return made
+
+
+@trio_test
+async def test_pieces_of_nothing_do_not_fill_memory() -> None:
+    wire = Wire(b"\x01\x00", *(b"\x00\x00" * 10_000 for _ in range(3)), b"\x00\x02ab", b"\x80\x00", b"\x88\x02\x03\xe8")
+    sent: list[Any] = []
+    made = relay(wire, None, sent)
+    held = 0
+
+    class Watched(list[str]):
+        def append(self, piece: str) -> None:
+            nonlocal held
+            held += 1
+            super().append(piece)
+
+    made._text = Watched()
+    await made._from_service()
+    assert sent == [
+        {"type": "websocket.send", "text": "ab"}, {"type": "websocket.close", "code": CloseReason.NORMAL_CLOSURE, "reason": ""},
+    ]  # fmt: skip
+    assert held == 1
+
+
+@trio_test
+async def test_an_answer_to_a_ping_does_not_get_into_a_message() -> None:
+    wire, content = Wire(*(Connection(ConnectionType.SERVER).send(Ping(b"?")) for _ in range(5))), b"x" * 1000
+    messages = [{"type": "websocket.receive", "bytes": content}, {"type": "websocket.disconnect"}]
+
+    async def receive() -> Any:
+        return messages.pop(0)
+
+    await relay(wire, receive, []).run()
+    service, got = Connection(ConnectionType.SERVER), b""
+    service.receive_data(wire.told)
+    for event in service.events():
+        if isinstance(event, BytesMessage):
+            got += event.data
+    assert got == content
