@@ -83,17 +83,21 @@ class TreeSize:
     complete: bool = True
 
 
-def measure_tree(root: Path, max_entries: int = 1_000_000) -> TreeSize:
+def measure_tree(root: Path, max_entries: int = 1_000_000, *, one_device: bool = False) -> TreeSize:
     """Walk a directory that a guest may be changing meanwhile: follows no symlink, never leaves it, is bounded.
 
-    A tree deeper than MAX_DEPTH or with more than `max_entries` entries is reported as not complete.
+    A tree deeper than MAX_DEPTH or with more than `max_entries` entries is reported as not complete. `one_device`: what is
+    mounted below it does not count.
     """
     size = entries = 0
+    device: int | None = None
     complete = True
     seen_links: set[int] = set()
 
     def walk(descriptor: int, depth: int) -> None:
-        nonlocal size, entries, complete
+        nonlocal size, entries, complete, device
+        if one_device and device is None:
+            device = os.fstat(descriptor).st_dev
         with os.scandir(descriptor) as listing:
             for entry in listing:
                 entries += 1
@@ -103,6 +107,8 @@ def measure_tree(root: Path, max_entries: int = 1_000_000) -> TreeSize:
                 try:
                     found = entry.stat(follow_symlinks=False)
                 except OSError:
+                    continue
+                if device is not None and found.st_dev != device:
                     continue
                 if found.st_nlink > 1 and not entry.is_dir(follow_symlinks=False):
                     if found.st_ino in seen_links:

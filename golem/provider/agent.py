@@ -73,7 +73,7 @@ async def run_agent(settings: Settings) -> None:
         port = RestPort(client, system, instance)
         leftovers = Leftovers(settings.data_dir, offering.units, offering.runtimes.known)
         processes = Processes(
-            system, settings.data_dir, partial(_bus_path, settings), offering.units, leftovers, offering.runtimes.doubt
+            system, settings.data_dir, partial(_bus_path, settings), offering.units, leftovers, offering.doubt
         )
         system.add_port(port)
         system.add_port(processes)

@@ -1,5 +1,6 @@
 """What of this machine is for sale: `hardware.json`, `{"active":"default","profiles":{"default":{"cpu_threads":7,
 "mem_gib":11.2,"storage_gib":80.0}}}`. The default leaves a thread, 30 % of the memory and 20 % of the free disk alone.
+Of the storage no more is offered than the disk can give at the time (`storage`); the file is the upper bound.
 """
 
 from __future__ import annotations
@@ -70,6 +71,9 @@ def load_profile(data_dir: Path) -> Profile:
     machine = machine_profile(data_dir)
     if raw is None:
         found = default_profile(machine)
+        if found.storage_gib < MIN_STORAGE_GIB:  # a profile of next to nothing would stay when there is room again
+            text = f"{machine.storage_gib:g} GiB of disk are free, too little to sell: make room, or write {path} yourself"
+            raise SettingsError(text)
         one = {"cpu_threads": found.cpu_threads, "mem_gib": found.mem_gib, "storage_gib": found.storage_gib}
         write_json(path, {"active": "default", "profiles": {"default": one}})
         return found

@@ -1,13 +1,14 @@
-"""What is to be offered now: by presets, hardware, payment accounts, and which runtimes work.
+"""What is to be offered now: by presets, hardware, room on the disk, payment accounts, and which runtimes work.
 
 All of it may change while the agent runs: files are looked at, accounts asked for, runtimes tested again. The machine is
 told of every change, with what this provider sells in all, which its agreements together never pass.
-Neighbours: `offer` (one offer), `runtimes`, `presets`, `hardware`; `agent` puts them together.
+Neighbours: `offer` (one offer), `runtimes`, `presets`, `hardware`, `storage`; `agent` puts them together.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -21,6 +22,7 @@ from golem.provider.offer import offer_spec, wanted_accounts
 from golem.provider.presets import PRESETS, Preset, default_preset, load_presets, save_presets
 from golem.provider.runtimes import Ask, ExeUnits, Runtimes, ask_runtime, check_known, search_places
 from golem.provider.settings import Settings, SettingsError, interactions, read_rules
+from golem.provider.storage import Disk, StorageForSale
 from protocol.provider import Capacity, OffersChanged, OfferSpec
 
 log = logging.getLogger("golem.provider")
@@ -37,14 +39,15 @@ class AgentError(Exception):
 class Offering:
     """The offers of one agent. Errors of the constructor: AgentError, SettingsError."""
 
-    def __init__(self, settings: Settings, client: NodeClient, ask: Ask = ask_runtime) -> None:
+    def __init__(self, settings: Settings, client: NodeClient, ask: Ask = ask_runtime, disk: Disk | None = None) -> None:
         self._settings, self._client = settings, client
         self._units = self._read_units()
         self.runtimes = Runtimes(self.units, ask, settings.test_interval_s)
+        self.storage = StorageForSale(disk or Disk(settings.data_dir))
         self._accounts: list[Any] = []
-        self._agreements = settings.max_agreements or self._profile().cpu_threads
+        self._agreements = settings.max_agreements or self._promised().cpu_threads
         self._presets_by_runtime: dict[str, list[str]] = {}
-        self.capacity = self._capacity(self._profile())
+        self.capacity = self._capacity(self._promised())
         rules = read_rules(settings.data_dir)
         self.terms = replace(
             settings.terms, max_agreements=self._agreements, blacklist=rules.blacklist, allow_only=rules.allow_only
@@ -62,8 +65,14 @@ class Offering:
         data_dir = self._settings.data_dir
         return ExeUnits(search_places(self._settings.exe_unit_path, data_dir), interactions(data_dir))
 
-    def _profile(self) -> Profile:
+    def _promised(self) -> Profile:
+        """Return what the owner wants to sell of this machine; what the disk can give may be less."""
         return load_profile(self._settings.data_dir).at_most(*self._settings.most)
+
+    def doubt(self, runtime: str) -> None:
+        """See soon whether a runtime still works and its storage is there: an exe-unit of it has ended badly."""
+        self.runtimes.doubt(runtime)
+        self.storage.doubt()
 
     def _capacity(self, profile: Profile) -> Capacity:
         """Return what all agreements together may use. More agreements than threads is the owner's wish: they share time."""
@@ -91,16 +100,20 @@ class Offering:
         return found
 
     async def _specs(self) -> tuple[tuple[OfferSpec, ...], list[str]]:
-        settings, profile = self._settings, self._profile()
-        presets = self._presets()
+        settings, promised, presets = self._settings, self._promised(), self._presets()
+        await self.storage.look(promised.storage_gib)
         await self.runtimes.test(preset.runtime for preset in presets)
         self._presets_by_runtime = {}
         found, problems = [], []
+        profile = promised.at_most(math.inf, math.inf, self.storage.gib)
         for preset in presets:
             self._presets_by_runtime.setdefault(preset.runtime, []).append(preset.name)
             template = self.runtimes.answer(preset.runtime)
             if isinstance(template, str):
                 problems.append(f"preset {preset.name}: runtime {preset.runtime}: {template}")
+                continue
+            if self.storage.reason:
+                problems.append(f"preset {preset.name}: {self.storage.reason}")
                 continue
             try:
                 share = profile.share(self._agreements)
@@ -124,10 +137,11 @@ class Offering:
 
     def report(self) -> list[dict[str, Any]]:
         """Return what people are told of each runtime."""
-        return self.runtimes.report(self._presets_by_runtime)
+        rows, reason = self.runtimes.report(self._presets_by_runtime), self.storage.reason
+        return [{**row, "offered": False, "reason": reason} if reason and row["offered"] else row for row in rows]
 
     async def watch(self, system: System) -> None:
-        """Take up changes of presets, hardware, accounts and runtimes until cancelled."""
+        """Take up changes of presets, hardware, disk, accounts and runtimes until cancelled."""
         async with trio.open_nursery() as nursery:
             self.runtimes.watch(nursery, self._presets_by_runtime)
             seen, asked_at = self._stamp(), trio.current_time()
@@ -136,7 +150,8 @@ class Offering:
                 other_accounts = False
                 if trio.current_time() - asked_at >= ACCOUNTS_S:
                     other_accounts, asked_at = await self._accounts_changed(), trio.current_time()
-                if (stamp := self._stamp()) == seen and not other_accounts:
+                other_storage = await self.storage.look()
+                if (stamp := self._stamp()) == seen and not (other_accounts or other_storage):
                     continue
                 seen = stamp
                 try:
@@ -145,7 +160,7 @@ class Offering:
                     log.warning("%s (the offers stay as they are)", error)
                     continue
                 self.runtimes.watch(nursery, self._presets_by_runtime)
-                log.info("presets, hardware, accounts or runtimes changed: %d offers", len(found))
+                log.info("presets, hardware, disk, accounts or runtimes changed: %d offers", len(found))
                 for problem in problems:
                     log.warning("not offered: %s", problem)
                 await system.ask("provider", OffersChanged(found, self.capacity))
