@@ -132,7 +132,7 @@ class Interactions:
             finally:
                 self._dialling.pop(token, None)  # it counts once
             assert dialling.channel is not None
-            await splice(near, dialling.channel)
+            await splice(near, dialling.channel, linger_s=2 * FAREWELL_S)  # a requestor need not hang up by itself
         finally:
             dialling.over.set()
 

@@ -7,6 +7,7 @@ Neighbours: `actors/kernel` (whose `Transport` the router is), `golem/net`, `gol
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
@@ -217,14 +218,19 @@ async def _welcome(stream: trio.SocketStream, node_id: str) -> None:
     await stream.send_all(encode(["welcome", node_id]))
 
 
-async def splice(near: Any, far: Any) -> None:
-    """Carry bytes both ways between two streams until both have ended, or one broke."""
+async def splice(near: Any, far: Any, linger_s: float = math.inf) -> None:
+    """Carry bytes both ways between two streams until both have ended, or one broke.
+
+    `linger_s`: how long `near` may keep its way open when `far` has ended its own.
+    """
 
     async def carry(source: Any, sink: Any, scope: trio.CancelScope) -> None:
         try:
             while data := await source.receive_some(SPLICE_BYTES):
                 await sink.send_all(data)
             await sink.send_eof()
+            if source is far:
+                scope.deadline = trio.current_time() + linger_s
         except (Unreachable, trio.BrokenResourceError, trio.ClosedResourceError) as error:
             log.debug("spliced stream ended: %s", error)
             scope.cancel()

@@ -23,6 +23,7 @@ from support import trio_test
 from trio_websocket import ConnectionClosed, ConnectionRejected, open_websocket_url
 
 from golem.identity import AppKey
+from golem.interaction_wire import OpenTerminal
 from golem.node import Node
 
 pytestmark = pytest.mark.integration
@@ -482,3 +483,17 @@ async def test_websockets_through_the_proxy(tmp_path: Path) -> None:
             await s.left.wait()
             assert (await rejected(f"{base}/closed?authToken={APP_KEY}"))[0] == 403
             assert (await rejected(f"{base}/chat"))[0] == 401
+
+
+@trio_test
+async def test_a_requestor_that_never_hangs_up_is_not_waited_for(tmp_path: Path) -> None:
+    async with hand_world(tmp_path) as w:
+        row = w.r.activity(w.activity_id)
+        assert row is not None
+        before = trio.lowlevel.current_statistics().tasks_living
+        held = [await w.r.interactions.open_terminal(row, OpenTerminal(["true"])) for _ in range(20)]
+        with trio.fail_after(15):
+            while trio.lowlevel.current_statistics().tasks_living >= before + len(held):
+                await trio.sleep(0.1)
+        for terminal in held:
+            await terminal.aclose()
