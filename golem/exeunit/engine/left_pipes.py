@@ -47,7 +47,7 @@ class LeftPipes:
         return len(self._held) - before
 
     def _hold(self, inode: int, path: Path) -> None:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
         if os.fstat(descriptor).st_ino != inode:  # it has put another file there meanwhile
             os.close(descriptor)
             return
