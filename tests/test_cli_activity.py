@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import os
 import pty
@@ -21,13 +22,15 @@ import pytest
 import trio
 from hand_world import HandWorld, hand_world
 from msgspec.structs import replace
+from rich.console import Console
 from support import trio_test
 
 from actors.activity import ActivityRow
 from actors.agreement_rows import Agreement
 from golem.activity_commands import _form
+from golem.cli.output import fail, printable, table, value
 from golem.cli.terminal import Escapes
-from golem.cli.watch import describe, printable
+from golem.cli.watch import Watcher, describe
 from golem.node import Node
 
 GOLEM = [sys.executable, "-m", "golem.cli"]
@@ -64,6 +67,21 @@ def test_what_strangers_say_is_not_for_the_terminal() -> None:
     assert describe({"run": {"entry_point": "/bin/sh", "args": ["-c", "a\nb"]}}) == "run /bin/sh -c a b"
     assert describe({"transfer": {"from": "x", "to": "y"}}) == "transfer x -> y"
     assert describe({"deploy": {}}) == "deploy"
+
+
+def test_messages_of_strangers_are_not_for_the_terminal_either(capsys: pytest.CaptureFixture[str]) -> None:
+    bad = "[/b]\x1b]0;title\x07[red]\x9b"
+    console = Console(file=io.StringIO(), force_terminal=True, highlight=False, color_system=None)
+    watcher = Watcher(console, plain=True)
+    watcher.state("Ready", bad, bad, bad)
+    watcher.tell({"batch": "1", "index": 0, "kind": {"progress": {"progress": [1, 2], "message": bad}}})
+    watcher.tell({"batch": "1", "index": 0, "kind": {"finished": {"return_code": 1, "message": bad}}})
+    table(["name"], [[bad]], note=bad)
+    value({"reason": bad, "all": [bad]})
+    value(bad)
+    said = console.file.getvalue() + capsys.readouterr().out + fail(bad).message  # type: ignore[attr-defined]
+    assert said.count("[/b]\ufffd]0;title\ufffd[red]\ufffd") == 11
+    assert not {"\x1b", "\x07", "\x9b"} & set(said)
     assert len(describe({"run": {"entry_point": "x" * 1000}})) == 160
 
 

@@ -1,4 +1,7 @@
-"""How commands print: tables, objects and texts for people, or JSON with `--json` (tables keyed by column title)."""
+"""How commands print: tables, objects and texts for people, or JSON with `--json` (tables keyed by column title).
+
+Much of what is printed comes from other nodes: nothing of it commands the terminal, or counts as markup.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import click
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 console = Console(soft_wrap=True, highlight=False)
 
@@ -31,7 +35,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], note: str = "")
         return
     view = Table(*columns, box=SIMPLE_HEAD, pad_edge=False, header_style="bold", show_header=any(columns))
     for row in rows:
-        view.add_row(*("" if cell is None else str(cell) for cell in row))
+        view.add_row(*(Text("" if cell is None else printable(str(cell))) for cell in row))
     if sys.stdout.isatty():
         console.print(view)
     else:  # a pipe has no width: never cut or wrap what a script reads
@@ -40,7 +44,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], note: str = "")
             wide.print(view)
         text("\n".join(line.rstrip() for line in captured.get().splitlines() if line.strip()))
     if note:
-        console.print(f"[dim]{note}[/dim]")
+        console.print(printable(note), style="dim", markup=False)
 
 
 def value(found: Any) -> None:
@@ -48,9 +52,9 @@ def value(found: Any) -> None:
     if wants_json():
         text(json.dumps(found, indent=2))
     elif isinstance(found, Mapping | list):
-        text("\n".join(_lines(found, 0)) or "{}")
+        text(printable("\n".join(_lines(found, 0))) or "{}")
     elif found is not None:
-        text(str(found))
+        text(printable(str(found)))
 
 
 def _lines(found: Any, depth: int) -> list[str]:
@@ -89,4 +93,9 @@ def say(line: str) -> None:
 
 def fail(message: str) -> click.ClickException:
     """Return the error that ends a command with a message and a non-zero status."""
-    return click.ClickException(message)
+    return click.ClickException(printable(message))
+
+
+def printable(output: str) -> str:
+    """Return a stranger's text without what would command the terminal."""
+    return "".join(char if char in "\n\t" or (char >= " " and not "\x7f" <= char <= "\x9f") else "\ufffd" for char in output)

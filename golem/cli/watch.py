@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
+from golem.cli.output import printable
+
 MAX_LINE_CHARS = 160
 PAUSE_S = 1.0
 
@@ -80,7 +82,7 @@ class Watcher:
                 self._line(f"  {escape(name)}: {done}{share} bytes")
             return
         if key not in self._tasks:
-            self._tasks[key] = self._bars.add_task(escape(name[:40]), total=total)
+            self._tasks[key] = self._bars.add_task(escape(printable(name[:40])), total=total)
         self._bars.update(self._tasks[key], completed=done, total=total)
 
     def _output(self, output: Any, style: str) -> None:
@@ -88,7 +90,7 @@ class Watcher:
         self._console.print(printable(shown), end="", style=style or None, markup=False)
 
     def _line(self, line: str) -> None:
-        self._console.print(line)
+        self._console.print(printable(line))
 
 
 def describe(command: dict[str, Any]) -> str:
@@ -102,8 +104,3 @@ def describe(command: dict[str, Any]) -> str:
         words += [str(args.get("from", "")), "->", str(args.get("to", ""))]
     line = printable(" ".join(words)).replace("\n", " ")
     return line if len(line) <= MAX_LINE_CHARS else line[: MAX_LINE_CHARS - 3] + "..."
-
-
-def printable(output: str) -> str:
-    """Return a stranger's text without what would command the terminal."""
-    return "".join(char if char in "\n\t" or (char >= " " and not "\x7f" <= char <= "\x9f") else "\ufffd" for char in output)
