@@ -128,8 +128,12 @@ def _passing(headers: Sequence[Header], kept: Collection[bytes] = ()) -> list[He
 
 
 def is_from_browser(headers: Sequence[Header]) -> bool:
-    """Return whether a browser sends a request, as far as it says so."""
-    return bool(header(headers, b"sec-fetch-mode"))
+    """Return whether a browser sends a request.
+
+    Browsers say so in `Sec-Fetch-Site` (a `Sec-Fetch-Mode` alone is Node.js), though not to every address and not with
+    every websocket; all of them have called themselves Mozilla for decades.
+    """
+    return bool(header(headers, b"sec-fetch-site")) or header(headers, b"user-agent").startswith(b"Mozilla/")
 
 
 def forwarded(headers: Sequence[Header], target: Target) -> list[Header]:

@@ -188,7 +188,7 @@ async def test_a_page_does_not_learn_the_key(tmp_path: Path) -> None:
         assert await rejected(shell_url(w, key=ticket)) == (401, "Invalid application key")
         older = {"Authorization": "", "Accept": "text/html"}
         assert (await http.get(f"{s.port}/x?authToken={APP_KEY}", headers=older)).status_code == 307
-        assert (await http.get(f"{s.port}/away", headers={"Sec-Fetch-Mode": "cors"})).headers.get("set-cookie") is None
+        assert (await http.get(f"{s.port}/away", headers={"Sec-Fetch-Site": "none"})).headers.get("set-cookie") is None
 
 
 @trio_test

@@ -63,7 +63,10 @@ def test_the_key_stays_here() -> None:
         (b"x-mine", b"\xe4"), (b"x-forwarded-prefix", HERE + b"/80"),
     ]  # fmt: skip
     assert not any(KEY in value for _, value in sent)
-    browser = forwarded([(b"sec-fetch-mode", b"navigate"), (b"cookie", b"of=another-program")], target)
+    for sign in ((b"sec-fetch-site", b"none"), (b"user-agent", b"Mozilla/5.0 (X11)")):  # one of them with a websocket
+        assert b"cookie" not in dict(forwarded([sign, (b"cookie", b"of=another-program")], target))
+    assert b"cookie" in dict(forwarded([(b"sec-fetch-mode", b"cors"), (b"cookie", b"its=own")], target)), "Node.js"
+    browser = forwarded([(b"sec-fetch-site", b"none"), (b"cookie", b"of=another-program")], target)
     assert b"cookie" not in dict(browser)
 
 
