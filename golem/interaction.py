@@ -44,7 +44,6 @@ log = logging.getLogger("golem.interaction")
 
 ENDED = "the activity has ended"
 MAX_DIALLING = 64  # streams that wait for their exe-unit
-MAX_EVENTS = 2 * WINDOW_BYTES  # held: output, at least a byte each, and what came between
 
 
 @dataclass
@@ -204,7 +203,7 @@ async def _tell(channel: Channel, fault: InteractionFault) -> None:
         await channel.finish(FAREWELL_S)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Output:
     """Bytes that the program wrote, to standard output or standard error."""
 
@@ -212,19 +211,19 @@ class Output:
     data: bytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Taken:
     """So many bytes of input have reached the program."""
 
     size: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class End:
     """No more output comes, though input may still be taken."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Exit:
     """How the program ended."""
 
@@ -239,8 +238,10 @@ class _Client:
         self._channel = channel
         self._untaken = 0  # bytes of input on the way
         self._taken = 0  # bytes of output dealt with that the exe-unit was not told of
-        self._events: deque[Output | Taken | End | Exit] = deque()
+        self._events: deque[Output | End | Exit] = deque()  # output has a byte at least, the others come once
         self._held = 0  # bytes of output among them
+        self._reached = 0  # bytes of input that were taken, and nobody was told of yet
+        self._over: set[str] = set()  # which of the others came
         self._fault: InteractionFault | None = None
         self._reading = False
         self._news = trio.Event()
@@ -267,8 +268,11 @@ class _Client:
 
     async def next_event(self) -> Output | Taken | End | Exit:
         """Return what happened next. Raises `InteractionFault`."""
-        while not self._events:
+        while not self._events and not self._reached:
             await self._progress()
+        if self._reached:
+            size, self._reached = self._reached, 0
+            return Taken(size)
         event = self._events.popleft()
         if isinstance(event, Output):
             self._held -= len(event.data)
@@ -301,25 +305,22 @@ class _Client:
             raise InteractionFault("lost", "the exe-unit went away")
         _raise_error(frame)
         match frame:
-            case ["output", (1 | 2) as side, bytes() as data]:
+            case ["output", (1 | 2) as side, bytes() as data] if data:
                 self._held += len(data)
                 if self._held > WINDOW_BYTES:
                     raise InteractionFault("lost", "the exe-unit sends more than may be on the way")
                 self._events.append(Output(STDOUT if side == STDOUT else STDERR, data))
             case ["taken", int() as size] if size > 0:
                 self._untaken = max(0, self._untaken - size)
-                if self._events and isinstance(before := self._events[-1], Taken):
-                    self._events[-1] = Taken(before.size + size)
-                else:
-                    self._events.append(Taken(size))
-            case ["end"]:
+                self._reached += size
+            case ["end"] if not self._over:
+                self._over.add("end")
                 self._events.append(End())
-            case ["exit", int() as code, (str() | None) as reason]:
+            case ["exit", int() as code, (str() | None) as reason] if "exit" not in self._over:
+                self._over.add("exit")
                 self._events.append(Exit(code, reason))
             case _:
                 raise InteractionFault("lost", "the exe-unit answers nonsense")
-        if len(self._events) > MAX_EVENTS:
-            raise InteractionFault("lost", "the exe-unit says more than anybody can take")
 
 
 class TerminalClient(_Client):

@@ -27,6 +27,7 @@ from golem.exeunit.runtimes import make_runtime
 from golem.exeunit.runtimes.base import Interaction
 from golem.interaction import Exit, Interactions, Output, Taken, TerminalClient
 from golem.interaction_wire import BACK, STREAM, WINDOW_BYTES, Channel, InteractionFault, OpenTerminal
+from protocol.codec import length_prefixed
 
 ACTIVITY = "1" * 32
 PROVIDER, REQUESTOR = A, B
@@ -435,3 +436,29 @@ async def test_watchers_see_all_batches_and_progress_nobody_asked_for() -> None:
     assert first[0] > 2  # the oldest went first, also from its batch
     assert live.read("one", -1) == []
     assert live.read("big", -1)[0][1] >= first[2]
+
+
+class Scripted:
+    """A stream on which a hostile provider has said all it says."""
+
+    def __init__(self, *frames: list[Any]) -> None:
+        self._bytes = b"".join(length_prefixed(msgspec.msgpack.encode(frame)) for frame in frames)
+
+    async def receive_some(self, n: int) -> bytes:
+        found, self._bytes = self._bytes[:n], self._bytes[n:]
+        return found
+
+
+@trio_test
+async def test_a_requestor_holds_little_of_what_a_hostile_provider_says() -> None:
+    for frames in ([["output", 1, b""]], [["end"]] * 2, [["exit", 0, None]] * 2, [["exit", 0, None], ["end"]]):
+        client = TerminalClient(Channel(Scripted(*frames)))
+        for _ in frames[1:]:
+            await client._progress()
+        with pytest.raises(InteractionFault, match="nonsense"):
+            await client._progress()
+    client = TerminalClient(Channel(Scripted(*[["taken", 1]] * 1000, ["output", 1, b"x"], ["taken", 1])))
+    for _ in range(1002):
+        await client._progress()
+    assert len(client._events) == 1
+    assert (await client.receive(), await client.receive()) == (Taken(1001), Output(1, b"x"))
