@@ -105,6 +105,7 @@ def test_app_keys(alice: LocalNode) -> None:
     assert re.fullmatch("[0-9a-f]{32}", key)
     assert run_text(alice, "app-key", "create", "one").strip() == key
     row = next(row for row in run_json(alice, "app-key", "list") if row["name"] == "one")
+    assert row in json.loads(run_text(alice, "app-key", "list", "--json"))  # as the reference's users write it
     assert list(row) == ["name", "key", "id", "role", "created"]
     assert (row["key"], row["id"], row["role"]) == (key, alice.node_id, "manager")
     shown = run_json(alice, "app-key", "show", "one")
@@ -174,7 +175,8 @@ def test_about_the_program(alice: LocalNode) -> None:
 
 
 def test_command_lists_are_not_cut() -> None:
-    for group in ([], ["payment"], ["net"], ["market"], ["id"], ["app-key"], ["provider"], ["chain"], ["service"]):
+    for group in ([], ["payment"], ["net"], ["market"], ["id"], ["app-key"], ["provider"], ["chain"], ["service"],
+                  ["activity"], ["image"]):  # fmt: skip
         text = CliRunner().invoke(main, [*group, "--help"]).stdout
         assert "..." not in text.partition("Commands:")[2], text
 

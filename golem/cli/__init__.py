@@ -46,6 +46,18 @@ def _register() -> None:
         module.register(main)
 
 
+def _json_anywhere(command: click.Command) -> None:
+    """Let `--json` stand behind a command's name as well, as in the reference."""
+
+    def ask_for_json(context: click.Context, _: click.Parameter, given: bool) -> None:
+        if given:
+            context.find_root().params["as_json"] = True
+
+    for one in command.commands.values() if isinstance(command, click.Group) else ():
+        one.params.append(click.Option(["--json"], is_flag=True, hidden=True, expose_value=False, callback=ask_for_json))
+        _json_anywhere(one)
+
+
 @main.group()
 def version() -> None:
     """The version of this program."""
@@ -75,3 +87,4 @@ def complete(shell: str) -> None:
 
 
 _register()
+_json_anywhere(main)

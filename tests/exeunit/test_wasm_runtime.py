@@ -72,7 +72,11 @@ async def once(tmp_path: Path, image: bytes, limits: Limits = SMALL, **run: obje
 
 
 def is_alive(pid: int) -> bool:
-    return Path(f"/proc/{pid}").exists()
+    """Whether a process runs; a dead one may wait for long where nobody reaps it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
 
 
 async def eventually(condition: Callable[[], bool]) -> None:
