@@ -54,6 +54,8 @@ def _json_anywhere(command: click.Command) -> None:
             context.find_root().params["as_json"] = True
 
     for one in command.commands.values() if isinstance(command, click.Group) else ():
+        if any("--json" in parameter.opts for parameter in one.params):  # a command with two names
+            continue
         one.params.append(click.Option(["--json"], is_flag=True, hidden=True, expose_value=False, callback=ask_for_json))
         _json_anywhere(one)
 
