@@ -42,6 +42,7 @@ PRUNED_AT_ONCE = 5000  # events
 ACK_FLUSH_S = 0.05  # how long acknowledgements wait for a commit to go with: losing them costs a repetition, no more
 KEPT_QUARANTINED = 1000
 RETIRED_EPOCHS = 8
+FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE)  # of the disk: the file, or the index of its log
 
 
 class JournalError(Exception):
@@ -140,8 +141,11 @@ class Journal:
     """Opens the file, reads committed state, writes commits, in the order of the calls, while `run` runs.
 
     `path=":memory:"` or `threads=False` writes inline on one connection (simulation); otherwise a worker thread writes
-    on a connection of its own, so that an fsync never stops the event loop.
+    on a connection of its own, so that an fsync never stops the event loop. `make_room`, where
+    it is set, is called (in any thread) when the disk is full; if it returns True the transaction is tried once more.
     """
+
+    make_room: Callable[[], bool] | None = None
 
     def __init__(self, path: str, new_epoch: Callable[[], str], *, threads: bool = True, synchronous: str = "FULL") -> None:
         self._threads = threads and path != ":memory:"
@@ -187,6 +191,13 @@ class Journal:
 
     def _migrate(self, new_epoch: Callable[[], str]) -> None:
         db = self._writer
+        try:
+            self._bring_up(db, new_epoch)
+        except sqlite3.Error as error:
+            raise JournalError(f"cannot write the journal: {error}") from error
+
+    @staticmethod
+    def _bring_up(db: sqlite3.Connection, new_epoch: Callable[[], str]) -> None:
         version = db.execute("pragma user_version").fetchone()[0]
         if version > len(MIGRATIONS):
             raise JournalError(f"the journal was written by a newer version (schema {version}, known {len(MIGRATIONS)})")
@@ -345,22 +356,31 @@ class Journal:
             self._write(commits, acks)
 
     def _write(self, commits: list[Commit], acks: dict[tuple[str, str], int]) -> None:
-        db = self._writer
         try:
-            db.execute("begin immediate")
             try:
-                for commit in commits:
-                    _apply(db, commit)
-                delete = "delete from outbox where actor=? and recipient=? and seq<=?"
-                db.executemany(delete, [(*link, seq) for link, seq in acks.items()])
-                db.execute("commit")
-            except BaseException:
-                if db.in_transaction:
-                    db.execute("rollback")
-                raise
+                self._transact(commits, acks)
+            except sqlite3.OperationalError as error:
+                # nothing of a transaction that met a full disk is there: SQLite has rolled it back, or we have
+                if error.sqlite_errorcode not in FULL or self.make_room is None or not self.make_room():
+                    raise
+                self._transact(commits, acks)
         except sqlite3.Error as error:
             raise JournalError(f"cannot write the journal: {error}") from error
         self.commits += 1
+
+    def _transact(self, commits: list[Commit], acks: dict[tuple[str, str], int]) -> None:
+        db = self._writer
+        db.execute("begin immediate")
+        try:
+            for commit in commits:
+                _apply(db, commit)
+            delete = "delete from outbox where actor=? and recipient=? and seq<=?"
+            db.executemany(delete, [(*link, seq) for link, seq in acks.items()])
+            db.execute("commit")
+        except BaseException:
+            if db.in_transaction:
+                db.execute("rollback")
+            raise
 
     async def prune(self, before: float) -> int:
         """Delete feed events older than `before`, between commits; return how many. Raises `JournalError`."""

@@ -1,9 +1,9 @@
 """The exe-unit's process: kernel, machine, runtime port and bus client put together, from start to end.
 
 It outlives a restart of its node: messages wait in its journal and the bus client comes back. It ends by SIGTERM, when a
-limit of the agreement is exceeded, when the agreement has expired, or when the runtime dies by itself; each way with a
-last report that holds the final usage. A second process on the same working directory finds the runtime of the first one
-lost, and ends the activity.
+limit of the agreement is exceeded, when the agreement has expired, when the disk is full, or when the runtime dies by
+itself; each way with a last report that holds the final usage. A second process on the same working directory finds the
+runtime of the first one lost, and ends the activity.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ import msgspec
 import trio
 
 from actors.exeunit import ExeUnit, UnitRow
-from actors.kernel.journal import Journal
+from actors.kernel.journal import Journal, JournalError
 from actors.kernel.machine import AskTimeout, Busy
 from actors.kernel.system import System
 from golem.bus import BusClient
+from golem.exeunit.disk import DiskWatch
 from golem.exeunit.images import ImageStore
 from golem.exeunit.interaction import UnitInteractions, allowed_interactions
 from golem.exeunit.live import LiveLog
@@ -55,6 +56,7 @@ EXPIRY_MARGIN_S = 60.0  # the agent ends an expired agreement; this is for when 
 CACHE_BYTES = 20 << 30
 IMAGE_BYTES = 8 << 30
 DESTROYED, LIMIT, EXPIRED, LOST = "destroyed", "Usage limit exceeded", "Agreement expired", "Runtime lost"
+DISK = "Disk full"
 MAX_CALL_BYTES = 4096
 
 
@@ -103,6 +105,8 @@ class Unit:
         self.name = f"exeunit:{settings.activity_id}"
         self.live = LiveLog()
         self._journal = journal
+        self._disk = DiskWatch(settings.work_dir)
+        journal.make_room = self._disk.make_room
         self.client = BusClient(
             settings.bus, self.name, "exeunit", on_mail=self._deliver, on_call=self._answer, on_connect=self._hurry
         )
@@ -160,7 +164,22 @@ class Unit:
 
     # -- life
     async def run(self) -> int:
-        """Serve the activity to its end; returns the exit status (0: it was told to end, and everybody knows)."""
+        """Serve the activity to its end; returns the exit status (0: it was told to end, and everybody knows).
+
+        Raises `JournalError` when the disk fails; nothing of the runtime is left then, either.
+        """
+        try:
+            return await self._serve()
+        except BaseExceptionGroup as group:
+            if (failed := group.subgroup(JournalError)) is None:
+                raise
+            with trio.CancelScope(shield=True):
+                await self.port.stop("the exe-unit cannot write to its disk")
+            raise JournalError(str(_first(failed))) from None
+        finally:
+            self._disk.release()
+
+    async def _serve(self) -> int:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             self.port.attach(
@@ -192,6 +211,7 @@ class Unit:
         return row.state if row else "New"
 
     async def _end(self) -> bool:
+        self._disk.release()  # what is still to be written has its room
         self.interactions.end("the activity has ended: " + ": ".join(filter(None, self._reason)))
         with trio.move_on_after(STOP_S) as scope:
             await self.port.stop("activity terminated: " + ": ".join(filter(None, self._reason)))
@@ -231,6 +251,15 @@ class Unit:
                 self.end(LIMIT, f"storage: {used.storage_gib:.3f} GiB used of {limits.storage_gib:g}")
             if self.terms.expires_at is not None and time.time() > self.terms.expires_at + EXPIRY_MARGIN_S:
                 self.end(EXPIRED)
+            if (problem := self._disk.look()) is not None:
+                self.end(DISK, problem)
+
+
+def _first(group: BaseExceptionGroup[Any]) -> BaseException:
+    found: BaseException = group
+    while isinstance(found, BaseExceptionGroup):
+        found = found.exceptions[0]
+    return found
 
 
 def serve(settings: Settings) -> int:

@@ -498,6 +498,29 @@ def test_a_disk_that_fails_ends_the_node(tmp_path: Path, fault: str, threads: bo
     journal.close()
 
 
+@pytest.mark.parametrize("threads", [True, False])
+@trio_test
+async def test_room_that_is_made_on_a_full_disk_saves_the_commit(tmp_path: Path, threads: bool) -> None:
+    journal = Journal(f"{tmp_path}/node.db", lambda: "e", threads=threads)
+    made: list[bool] = []
+
+    def make_room() -> bool:
+        made.append(True)
+        journal._writer.execute("pragma max_page_count=100000")
+        return True
+
+    journal.make_room = make_room
+    system = System("A", journal, Nowhere(), clock=trio.current_time, new_trace=lambda: "t")
+    large, reply = Text("x" * 100_000), Reply(Text("kept"))
+    system.add(Doer(fill=lambda rows, meta: Step({f"x{len(list(rows.prefix('x')))}": large}, [reply])))
+    async with running(system) as a:
+        journal._writer.execute("pragma max_page_count=1")
+        assert [await a.ask("doer", Do("fill")) for _ in range(2)] == [Text("kept")] * 2
+        assert [key for key, _ in a.rows("doer").prefix("x")] == ["x0", "x1"]
+    assert made == [True]
+    journal.close()
+
+
 @trio_test
 async def test_stopping_in_the_midst_of_commits_hangs_nobody(tmp_path: Path) -> None:
     journal = Journal(f"{tmp_path}/node.db", lambda: "e")
