@@ -9,6 +9,7 @@ they would not pass the provider's check.
 from __future__ import annotations
 
 import email.utils
+import logging
 import os
 import re
 from collections.abc import AsyncIterator
@@ -24,6 +25,8 @@ from golem.rest.edge import ApiError, query_text, respond_json
 
 if TYPE_CHECKING:
     from golem.node import Node
+
+log = logging.getLogger("golem.rest")
 
 CHUNK_BYTES = 1 << 20
 MAX_DOWNLOADS = 64  # at a time
@@ -87,7 +90,10 @@ def _not_here(which: str, tag: str) -> NoReturn:
 
 # -- the image itself
 class _FileBody(ResponseBody):
-    """Bytes of a file from `first` on to before `end`, open while they are sent."""
+    """Bytes of a file from `first` on to before `end`, open while they are sent.
+
+    A file that is cut short meanwhile ends them: the answer is shorter than it said, which whoever reads it sees.
+    """
 
     def __init__(self, path: Path, first: int, end: int, downloads: set[_FileBody]) -> None:
         self._path, self._first, self._end, self._downloads = path, first, end, downloads
@@ -106,6 +112,9 @@ class _FileBody(ResponseBody):
         offset = self._first
         while offset < self._end:
             data = await trio.to_thread.run_sync(os.pread, self._descriptor, min(CHUNK_BYTES, self._end - offset), offset)
+            if not data:
+                log.warning("%s was cut short while it was sent", self._path.name)
+                return
             offset += len(data)
             yield data
 

@@ -144,6 +144,22 @@ async def test_a_reader_that_leaves_gives_its_place_back(tmp_path: Path, monkeyp
                 await trio.sleep(0.02)
 
 
+@trio_test
+async def test_a_file_that_is_cut_short_ends_its_download(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async with serving(tmp_path) as (node, client):
+        image = await pushed(node, bytes(40 << 20))  # more than sockets hold
+        url, got = f"/v1/image/{image.sha3}", 0
+        with trio.fail_after(20), pytest.raises(httpx.RemoteProtocolError):
+            async with client.stream("GET", url) as answer:
+                async for part in answer.aiter_raw(1 << 16):
+                    if not got:
+                        os.truncate(node.registry.path(image), 1 << 20)
+                    got += len(part)
+        assert 1 << 20 <= got < 40 << 20
+        assert "was cut short while it was sent" in caplog.text
+        assert (await client.get("/v1/image/info", params={"hash": image.sha3})).status_code == 200, "the node serves on"
+
+
 # -- providers
 async def read_by_gftp(node: Node, url: str) -> bytes:
     parts: list[bytes] = []
