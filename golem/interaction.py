@@ -10,8 +10,8 @@ from __future__ import annotations
 import logging
 import secrets
 from collections import deque
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,7 +43,9 @@ from golem.router import EXEUNIT, Router, splice
 log = logging.getLogger("golem.interaction")
 
 ENDED = "the activity has ended"
-MAX_DIALLING = 64  # streams that wait for their exe-unit
+MAX_DIALLING = 64  # streams that wait for their exe-units to come
+DIALLING_EACH = 8  # of these, of one activity; more wait for their turn
+MAX_WAITING = 64  # of one activity, all in all
 
 
 @dataclass
@@ -56,12 +58,21 @@ class _Dialling:
     over: trio.Event = field(default_factory=trio.Event)
 
 
+@dataclass
+class _Share:
+    """An activity's share of the streams that wait: an exe-unit that is stuck takes no other's."""
+
+    turns: trio.Semaphore = field(default_factory=lambda: trio.Semaphore(DIALLING_EACH))
+    users: int = 0
+
+
 class Interactions:
     """The streams of one node. `row_of(activity id)` is the node's row of an activity, None if it knows none."""
 
     def __init__(self, me: str, router: Router, row_of: Callable[[str], ActivityRow | None]) -> None:
         self._me, self._router, self._row_of = me, router, row_of
         self._dialling: dict[str, _Dialling] = {}
+        self._shares: dict[str, _Share] = {}  # by activity, while it has streams that wait
         router.serve_stream(STREAM, self._serve)
         router.serve_stream(BACK, self._take)
 
@@ -121,19 +132,42 @@ class Interactions:
             raise InteractionFault("forbidden", "not an activity of this requestor")
         if row.ended:
             raise InteractionFault("gone", ENDED)
-        if len(self._dialling) >= MAX_DIALLING:
-            raise InteractionFault("busy", "too many streams wait for their exe-units")
-        token = secrets.token_hex(16)
-        dialling = self._dialling[token] = _Dialling(activity_id)
+        dialling = _Dialling(activity_id)
         try:
-            try:
-                await self._dial(activity_id, token, dialling)
-            finally:
-                self._dialling.pop(token, None)  # it counts once
+            async with self._turn(activity_id):
+                if len(self._dialling) >= MAX_DIALLING:
+                    raise InteractionFault("busy", "too many streams wait for their exe-units")
+                token = secrets.token_hex(16)
+                self._dialling[token] = dialling
+                try:
+                    await self._dial(activity_id, token, dialling)
+                finally:
+                    self._dialling.pop(token, None)  # it counts once
             assert dialling.channel is not None
             await splice(near, dialling.channel, linger_s=2 * FAREWELL_S)  # a requestor need not hang up by itself
         finally:
             dialling.over.set()
+
+    @asynccontextmanager
+    async def _turn(self, activity_id: str) -> AsyncIterator[None]:
+        """Wait until a stream may ask its exe-unit to come, and hold its place of the activity's share."""
+        share = self._shares.setdefault(activity_id, _Share())
+        if share.users >= MAX_WAITING:
+            raise InteractionFault("busy", "too many streams wait for this exe-unit")
+        share.users += 1
+        try:
+            with trio.move_on_after(OPEN_S) as patience:
+                await share.turns.acquire()
+            if patience.cancelled_caught:
+                raise InteractionFault("busy", "this exe-unit does not come to the streams that wait for it")
+            try:
+                yield
+            finally:
+                share.turns.release()
+        finally:
+            share.users -= 1
+            if not share.users:
+                del self._shares[activity_id]
 
     async def _dial(self, activity_id: str, token: str, dialling: _Dialling) -> None:
         """Ask the exe-unit to come, and wait for it."""

@@ -29,7 +29,7 @@ from actors.activity import ActivityRow
 from actors.agreement_rows import Agreement
 from golem.activity_commands import _form
 from golem.cli.output import fail, printable, table, value
-from golem.cli.terminal import Escapes
+from golem.cli.terminal import Escapes, Lost, _Program
 from golem.cli.watch import Watcher, describe
 from golem.node import Node
 
@@ -83,6 +83,30 @@ def test_messages_of_strangers_are_not_for_the_terminal_either(capsys: pytest.Ca
     assert said.count("[/b]\ufffd]0;title\ufffd[red]\ufffd") == 11
     assert not {"\x1b", "\x07", "\x9b"} & set(said)
     assert len(describe({"run": {"entry_point": "x" * 1000}})) == 160
+
+
+class Says:
+    """A node's websocket that says one thing."""
+
+    def __init__(self, message: dict[str, Any]) -> None:
+        self._message = message
+
+    async def get_message(self) -> str:
+        return json.dumps(self._message)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_end_of_a_program_is_told_without_commands_to_the_terminal(
+    terminal: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = "gone\x1b]0;title\x07\x9b2J"
+    program = _Program(Says({"exit": 3, "reason": bad}), terminal, stdin=False)  # type: ignore[arg-type]
+    trio.run(program._output)
+    assert program.status == 3
+    assert capsys.readouterr().err == "gone\ufffd]0;title\ufffd\ufffd2J" + ("\r\n" if terminal else "\n")
+    program = _Program(Says({"error": bad}), terminal, stdin=False)  # type: ignore[arg-type]
+    trio.run(program._output)
+    assert Lost(program.problem or "").message == "gone\ufffd]0;title\ufffd\ufffd2J"
 
 
 @pytest.mark.integration

@@ -86,9 +86,9 @@ def text(line: str) -> None:
     click.echo(line)
 
 
-def say(line: str) -> None:
-    """Tell a person something beside the result (standard error)."""
-    click.echo(line, err=True)
+def say(line: str, *, end: str = "\n") -> None:
+    """Tell a person something beside the result (standard error). `end`: of the line, which a raw terminal wants whole."""
+    click.echo(printable(line) + end, nl=False, err=True)
 
 
 def fail(message: str) -> click.ClickException:

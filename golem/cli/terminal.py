@@ -21,7 +21,7 @@ import click
 import trio
 from trio_websocket import ConnectionClosed, ConnectionRejected, HandshakeError, WebSocketConnection, open_websocket_url
 
-from golem.cli.output import say
+from golem.cli.output import printable, say
 from golem.interaction_wire import ACK_BYTES, WINDOW_BYTES
 
 READ_BYTES = 32 << 10
@@ -34,6 +34,9 @@ class Lost(click.ClickException):
     """A program that could not be begun, or that was lost."""
 
     exit_code = LOST
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class Escapes:
@@ -143,7 +146,8 @@ class _Program:
                     data, hung_up = escapes.feed(data)
                 await self._send(data)
                 if hung_up:
-                    say("\r\nHung up.\r")
+                    say("", end="\r\n")
+                    say("Hung up.", end="\r\n")
                     scope.cancel()
                     return
         with suppress(ConnectionClosed):
@@ -207,7 +211,7 @@ class _Program:
                 self._room.set()
             case {"exit": int() as code, "reason": reason}:
                 if reason:
-                    say(f"{reason}\r" if self._terminal else reason)
+                    say(str(reason), end="\r\n" if self._terminal else "\n")
                 self.status = code if 0 <= code <= 255 else 1
             case {"error": str() as text}:
                 self.problem = text

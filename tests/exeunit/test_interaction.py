@@ -25,7 +25,7 @@ from golem.exeunit.interaction import MAX_STREAMS, UnitInteractions, allowed_int
 from golem.exeunit.live import LiveLog
 from golem.exeunit.runtimes import make_runtime
 from golem.exeunit.runtimes.base import Interaction
-from golem.interaction import Exit, Interactions, Output, Taken, TerminalClient
+from golem.interaction import DIALLING_EACH, Exit, Interactions, Output, Taken, TerminalClient
 from golem.interaction_wire import BACK, STREAM, WINDOW_BYTES, Channel, InteractionFault, OpenTerminal
 from protocol.codec import length_prefixed
 
@@ -342,6 +342,52 @@ async def test_open_streams_are_counted_and_given_back(tmp_path: Path) -> None:
         while h.unit._open:
             await trio.sleep(0.01)
         assert (await collect(await h.terminal("true")))[2] == Exit(0, None)
+
+
+@trio_test
+async def test_an_exe_unit_that_is_stuck_takes_no_others_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stuck, well = "2" * 32, "3" * 32
+    rows = {name: msgspec.structs.replace(row("Provider"), activity_id=name) for name in (stuck, well)}
+    asked: list[str] = []
+
+    async def answer(sender: str, target: str, payload: bytes) -> bytes:
+        asked.append(target)
+        if target.endswith(stuck):
+            await trio.sleep_forever()
+        return msgspec.msgpack.encode(["error", "refused", "not today"])
+
+    faults: list[str] = []
+
+    async def ask(mine: Interactions, name: str) -> None:
+        with pytest.raises(InteractionFault) as caught:
+            await mine.connect(msgspec.structs.replace(row("Requestor"), activity_id=name), 80)
+        faults.append(f"{caught.value.code}: {caught.value}")
+
+    monkeypatch.setattr("golem.interaction.OPEN_S", 3.0)
+    monkeypatch.setattr("golem.interaction.MAX_WAITING", DIALLING_EACH + 2)
+    async with two_nodes(tmp_path) as (provider, requestor, nursery):
+        theirs = Interactions(PROVIDER, provider.router, rows.get)
+        mine = Interactions(REQUESTOR, requestor.router, {}.get)
+        for name in (stuck, well):
+            client = BusClient(tmp_path / "a.sock", f"exeunit:{name}", "exeunit", on_call=answer)
+            nursery.start_soon(client.run)
+        with trio.fail_after(20):
+            while len(provider.bus.peers()) < 2:
+                await trio.sleep(0.01)
+            async with trio.open_nursery() as asking:
+                for _ in range(DIALLING_EACH + 2):
+                    asking.start_soon(ask, mine, stuck)
+                while len(asked) < DIALLING_EACH:
+                    await trio.sleep(0.01)
+                await ask(mine, well)
+                assert faults == ["refused: not today"]
+                await ask(mine, stuck)
+                assert faults.pop() == "busy: too many streams wait for this exe-unit"
+                assert asked.count(f"exeunit:{stuck}") == DIALLING_EACH
+            assert len(faults) == DIALLING_EACH + 3
+            assert not theirs._shares
+            assert not theirs._dialling
+        nursery.cancel_scope.cancel()
 
 
 @trio_test
