@@ -17,7 +17,7 @@ import pytest
 import trio
 from support import trio_test
 
-from golem.localnet import LocalNet, LocalNode, open_localnet
+from golem.localnet import LocalNet, LocalNetError, LocalNode, open_localnet
 
 ROOT = Path(__file__).resolve().parents[2]
 YAPAPI_PYTHON = ROOT / ".venv-yapapi" / "bin" / "python"
@@ -52,7 +52,13 @@ async def until_settled(nodes: tuple[LocalNode, ...], invoice: str, timeout_s: f
 
 
 async def balance(node: LocalNode) -> Decimal:
-    return Decimal((await node.command("payment", "status"))["amount"])
+    """Return what the chain says; one that was killed takes a moment to come back."""
+    with trio.fail_after(30):
+        while True:
+            try:
+                return Decimal((await node.command("payment", "status"))["amount"])
+            except LocalNetError:
+                await trio.sleep(0.2)
 
 
 @needs_yapapi
