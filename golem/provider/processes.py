@@ -23,6 +23,7 @@ import trio
 from actors.kernel.machine import Meta, Send
 from actors.kernel.system import System
 from golem.exeunit.descriptors import SEARCH
+from golem.exeunit.supervisor import start_ticks
 from golem.identity import write_private
 from protocol.provider import FindUnit, StartUnit, StopUnit, ToProcesses, UnitExited, UnitRunning
 
@@ -44,15 +45,6 @@ def unit_environment(places: str | None = None) -> dict[str, str]:
         env[SEARCH] = places
     env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_ROOT), env.get("PYTHONPATH"))))
     return env
-
-
-def start_ticks(pid: int) -> int:
-    """Return when a process started (clock ticks since boot), 0 if it is gone or only waits to be reaped."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    except (OSError, IndexError):
-        return 0
-    return 0 if fields[0] in "ZX" else int(fields[19])
 
 
 def is_unit(pid: int, activity_id: str) -> bool:

@@ -19,8 +19,8 @@ from support import trio_test
 from golem.exeunit.engine.admin import Admin, socket_path
 from golem.exeunit.engine.leftovers import SUPERVISOR_LABEL, sweep
 from golem.exeunit.engine.storage import MARK_FILE, unmount
-from golem.exeunit.engine.supervisor import is_dead, own_mark
 from golem.exeunit.runtimes.base import RuntimeFault
+from golem.exeunit.supervisor import is_dead, own_mark
 from golem.local_engine import LocalEngine
 
 # An exe-unit's runtime with all kinds of volumes and a command that runs; and then nothing more is heard of it.

@@ -17,10 +17,11 @@ import trio
 from support import mock_trio_test, trio_test
 
 from actors.kernel.machine import Meta, Send
+from golem.exeunit.supervisor import start_ticks
 from golem.provider.client import MAX_ANSWER_BYTES, ApiError, NodeAway, NodeClient
 from golem.provider.leftovers import Leftovers
 from golem.provider.port import RestPort
-from golem.provider.processes import Processes, find_unit, is_unit, start_ticks, unit_environment
+from golem.provider.processes import Processes, find_unit, is_unit, unit_environment
 from golem.provider.runtimes import ExeUnits
 from protocol.provider import (
     ApprovalEnded,

@@ -19,8 +19,8 @@ from golem.exeunit.engine.admin import EngineFacts
 from golem.exeunit.engine.init_program import init_program
 from golem.exeunit.engine.leftovers import SUPERVISOR_LABEL
 from golem.exeunit.engine.seccomp_profile import profile
-from golem.exeunit.engine.supervisor import own_mark
 from golem.exeunit.runtimes.base import Limits, RuntimeFault
+from golem.exeunit.supervisor import own_mark
 
 ACTIVITY_LABEL = "golem.activity"
 INIT_PATH = "/.golem/init"

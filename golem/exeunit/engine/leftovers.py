@@ -19,8 +19,8 @@ import trio
 
 from golem.exeunit.engine.admin import Admin
 from golem.exeunit.engine.storage import FOLDER, MARK_FILE, remove_folder, unmount_all
-from golem.exeunit.engine.supervisor import is_dead
 from golem.exeunit.runtimes.base import RuntimeFault
+from golem.exeunit.supervisor import is_dead
 
 log = logging.getLogger("golem.exeunit")
 

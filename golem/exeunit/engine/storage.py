@@ -25,8 +25,8 @@ from pathlib import Path
 
 import trio
 
-from golem.exeunit.engine.supervisor import own_mark
 from golem.exeunit.runtimes.base import GIB, RuntimeFault
+from golem.exeunit.supervisor import own_mark
 from golem.exeunit.usage import measure_tree, remove_tree
 
 log = logging.getLogger("golem.exeunit")

@@ -23,9 +23,10 @@ from pathlib import Path
 import trio
 
 from golem.exeunit.runtimes.base import Side
+from golem.exeunit.supervisor import is_dead, own_mark
 from golem.exeunit.usage import process_cpu_s
 
-MARK = "GOLEM_SUPERVISOR"  # <process id>:<its start in clock ticks since boot> of the exe-unit
+MARK = "GOLEM_SUPERVISOR"  # variable with the mark of the exe-unit
 CHUNK_BYTES = 1 << 16
 DRAIN_S = 0.1  # a pipe that stays empty that long after the end of its program, because others hold it open, is done
 DRAIN_BYTES = 1 << 20  # at most what a pipe can hold
@@ -78,18 +79,6 @@ def _environ(pid: int) -> dict[str, str]:
     return {name: value for name, separator, value in (word.partition("=") for word in words) if separator}
 
 
-def supervisor_mark() -> str:
-    """Return the mark of this process."""
-    found = _stat(os.getpid())
-    return f"{os.getpid()}:{found.ticks if found else 0}"
-
-
-def _supervisor_lives(mark: str) -> bool:
-    pid, _, ticks = mark.partition(":")
-    found = _stat(int(pid)) if pid.isdigit() else None
-    return found is not None and found.state not in "ZX" and str(found.ticks) == ticks
-
-
 def sweep_processes(work_root: Path) -> list[str]:
     """Kill processes that dead exe-units with a working directory below `work_root` left; return a line for each."""
     said = []
@@ -98,7 +87,7 @@ def sweep_processes(work_root: Path) -> list[str]:
             continue
         environ = _environ(int(name))
         work = Path(environ.get("TMPDIR", "/"))
-        if MARK in environ and not _supervisor_lives(environ[MARK]) and work.is_relative_to(work_root.resolve()):
+        if is_dead(environ.get(MARK, "")) and work.is_relative_to(work_root.resolve()):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(name), signal.SIGKILL)
                 said.append(f"process {name} of a runtime whose exe-unit is gone: killed")
@@ -128,7 +117,7 @@ class Tree:
         Errors: OSError.
         """
         self._serial += 1
-        marks = {MARK: supervisor_mark(), "GOLEM_COMMAND": str(self._serial)}
+        marks = {MARK: own_mark(), "GOLEM_COMMAND": str(self._serial)}
         guard = shutil.which("setpriv")
         words = [guard, "--pdeathsig", "KILL", "--", *argv] if guard else list(argv)
         command = Command(self, words, {**env, **marks}, cwd, str(self._serial), stdin)

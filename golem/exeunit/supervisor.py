@@ -1,8 +1,9 @@
-"""Who looks after a container or a mount: the mark of an exe-unit's process, by which others see whether it still lives.
+"""Who looks after a container, mount or process: the mark of an exe-unit's process, by which others see whether it still lives.
 
 A mark is `pid:start ticks:pid namespace`. A pid alone would be taken over by the next process that gets the number, and
 one of another namespace (a provider in a container, sharing an Engine) says nothing here.
-Neighbours: labels of containers (`golem.exeunit.runtimes.vm`), marks of folders (`storage`), `leftovers`.
+Neighbours: labels of containers (`engine.container`), marks of folders (`engine.storage`), environments of processes
+(`runtimes.process_tree`), and the sweeps that read them; the provider agent finds its exe-units by `start_ticks`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ _MARK = re.compile(r"(\d{1,10}):(\d{1,20}):(\d{1,20})\s*\Z")
 
 def own_mark() -> str:
     """Return the mark of this process."""
-    return f"{os.getpid()}:{_start_ticks(os.getpid())}:{_namespace()}"
+    return f"{os.getpid()}:{start_ticks(os.getpid())}:{_namespace()}"
 
 
 def is_dead(mark: str) -> bool:
@@ -24,10 +25,10 @@ def is_dead(mark: str) -> bool:
     match = _MARK.match(mark)
     if match is None or int(match[3]) != _namespace():
         return False
-    return _start_ticks(int(match[1])) != int(match[2])
+    return start_ticks(int(match[1])) != int(match[2])
 
 
-def _start_ticks(pid: int) -> int:
+def start_ticks(pid: int) -> int:
     """Return when a process started (clock ticks since boot), 0 if it is gone or only waits to be reaped."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
