@@ -14,14 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import trio
 
 from golem.chain.bodies import BodyTx, read_body
 from golem.chain.contracts import TRANSFER_TOPIC
 from golem.chain.networks import Network
-from golem.chain.rpc import NONSENSE, Endpoint, Head, Receipt, Rpc, RpcError
+from golem.chain.pool import Endpoint
+from golem.chain.rpc import NONSENSE, Head, Receipt, Rpc, RpcError
 from golem.chain.signer import address_bytes
 
 T = TypeVar("T")
@@ -341,3 +342,8 @@ class Evidence:
             else:
                 low = middle
         return high
+
+
+def newest(views: Sequence[View]) -> Head:
+    """The head of the RPC that is furthest."""
+    return max((view.head for view in views), key=lambda head: head.number)

@@ -16,7 +16,7 @@ from pathlib import Path
 SCHEMA = """
 create table if not exists batch(
   account text, id text, nonce int, payees text, state text, reason text, announced int, seq integer primary key,
-  unique(account, id));
+  refused text not null default '', unique(account, id));
 create table if not exists tx(
   id integer primary key, account text, nonce int, kind text, batch text, recipient text, data blob, gas int,
   total_wei text, state text, block int, block_hash text, winner text, gas_used int, fee_wei text,
@@ -27,7 +27,8 @@ create table if not exists seen(
   id integer primary key, tx int, teller text, text text, at real);
 create index if not exists seen_tx on seen(tx, teller);
 create table if not exists attempt(
-  hash text primary key, tx int, raw blob, max_fee text, priority_fee text, created real, head int, sends int);
+  hash text, tx int, raw blob, max_fee text, priority_fee text, created real, head int, sends int,
+  primary key(hash, tx));
 create index if not exists attempt_tx on attempt(tx);
 create table if not exists chain(id text primary key, genesis text);
 create table if not exists claim(
@@ -59,6 +60,7 @@ class BatchRow:
     batch: TransferBatch
     state: str
     reason: str
+    refused: tuple[str, ...] = ()  # payees to whom the token moves nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,12 +235,12 @@ class Store:
     def batches(self, where: str) -> list[BatchRow]:
         """Batches in order of arrival; `where` is one of this module's own conditions."""
         rows = self._sql.execute(
-            f"select id, nonce, payees, state, reason from batch where account=? and {where} order by seq",
+            f"select id, nonce, payees, state, reason, refused from batch where account=? and {where} order by seq",
             (self.account,),
         )
         return [
-            BatchRow(TransferBatch(i, n, tuple((a, int(w)) for a, w in json.loads(p))), state, reason)
-            for i, n, p, state, reason in rows
+            BatchRow(TransferBatch(i, n, tuple((a, int(w)) for a, w in json.loads(p))), state, reason, tuple(refused.split()))
+            for i, n, p, state, reason, refused in rows
         ]
 
     def queued(self) -> list[BatchRow]:
@@ -252,10 +254,10 @@ class Store:
         rows = self._sql.execute("select seq from batch where account=? and id=?", (self.account, batch_id)).fetchone()
         return self.batches(f"seq={int(rows[0])}")[0] if rows else None
 
-    def refuse(self, batch_id: str, reason: str) -> None:
-        """No transaction can be made of a queued batch: final, nothing was signed."""
-        sql = "update batch set state='failed', reason=? where account=? and id=? and state='queued'"
-        self._sql.execute(sql, (reason, self.account, batch_id))
+    def refuse(self, batch_id: str, reason: str, payees: tuple[str, ...]) -> None:
+        """No transaction can be made of a queued batch, since these cannot be paid: final, nothing was signed."""
+        sql = "update batch set state='failed', reason=?, refused=? where account=? and id=? and state='queued'"
+        self._sql.execute(sql, (reason, " ".join(payees), self.account, batch_id))
 
     def announced(self, batch_id: str) -> None:
         self._sql.execute("update batch set announced=1 where account=? and id=?", (self.account, batch_id))
@@ -304,6 +306,11 @@ class Store:
         """One over the highest nonce ever used here; 0 at first."""
         row = self._sql.execute("select max(nonce) from tx where account=?", (self.account,)).fetchone()
         return 0 if row[0] is None else int(row[0]) + 1
+
+    def ever_signed(self) -> bool:
+        """Was any transaction of the account made here, on this chain or on one that was here before?"""
+        sql = "select 1 from tx where account=? or account like ?"
+        return self._sql.execute(sql, (self.account, f"{self.account}@%")).fetchone() is not None
 
     def has_nonce(self, nonce: int) -> bool:
         """Was a transaction with this nonce ever made here?"""
