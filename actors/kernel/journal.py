@@ -53,6 +53,17 @@ class JournalClosed(JournalError):
     """The journal's process has ended, or is about to."""
 
 
+class RowDamaged(Exception):
+    """A stored row cannot be read: our own disk's fault, or a newer version's row, and never the sender's.
+
+    Nothing is dropped for it: whatever needs the row waits until it can be read, and the row is named.
+    """
+
+    def __init__(self, actor: str, key: str, reason: str) -> None:
+        super().__init__(f"row {key} of {actor} cannot be read: {reason}")
+        self.actor, self.key, self.reason = actor, key, reason
+
+
 @dataclass(frozen=True, slots=True)
 class Position:
     """How far an actor has read a link: `seq` in `epoch`; `retired` are former epochs of the sender.

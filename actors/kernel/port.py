@@ -7,16 +7,9 @@ from typing import TYPE_CHECKING, Union
 
 import trio
 
-from actors.kernel.actor import (
-    CAPACITY,
-    Ask,
-    CrashedOn,
-    Crashes,
-    Delivery,
-    LinkBatch,
-)
 from actors.kernel.journal import Commit, JournalError, Position
 from actors.kernel.machine import ActorFailed, Busy, Meta, Port
+from actors.kernel.mailbox import CAPACITY, Ask, CrashedOn, Crashes, Delivery, LinkBatch
 from protocol.codec import Decoder, Envelope
 from protocol.types import Message, Violation, node_of
 

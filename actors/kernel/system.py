@@ -15,10 +15,10 @@ from typing import Any
 
 import trio
 
-from actors.kernel.actor import CAPACITY, Actor, Ask, CrashedOn, DeadlinePassed, LinkBatch, RowView, TimerDue
+from actors.kernel.actor import Actor
 from actors.kernel.courier import Courier
 from actors.kernel.feed import Feeds
-from actors.kernel.journal import Commit, Journal, Posted
+from actors.kernel.journal import Commit, Journal, Posted, RowDamaged
 from actors.kernel.machine import (
     AskTimeout,
     Busy,
@@ -32,7 +32,9 @@ from actors.kernel.machine import (
     Step,
     Transport,
 )
+from actors.kernel.mailbox import CAPACITY, Ask, CrashedOn, DeadlinePassed, LinkBatch, TimerDue
 from actors.kernel.port import PortActor
+from actors.kernel.row_view import RowView
 from actors.kernel.trace import Line, StepLog, step_line
 from protocol.codec import MAX_BODY_BYTES, MAX_TRACE_CHARS, Ack, Envelope, decode_batch, encode, encode_ack
 from protocol.types import Message, Violation, actor_of, node_of
@@ -45,6 +47,7 @@ CLOCK_LOOK_S = 1.0  # how long an alarm may wait because too many were due
 CLOCK_SLEEP_S = 60.0  # a clock that was set, or a machine that slept, is noticed this late at most
 PEER_FRAMES = 16  # frames of one node that wait for one actor
 TAKEN_BYTES = 64 << 20  # of frames that wait, all in all
+KEPT_DAMAGED = 256  # rows that are named
 
 
 class System:
@@ -82,6 +85,7 @@ class System:
         self._alarm_changed = trio.Event()
         self._next_alarm: float | None = None
         self.violations: deque[Line] = deque(maxlen=256)
+        self._damaged: dict[tuple[str, str], str] = {}  # (actor, key) -> why
 
     # -- wiring
     def add(self, machine: Machine, capacity: int = CAPACITY) -> None:
@@ -123,7 +127,7 @@ class System:
         """Return the committed rows of an actor, for reading at once (not across an await)."""
         found = self._actors[actor]
         assert isinstance(found, Actor)
-        return RowView(self.journal, actor, found.rows.decode)
+        return found.rows.again()
 
     async def ask(self, actor: str, message: Message, timeout_s: float = 10.0, trace: str | None = None) -> Message | None:
         """Give `message` to an actor of this process and return its reply, after what it changed is on disk.
@@ -261,6 +265,24 @@ class System:
         log.error("%s crashed on a message from %s (trace %s)", actor, meta.sender, meta.trace, exc_info=error)
         if self._step_log:
             self._step_log(Line(meta.now, meta.trace, actor, meta.sender, "", (repr(error)[:300],), "crash"))
+
+    def log_damaged(self, actor: str, meta: Meta, error: RowDamaged) -> None:
+        """A row cannot be read: whatever needs it waits. Each row is logged once."""
+        if (error.actor, error.key) not in self._damaged and len(self._damaged) < KEPT_DAMAGED:
+            self._damaged[error.actor, error.key] = error.reason
+            log.error("%s; what needs it waits (a message from %s, trace %s)", error, meta.sender, meta.trace)
+        if self._step_log:
+            self._step_log(Line(meta.now, meta.trace, actor, meta.sender, "", (str(error)[:300],), "damaged"))
+
+    def damaged(self) -> list[tuple[str, str, str]]:
+        """Return (actor, key, why) of rows that something needed and that still cannot be read."""
+        for actor, key in list(self._damaged):
+            try:
+                self.rows(actor).get(key)
+                del self._damaged[actor, key]
+            except RowDamaged as error:
+                self._damaged[actor, key] = error.reason
+        return sorted((*row, reason) for row, reason in self._damaged.items())
 
     def log_lost_peer(self, actor: str, recipient: str, acked: int, have: int) -> None:
         log.warning("%s lost its journal: had %d messages of %s, now has %d", recipient, acked, actor, have)

@@ -9,9 +9,10 @@ from typing import Any
 
 import httpx
 import pytest
+import trio
 from support import mock_trio_test, trio_test
 
-from golem.chain import rpc as rpc_module
+from golem.chain import pool as pool_module
 from golem.chain.networks import local_rows
 from golem.chain.rpc import Pool, Rpc, RpcError
 
@@ -31,7 +32,7 @@ class Node:
         if self.fault is not None:
             return self.fault()
         method = json.loads(request.content)["method"]
-        if self.error is not None and method != "eth_chainId":
+        if self.error is not None and method not in ("eth_chainId", "eth_blockNumber"):
             return httpx.Response(200, json={"jsonrpc": "2.0", "id": 1, "error": self.error})
         value = {"eth_chainId": hex(self.chain_id), "eth_blockNumber": hex(self.head)}.get(method, self.head)
         return httpx.Response(200, json={"jsonrpc": "2.0", "id": 1, "result": value})
@@ -90,21 +91,77 @@ async def test_an_endpoint_that_lags_comes_last() -> None:
 
 
 @mock_trio_test
-async def test_an_answered_error_is_final_but_a_rate_limit_is_not() -> None:
-    first, second = Node(), Node(head=200)
-    first.error = {"code": -32000, "message": "nonce too low", "data": "0x"}
+async def test_what_one_refuses_is_asked_of_the_others_and_the_contradiction_is_told() -> None:
+    first, second = Node(head=100), Node(head=101)
     pool = pool_of(first, second)
-    pool._surveyed = float("inf")
-    with pytest.raises(RpcError, match="nonce too low") as caught:
+    first.error = {"code": -32005, "message": "limit"}
+    assert await pool.call("x") == 101
+    assert pool.contradictions() == [], "a rate limit says nothing about the question"
+    first.error = {"code": -32000, "message": "insufficient funds", "data": "0x"}
+    pool = pool_of(first, second)
+    assert await pool.call("x") == 101
+    (told,) = pool.contradictions()
+    assert "node0 refuses x: insufficient funds" in told
+    assert "node1 took it" in told
+    await trio.sleep(pool_module.CONTRADICTION_S + 1)
+    assert pool.contradictions() == []
+
+
+@mock_trio_test
+async def test_what_all_refuse_is_refused_with_the_words_of_each() -> None:
+    first, second = Node(), Node()
+    first.error = second.error = {"code": -32000, "message": "nonce too low", "data": "0x"}
+    pool = pool_of(first, second)
+    with pytest.raises(RpcError, match=r"^nonce too low$") as caught:
         await pool.call("x")
     assert (caught.value.kind, caught.value.code) == ("answer", -32000)
-    first.error = {"code": -32005, "message": "limit"}
-    assert await pool.call("x") == 200
+    second.error = {"code": -32000, "message": "insufficient funds"}
+    with pytest.raises(RpcError, match="node0: nonce too low; node1: insufficient funds") as caught:
+        await pool.send(b"raw")
+    assert caught.value.refusals == ("nonce too low", "insufficient funds")
+    assert pool.contradictions() == []
+
+
+@mock_trio_test
+async def test_a_transaction_goes_to_every_endpoint_and_one_that_takes_it_is_enough() -> None:
+    class Taker(Node):
+        """A node that takes every transaction."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.sent: list[str] = []
+
+        def answer(self, request: httpx.Request) -> httpx.Response:
+            call = json.loads(request.content)
+            if self.fault is None and self.error is None and call["method"] == "eth_sendRawTransaction":
+                self.sent += call["params"]
+                return httpx.Response(200, json={"jsonrpc": "2.0", "id": 1, "result": "0x" + "ab" * 32})
+            return super().answer(request)
+
+    first, second, third = Taker(), Taker(), Taker()
+    pool = pool_of(first, second, third)
+    await pool.send(b"\1\2")
+    assert first.sent == second.sent == third.sent == ["0x0102"], "the first may never pass it on"
+    for words in ("nonce too low", "insufficient funds for gas * price + value", "anything at all"):
+        first.error, second.fault = {"code": -32000, "message": words}, refuse
+        await pool.send(b"\1\2")
+        (told,) = pool.contradictions()
+        assert all(each in told for each in (words, "node0", "node2"))
+    third.error = {"code": -32000, "message": "already known"}
+    await pool.send(b"\1\2")
+    third.fault = refuse
+    with pytest.raises(RpcError, match="anything at all") as caught:
+        await pool.send(b"\1\2")
+    assert caught.value.kind == "answer"
+    first.fault = refuse
+    with pytest.raises(RpcError) as caught:
+        await pool.send(b"\1\2")
+    assert caught.value.kind == "down"
 
 
 @mock_trio_test
 async def test_nonsense_is_a_dead_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rpc_module, "ANSWER_LIMIT", 1000)
+    monkeypatch.setattr(pool_module, "ANSWER_LIMIT", 1000)
     for response in (
         httpx.Response(502, text="bad gateway"), httpx.Response(200, text="<html>"), httpx.Response(200, text="[]"),
         httpx.Response(200, text="{}"), httpx.Response(200, json={"result": "x" * 2000}),

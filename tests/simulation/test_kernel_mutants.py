@@ -13,10 +13,11 @@ import pytest
 import trio
 from sim_world import World, simulate
 
-from actors.kernel import actor as actor_module
-from actors.kernel.actor import Actor, Batch, LinkBatch
+from actors.kernel import mailbox
+from actors.kernel.actor import Actor, Batch
 from actors.kernel.courier import Courier
 from actors.kernel.journal import Commit, Journal, Position
+from actors.kernel.mailbox import LinkBatch
 from actors.kernel.system import System
 from protocol.codec import Envelope
 
@@ -162,7 +163,7 @@ def replies_before_commit(patch: Patch) -> None:
 
 def quarantine_blocks_the_link(patch: Patch) -> None:
     """A message that crashes its machine is tried for ever."""
-    patch.setattr(actor_module, "CRASHES_BEFORE_QUARANTINE", 1 << 30)
+    patch.setattr(mailbox, "CRASHES_BEFORE_QUARANTINE", 1 << 30)
 
 
 def courier_forgets_news(patch: Patch) -> None:
