@@ -30,7 +30,7 @@ import trio
 from golem.chain import faucet, token
 from golem.chain.draft import NO_FUNDS, Drafts, Wait, WouldFail
 from golem.chain.events import Confirmed, Event, Failed, Mined, NonceLost, Problem, Sent, Stuck
-from golem.chain.evidence import Evidence, Payment, Shown, Story, Unclear, View, newest
+from golem.chain.evidence import Evidence, Payment, Shown, Story, Unclear, View, newest, silence
 from golem.chain.networks import Network
 from golem.chain.rpc import Head, Receipt, Rpc, RpcError
 from golem.chain.signer import Key, address_bytes
@@ -172,7 +172,7 @@ class Engine:
             return
         said, silent = await self.evidence.each(self.evidence.witnesses(), lambda each: each.ask(self.rpc.genesis_hash))
         if not said:
-            raise RpcError(f"{self.network.name}: " + "; ".join(str(error) for _, error in silent)[:500], "down")
+            raise silence(self.network, silent)
         stories = [Story(witness.name, f"genesis {genesis[:18]}...") for witness, genesis in said]
         hashes = {genesis for _, genesis in said}
         if len(hashes) > 1 and not self.store.ever_signed():

@@ -181,9 +181,7 @@ class Evidence:
         asked = [each for each in served if each.endpoint.rests_until <= now] or served
         answers, silent = await self.each(asked, self._view)
         if not answers:
-            reasons = "; ".join(str(error) for _, error in silent) or "no RPC serves this chain"
-            kind = "chain_id" if any(error.kind == "chain_id" for _, error in silent) else "down"
-            raise RpcError(f"{self._network.name}: {reasons}"[:500], kind)  # type: ignore[arg-type]
+            raise silence(self._network, silent)
         return [view for _, view in answers]
 
     async def _view(self, witness: Witness) -> View:
@@ -347,3 +345,10 @@ class Evidence:
 def newest(views: Sequence[View]) -> Head:
     """The head of the RPC that is furthest."""
     return max((view.head for view in views), key=lambda head: head.number)
+
+
+def silence(network: Network, silent: Sequence[tuple[Witness, RpcError]]) -> RpcError:
+    """The error that stands for those of all RPCs."""
+    reasons = "; ".join(str(error) for _, error in silent) or "no RPC serves this chain"
+    wrong = any(error.kind == "chain_id" for _, error in silent)
+    return RpcError(f"{network.name}: {reasons}"[:500], "chain_id" if wrong else "down")
