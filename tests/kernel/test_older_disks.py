@@ -145,7 +145,8 @@ async def test_a_sender_restored_from_an_older_copy_loses_nothing_that_it_says_n
         async with node("A", backup, cable) as a:
             await say(a, "one", "two", "three", "four", "five", "six")  # their numbers meet those of 4 to 7
             await settled(a)
-            assert a.journal.links() == [] and a.troubles() == []
+            assert a.journal.links() == []
+            assert a.troubles() == []
             assert heard(b) == ["1", "2", "3", "4", "5", "6", "7", "one", "two", "three", "four", "five", "six"]
             assert told(a) == [PeerLost("B/talk", 4, 7, here=True)]
         async with node("A", backup, cable) as a:
@@ -364,7 +365,8 @@ def test_marks() -> None:
     long: tuple[str, ...] = ()
     for seq in range(1, 100):
         long = marked(long, seq, str(seq))
-    assert len(long) == 8 and long[-1] == "99:99"
+    assert len(long) == 8
+    assert long[-1] == "99:99"
 
 
 @pytest.mark.parametrize("ack", [Ack(1, "", ("x",)), Ack(1, "", ("1:a b",)), Ack(1, "", ("1:a",) * 9)])
