@@ -350,5 +350,5 @@ def newest(views: Sequence[View]) -> Head:
 def silence(network: Network, silent: Sequence[tuple[Witness, RpcError]]) -> RpcError:
     """The error that stands for those of all RPCs."""
     reasons = "; ".join(str(error) for _, error in silent) or "no RPC serves this chain"
-    wrong = any(error.kind == "chain_id" for _, error in silent)
-    return RpcError(f"{network.name}: {reasons}"[:500], "chain_id" if wrong else "down")
+    kind = next((error.kind for _, error in silent if error.kind not in ("down", "answer")), "down")
+    return RpcError(f"{network.name}: {reasons}"[:500], kind)
