@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Union
+from typing import TYPE_CHECKING, Union, get_args
 
 import trio
 
 from actors.kernel.feed import next_head
-from actors.kernel.journal import Commit, Event, Position, Posted, RowDamaged, Timer
+from actors.kernel.journal import Commit, Event, Posted, RowDamaged, Timer
+from actors.kernel.lineage import Position, Relink
 from actors.kernel.machine import (
     ActorFailed,
     Busy,
@@ -33,6 +34,7 @@ from actors.kernel.machine import (
 from actors.kernel.mailbox import (
     BATCH,
     CAPACITY,
+    RETIRED,
     Alarm,
     AlarmRings,
     Ask,
@@ -41,13 +43,14 @@ from actors.kernel.mailbox import (
     DeadlinePassed,
     Delivery,
     LinkBatch,
+    LinkBroken,
     Outcome,
     TimerDue,
     in_order,
 )
 from actors.kernel.row_view import RowView, row_decoder
 from protocol.codec import MAX_BODY_BYTES, Decoder, Envelope, encode
-from protocol.types import Message, Undelivered, Violation, node_of
+from protocol.types import Message, PeerLost, Undelivered, Violation, node_of
 
 if TYPE_CHECKING:
     from actors.kernel.system import System
@@ -85,6 +88,7 @@ class Actor:
         self.address = f"{system.node}/{machine.name}"
         self.post, self._mailbox = trio.open_memory_channel[Delivery](capacity)
         self.takes_peers = machine.peer is not None
+        self._hears_lost = PeerLost in get_args(machine.local)
         self._decode_local: Callable[[bytes], Message] = Decoder(Union[machine.local, machine.peer, None])  # noqa: UP007
         self._decode_peer: Callable[[bytes], Message] = Decoder(Union[machine.peer, None])  # noqa: UP007
         self.rows = RowView(system.journal, self.name, row_decoder(machine.rows))
@@ -109,6 +113,8 @@ class Actor:
                 identity = (timer.key, timer.at)
             case DeadlinePassed(recipient, seq):
                 identity = (recipient, seq)
+            case LinkBroken(_, _, lost):
+                identity = (lost.to, 0)
         if identity in self._alarms or len(self._alarms) >= CAPACITY:
             return
         if not self._alarms:
@@ -163,10 +169,24 @@ class Actor:
                 self._alarm(batch, timer.key, timer.trace, timer.body, lambda: commit.timers.__setitem__(timer.key, None))
             case DeadlinePassed(recipient, seq):
                 posted = journal.posted(self.name, recipient, seq)
-                if posted is None or journal.acked(self.name, recipient) >= seq:
+                if posted is None or posted.deadline > self.system.now() or journal.acked(self.name, recipient) >= seq:
                     return
                 body = encode(Undelivered(recipient, posted.body))
                 self._alarm(batch, f"{recipient}#{seq}", posted.trace, body, lambda: commit.expired.append((recipient, seq)))
+            case LinkBroken(epoch, agreed, lost):
+                self._take_broken(epoch, agreed, lost, batch)
+
+    def _take_broken(self, epoch: str, agreed: int, lost: PeerLost, batch: Batch) -> None:
+        """Begin a new numbering of a link, and tell the machine what was lost, in one step."""
+        known = self.system.journal.outgoing(self.name, lost.to).epoch
+        if known != epoch or any(relink.recipient == lost.to for relink in batch.commit.relinked):
+            return
+        relink = Relink(lost.to, self.system.journal.new_epoch(), agreed)
+        if self._hears_lost:
+            trace = self.system.new_trace()
+            self._alarm(batch, f"{lost.to}#lost", trace, encode(lost), lambda: batch.commit.relinked.append(relink))
+        else:
+            batch.commit.relinked.append(relink)
 
     def _alarm(self, batch: Batch, key: str, trace: str, body: bytes, accept: Callable[[], None]) -> None:
         """Step the machine with a message of its own."""
@@ -207,29 +227,32 @@ class Actor:
         """Take what is new of a link, in order; stop at a gap or a crash."""
         batch.links.append(link)
         position = self._strangers.get(link.sender) or self._position(link.sender, batch)
-        if link.epoch in position.retired:
-            link.note = "retired epoch"
+        if position.is_retired(link.epoch):
+            link.note = RETIRED
+            link.stand(position)
             return
         stranger = link.sender in self._strangers or not position.epoch
         position = position.under(link.epoch)
         for e in link.envelopes:
-            if e.seq <= position.seq:
+            if e.seq < position.seq:
                 continue  # a duplicate: committed before
-            if e.after > position.seq:
-                link.note = "gap"
+            if note := position.objection(e):
+                link.note = note
                 break
+            if e.seq == position.seq:
+                continue
             outcome = self._take_envelope(e, batch)
             if outcome in (Outcome.CRASH, Outcome.WAITS):
                 link.note = "crash" if outcome is Outcome.CRASH else "damaged row"
                 break
-            position = Position(position.epoch, e.seq, position.retired)
+            position = position.behind(e)
             if outcome is Outcome.VIOLATION and stranger:
                 self._estrange(e.sender, position)
             else:
                 stranger = False
                 self._strangers.pop(e.sender, None)
                 batch.commit.inbox[e.sender] = position
-        link.have = position.seq
+        link.stand(position)
 
     def _estrange(self, sender: str, position: Position) -> None:
         """Remember, in memory only, a link that has brought nothing but violations: names are free, and rows are not."""
@@ -340,6 +363,8 @@ class Actor:
             self.rows.committed(commit.rows)
             self._positions.update(commit.inbox)
             self._sent.update(batch.sent)
+            for relink in commit.relinked:
+                self._sent.pop(relink.recipient, None)
         for link in batch.links:
             link.done.set()
         for ask in batch.asks:
@@ -350,7 +375,8 @@ class Actor:
         """Nothing of the batch is committed: say so to everybody who waits for it."""
         self.rows.changed = {}
         for link in batch.links:
-            link.have, link.note = self.system.journal.position(self.name, link.sender).have(link.epoch), "crash"
+            link.note = "crash"
+            link.stand(self.system.journal.position(self.name, link.sender))
             link.done.set()
         for ask in batch.asks:
             ask.error = ask.error or ActorFailed(f"{self.name} failed (trace {ask.trace}): {type(error).__name__}")

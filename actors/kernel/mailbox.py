@@ -9,13 +9,15 @@ from enum import Enum, auto
 import trio
 
 from actors.kernel.journal import Timer
+from actors.kernel.lineage import Position
 from protocol.codec import Envelope
-from protocol.types import Message
+from protocol.types import Message, PeerLost
 
 BATCH = 64  # deliveries taken at once
 CAPACITY = 256  # deliveries in a mailbox; more is `Busy` for edges and peers
 CRASHES_BEFORE_QUARANTINE = 3
 COUNTED_CRASHES = 1024
+RETIRED = "retired epoch"  # what a sender is told that goes on where it had left off
 
 
 @dataclass(slots=True, eq=False)
@@ -29,11 +31,17 @@ class LinkBatch:
     done: trio.Event = field(default_factory=trio.Event)
     have: int = 0
     note: str = ""
+    boots: tuple[str, ...] = ()
     sender: str = ""
     epoch: str = ""
 
     def __post_init__(self) -> None:
         self.sender, self.epoch = self.envelopes[0].sender, self.envelopes[0].epoch
+
+    def stand(self, position: Position) -> None:
+        """Acknowledge what is committed at `position`."""
+        under = position.of(self.epoch)
+        self.have, self.boots = under.seq, under.boots
 
 
 @dataclass(slots=True, eq=False)
@@ -63,11 +71,20 @@ class DeadlinePassed:
 
 
 @dataclass(slots=True, eq=False)
+class LinkBroken:
+    """The two sides of a link do not remember the same: its numbering under `epoch` ends, behind message `agreed`."""
+
+    epoch: str
+    agreed: int  # both sides know the messages up to here
+    lost: PeerLost
+
+
+@dataclass(slots=True, eq=False)
 class AlarmRings:
     """There are alarms to take (they have a place of their own, so that a full mailbox cannot keep them out)."""
 
 
-Alarm = TimerDue | DeadlinePassed
+Alarm = TimerDue | DeadlinePassed | LinkBroken
 Delivery = LinkBatch | Ask | AlarmRings
 
 
