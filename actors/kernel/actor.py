@@ -8,15 +8,15 @@ acknowledgements, replies and sends leave.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from enum import Enum, auto
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Union, get_args
 
 import trio
 
 from actors.kernel.feed import next_head
-from actors.kernel.journal import Commit, Event, Journal, Position, Posted, Timer
+from actors.kernel.journal import Commit, Event, Posted, RowDamaged, Timer
+from actors.kernel.lineage import Position, Relink
 from actors.kernel.machine import (
     ActorFailed,
     Busy,
@@ -31,181 +31,31 @@ from actors.kernel.machine import (
     Step,
     Wake,
 )
+from actors.kernel.mailbox import (
+    BATCH,
+    CAPACITY,
+    RETIRED,
+    Alarm,
+    AlarmRings,
+    Ask,
+    CrashedOn,
+    Crashes,
+    DeadlinePassed,
+    Delivery,
+    LinkBatch,
+    LinkBroken,
+    Outcome,
+    TimerDue,
+    in_order,
+)
+from actors.kernel.row_view import RowView, row_decoder
 from protocol.codec import MAX_BODY_BYTES, Decoder, Envelope, encode
-from protocol.types import Message, Undelivered, Violation, node_of
+from protocol.types import Message, PeerLost, Undelivered, Violation, node_of
 
 if TYPE_CHECKING:
     from actors.kernel.system import System
 
-BATCH = 64  # deliveries taken at once
-CAPACITY = 256  # deliveries in a mailbox; more is `Busy` for edges and peers
-CACHED_ROWS, CACHED_ROW_BYTES = 4096, 16384  # larger rows are read again each time: 64 MiB an actor at most
-CRASHES_BEFORE_QUARANTINE = 3
 CACHED_LINKS = 4096
-COUNTED_CRASHES = 1024
-MAX_ROW_BYTES = 1 << 26
-
-
-@dataclass(slots=True, eq=False)
-class LinkBatch:
-    """Envelopes of one link, in order. `have` and `note` are the acknowledgement, once `done`.
-
-    Whoever no longer waits for the acknowledgement takes the envelopes back (empties the list): they come again.
-    """
-
-    envelopes: list[Envelope]
-    done: trio.Event = field(default_factory=trio.Event)
-    have: int = 0
-    note: str = ""
-    sender: str = ""
-    epoch: str = ""
-
-    def __post_init__(self) -> None:
-        self.sender, self.epoch = self.envelopes[0].sender, self.envelopes[0].epoch
-
-
-@dataclass(slots=True, eq=False)
-class Ask:
-    """An edge's message; `reply` or `error` is set before `done`."""
-
-    message: Message
-    trace: str
-    done: trio.Event = field(default_factory=trio.Event)
-    reply: Message | None = None
-    error: Exception | None = None
-
-
-@dataclass(slots=True, eq=False)
-class TimerDue:
-    """A durable timer whose time has come."""
-
-    timer: Timer
-
-
-@dataclass(slots=True, eq=False)
-class DeadlinePassed:
-    """A message of the outbox was not acknowledged in time."""
-
-    recipient: str
-    seq: int
-
-
-@dataclass(slots=True, eq=False)
-class AlarmRings:
-    """There are alarms to take (they have a place of their own, so that a full mailbox cannot keep them out)."""
-
-
-Alarm = TimerDue | DeadlinePassed
-Delivery = LinkBatch | Ask | AlarmRings
-
-
-class Outcome(Enum):
-    """What became of a message of a link."""
-
-    TAKEN = auto()  # handled, or quarantined
-    VIOLATION = auto()  # dropped: the sender's fault
-    CRASH = auto()  # our fault: it comes again
-
-
-class Crashes:
-    """How often which message crashed its machine."""
-
-    def __init__(self) -> None:
-        self._counts: OrderedDict[tuple[str, str, int], int] = OrderedDict()
-
-    def count(self, key: tuple[str, str, int]) -> bool:
-        """Count a crash; return whether it was one too many, and then forget the message."""
-        self._counts[key] = self._counts.get(key, 0) + 1
-        if self._counts[key] >= CRASHES_BEFORE_QUARANTINE:
-            del self._counts[key]
-            return True
-        if len(self._counts) > COUNTED_CRASHES:
-            self._counts.popitem(last=False)
-        return False
-
-
-def in_order(deliveries: list[Delivery]) -> list[Delivery]:
-    """Put frames of one link that overtook one another back in order, each link's in the places it has."""
-    links: dict[tuple[str, str], list[int]] = {}
-    for place, delivery in enumerate(deliveries):
-        if isinstance(delivery, LinkBatch) and delivery.envelopes:
-            links.setdefault((delivery.sender, delivery.epoch), []).append(place)
-    ordered = list(deliveries)
-    for places in links.values():
-        for place, origin in zip(places, sorted(places, key=lambda place: _first_seq(deliveries[place])), strict=True):
-            ordered[place] = deliveries[origin]
-    return ordered
-
-
-def _first_seq(delivery: Delivery) -> int:
-    assert isinstance(delivery, LinkBatch)
-    return delivery.envelopes[0].seq
-
-
-class RowView:
-    """An actor's rows: committed ones read through a bounded cache, uncommitted ones on top."""
-
-    def __init__(self, journal: Journal, actor: str, decode: Callable[[bytes], Any]) -> None:
-        self._journal, self._actor, self.decode = journal, actor, decode
-        self._cache: OrderedDict[str, Any] = OrderedDict()
-        self.changed: dict[str, Message | None] = {}
-
-    def get(self, key: str, default: Any = None) -> Any:
-        if key in self.changed:
-            row = self.changed[key]
-            return default if row is None else row
-        if key in self._cache:
-            self._cache.move_to_end(key)
-            return self._cache[key]
-        body = self._journal.row(self._actor, key)
-        return default if body is None else self._remember(key, self.decode(body), len(body))
-
-    def __getitem__(self, key: str) -> Any:
-        row = self.get(key)
-        if row is None:
-            raise KeyError(key)
-        return row
-
-    def __contains__(self, key: str) -> bool:
-        return self.get(key) is not None
-
-    def prefix(self, prefix: str) -> Iterator[tuple[str, Any]]:
-        changed = sorted(key for key in self.changed if key.startswith(prefix))
-        at = 0
-        for key, body in self._journal.rows(self._actor, prefix):
-            while at < len(changed) and changed[at] < key:
-                if (row := self.changed[changed[at]]) is not None:
-                    yield changed[at], row
-                at += 1
-            if at < len(changed) and changed[at] == key:
-                if (row := self.changed[key]) is not None:
-                    yield key, row
-                at += 1
-            else:
-                yield key, self._cache[key] if key in self._cache else self._remember(key, self.decode(body), len(body))
-        for key in changed[at:]:
-            if (row := self.changed[key]) is not None:
-                yield key, row
-
-    def committed(self, bodies: dict[str, bytes | None]) -> None:
-        """Take over what a commit wrote, encoded as `bodies`."""
-        for key, row in self.changed.items():
-            body = bodies[key]
-            if body is None:
-                self._cache.pop(key, None)
-            else:
-                self._remember(key, row, len(body))
-        self.changed = {}
-
-    def _remember(self, key: str, row: Any, size: int) -> Any:
-        if size > CACHED_ROW_BYTES:
-            self._cache.pop(key, None)
-            return row
-        self._cache[key] = row
-        self._cache.move_to_end(key)
-        if len(self._cache) > CACHED_ROWS:
-            self._cache.popitem(last=False)
-        return row
 
 
 @dataclass(slots=True)
@@ -238,9 +88,10 @@ class Actor:
         self.address = f"{system.node}/{machine.name}"
         self.post, self._mailbox = trio.open_memory_channel[Delivery](capacity)
         self.takes_peers = machine.peer is not None
+        self._hears_lost = PeerLost in get_args(machine.local)
         self._decode_local: Callable[[bytes], Message] = Decoder(Union[machine.local, machine.peer, None])  # noqa: UP007
         self._decode_peer: Callable[[bytes], Message] = Decoder(Union[machine.peer, None])  # noqa: UP007
-        self.rows = RowView(system.journal, self.name, Decoder(machine.rows, MAX_ROW_BYTES))
+        self.rows = RowView(system.journal, self.name, row_decoder(machine.rows))
         self._positions: dict[str, Position] = {}
         self._strangers: OrderedDict[str, Position] = OrderedDict()
         self._sent: dict[str, int] = {}
@@ -262,6 +113,8 @@ class Actor:
                 identity = (timer.key, timer.at)
             case DeadlinePassed(recipient, seq):
                 identity = (recipient, seq)
+            case LinkBroken(_, _, lost):
+                identity = (lost.to, 0)
         if identity in self._alarms or len(self._alarms) >= CAPACITY:
             return
         if not self._alarms:
@@ -316,10 +169,24 @@ class Actor:
                 self._alarm(batch, timer.key, timer.trace, timer.body, lambda: commit.timers.__setitem__(timer.key, None))
             case DeadlinePassed(recipient, seq):
                 posted = journal.posted(self.name, recipient, seq)
-                if posted is None or journal.acked(self.name, recipient) >= seq:
+                if posted is None or posted.deadline > self.system.now() or journal.acked(self.name, recipient) >= seq:
                     return
                 body = encode(Undelivered(recipient, posted.body))
                 self._alarm(batch, f"{recipient}#{seq}", posted.trace, body, lambda: commit.expired.append((recipient, seq)))
+            case LinkBroken(epoch, agreed, lost):
+                self._take_broken(epoch, agreed, lost, batch)
+
+    def _take_broken(self, epoch: str, agreed: int, lost: PeerLost, batch: Batch) -> None:
+        """Begin a new numbering of a link, and tell the machine what was lost, in one step."""
+        known = self.system.journal.outgoing(self.name, lost.to).epoch
+        if known != epoch or any(relink.recipient == lost.to for relink in batch.commit.relinked):
+            return
+        relink = Relink(lost.to, self.system.journal.new_epoch(), agreed)
+        if self._hears_lost:
+            trace = self.system.new_trace()
+            self._alarm(batch, f"{lost.to}#lost", trace, encode(lost), lambda: batch.commit.relinked.append(relink))
+        else:
+            batch.commit.relinked.append(relink)
 
     def _alarm(self, batch: Batch, key: str, trace: str, body: bytes, accept: Callable[[], None]) -> None:
         """Step the machine with a message of its own."""
@@ -327,6 +194,9 @@ class Actor:
         try:
             message = self._decode_local(body)
             step = self._decide(message, meta)
+        except RowDamaged as error:  # it is due for as long as the row cannot be read
+            self.system.log_damaged(self.name, meta, error)
+            return
         except Exception as error:  # whatever a bug raises, the other messages go on
             if self._crashed(batch, (self.address, key, 0), error, meta, body):
                 accept()
@@ -343,6 +213,10 @@ class Actor:
             self.system.log_violation(self.name, meta, violation)
             ask.error = violation
             return
+        except RowDamaged as error:
+            self.system.log_damaged(self.name, meta, error)
+            ask.error = ActorFailed(f"{error} (trace {ask.trace})")
+            return
         except Exception as error:  # an edge's message is tried once: the edge hears of it
             self.system.log_crash(self.name, meta, error)
             ask.error = ActorFailed(f"{self.name} failed (trace {ask.trace})")
@@ -353,29 +227,32 @@ class Actor:
         """Take what is new of a link, in order; stop at a gap or a crash."""
         batch.links.append(link)
         position = self._strangers.get(link.sender) or self._position(link.sender, batch)
-        if link.epoch in position.retired:
-            link.note = "retired epoch"
+        if position.is_retired(link.epoch):
+            link.note = RETIRED
+            link.stand(position)
             return
         stranger = link.sender in self._strangers or not position.epoch
         position = position.under(link.epoch)
         for e in link.envelopes:
-            if e.seq <= position.seq:
+            if e.seq < position.seq:
                 continue  # a duplicate: committed before
-            if e.after > position.seq:
-                link.note = "gap"
+            if note := position.objection(e):
+                link.note = note
                 break
+            if e.seq == position.seq:
+                continue
             outcome = self._take_envelope(e, batch)
-            if outcome is Outcome.CRASH:
-                link.note = "crash"
+            if outcome in (Outcome.CRASH, Outcome.WAITS):
+                link.note = "crash" if outcome is Outcome.CRASH else "damaged row"
                 break
-            position = Position(position.epoch, e.seq, position.retired)
+            position = position.behind(e)
             if outcome is Outcome.VIOLATION and stranger:
                 self._estrange(e.sender, position)
             else:
                 stranger = False
                 self._strangers.pop(e.sender, None)
                 batch.commit.inbox[e.sender] = position
-        link.have = position.seq
+        link.stand(position)
 
     def _estrange(self, sender: str, position: Position) -> None:
         """Remember, in memory only, a link that has brought nothing but violations: names are free, and rows are not."""
@@ -395,6 +272,9 @@ class Actor:
         except Violation as violation:
             self.system.log_violation(self.name, meta, violation)
             return Outcome.VIOLATION
+        except RowDamaged as error:
+            self.system.log_damaged(self.name, meta, error)
+            return Outcome.WAITS
         except Exception as error:  # our bug: isolate the message, let the link go on behind it
             quarantined = self._crashed(batch, (e.sender, e.epoch, e.seq), error, meta, e.body, remote=remote)
             return Outcome.TAKEN if quarantined else Outcome.CRASH
@@ -483,6 +363,8 @@ class Actor:
             self.rows.committed(commit.rows)
             self._positions.update(commit.inbox)
             self._sent.update(batch.sent)
+            for relink in commit.relinked:
+                self._sent.pop(relink.recipient, None)
         for link in batch.links:
             link.done.set()
         for ask in batch.asks:
@@ -493,16 +375,9 @@ class Actor:
         """Nothing of the batch is committed: say so to everybody who waits for it."""
         self.rows.changed = {}
         for link in batch.links:
-            link.have, link.note = self.system.journal.position(self.name, link.sender).have(link.epoch), "crash"
+            link.note = "crash"
+            link.stand(self.system.journal.position(self.name, link.sender))
             link.done.set()
         for ask in batch.asks:
             ask.error = ask.error or ActorFailed(f"{self.name} failed (trace {ask.trace}): {type(error).__name__}")
             ask.done.set()
-
-
-class CrashedOn(Exception):
-    """The actor's machine crashed on a message; the actor restarts and meets it again."""
-
-    def __init__(self, error: Exception, remote: bool) -> None:
-        super().__init__(repr(error))
-        self.error, self.remote = error, remote

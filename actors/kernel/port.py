@@ -7,16 +7,10 @@ from typing import TYPE_CHECKING, Union
 
 import trio
 
-from actors.kernel.actor import (
-    CAPACITY,
-    Ask,
-    CrashedOn,
-    Crashes,
-    Delivery,
-    LinkBatch,
-)
-from actors.kernel.journal import Commit, JournalError, Position
+from actors.kernel.journal import Commit, JournalError
+from actors.kernel.lineage import Position
 from actors.kernel.machine import ActorFailed, Busy, Meta, Port
+from actors.kernel.mailbox import CAPACITY, RETIRED, Ask, CrashedOn, Crashes, Delivery, LinkBatch
 from protocol.codec import Decoder, Envelope
 from protocol.types import Message, Violation, node_of
 
@@ -67,23 +61,25 @@ class PortActor:
     async def _take_link(self, link: LinkBatch) -> None:
         position = self.system.journal.position(self.name, link.sender)
         try:
-            if link.epoch in position.retired:
-                link.note = "retired epoch"
+            if position.is_retired(link.epoch):
+                link.note = RETIRED
                 return
             position = position.under(link.epoch)
             for e in link.envelopes:
-                if e.seq <= position.seq:
+                if e.seq < position.seq:
                     continue
-                if e.after > position.seq:
-                    link.note = "gap"
+                if note := position.objection(e):
+                    link.note = note
                     return
-                position = Position(position.epoch, e.seq, position.retired)
+                if e.seq == position.seq:
+                    continue
+                position = position.behind(e)
                 await self._take_envelope(e, position)
         except CrashedOn:
             link.note = "crash"
             raise
         finally:
-            link.have = self.system.journal.position(self.name, link.sender).have(link.epoch)
+            link.stand(self.system.journal.position(self.name, link.sender))
             link.done.set()
 
     async def _take_envelope(self, e: Envelope, position: Position) -> None:

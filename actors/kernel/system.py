@@ -15,10 +15,11 @@ from typing import Any
 
 import trio
 
-from actors.kernel.actor import CAPACITY, Actor, Ask, CrashedOn, DeadlinePassed, LinkBatch, RowView, TimerDue
+from actors.kernel.actor import Actor
 from actors.kernel.courier import Courier
 from actors.kernel.feed import Feeds
-from actors.kernel.journal import Commit, Journal, Posted
+from actors.kernel.journal import Commit, Journal, Posted, RowDamaged
+from actors.kernel.lineage import Relink
 from actors.kernel.machine import (
     AskTimeout,
     Busy,
@@ -32,10 +33,12 @@ from actors.kernel.machine import (
     Step,
     Transport,
 )
+from actors.kernel.mailbox import CAPACITY, Ask, CrashedOn, DeadlinePassed, LinkBatch, LinkBroken, TimerDue
 from actors.kernel.port import PortActor
+from actors.kernel.row_view import RowView
 from actors.kernel.trace import Line, StepLog, step_line
 from protocol.codec import MAX_BODY_BYTES, MAX_TRACE_CHARS, Ack, Envelope, decode_batch, encode, encode_ack
-from protocol.types import Message, Violation, actor_of, node_of
+from protocol.types import Message, PeerLost, Violation, actor_of, node_of
 
 log = logging.getLogger("golem.kernel")
 
@@ -45,6 +48,8 @@ CLOCK_LOOK_S = 1.0  # how long an alarm may wait because too many were due
 CLOCK_SLEEP_S = 60.0  # a clock that was set, or a machine that slept, is noticed this late at most
 PEER_FRAMES = 16  # frames of one node that wait for one actor
 TAKEN_BYTES = 64 << 20  # of frames that wait, all in all
+KEPT_DAMAGED = 256  # rows that are named
+KEPT_HEARD = 65536  # links
 
 
 class System:
@@ -77,11 +82,13 @@ class System:
         self._taking_bytes = 0
         self._actors: dict[str, Actor | PortActor] = {}
         self._couriers: dict[tuple[str, str], Courier] = {}
+        self._heard: set[tuple[str, str]] = set()  # links on which the recipient has acknowledged something to this process
         self._new_links: set[tuple[str, str]] = set()
         self._links_changed = trio.Event()
         self._alarm_changed = trio.Event()
         self._next_alarm: float | None = None
         self.violations: deque[Line] = deque(maxlen=256)
+        self._damaged: dict[tuple[str, str], str] = {}  # (actor, key) -> why
 
     # -- wiring
     def add(self, machine: Machine, capacity: int = CAPACITY) -> None:
@@ -123,7 +130,7 @@ class System:
         """Return the committed rows of an actor, for reading at once (not across an await)."""
         found = self._actors[actor]
         assert isinstance(found, Actor)
-        return RowView(self.journal, actor, found.rows.decode)
+        return found.rows.again()
 
     async def ask(self, actor: str, message: Message, timeout_s: float = 10.0, trace: str | None = None) -> Message | None:
         """Give `message` to an actor of this process and return its reply, after what it changed is on disk.
@@ -200,18 +207,19 @@ class System:
             self._taking[quota] -= 1
             if not self._taking[quota]:
                 del self._taking[quota]
-        return encode_ack(Ack(link.have, link.note))
+        return encode_ack(Ack(link.have, link.note, link.boots))
 
     async def _busy(self, actor: str, link: LinkBatch) -> bytes:
         await trio.lowlevel.checkpoint()  # whoever comes again at once must not keep the others from running
-        return encode_ack(Ack(self.journal.position(actor, link.sender).have(link.epoch), "busy"))
+        link.stand(self.journal.position(actor, link.sender))
+        return encode_ack(Ack(link.have, "busy", link.boots))
 
     async def deliver_local(self, batch: list[Envelope]) -> Ack:
         """Take a batch from an actor of this process; waits for room in the mailbox (couriers may block, actors not)."""
         link = LinkBatch(batch)
         await self._actors[actor_of(batch[0].to)].post.send(link)
         await link.done.wait()
-        return Ack(link.have, link.note)
+        return Ack(link.have, link.note, link.boots)
 
     def peer_up(self, node: str) -> None:
         """A session with `node` came up: whatever waits for it goes now."""
@@ -237,6 +245,9 @@ class System:
         alarms = [timer.at for timer in commit.timers.values() if timer] + [posted.deadline for _, posted in commit.outbox]
         if alarms and (self._next_alarm is None or min(alarms) < self._next_alarm):
             self._alarm_changed.set()
+        for relink in commit.relinked:
+            if courier := self._couriers.get((actor, relink.recipient)):
+                courier.restart()
         for feed in {name for name, _ in commit.events}.union(commit.dropped_feeds):
             self.feeds.notify(feed)
         for gossip in published:
@@ -245,6 +256,16 @@ class System:
     def acknowledged(self, actor: str, recipient: str, seq: int) -> None:
         """A recipient has committed a link up to `seq`; the outbox forgets it with the next transaction."""
         self.journal.acknowledge(actor, recipient, seq)
+
+    def heard(self, actor: str, recipient: str) -> None:
+        """A recipient knows this process."""
+        if len(self._heard) >= KEPT_HEARD:
+            self._heard.clear()
+        self._heard.add((actor, recipient))
+
+    def was_heard(self, actor: str, recipient: str) -> bool:
+        """Return whether a recipient has acknowledged something to this process."""
+        return (actor, recipient) in self._heard
 
     def log_step(self, actor: str, meta: Meta, tag: str, step: Step) -> None:
         if self._step_log:
@@ -262,8 +283,41 @@ class System:
         if self._step_log:
             self._step_log(Line(meta.now, meta.trace, actor, meta.sender, "", (repr(error)[:300],), "crash"))
 
-    def log_lost_peer(self, actor: str, recipient: str, acked: int, have: int) -> None:
-        log.warning("%s lost its journal: had %d messages of %s, now has %d", recipient, acked, actor, have)
+    def log_damaged(self, actor: str, meta: Meta, error: RowDamaged) -> None:
+        """A row cannot be read: whatever needs it waits. Each row is logged once."""
+        if (error.actor, error.key) not in self._damaged and len(self._damaged) < KEPT_DAMAGED:
+            self._damaged[error.actor, error.key] = error.reason
+            log.error("%s; what needs it waits (a message from %s, trace %s)", error, meta.sender, meta.trace)
+        if self._step_log:
+            self._step_log(Line(meta.now, meta.trace, actor, meta.sender, "", (str(error)[:300],), "damaged"))
+
+    def damaged(self) -> list[tuple[str, str, str]]:
+        """Return (actor, key, why) of rows that something needed and that still cannot be read."""
+        for actor, key in list(self._damaged):
+            try:
+                self.rows(actor).get(key)
+                del self._damaged[actor, key]
+            except RowDamaged as error:
+                self._damaged[actor, key] = error.reason
+        return sorted((*row, reason) for row, reason in self._damaged.items())
+
+    def log_twice(self, recipient: str) -> None:
+        log.error("%s hears another process that speaks as this node, from a copy of its journal", recipient)
+
+    def log_broken(self, actor: str, lost: PeerLost) -> None:
+        words = "this node's journal is older than what it said to %s" if lost.here else "the journal of %s went back in time"
+        log.error(words + ": messages %d to %d of %s are forgotten", lost.to, lost.first, lost.last, actor)
+
+    async def link_broken(self, actor: str, broken: LinkBroken) -> None:
+        """The sides of a link remember different things: have its sender told, and a new numbering begun."""
+        lost = broken.lost
+        if isinstance(found := self._actors.get(actor), Actor):
+            found.offer_alarm(broken)
+            return
+        commit = Commit(actor, relinked=[Relink(lost.to, self.journal.new_epoch(), broken.agreed)])
+        await self.journal.commit(commit)
+        self._sent.pop((actor, lost.to), None)
+        self.released(actor, commit, [])
 
     # -- tasks
     async def _carry(self, courier: Courier) -> None:

@@ -35,9 +35,10 @@ STUCK_BLOCKS = 6  # blocks that passed a well-paid transaction by, before it get
 PATIENT_LOOKS = 3  # in a row that must find the same before a nonce is given up or filled
 FUND_S = 120.0
 
-KNOWN = ("already known", "already imported", "known transaction", "nonce too low", "nonce is too low")
+TOO_LOW = ("nonce too low", "nonce is too low")
 UNDERPRICED = ("underpriced", "less than block base fee", "fee too low", "fee cap less than")
 NO_FUNDS = ("insufficient funds",)
+FAULTS = {"chain_id": "InvalidChainId", "token": "CantSign"}  # of an endpoint -> as the payment status calls it
 
 
 class FundError(RpcError):
@@ -103,8 +104,12 @@ class Engine:
         return max(await self.rpc.transaction_count(self.address), self.store.next_nonce())
 
     def problems(self) -> tuple[Problem, ...]:
-        """What the last step found wrong; empty is healthy."""
-        return tuple(self._problems)
+        """What the last step found wrong, and what is wrong with the endpoints; empty is healthy."""
+        pool, chain_id = self.rpc.pool, self.network.chain_id
+        told = [Problem(FAULTS[fault.kind], fault.words, self.address, chain_id=chain_id) for fault in pool.faults()]
+        told += [Problem("RpcError", words, self.address) for words in pool.contradictions()]
+        said = " ".join(problem.detail for problem in self._problems)
+        return (*self._problems, *(problem for problem in told if problem.detail not in said))
 
     async def run(self) -> None:
         """Work until cancelled: at the network's poll interval while anything is open, else when something comes."""
@@ -140,7 +145,7 @@ class Engine:
         except _Wait as wait:
             problems.append(wait.problem)
         except RpcError as error:
-            kind = "InvalidChainId" if error.kind == "chain_id" else "RpcError"
+            kind = FAULTS.get(error.kind, "RpcError")
             problems.append(Problem(kind, str(error), self.address, chain_id=self.network.chain_id))
             self._checked = False  # who knows what answers next
         if problems:
@@ -254,7 +259,7 @@ class Engine:
             await self._bump(tx, attempt, head, problems)
 
     async def _broadcast(self, tx: TxRow, attempt: Attempt, problems: list[Problem]) -> bool:
-        """Send the stored bytes. True when the node finds the fee too low. RpcError when nobody answers."""
+        """Send the stored bytes to all. True when those who refuse find the fee too low. RpcError when nobody answers."""
         self.store.count_send(attempt.hash)
         try:
             await self.rpc.send_raw(attempt.raw)
@@ -269,9 +274,9 @@ class Engine:
                     Problem("InsufficientGas", str(error), self.address, needed_wei=tx.gas * attempt.max_fee)
                 )
                 return False
-            if not any(words in text for words in KNOWN):  # those mean: look for the receipt, at the next step
+            if not all(any(words in said.lower() for words in TOO_LOW) for said in error.refusals):
                 problems.append(Problem("TxStuck", f"nonce {tx.nonce} refused: {error}", self.address))
-                return False
+                return False  # else all say that the nonce is used: look for the receipt, at the next step
         self._checkpoint("sent")
         if tx.state == "signed" or attempt.sends == 0:
             self.store.mark_sent(tx.id)
@@ -310,9 +315,9 @@ class Engine:
     async def _make(self, batch: TransferBatch, head: Head) -> int:
         """Sign and store the transaction of a batch; if it needs an allowance first, that of the approval and wait."""
         multi = self.network.multi_transfer
-        purse = await token.balances(self.rpc, self.network, self.address)
         reserved = sum(tx.total_wei for tx in self.store.open() if tx.state != "mined")
-        missing = batch.total_wei + reserved - purse.token_wei
+        missing = batch.total_wei + reserved
+        missing -= await token.tokens(self.rpc, self.network, self.address, enough_wei=missing)
         if missing > 0:
             text = f"{missing / 1e18:.6g} {self.network.symbol} too little on {self.address}"
             raise _Wait(Problem("InsufficientToken", text, self.address, needed_wei=missing))
@@ -372,7 +377,7 @@ class Engine:
         for tx in self.store.open():
             if tx.state != "mined":
                 cost_wei += tx.gas * self.store.attempts(tx.id)[0].max_fee
-        missing = cost_wei - await self.rpc.balance(self.address)
+        missing = cost_wei - await token.coins(self.rpc, self.address, enough_wei=cost_wei)
         if missing > 0:
             text = f"{missing / 1e18:.6g} {self.network.coin} too little for gas on {self.address}"
             raise _Wait(Problem("InsufficientGas", text, self.address, needed_wei=missing))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
 from golem.chain.networks import Network
@@ -61,6 +62,27 @@ async def _number(rpc: Rpc, to: str, data: bytes) -> int:
 async def balances(rpc: Rpc, network: Network, address: str) -> Balances:
     """What `address` holds at the head. RpcError when nobody says."""
     return Balances(await rpc.balance(address), await _number(rpc, network.token, BALANCE_OF + _address(address)))
+
+
+async def tokens(rpc: Rpc, network: Network, address: str, enough_wei: int) -> int:
+    """Tokens in wei of `address`. Where one endpoint says less than `enough_wei`, the others are asked too."""
+    call = BALANCE_OF + _address(address)
+    return await _largest(rpc, f"the {network.symbol} of {address}", lambda: _number(rpc, network.token, call), enough_wei)
+
+
+async def coins(rpc: Rpc, address: str, enough_wei: int) -> int:
+    """Coins in wei of `address`, likewise."""
+    return await _largest(rpc, f"the coins of {address}", lambda: rpc.balance(address), enough_wei)
+
+
+async def _largest(rpc: Rpc, question: str, ask: Callable[[], Awaitable[int]], enough_wei: int) -> int:
+    found = await ask()
+    if found >= enough_wei or len(rpc.pool.endpoints) == 1:
+        return found
+    answers = await rpc.each(ask)
+    (poor, low), (rich, high) = (pick(answers, key=lambda each: each[1]) for pick in (min, max))
+    rpc.pool.note(question, f"{poor} says {low} wei for {question}, {rich} says {high}" if low < enough_wei <= high else None)
+    return max(found, high)
 
 
 async def allowance(rpc: Rpc, network: Network, owner: str, spender: str) -> int:

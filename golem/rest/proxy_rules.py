@@ -10,14 +10,13 @@ from collections.abc import Collection, Sequence
 from urllib.parse import parse_qsl, unquote_plus
 
 from golem.rest.edge import ApiError
+from golem.rest.redirects import cookie, led_back, refresh
 
 Header = tuple[bytes, bytes]
 
 SANDBOX = b"sandbox allow-scripts allow-forms allow-popups allow-downloads"
 _PORT = re.compile(rb"(\d{1,5})(?:/(.*))?\Z", re.DOTALL)
 _URL = re.compile(rb"([A-Za-z]{1,10}):/{1,2}(\[[0-9A-Fa-f:]*\]|[^/:]*)(?::(\d{1,5}))?(?:/(.*))?\Z", re.DOTALL)
-_ABSOLUTE = re.compile(rb"(https?:)?//+([^/]*)(.*)\Z", re.DOTALL | re.IGNORECASE)
-_AUTHORITY = re.compile(rb"(\[[0-9A-Fa-f:]*\]|[^:@]*)(?::(\d{1,5}))?\Z")
 _LOCAL_HOSTS = (b"localhost", b"127.0.0.1", b"[::1]")
 _OF_ONE_CONNECTION = frozenset((
     b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection", b"te", b"trailer",
@@ -26,7 +25,7 @@ _OF_ONE_CONNECTION = frozenset((
 _OF_THE_NODE = frozenset((b"date", b"server", b"x-trace-id"))  # of an answer: the node says its own
 _OF_THE_ORIGIN = frozenset((  # of an answer: a service cannot speak for all that a browser knows at this address
     b"clear-site-data", b"service-worker-allowed", b"strict-transport-security", b"alt-svc", b"nel", b"report-to",
-    b"reporting-endpoints",
+    b"reporting-endpoints", b"set-cookie2",
 ))  # fmt: skip
 
 
@@ -57,46 +56,8 @@ class Target:
         self.host = b"localhost:%d" % self.port if self.port else b"localhost"
 
     def back(self, location: bytes) -> bytes | None:
-        """Return a redirection as the client is to follow it: to a service of the activity as one through here, to
-        elsewhere as it is. None for one to this node, which the client would follow with its app-key in hand.
-        """
-        location = re.sub(rb"[\t\r\n]", b"", location).strip()  # as clients do before they read it
-        address, mark, fragment = location.partition(b"#")
-        path, question, query = address.partition(b"?")
-        path, rest = path.replace(b"\\", b"/"), question + query + mark + fragment
-        prefix = self.prefix
-        if match := _ABSOLUTE.match(path):
-            scheme, authority, path = match.groups(b"")
-            local = _AUTHORITY.match(authority)
-            if self.origin and authority.rpartition(b"@")[2].lower() == self.origin.lower():
-                return None
-            if scheme.lower() not in (b"", b"http:") or local is None or local[1].lower() not in _LOCAL_HOSTS:
-                return location
-            port = int(local[2] or 80)
-            prefix = prefix if port == self.port else self.root + b"/%d" % port
-        elif re.match(rb"[A-Za-z][A-Za-z0-9+.\-]*:", path):
-            return location if not re.match(rb"https?:", path, re.IGNORECASE) else None  # odd, and read in several ways
-        elif not path and question:
-            path = self.path.partition(b"?")[0]
-        elif not path.startswith(b"/"):
-            path = self.path.partition(b"?")[0].rpartition(b"/")[0] + b"/" + path
-        return prefix + _without_dots(path) + rest
-
-
-def _without_dots(path: bytes) -> bytes:
-    """Return a path that leads nowhere up, however a client reads it."""
-    kept: list[bytes] = []
-    parts = path.split(b"/")[1:] or [b""]
-    for number, part in enumerate(parts):
-        plain = re.sub(rb"%2e", b".", part, flags=re.IGNORECASE)
-        if plain == b"..":
-            del kept[-1:]
-        elif plain != b".":
-            kept.append(part)
-            continue
-        if number == len(parts) - 1:
-            kept.append(b"")
-    return b"/" + b"/".join(kept)
+        """Return a redirection as the client is to follow it, None for one that it must not follow."""
+        return led_back(location, self.prefix, self.root, self.port, self.path.partition(b"?")[0], self.origin)
 
 
 def key_of(query: bytes) -> str:
@@ -168,14 +129,16 @@ def returned(headers: Sequence[Header], target: Target, *, to_browser: bool = Fa
             continue
         if name == b"transfer-encoding" or (name == b"content-length" and chunked):
             continue
-        if name == b"set-cookie" and to_browser:
-            continue
         if name == b"location":
-            back = target.back(value)
-            if back is None:
-                continue
-            value = back
-        found.append((name, value))
+            checked = target.back(value) if all(kept != name for kept, _ in found) else None  # some clients join several
+        elif name == b"refresh":
+            checked = refresh(value, target.back)
+        elif name == b"set-cookie":
+            checked = None if to_browser else cookie(value, target.prefix)
+        else:
+            checked = value
+        if checked is not None:
+            found.append((name, checked))
     return found
 
 

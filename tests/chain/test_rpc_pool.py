@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
+import trio
+from chain_support import credential
 from support import mock_trio_test, trio_test
 
-from golem.chain import rpc as rpc_module
+from golem.chain import pool as pool_module
 from golem.chain.networks import local_rows
 from golem.chain.rpc import Pool, Rpc, RpcError
 
@@ -30,10 +33,12 @@ class Node:
         self.asked += 1
         if self.fault is not None:
             return self.fault()
-        method = json.loads(request.content)["method"]
-        if self.error is not None and method != "eth_chainId":
+        call = json.loads(request.content)
+        method = call["method"]
+        known = {"eth_chainId": hex(self.chain_id), "eth_blockNumber": hex(self.head)}.get(method) or credential(call)
+        if self.error is not None and known is None:
             return httpx.Response(200, json={"jsonrpc": "2.0", "id": 1, "error": self.error})
-        value = {"eth_chainId": hex(self.chain_id), "eth_blockNumber": hex(self.head)}.get(method, self.head)
+        value = known or self.head
         return httpx.Response(200, json={"jsonrpc": "2.0", "id": 1, "result": value})
 
 
@@ -80,6 +85,46 @@ async def test_an_endpoint_on_another_chain_is_never_used() -> None:
     assert caught.value.kind == "chain_id"
 
 
+WRONG = {
+    "no contract": ({"eth_getCode": "0x"}, "no contract at"),
+    "no token": ({"0x313ce567": "0x", "0x95d89b41": "0x"}, "no ERC20 token"),
+    "no symbol": ({"0x95d89b41": "0x"}, "no symbol()"),
+    "decimals": ({"0x313ce567": f"0x{6:064x}"}, "6 decimals"),
+    "symbol": ({"0x95d89b41": f"0x{32:064x}{3:064x}" + b"DAI".hex().ljust(64, "0")}, "the token 'DAI'"),
+    "old symbol": ({"0x95d89b41": "0x" + b"MKR".hex().ljust(64, "0")}, "the token 'MKR'"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+@mock_trio_test
+async def test_an_endpoint_without_the_networks_contracts_is_never_used(name: str) -> None:
+    plan, words = dict(WRONG[name][0]), WRONG[name][1]
+
+    class Stranger(Node):
+        """A node of another chain that has taken this one's id."""
+
+        def answer(self, request: httpx.Request) -> httpx.Response:
+            call = json.loads(request.content)
+            key = call["params"][0]["data"] if call["method"] == "eth_call" else call["method"]
+            if key in plan:
+                return httpx.Response(200, json={"jsonrpc": "2.0", "id": 1, "result": plan[key]})
+            return super().answer(request)
+
+    wrong = pool_of(Stranger())
+    with pytest.raises(RpcError, match=re.escape(words)) as caught:
+        await wrong.call("x")
+    assert caught.value.kind == "token"
+    assert [fault.kind for fault in wrong.faults()] == ["token"]
+    pool = pool_of(Stranger(head=7), Node(head=100))
+    assert not await pool.check()
+    assert await pool.call("x") == 100
+    assert await pool.call("eth_sendRawTransaction") == 100
+    assert [fault.words.split()[0] for fault in pool.faults()] == ["node0"]
+    plan.clear()
+    assert await pool.check()
+    assert pool.faults() == []
+
+
 @mock_trio_test
 async def test_an_endpoint_that_lags_comes_last() -> None:
     behind, ahead = Node(head=80), Node(head=100)
@@ -90,21 +135,77 @@ async def test_an_endpoint_that_lags_comes_last() -> None:
 
 
 @mock_trio_test
-async def test_an_answered_error_is_final_but_a_rate_limit_is_not() -> None:
-    first, second = Node(), Node(head=200)
-    first.error = {"code": -32000, "message": "nonce too low", "data": "0x"}
+async def test_what_one_refuses_is_asked_of_the_others_and_the_contradiction_is_told() -> None:
+    first, second = Node(head=100), Node(head=101)
     pool = pool_of(first, second)
-    pool._surveyed = float("inf")
-    with pytest.raises(RpcError, match="nonce too low") as caught:
+    first.error = {"code": -32005, "message": "limit"}
+    assert await pool.call("x") == 101
+    assert pool.contradictions() == [], "a rate limit says nothing about the question"
+    first.error = {"code": -32000, "message": "insufficient funds", "data": "0x"}
+    pool = pool_of(first, second)
+    assert await pool.call("x") == 101
+    (told,) = pool.contradictions()
+    assert "node0 refuses x: insufficient funds" in told
+    assert "node1 took it" in told
+    await trio.sleep(pool_module.CONTRADICTION_S + 1)
+    assert pool.contradictions() == []
+
+
+@mock_trio_test
+async def test_what_all_refuse_is_refused_with_the_words_of_each() -> None:
+    first, second = Node(), Node()
+    first.error = second.error = {"code": -32000, "message": "nonce too low", "data": "0x"}
+    pool = pool_of(first, second)
+    with pytest.raises(RpcError, match=r"^nonce too low$") as caught:
         await pool.call("x")
     assert (caught.value.kind, caught.value.code) == ("answer", -32000)
-    first.error = {"code": -32005, "message": "limit"}
-    assert await pool.call("x") == 200
+    second.error = {"code": -32000, "message": "insufficient funds"}
+    with pytest.raises(RpcError, match="node0: nonce too low; node1: insufficient funds") as caught:
+        await pool.send(b"raw")
+    assert caught.value.refusals == ("nonce too low", "insufficient funds")
+    assert pool.contradictions() == []
+
+
+@mock_trio_test
+async def test_a_transaction_goes_to_every_endpoint_and_one_that_takes_it_is_enough() -> None:
+    class Taker(Node):
+        """A node that takes every transaction."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.sent: list[str] = []
+
+        def answer(self, request: httpx.Request) -> httpx.Response:
+            call = json.loads(request.content)
+            if self.fault is None and self.error is None and call["method"] == "eth_sendRawTransaction":
+                self.sent += call["params"]
+                return httpx.Response(200, json={"jsonrpc": "2.0", "id": 1, "result": "0x" + "ab" * 32})
+            return super().answer(request)
+
+    first, second, third = Taker(), Taker(), Taker()
+    pool = pool_of(first, second, third)
+    await pool.send(b"\1\2")
+    assert first.sent == second.sent == third.sent == ["0x0102"], "the first may never pass it on"
+    for words in ("nonce too low", "insufficient funds for gas * price + value", "anything at all"):
+        first.error, second.fault = {"code": -32000, "message": words}, refuse
+        await pool.send(b"\1\2")
+        (told,) = pool.contradictions()
+        assert all(each in told for each in (words, "node0", "node2"))
+    third.error = {"code": -32000, "message": "already known"}
+    await pool.send(b"\1\2")
+    third.fault = refuse
+    with pytest.raises(RpcError, match="anything at all") as caught:
+        await pool.send(b"\1\2")
+    assert caught.value.kind == "answer"
+    first.fault = refuse
+    with pytest.raises(RpcError) as caught:
+        await pool.send(b"\1\2")
+    assert caught.value.kind == "down"
 
 
 @mock_trio_test
 async def test_nonsense_is_a_dead_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rpc_module, "ANSWER_LIMIT", 1000)
+    monkeypatch.setattr(pool_module, "ANSWER_LIMIT", 1000)
     for response in (
         httpx.Response(502, text="bad gateway"), httpx.Response(200, text="<html>"), httpx.Response(200, text="[]"),
         httpx.Response(200, text="{}"), httpx.Response(200, json={"result": "x" * 2000}),
@@ -147,8 +248,8 @@ async def test_senseless_answers_never_are_more_than_an_rpc_error() -> None:
     asked = wrong = 0
     for answer in answers:
         def node(request: httpx.Request, answer: Any = answer) -> httpx.Response:
-            chain = json.loads(request.content)["method"] == "eth_chainId"
-            return httpx.Response(200, json={"jsonrpc": "2.0", "id": 1, "result": "0x539" if chain else answer})
+            known = credential(json.loads(request.content))
+            return httpx.Response(200, json={"jsonrpc": "2.0", "id": 1, "result": answer if known is None else known})
 
         async with Rpc(local_rows("http://node")[0], transport=httpx.MockTransport(node)) as rpc:
             questions: list[Callable[[], Any]] = [

@@ -13,8 +13,8 @@ import pytest
 import trio
 from support import mock_trio_test, trio_test
 
-from actors.kernel import actor as actor_module
 from actors.kernel import journal as journal_module
+from actors.kernel import row_view as row_view_module
 from actors.kernel import system as system_module
 from actors.kernel.feed import next_head
 from actors.kernel.journal import Commit, Journal, JournalClosed, JournalError, Position
@@ -34,8 +34,9 @@ from actors.kernel.machine import (
     Step,
     Wake,
 )
+from actors.kernel.mailbox import LinkBatch
 from actors.kernel.system import System
-from protocol.codec import MAX_BODY_BYTES, Ack, Envelope, decode_ack, encode, encode_batch
+from protocol.codec import MAX_BODY_BYTES, Ack, Envelope, decode_ack, encode, encode_ack, encode_batch
 from protocol.types import Message, Undelivered, Violation
 
 
@@ -399,7 +400,7 @@ async def test_forged_frames_are_refused() -> None:
             with pytest.raises(Violation):
                 await a.deliver(raw, peer)
         assert decode_ack(await a.deliver(frame(1, "A/exeunit:1", body=encode(Text("x"))), "A/exeunit:1")).have == 1
-        assert decode_ack(await a.deliver(frame(1), "B")) == Ack(1)
+        assert decode_ack(await a.deliver(frame(1), "B")) == Ack(1, boots=("1:",))
         assert len(a.feeds.read("got")) == 2
 
 
@@ -408,12 +409,13 @@ async def test_a_new_epoch_is_never_acknowledged_with_the_old_ones_numbers() -> 
     async with running(system_on(disk(), Doer(), capacity=1)) as a:
         for seq in range(1, 6):
             assert decode_ack(await a.deliver(frame(seq), "B")).have == seq
-        link = actor_module.LinkBatch([Envelope("B/doer", "A/doer", "b2", 1, 0, "", b"")])
+        link = LinkBatch([Envelope("B/doer", "A/doer", "b2", 1, 0, "", b"")])
         assert decode_ack(await a._busy("doer", link)) == Ack(0, "busy")
         assert decode_ack(await a.deliver(frame(1, epoch="b2"), "B")).have == 1
-        assert decode_ack(await a.deliver(frame(6), "B")) == Ack(0, "retired epoch")
+        assert decode_ack(await a.deliver(frame(6), "B")) == Ack(5, "retired epoch", ("1:",))
         assert len(a.feeds.read("got")) == 6
-        assert Position("b2", 1, ("b1",)).have("b1") == 0
+        assert Position("b2", 1, ("b1/5/1:",)).of("b1").seq == 5
+        assert Position("b2", 1).of("b1").seq == 0
 
 
 @mock_trio_test
@@ -430,7 +432,7 @@ async def test_a_frame_whose_session_broke_is_not_taken_twice() -> None:
 # -- the journal
 @mock_trio_test
 async def test_rows_are_cached_by_number_and_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(actor_module, "CACHED_ROWS", 10)
+    monkeypatch.setattr(row_view_module, "CACHED_ROWS", 10)
     doer = Doer(fill=lambda rows, meta: Step({f"k{i}": Text(str(i)) for i in range(30)} | {"k5": Text("x" * 20_000)}),
                 small=lambda rows, meta: Step({"k5": Text("5")}), large=lambda rows, meta: Step({"k5": Text("y" * 20_000)}),
                 read=lambda rows, meta: Step({}, [Reply(Text(rows["k5"].value[0] + str(sum(1 for _ in rows.prefix("k")))))]))
@@ -577,7 +579,7 @@ async def test_a_deadline_is_told_once_and_the_next_message_goes_on(monkeypatch:
                 raise LinkDown("not yet")
             self.sent.append(raw)
             await trio.lowlevel.checkpoint()
-            return b"\x92\x02\xa0"
+            return encode_ack(Ack(2, boots=("1:1-epoch",)))
 
     doer = Doer(send=lambda rows, meta: Step({}, [Send("B/doer", Text("1"), 10), Send("B/doer", Text("2"), 100)]))
     wire = Later()

@@ -72,9 +72,9 @@ def golden() -> list[Any]:
 def built(kind: str, value: Any) -> Any:
     """Return the object that a golden vector describes."""
     if kind == "batch":
-        return [Envelope(*fields[:-1], bytes.fromhex(fields[-1])) for fields in value]
+        return [Envelope(*fields[:6], bytes.fromhex(fields[6]), *fields[7:]) for fields in value]
     if kind == "ack":
-        return Ack(*value)
+        return Ack(*value[:2], tuple(value[2]))
     if kind == "document":
         return Document(value[0], bytes.fromhex(value[1]), bytes.fromhex(value[2]))
     return {"Refused": Refused, "Undelivered": Undelivered}[kind](

@@ -146,7 +146,8 @@ async def test_requests_reach_the_service_and_the_key_does_not(tmp_path: Path) -
         for data in (body, pieces()):  # with its length, and chunked
             answer = await http.request("PATCH", f"{w.base}/proxy-http/http://localhost:{s.port}/hash", content=data)
             assert (answer.status_code, answer.text) == (200, sha)
-            assert answer.headers.get_list("set-cookie") == ["a=1", "b=2"]
+            mine = f"; Path={w.path}/proxy-http/{s.port}"
+            assert answer.headers.get_list("set-cookie") == ["a=1" + mine, "b=2" + mine]
         answer = await http.get(f"{s.port}/login")
         assert (answer.status_code, answer.headers["location"]) == (302, f"{w.path}/proxy-http/{s.port}/home")
         answer = await http.head(f"{s.port}/login")

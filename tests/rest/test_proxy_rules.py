@@ -124,8 +124,38 @@ def test_no_redirection_names_the_node(location: bytes) -> None:
 def test_a_service_does_not_speak_for_the_whole_address() -> None:
     target = Target(HERE, b"8080", b"")
     given = [(b"clear-site-data", b'"*"'), (b"service-worker-allowed", b"/"), (b"set-cookie", b"a=1")]
-    assert returned(given, target) == [(b"content-security-policy", SANDBOX), (b"set-cookie", b"a=1")]
+    cookie = b"a=1; Path=" + HERE + b"/8080"
+    assert returned(given, target) == [(b"content-security-policy", SANDBOX), (b"set-cookie", cookie)]
     assert returned(given, target, to_browser=True) == [(b"content-security-policy", SANDBOX)]
+
+
+@pytest.mark.parametrize(("given", "path"), [
+    (b"a=1", b""), (b"a=1; Path=/", b""), (b"a=1; PATH = /sub/", b"/sub/"), (b"a=1; path=/a;Path=/b", b"/b"),
+    (b"a=1; path=../../..", b""), (b"a=1; path=/../../..", b""), (b"a=1; path=/x/%2e%2e/%2e%2e/payment-api", b"/payment-api"),
+    (b"a=1; path=/x/..%2f../payment-api", b"/payment-api"), (b"a=1; path=", b""), (b"a=1; domain=127.0.0.1; Domain=.lan", b""),
+])  # fmt: skip
+def test_a_cookie_is_of_its_service(given: bytes, path: bytes) -> None:
+    found = dict(returned([(b"set-cookie", given)], Target(HERE, b"8080", b"")))
+    assert found[b"set-cookie"] == b"a=1; Path=" + HERE + b"/8080" + path
+    plain = b"a=1; HttpOnly; Max-Age=5; Expires=Wed, 09 Jun 2100 10:18:14 GMT"
+    assert returned([(b"set-cookie", plain)], Target(HERE, b"80", b""))[1][1] == plain + b"; Path=" + HERE + b"/80"
+
+
+@pytest.mark.parametrize("given", [b"", b";path=/", b"a=1\x01; path=/", b"a=1;\x1bpath=/"])
+def test_what_is_no_cookie(given: bytes) -> None:
+    assert len(returned([(b"set-cookie", given)], Target(HERE, b"8080", b""))) == 1
+
+
+def test_a_page_that_opens_another() -> None:
+    target = Target(HERE, b"8080", b"", b"node.lan:7465")
+    for given, back in (
+        (b"5", b"5"), (b"0; url=/x", b"0; url=" + HERE + b"/8080/x"), (b"1;URL='../../../me'", b"1; url=" + HERE + b"/8080/me"),
+        (b"0, http://localhost:81", b"0; url=" + HERE + b"/81/"), (b"0;url=http://node.lan:7465/me", None),
+        (b"0; url=//127.1:7465/me", None), (b"x", None), (b"0 //127.0.0.1:7465/me", None),
+    ):  # fmt: skip
+        assert dict(returned([(b"refresh", given)], target)).get(b"refresh") == back
+    two = returned([(b"location", b"/a"), (b"location", b"/b")], target)
+    assert [value for name, value in two if name == b"location"] == [HERE + b"/8080/a"]
 
 
 def test_two_ways_to_tell_a_length_are_one() -> None:

@@ -1,0 +1,209 @@
+"""A service's redirections, followed by the clients that people use: none leads out of what belongs to the service.
+
+The clients run for real against a server that stands for the node; each says what it was asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urljoin
+
+import httpx
+import pytest
+import requests
+import urllib3
+
+from golem.hosts import is_this_machine, read_authority
+from golem.rest.proxy_rules import Target, returned
+
+HERE = b"/activity-api/v1/activity/1/proxy-http"
+START = HERE + b"/8080/sub/page"
+KEY = "Bearer 0123456789abcdef"
+HTTPX = httpx.Client(follow_redirects=True, trust_env=False, timeout=30)
+SEED = int(os.environ.get("SIM_SEED", "19"))
+
+KNOWN = [
+    b"//127.0.0.1:00%d/payment-api/v1/x", b"//127.0.0.%%31:%d/x", b"//127.1:%d/x", b"//0x7f000001:%d/x", b"//2130706433:%d/x",
+    b"//0177.0.0.1:%d/x", b"//[::ffff:127.0.0.1]:%d/x", b"//[::ffff:7f00:1]:%d/x", b"//[0:0:0:0:0:0:0:1]:%d/x", b"//0:%d/x",
+    b"//0.0.0.0:%d/x", b"//localhost.:%d/x", b"//LOCALHOST:%d/x", b"//a@127.0.0.1:%d/x", b"//a:b@127.0.0.1:%d/x",
+    b"///127.0.0.1:%d/x",
+    b"http://example.com\\@127.0.0.1:%d/x", b"http://example.com#@127.0.0.1:%d/x", b"http://example.com?@127.0.0.1:%d/x",
+    b"http:/127.0.0.1:%d/x", b"http:127.0.0.1:%d/x", b"http:\\\\127.0.0.1:%d/x", b"http:///127.0.0.1:%d/x",
+    b"\\\\127.0.0.1:%d\\x",
+    b"/\\127.0.0.1:%d/x", b"\x01//127.0.0.1:%d/x", b"ht\ttp://127.0.0.1:%d/x", b"/\t/127.0.0.1:%d/x", b"//127.0.0.1\t:%d/x",
+    b"HTTPS://127.0.0.1:%d/x", b"ws://127.0.0.1:%d/x", b"//127.0.0.1:%d\\x", b"//127.0.0.1:%d\xa0/x",
+    b"//\xe2\x91\xa027.0.0.1:%d/x",
+    b"http://127.0.0.1:%d", b"//127.0.0.1 :%d/x", b"//sub.localhost:%d/x", b"//127.0.0.2:%d/x", b"//[::7f00:1]:%d/x",
+    b"//[64:ff9b::7f00:1]:%d/x", b"//[2002:7f00:1::]:%d/x", b"//[::1%%25lo]:%d/x", b"http://x, http://127.0.0.1:%d/x",
+    b"/..;/..;/..;/..;/..;/x%d", b"/%%2e%%2e\x01/%%2e%%2e\x01/../../../../x%d", b"/%%252e%%252e/../../../../../../x%d",
+    b"/..%%2f..%%2f..%%2f..%%2f..%%2f../x%d", b"/..%%5c..%%5c../../../../../../x%d", b"..\\..\\..\\..\\..\\..\\x%d",
+    b"/. ./..%%20/../../../../../../x%d",
+    b"/a/b/\xef\xbc\x8e\xef\xbc\x8e/../../../../../../../x%d", b"?/../../../../../../x%d", b"#/../../x%d",
+    b"http://[::1]:%d/../../../../../../x",
+    b"javascript:alert(%d)", b"file:///etc/passwd?%d", b"data:,%d", b"blob:http://127.0.0.1:%d/x",
+    b"view-source:http://127.0.0.1:%d/x",
+    b"ftp://127.0.0.1:%d/x", b"gopher://127.0.0.1:%d/x", b"x:y%d", b"//%d", b"", b"   ", b"http:", b"http://", b"//", b"/",
+    b"//@", b"//:80",
+]  # fmt: skip
+PIECES = [
+    b"http:", b"https:", b"HTTP:", b"ws:", b"//", b"/", b"\\", b"@", b":", b"?", b"#", b";", b"%2e", b"%2E%2e", b"..", b".",
+    b"%", b"%00",
+    b"%2f", b"%5c", b" ", b"\t", b"\x01", b"\x0b", b"\x7f", b"\xa0", b"\xff", b"[", b"]", b"[::1]", b"localhost",
+    b"127.0.0.1", b"127.1",
+    b"0x7f.1", b"node.lan", b"example.com", b":%d", b":0%d", b":0000000%d", b"x", b"payment-api", b"&", b"'", b'"', b"<",
+    b"|", b"^", b"{", b"~",
+]  # fmt: skip
+
+
+def locations(port: int) -> list[bytes]:
+    """Return what a service may say: the known tricks, and random compositions of their pieces."""
+    dice = random.Random(SEED)
+    made = [b"".join(dice.choices(PIECES, k=dice.randint(1, 9))) for _ in range(400)]
+    made += [b"//" + b"".join(dice.choices(PIECES, k=dice.randint(1, 5))) for _ in range(200)]
+    known = [one % port if b"%d" in one else one for one in KNOWN]
+    return known + [one.replace(b"%d", b"%d" % port) for one in made]
+
+
+class Node(ThreadingHTTPServer):
+    """Stands for the node: under `START` it answers with the redirection of a number, and it notes every other request."""
+
+    daemon_threads = True
+    given: list[bytes]
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.asked: list[str] = []
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Node
+
+    def do_GET(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        start, _, number = self.path.partition("?n=")
+        if start.encode() == START and number.isdigit() and int(number) < len(self.server.given):
+            self.send_response(307)
+            self.send_header("Location", self.server.given[int(number)].decode("latin-1"))
+        else:
+            self.server.asked.append(self.path)
+            self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_POST = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def node() -> Iterator[Node]:
+    server = Node()
+    port = server.server_address[1]
+    target = Target(HERE, b"8080/sub/page", b"", b"127.0.0.1:%d" % port)
+    answers = [returned([(b"location", one)], target) for one in locations(port)]
+    server.given = [dict(answer)[b"location"] for answer in answers if b"location" in dict(answer)]
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def by_requests(url: str) -> None:
+    with requests.Session() as session:
+        session.trust_env = False
+        session.post(url, data=b"x", headers={"Authorization": KEY}, timeout=30)
+
+
+def by_httpx(url: str) -> None:
+    HTTPX.post(url, content=b"x", headers={"Authorization": KEY})
+
+
+def by_curl(url: str) -> None:
+    told = ["-L", "--max-time", "30", "-H", f"Authorization: {KEY}", "-d", "x", "-o", os.devnull]
+    subprocess.run(["curl", "-q", "-sS", "--noproxy", "*", *told, url], check=True, timeout=60)
+
+
+NODE_FETCH = """
+const urls = JSON.parse(require('fs').readFileSync(0));
+(async () => { for (const url of urls) {
+  const answer = await fetch(url, {method: 'POST', body: 'x', headers: {Authorization: process.argv[1]}});
+  await answer.arrayBuffer();
+} })().catch(error => { console.error(error); process.exit(1); });
+"""
+NODE_URL = """
+const read = JSON.parse(require('fs').readFileSync(0));
+console.log(JSON.stringify(read.map(one => new URL(one, process.argv[1]).host)));
+"""
+
+
+def starts(node: Node, wanted: Callable[[bytes], bool]) -> list[str]:
+    """Return the addresses that answer with the redirections that are `wanted`."""
+    host, port = node.server_address[:2]
+    return [f"http://{host!s}:{port}{START.decode()}?n={number}" for number, one in enumerate(node.given) if wanted(one)]
+
+
+def is_within(one: bytes) -> bool:
+    return one.startswith(b"/") and not one.startswith(b"//")
+
+
+@pytest.mark.parametrize("client", ["requests", "httpx", "curl", "node"])
+def test_clients_stay_with_the_service(node: Node, client: str) -> None:
+    urls = starts(node, is_within)
+    if client in ("curl", "node") and shutil.which(client) is None:
+        pytest.skip(f"no {client} on this machine")
+    node.asked.clear()
+    if client == "node":
+        subprocess.run(["node", "-e", NODE_FETCH, KEY], input=json.dumps(urls).encode(), check=True, timeout=100)
+    else:
+        follow = {"requests": by_requests, "httpx": by_httpx, "curl": by_curl}[client]
+        for url in urls if client != "curl" else urls[:150]:
+            follow(url)
+    assert len(node.asked) >= 90, "redirections were followed"
+    service = re.compile(re.escape(HERE.decode()) + r"/[1-9]\d{0,4}(/|\Z)")
+    assert [path for path in node.asked if not service.match(path)] == []
+    assert [path for path in node.asked if ".." in path.partition("?")[0].split("/")] == []
+
+
+def test_what_leads_elsewhere_is_read_by_all_alike(node: Node) -> None:
+    """Every other redirection names a machine that is neither this one nor the node, and all clients read the same name."""
+    base = f"http://127.0.0.1:{node.server_address[1]}{START.decode()}"
+    away = [one.decode("ascii") for one in node.given if not is_within(one) and not one.startswith((b"mailto:", b"ws"))]
+    assert len(away) > 10
+    told = [""] * len(away)
+    if shutil.which("node"):
+        line = ["node", "-e", NODE_URL, base]
+        told = json.loads(subprocess.run(line, input=json.dumps(away).encode(), stdout=-1, check=True, timeout=60).stdout)
+    for one, of_node in zip(away, told, strict=True):
+        full = urljoin(base, one)
+        host = urllib3.util.parse_url(full).host or ""
+        assert host == httpx.URL(base).join(one).host, one
+        assert not of_node or of_node.partition(":")[0] == host, one
+        assert not is_this_machine(host.encode()), one
+    urls = starts(node, lambda one: not is_within(one) and not one.startswith((b"mailto:", b"ws")))
+    if shutil.which("curl"):
+        for one, url in list(zip(away, urls, strict=True))[:60]:
+            line = ["curl", "-q", "-sS", "--noproxy", "*", "-o", os.devnull, "-w", "%{redirect_url}", url]
+            read = subprocess.run(line, capture_output=True, check=True, timeout=60).stdout.decode()
+            assert urllib3.util.parse_url(read).host == urllib3.util.parse_url(urljoin(base, one)).host
+
+
+@pytest.mark.parametrize(("authority", "read"), [
+    (b"a.b:80", (b"a.b", 80)), (b"A-1.example", (b"a-1.example", 80)), (b"10.0.0.1:65535", (b"10.0.0.1", 65535)),
+    (b"[2001:db8::1]:8", (b"[2001:db8::1]", 8)), (b"a:080", None), (b"a:", None), (b"a:0", None), (b"a:65536", None),
+    (b"", None),
+    (b"1.2.3", None), (b"1.2.3.04", None), (b"a.1", None), (b"a.0x1", None), (b"a..b", None), (b"a.", None), (b"-a", None),
+    (b"[2001:DB8::1]", (b"[2001:db8::1]", 80)), (b"[2001:0db8::1]", None), (b"[::1", None), (b"u@a", None), (b"a%41", None),
+    (b"a b", None),
+])  # fmt: skip
+def test_canonical_authorities(authority: bytes, read: tuple[bytes, int] | None) -> None:
+    assert read_authority(authority, b"http") == read
