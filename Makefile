@@ -1,5 +1,5 @@
 # demo   a whole market on this machine: two providers render an image for a requestor and are paid
-# test   all tests, a worker for each core      make test ARGS="tests/protocol -k terms"; ARGS=--shuffle for any order
+# test   all tests, a worker for each core      make test ARGS="tests/protocol -k terms"; ARGS=--shuffle=any
 # quick  what one runs while editing: no processes, under a minute
 # lint   ruff, mypy, the layers, and what the lowest Python does not have
 # bench  every benchmark      make bench ARGS="bench_kernel scenario" for some; figures also go to benchmarks/results/

@@ -38,14 +38,12 @@ def plain_engine() -> Iterator[LocalEngine]:
 
 # -- the order of tests, and who runs them
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--shuffle", metavar="SEED", nargs="?", const="", help="run files and their tests in an order that SEED decides (default: any)"
-    )
+    parser.addoption("--shuffle", metavar="SEED", help="run files, and the tests of each, in the order of a seed; `any` takes one")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Choose the seed of the order before workers are told of it."""
-    if config.getoption("shuffle") == "":
+    if config.getoption("shuffle") == "any":
         config.option.shuffle = str(random.SystemRandom().randrange(1 << 32))
 
 

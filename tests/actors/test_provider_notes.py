@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from test_provider import Agent, noted
+from test_provider import noted
 
 from protocol.provider import IssueNote, NoteDue, ReadUsage, StopUnit, UsageRead
 
