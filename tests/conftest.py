@@ -38,7 +38,7 @@ def plain_engine() -> Iterator[LocalEngine]:
 
 # -- the order of tests, and who runs them
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--shuffle", metavar="SEED", help="run files, and the tests of each, in the order of a seed; `any` takes one")
+    parser.addoption("--shuffle", metavar="SEED", help="run files, and the tests of each, in an order by a seed; `any` takes one")
 
 
 def pytest_configure(config: pytest.Config) -> None:
