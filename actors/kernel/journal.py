@@ -15,7 +15,7 @@ from zlib import crc32
 
 import trio
 
-from actors.kernel.lineage import Marks, Outgoing, Position, Relink, start_number
+from actors.kernel.lineage import Lower, Marks, Outgoing, Position, Relink, start_number
 
 MIGRATIONS = (
     """
@@ -53,6 +53,7 @@ PRUNED_AT_ONCE = 5000  # events
 ACK_FLUSH_S = 0.05  # how long acknowledgements wait for a commit to go with: losing them costs a repetition, no more
 KEPT_QUARANTINED = 1000
 SEAL_BYTES = 4
+ASKED_LINKS = 64  # to one node; those to the processes of activities live no longer than their journals
 KNOWN_MARKS = 4096  # links of which it is remembered that this start has a mark on them
 FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE)  # of the disk: the file, or the index of its log
 
@@ -141,7 +142,7 @@ class Commit:
     taken: list[tuple[str, int]] = field(default_factory=list)
     timers: dict[str, Timer | None] = field(default_factory=dict)
     quarantined: list[tuple[float, str, str, str, bytes]] = field(default_factory=list)
-    relinked: list[Relink] = field(default_factory=list)
+    relinked: list[Relink | Lower] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         return bool(
@@ -300,6 +301,11 @@ class Journal:
         """Return (actor, recipient) of all links with something to deliver."""
         return self._reader.execute("select distinct actor, recipient from outbox").fetchall()
 
+    def links_to(self, node: str) -> list[tuple[str, str]]:
+        """Return (actor, recipient) of links to the actors of a node, of which something was acknowledged."""
+        query = "select actor, recipient from sent where recipient>? and recipient<? and acked>0 and recipient not like ? limit ?"
+        return self._reader.execute(query, (f"{node}/", f"{node}/\U0010ffff", f"{node}/%:%", ASKED_LINKS)).fetchall()
+
     def overdue(self, now: float, limit: int = 256) -> list[tuple[str, str, int]]:
         """Return (actor, recipient, seq) of messages whose deadline has passed."""
         query = "select actor, recipient, seq from outbox where deadline<=? order by deadline, actor, recipient, seq limit ?"
@@ -423,13 +429,13 @@ class Journal:
         db = self._writer
         db.execute("begin immediate")
         try:
-            for commit in commits:
-                self._mark(db, commit)
-                _apply(db, commit, self.boot)
-            for link, (epoch, seq) in acks.items():
+            for link, (epoch, seq) in acks.items():  # before the commits, which may take what they say back
                 known = "update sent set acked=max(acked, ?) where actor=? and recipient=? and epoch=?"
                 if db.execute(known, (seq, *link, epoch)).rowcount:  # else the link has begun a new numbering since
                     db.execute("delete from outbox where actor=? and recipient=? and seq<=?", (*link, seq))
+            for commit in commits:
+                self._mark(db, commit)
+                _apply(db, commit, self.boot)
             db.execute("commit")
         except BaseException:
             self._marked.clear()
@@ -496,8 +502,14 @@ def _apply(db: sqlite3.Connection, c: Commit, boot: str) -> None:
     sent = "insert into sent (actor, recipient, seq, epoch) values (?,?,?,?) on conflict do update set seq=excluded.seq"
     db.executemany(sent, [(actor, recipient, seq, boot) for recipient, seq in last.items()])
     db.executemany("delete from outbox where actor=? and recipient=? and seq=?", [(actor, *link) for link in c.expired])
-    for relink in c.relinked:
-        _relink(db, actor, relink, boot)
+    for mend in c.relinked:
+        if isinstance(mend, Relink):
+            _relink(db, actor, mend, boot)
+        else:
+            link = (actor, mend.recipient)
+            db.execute("update sent set acked=? where actor=? and recipient=?", (mend.acked, *link))
+            if mend.boot:
+                db.execute("insert or ignore into mark values (?,?,?,?)", (*link, mend.boot, mend.acked))
     for name in c.dropped_feeds:
         db.execute("delete from feed where name=?", (name,))
         db.execute("delete from feed_head where name=?", (name,))
