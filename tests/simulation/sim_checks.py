@@ -27,6 +27,7 @@ from sim_machines import (
     Seen,
 )
 
+from actors.kernel.journal import unsealed
 from protocol.codec import Decoder
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def rows(db: sqlite3.Connection, actor: str, prefix: str = "") -> dict[str, Any]
         found = db.execute(query, (actor, len(prefix), prefix)).fetchall()
     except sqlite3.OperationalError:  # a new disk without tables
         return {}
-    return {key[len(prefix):]: _decode[actor](body) for key, body in found}
+    return {key[len(prefix):]: _decode[actor](unsealed(actor, key, body)) for key, body in found}
 
 
 def unsettled(world: World) -> list[str]:
