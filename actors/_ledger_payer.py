@@ -207,9 +207,6 @@ def _against_note(
 
 
 def _against_invoice(draft: MoneyDraft, agreement: Agreement, body: InvoiceBody, total: Decimal) -> tuple[str, str]:
-    standing = draft.row(PaymentDocument, f"invoice/{agreement.invoice_id}")
-    if standing is not None and standing.status in (RECEIVED, ACCEPTED):
-        return f"the agreement has an invoice already: {standing.document_id}", ""
     ids = [key.rpartition("/")[2] for key, _ in draft.prefix(f"in/{agreement.agreement_id}/")]
     if strange := set(body.activity_ids) - set(ids):
         return f"this node has created no activity {min(strange)[:80]} under the agreement", ""
@@ -218,6 +215,9 @@ def _against_invoice(draft: MoneyDraft, agreement: Agreement, body: InvoiceBody,
     pricing = draft.row(Pricing, f"pricing/{agreement.agreement_id}")
     if pricing is None:
         return "", ""
+    standing = draft.row(PaymentDocument, f"invoice/{agreement.invoice_id}")
+    if standing is not None and standing.status in (RECEIVED, ACCEPTED):
+        return f"the agreement has an invoice already: {standing.document_id}", ""
     rows = [draft.row(Activity, f"activity/{one}") for one in ids]
     activities = [(row, age_s(draft, row, draft.now)) for row in rows if row is not None]
     most = max(most_for_agreement(pricing, activities), Decimal(agreement.accepted))
