@@ -1,7 +1,9 @@
 # demo   a whole market on this machine: two providers render an image for a requestor and are paid
-# test   all tests            make test ARGS="tests/protocol -k terms"
-# lint   ruff, mypy, the layers
+# test   all tests, a worker for each core      make test ARGS="tests/protocol -k terms"; ARGS=--shuffle=any
+# quick  what one runs while editing: no processes, under a minute
+# lint   ruff, mypy, the layers, and what the lowest Python does not have
 # bench  every benchmark      make bench ARGS="bench_kernel scenario" for some; figures also go to benchmarks/results/
+# setup  .venv alone, with the node and its commands
 # clean  what the targets made, environments included
 #
 # Each sets up what it needs (see .ci/setup); PYTHON chooses the interpreter, ARGS are passed on.
@@ -9,11 +11,16 @@
 PYTHON ?= python3
 ARGS ?=
 RUNTIME ?=
+SOURCES = protocol actors golem tests benchmarks examples examples/process-runtime/process-runtime
 BENCHES = $(if $(ARGS),$(ARGS:%=benchmarks/%.py),$(sort $(wildcard benchmarks/*.py)))
 
 export PYTHON
 
-.PHONY: demo test lint bench setup clean
+# Tests of one file stay with one worker: they share nodes and Engines.
+PYTEST = .venv/bin/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+QUICK = tests/protocol tests/actors tests/kernel tests/chain tests/net tests/provider tests/rest tests/exeunit $(wildcard tests/test_*.py)
+
+.PHONY: demo test quick lint bench setup clean
 
 demo:
 	@.ci/setup node yapapi
@@ -21,11 +28,15 @@ demo:
 
 test:
 	@.ci/setup node yapapi vyper anvil golem-js
-	@.venv/bin/python -m pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
+
+quick:
+	@.ci/setup node
+	@$(PYTEST) -m "not integration" $(QUICK) $(ARGS)
 
 lint:
 	@.ci/setup node
-	@status=0; for check in "ruff check ." mypy lint-imports; do \
+	@status=0; for check in "ruff check ." mypy lint-imports "vermin $(SOURCES)"; do \
 	    echo "== $$check"; .venv/bin/$$check || status=1; done; exit $$status
 
 bench:
@@ -35,7 +46,7 @@ bench:
 	    .venv/bin/python $$bench --json benchmarks/results/$$(basename $$bench .py).json; done
 
 setup:
-	@.ci/setup node yapapi
+	@.ci/setup node
 
 clean:
 	rm -rf .venv .venv-yapapi .venv-vyper node_modules examples/js/node_modules .demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis \
