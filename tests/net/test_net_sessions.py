@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -42,6 +43,27 @@ def process(path: Path, number: int, port: int = 0) -> Iterator[tuple[subprocess
             yield child, child.stdout.readline().strip()
         finally:
             child.kill()
+
+
+@trio_test
+async def test_an_address_told_while_another_is_tried_is_tried_too(tmp_path: Path) -> None:
+    async with nodes(tmp_path) as (one, two), trio.open_nursery() as nursery:
+        (mute,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        heard = trio.Event()
+
+        async def stay_mute(stream: trio.SocketStream) -> None:
+            heard.set()
+            await trio.sleep_forever()
+
+        async def try_in_vain() -> None:
+            with contextlib.suppress(Unreachable):
+                await one.connect(f"/ip4/127.0.0.1/tcp/{mute.socket.getsockname()[1]}/p2p/{two.addresses[0].rpartition('/')[2]}")
+
+        nursery.start_soon(trio.serve_listeners, stay_mute, [mute])
+        nursery.start_soon(try_in_vain)
+        await heard.wait()
+        assert await one.connect(two.addresses[0]) == two.node_id
+        nursery.cancel_scope.cancel()
 
 
 @trio_test
