@@ -16,7 +16,7 @@ import trio
 
 from actors.kernel.feed import next_head
 from actors.kernel.journal import Commit, Event, Posted, RowDamaged, Timer
-from actors.kernel.lineage import Position, Relink
+from actors.kernel.lineage import Lower, Position, Relink
 from actors.kernel.machine import (
     ActorFailed,
     Busy,
@@ -113,7 +113,7 @@ class Actor:
                 identity = (timer.key, timer.at)
             case DeadlinePassed(recipient, seq):
                 identity = (recipient, seq)
-            case LinkBroken(_, _, lost):
+            case LinkBroken(lost=lost):
                 identity = (lost.to, 0)
         if identity in self._alarms or len(self._alarms) >= CAPACITY:
             return
@@ -173,20 +173,20 @@ class Actor:
                     return
                 body = encode(Undelivered(recipient, posted.body))
                 self._alarm(batch, f"{recipient}#{seq}", posted.trace, body, lambda: commit.expired.append((recipient, seq)))
-            case LinkBroken(epoch, agreed, lost):
-                self._take_broken(epoch, agreed, lost, batch)
+            case LinkBroken(epoch, mend, lost):
+                self._take_broken(epoch, mend, lost, batch)
 
-    def _take_broken(self, epoch: str, agreed: int, lost: PeerLost, batch: Batch) -> None:
-        """Begin a new numbering of a link, and tell the machine what was lost, in one step."""
-        known = self.system.journal.outgoing(self.name, lost.to).epoch
-        if known != epoch or any(relink.recipient == lost.to for relink in batch.commit.relinked):
+    def _take_broken(self, epoch: str, mend: Relink | Lower, lost: PeerLost, batch: Batch) -> None:
+        """Mend the numbering of a link, and tell the machine what was lost, in one step."""
+        known = self.system.journal.outgoing(self.name, lost.to)
+        done = known.epoch != epoch or (isinstance(mend, Lower) and known.acked <= mend.acked)
+        if done or any(other.recipient == lost.to for other in batch.commit.relinked):
             return
-        relink = Relink(lost.to, self.system.journal.new_epoch(), agreed)
         if self._hears_lost:
             trace = self.system.new_trace()
-            self._alarm(batch, f"{lost.to}#lost", trace, encode(lost), lambda: batch.commit.relinked.append(relink))
+            self._alarm(batch, f"{lost.to}#lost", trace, encode(lost), lambda: batch.commit.relinked.append(mend))
         else:
-            batch.commit.relinked.append(relink)
+            batch.commit.relinked.append(mend)
 
     def _alarm(self, batch: Batch, key: str, trace: str, body: bytes, accept: Callable[[], None]) -> None:
         """Step the machine with a message of its own."""
@@ -239,7 +239,7 @@ class Actor:
             if note := position.objection(e):
                 link.note = note
                 break
-            if e.seq == position.seq:
+            if e.seq == position.seq or not e.body:  # known already; or a question where we stand
                 continue
             outcome = self._take_envelope(e, batch)
             if outcome in (Outcome.CRASH, Outcome.WAITS):

@@ -9,7 +9,7 @@ from enum import Enum, auto
 import trio
 
 from actors.kernel.journal import Timer
-from actors.kernel.lineage import Position
+from actors.kernel.lineage import Lower, Position, Relink
 from protocol.codec import Envelope
 from protocol.types import Message, PeerLost
 
@@ -72,10 +72,10 @@ class DeadlinePassed:
 
 @dataclass(slots=True, eq=False)
 class LinkBroken:
-    """The two sides of a link do not remember the same: its numbering under `epoch` ends, behind message `agreed`."""
+    """The two sides of a link do not remember the same. `mend` is what becomes of its numbering under `epoch`."""
 
     epoch: str
-    agreed: int  # both sides know the messages up to here
+    mend: Relink | Lower
     lost: PeerLost
 
 

@@ -71,7 +71,7 @@ class PortActor:
                 if note := position.objection(e):
                     link.note = note
                     return
-                if e.seq == position.seq:
+                if e.seq == position.seq or not e.body:  # known already; or a question where we stand
                     continue
                 position = position.behind(e)
                 await self._take_envelope(e, position)

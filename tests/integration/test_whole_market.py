@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import trio
-from patience import patience, within
+from patience import within
 from support import trio_test
 
 from golem.localnet import LocalNet, LocalNetError, LocalNode, open_localnet

@@ -18,7 +18,6 @@ from golem.net import NetError, Network, open_network
 from golem.net.gossip import Outbox
 from golem.net.peerid import sign_record
 
-
 WARM = b"warm"  # begins what is published until the mesh is there; it may come late, and does not count
 
 

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from sim_world import simulate
+from sim_world import World, simulate
 
 SEEDS, CHUNK = 500, 50
 
@@ -62,4 +62,6 @@ def test_another_process_with_other_hashes_gives_the_same_history() -> None:
 def test_the_faults_happen() -> None:
     worlds = [simulate(seed) for seed in range(20)]
     assert sum(world.crashes for world in worlds) > 50
-    assert any(world.hosts["C"].disks > 1 for world in worlds)
+    losing = [simulate(seed).hosts["C"] for seed in range(60) if World(seed).faults.lose_disk]
+    assert sum(host.restored for host in losing) > 20
+    assert sum(host.disks - 1 - host.restored for host in losing) > 5
