@@ -120,7 +120,7 @@ async def test_a_restarted_node_is_heard_at_once(tmp_path: Path) -> None:
                 for number in range(30):
                     two.publish("news", b"%d/%d" % (life, number))
                     await trio.sleep(0.021)
-                await eventually(lambda: len(ear.heard) == 30 * life)
+                await eventually(lambda wanted=30 * life: len(ear.heard) == wanted)
 
 
 @trio_test
