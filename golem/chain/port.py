@@ -23,6 +23,7 @@ import trio
 from actors.kernel.machine import Meta, Send
 from golem.chain import networks as table
 from golem.chain import token
+from golem.chain.claims import Claim, Claims
 from golem.chain.devchain import DevChainError, ensure_devchain
 from golem.chain.engine import FAULTS, Engine
 from golem.chain.events import Confirmed, Event, Failed, NonceLost, Problem, Sent, Stuck
@@ -30,7 +31,7 @@ from golem.chain.networks import DRIVER, SIMULATED, Network, Networks
 from golem.chain.purse import MAX_AGE_S, Held, Purses
 from golem.chain.rpc import Head, Rpc, RpcError
 from golem.chain.signer import Key
-from golem.chain.store import Claim, Claims, TransferBatch
+from golem.chain.store import TransferBatch
 from golem.chain.totals import totals
 from golem.chain.verify import NotYet, Rejected, verify_transfer
 from golem.chain.vouch import Vouch, voucher
