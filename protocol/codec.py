@@ -18,6 +18,7 @@ from protocol.types import Message, Violation
 MAX_FRAME_BYTES = 4 * 1024 * 1024  # a batch of envelopes, or one call, on any pipe or socket
 MAX_BODY_BYTES = 1024 * 1024  # one message
 MAX_BATCH = 64  # envelopes in a frame
+MAX_ACK_BYTES = 1024
 MAX_ADDRESS_CHARS, MAX_EPOCH_CHARS, MAX_TRACE_CHARS = 200, 64, 64
 T = TypeVar("T")
 
@@ -41,10 +42,14 @@ class Envelope(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Ack(msgspec.Struct, frozen=True, array_like=True):
-    """All messages of the link up to `have` are committed. `note` says why there may be no progress (`busy`, `gap`)."""
+    """All messages of the link up to `have` are committed. `note` says why there may be no progress (`busy`, `gap`).
+
+    Of those in the frame, `refused` were set aside, since they crashed their recipient: the sender hears of them.
+    """
 
     have: int
     note: str = ""
+    refused: Annotated[tuple[int, ...], msgspec.Meta(max_length=MAX_BATCH)] = ()
 
 
 class Decoder(Generic[T]):
@@ -71,7 +76,7 @@ def encode(value: Any) -> bytes:
 
 # The length is checked before the first envelope is decoded: a frame of half a million empty ones costs nothing.
 _batch = Decoder[list[Envelope]](Annotated[list[Envelope], msgspec.Meta(min_length=1, max_length=MAX_BATCH)], MAX_FRAME_BYTES)
-_ack = Decoder[Ack](Ack, 1024)
+_ack = Decoder[Ack](Ack, MAX_ACK_BYTES)
 
 
 def encode_batch(envelopes: list[Envelope]) -> bytes:

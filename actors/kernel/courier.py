@@ -24,6 +24,7 @@ FRAMES = 4  # frames of a link under way
 FRAME_BYTES = 1 << 20
 EXCHANGE_TIMEOUT_S = 10.0
 FIRST_BACKOFF_S, LAST_BACKOFF_S = 0.1, 5.0
+SET_ASIDE = "the recipient set it aside: it crashed there"
 
 
 class Courier:
@@ -116,16 +117,28 @@ class Courier:
         elif ack is not None:
             if ack.have < acked_before:
                 self.system.log_lost_peer(self.actor, self.recipient, acked_before, ack.have)
-            if ack.have > self.acked:
-                self.acked = ack.have
-                self.system.acknowledged(self.actor, self.recipient, ack.have)
-                self._next = max(self._next, ack.have)
+            have = self._have(ack)
+            if have > self.acked:
+                self.acked = have
+                self.system.acknowledged(self.actor, self.recipient, have)
+                self._next = max(self._next, have)
                 self._backoff_s = FIRST_BACKOFF_S
-            self.trouble = "" if ack.have >= last else ack.note or "no progress"
-            if ack.have >= last:
+            self.trouble = "" if have >= last else SET_ASIDE if have < ack.have else ack.note or "no progress"
+            if have >= last:
                 return
         self._next = self.acked
         if ack is not None and ack.note == "gap" and self.acked > acked_before:
             return  # frames overtook one another, but the link moves: no reason to wait
         self._not_before = trio.current_time() + self._backoff_s * self.system.jitter()
         self._backoff_s = min(self._backoff_s * 2, LAST_BACKOFF_S)
+
+    def _have(self, ack: Ack) -> int:
+        """Return up to where the outbox may forget. What the recipient set aside stays until its sender was told."""
+        posted = self.system.journal.posted
+        if self.system.machine(self.actor) is None:
+            return ack.have  # a port or an edge hears nothing of it
+        owed = [seq for seq in ack.refused if self.acked < seq <= ack.have and posted(self.actor, self.recipient, seq)]
+        if not owed:
+            return ack.have
+        self.system.alarms.refused(self.actor, self.recipient, owed, SET_ASIDE)
+        return min(owed) - 1

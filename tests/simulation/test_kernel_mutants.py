@@ -17,7 +17,7 @@ from actors.kernel import mailbox
 from actors.kernel.actor import Actor, Batch
 from actors.kernel.courier import Courier
 from actors.kernel.journal import Commit, Journal, Position
-from actors.kernel.mailbox import LinkBatch
+from actors.kernel.mailbox import LinkBatch, TimerDue
 from actors.kernel.system import System
 from protocol.codec import Envelope
 
@@ -84,12 +84,14 @@ def no_gap_check(patch: Patch) -> None:
 
 def timer_stays(patch: Patch) -> None:
     """A timer that rang is not taken away."""
-    alarm = Actor._alarm
+    take = Actor._take_alarm
 
-    def again(self: Actor, batch: Batch, key: str, trace: str, body: bytes, accept: Callable[[], None]) -> None:
-        alarm(self, batch, key, trace, body, accept if "#" in key else lambda: None)
+    def again(self: Actor, alarm: Any, batch: Batch) -> None:
+        take(self, alarm, batch)
+        if isinstance(alarm, TimerDue) and batch.commit.timers.get(alarm.timer.key, alarm) is None:
+            del batch.commit.timers[alarm.timer.key]
 
-    patch.setattr(Actor, "_alarm", again)
+    patch.setattr(Actor, "_take_alarm", again)
 
 
 def outbox_released_before_commit(patch: Patch) -> None:
@@ -129,7 +131,7 @@ def retired_epoch_accepted(patch: Patch) -> None:
 
 
 def deadline_ignored(patch: Patch) -> None:
-    patch.setattr(Journal, "overdue", lambda self, now, limit=256: [])
+    patch.setattr(Journal, "overdue", lambda self, actor, now, limit=256: [])
 
 
 def gives_up_what_is_acknowledged(patch: Patch) -> None:
