@@ -145,7 +145,7 @@ class Actor(Mailbox):
                 raise
             if rang and not self._alarms:
                 self.ringing = False
-                self.system.alarms.taken()
+                self.system.alarms.taken(self.name)
 
     def _take_alarms(self, batch: Batch) -> bool:
         """Take alarms that wait, at least one; return whether there were any."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from actors.kernel.journal import Commit
+from actors.kernel.journal import ALARMS_AT_ONCE, Commit
 from actors.kernel.mailbox import DeadlinePassed, TimerDue
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class Alarms:
         self._system = system
         self._changed = trio.Event()
         self._next: float | None = None  # nothing is to be done before
+        self._more: set[str] = set()  # actors whose page was full
         self._failing: dict[tuple[str, str], Failing] = {}
         self._refusals: dict[tuple[str, str], tuple[int, float]] = {}  # link -> how often lately, and when last
 
@@ -69,14 +70,18 @@ class Alarms:
         """Give an actor a page of its alarms, unless it is at one."""
         journal, actor = self._system.journal, self._system.machine(name)
         if actor is not None and not actor.ringing:
-            for timer in journal.due(name, now):
+            timers, deadlines = journal.due(name, now), journal.overdue(name, now)
+            if max(len(timers), len(deadlines)) == ALARMS_AT_ONCE:
+                self._more.add(name)
+            for timer in timers:
                 actor.offer_alarm(TimerDue(timer))
-            for recipient, seq in journal.overdue(name, now):
+            for recipient, seq in deadlines:
                 actor.offer_alarm(DeadlinePassed(recipient, seq))
         elif actor is None:  # a port hears nothing of it, it repeats itself; or an actor of a former version
-            timers = dict.fromkeys((timer.key for timer in journal.due(name, now)), None)
-            await journal.commit(Commit(name, expired=journal.overdue(name, now), timers={**timers}))
-            self._changed.set()
+            keys, expired = [timer.key for timer in journal.due(name, now)], journal.overdue(name, now)
+            if keys or expired:
+                await journal.commit(Commit(name, expired=expired, timers=dict.fromkeys(keys)))
+                self._changed.set()
 
     def committed(self, commit: Commit) -> None:
         """Look at the clock again if a commit has an alarm that is due before the next look."""
@@ -84,9 +89,11 @@ class Alarms:
         if times and (self._next is None or min(times) < self._next):
             self._changed.set()
 
-    def taken(self) -> None:
-        """An actor is through with its page: there may be another."""
-        self._changed.set()
+    def taken(self, actor: str) -> None:
+        """An actor is through with its alarms: it gets the next page at once."""
+        if actor in self._more:
+            self._more.remove(actor)
+            self._changed.set()
 
     # -- what its recipient set aside
     def refused(self, actor: str, recipient: str, owed: Sequence[int], reason: str) -> None:

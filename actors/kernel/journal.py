@@ -43,6 +43,7 @@ MIGRATIONS = (
 )
 
 
+ALARMS_AT_ONCE = 256  # of an actor that are due
 READ_AT_ONCE = 256  # rows of a prefix read by one query
 MERGED_COMMITS = 256  # commits in one transaction
 PRUNED_AT_ONCE = 5000  # events
@@ -288,12 +289,13 @@ class Journal:
         """Return (actor, recipient) of all links with something to deliver."""
         return self._reader.execute("select distinct actor, recipient from outbox").fetchall()
 
-    def overdue(self, actor: str, now: float, limit: int = 256) -> list[tuple[str, int]]:
-        """Return (recipient, seq) of an actor's messages whose deadline has passed."""
+    def overdue(self, actor: str, now: float, limit: int = ALARMS_AT_ONCE) -> list[tuple[str, int]]:
+        """Return (recipient, seq) of an actor's messages whose deadline has passed and that nobody acknowledged."""
         query = "select recipient, seq from outbox where actor=? and deadline<=? order by deadline, recipient, seq limit ?"
-        return self._reader.execute(query, (actor, now, limit)).fetchall()
+        found = self._reader.execute(query, (actor, now, limit))
+        return [(recipient, seq) for recipient, seq in found if self.acked(actor, recipient) < seq]
 
-    def due(self, actor: str, now: float, limit: int = 256) -> list[Timer]:
+    def due(self, actor: str, now: float, limit: int = ALARMS_AT_ONCE) -> list[Timer]:
         """Return an actor's timers whose time has come, earliest first."""
         query = "select actor, key, at, trace, body from timer where actor=? and at<=? order by at, key limit ?"
         return [Timer(*found) for found in self._reader.execute(query, (actor, now, limit))]
