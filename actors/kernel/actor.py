@@ -313,6 +313,8 @@ class Actor(Mailbox):
     def _decide(self, message: Message, meta: Meta) -> Decided:
         """Run the machine and encode what it wants, so that whatever can fail fails before anything is changed."""
         step = self.machine.handle(self.rows, message, meta)
+        while self.rows.damage:
+            self.system.log_damaged(self.name, meta, self.rows.damage.pop())
         check_step(step)
         rows = {key: None if row is None else encode(row) for key, row in step.rows.items()}
         for key, row in step.rows.items():
