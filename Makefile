@@ -1,7 +1,8 @@
 # demo   a whole market on this machine: two providers render an image for a requestor and are paid
 # test   all tests            make test ARGS="tests/protocol -k terms"
-# lint   ruff, mypy, the layers
+# lint   ruff, mypy, the layers, and what the lowest Python does not have
 # bench  every benchmark      make bench ARGS="bench_kernel scenario" for some; figures also go to benchmarks/results/
+# setup  .venv alone, with the node and its commands
 # clean  what the targets made, environments included
 #
 # Each sets up what it needs (see .ci/setup); PYTHON chooses the interpreter, ARGS are passed on.
@@ -9,6 +10,7 @@
 PYTHON ?= python3
 ARGS ?=
 RUNTIME ?=
+SOURCES = protocol actors golem tests benchmarks examples examples/process-runtime/process-runtime
 BENCHES = $(if $(ARGS),$(ARGS:%=benchmarks/%.py),$(sort $(wildcard benchmarks/*.py)))
 
 export PYTHON
@@ -25,7 +27,7 @@ test:
 
 lint:
 	@.ci/setup node
-	@status=0; for check in "ruff check ." mypy lint-imports; do \
+	@status=0; for check in "ruff check ." mypy lint-imports "vermin $(SOURCES)"; do \
 	    echo "== $$check"; .venv/bin/$$check || status=1; done; exit $$status
 
 bench:
@@ -35,7 +37,7 @@ bench:
 	    .venv/bin/python $$bench --json benchmarks/results/$$(basename $$bench .py).json; done
 
 setup:
-	@.ci/setup node yapapi
+	@.ci/setup node
 
 clean:
 	rm -rf .venv .venv-yapapi .venv-vyper node_modules examples/js/node_modules .demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis \

@@ -3,8 +3,6 @@
 The payee issues and signs; the payer accepts and signs. Accepting is one step: document, sums, allocation and payment
 order together. A document can be ordered once, for the order bears its id. Where cancelling and accepting cross on the
 wire, the acceptance wins on both nodes, for the money is committed.
-
-The payer's address in the demand must be the requestor's own: else anybody could claim a stranger's transfers as his.
 """
 
 from __future__ import annotations
@@ -34,9 +32,8 @@ from actors._money_draft import Declined, MoneyDraft
 from protocol.activity import ActivityKnown
 from protocol.ledger import DEBIT_NOTE, DocumentEvent
 from protocol.negotiation import AgreementApproved, AgreementEnded
-from protocol.types import Violation, amount_text, node_id, node_of
-
-NOBODY = "0x" + 40 * "0"  # tokens refuse to go there
+from protocol.payment_terms import payment_terms
+from protocol.types import Violation, amount_text, node_of
 
 
 # -- facts from other actors
@@ -46,9 +43,7 @@ def agreement_approved(draft: MoneyDraft, me: str, fact: AgreementApproved) -> N
     if draft.row(Agreement, key):
         return
     demand, offer = json.loads(fact.demand_properties), json.loads(fact.offer_properties)
-    platform = str(demand.get("golem.com.payment.chosen-platform") or "")
-    payer_addr = str(demand.get(f"golem.com.payment.platform.{platform}.address") or fact.requestor)
-    payee_addr = str(offer.get(f"golem.com.payment.platform.{platform}.address") or fact.provider)
+    terms = payment_terms(demand, offer, fact.requestor, fact.provider)
     provides = fact.role == "Provider"
     draft.put(
         key,
@@ -56,28 +51,14 @@ def agreement_approved(draft: MoneyDraft, me: str, fact: AgreementApproved) -> N
             agreement_id=fact.agreement_id,
             role=PAYEE if provides else PAYER,
             peer=fact.requestor if provides else fact.provider,
-            platform=platform,
-            payee_addr=payee_addr,
-            payer_addr=payer_addr,
+            platform=terms.platform,
+            payee_addr=terms.payee_addr,
+            payer_addr=terms.payer_addr,
             approved_at=fact.approved_at,
             app_session_id=fact.app_session_id,
-            fault=_fault(fact, platform, payer_addr, payee_addr),
+            fault=terms.fault,
         ),
     )
-
-
-def _fault(fact: AgreementApproved, platform: str, payer_addr: str, payee_addr: str) -> str:
-    if not platform:
-        return "the demand has no golem.com.payment.chosen-platform"
-    if fact.requestor == fact.provider:
-        return "both sides of the agreement are one node"
-    if payer_addr.lower() != fact.requestor:
-        return f"the demand would pay from {payer_addr[:64]}, which is not the requestor's own account"
-    try:
-        payable = node_id(payee_addr) != NOBODY
-    except ValueError:
-        payable = False
-    return "" if payable else f"the offer's payment address is none: {payee_addr[:64]}"
 
 
 def agreement_ended(draft: MoneyDraft, me: str, fact: AgreementEnded) -> None:

@@ -191,6 +191,15 @@ def owed(rows: HasPrefix, platform: str) -> Decimal:
     return total_of(row.amount for found, row in rows.prefix(key) if found == key)
 
 
+def paid_since(rows: HasPrefix, platform: str, since: float) -> Decimal:
+    """Return what this node's payments on a platform come to which became final at `since` or later."""
+    return total_of(
+        row.amount
+        for _, row in rows.prefix("payment/")
+        if row.role == PAYER and row.platform == platform and row.recorded_at >= since
+    )
+
+
 def acceptance_of(document: PaymentDocument) -> bytes:
     """Return the body that the payer signs to accept `document`."""
     return encode_body(

@@ -39,8 +39,9 @@ from protocol.provider import (
 
 CODE = "golem.provider.code"
 SUCCESS, EXPIRED, NO_ACTIVITY, SHUTDOWN = "Success", "Expired", "NoActivity", "Shutdown"
-DEADLINE, NOT_PAID, NOTE_REJECTED, NOTE_CANCELLED, UNREACHABLE = (
-    "DebitNotesDeadline", "DebitNoteNotPaid", "DebitNoteRejected", "DebitNoteCancelled", "RequestorUnreachable",
+DEADLINE, NOT_PAID, NOTE_REJECTED, NOTE_CANCELLED, NOT_ISSUED, UNREACHABLE = (
+    "DebitNotesDeadline", "DebitNoteNotPaid", "DebitNoteRejected", "DebitNoteCancelled", "DebitNoteNotIssued",
+    "RequestorUnreachable",
 )  # fmt: skip
 MESSAGES = {
     SUCCESS: "Finished with success.",
@@ -51,6 +52,7 @@ MESSAGES = {
     NOT_PAID: "A debit note was not paid in time.",
     NOTE_REJECTED: "A debit note was rejected.",
     NOTE_CANCELLED: "A debit note was cancelled.",
+    NOT_ISSUED: "No debit note can be issued for the work.",
     UNREACHABLE: "The requestor cannot be reached.",
 }
 MAX_ACTIVITIES = 1000  # of one agreement
@@ -59,8 +61,8 @@ MAX_WAITING = 4  # activities of one agreement that wait for the process before 
 
 # -- the agreement
 def approved(turn: Turn, row: AgreementRow) -> None:
-    """The agreement is in force."""
-    row = replace(row, state=APPROVED)
+    """The agreement is in force; all its intervals count from now, by our clock, whatever dates the requestor gave it."""
+    row = replace(row, state=APPROVED, at=turn.now, payable_at=turn.now)
     turn.save(row)
     turn.wake(f"expire/{row.agreement_id}", row.expires_at, ExpirationDue(row.agreement_id))
     rest_idle(turn, row)
@@ -132,14 +134,15 @@ def create_activity(turn: Turn, event: EventArrived) -> None:
     row = replace(row, activities=(*row.activities, activity_id))
     turn.save(row)
     turn.unwake(f"idle/{row.agreement_id}")
-    activity = ActivityRow(activity_id, row.agreement_id, WAITING, turn.now)
+    activity = ActivityRow(activity_id, row.agreement_id, WAITING, turn.now, billed_at=turn.now)
     turn.save(activity)
     if not others:
         _start(turn, row, activity)
 
 
 def _start(turn: Turn, row: AgreementRow, activity: ActivityRow) -> None:
-    turn.save(replace(activity, state=STARTING))
+    activity = replace(activity, state=STARTING, billed_at=turn.now)
+    turn.save(activity)
     start_unit(turn, row, activity)
     turn.wake(f"note/{activity.activity_id}", next_note_at(turn, row), NoteDue(activity.activity_id))
 
@@ -149,7 +152,7 @@ def start_unit(turn: Turn, row: AgreementRow, activity: ActivityRow) -> None:
 
 
 def next_note_at(turn: Turn, row: AgreementRow) -> float:
-    """Return the next time of a debit note: the agreement's time stamp plus whole intervals."""
+    """Return the next time of a debit note: the approval plus whole intervals."""
     intervals = max(0, int((turn.now - row.at) // row.interval_s)) + 1
     return row.at + intervals * row.interval_s
 

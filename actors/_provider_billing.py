@@ -16,6 +16,7 @@ from msgspec.structs import replace
 
 from actors._provider_agreements import (
     DEADLINE,
+    NOT_ISSUED,
     NOT_PAID,
     NOTE_CANCELLED,
     NOTE_REJECTED,
@@ -68,6 +69,7 @@ from protocol.provider import (
 )
 
 FINAL_NOTE_S = 7 * DAY_S  # how long the last note of an activity is offered to a requestor that is away
+SENDING_S = 60.0  # beyond the time to accept: as long as a note may be on its way while its receipt is awaited
 ACCEPT, PAY = "accept", "pay"
 _STATUS = {"ACCEPTED": ACCEPTED, "SETTLED": SETTLED, "REJECTED": REJECTED, "CANCELLED": CANCELLED}
 _EVENT = {
@@ -85,9 +87,17 @@ def note_due(turn: Turn, message: NoteDue) -> None:
     row = turn.agreement(activity.agreement_id) if activity else None
     if activity is None or row is None or activity.state not in ALIVE:
         return
+    if turn.now - activity.billed_at > row.interval_s + _accept_s(turn, row):
+        end_agreement(turn, row, NOT_ISSUED)  # whatever the cause: work that is not billed is work for nothing
+        return
     turn.wake(f"note/{activity.activity_id}", next_note_at(turn, row), message)
     if not activity.issuing:
         turn.rest(ReadUsage(activity.activity_id))
+
+
+def _accept_s(turn: Turn, row: AgreementRow) -> float:
+    """How long the requestor may take to accept a note: as agreed, else what we would have asked for."""
+    return float(turn.config.terms.accept_timeout_s) if row.accept_timeout_s is None else row.accept_timeout_s
 
 
 def usage_read(turn: Turn, message: UsageRead) -> None:
@@ -153,7 +163,10 @@ def issue_note(turn: Turn, row: AgreementRow, note: NoteRow) -> None:
 
 
 def note_issued(turn: Turn, message: NoteIssued) -> None:
-    """The node has a note (or refuses it, which ends the matter): send it."""
+    """The node has a note: send it, and from now on its deadlines count. If it refuses one, the agreement ends.
+
+    They are not counted from the receipt: who accepts before it acknowledges, or never does, owes all the same.
+    """
     note, activity = turn.note(message.activity_id, message.number), turn.activity(message.activity_id)
     if note is None or activity is None or note.state != ISSUING:
         return
@@ -162,12 +175,18 @@ def note_issued(turn: Turn, message: NoteIssued) -> None:
         turn.save(replace(note, state=FAILED))
     else:
         note = replace(note, state=SENDING, note_id=message.note_id, issued_at=turn.now)
-        activity = replace(activity, last_note_id=message.note_id)
+        activity = replace(activity, last_note_id=message.note_id, billed_at=turn.now)
         turn.save(note)
         turn.put(f"document/{note.note_id}", DocumentRow(note.activity_id, note.number))
         send_note(turn, row, note)
+        if row.accept_timeout_s is not None:
+            _arm(turn, note, ACCEPT, turn.now + row.accept_timeout_s + SENDING_S)
+        if note.due_at is not None:
+            _arm(turn, note, PAY, note.due_at)
     activity = replace(activity, issuing=False, state=CLOSED if note.final else activity.state)
     turn.save(activity)
+    if message.error:
+        end_agreement(turn, row, NOT_ISSUED)
     if note.final:
         bill_if_done(turn, row.agreement_id)
     elif activity.state == BILLING:
@@ -180,7 +199,7 @@ def send_note(turn: Turn, row: AgreementRow, note: NoteRow) -> None:
 
 
 def note_sent(turn: Turn, message: NoteSent) -> None:
-    """The requestor has a note: from now on its deadlines count. Or it cannot be reached: no more work for it."""
+    """The requestor has a note, and its time to accept it. Or it cannot be reached: no more work for it."""
     note, activity = turn.note(message.activity_id, message.number), turn.activity(message.activity_id)
     if note is None or activity is None or note.state != SENDING:
         return
@@ -192,8 +211,6 @@ def note_sent(turn: Turn, message: NoteSent) -> None:
     turn.save(replace(note, state=SENT))
     if row.accept_timeout_s is not None:
         _arm(turn, note, ACCEPT, turn.now + row.accept_timeout_s)
-    if note.due_at is not None:
-        _arm(turn, note, PAY, note.due_at)
 
 
 def _arm(turn: Turn, note: NoteRow, deadline: str, at: float) -> None:
@@ -209,7 +226,7 @@ def deadline_due(turn: Turn, message: DeadlineDue) -> None:
     note, activity = turn.note(message.activity_id, message.number), turn.activity(message.activity_id)
     if note is None or activity is None or _agreement(turn, activity).state != APPROVED:
         return
-    if note.state in ((SENT,) if message.deadline == ACCEPT else (SENT, ACCEPTED)):
+    if note.state in ((SENDING, SENT) if message.deadline == ACCEPT else (SENDING, SENT, ACCEPTED)):
         turn.rest(ReadNote(note.activity_id, note.number, note.note_id, message.deadline))
 
 

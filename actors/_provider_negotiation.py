@@ -34,7 +34,7 @@ from protocol.provider import (
     RejectAgreement,
     RejectProposal,
 )
-from protocol.types import Violation, node_id, timestamp
+from protocol.types import Violation, node_id
 
 MAX_REJECTED = 200  # remembered proposals
 IS_FINAL = "golem.proposal.rejection.is-final"
@@ -162,7 +162,6 @@ def _row(
         raise ValueError("prices do not fit the usage vector")
     if not all(isinstance(one, int | float) and not isinstance(one, bool) and 0 <= one <= MAX_PRICE for one in coeffs):
         raise ValueError("prices are not numbers")
-    made_at = timestamp(str(agreement.get("timestamp")))
     accept, payment = whole_number(offer.get(ACCEPT_TIMEOUT)), whole_number(offer.get(PAYMENT_TIMEOUT))
     return AgreementRow(
         agreement_id=str(agreement["agreementId"]),
@@ -171,14 +170,14 @@ def _row(
         requestor=requestor,
         document=message.agreement,
         state=APPROVING,
-        at=made_at,
+        at=turn.now,
         expires_at=expiration_s(demand) or turn.now,
         multi_activity=demand.get(MULTI_ACTIVITY) is True,
         coeffs=tuple(float(one) for one in coeffs),
         interval_s=float(whole_number(offer.get(INTERVAL)) or turn.config.terms.interval_s),
         accept_timeout_s=None if accept is None else float(accept),
         payment_timeout_s=None if payment is None else float(payment),
-        payable_at=made_at,
+        payable_at=turn.now,
     )
 
 

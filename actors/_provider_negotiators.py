@@ -12,11 +12,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from protocol.payment_terms import CHOSEN_PLATFORM, address_key, payment_terms
 from protocol.provider import Capacity
 
 EXPIRATION = "golem.srv.comp.expiration"
 MULTI_ACTIVITY = "golem.srv.caps.multi-activity"
-PLATFORM = "golem.com.payment.chosen-platform"
+PLATFORM = CHOSEN_PLATFORM
 ACCEPT_TIMEOUT = "golem.com.payment.debit-notes.accept-timeout?"
 INTERVAL = "golem.com.scheme.payu.debit-note.interval-sec?"
 PAYMENT_TIMEOUT = "golem.com.scheme.payu.payment-timeout-sec?"
@@ -142,8 +143,10 @@ def _platform(terms: Terms, situation: Situation, demand: Properties, ours: dict
     chosen = demand.get(PLATFORM)
     if not isinstance(chosen, str):
         return Rejected(f"Missing required property {PLATFORM}.", False)
-    if f"golem.com.payment.platform.{chosen}.address" not in ours:
+    if address_key(chosen) not in ours:
         return Rejected(f"This provider is not paid on {chosen[:100]}.", False)
+    if fault := payment_terms(demand, ours, situation.requestor, "").fault:
+        return Rejected(f"Nothing could be billed under such an agreement: {fault}.", True)
     return None
 
 

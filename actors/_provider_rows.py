@@ -88,7 +88,7 @@ class RefusalsRow(Message, frozen=True):
 class AgreementRow(Message, frozen=True):
     """An agreement, its terms and what is left to do for it. `document` is the API's JSON of it, until it is billed.
 
-    `payable_at`: the last debit note with a due date (or the agreement) counts from here.
+    `at`: since when it is in force, by our clock. `payable_at`: the last note with a due date, or the same.
     """
 
     agreement_id: str
@@ -145,6 +145,7 @@ class ActivityRow(Message, frozen=True):
     notes: int = 0
     last_note_id: str = ""
     issuing: bool = False  # the last note has no id yet
+    billed_at: float = 0.0  # when the work began, or the last note was issued
 
 
 class NoteRow(Message, frozen=True):

@@ -5,8 +5,6 @@ from __future__ import annotations
 from protocol.negotiation import REQUESTOR
 from protocol.types import Message
 
-VERDICT_S = 60.0  # how long past `validTo` a provider that approved waits for the requestor's decision
-
 PROPOSAL, PENDING, APPROVING, APPROVED = "Proposal", "Pending", "Approving", "Approved"
 CANCELLED, REJECTED, EXPIRED, TERMINATED = "Cancelled", "Rejected", "Expired", "Terminated"
 OPEN = (PROPOSAL, PENDING, APPROVING)
@@ -34,6 +32,7 @@ class Agreement(Message, frozen=True, tag="agreement"):
     terminator: str = ""
     reason: str = ""
     ended_at: float | None = None
+    approval_until: float = 0.0  # a provider's approval that is not committed by then is withdrawn
 
     @property
     def counterpart(self) -> str:
@@ -43,17 +42,23 @@ class Agreement(Message, frozen=True, tag="agreement"):
 
 def lapsed(agreement: Agreement, now: float) -> bool:
     """Return whether the agreement's time is over, whatever its row says."""
-    grace = VERDICT_S if agreement.state == APPROVING else 0.0
-    return agreement.state in OPEN and agreement.valid_to + grace <= now
+    return agreement.state in OPEN and ends_at(agreement) <= now
+
+
+def ends_at(agreement: Agreement) -> float:
+    """Return when an open agreement ends by itself: at `validTo`, or with the provider's approval."""
+    return agreement.approval_until if agreement.state == APPROVING else agreement.valid_to
 
 
 def state_at(agreement: Agreement, now: float) -> str:
-    """Return the state that an agent is shown: expiry is seen at once, `Approving` as `Pending`."""
-    state = EXPIRED if lapsed(agreement, now) else agreement.state
+    """Return the state that an agent is shown: the end of the time is seen at once, `Approving` as `Pending`."""
+    state = agreement.state
+    if lapsed(agreement, now):
+        return REJECTED if state == APPROVING else EXPIRED
     return PENDING if state == APPROVING else state
 
 
 def state_error(agreement: Agreement, new: str, now: float) -> str:
     """Return the text that agents know for a step that the state does not allow."""
-    state = EXPIRED if lapsed(agreement, now) else agreement.state
+    state = agreement.state if not lapsed(agreement, now) else state_at(agreement, now)
     return f"Agreement [{agreement.agreement_id}]. Error: Can't update Agreement state from {state} to {new}."

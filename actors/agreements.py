@@ -4,7 +4,9 @@
         Proposal, Pending, Approving -> Cancelled | Rejected | Expired
 
 The requestor's node decides. `Approving` exists on the provider only: its approval counts once the requestor has
-committed, which its node does by itself when the approval arrives in time. Whatever the provider says that crosses a
+committed, which its node does by itself when the approval arrives in time. An approval has an end of its own, by the
+provider's clock alone: what is not committed by then is withdrawn, and a commit that comes later is answered with a
+termination, so nobody holds a provider's capacity for nothing. Whatever the provider says that crosses a
 decision of the requestor is answered with that decision (`AgreementClosed`), and the provider takes it over, so both
 sides end in the same state in whatever order messages cross. Where both terminate at once, the requestor's reason
 stands on both. Each command is committed here before it is replied to; the durable link delivers, and what cannot be
@@ -16,10 +18,9 @@ stands under the signature it proposed with.
 
 from __future__ import annotations
 
-from typing import Any
-
 from msgspec.structs import replace
 
+from actors import agreement_moves as moves
 from actors.agreement_rows import (
     APPROVED,
     APPROVING,
@@ -30,33 +31,27 @@ from actors.agreement_rows import (
     PROPOSAL,
     REJECTED,
     TERMINATED,
-    VERDICT_S,
     Agreement,
+    ends_at,
     lapsed,
     state_error,
 )
 from actors.draft import Draft
 from actors.kernel.machine import Emit, Meta, Reply, Send, Wake
 from actors.proposals import ACCEPTED, DRAFT, INITIAL, IS_FINAL, Proposal
-from protocol.market import Done, Rematch, canonical, loads
+from protocol.market import MAX_CLOCK_SKEW_S, Done, Rematch, loads
 from protocol.negotiation import (
     PROVIDER,
     REQUESTOR,
     AgreementApproval,
-    AgreementApproved,
-    AgreementApprovedEvent,
-    AgreementCancelledEvent,
     AgreementClosed,
     AgreementCommitted,
     AgreementDue,
-    AgreementEnded,
     AgreementEvent,
     AgreementExpired,
     AgreementProposed,
     AgreementRejected,
-    AgreementRejectedEvent,
     AgreementTerminated,
-    AgreementTerminatedEvent,
     ApproveAgreement,
     CancelAgreement,
     ConfirmAgreement,
@@ -72,97 +67,13 @@ from protocol.negotiation import (
     reason_text,
 )
 from protocol.signing import verify
-from protocol.types import Message, Refused, Violation, address, node_of
+from protocol.types import Refused, Violation, address, node_of, timestamp_text
 
 DELIVERY_S = 60.0  # to bring a confirmed agreement to the provider
 COMMIT_DELIVERY_S = 3600.0  # to bring the commit to the provider; after that the agreement is terminated
 ANSWER_S = 3600.0  # to bring our word about an agreement that we do not keep
 LAST_APPROVAL_S = 0.03  # an approval this close to `validTo` could not arrive in time
-KEEP_ENDED_S = 90 * 24 * 3600.0
 MAX_VALID_S = 366 * 24 * 3600.0 * 100
-
-
-# -- common moves
-def _find(draft: Draft, agreement_id: str, role: str, now: float) -> Agreement | None:
-    """Return an agreement in which we have `role` (any if ""), expired if its time is over; else refuse as unknown."""
-    agreement: Agreement | None = draft.get(f"agreement/{agreement_id}")
-    if agreement is None or role not in ("", agreement.role):
-        draft.do(Reply(Refused("unknown", f"Agreement [{agreement_id}] not found{role and f' with us as {role}'}.")))
-        return None
-    return _expire(draft, agreement, now) if lapsed(agreement, now) else agreement
-
-
-def _put(draft: Draft, agreement: Agreement, **changes: Any) -> Agreement:
-    agreement = replace(agreement, **changes)
-    draft.put(f"agreement/{agreement.agreement_id}", agreement)
-    return agreement
-
-
-def _end(draft: Draft, agreement: Agreement, state: str, now: float, reason: str = "", **changes: Any) -> Agreement:
-    """Put a final state, which is forgotten after a long time."""
-    draft.do(Wake(f"forget/{agreement.agreement_id}", now + KEEP_ENDED_S, ForgetAgreement(agreement.agreement_id)))
-    return _put(draft, agreement, state=state, reason=reason, ended_at=now, **changes)
-
-
-def _tell_agent(draft: Draft, agreement_id: str, event: Message) -> None:
-    draft.do(Emit("agreements", event), Emit(f"agreement/{agreement_id}", event))
-
-
-def _tell_peer(draft: Draft, agreement: Agreement, message: Message, deadline_s: float | None = None) -> None:
-    to = address(agreement.counterpart, "negotiation")
-    draft.do(Send(to, message) if deadline_s is None else Send(to, message, max(deadline_s, 1.0)))
-
-
-def _expire(draft: Draft, agreement: Agreement, now: float) -> Agreement:
-    draft.do(Emit(f"agreement/{agreement.agreement_id}", AgreementExpired(agreement.agreement_id)))
-    return _end(draft, agreement, EXPIRED, now)
-
-
-def _wrong_state(draft: Draft, agreement: Agreement, new: str, now: float, early: str = "gone") -> None:
-    """Refuse; `early` is the code where the agreement was never sent."""
-    code = early if agreement.state == PROPOSAL else "gone"
-    draft.do(Reply(Refused(code, state_error(agreement, new, now))))
-
-
-def _approved(draft: Draft, agreement: Agreement, at: float) -> Agreement:
-    """Both sides have committed: tell the agent, and whoever deals with activities and money."""
-    agreement = _put(
-        draft, agreement, state=APPROVED, approved_at=at, reason="", ended_at=None,
-        committed_signature=agreement.proposed_signature,
-    )  # fmt: skip
-    draft.do(Wake(f"due/{agreement.agreement_id}", None), Wake(f"forget/{agreement.agreement_id}", None))
-    body = loads(agreement.body)
-    news = AgreementApproved(
-        agreement.agreement_id,
-        agreement.role,
-        agreement.requestor,
-        agreement.provider,
-        canonical(body["demand"]["properties"]).decode(),
-        canonical(body["offer"]["properties"]).decode(),
-        at,
-        agreement.app_session_id,
-    )
-    draft.do(Send("activity", news), Send("ledger", news))
-    _tell_agent(draft, agreement.agreement_id, AgreementApprovedEvent(agreement.agreement_id, agreement.app_session_id))
-    return agreement
-
-
-def _terminated(draft: Draft, agreement: Agreement, terminator: str, reason: str, now: float) -> None:
-    was_approved = agreement.state == APPROVED
-    _end(draft, agreement, TERMINATED, now, reason, terminator=terminator)
-    if was_approved:
-        ended = AgreementEnded(agreement.agreement_id, terminator, reason)
-        draft.do(Send("activity", ended), Send("ledger", ended))
-        if agreement.role == REQUESTOR:
-            draft.do(Send("market", Rematch(agreement.demand_id, agreement.offer_id)))
-    event = AgreementTerminatedEvent(agreement.agreement_id, agreement.app_session_id, terminator, reason)
-    _tell_agent(draft, agreement.agreement_id, event)
-
-
-def _cancelled(draft: Draft, agreement: Agreement, reason: str, now: float) -> None:
-    _end(draft, agreement, CANCELLED, now, reason)
-    event = AgreementCancelledEvent(agreement.agreement_id, agreement.app_session_id, reason)
-    _tell_agent(draft, agreement.agreement_id, event)
 
 
 # -- what our agent says
@@ -229,11 +140,11 @@ def _accept(draft: Draft, proposal: Proposal, agreement: Agreement) -> None:
 
 def confirm(draft: Draft, node: str, message: ConfirmAgreement, now: float) -> None:
     """Send the agreement to the provider."""
-    agreement = _find(draft, message.agreement_id, REQUESTOR, now)
+    agreement = moves.find(draft, message.agreement_id, REQUESTOR, now)
     if not agreement:
         return
     if agreement.state != PROPOSAL:
-        _wrong_state(draft, agreement, PENDING, now)
+        moves.wrong_state(draft, agreement, PENDING, now)
         return
     try:
         verify(message.agreement, "agreement", node)
@@ -243,18 +154,18 @@ def confirm(draft: Draft, node: str, message: ConfirmAgreement, now: float) -> N
         draft.do(Reply(Refused("bad_request", str(error))))
         return
     signature = message.agreement.signature.hex()
-    _put(draft, agreement, state=PENDING, app_session_id=message.app_session_id, proposed_signature=signature)
-    _tell_peer(draft, agreement, AgreementProposed(message.agreement), min(DELIVERY_S, agreement.valid_to - now))
+    moves.put(draft, agreement, state=PENDING, app_session_id=message.app_session_id, proposed_signature=signature)
+    moves.tell_peer(draft, agreement, AgreementProposed(message.agreement), min(DELIVERY_S, agreement.valid_to - now))
     draft.do(Reply(Done()))
 
 
 def cancel(draft: Draft, message: CancelAgreement, now: float) -> None:
     """Take back an agreement that we have not committed to; the provider follows, even if it has approved."""
-    agreement = _find(draft, message.agreement_id, REQUESTOR, now)
+    agreement = moves.find(draft, message.agreement_id, REQUESTOR, now)
     if not agreement:
         return
     if agreement.state not in (PROPOSAL, PENDING):
-        _wrong_state(draft, agreement, CANCELLED, now)
+        moves.wrong_state(draft, agreement, CANCELLED, now)
         return
     _close(draft, agreement, check_reason(message.reason), now)
     draft.do(Reply(Done()))
@@ -262,20 +173,20 @@ def cancel(draft: Draft, message: CancelAgreement, now: float) -> None:
 
 def _close(draft: Draft, agreement: Agreement, reason: str, now: float) -> None:
     if agreement.state == PENDING:
-        _tell_peer(draft, agreement, AgreementClosed(agreement.agreement_id, CANCELLED, reason))
-    _cancelled(draft, agreement, reason, now)
+        moves.tell_peer(draft, agreement, AgreementClosed(agreement.agreement_id, CANCELLED, reason))
+    moves.cancelled(draft, agreement, reason, now)
 
 
 def approve(draft: Draft, node: str, message: ApproveAgreement, now: float) -> None:
     """Send our approval; the agreement is made when the requestor's commit comes back."""
-    agreement = _find(draft, message.agreement_id, PROVIDER, now)
+    agreement = moves.find(draft, message.agreement_id, PROVIDER, now)
     if not agreement:
         return
     if agreement.state == APPROVING:  # asked again while the requestor decides
         draft.do(Reply(Done()))
         return
     if agreement.state != PENDING:
-        _wrong_state(draft, agreement, APPROVED, now, early="conflict")
+        moves.wrong_state(draft, agreement, APPROVED, now, early="conflict")
         return
     if agreement.valid_to - now <= LAST_APPROVAL_S:
         draft.do(Reply(Refused("gone", f"Agreement [{agreement.agreement_id}] expires before an approval can arrive.")))
@@ -288,43 +199,42 @@ def approve(draft: Draft, node: str, message: ApproveAgreement, now: float) -> N
         draft.do(Reply(Refused("bad_request", str(error))))
         return
     signature = message.approval.signature.hex()
-    _put(draft, agreement, state=APPROVING, app_session_id=message.app_session_id, approved_signature=signature)
+    until = now + moves.APPROVAL_S
+    moves.put(
+        draft, agreement, state=APPROVING, app_session_id=message.app_session_id, approved_signature=signature,
+        approval_until=until,
+    )  # fmt: skip
     approval = AgreementApproval(agreement.agreement_id, message.approval)
-    _tell_peer(draft, agreement, approval, agreement.valid_to - now)
+    moves.tell_peer(draft, agreement, approval, min(agreement.valid_to, until) - now)
+    draft.do(Wake(f"due/{agreement.agreement_id}", until, AgreementDue(agreement.agreement_id)))
     draft.do(Reply(Done()))
 
 
 def reject(draft: Draft, message: RejectAgreement, now: float) -> None:
     """Do not agree."""
-    agreement = _find(draft, message.agreement_id, PROVIDER, now)
+    agreement = moves.find(draft, message.agreement_id, PROVIDER, now)
     if not agreement:
         return
     if agreement.state != PENDING:
-        _wrong_state(draft, agreement, REJECTED, now, early="conflict")
+        moves.wrong_state(draft, agreement, REJECTED, now, early="conflict")
         return
     reason = check_reason(message.reason)
-    _rejected(draft, agreement, reason, now)
-    _tell_peer(draft, agreement, AgreementRejected(agreement.agreement_id, reason))
+    moves.refused(draft, agreement, reason, now)
+    moves.tell_peer(draft, agreement, AgreementRejected(agreement.agreement_id, reason))
     draft.do(Reply(Done()))
-
-
-def _rejected(draft: Draft, agreement: Agreement, reason: str, now: float) -> None:
-    _end(draft, agreement, REJECTED, now, reason)
-    event = AgreementRejectedEvent(agreement.agreement_id, agreement.app_session_id, reason)
-    _tell_agent(draft, agreement.agreement_id, event)
 
 
 def terminate(draft: Draft, message: TerminateAgreement, now: float) -> None:
     """End an approved agreement, from either side."""
-    agreement = _find(draft, message.agreement_id, "", now)
+    agreement = moves.find(draft, message.agreement_id, "", now)
     if not agreement:
         return
     if agreement.state != APPROVED:
-        _wrong_state(draft, agreement, TERMINATED, now, early="conflict")
+        moves.wrong_state(draft, agreement, TERMINATED, now, early="conflict")
         return
     reason = check_reason(message.reason)
-    _terminated(draft, agreement, agreement.role, reason, now)
-    _tell_peer(draft, agreement, AgreementTerminated(agreement.agreement_id, agreement.role, reason))
+    moves.terminated_by(draft, agreement, agreement.role, reason, now)
+    moves.tell_peer(draft, agreement, AgreementTerminated(agreement.agreement_id, agreement.role, reason))
     draft.do(Reply(Done()))
 
 
@@ -353,6 +263,8 @@ def proposed(draft: Draft, node: str, message: AgreementProposed, meta: Meta) ->
         why = f"its proposal is {state} here."
     elif proposal.expires <= meta.now or not meta.now < valid_to < meta.now + MAX_VALID_S:
         why = "it has expired."
+    elif not proposal.created - MAX_CLOCK_SKEW_S <= created <= meta.now + MAX_CLOCK_SKEW_S:
+        why = f"it says that it was made at {timestamp_text(created)}, and here it is {timestamp_text(meta.now)}."
     else:
         agreement = _from_proposals(proposal, mine, created, valid_to, PENDING)
         if agreement.body == message.agreement.body:
@@ -384,7 +296,7 @@ def approval(draft: Draft, message: AgreementApproval, meta: Meta) -> None:
         draft.do(Send(meta.sender, closed_message, ANSWER_S))
         return
     if lapsed(agreement, meta.now):
-        agreement = _expire(draft, agreement, meta.now)
+        agreement = moves.lapse(draft, agreement, meta.now)
     if agreement.state in (APPROVED, TERMINATED):
         return
     if agreement.state != PENDING:
@@ -395,14 +307,14 @@ def approval(draft: Draft, message: AgreementApproval, meta: Meta) -> None:
         raise Violation("the approval is of another agreement")
     agreement = replace(agreement, approved_signature=message.approval.signature.hex())
     at = round(meta.now, 6)
-    _approved(draft, agreement, at)
-    _tell_peer(draft, agreement, AgreementCommitted(agreement.agreement_id, at), COMMIT_DELIVERY_S)
+    moves.made(draft, agreement, at)
+    moves.tell_peer(draft, agreement, AgreementCommitted(agreement.agreement_id, at), COMMIT_DELIVERY_S)
 
 
 def _insist(draft: Draft, agreement: Agreement) -> None:
     """Tell the provider what we had decided when its word crossed ours."""
     if agreement.state in (CANCELLED, EXPIRED, REJECTED):
-        _tell_peer(draft, agreement, AgreementClosed(agreement.agreement_id, agreement.state, agreement.reason))
+        moves.tell_peer(draft, agreement, AgreementClosed(agreement.agreement_id, agreement.state, agreement.reason))
 
 
 def rejected(draft: Draft, message: AgreementRejected, meta: Meta) -> None:
@@ -415,20 +327,21 @@ def rejected(draft: Draft, message: AgreementRejected, meta: Meta) -> None:
     if not agreement:
         return
     if lapsed(agreement, meta.now):
-        agreement = _expire(draft, agreement, meta.now)
+        agreement = moves.lapse(draft, agreement, meta.now)
     if agreement.state == PENDING:
         reason = check_reason(message.reason)
-        _rejected(draft, agreement, reason, meta.now)
+        moves.refused(draft, agreement, reason, meta.now)
         if loads(reason).get(IS_FINAL) is False:
             draft.do(Send("market", Rematch(agreement.demand_id, agreement.offer_id)))
     elif agreement.state in (CANCELLED, EXPIRED):
         _insist(draft, agreement)
-    elif agreement.state != REJECTED:
+    elif agreement.state == PROPOSAL:
         raise Violation(state_error(agreement, REJECTED, meta.now))
+    # else the withdrawal of an approval crosses our commit, which is answered with a termination
 
 
 def committed(draft: Draft, message: AgreementCommitted, meta: Meta) -> None:
-    """Provider: the agreement is made, even if we had stopped waiting for it."""
+    """Provider: the agreement is made; or, if our approval was withdrawn meanwhile, it ends at once."""
     agreement = _from_peer(draft, message.agreement_id, REQUESTOR, meta)
     if not agreement or agreement.state in (APPROVED, TERMINATED):
         return
@@ -436,7 +349,16 @@ def committed(draft: Draft, message: AgreementCommitted, meta: Meta) -> None:
         raise Violation("a commit to an agreement that was not approved")
     if not 0 <= message.approved_at < 1e11:
         raise Violation("the time of the approval is not in seconds since the epoch")
-    _approved(draft, agreement, message.approved_at)
+    if lapsed(agreement, meta.now):
+        agreement = moves.withdraw(draft, agreement, meta.now)
+    if agreement.state == APPROVING:
+        plausible = agreement.created - MAX_CLOCK_SKEW_S <= message.approved_at <= meta.now + MAX_CLOCK_SKEW_S
+        moves.made(draft, agreement, message.approved_at if plausible else meta.now)
+    elif agreement.state == REJECTED:
+        moves.terminated_by(draft, agreement, PROVIDER, agreement.reason, meta.now)
+        moves.tell_peer(draft, agreement, AgreementTerminated(agreement.agreement_id, PROVIDER, agreement.reason))
+    else:
+        raise Violation(f"a commit to an agreement that the requestor itself has {agreement.state.lower()}")
 
 
 def closed(draft: Draft, message: AgreementClosed, meta: Meta) -> None:
@@ -448,12 +370,12 @@ def closed(draft: Draft, message: AgreementClosed, meta: Meta) -> None:
         raise Violation(state_error(agreement, message.state[:20], meta.now))
     reason = check_reason(message.reason) if message.reason else ""
     if message.state == CANCELLED:
-        _cancelled(draft, agreement, reason, meta.now)
+        moves.cancelled(draft, agreement, reason, meta.now)
     elif message.state == EXPIRED:
         draft.do(Emit(f"agreement/{agreement.agreement_id}", AgreementExpired(agreement.agreement_id)))
-        _end(draft, agreement, EXPIRED, meta.now, reason)
+        moves.end(draft, agreement, EXPIRED, meta.now, reason)
     else:
-        _rejected(draft, agreement, reason, meta.now)
+        moves.refused(draft, agreement, reason, meta.now)
 
 
 def terminated(draft: Draft, message: AgreementTerminated, meta: Meta) -> None:
@@ -467,24 +389,23 @@ def terminated(draft: Draft, message: AgreementTerminated, meta: Meta) -> None:
     if agreement.state == APPROVED or (agreement.role == PROVIDER and agreement.state != TERMINATED):
         if not agreement.approved_signature:
             raise Violation(state_error(agreement, TERMINATED, meta.now))
-        _terminated(draft, agreement, message.terminator, reason, meta.now)
+        moves.terminated_by(draft, agreement, message.terminator, reason, meta.now)
     elif agreement.state != TERMINATED:
         raise Violation(state_error(agreement, TERMINATED, meta.now))
     elif agreement.terminator == PROVIDER and message.terminator == REQUESTOR:
-        _put(draft, agreement, terminator=REQUESTOR, reason=reason)
+        moves.put(draft, agreement, terminator=REQUESTOR, reason=reason)
 
 
 # -- time, and what did not arrive
 def due(draft: Draft, message: AgreementDue, now: float) -> None:
-    """The time for the approval is over; a provider that approved still waits a little for the decision."""
+    """The time for the approval, or of the approval, is over."""
     agreement: Agreement | None = draft.get(f"agreement/{message.agreement_id}")
     if not agreement or agreement.state not in OPEN:
         return
     if lapsed(agreement, now):
-        _expire(draft, agreement, now)
+        moves.lapse(draft, agreement, now)
     else:
-        grace = VERDICT_S if agreement.state == APPROVING else 0.0
-        draft.do(Wake(f"due/{agreement.agreement_id}", agreement.valid_to + grace, message))
+        draft.do(Wake(f"due/{agreement.agreement_id}", ends_at(agreement), message))
 
 
 def forget(draft: Draft, message: ForgetAgreement) -> None:
@@ -502,8 +423,8 @@ MustArrive = (
 def undelivered(draft: Draft, message: MustArrive, why: str, now: float) -> None:
     """Something that the other side had to know did not arrive, or nobody said that it did.
 
-    An end is told again, as long as we remember the agreement ourselves: the other side must not think it goes on. So is
-    an approval: past its time it is the question what the requestor decided, and any answer settles it.
+    An end is told again, as long as we remember the agreement ourselves: the other side must not think it goes on. An
+    approval is not: its time is over, and the withdrawal is told.
     """
     if isinstance(message, AgreementProposed):
         agreement_id = loads(message.agreement.body)["agreementId"]
@@ -516,10 +437,8 @@ def undelivered(draft: Draft, message: MustArrive, why: str, now: float) -> None
     reason = reason_text(f"{other} {agreement.counterpart} could not be reached: {why}")
     if isinstance(message, AgreementProposed) and agreement.state == PENDING:
         _close(draft, agreement, reason, now)
-    elif isinstance(message, AgreementApproval) and agreement.state in (APPROVING, EXPIRED):
-        _tell_peer(draft, agreement, message)
     elif isinstance(message, AgreementCommitted) and agreement.state == APPROVED:
-        _terminated(draft, agreement, agreement.role, reason, now)
-        _tell_peer(draft, agreement, AgreementTerminated(agreement.agreement_id, agreement.role, reason))
+        moves.terminated_by(draft, agreement, agreement.role, reason, now)
+        moves.tell_peer(draft, agreement, AgreementTerminated(agreement.agreement_id, agreement.role, reason))
     elif isinstance(message, AgreementClosed | AgreementRejected | AgreementTerminated):
-        _tell_peer(draft, agreement, message)
+        moves.tell_peer(draft, agreement, message)

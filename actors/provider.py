@@ -155,6 +155,8 @@ def _resume_activity(turn: Turn, row: AgreementRow, activity: ActivityRow) -> No
     if activity.state == STARTING:
         agreements.start_unit(turn, row, activity)
     elif activity.state in ALIVE:
+        activity = replace(activity, billed_at=turn.now)  # that nobody billed it meanwhile was our own fault
+        turn.save(activity)
         turn.processes(FindUnit(activity.activity_id, activity.pid, activity.started_ticks))
         if activity.destroyed and activity.pid:
             turn.processes(StopUnit(activity.activity_id, activity.pid, activity.started_ticks))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from golem.bus import BusPeer
-from golem.chain.networks import DRIVER
+from golem.chain.networks import DRIVER, Network
 from golem.chain.rpc import RpcError
 from golem.config import VERSION
 from golem.identity import AppKey, IdentityError
@@ -201,19 +201,32 @@ async def payment_networks(node: Node, args: dict[str, Any]) -> Any:
 async def payment_status(node: Node, args: dict[str, Any]) -> Any:
     """Balances and sums of one network."""
     network = node.chain.networks.by_name(args.get("network") or node.chain.default_network)
-    balances = await node.chain.balances(network.name)
     totals = node.chain.totals(network.platform)
-    head = await node.chain.head(network.name)
-    chain = {"chain": await node.chain.local_chain(), "chainUrl": node.chain.dev_url} if network.simulated_by else {}
+    purse, trouble = await _purse(node, network)
+    head = await node.chain.head(network.name) if not trouble else None
+    chain = {"chain": await node.chain.local_chain(), "chainUrl": node.chain.dev_url} if network.simulated_by and head else {}
+    problems = [f"{problem.kind}: {problem.detail}" for problem in node.chain.problems(network.name)]
+    if trouble and not any(problem.partition(": ")[2] in trouble for problem in problems):
+        problems.append(f"RpcError: {trouble}")
     return {
-        "amount": amount_text(from_wei(balances.token_wei)), "reserved": totals["reserved"],
+        "amount": purse.pop("amount"), "reserved": totals["reserved"],
         "outgoing": totals["outgoing"], "incoming": totals["incoming"], "driver": DRIVER, "network": network.name,
         "token": network.symbol, "platform": network.platform, "simulatedBy": network.simulated_by, **chain,
-        "gas": {"currency_short_name": network.coin, "currency_long_name": network.coin,
-                "balance": amount_text(from_wei(balances.gas_wei))},
-        "block_number": head.number, "block_datetime": timestamp_text(head.timestamp), "address": node.node_id,
-        "problems": [f"{problem.kind}: {problem.detail}" for problem in node.chain.problems(network.name)],
+        "gas": {"currency_short_name": network.coin, "currency_long_name": network.coin, "balance": purse.pop("gas")}, **purse,
+        "block_number": head.number if head else None,
+        "block_datetime": timestamp_text(head.timestamp) if head else None, "address": node.node_id, "problems": problems,
     }  # fmt: skip
+
+
+async def _purse(node: Node, network: Network) -> tuple[dict[str, Any], str]:
+    """Tokens and coins of the account as now or as last known, None where nobody knows; and why they are not of now."""
+    try:
+        held = await node.chain.held(network.name)
+    except RpcError as error:
+        return {"amount": None, "gas": None}, str(error)
+    wei = {"amount": held.balances.token_wei, "gas": held.balances.gas_wei}
+    as_of = {} if held.is_fresh else {"balance_datetime": timestamp_text(held.at)}
+    return {name: amount_text(from_wei(value)) for name, value in wei.items()} | as_of, held.trouble
 
 
 @command

@@ -87,7 +87,7 @@ class Node:
         """Return what is wrong with this node, `None` if nothing is."""
         if not self.network.is_up:
             return "the peer-to-peer host is not running (yet)"
-        return None
+        return self.chain.fault()
 
     def metrics_text(self) -> str:
         """Return the node's counters in Prometheus' text format."""

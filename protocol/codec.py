@@ -6,6 +6,7 @@ a hard buffer limit. Whatever the bytes are, decoding ends in a message or in `V
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterator
 from typing import Annotated, Any, Generic, TypeVar
@@ -18,8 +19,11 @@ from protocol.types import Message, Violation
 MAX_FRAME_BYTES = 4 * 1024 * 1024  # a batch of envelopes, or one call, on any pipe or socket
 MAX_BODY_BYTES = 1024 * 1024  # one message
 MAX_BATCH = 64  # envelopes in a frame
-MAX_ACK_BYTES = 1024
-MAX_ADDRESS_CHARS, MAX_EPOCH_CHARS, MAX_TRACE_CHARS = 200, 64, 64
+MAX_ADDRESS_CHARS, MAX_TRACE_CHARS = 200, 64
+MAX_MARKS = 8  # in an acknowledgement
+MAX_ACK_BYTES = 2048
+_NAME = re.compile(r"[A-Za-z0-9_.\-]{0,64}\Z")  # of an epoch, or of a start of a process
+_MARK = re.compile(r"\d{1,19}:[A-Za-z0-9_.\-]{0,64}\Z")
 T = TypeVar("T")
 
 _encoder = msgspec.msgpack.Encoder()
@@ -28,8 +32,10 @@ _encoder = msgspec.msgpack.Encoder()
 class Envelope(msgspec.Struct, frozen=True, array_like=True):
     """A message on a link. `seq` counts the link's messages; `after` is the sequence number of the one before it.
 
-    The two differ by more than one where messages in between passed their deadline and were given up. `epoch` names
-    the sender's journal: a peer that lost its disk starts a new one, and is not taken for a repetition of itself.
+    The two differ by more than one where messages in between passed their deadline and were given up. The first
+    envelope under way comes after the last one that was acknowledged. `epoch` names this numbering of the link, which
+    begins anew where a disk was lost or went back in time. `boot` names the start of the sender's process that numbered
+    the message, `after_boot` the one that numbered `after`: see `actors/kernel/lineage.py`.
     """
 
     sender: str
@@ -39,16 +45,20 @@ class Envelope(msgspec.Struct, frozen=True, array_like=True):
     after: int
     trace: str
     body: bytes
+    boot: str = ""
+    after_boot: str = ""
 
 
 class Ack(msgspec.Struct, frozen=True, array_like=True):
     """All messages of the link up to `have` are committed. `note` says why there may be no progress (`busy`, `gap`).
 
     Of those in the frame, `refused` were set aside, since they crashed their recipient: the sender hears of them.
+    `boots` tells which starts of the sender numbered what is committed: the sender sees whether that was itself.
     """
 
     have: int
     note: str = ""
+    boots: tuple[str, ...] = ()
     refused: Annotated[tuple[int, ...], msgspec.Meta(max_length=MAX_BATCH)] = ()
 
 
@@ -87,17 +97,23 @@ def encode_batch(envelopes: list[Envelope]) -> bytes:
 def decode_batch(frame: bytes) -> list[Envelope]:
     """Return 1 to 64 envelopes of one link in rising order. Raises `Violation`."""
     batch = _batch(frame)
-    first, seq = batch[0], 0
+    first, seq, boot = batch[0], 0, None
+    if not (_NAME.match(first.epoch) and _NAME.match(first.after_boot)):
+        raise Violation("an epoch, or the name of a start, is none")
     for e in batch:
         if (e.sender, e.to, e.epoch) != (first.sender, first.to, first.epoch):
             raise Violation("a batch belongs to one link")
+        if boot is not None and e.after_boot != boot:
+            raise Violation("the starts of a batch do not follow one another")
+        if e.boot != boot and not _NAME.match(e.boot):
+            raise Violation("the name of a start is none")
         if not (0 <= e.after < e.seq < 2**63 and e.seq > seq and (not seq or e.after == seq)):
             raise Violation("sequence numbers of a batch do not rise one by one")
-        if max(len(e.sender), len(e.to)) > MAX_ADDRESS_CHARS or len(e.epoch) > MAX_EPOCH_CHARS or len(e.trace) > MAX_TRACE_CHARS:
-            raise Violation("an address, epoch or trace is too long")
+        if max(len(e.sender), len(e.to)) > MAX_ADDRESS_CHARS or len(e.trace) > MAX_TRACE_CHARS:
+            raise Violation("an address or trace is too long")
         if len(e.body) > MAX_BODY_BYTES:
             raise Violation("a message of the batch is too long")
-        seq = e.seq
+        seq, boot = e.seq, e.boot
     return batch
 
 
@@ -111,6 +127,8 @@ def decode_ack(data: bytes) -> Ack:
     ack = _ack(data)
     if not 0 <= ack.have < 2**63:
         raise Violation("acknowledged number out of range")
+    if len(ack.boots) > MAX_MARKS or not all(map(_MARK.match, ack.boots)):
+        raise Violation("an acknowledgement names no starts")
     return ack
 
 

@@ -61,6 +61,20 @@ class Undelivered(Message, frozen=True):
     reason: str = "no acknowledgement before the deadline"
 
 
+class PeerLost(Message, frozen=True):
+    """To the sender of a link whose two sides no longer remember the same: one of the disks went back in time.
+
+    Messages `first` to `last` of the link are the ones that one side does not know any more: the recipient, or, where
+    `here` is true, the sender itself. Whatever else waits is sent as if nothing had happened; what was done with the
+    peer since is to be gone through again.
+    """
+
+    to: str
+    first: int
+    last: int
+    here: bool = False
+
+
 def node_id(text: str) -> str:
     """Return `text` as a node id (0x + 40 lower-case hex). Raises `ValueError`."""
     lowered = text.lower()

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, get_args
 import trio
 
 from actors.kernel.feed import next_head
-from actors.kernel.journal import Commit, Event, Position, Posted, RowDamaged, Timer
+from actors.kernel.journal import Commit, Event, Posted, RowDamaged, Timer
+from actors.kernel.lineage import Position, Relink
 from actors.kernel.machine import (
     ActorFailed,
     DropFeed,
@@ -34,6 +35,7 @@ from actors.kernel.mailbox import (
     BATCH,
     BATCH_S,
     CAPACITY,
+    RETIRED,
     Alarm,
     AlarmKey,
     AlarmRings,
@@ -42,6 +44,7 @@ from actors.kernel.mailbox import (
     DeadlinePassed,
     Delivery,
     LinkBatch,
+    LinkBroken,
     Mailbox,
     Outcome,
     Release,
@@ -52,7 +55,7 @@ from actors.kernel.mailbox import (
 )
 from actors.kernel.row_view import MAX_ROW_BYTES, RowView, row_decoder
 from protocol.codec import MAX_BODY_BYTES, Envelope, encode
-from protocol.types import Message, Undelivered, Violation, node_of
+from protocol.types import Message, PeerLost, Undelivered, Violation, node_of
 
 if TYPE_CHECKING:
     from actors.kernel.system import System
@@ -95,6 +98,7 @@ class Actor(Mailbox):
         super().__init__(system, machine, capacity)
         self.machine = machine
         self._row_types = frozenset(get_args(machine.rows) or (machine.rows,))
+        self._hears_lost = PeerLost in get_args(machine.local)
         self._alarms: dict[AlarmKey, Alarm] = {}  # those that wait
         self._failing = Crashes()  # alarms, which are never given up
         self._backlog: list[Delivery] = []  # out of the mailbox, and not taken yet
@@ -181,12 +185,27 @@ class Actor(Mailbox):
                 if (commit.timers[timer.key] if known else journal.timer(self.name, timer.key)) != timer:
                     return
                 self._alarm(batch, alarm, timer.trace, lambda: self._decode_local(timer.body))
-            case DeadlinePassed(recipient, seq, reason):
+            case DeadlinePassed(recipient, seq, _, reason):
                 posted = journal.posted(self.name, recipient, seq)
                 if posted is None or journal.acked(self.name, recipient) >= seq:
                     return
+                if alarm.epoch != journal.outgoing(self.name, recipient).epoch:
+                    return  # the number is another message's by now
                 body = posted.body
                 self._alarm(batch, alarm, posted.trace, lambda: Undelivered(recipient, body, reason))
+            case LinkBroken():
+                self._take_broken(alarm, batch)
+
+    def _take_broken(self, alarm: LinkBroken, batch: Batch) -> None:
+        """Begin a new numbering of a link, and tell the machine what was lost, in one step."""
+        to = alarm.lost.to
+        known = self.system.journal.outgoing(self.name, to).epoch
+        if known != alarm.epoch or any(relink.recipient == to for relink in batch.commit.relinked):
+            return
+        if not self._hears_lost:
+            batch.commit.relinked.append(Relink(to, self.system.journal.new_epoch(), alarm.agreed))
+        elif not self.system.alarms.is_waiting(self.name, key_of(alarm)[0]):
+            self._alarm(batch, alarm, self.system.new_trace(), lambda: alarm.lost)
 
     def _alarm(self, batch: Batch, alarm: Alarm, trace: str, read: Callable[[], Message]) -> None:
         """Step the machine with a message of its own. One that cannot be handled is never given up: it comes again."""
@@ -210,6 +229,8 @@ class Actor(Mailbox):
                 batch.commit.timers[timer.key] = None
             case DeadlinePassed(recipient, seq):
                 batch.commit.expired.append((recipient, seq))
+            case LinkBroken(_, agreed, lost):
+                batch.commit.relinked.append(Relink(lost.to, self.system.journal.new_epoch(), agreed))
         self._apply(step, meta, batch, None, type(message).__name__)
 
     def _defer(self, alarm: Alarm, again: float, commit: Commit) -> None:
@@ -218,6 +239,8 @@ class Actor(Mailbox):
                 commit.timers[timer.key] = replace(timer, at=again)
             case DeadlinePassed(recipient, seq):
                 commit.deferred.append((recipient, seq, again))
+            case LinkBroken():
+                pass  # its courier reminds of it
 
     def _take_release(self, release: Release, batch: Batch) -> None:
         """Handle a message of the quarantine: once more, and no more if it fails again."""
@@ -257,8 +280,9 @@ class Actor(Mailbox):
         """Take what is new of a link, in order; stop at a gap or a crash."""
         batch.links.append(link)
         position = self._strangers.get(link.sender) or self._position(link.sender, batch)
-        if link.epoch in position.retired:
-            link.note = "retired epoch"
+        if position.is_retired(link.epoch):
+            link.note = RETIRED
+            link.stand(position)
             return
         stranger = link.sender in self._strangers or not position.epoch
         position = position.under(link.epoch)
@@ -279,7 +303,7 @@ class Actor(Mailbox):
                 self._backlog.append(link)
                 self._cut_short = node_of(link.sender)
                 break
-        link.have = position.seq
+        link.stand(position)
 
     def _estrange(self, sender: str, position: Position) -> None:
         """Remember, in memory only, a link that has brought nothing but violations: names are free, and rows are not."""
@@ -396,8 +420,10 @@ class Actor(Mailbox):
             self.rows.committed(commit.rows)
             self._positions.update(commit.inbox)
             self._sent.update(batch.sent)
+            for relink in commit.relinked:
+                self._sent.pop(relink.recipient, None)
         for link in batch.links:
-            self.acknowledge(link, link.have)
+            self.answer(link)
         for ask in batch.asks:
             ask.done.set()
         for release in batch.releases:
@@ -409,7 +435,8 @@ class Actor(Mailbox):
         self.rows.changed = {}
         for link in batch.links:
             link.note = "crash"
-            self.acknowledge(link, self.system.journal.position(self.name, link.sender).have(link.epoch))
+            link.stand(self.system.journal.position(self.name, link.sender))
+            self.answer(link)
         for ask in batch.asks:
             ask.error = ask.error or ActorFailed(f"{self.name} failed (trace {ask.trace}): {type(error).__name__}")
             ask.done.set()

@@ -76,7 +76,7 @@ class Alarms:
             for timer in timers:
                 actor.offer_alarm(TimerDue(timer))
             for recipient, seq in deadlines:
-                actor.offer_alarm(DeadlinePassed(recipient, seq))
+                actor.offer_alarm(DeadlinePassed(recipient, seq, journal.outgoing(name, recipient).epoch))
         elif actor is None:  # a port hears nothing of it, it repeats itself; or an actor of a former version
             keys, expired = [timer.key for timer in journal.due(name, now)], journal.overdue(name, now)
             if keys or expired:
@@ -109,8 +109,9 @@ class Alarms:
         if len(self._refusals) > KEPT_REFUSALS:
             del self._refusals[next(iter(self._refusals))]
         if (machine := self._system.machine(actor)) is not None:
+            epoch = self._system.journal.outgoing(actor, recipient).epoch
             for seq in owed:
-                machine.offer_alarm(DeadlinePassed(recipient, seq, reason))
+                machine.offer_alarm(DeadlinePassed(recipient, seq, epoch, reason))
 
     # -- what cannot be handled
     def failed(self, actor: str, what: str, error: Exception, times: int) -> float:
@@ -119,6 +120,11 @@ class Alarms:
         if (actor, what) in self._failing or len(self._failing) < KEPT_FAILING:
             self._failing[actor, what] = Failing(actor, what, repr(error)[:300], times, again)
         return again
+
+    def is_waiting(self, actor: str, what: str) -> bool:
+        """Return whether an alarm that could not be handled is to be left alone yet."""
+        failing = self._failing.get((actor, what))
+        return failing is not None and self._system.now() < failing.again
 
     def handled(self, actor: str, what: str) -> None:
         self._failing.pop((actor, what), None)

@@ -3,6 +3,9 @@
 One courier serves one link (an actor's messages to one recipient). A window of messages is under way in a few frames at
 once; acknowledgements are cumulative; on silence, a gap or a full mailbox the courier backs off and goes back to the
 first message that is not acknowledged. A courier ends when its link has nothing left, and starts with the next message.
+
+An acknowledgement is believed only if the recipient names the start of this process, or a former one, that numbered the
+message (`lineage.py`). Else a disk went back in time, and the link begins a new numbering; or there are two of us.
 """
 
 from __future__ import annotations
@@ -12,9 +15,11 @@ from typing import TYPE_CHECKING
 import trio
 
 from actors.kernel.journal import Posted
+from actors.kernel.lineage import Marks, agreed, boot_at
 from actors.kernel.machine import LinkDown
+from actors.kernel.mailbox import RETIRED, LinkBroken
 from protocol.codec import MAX_BATCH, Ack, Envelope, decode_ack, encode_batch
-from protocol.types import Violation, node_of
+from protocol.types import PeerLost, Violation, node_of
 
 if TYPE_CHECKING:
     from actors.kernel.system import System
@@ -25,6 +30,8 @@ FRAME_BYTES = 1 << 20
 EXCHANGE_TIMEOUT_S = 10.0
 FIRST_BACKOFF_S, LAST_BACKOFF_S = 0.1, 5.0
 SET_ASIDE = "the recipient set it aside: it crashed there"
+BROKEN_LOOK_S = 1.0  # until the sender of a broken link is reminded of it
+TWICE = "refused: another process with this node's key and a copy of its journal is at work (stop it, then start this one again)"
 
 
 class Courier:
@@ -34,6 +41,9 @@ class Courier:
         self.system, self.actor, self.recipient = system, actor, recipient
         self.acked = system.journal.acked(actor, recipient)  # committed by the recipient up to here
         self._next = self.acked  # sent up to here
+        self._epoch, self._known_marks = "", Marks()
+        self._broken: LinkBroken | None = None
+        self._twice = False
         self._frames = 0
         self._backoff_s = FIRST_BACKOFF_S
         self._not_before = 0.0
@@ -49,17 +59,30 @@ class Courier:
         self._not_before, self._backoff_s = 0.0, FIRST_BACKOFF_S
         self._news.set()
 
+    def restart(self) -> None:
+        """The link has begun a new numbering."""
+        self._broken, self.trouble = None, ""
+        self.acked = self._next = 0
+        self._epoch, self._known_marks = "", ()
+        self._back_off()  # a peer that says so again and again must not keep us busy
+        self._news.set()
+
     async def run(self) -> None:
         """Deliver until nothing is pending."""
         async with trio.open_nursery() as nursery:
             while True:
                 self._news = trio.Event()
                 now = trio.current_time()
+                if self._broken is not None and not self._frames:
+                    await self.system.link_broken(self.actor, self._broken)
+                    with trio.move_on_after(BROKEN_LOOK_S):
+                        await self._news.wait()
+                    continue
                 if now < self._not_before:
                     with trio.move_on_at(self._not_before):
                         await self._news.wait()
                     continue
-                if self._frames < FRAMES and self._next - self.acked < WINDOW and (batch := self._gather()):
+                if self._may_go and self._frames < FRAMES and self._next - self.acked < WINDOW and (batch := self._gather()):
                     self._frames += 1
                     self._next = batch[-1].seq
                     nursery.start_soon(self._exchange, batch)
@@ -67,6 +90,17 @@ class Courier:
                     return
                 else:
                     await self._news.wait()
+
+    @property
+    def _may_go(self) -> bool:
+        return self._broken is None and not self._twice
+
+    def _marks(self) -> Marks:
+        """Return which starts numbered the link's messages. Once this one is among them, nothing is added."""
+        if not self._known_marks or not self._known_marks[-1].endswith(f":{self.system.journal.boot}"):
+            self._known_marks = self.system.journal.marks(self.actor, self.recipient)
+            self._epoch = self.system.journal.outgoing(self.actor, self.recipient).epoch
+        return self._known_marks
 
     def _pending(self, after: int, limit: int) -> list[Posted]:
         return self.system.journal.pending(self.actor, self.recipient, max(after, self.acked), limit)
@@ -77,16 +111,20 @@ class Courier:
         sender = f"{self.system.node}/{self.actor}"
         batch: list[Envelope] = []
         size = 0
-        # The first message that is not acknowledged comes behind nothing: all before it are committed there or given up.
-        before = self._next if self._next > self.acked else 0
+        # The first message that is not acknowledged comes behind the last one that is: those between were given up.
+        marks, before = self._marks(), self._next
+        after_boot = boot_at(marks, before)
         for posted in self._pending(self._next, room):
             size += len(posted.body)
             if batch and size > FRAME_BYTES:
                 break
+            boot = boot_at(marks, posted.seq)
             batch.append(
-                Envelope(sender, self.recipient, self.system.journal.epoch, posted.seq, before, posted.trace, posted.body)
+                Envelope(
+                    sender, self.recipient, self._epoch, posted.seq, before, posted.trace, posted.body, boot, after_boot
+                )
             )
-            before = posted.seq
+            before, after_boot = posted.seq, boot
         return batch
 
     async def _exchange(self, batch: list[Envelope]) -> None:
@@ -112,15 +150,16 @@ class Courier:
     def _judge(self, ack: Ack | None, batch: list[Envelope], acked_before: int) -> None:
         """Move the window by an acknowledgement, or go back."""
         last = batch[-1].seq
-        if ack is not None and ack.have > self.system.journal.last_sent(self.actor, self.recipient):
-            self.trouble = f"the peer acknowledges {ack.have}, which was never sent"
+        if not self._may_go:
+            return
+        if ack is not None and self._is_doubtful(ack, acked_before):
+            self._next = self.acked
         elif ack is not None:
-            if ack.have < acked_before:
-                self.system.log_lost_peer(self.actor, self.recipient, acked_before, ack.have)
             have = self._have(ack)
             if have > self.acked:
                 self.acked = have
                 self.system.acknowledged(self.actor, self.recipient, have)
+                self.system.heard(self.actor, self.recipient)
                 self._next = max(self._next, have)
                 self._backoff_s = FIRST_BACKOFF_S
             self.trouble = "" if have >= last else SET_ASIDE if have < ack.have else ack.note or "no progress"
@@ -129,6 +168,9 @@ class Courier:
         self._next = self.acked
         if ack is not None and ack.note == "gap" and self.acked > acked_before:
             return  # frames overtook one another, but the link moves: no reason to wait
+        self._back_off()
+
+    def _back_off(self) -> None:
         self._not_before = trio.current_time() + self._backoff_s * self.system.jitter()
         self._backoff_s = min(self._backoff_s * 2, LAST_BACKOFF_S)
 
@@ -142,3 +184,22 @@ class Courier:
             return ack.have
         self.system.alarms.refused(self.actor, self.recipient, owed, SET_ASIDE)
         return min(owed) - 1
+    def _is_doubtful(self, ack: Ack, acked_before: int) -> bool:
+        """Return whether the peer remembers this link otherwise than we do. Then the link stops, and says why."""
+        marks, sent = self._marks(), self.system.journal.last_sent(self.actor, self.recipient)
+        is_ours = ack.have <= sent and (ack.have < self.acked or boot_at(marks, ack.have) == boot_at(ack.boots, ack.have))
+        if ack.note == RETIRED or not is_ours:
+            both = agreed(marks, ack.boots, self.acked, min(ack.have, sent))
+            lost = PeerLost(self.recipient, both + 1, max(ack.have, both + 1), here=True)
+            if self.system.was_heard(self.actor, self.recipient):  # in this life: it is not we who went back
+                self.trouble, self._twice = TWICE, True
+                self.system.log_twice(self.recipient)
+                return True
+        elif ack.have < acked_before:
+            both, lost = self.acked, PeerLost(self.recipient, ack.have + 1, self.acked)
+        else:
+            return False
+        self.trouble = f"messages {lost.first} to {lost.last} are forgotten {'here' if lost.here else 'there'}: a new beginning"
+        self._broken = LinkBroken(self._epoch, both, lost)
+        self.system.log_broken(self.actor, lost)
+        return True

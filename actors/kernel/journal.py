@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 
 import trio
 
+from actors.kernel.lineage import Marks, Outgoing, Position, Relink, start_number
+
 MIGRATIONS = (
     """
     create table meta (key text primary key, value text not null) without rowid;
@@ -33,6 +35,13 @@ MIGRATIONS = (
                              trace text not null, error text not null, body blob not null);
     """,
     """
+    alter table sent add column epoch text not null default '';
+    alter table sent add column acked int not null default 0;
+    alter table inbox add column boots text not null default '';
+    create table mark (actor text, recipient text, boot text, first int not null,
+                       primary key (actor, recipient, boot)) without rowid;
+    """,
+    """
     alter table quarantine add column epoch text not null default '';
     alter table quarantine add column seq int not null default 0;
     alter table quarantine add column local int not null default 0;
@@ -49,8 +58,16 @@ MERGED_COMMITS = 256  # commits in one transaction
 PRUNED_AT_ONCE = 5000  # events
 ACK_FLUSH_S = 0.05  # how long acknowledgements wait for a commit to go with: losing them costs a repetition, no more
 KEPT_QUARANTINED = 1000  # from this node, and as many from others
-RETIRED_EPOCHS = 8
+KNOWN_MARKS = 4096  # links of which it is remembered that this start has a mark on them
 FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE)  # of the disk: the file, or the index of its log
+
+
+FORGET_MARKS = """
+    delete from mark where exists (
+        select 1 from mark later join sent using (actor, recipient)
+        where later.actor=mark.actor and later.recipient=mark.recipient and later.first>mark.first and later.first<=sent.acked)
+"""  # of starts whose messages are all acknowledged, and the last of them not the newest
+Acks = dict[tuple[str, str], tuple[str, int]]  # (actor, recipient) -> epoch, and acknowledged up to
 
 
 class JournalError(Exception):
@@ -70,29 +87,6 @@ class RowDamaged(Exception):
     def __init__(self, actor: str, key: str, reason: str) -> None:
         super().__init__(f"row {key} of {actor} cannot be read: {reason}")
         self.actor, self.key, self.reason = actor, key, reason
-
-
-@dataclass(frozen=True, slots=True)
-class Position:
-    """How far an actor has read a link: `seq` in `epoch`; `retired` are former epochs of the sender.
-
-    Frames of a former epoch may come late, as copies of what was taken before. The first frame of an epoch must not come
-    after one of the next: a node takes longer to start on an empty disk than a frame outlives its process.
-    """
-
-    epoch: str = ""
-    seq: int = 0
-    retired: tuple[str, ...] = ()
-
-    def under(self, epoch: str) -> Position:
-        """Return the position from which messages of `epoch` count: the start of it if the sender lost its disk."""
-        if epoch == self.epoch:
-            return self
-        return Position(epoch, 0, (*self.retired, self.epoch)[-RETIRED_EPOCHS:] if self.epoch else ())
-
-    def have(self, epoch: str) -> int:
-        """Return what may be acknowledged to a sender in `epoch`."""
-        return self.seq if epoch == self.epoch else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,11 +151,12 @@ class Commit:
     timers: dict[str, Timer | None] = field(default_factory=dict)
     quarantined: list[SetAside] = field(default_factory=list)
     released: list[int] = field(default_factory=list)  # numbers of messages that left the quarantine
+    relinked: list[Relink] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         return bool(
             self.rows or self.inbox or self.outbox or self.expired or self.events or self.dropped_feeds or self.taken
-            or self.timers or self.quarantined or self.deferred or self.released
+            or self.timers or self.quarantined or self.deferred or self.released or self.relinked
         )  # fmt: skip
 
 
@@ -208,10 +203,14 @@ class Journal:
         self._wake = trio.Event()
         self._started = trio.Event()
         self.ended = False  # `run` is over: nothing is written any more
-        self._acks: dict[tuple[str, str], int] = {}  # (actor, recipient) -> acknowledged up to; written with a commit
-        self._acks_under_way: dict[tuple[str, str], int] = {}
+        self._acks: Acks = {}  # written with a commit
+        self._acks_under_way: Acks = {}
+        self._marked: set[tuple[str, str]] = set()  # links that have a mark of this start (used by the writer alone)
+        self._relinks = 0
         self.commits = 0  # transactions so far, for benchmarks and metrics
-        self.epoch: str = self._reader.execute("select value from meta where key='epoch'").fetchone()[0]
+        read = "select value from meta where key=?"
+        self.epoch: str = self._reader.execute(read, ("epoch",)).fetchone()[0]
+        self.boot: str = self._reader.execute(read, ("boot",)).fetchone()[0]  # names this start: see `lineage.py`
 
     @staticmethod
     def _open(path: str, synchronous: str) -> sqlite3.Connection:
@@ -240,7 +239,13 @@ class Journal:
             raise JournalError(f"the journal was written by a newer version (schema {version}, known {len(MIGRATIONS)})")
         for number, script in enumerate(MIGRATIONS[version:], version + 1):
             db.executescript(f"begin immediate; {script} pragma user_version={number}; commit;")
+        db.execute("begin immediate")
         db.execute("insert or ignore into meta values ('epoch', ?)", (new_epoch(),))
+        before = db.execute("select value from meta where key='boot'").fetchone()
+        boot = f"{start_number(before[0]) + 1 if before else 1}-{new_epoch()[:16]}"
+        db.execute("replace into meta values ('boot', ?)", (boot,))
+        db.execute(FORGET_MARKS)
+        db.execute("commit")
 
     def close(self) -> None:
         """Close the file. Everything committed is on disk."""
@@ -267,13 +272,27 @@ class Journal:
             after = found[-1][0] + "\0"
 
     def position(self, actor: str, sender: str) -> Position:
-        found = self._reader.execute("select epoch, seq, retired from inbox where actor=? and sender=?", (actor, sender))
-        row = found.fetchone()
-        return Position(row[0], row[1], tuple(row[2].split())) if row else Position()
+        query = "select epoch, seq, retired, boots from inbox where actor=? and sender=?"
+        row = self._reader.execute(query, (actor, sender)).fetchone()
+        return Position(row[0], row[1], tuple(row[2].split()), tuple(row[3].split())) if row else Position()
+
+    def outgoing(self, actor: str, recipient: str) -> Outgoing:
+        query = "select epoch, seq, acked from sent where actor=? and recipient=?"
+        found = self._reader.execute(query, (actor, recipient)).fetchone()
+        return Outgoing(*found) if found else Outgoing()
 
     def last_sent(self, actor: str, recipient: str) -> int:
-        found = self._reader.execute("select seq from sent where actor=? and recipient=?", (actor, recipient)).fetchone()
-        return found[0] if found else 0
+        return self.outgoing(actor, recipient).sent
+
+    def marks(self, actor: str, recipient: str) -> Marks:
+        """Return which starts numbered the messages of a link; those before the last acknowledged one may be missing."""
+        query = "select first, boot from mark where actor=? and recipient=? order by first"
+        return tuple(f"{first}:{boot}" for first, boot in self._reader.execute(query, (actor, recipient)))
+
+    def new_epoch(self) -> str:
+        """Return a name for a new numbering of a link, used once."""
+        self._relinks += 1
+        return f"{self.boot}.{self._relinks}"
 
     def pending(self, actor: str, recipient: str, after: int, limit: int) -> list[Posted]:
         """Return at most `limit` unacknowledged messages of a link behind sequence number `after`."""
@@ -350,14 +369,17 @@ class Journal:
         return tuple(seq for (seq,) in self._reader.execute(query, (actor, sender, epoch, first, last)))
 
     def acked(self, actor: str, recipient: str) -> int:
-        """Return up to where a link is known to be acknowledged, as far as the outbox does not tell yet."""
-        link = (actor, recipient)
-        return max(self._acks.get(link, 0), self._acks_under_way.get(link, 0))
+        """Return up to where a link is known to be acknowledged."""
+        link, known = (actor, recipient), self.outgoing(actor, recipient)
+        found = [acks[link] for acks in (self._acks, self._acks_under_way) if link in acks]
+        return max([known.acked, *(seq for epoch, seq in found if epoch == known.epoch)])
 
     # -- writing
     def acknowledge(self, actor: str, recipient: str, seq: int) -> None:
         """Let the outbox forget a link's messages up to `seq`, with the next transaction or soon."""
-        self._acks[actor, recipient] = max(seq, self._acks.get((actor, recipient), 0))
+        link, epoch = (actor, recipient), self.outgoing(actor, recipient).epoch
+        before = self._acks.get(link)
+        self._acks[link] = (epoch, max(seq, before[1]) if before and before[0] == epoch else seq)
         self._wake.set()
 
     async def commit(self, commit: Commit) -> None:
@@ -407,7 +429,7 @@ class Journal:
             for waiting in (*batch, *self._queue):
                 waiting.done.set()
 
-    async def _store(self, commits: list[Commit], acks: dict[tuple[str, str], int]) -> None:
+    async def _store(self, commits: list[Commit], acks: Acks) -> None:
         """Write one transaction. Once begun in its thread, it is not cancelled."""
         if self._threads:
             await trio.to_thread.run_sync(self._write, commits, acks, limiter=self._limiter)
@@ -415,7 +437,7 @@ class Journal:
             await trio.lowlevel.checkpoint()
             self._write(commits, acks)
 
-    def _write(self, commits: list[Commit], acks: dict[tuple[str, str], int]) -> None:
+    def _write(self, commits: list[Commit], acks: Acks) -> None:
         try:
             try:
                 self._transact(commits, acks)
@@ -428,16 +450,20 @@ class Journal:
             raise JournalError(f"cannot write the journal: {error}") from error
         self.commits += 1
 
-    def _transact(self, commits: list[Commit], acks: dict[tuple[str, str], int]) -> None:
+    def _transact(self, commits: list[Commit], acks: Acks) -> None:
         db = self._writer
         db.execute("begin immediate")
         try:
             for commit in commits:
-                _apply(db, commit)
-            delete = "delete from outbox where actor=? and recipient=? and seq<=?"
-            db.executemany(delete, [(*link, seq) for link, seq in acks.items()])
+                self._mark(db, commit)
+                _apply(db, commit, self.boot)
+            for link, (epoch, seq) in acks.items():
+                known = "update sent set acked=max(acked, ?) where actor=? and recipient=? and epoch=?"
+                if db.execute(known, (seq, *link, epoch)).rowcount:  # else the link has begun a new numbering since
+                    db.execute("delete from outbox where actor=? and recipient=? and seq<=?", (*link, seq))
             db.execute("commit")
         except BaseException:
+            self._marked.clear()
             if db.in_transaction:
                 db.execute("rollback")
             raise
@@ -466,18 +492,43 @@ class Journal:
             raise JournalError(f"cannot write the journal: {error}") from error
 
 
-def _apply(db: sqlite3.Connection, c: Commit) -> None:
+    def _mark(self, db: sqlite3.Connection, c: Commit) -> None:
+        """Note from which message on this start numbers a link."""
+        for recipient, p in c.outbox:
+            if (link := (c.actor, recipient)) not in self._marked:
+                if len(self._marked) >= KNOWN_MARKS:
+                    self._marked.clear()
+                db.execute("insert or ignore into mark values (?,?,?,?)", (*link, self.boot, p.seq))
+                self._marked.add(link)
+
+
+def _relink(db: sqlite3.Connection, actor: str, relink: Relink, boot: str) -> None:
+    """Number what waits on a link anew, all of it by this start."""
+    link = (actor, relink.recipient)
+    db.execute("delete from outbox where actor=? and recipient=? and seq<=?", (*link, relink.agreed))
+    waiting = db.execute("select seq from outbox where actor=? and recipient=? order by seq", link).fetchall()
+    update = "update outbox set seq=? where actor=? and recipient=? and seq=?"
+    db.executemany(update, [(number, *link, seq) for number, (seq,) in enumerate(waiting, 1)])
+    db.execute("replace into sent values (?,?,?,?,0)", (*link, len(waiting), relink.epoch))
+    db.execute("delete from mark where actor=? and recipient=?", link)
+    db.execute("insert into mark values (?,?,?,1)", (*link, boot))
+
+
+def _apply(db: sqlite3.Connection, c: Commit, boot: str) -> None:
     actor = c.actor
     db.executemany("delete from row where actor=? and key=?", [(actor, k) for k, body in c.rows.items() if body is None])
     kept = [(actor, key, body) for key, body in c.rows.items() if body is not None]
     db.executemany("replace into row values (?,?,?)", kept)
-    positions = [(actor, sender, p.epoch, p.seq, " ".join(p.retired)) for sender, p in c.inbox.items()]
-    db.executemany("replace into inbox values (?,?,?,?,?)", positions)
+    positions = [(actor, sender, p.epoch, p.seq, " ".join(p.retired), " ".join(p.boots)) for sender, p in c.inbox.items()]
+    db.executemany("replace into inbox values (?,?,?,?,?,?)", positions)
     for recipient, p in c.outbox:
         db.execute("insert into outbox values (?,?,?,?,?,?)", (actor, recipient, p.seq, p.deadline, p.trace, p.body))
     last = {recipient: p.seq for recipient, p in c.outbox}
-    db.executemany("replace into sent values (?,?,?)", [(actor, recipient, seq) for recipient, seq in last.items()])
+    sent = "insert into sent (actor, recipient, seq, epoch) values (?,?,?,?) on conflict do update set seq=excluded.seq"
+    db.executemany(sent, [(actor, recipient, seq, boot) for recipient, seq in last.items()])
     db.executemany("delete from outbox where actor=? and recipient=? and seq=?", [(actor, *link) for link in c.expired])
+    for relink in c.relinked:
+        _relink(db, actor, relink, boot)
     for name in c.dropped_feeds:
         db.execute("delete from feed where name=?", (name,))
         db.execute("delete from feed_head where name=?", (name,))

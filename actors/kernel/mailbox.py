@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Union
 
 import trio
 
-from actors.kernel.journal import KEPT_QUARANTINED, Commit, Position, SetAside, Timer
+from actors.kernel.journal import KEPT_QUARANTINED, Commit, SetAside, Timer
+from actors.kernel.lineage import Position
 from actors.kernel.machine import ActorFailed, Busy, Machine, Port
 from protocol.codec import Decoder, Envelope
-from protocol.types import Message, Undelivered, Violation, node_of
+from protocol.types import Message, PeerLost, Undelivered, Violation, node_of
 
 if TYPE_CHECKING:
     from actors.kernel.system import System
@@ -24,6 +25,7 @@ BATCH_S = 0.01  # a batch is committed after so long, and others get their turn
 CAPACITY = 256  # deliveries in a mailbox; more is `Busy` for edges and peers
 CRASHES_BEFORE_QUARANTINE = 3
 COUNTED_CRASHES = 1024
+RETIRED = "retired epoch"  # what a sender is told that goes on where it had left off
 
 
 @dataclass(slots=True, eq=False)
@@ -38,11 +40,17 @@ class LinkBatch:
     have: int = 0
     note: str = ""
     refused: tuple[int, ...] = ()
+    boots: tuple[str, ...] = ()
     sender: str = ""
     epoch: str = ""
 
     def __post_init__(self) -> None:
         self.sender, self.epoch = self.envelopes[0].sender, self.envelopes[0].epoch
+
+    def stand(self, position: Position) -> None:
+        """Acknowledge what is committed at `position`."""
+        under = position.of(self.epoch)
+        self.have, self.boots = under.seq, under.boots
 
 
 @dataclass(slots=True, eq=False)
@@ -78,7 +86,17 @@ class DeadlinePassed:
 
     recipient: str
     seq: int
+    epoch: str  # the numbering of the link
     reason: str = Undelivered.__struct_defaults__[0]
+
+
+@dataclass(slots=True, eq=False)
+class LinkBroken:
+    """The two sides of a link do not remember the same: its numbering under `epoch` ends, behind message `agreed`."""
+
+    epoch: str
+    agreed: int  # both sides know the messages up to here
+    lost: PeerLost
 
 
 @dataclass(slots=True, eq=False)
@@ -86,15 +104,19 @@ class AlarmRings:
     """There are alarms to take (they have a place of their own, so that a full mailbox cannot keep them out)."""
 
 
-Alarm = TimerDue | DeadlinePassed
+Alarm = TimerDue | DeadlinePassed | LinkBroken
 AlarmKey = tuple[str, str]
 
 
 def key_of(alarm: Alarm) -> AlarmKey:
     """Return what tells an alarm from others of its actor: its name, and which one of that name."""
-    if isinstance(alarm, TimerDue):
-        return f"timer {alarm.timer.key}", repr(alarm.timer.at)
-    return f"message {alarm.seq} to {alarm.recipient}", ""
+    match alarm:
+        case TimerDue(timer):
+            return f"timer {timer.key}", repr(timer.at)
+        case DeadlinePassed(recipient, seq):
+            return f"message {seq} to {recipient}", ""
+        case LinkBroken(_, _, lost):
+            return f"link to {lost.to}", ""
 
 
 Delivery = LinkBatch | Ask | AlarmRings | Release
@@ -168,15 +190,16 @@ def _first_seq(delivery: Delivery) -> int:
 
 
 def fresh(link: LinkBatch, position: Position) -> Iterator[tuple[Envelope, Position]]:
-    """Yield what is new of a frame, each envelope with the position behind it; stop at a gap, and note it."""
+    """Yield what is new of a frame, each envelope with the position behind it; stop where one does not fit, and note it."""
     for e in link.envelopes:
-        if e.seq <= position.seq:
+        if e.seq < position.seq:
             continue  # a duplicate: committed before
-        if e.after > position.seq:
-            link.note = "gap"
+        if note := position.objection(e):
+            link.note = note
             return
-        position = Position(position.epoch, e.seq, position.retired)
-        yield e, position
+        if e.seq > position.seq:
+            position = position.behind(e)
+            yield e, position
 
 
 class Mailbox:
@@ -222,9 +245,8 @@ class Mailbox:
         self._set_aside.add(e.sender)
         return True
 
-    def acknowledge(self, link: LinkBatch, have: int) -> None:
-        """Answer a frame, now that everything up to `have` is committed: also which of its messages were set aside."""
-        link.have = have
+    def answer(self, link: LinkBatch) -> None:
+        """Acknowledge a frame, now that all it says is committed: also which of its messages were set aside."""
         if link.sender in self._set_aside and link.envelopes:
             first, last = link.envelopes[0].seq, link.envelopes[-1].seq
             link.refused = self.system.journal.refused(self.name, link.sender, link.epoch, first, last)

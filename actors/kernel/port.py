@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 import trio
 
 from actors.kernel.journal import Commit, JournalError, RowDamaged
+from actors.kernel.lineage import Position
 from actors.kernel.machine import ActorFailed, AskTimeout, Busy, LinkDown, Meta, Port
-from actors.kernel.mailbox import CAPACITY, Ask, Delivery, LinkBatch, Mailbox, Outcome, Release, fresh
+from actors.kernel.mailbox import CAPACITY, RETIRED, Ask, Delivery, LinkBatch, Mailbox, Outcome, Release, fresh
 from protocol.codec import Envelope
 from protocol.types import Violation, node_of
 
 if TYPE_CHECKING:
-    from actors.kernel.journal import Position
     from actors.kernel.system import System
 
 log = logging.getLogger("golem.kernel")
@@ -96,14 +96,15 @@ class PortActor(Mailbox):
     async def _take_link(self, link: LinkBatch) -> None:
         position = self.system.journal.position(self.name, link.sender)
         try:
-            if link.epoch in position.retired:
-                link.note = "retired epoch"
+            if position.is_retired(link.epoch):
+                link.note = RETIRED
                 return
             for e, behind in fresh(link, position.under(link.epoch)):
                 if await self._take_envelope(e, behind, link) is not Outcome.TAKEN:
                     return
         finally:
-            self.acknowledge(link, self.system.journal.position(self.name, link.sender).have(link.epoch))
+            link.stand(self.system.journal.position(self.name, link.sender))
+            self.answer(link)
 
     async def _take_envelope(self, e: Envelope, position: Position, link: LinkBatch) -> Outcome:
         """Handle a message and commit its outcome; `link.note` says why it was not taken."""

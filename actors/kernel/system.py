@@ -18,6 +18,7 @@ from actors.kernel.alarms import Alarms
 from actors.kernel.courier import Courier
 from actors.kernel.feed import Feeds
 from actors.kernel.journal import Commit, Journal, JournalError, Posted, RowDamaged, SetAside
+from actors.kernel.lineage import Relink
 from actors.kernel.machine import (
     AskTimeout,
     Busy,
@@ -32,12 +33,12 @@ from actors.kernel.machine import (
     Transport,
     check_send,
 )
-from actors.kernel.mailbox import CAPACITY, Ask, LinkBatch, Release
+from actors.kernel.mailbox import CAPACITY, Ask, LinkBatch, LinkBroken, Release
 from actors.kernel.port import PortActor
 from actors.kernel.row_view import RowView
 from actors.kernel.trace import Line, StepLog, step_line
 from protocol.codec import MAX_BODY_BYTES, MAX_TRACE_CHARS, Ack, Envelope, decode_batch, encode, encode_ack
-from protocol.types import Message, Violation, actor_of, node_of
+from protocol.types import Message, PeerLost, Violation, actor_of, node_of
 
 log = logging.getLogger("golem.kernel")
 
@@ -46,6 +47,7 @@ FIRST_RESTART_S, LAST_RESTART_S = 0.05, 5.0
 PEER_FRAMES = 16  # frames of one node that wait for one actor
 TAKEN_BYTES = 64 << 20  # of frames that wait, all in all
 KEPT_DAMAGED = 256  # rows that are named
+KEPT_HEARD = 65536  # links
 
 
 class System:
@@ -78,6 +80,7 @@ class System:
         self._taking_bytes = 0
         self._actors: dict[str, Actor | PortActor] = {}
         self._couriers: dict[tuple[str, str], Courier] = {}
+        self._heard: set[tuple[str, str]] = set()  # links on which the recipient has acknowledged something to this process
         self._new_links: set[tuple[str, str]] = set()
         self._links_changed = trio.Event()
         self.alarms = Alarms(self)
@@ -210,18 +213,19 @@ class System:
             self._taking[quota] -= 1
             if not self._taking[quota]:
                 del self._taking[quota]
-        return encode_ack(Ack(link.have, link.note, link.refused))
+        return encode_ack(Ack(link.have, link.note, link.boots, link.refused))
 
     async def _busy(self, actor: str, link: LinkBatch) -> bytes:
         await trio.lowlevel.checkpoint()  # whoever comes again at once must not keep the others from running
-        return encode_ack(Ack(self.journal.position(actor, link.sender).have(link.epoch), "busy"))
+        link.stand(self.journal.position(actor, link.sender))
+        return encode_ack(Ack(link.have, "busy", link.boots))
 
     async def deliver_local(self, batch: list[Envelope]) -> Ack:
         """Take a batch from an actor of this process; waits for room in the mailbox (couriers may block, actors not)."""
         link = LinkBatch(batch)
         await self._actors[actor_of(batch[0].to)].post.send(link)
         await link.done.wait()
-        return Ack(link.have, link.note, link.refused)
+        return Ack(link.have, link.note, link.boots, link.refused)
 
     def peer_up(self, node: str) -> None:
         """A session with `node` came up: whatever waits for it goes now."""
@@ -245,6 +249,9 @@ class System:
                 self._new_links.add((actor, recipient))
                 self._links_changed.set()
         self.alarms.committed(commit)
+        for relink in commit.relinked:
+            if courier := self._couriers.get((actor, relink.recipient)):
+                courier.restart()
         for feed in {name for name, _ in commit.events}.union(commit.dropped_feeds):
             self.feeds.notify(feed)
         for gossip in published:
@@ -253,6 +260,16 @@ class System:
     def acknowledged(self, actor: str, recipient: str, seq: int) -> None:
         """A recipient has committed a link up to `seq`; the outbox forgets it with the next transaction."""
         self.journal.acknowledge(actor, recipient, seq)
+
+    def heard(self, actor: str, recipient: str) -> None:
+        """A recipient knows this process."""
+        if len(self._heard) >= KEPT_HEARD:
+            self._heard.clear()
+        self._heard.add((actor, recipient))
+
+    def was_heard(self, actor: str, recipient: str) -> bool:
+        """Return whether a recipient has acknowledged something to this process."""
+        return (actor, recipient) in self._heard
 
     def log_step(self, actor: str, meta: Meta, tag: str, step: Step) -> None:
         if self._step_log:
@@ -316,8 +333,23 @@ class System:
             raise LookupError(f"no message with number {number} is in quarantine")
         await self.journal.commit(Commit(one.actor, released=[number]))
 
-    def log_lost_peer(self, actor: str, recipient: str, acked: int, have: int) -> None:
-        log.warning("%s lost its journal: had %d messages of %s, now has %d", recipient, acked, actor, have)
+    def log_twice(self, recipient: str) -> None:
+        log.error("%s hears another process that speaks as this node, from a copy of its journal", recipient)
+
+    def log_broken(self, actor: str, lost: PeerLost) -> None:
+        words = "this node's journal is older than what it said to %s" if lost.here else "the journal of %s went back in time"
+        log.error(words + ": messages %d to %d of %s are forgotten", lost.to, lost.first, lost.last, actor)
+
+    async def link_broken(self, actor: str, broken: LinkBroken) -> None:
+        """The sides of a link remember different things: have its sender told, and a new numbering begun."""
+        lost = broken.lost
+        if isinstance(found := self._actors.get(actor), Actor):
+            found.offer_alarm(broken)
+            return
+        commit = Commit(actor, relinked=[Relink(lost.to, self.journal.new_epoch(), broken.agreed)])
+        await self.journal.commit(commit)
+        self._sent.pop((actor, lost.to), None)
+        self.released(actor, commit, [])
 
     # -- tasks
     async def _carry(self, courier: Courier) -> None:

@@ -38,6 +38,7 @@ FUND_S = 120.0
 TOO_LOW = ("nonce too low", "nonce is too low")
 UNDERPRICED = ("underpriced", "less than block base fee", "fee too low", "fee cap less than")
 NO_FUNDS = ("insufficient funds",)
+FAULTS = {"chain_id": "InvalidChainId", "token": "CantSign"}  # of an endpoint -> as the payment status calls it
 
 
 class FundError(RpcError):
@@ -103,9 +104,12 @@ class Engine:
         return max(await self.rpc.transaction_count(self.address), self.store.next_nonce())
 
     def problems(self) -> tuple[Problem, ...]:
-        """What the last step found wrong, and which endpoints contradict each other; empty is healthy."""
-        told = (Problem("RpcError", words, self.address) for words in self.rpc.pool.contradictions())
-        return (*self._problems, *told)
+        """What the last step found wrong, and what is wrong with the endpoints; empty is healthy."""
+        pool, chain_id = self.rpc.pool, self.network.chain_id
+        told = [Problem(FAULTS[fault.kind], fault.words, self.address, chain_id=chain_id) for fault in pool.faults()]
+        told += [Problem("RpcError", words, self.address) for words in pool.contradictions()]
+        said = " ".join(problem.detail for problem in self._problems)
+        return (*self._problems, *(problem for problem in told if problem.detail not in said))
 
     async def run(self) -> None:
         """Work until cancelled: at the network's poll interval while anything is open, else when something comes."""
@@ -141,7 +145,7 @@ class Engine:
         except _Wait as wait:
             problems.append(wait.problem)
         except RpcError as error:
-            kind = "InvalidChainId" if error.kind == "chain_id" else "RpcError"
+            kind = FAULTS.get(error.kind, "RpcError")
             problems.append(Problem(kind, str(error), self.address, chain_id=self.network.chain_id))
             self._checked = False  # who knows what answers next
         if problems:

@@ -64,7 +64,7 @@ Event = Sent | Mined | Confirmed | Failed | NonceLost | Stuck
 class Problem:
     """Why payments wait. `kind` as in the payment status of the REST API; `needed_wei` of coins or tokens."""
 
-    kind: str  # InsufficientGas InsufficientToken InvalidChainId TxStuck RpcError
+    kind: str  # InsufficientGas InsufficientToken InvalidChainId CantSign TxStuck RpcError
     detail: str
     address: str
     needed_wei: int = 0

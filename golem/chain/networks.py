@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -24,6 +25,8 @@ FEE_MODELS = ("eth", "op", "zk")
 SIMULATED = "local dev chain"
 DEFAULT_NETWORK = {"local": "hoodi", "testnet": "hoodi", "mainnet": "polygon"}  # by profile
 STAND_INS = ("holesky", "hoodi")  # the default networks of the agents' libraries
+
+_ADDRESS = re.compile(r"0x[0-9a-fA-F]{40}\Z")
 
 FeeModel = Literal["eth", "op", "zk"]
 
@@ -174,12 +177,21 @@ def local_rows(dev_url: str, simulated_by: str = SIMULATED) -> tuple[Network, ..
     return (local, *(replace(local, name=name) for name in STAND_INS))
 
 
+def _lower(address: str | None) -> str:
+    return (address or "").lower()
+
+
 class Networks:
-    """Rows by network name and by platform."""
+    """Rows by network name and by platform. ValueError where rows contradict each other."""
 
     def __init__(self, rows: Iterable[Network], default: str) -> None:
         self.default = default
         self.rows = {row.name: row for row in rows}
+        chains: dict[str, Network] = {}
+        for row in self.rows.values():  # one engine pays for a whole chain, in one token
+            first = chains.setdefault(row.chain, row)
+            if (first.token.lower(), _lower(first.multi_transfer)) != (row.token.lower(), _lower(row.multi_transfer)):
+                raise ValueError(f"networks {first.name} and {row.name} are one chain and name different contracts")
         self._platforms = {row.platform: row for row in self.rows.values()}
 
     def by_name(self, name: str) -> Network:
@@ -248,5 +260,8 @@ def read_rows(path: Path) -> list[Network]:
         if row.fee_model not in FEE_MODELS or not isinstance(row.chain_id, int) or row.depth < 0:
             raise ValueError(f"{path}, row {number}: fee_model is one of {FEE_MODELS}, chain_id and depth are numbers")
         parse_platform(row.platform)
+        for address in (row.token, row.multi_transfer, row.mint):
+            if address is not None and not _ADDRESS.match(address):
+                raise ValueError(f"{path}, row {number}: no address of a contract: {address[:50]!r}")
         rows.append(row)
     return rows

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 import httpx
 import trio
 
+from golem.chain.credentials import Fault, Unclear, fault_of
 from golem.chain.networks import Network
 
 TIMEOUT_S = 10.0
@@ -28,11 +29,13 @@ BUSY_CODES = (-32005, 429)  # rate limits: somebody else may answer
 HAVE_IT = ("already known", "already imported", "known transaction")  # a refusal of a transaction which is none
 CONTRADICTION_S = 600.0  # so long two endpoints that contradicted each other are shown
 
-Kind = Literal["down", "chain_id", "answer"]
+Kind = Literal["down", "chain_id", "token", "answer"]
 
 
 class RpcError(Exception):
-    """A call had no result. `kind`: "down" (nobody answered), "chain_id" (wrong chain), "answer" (the node said no).
+    """A call had no result.
+
+    `kind`: "down" (nobody answered), "chain_id" (wrong chain), "token" (wrong contracts), "answer" (the node said no).
 
     `refusals` are the words of each endpoint that said no.
     """
@@ -50,7 +53,8 @@ class Endpoint:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self.chain_id: int | None = None
+        self.is_right = False  # it has shown that it serves the network
+        self.fault: Fault | None = None  # why it does not
         self.head = 0
         self.failures = 0
         self.rests_until = 0.0
@@ -169,7 +173,7 @@ class Pool:
         errors = [(answer.host, answer.error) for answer in answers if answer.error is not None]
         refused = [(host, error) for host, error in errors if error.kind == "answer"]
         if not refused:
-            kind: Kind = "chain_id" if any(error.kind == "chain_id" for _, error in errors) else "down"
+            kind: Kind = next((error.kind for _, error in errors if error.kind != "down"), "down")
             return RpcError(f"{self.network.name}: " + "; ".join(str(error) for _, error in errors)[:500], kind)
         words = tuple(str(error) for _, error in refused)
         text = words[0] if len(set(words)) == 1 else "; ".join(f"{host}: {error}" for host, error in refused)[:500]
@@ -213,14 +217,34 @@ class Pool:
         )
 
     async def _check_chain(self, endpoint: Endpoint) -> None:
-        if endpoint.chain_id is None:
-            answer = await self._post(endpoint, "eth_chainId", ())
-            endpoint.chain_id = _quantity(answer.get("result"), endpoint)
-        if endpoint.chain_id != self.network.chain_id:
-            seen, endpoint.chain_id = endpoint.chain_id, None  # asked again next time: a proxy may be mended
-            text = f"{endpoint.host} serves chain id {seen}, expected {self.network.chain_id}"
-            endpoint.failed(text)
-            raise RpcError(text, "chain_id")
+        """Whoever does not serve this network is not used; asked once, and again while it is so."""
+        if endpoint.is_right:
+            return
+
+        async def ask(method: str, params: list[Any]) -> dict[str, Any]:
+            return await self._post(endpoint, method, params)
+
+        try:
+            endpoint.fault = await fault_of(self.network, ask)
+        except Unclear as unclear:
+            endpoint.failed(f"{endpoint.host}: {unclear}")
+            raise RpcError(endpoint.trouble, "down") from None
+        if endpoint.fault is not None:
+            endpoint.failed(f"{endpoint.host} {endpoint.fault.words}")
+            raise RpcError(endpoint.trouble, endpoint.fault.kind)
+        endpoint.is_right = True
+
+    def faults(self) -> list[Fault]:
+        """Which endpoints do not serve this network, and why."""
+        found = [(endpoint.host, endpoint.fault) for endpoint in self.endpoints if endpoint.fault is not None]
+        return [Fault(fault.kind, f"{host} {fault.words}") for host, fault in found]
+
+    async def check(self) -> bool:
+        """Look at every endpoint; False while one has not answered or does not serve this network."""
+        async with trio.open_nursery() as nursery:
+            for endpoint in self.endpoints:
+                nursery.start_soon(self._look, endpoint)
+        return all(endpoint.is_right for endpoint in self.endpoints)
 
     async def _survey(self) -> None:
         """Ask every endpoint for its head, so that one that fell behind comes last."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -24,9 +24,10 @@ from actors.kernel.machine import Meta, Send
 from golem.chain import networks as table
 from golem.chain import token
 from golem.chain.devchain import DevChainError, ensure_devchain
-from golem.chain.engine import Engine
+from golem.chain.engine import FAULTS, Engine
 from golem.chain.events import Confirmed, Event, Failed, NonceLost, Problem, Sent, Stuck
 from golem.chain.networks import DRIVER, SIMULATED, Network, Networks
+from golem.chain.purse import MAX_AGE_S, Held, Purses
 from golem.chain.rpc import Head, Rpc, RpcError
 from golem.chain.signer import Key
 from golem.chain.store import Claim, Claims, TransferBatch
@@ -51,6 +52,8 @@ log = logging.getLogger("golem.chain")
 
 UNSTARTED = "http://127.0.0.1:9"  # stands for the dev chain until it is up: nothing listens on the discard port
 UNKNOWN_S = 1800.0  # a claimed transaction that our node has not heard of for so long does not exist
+CHECK_FIRST_S, CHECK_LAST_S = 5.0, 300.0  # between looks at endpoints that were not right at start
+PATIENCE_S = 5.0  # for a balance, where one is known from before
 DEVCHAIN_LOOK_S = 5.0
 DEVCHAIN_IDLE_S = 900.0  # it ends so long after the last node that looked; its blocks stay
 START_WAIT_S = 60.0
@@ -97,6 +100,7 @@ class Chain:
             extra=config.data_dir / EXTRA_ROWS,
         )
         self._claims = Claims(config.data_dir / "chain.db")
+        self._purses = Purses(config.data_dir / "chain.db")
         self._claimed = trio.Event()
         self._up = trio.Event()
         self._rpcs: dict[str, Rpc] = {}
@@ -116,6 +120,8 @@ class Chain:
             if self._dev_dir:
                 nursery.start_soon(self._keep_devchain, self._dev_dir)
             nursery.start_soon(self._verify_claims)
+            for row in {row.chain: row for row in self.networks}.values():
+                nursery.start_soon(self._check, row)
             for engine in self._engines.values():
                 nursery.start_soon(engine.run)
 
@@ -125,6 +131,23 @@ class Chain:
         for engine in self._engines.values():
             engine.close()
         self._claims.close()
+        self._purses.close()
+
+    async def _check(self, row: Network) -> None:
+        """See at start whether each endpoint serves its network, and what we hold there; again until it is so."""
+        await self._up.wait()
+        rpc, pause_s = self._rpcs[row.chain], CHECK_FIRST_S
+        while True:
+            before = rpc.pool.faults()
+            is_right = await rpc.pool.check()
+            for fault in set(rpc.pool.faults()) - set(before):
+                log.error("%s: %s", row.name, fault.words)
+            with suppress(RpcError):
+                await self.balances(row.name)
+                if is_right:
+                    return
+            await trio.sleep(pause_s)
+            pause_s = min(pause_s * 2, CHECK_LAST_S)
 
     async def _keep_devchain(self, directory: Path) -> None:
         """Start the dev chain if nobody serves it; again whenever it is gone."""
@@ -291,7 +314,30 @@ class Chain:
     async def balances(self, network: str, address: str | None = None) -> token.Balances:
         """Coins and tokens of an address (default: this node's). RpcError."""
         row, rpc = await self._reach(network)
-        return await token.balances(rpc, row, address or self.address)
+        found = await token.balances(rpc, row, address or self.address)
+        if address in (None, self.address):
+            self._purses.note(row.chain, self.address, found, self._clock())
+        return found
+
+    async def held(self, network: str) -> Held:
+        """What this node's account holds, or last held where no endpoint says so in time. RpcError when nobody knows."""
+        row = self.networks.by_name(network)
+        last = self._purses.last(row.chain, self.address)
+        try:
+            with trio.fail_after(PATIENCE_S if last else float("inf")):
+                return Held(await self.balances(network), self._clock())
+        except trio.TooSlowError:
+            trouble = f"{network}: no endpoint answers within {PATIENCE_S:g} s"
+        except RpcError as error:
+            if error.kind in FAULTS or last is None:
+                raise
+            trouble = str(error)
+        assert last is not None, "without a last balance nothing is too slow"
+        balances, at = last
+        age_s = max(self._clock() - at, 0.0)
+        if age_s > MAX_AGE_S:
+            raise RpcError(f"{trouble}; the last known balance is {age_s / 3600:.0f} hours old", "down")
+        return Held(balances, at, trouble)
 
     async def head(self, network: str) -> Head:
         """The newest block. RpcError."""
@@ -301,11 +347,21 @@ class Chain:
     async def fund(self, network: str) -> token.Balances:
         """Get test coins and tokens; what the account holds then. RpcError says why not."""
         row, _ = await self._reach(network)
-        return await self._engines[row.chain].fund()
+        found = await self._engines[row.chain].fund()
+        self._purses.note(row.chain, self.address, found, self._clock())
+        return found
 
     def problems(self, network: str) -> tuple[Problem, ...]:
-        """Why payments wait on a network; empty is healthy."""
+        """Why payments wait on a network, and what is wrong with its endpoints; empty is healthy."""
         return self._engines[self.networks.by_name(network).chain].problems()
+
+    def fault(self) -> str | None:
+        """Say which network nothing can be paid on, since no endpoint serves it as its row says. None is healthy."""
+        for row in self.networks:
+            endpoints = self._rpcs[row.chain].pool.endpoints
+            if all(endpoint.fault for endpoint in endpoints):
+                return f"{row.name}: " + "; ".join(fault.words for fault in self._rpcs[row.chain].pool.faults())
+        return None
 
     def totals(self, platform: str) -> dict[str, Any]:
         """Reserved, outgoing and incoming sums of the ledger on one platform; see `golem.chain.totals`."""

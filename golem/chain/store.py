@@ -29,6 +29,7 @@ create table if not exists chain(id text primary key, genesis text);
 create table if not exists claim(
   id text primary key, platform text, tx_hash text, payer text, payee text, amount_wei text, claimed_wei text,
   created real);
+create table if not exists purse(chain text, address text, gas_wei text, token_wei text, at real, primary key(chain, address));
 """
 OPEN = ("signed", "sent", "mined")
 
@@ -107,7 +108,7 @@ class Claims:
     """The claims that wait for an answer; in the same file, whatever their network."""
 
     def __init__(self, path: Path | str) -> None:
-        self._sql = _connect(path)
+        self._sql = connect(path)
 
     def close(self) -> None:
         self._sql.close()
@@ -127,7 +128,8 @@ class Claims:
         return [Claim(i, p, h, r, e, int(a), int(c), t) for i, p, h, r, e, a, c, t in rows]
 
 
-def _connect(path: Path | str) -> sqlite3.Connection:
+def connect(path: Path | str) -> sqlite3.Connection:
+    """Open the file. ValueError when it is none."""
     try:
         sql = sqlite3.connect(path, isolation_level=None, timeout=10.0)
         sql.execute("pragma journal_mode=wal")
@@ -155,7 +157,7 @@ class Store:
 
     def __init__(self, path: Path | str, account: str) -> None:
         self.account = account
-        self._sql = _connect(path)
+        self._sql = connect(path)
 
     def close(self) -> None:
         self._sql.close()

@@ -63,9 +63,11 @@ def status(network: str | None, **_: Any) -> None:
         value(found)
         return
     token = found["token"]
+    age = f" (as last known, {found['balance_datetime']})" if found.get("balance_datetime") else ""
+    amount, gas, coin = found["amount"] or "unknown", found["gas"]["balance"] or "unknown", found["gas"]["currency_short_name"]
     rows = [
-        ["address", found["address"]], ["platform", found["platform"]], ["balance", f"{found['amount']} {token}"],
-        ["gas", f"{found['gas']['balance']} {found['gas']['currency_short_name']}"], ["reserved", f"{found['reserved']} {token}"],
+        ["address", found["address"]], ["platform", found["platform"]], ["balance", f"{amount} {token}{age}"],
+        ["gas", f"{gas} {coin}"], ["reserved", f"{found['reserved']} {token}"],
     ]  # fmt: skip
     if found.get("chain"):
         rows.append(["chain", f"{found['chain']} at {found['chainUrl']}"])

@@ -11,6 +11,7 @@ import click
 
 from golem.cli.client import ask_node, config_of
 from golem.cli.output import fail, nothing, say
+from golem.hosts import is_this_machine
 
 if TYPE_CHECKING:
     from golem.node import Node
@@ -103,12 +104,21 @@ def _say_ready(node: Node, wanted_port: int, fixed: bool) -> None:
         say(f"Port {wanted_port} is taken: this node serves REST on port {port}.")
     say(f"Node {node.node_id} is ready.")
     say(f"  REST     {node.api_url}")
+    if warning := _clear_text(node.config.api_host):
+        say(warning)
     say(f"  data     {node.config.data_dir}")
     chain = f"dev chain at {node.config.chain_url}" if node.config.chain_url else "embedded dev chain"
     simulated = f" (payments run on the {chain}; no real money)" if node.config.profile == "local" else ""
     say(f"  profile  {node.config.profile}{simulated}")
     if not node.app_keys.all():
         say("  next     golem app-key create requestor")
+
+
+def _clear_text(host: str) -> str:
+    """Return the warning where REST is served beyond this machine, "" where it is not."""
+    if is_this_machine(host.encode()) and host not in ("0.0.0.0", "::"):
+        return ""
+    return f"  warning  REST on {host} is plain HTTP: who can listen on the network has every app-key that is sent to it"
 
 
 @click.group()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 from quart import Blueprint, Response, request
 
-from actors.ledger import Allocation, decorations, minus, owed, remaining, reserved, total_of
+from actors.ledger import Allocation, decorations, minus, owed, paid_since, remaining, reserved, total_of
 from golem.chain.networks import DRIVER, Network, parse_platform
 from golem.chain.rpc import RpcError
 from golem.rest.edge import (
@@ -56,12 +56,12 @@ def routes(api: Blueprint, node: Node) -> None:
         timeout_at = body_time(body, "timeout")
         extend_s = None if extend is None else float(extend)
         async with one_at_a_time:
-            balance = await _balance(node, row)
+            balance, known = await _balance(node, row)
             command = CreateAllocation(
                 allocation_id, address, platform, amount_text(total), balance, timeout_at, extend_s
             )
             await _ask(node, command, platform, address, total, balance, body)
-        return created(render(_live(node, allocation_id)))
+        return created(render(_live(node, allocation_id)) | known)
 
     @api.get("/allocations")
     async def listing() -> Response:
@@ -86,10 +86,10 @@ def routes(api: Blueprint, node: Node) -> None:
         wanted = minus(total, row.spent) if total is not None else Decimal(0)
         timeout_at = body_time(body, "timeout")
         async with one_at_a_time:
-            balance = await _balance(node, _served(node, row.platform, row.address))
+            balance, known = await _balance(node, _served(node, row.platform, row.address))
             command = AmendAllocation(allocation_id, text, timeout_at, balance)
             await _ask(node, command, row.platform, row.address, wanted, balance, body, besides=allocation_id)
-        return respond_json(render(_live(node, allocation_id)))
+        return respond_json(render(_live(node, allocation_id)) | known)
 
     @api.delete("/allocations/<allocation_id>")
     async def release(allocation_id: str) -> Response:
@@ -184,17 +184,28 @@ def _served(node: Node, platform: str, address: str) -> Network:
     return row
 
 
-async def _balance(node: Node, row: Network) -> str | None:
-    """What the account may reserve on a platform: its tokens less what other platforms of the same chain reserve or owe."""
+async def _balance(node: Node, row: Network) -> tuple[str | None, dict[str, Any]]:
+    """What the account may reserve on a platform: its tokens less what other platforms of the same chain reserve or owe.
+
+    While no endpoint answers, the last known balance counts, less what was paid since; then the answer's extra fields say
+    of when it is, and why.
+    """
     if node.config.skip_allocation_validation:
-        return None
+        return None, {}
     try:
-        held = from_wei((await node.chain.balances(row.name)).token_wei)
+        held = await node.chain.held(row.name)
     except RpcError as error:
         raise _problem(500, "balance-unknown", f"the balance cannot be read: {error}", paymentPlatform=row.platform) from None
     rows = node.system.rows("ledger")
-    twins = [r.platform for r in node.chain.networks if (r.chain, r.token) == (row.chain, row.token) and r != row]
-    return amount_text(max(minus(held, total_of(each(rows, twin) for twin in twins for each in (reserved, owed))), Decimal(0)))
+    alike = [r.platform for r in node.chain.networks if (r.chain, r.token) == (row.chain, row.token)]
+    gone = [each(rows, twin) for twin in alike if twin != row.platform for each in (reserved, owed)]
+    if held.is_fresh:
+        known = {}
+    else:
+        gone += [paid_since(rows, twin, held.at) for twin in alike]
+        known = {"balanceTimestamp": timestamp_text(held.at), "balanceNote": f"the last known balance counts: {held.trouble}"}
+    free = minus(from_wei(held.balances.token_wei), total_of(gone))
+    return amount_text(max(free, Decimal(0))), known
 
 
 async def _ask(

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import secrets
 from functools import partial
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 from quart import Request, Response, Websocket, g, has_websocket_context, request, websocket
 from quart_trio import QuartTrio
 from werkzeug.exceptions import HTTPException
 
 from golem.config import VERSION
+from golem.hosts import is_of_this_machine
 from golem.rest.edge import BODY_LIMIT, ApiError, Caller, caller, respond_json
-from golem.rest.proxy_rules import is_from_browser
 from protocol.types import timestamp_text
 
 if TYPE_CHECKING:
@@ -66,25 +64,13 @@ def _authenticate(app: QuartTrio, node: Node) -> None:
 def _rebound(node: Node) -> Response | None:
     """Return the answer to a page of some website whose name has been made to lead here: what needs no key is not for it.
 
-    Browsers that come by an address, or as localhost, are their user's; so are those at an allowed origin.
+    The name alone tells, since pages say of themselves what they like. Whoever comes by an address, or by a name of this
+    machine, is its user's; so is who comes by an allowed origin.
     """
-    if not is_from_browser([(name.lower().encode(), value.encode("latin-1", "replace")) for name, value in request.headers]):
+    host = request.headers.get("Host", "")
+    if is_of_this_machine(host.encode("latin-1", "replace")) or _origin_known(node, f"{request.scheme}://{host}"):
         return None
-    try:
-        host = urlsplit(f"//{request.host}").hostname or ""
-    except ValueError:
-        host = request.host
-    if host == "localhost" or _is_address(host) or _origin_known(node, f"{request.scheme}://{request.host}"):
-        return None
-    return ApiError(403, f"not for web pages at {host[:100]}: see allow_origins").response()
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
+    return ApiError(403, f"not for web pages at {host[:100]!r}: see allow_origins").response()
 
 
 def _refusal(node: Node, asked: Request | Websocket) -> Response | None:

@@ -7,22 +7,19 @@ clients read alike, or dropped. Neighbour: `proxy_rules.py`.
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from collections.abc import Callable
 from urllib.parse import unquote_to_bytes
 
+from golem.hosts import WEB, is_this_machine, read_authority
+
 _EDGES = bytes(range(0x21))  # what browsers take off both ends of an address
 _INSIDE = re.compile(rb"[\t\r\n]")  # and what they take out of it
 _SCHEME = re.compile(rb"([A-Za-z][A-Za-z0-9+.\-]*):(.*)\Z", re.DOTALL)
-_AUTHORITY = re.compile(rb"(\[[0-9A-Fa-f:]{2,39}\]|[A-Za-z0-9._-]{1,253})(?::([1-9]\d{0,4}))?\Z")
-_LABEL = re.compile(rb"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?\Z")
-_NUMBER = re.compile(rb"(?:\d+|0x[0-9a-f]*)\Z")  # as the last label: the name is an address in some spelling
 _ODD = re.compile(rb"[^A-Za-z0-9\-._~!$&'()*+,;=:@/?%]|%(?![0-9A-Fa-f]{2})")
 _REFRESH = re.compile(rb"\s*([\d.]+)\s*[;,]\s*(?:url\s*=\s*)?([\"']?)(.*?)\2\s*\Z", re.DOTALL | re.IGNORECASE)
 _SECONDS = re.compile(rb"\s*[\d.]+\s*\Z")
 _COOKIE = re.compile(rb"[\x20-\x7e\x80-\xff]*\Z")
-_WEB = {b"http": 80, b"https": 443, b"ws": 80, b"wss": 443}
 _HARMLESS = (b"mailto", b"tel", b"sms")  # nothing that a client asks over a network
 
 
@@ -35,46 +32,10 @@ def split_address(address: bytes) -> tuple[bytes, bytes, bytes, bytes]:
     end = min((at for at in (text.find(b"?"), text.find(b"#")) if at >= 0), default=len(text))
     path, rest = text[:end], text[end:]
     slashes = path[: len(path) - len(path.lstrip(b"/\\"))]
-    if len(slashes) < 2 and scheme[:-1] not in _WEB:
+    if len(slashes) < 2 and scheme[:-1] not in WEB:
         return scheme, b"", path.replace(b"\\", b"/"), rest
     authority, slash, path = path[len(slashes) :].replace(b"\\", b"/").partition(b"/")
     return scheme, slashes + authority, slash + path, rest
-
-
-def read_authority(authority: bytes, scheme: bytes) -> tuple[bytes, int] | None:
-    """Return host and port of an authority in canonical form, None for any other: clients would read it in several ways."""
-    match = _AUTHORITY.match(authority)
-    if match is None or (port := int(match[2] or _WEB[scheme or b"http"])) > 65535:
-        return None
-    host = match[1].lower()
-    if host.startswith(b"["):
-        try:
-            return (host, port) if str(ipaddress.IPv6Address(host[1:-1].decode())).encode() == host[1:-1] else None
-        except ValueError:
-            return None
-    labels = host.split(b".")
-    if _NUMBER.match(labels[-1]):
-        try:
-            return (str(ipaddress.IPv4Address(host.decode())).encode(), port)
-        except ValueError:
-            return None
-    return (host, port) if all(_LABEL.match(label) for label in labels) else None
-
-
-def is_this_machine(host: bytes) -> bool:
-    """Return whether a canonical host is loopback, or an address that stands for no machine but one's own."""
-    if host == b"localhost" or host.endswith(b".localhost"):
-        return True
-    try:
-        address = ipaddress.ip_address(host.strip(b"[]").decode())
-    except ValueError:
-        return False
-    if isinstance(address, ipaddress.IPv6Address):
-        packed = int(address)
-        inner = packed & 0xFFFFFFFF
-        if packed > 1 and (packed >> 32 in (0, 0xFFFF, 0xFFFF << 16, 0x64FF9B << 64) or address.sixtofour is not None):
-            address = address.sixtofour or ipaddress.IPv4Address(inner)
-    return address.is_loopback or address.is_unspecified or int(address) >> 24 == 0
 
 
 def quoted(text: bytes) -> bytes:
@@ -109,7 +70,7 @@ def led_back(location: bytes, prefix: bytes, root: bytes, port: int, here: bytes
     scheme, authority, path, rest = split_address(location)
     name, rest = scheme[:-1], b"#".join(quoted(part) for part in rest.split(b"#", 1))
     if authority:
-        usual = authority.startswith(b"//") and (not scheme or name in _WEB)
+        usual = authority.startswith(b"//") and (not scheme or name in WEB)
         found = read_authority(authority[2:], name) if usual else None
         if found is None:
             return None

@@ -11,7 +11,7 @@ import pytest
 from market_world import OTHER_ID, OTHER_KEY, PROVIDER_ID, PROVIDER_KEY, REQUESTOR_ID, REQUESTOR_KEY, demand, offer
 from playbook import START, Nodes, Playbook, playbook
 
-from actors import agreements, proposals
+from actors import agreement_moves, proposals
 from actors.agreement_rows import Agreement, state_at
 from actors.negotiation import Negotiation
 from actors.proposals import Proposal
@@ -561,26 +561,85 @@ def test_an_approval_in_the_last_moment_is_refused(pair: Pair) -> None:
 
 def test_an_approval_after_expiry_is_answered_with_it(pair: Pair) -> None:
     agreement_id = pair.pending(60)
+    pair.p.at(40)
     pair.approve(agreement_id)
     pair.r.at(61)
-    pair.p.at(61)
+    pair.p.at(21)
     assert pair.states(agreement_id) == ("Expired", "Approving")  # the provider waits for the decision
     assert state_at(pair.p.rows[f"agreement/{agreement_id}"], pair.p.now) == "Pending"
     pair.settle()
     assert pair.states(agreement_id) == ("Expired", "Expired")
 
 
-def test_a_commit_that_comes_late_is_a_commit(pair: Pair) -> None:
-    agreement_id = pair.pending(60)
+def test_an_approval_has_an_end_of_its_own(pair: Pair) -> None:
+    """A modified requestor confirms, for ten years, and never commits."""
+    agreement_id = pair.pending(10 * 365 * 86400.0)
     pair.approve(agreement_id)
-    pair.waiting()
-    pair.deliver((P_ADDRESS, R_ADDRESS))
-    pair.p.at(60 + agreements.VERDICT_S)
-    assert pair.states(agreement_id) == ("Approved", "Expired")
+    pair.p.at(agreement_moves.APPROVAL_S - 1)
+    assert pair.states(agreement_id)[1] == "Approving"
+    pair.p.at(1)
+    assert pair.states(agreement_id)[1] == "Rejected"
+    (event,) = pair.p.feed("agreements")
+    assert isinstance(event, AgreementRejectedEvent)
+    assert "withdrawn" in message_of(event.reason)
+
+
+def test_a_commit_that_comes_late_is_answered_with_a_termination(pair: Pair) -> None:
+    for late_by in (agreement_moves.APPROVAL_S, 3000.0):
+        pair = Pair()
+        agreement_id = pair.pending()
+        pair.approve(agreement_id)
+        pair.waiting()
+        pair.deliver((P_ADDRESS, R_ADDRESS))
+        pair.p.at(late_by)
+        assert pair.states(agreement_id) == ("Approved", "Rejected")
+        pair.settle()
+        assert pair.states(agreement_id) == ("Terminated", "Terminated")
+        told = [send.message for send in pair.unlinked if send.to in ("ledger", "activity")]
+        assert not any(isinstance(one, AgreementApproved) and one.role == "Provider" for one in told)
+        assert not pair.r.violations
+        assert not pair.p.violations
+
+
+@pytest.mark.parametrize("name", ["cancel", "late R"])
+def test_a_commit_after_the_requestors_own_end_revives_nothing(pair: Pair, name: str) -> None:
+    agreement_id = pair.pending(20)
+    if name == "cancel":
+        pair.approve(agreement_id)
+        pair.r.ask(CancelAgreement(agreement_id, REASON))
+    else:
+        pair.r.at(21)
+        pair.approve(agreement_id)
     pair.settle()
-    assert pair.states(agreement_id) == ("Approved", "Approved")
-    pair.p.at(agreements.KEEP_ENDED_S)
-    assert f"agreement/{agreement_id}" in pair.p.rows  # it is not forgotten as one that expired
+    state = pair.states(agreement_id)[1]
+    assert state in ("Cancelled", "Expired")
+    with pytest.raises(Violation):
+        pair.p.tell(AgreementCommitted(agreement_id, START), REQUESTOR_ID)
+    assert pair.states(agreement_id)[1] == state
+
+
+@pytest.mark.parametrize("off_s", [-1e9, -4000.0, 301.0, 3600.0, 1e10])
+def test_an_agreement_of_another_time_is_not_taken(pair: Pair, off_s: float) -> None:
+    """A modified requestor dates an agreement as it likes; SDK times within the clocks' skew are no matter."""
+    for shift, taken in ((off_s, False), (250.0, True), (-250.0, True), (-20.0, True)):
+        pair = Pair()
+        body = json.loads(pair.r.rows[f"agreement/{pair.created()}"].body)
+        created = max(0.0, START + shift)
+        new_id, forged = agreement_body(body["proposalId"], created, START + 3600, body["demand"], body["offer"])
+        pair.p.tell(AgreementProposed(sign(REQUESTOR_KEY, "agreement", forged)), REQUESTOR_ID)
+        assert (f"agreement/{new_id}" in pair.p.rows) is taken, (shift, pair.p.sends)
+        if not taken:
+            (answer,) = pair.p.take_sent(R_ADDRESS)
+            assert "made at" in answer.reason
+
+
+def test_what_the_requestor_says_of_the_approvals_time_is_within_reason(pair: Pair) -> None:
+    for said, kept in ((START + 1e9, START), (0.0, START), (START + 200, START + 200)):
+        pair = Pair()
+        agreement_id = pair.pending()
+        pair.approve(agreement_id)
+        pair.p.tell(AgreementCommitted(agreement_id, said), REQUESTOR_ID)
+        assert pair.p.rows[f"agreement/{agreement_id}"].approved_at == kept
 
 
 def test_nothing_undelivered_is_silent(pair: Pair) -> None:
@@ -601,8 +660,10 @@ def test_nothing_undelivered_is_silent(pair: Pair) -> None:
     pair.r.at(3600)  # the approval was under way for too long; now it is the question what became of it
     pair.lose(link)
     pair.settle()
+    assert pair.states(agreement_id) == ("Expired", "Approving")  # its time is over by the requestor's clock only
+    pair.p.at(agreement_moves.APPROVAL_S)
+    pair.settle()
     assert pair.states(agreement_id) == ("Expired", "Expired")
-    assert pair.p.feed(f"agreement/{agreement_id}") == [AgreementExpired(agreement_id)]
 
     pair = Pair()
     agreement_id = pair.pending()
@@ -697,11 +758,14 @@ def test_all_orders_of_decisions_and_deliveries_converge(actions: tuple[str, ...
         for name in order:
             crossing(pair, agreement_id, name)
         pair.settle()
-        pair.pass_time(60 + agreements.VERDICT_S)
+        pair.pass_time(61 + agreement_moves.APPROVAL_S)
         pair.settle()
         states = pair.states(agreement_id)
         assert states[0] == states[1], (order, states)
-        assert states[0] in ("Approved", "Cancelled", "Rejected", "Expired"), (order, states)
+        assert states[0] in ("Approved", "Cancelled", "Rejected", "Expired", "Terminated"), (order, states)
+        if "Terminated" in states:  # the commit came too late
+            assert "late P" in order
+            assert "deliver R" in order
         assert not pair.r.violations, order
         assert not pair.p.violations, order
 
@@ -748,7 +812,7 @@ def run_schedule(seed: int) -> None:
         elif f"agreement/{agreement_id}" in pair.p.rows:
             crossing(pair, agreement_id, rng.choices(names, weights)[0])
     pair.settle(rng)
-    pair.pass_time(60 + agreements.VERDICT_S)
+    pair.pass_time(61 + agreement_moves.APPROVAL_S)
     pair.settle(rng)
     if f"agreement/{agreement_id}" not in pair.p.rows:
         assert pair.r.rows[f"agreement/{agreement_id}"].state in ("Cancelled", "Expired", "Rejected"), seed

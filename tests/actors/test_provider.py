@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from decimal import Decimal
@@ -95,6 +96,7 @@ DEMAND = {
     "golem.srv.caps.multi-activity": True,
 }
 SPEC = OfferSpec("wasmtime", "wasmtime", json.dumps(OFFER), "public")
+PAYER = "golem.com.payment.platform.erc20-local-tglm.address"
 REJECT, KEEP = "reject", "keep"
 GONE = object()
 
@@ -107,6 +109,12 @@ GONE = object()
         ({PLATFORM: GONE}, {}, (REJECT, False)),
         ({PLATFORM: "erc20-mainnet-glm"}, {}, (REJECT, False)),
         ({PLATFORM: 7}, {}, (REJECT, False)),
+        ({PAYER: REQUESTOR}, {}, KEEP),
+        ({PAYER: "0x" + "1" * 40}, {}, KEEP),
+        ({PAYER: OTHER}, {}, (REJECT, True)),
+        ({PAYER: "0x" + "0" * 40}, {}, (REJECT, True)),
+        ({PAYER: ["0x" + "1" * 40]}, {}, (REJECT, True)),
+        ({PAYER: REQUESTOR + "0"}, {}, (REJECT, True)),
         ({EXPIRATION: GONE}, {}, (REJECT, True)),
         ({EXPIRATION: float((NOW + 1000) * 1000)}, {}, (REJECT, True)),
         ({EXPIRATION: True}, {}, (REJECT, True)),
@@ -490,8 +498,8 @@ def test_room_is_free_when_the_last_process_is_gone() -> None:
 
 
 def test_an_agreement_expires() -> None:
-    agent = Agent().begin().approved().started()
-    agent.play.at(1001)
+    agent = Agent().begin().approved(demand={EXPIRATION: int((NOW + 320) * 1000)}).started()
+    agent.play.at(321)
     (terminate,) = agent.rest(TerminateAgreement)
     assert json.loads(terminate.reason)["golem.provider.code"] == "Expired"
     assert agent.processes(StopUnit) == [StopUnit("x1", 100, 5100)]
@@ -940,3 +948,100 @@ def test_the_exe_unit_is_bound_to_what_the_agreement_says(tmp_path: Path) -> Non
     (tmp_path / "agreement.json").write_text(start.agreement)  # as the port does
     limits = read_terms(tmp_path / "agreement.json").limits
     assert (limits.cpu_threads, limits.mem_gib, limits.storage_gib) == (3, 1.25, 7.5)
+
+
+# -- work that is never paid
+def code_of(terminate: Any) -> str:
+    return str(json.loads(terminate.reason)["golem.provider.code"])
+
+
+def test_an_agreement_whose_note_cannot_be_issued_ends() -> None:
+    agent = Agent().begin().approved().started()
+    agent.play.at(130)
+    agent.tell(UsageRead("x1", [1.0, 1.0]))
+    (note,) = agent.rest(IssueNote)
+    agent.tell(NoteIssued("x1", note.number, "", "400: the demand would pay from another account"))
+    assert [code_of(one) for one in agent.rest(TerminateAgreement)] == ["DebitNoteNotIssued"]
+    assert agent.processes(StopUnit)
+
+
+@pytest.mark.parametrize("usage", [None, [], [1.0], [1.0] * 9, "silence", "never issued"])
+def test_work_that_is_not_billed_for_any_reason_ends(usage: Any) -> None:
+    agent = Agent().begin().approved().started()
+    for _ in range(6):
+        agent.play.at(100)
+        for read in agent.rest(ReadUsage):
+            if usage == "never issued":
+                agent.tell(UsageRead(read.activity_id, [1.0, 1.0]))
+            elif usage == []:
+                agent.tell(UsageRead(read.activity_id, [2.0]))
+            elif usage != "silence":
+                agent.tell(UsageRead(read.activity_id, usage))
+    assert [code_of(one) for one in agent.rest(TerminateAgreement)] == ["DebitNoteNotIssued"]
+
+
+def test_the_agreements_dates_are_our_own() -> None:
+    """Whatever a requestor's node says of its time, notes are due an interval after the approval."""
+    for off_s in (-1e8, 1e10, 99_999_999_999.0 - NOW):
+        agent = Agent().begin()
+        agreement = {
+            "agreementId": "a1", "timestamp": timestamp_text(NOW + off_s), "approvedDate": timestamp_text(NOW + off_s),
+            "demand": {"requestorId": REQUESTOR, "properties": DEMAND}, "offer": {"providerId": OTHER, "properties": OFFER},
+        }  # fmt: skip
+        agent.tell(AgreementArrived("wasmtime", agent.offer_id, json.dumps(agreement)))
+        agent.play.at(7)
+        agent.tell(ApprovalEnded("a1", True))
+        agent.started().play.at(119)
+        assert agent.rest(ReadUsage) == []
+        agent.play.at(1)
+        assert agent.rest(ReadUsage) == [ReadUsage("x1")]
+
+
+STEPS = ("sent", "not sent", "accepted", "settled", "crash")
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_a_payable_note_is_paid_in_time_or_the_agreement_ends_in_every_order(length: int) -> None:
+    """Receipt, acceptance, settlement and our own crash may come in every order; only the settlement ends the wait."""
+    for order in itertools.permutations(STEPS, length):
+        if "not sent" in order and "sent" in order:
+            continue
+        agent = Agent().begin().approved().started()
+        agent.play.at(125)
+        agent.tell(UsageRead("x1", [100.0, 120.0]))
+        (note,) = agent.rest(IssueNote)
+        assert note.due_at is not None
+        agent.tell(NoteIssued("x1", 1, "note-1"))
+        status = "RECEIVED"
+        for step in order:
+            agent.play.now += 1
+            if step == "crash":
+                agent.crash()
+            elif step in ("sent", "not sent"):
+                agent.tell(NoteSent("x1", 1, step == "sent"))
+            else:
+                status = "SETTLED" if "SETTLED" in (status, step.upper()) else "ACCEPTED"
+                agent.event("debit-notes", f"DebitNote{step.capitalize()}Event", "note-1")
+        agent.play.at(note.due_at - agent.play.now + 1)
+        for read in agent.rest(ReadNote):
+            agent.tell(NoteRead("x1", 1, read.deadline, status))
+        ended = [code_of(one) for one in agent.rest(TerminateAgreement)]
+        away = "not sent" in order and not {"accepted", "settled"} & set(order[: order.index("not sent")])
+        assert bool(ended) is (away or status != "SETTLED"), order
+
+
+def test_a_note_whose_receipt_never_comes_is_accepted_in_time_or_the_agreement_ends() -> None:
+    patient = {PAYMENT_TIMEOUT: 86400}
+    agent = Agent().begin().approved(demand=patient, offer=patient).started()
+    agent.exited(usage=[1.0, 1.0])  # its last note may be under way for a week
+    (note,) = agent.rest(IssueNote)
+    agent.tell(NoteIssued("x1", note.number, "note-1"))
+    for _ in range(4):
+        agent.event("activities", "CreateActivity", f"y{_}", "a1")  # and work goes on meanwhile
+        agent.tell(UnitRunning(f"y{_}", 7, 7))
+        agent.play.at(80)
+        agent.event("activities", "DestroyActivity", f"y{_}", "a1")
+        agent.tell(UnitExited(f"y{_}", 0))
+    for read in agent.rest(ReadNote):
+        agent.tell(NoteRead("x1", 1, read.deadline, "ISSUED"))
+    assert code_of(agent.rest(TerminateAgreement)[0]) == "DebitNotesDeadline"

@@ -136,7 +136,20 @@ def test_rows_from_a_file(tmp_path: Path) -> None:
     path.write_text(json.dumps([row]))
     table = networks.load("local", dev_url="http://127.0.0.1:1", extra=path)
     assert table.by_platform("erc20-mine-tglm").fee_model == "zk"
-    for wrong in ({**row, "colour": 1}, {"name": "mine"}, {**row, "fee_model": "free"}, {**row, "name": "a-b"}, 3):
+    wrong_fields = ({"colour": 1}, {"fee_model": "free"}, {"name": "a-b"}, {"token": "0x12"})
+    for wrong in (*(row | each for each in wrong_fields), {"name": "mine"}, 3):
         path.write_text(json.dumps([wrong]))
         with pytest.raises(ValueError):
             networks.read_rows(path)
+
+
+def test_rows_of_one_chain_name_the_same_contracts(tmp_path: Path) -> None:
+    path = tmp_path / "networks.json"
+    twin = {"name": "mine", "chain_id": genesis.CHAIN_ID, "rpc_urls": ["http://x"], "token": genesis.TOKEN_ADDRESS.lower(),
+            "multi_transfer": genesis.MULTI_TRANSFER_ADDRESS}  # fmt: skip
+    path.write_text(json.dumps([twin]))
+    assert "mine" in networks.load("local", dev_url="http://127.0.0.1:1", extra=path).rows
+    for other in ({"token": "0x" + "12" * 20}, {"multi_transfer": None}):
+        path.write_text(json.dumps([twin | other]))
+        with pytest.raises(ValueError, match="local and mine are one chain and name different contracts"):
+            networks.load("local", dev_url="http://127.0.0.1:1", extra=path)

@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 import trio
-from chain_support import GLM, GWEI, ROOT, Client, Lab, Refused, address_of, devchain, key_of, payer, spawn_devchain
+from chain_support import GLM, GWEI, OURS, ROOT, Client, Lab, Refused, address_of, devchain, key_of, payer, spawn_devchain
 from support import trio_test
 
 from golem.chain import token
@@ -138,7 +138,7 @@ def test_logs_are_found_by_address_topics_and_range(lab: Lab) -> None:
 def test_bad_requests_get_errors_and_the_chain_lives_on(lab: Lab) -> None:
     with httpx.Client(trust_env=False) as http:
         def post(body: bytes) -> httpx.Response:
-            return http.post(lab.url, content=body)
+            return http.post(lab.url, content=body, headers={"Content-Type": "application/json; charset=utf-8"})
 
         assert post(b"{").json()["error"]["code"] == -32700
         assert post(b"[" * 100_000).json()["error"]["code"] == -32700
@@ -249,7 +249,8 @@ async def test_a_dev_chain_made_anew_is_taken_as_new(tmp_path: Path) -> None:
     key, payee = key_of("anew"), address_of("anew payee")
     try:
         for number in (1, 2):
-            lab = Lab(await ensure_devchain(tmp_path / f"chain{number}"), "devchain")
+            OURS.append(tmp_path / f"chain{number}")
+            lab = Lab(await ensure_devchain(OURS[-1]), "devchain")
             lab.rich("anew")
             async with payer(lab, key, tmp_path / "chain.db") as wallet:
                 await wallet.pay(f"b{number}", (payee, GLM))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 import trio
+from chain_support import credential
 from support import mock_trio_test, trio_test
 
 from golem.chain import pool as pool_module
@@ -31,10 +33,12 @@ class Node:
         self.asked += 1
         if self.fault is not None:
             return self.fault()
-        method = json.loads(request.content)["method"]
-        if self.error is not None and method not in ("eth_chainId", "eth_blockNumber"):
+        call = json.loads(request.content)
+        method = call["method"]
+        known = {"eth_chainId": hex(self.chain_id), "eth_blockNumber": hex(self.head)}.get(method) or credential(call)
+        if self.error is not None and known is None:
             return httpx.Response(200, json={"jsonrpc": "2.0", "id": 1, "error": self.error})
-        value = {"eth_chainId": hex(self.chain_id), "eth_blockNumber": hex(self.head)}.get(method, self.head)
+        value = known or self.head
         return httpx.Response(200, json={"jsonrpc": "2.0", "id": 1, "result": value})
 
 
@@ -79,6 +83,46 @@ async def test_an_endpoint_on_another_chain_is_never_used() -> None:
     with pytest.raises(RpcError, match="serves chain id 1, expected 1337") as caught:
         await pool_of(wrong).call("x")
     assert caught.value.kind == "chain_id"
+
+
+WRONG = {
+    "no contract": ({"eth_getCode": "0x"}, "no contract at"),
+    "no token": ({"0x313ce567": "0x", "0x95d89b41": "0x"}, "no ERC20 token"),
+    "no symbol": ({"0x95d89b41": "0x"}, "no symbol()"),
+    "decimals": ({"0x313ce567": f"0x{6:064x}"}, "6 decimals"),
+    "symbol": ({"0x95d89b41": f"0x{32:064x}{3:064x}" + b"DAI".hex().ljust(64, "0")}, "the token 'DAI'"),
+    "old symbol": ({"0x95d89b41": "0x" + b"MKR".hex().ljust(64, "0")}, "the token 'MKR'"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+@mock_trio_test
+async def test_an_endpoint_without_the_networks_contracts_is_never_used(name: str) -> None:
+    plan, words = dict(WRONG[name][0]), WRONG[name][1]
+
+    class Stranger(Node):
+        """A node of another chain that has taken this one's id."""
+
+        def answer(self, request: httpx.Request) -> httpx.Response:
+            call = json.loads(request.content)
+            key = call["params"][0]["data"] if call["method"] == "eth_call" else call["method"]
+            if key in plan:
+                return httpx.Response(200, json={"jsonrpc": "2.0", "id": 1, "result": plan[key]})
+            return super().answer(request)
+
+    wrong = pool_of(Stranger())
+    with pytest.raises(RpcError, match=re.escape(words)) as caught:
+        await wrong.call("x")
+    assert caught.value.kind == "token"
+    assert [fault.kind for fault in wrong.faults()] == ["token"]
+    pool = pool_of(Stranger(head=7), Node(head=100))
+    assert not await pool.check()
+    assert await pool.call("x") == 100
+    assert await pool.call("eth_sendRawTransaction") == 100
+    assert [fault.words.split()[0] for fault in pool.faults()] == ["node0"]
+    plan.clear()
+    assert await pool.check()
+    assert pool.faults() == []
 
 
 @mock_trio_test
@@ -204,8 +248,8 @@ async def test_senseless_answers_never_are_more_than_an_rpc_error() -> None:
     asked = wrong = 0
     for answer in answers:
         def node(request: httpx.Request, answer: Any = answer) -> httpx.Response:
-            chain = json.loads(request.content)["method"] == "eth_chainId"
-            return httpx.Response(200, json={"jsonrpc": "2.0", "id": 1, "result": "0x539" if chain else answer})
+            known = credential(json.loads(request.content))
+            return httpx.Response(200, json={"jsonrpc": "2.0", "id": 1, "result": answer if known is None else known})
 
         async with Rpc(local_rows("http://node")[0], transport=httpx.MockTransport(node)) as rpc:
             questions: list[Callable[[], Any]] = [

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import hashlib
 import io
 import json
+import lzma
 import os
 import signal
 import stat
@@ -12,7 +15,7 @@ import sys
 import tarfile
 import textwrap
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -384,6 +387,10 @@ async def test_arguments_are_those_of_the_interface(tmp_path: Path) -> None:
     ("body", "reason"),
     [
         ("sys.exit(4)", "`test` ended with status 4"),
+        ("print('first'); print('no\\033]0;t\\007 licence \\n', file=sys.stderr); sys.exit(5)", "status 5: no ]0;t  licence"),
+        ("sys.stderr.write('x' * 1000000 + '\\n' + 'last'); sys.exit(6)", "status 6: last"),
+        ("no_such_name", "status 1: NameError: name 'no_such_name' is not defined"),
+        ("if os.fork(): sys.exit('why')\nos.setsid(); os.close(1); time.sleep(5)", "status 1: why"),
         ("time.sleep(60)", "no answer to `test` within 2 s"),
         ("os.close(1); time.sleep(60)", "no answer to `test` within 2 s"),
         ("while True: print('x' * 1000)", "more than"),
@@ -509,30 +516,91 @@ async def _ignore(side: str, chunk: bytes) -> None:
 
 
 # -- the example's package
-@pytest.mark.parametrize("what", ["../out", "/tmp/out", "link", "device", "large"])
+def member(name: str, kind: bytes = tarfile.REGTYPE, linkname: str = "", *, size: int = 0, mode: int = 0o644) -> tarfile.TarInfo:
+    one = tarfile.TarInfo(name)
+    one.type, one.linkname, one.size, one.mode = kind, linkname, size, mode
+    return one
+
+
+def package(path: Path, *members: tarfile.TarInfo) -> Path:
+    with tarfile.open(path, "w") as archive:
+        for one in members:
+            archive.addfile(one, io.BytesIO(b"x" * one.size) if one.isreg() else None)
+    return path
+
+
+def symlink(name: str, target: str) -> tarfile.TarInfo:
+    return member(name, tarfile.SYMTYPE, target)
+
+
+HOSTILE = {
+    "upwards": [member("../out")],
+    "upwards from below": [member("a/../../out")],
+    "link out": [symlink("link", "/etc")],
+    "link upwards": [symlink("link", "../..")],
+    "through a link": [symlink("link", "/etc"), member("link/passwd-of-a-test")],
+    "through a link inside": [symlink("link", "."), member("link/file")],
+    "links that lead out together": [symlink("a/b/up", "../.."), symlink("out", "a/b/up/..")],
+    "link to nothing": [symlink("link", "nothing")],
+    "links in a ring": [symlink("a", "b"), symlink("b", "a")],
+    "hard link out": [member("hard", tarfile.LNKTYPE, "/etc/passwd")],
+    "hard link upwards": [member("hard", tarfile.LNKTYPE, "../../image")],
+    "hard link through a link": [symlink("link", "/etc"), member("hard", tarfile.LNKTYPE, "link/passwd")],
+    "device": [member("null", tarfile.CHRTYPE)],
+    "pipe": [member("pipe", tarfile.FIFOTYPE)],
+    "large": [member("big", size=20 << 20)],
+    "file in place of a folder": [member("a"), member("a/b")],
+    "folder in place of a file": [member("a/b"), member("a")],
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
 @trio_test
 async def test_a_hostile_package_is_refused(tmp_path: Path, what: str) -> None:
-    package = tmp_path / "package.tar"
-    with tarfile.open(package, "w") as archive:
-        if what == "link":
-            member = tarfile.TarInfo("link")
-            member.type, member.linkname = tarfile.SYMTYPE, "/etc"
-            archive.addfile(member)
-            member = tarfile.TarInfo("link/passwd-of-a-test")
-        elif what == "device":
-            member = tarfile.TarInfo("null")
-            member.type, member.devmajor, member.devminor = tarfile.CHRTYPE, 1, 3
-        else:
-            member = tarfile.TarInfo("big" if what == "large" else what)
-        member.size = (20 << 20) if what == "large" else 0
-        archive.addfile(member, io.BytesIO(bytes(member.size)))
     runtime = ExternalRuntime(find_descriptors(str(EXAMPLE)).runtimes["process"])
-    if what == "/tmp/out":  # a leading slash is taken off, as tar does
-        await runtime.deploy(package, options(tmp_path))
-        assert stat.S_ISREG((tmp_path / "work/runtime/root/tmp/out").stat().st_mode)
-    else:
-        with pytest.raises(RuntimeFault, match="the runtime refused"):
-            await runtime.deploy(package, options(tmp_path))
+    with pytest.raises(RuntimeFault, match=r"the runtime refused: .") as caught:
+        await runtime.deploy(package(tmp_path / "package.tar", *HOSTILE[what]), options(tmp_path))
+    assert "Traceback" not in str(caught.value)
     await runtime.stop()
-    assert not (tmp_path / "out").exists()
-    assert not (tmp_path / "work" / "out").exists()
+    assert sorted(one.name for one in tmp_path.rglob("*")) == ["package.tar", "work"]
+    assert not Path("/etc/passwd-of-a-test").exists()
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, lzma.compress, bz2.compress])
+@trio_test
+async def test_a_package_that_is_cut_short_is_refused(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
+    folded = b"".join(hashlib.sha256(bytes([one])).digest() for one in range(250))
+    with tarfile.open(tmp_path / "whole", "w") as archive:
+        archive.addfile(member("a", size=len(folded)), io.BytesIO(folded))
+    whole = pack((tmp_path / "whole").read_bytes())
+    (tmp_path / "broken").write_bytes(whole[: len(whole) // 3])
+    runtime = ExternalRuntime(find_descriptors(str(EXAMPLE)).runtimes["process"])
+    with pytest.raises(RuntimeFault, match=r"the runtime refused: .") as caught:
+        await runtime.deploy(tmp_path / "broken", options(tmp_path))
+    assert "Traceback" not in str(caught.value)
+    await runtime.stop()
+
+
+@trio_test
+async def test_an_honest_package_is_unpacked_as_it_is(tmp_path: Path) -> None:
+    honest = [
+        member("bin", tarfile.DIRTYPE), member("./bin/tool", size=10, mode=0o4777), member("lib/deep/data", size=3, mode=0o200),
+        member("again", tarfile.LNKTYPE, "bin/tool"), symlink("tool", "bin/tool"), symlink("lib/back", "../bin"),
+        symlink("chain", "lib/back/tool"), member("/tmp/absolute", size=1),
+    ]  # fmt: skip
+    runtime = ExternalRuntime(find_descriptors(str(EXAMPLE)).runtimes["process"])
+    await runtime.deploy(package(tmp_path / "package.tar", *honest), options(tmp_path))
+    root = tmp_path / "work/runtime/root"
+    assert {one: (root / one).stat().st_size for one in ("bin/tool", "tool", "again", "chain", "lib/back/tool")} == dict.fromkeys(
+        ("bin/tool", "tool", "again", "chain", "lib/back/tool"), 10
+    )
+    modes = [stat.S_IMODE((root / one).stat().st_mode) for one in ("bin/tool", "lib/deep/data", "tmp/absolute")]
+    assert modes == [0o755, 0o600, 0o644], "no set-user bit; nobody else writes; the owner reads"
+    await runtime.stop()
+
+
+def test_the_example_names_its_interpreter_by_path() -> None:
+    """`env` would take whatever stands first in the provider's PATH."""
+    line = (EXAMPLE / "process-runtime").read_text().splitlines()[0]
+    assert line.startswith("#!/")
+    assert "env" not in line

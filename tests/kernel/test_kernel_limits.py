@@ -36,7 +36,7 @@ from actors.kernel.machine import (
 )
 from actors.kernel.mailbox import LinkBatch
 from actors.kernel.system import System
-from protocol.codec import MAX_BODY_BYTES, Ack, Envelope, decode_ack, encode, encode_batch
+from protocol.codec import MAX_BODY_BYTES, Ack, Envelope, decode_ack, encode, encode_ack, encode_batch
 from protocol.types import Message, Undelivered, Violation
 
 
@@ -414,7 +414,7 @@ async def test_forged_frames_are_refused() -> None:
             with pytest.raises(Violation):
                 await a.deliver(raw, peer)
         assert decode_ack(await a.deliver(frame(1, "A/exeunit:1", body=encode(Text("x"))), "A/exeunit:1")).have == 1
-        assert decode_ack(await a.deliver(frame(1), "B")) == Ack(1)
+        assert decode_ack(await a.deliver(frame(1), "B")) == Ack(1, boots=("1:",))
         assert len(a.feeds.read("got")) == 2
 
 
@@ -426,9 +426,10 @@ async def test_a_new_epoch_is_never_acknowledged_with_the_old_ones_numbers() -> 
         link = LinkBatch([Envelope("B/doer", "A/doer", "b2", 1, 0, "", b"")])
         assert decode_ack(await a._busy("doer", link)) == Ack(0, "busy")
         assert decode_ack(await a.deliver(frame(1, epoch="b2"), "B")).have == 1
-        assert decode_ack(await a.deliver(frame(6), "B")) == Ack(0, "retired epoch")
+        assert decode_ack(await a.deliver(frame(6), "B")) == Ack(5, "retired epoch", ("1:",))
         assert len(a.feeds.read("got")) == 6
-        assert Position("b2", 1, ("b1",)).have("b1") == 0
+        assert Position("b2", 1, ("b1/5/1:",)).of("b1").seq == 5
+        assert Position("b2", 1).of("b1").seq == 0
 
 
 @mock_trio_test
@@ -592,7 +593,7 @@ async def test_a_deadline_is_told_once_and_the_next_message_goes_on(monkeypatch:
                 raise LinkDown("not yet")
             self.sent.append(raw)
             await trio.lowlevel.checkpoint()
-            return b"\x92\x02\xa0"
+            return encode_ack(Ack(2, boots=("1:1-epoch",)))
 
     doer = Doer(send=lambda rows, meta: Step({}, [Send("B/doer", Text("1"), 10), Send("B/doer", Text("2"), 100)]))
     wire = Later()

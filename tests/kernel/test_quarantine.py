@@ -155,8 +155,8 @@ async def test_no_recipient_can_drive_its_sender_round_and_round() -> None:
             from protocol.codec import Ack, decode_batch, encode_ack
 
             await trio.lowlevel.checkpoint()
-            last = decode_batch(raw)[-1].seq
-            return encode_ack(Ack(last, "", (last,)))
+            last = decode_batch(raw)[-1]
+            return encode_ack(Ack(last.seq, "", (f"1:{last.boot}",), (last.seq,)))
 
     again = Again(send=lambda rows, meta: Step({}, [Send("B/doer", Text("x"))]))
     async with running(system_on(disk(), again, transport=Refuser())) as a:

@@ -21,8 +21,8 @@ import pytest
 import requests
 import urllib3
 
+from golem.hosts import is_this_machine, read_authority
 from golem.rest.proxy_rules import Target, returned
-from golem.rest.redirects import is_this_machine, read_authority
 
 HERE = b"/activity-api/v1/activity/1/proxy-http"
 START = HERE + b"/8080/sub/page"

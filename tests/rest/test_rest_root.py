@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +58,20 @@ async def test_web_pages_of_allowed_origins_only(tmp_path: Path) -> None:
             assert (headers.get("Access-Control-Allow-Origin") == origin) is allowed
 
 
+FOREIGN = (
+    "rebound.example:7465", "127.0.0.1.rebound.example", "localhost.rebound.example", "localhost.", "", "x y", "node.lan:7466",
+    "localhost:7465@rebound.example", "127.0.0.1:7465.rebound.example", "127.1:7465", "127.0.0.1:07465",
+)  # fmt: skip
+
+
 @trio_test
 async def test_a_website_whose_name_leads_here_learns_nothing(tmp_path: Path) -> None:
     browser = {"User-Agent": "Mozilla/5.0", "Sec-Fetch-Site": "same-origin"}
-    async with rest_in_test(tmp_path) as (_, client):
-        for path in ("/version/get", "/metrics-api/v1/expose", "/v1/image/info?tag=render"):
-            status, body, _ = await get(client, path, **browser, Host="rebound.example:7465")
-            assert (status, b"not for web pages" in body) == (403, True)
-        for host in ("127.0.0.1:7465", "localhost:7465", "[::1]:7465", "192.168.1.2:7465"):
+    async with rest_in_test(tmp_path, allow_origins=("http://node.lan:7465",)) as (_, client):
+        for path in ("/version/get", "/metrics-api/v1/expose", "/v1/image/info?tag=render", "/image.00.link", "/dashboard"):
+            for sign in (browser, {}, {"User-Agent": "curl/8"}):  # what a page says of itself counts for nothing
+                for host in FOREIGN:
+                    status, body, _ = await get(client, path, **sign, Host=host)
+                    assert (status, b"not for web pages" in body) == (403, True), host
+        for host in ("127.0.0.1:7465", "localhost:7465", "[::1]:7465", "192.168.1.2:7465", "node.lan:7465", socket.gethostname()):
             assert (await get(client, "/version/get", **browser, Host=host))[0] == 200
-        assert (await get(client, "/version/get", Host="node.lan:7465"))[0] == 200, "an SDK is no browser"

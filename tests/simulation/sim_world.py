@@ -92,6 +92,8 @@ class SimJournal(Journal):
         for recipient, seq in commit.expired:
             if host.acked.get((commit.actor, recipient), 0) >= seq:
                 raise Broken(f"{host.name}/{commit.actor} gave up {recipient}#{seq}, which was acknowledged")
+        for relink in commit.relinked:
+            host.acked.pop((commit.actor, relink.recipient), None)
         await super().commit(commit)
 
     async def _store(self, commits: list[Commit], acks: dict[tuple[str, str], int]) -> None:
@@ -172,7 +174,7 @@ class Host:
 
     def __init__(self, world: World, name: str) -> None:
         self.world, self.name = world, name
-        self.disks = 0
+        self.disks = self.starts = 0
         self.db = self.new_disk()
         self.system: SimSystem | None = None
         self.nursery: trio.Nursery | None = None
@@ -212,7 +214,8 @@ class Host:
         """Open the disk, start the system, let the clients in."""
         world, numbers = self.world, count()
         disk = self.disks
-        journal = SimJournal.over(self.db, lambda: f"{self.name}{disk}")
+        self.starts += 1
+        journal = SimJournal.over(self.db, lambda: f"{self.name}{disk}.{self.starts}")
         journal.host = self
         self.acked = {}
         system = SimSystem(

@@ -48,6 +48,14 @@ def _info(directory: Path) -> dict[str, int] | None:
         return None
 
 
+def token_of(directory: Path | str) -> str:
+    """Token of the developer's methods of the chain in `directory`; "" when there is none that we may read."""
+    try:
+        return str(json.loads((Path(directory) / INFO_NAME).read_text()).get("token", ""))
+    except (OSError, ValueError, AttributeError):
+        return ""
+
+
 def _is_served(directory: Path) -> bool:
     """Does a living process hold the lock of this directory?"""
     try:

@@ -1,7 +1,8 @@
 """The dev chain's process: `python -m golem.chain.devchain --data-dir D [--host A] [--port N] [--block-time S] [--idle-exit S]`.
 
-A lock file makes it the only one on its directory; `chain.json` beside it tells clients {"port", "pid", "chain_id"}.
-It prefers the port it had last time, so that nodes survive its restart. Exit status 3: another process serves already.
+A lock file makes it the only one on its directory; `chain.json` beside it, for this user alone, tells clients {"port", "pid",
+"chain_id", "token"}. It prefers the port it had last time, so that nodes survive its restart, and keeps its token.
+Exit status 3: another process serves already.
 """
 
 from __future__ import annotations
@@ -12,21 +13,18 @@ import ipaddress
 import json
 import logging
 import os
+import secrets
 import signal
 import sys
 from pathlib import Path
 
 import trio
 
-from golem.chain.devchain import BUSY_EXIT, INFO_NAME, LOCK_NAME, LOOPBACK
+from golem.chain.devchain import BUSY_EXIT, INFO_NAME, LOCK_NAME, LOOPBACK, token_of
 from golem.chain.devchain.genesis import CHAIN_ID
+from golem.identity import write_private
 
-
-def write_info(directory: Path, info: dict[str, int]) -> None:
-    """Replace chain.json whole: a reader never sees half of it."""
-    fresh = directory / (INFO_NAME + ".new")
-    fresh.write_text(json.dumps(info))
-    fresh.replace(directory / INFO_NAME)
+TOKEN_BYTES = 16
 
 
 def last_port(directory: Path) -> int:
@@ -36,14 +34,21 @@ def last_port(directory: Path) -> int:
         return 0
 
 
-async def serve(options: argparse.Namespace, port_before: int) -> None:
+def last_token(directory: Path) -> str:
+    """The token of the developer's methods: the last one, where nobody else could read it, or a new one."""
+    path = directory / INFO_NAME
+    known = token_of(directory) if path.is_file() and not path.stat().st_mode & 0o077 else ""
+    return known if len(known) == 2 * TOKEN_BYTES else secrets.token_hex(TOKEN_BYTES)
+
+
+async def serve(options: argparse.Namespace, port_before: int, token: str) -> None:
     # py-evm is heavy: imported only once the lock is ours
     from golem.chain.devchain.chain import DevChain
     from golem.chain.devchain.server import Server
 
     directory: Path = options.data_dir
     chain = DevChain(directory, chain_id=options.chain_id, tail=options.tail)
-    server = Server(chain, options.block_time)
+    server = Server(chain, options.block_time, token)
     try:
         try:
             listeners = await server.listen(options.port or port_before, options.host)
@@ -54,12 +59,13 @@ async def serve(options: argparse.Namespace, port_before: int) -> None:
     except OSError as error:
         raise SystemExit(f"cannot serve on {options.host} port {options.port or 'any'}: {error}") from None
     port = listeners[0].socket.getsockname()[1]
-    write_info(directory, {"port": port, "pid": os.getpid(), "chain_id": chain.chain_id})
+    info = {"port": port, "pid": os.getpid(), "chain_id": chain.chain_id, "token": token}
+    write_private(directory / INFO_NAME, json.dumps(info))
     host = f"[{options.host}]" if ":" in options.host else options.host
     print(f"dev chain {chain.chain_id} at http://{host}:{port}, block {chain.head.block_number}", flush=True)
     if not ipaddress.ip_address(options.host).is_loopback:
-        print(f"warning: whoever reaches {host}:{port} may spend this chain's play money and use its dev methods"
-              " (funds, time, blocks); serve it on a network you trust only", file=sys.stderr, flush=True)  # fmt: skip
+        print(f"warning: whoever reaches {host}:{port} may have this chain's play money; serve it on a network you"
+              " trust only", file=sys.stderr, flush=True)  # fmt: skip
     async with trio.open_nursery() as nursery:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
 
@@ -97,9 +103,9 @@ def main(argv: list[str] | None = None) -> int:
         except BlockingIOError:
             print(f"another process serves {options.data_dir} (`golem chain stop` ends it; the blocks stay)", file=sys.stderr)
             return BUSY_EXIT
-        port_before = last_port(options.data_dir)
+        port_before, token = last_port(options.data_dir), last_token(options.data_dir)
         (options.data_dir / INFO_NAME).unlink(missing_ok=True)  # it speaks of a process that is gone
-        trio.run(serve, options, port_before)
+        trio.run(serve, options, port_before, token)
     return 0
 
 

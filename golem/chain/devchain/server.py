@@ -1,5 +1,9 @@
 """JSON-RPC over HTTP for one dev chain: h11 on Trio, on loopback unless told otherwise, everything bounded.
 
+Web pages can post to loopback, too, so whatever a page may send is refused: an `Origin`, a `Host` that is not this
+machine's, a body that does not say it is JSON. The developer's methods (time, blocks, reorganisations) are for those who
+can read the token in `chain.json` (`Authorization: Bearer TOKEN`); all others have the play money and no more.
+
 The chain is synchronous, so requests are served one at a time; a block of 200 transactions holds the loop for about
 two seconds, an ordinary request for milliseconds.
 """
@@ -10,6 +14,7 @@ import json
 import logging
 import re
 import sqlite3
+from hmac import compare_digest
 from typing import Any
 
 import h11
@@ -20,6 +25,7 @@ from eth_utils.exceptions import ValidationError
 from golem.chain.devchain import LOOPBACK
 from golem.chain.devchain.chain import ChainError, DevChain
 from golem.chain.devchain.methods import Methods
+from golem.hosts import is_of_this_machine
 
 log = logging.getLogger(__name__)
 
@@ -29,14 +35,16 @@ CONNECTION_LIMIT = 256
 DEPTH_LIMIT = 16
 BRACKETS = re.compile(rb"[\[{\]}]")
 IDLE_S = 120.0  # a silent connection is closed
+DEVELOPERS = ("evm_", "anvil_")
+FORBIDDEN = -32001
 PARSE_ERROR = {"jsonrpc": "2.0", "id": None, "error": {"code": -32700, "message": "parse error"}}
 
 
 class Server:
     """Serves `chain` until cancelled."""
 
-    def __init__(self, chain: DevChain, block_time_s: float) -> None:
-        self.chain, self.block_time_s = chain, block_time_s
+    def __init__(self, chain: DevChain, block_time_s: float, token: str) -> None:
+        self.chain, self.block_time_s, self._token = chain, block_time_s, token
         self.methods = Methods(chain)
         self.last_request = trio.current_time()
         self._connections = 0
@@ -90,14 +98,14 @@ class Server:
 
     async def _exchange(self, http: h11.Connection, stream: trio.SocketStream) -> bool:
         """One request and its answer. False when the connection is to be closed."""
-        body, method = bytearray(), b""
+        body, request = bytearray(), None
         with trio.fail_after(IDLE_S):
             while True:
                 event = http.next_event()
                 if event is h11.NEED_DATA:
                     http.receive_data(await stream.receive_some(65_536))
                 elif isinstance(event, h11.Request):
-                    method = event.method
+                    request = event
                 elif isinstance(event, h11.Data):
                     body += event.data
                     if len(body) > BODY_LIMIT:
@@ -107,10 +115,14 @@ class Server:
                     break
                 else:  # ConnectionClosed
                     return False
-        if method == b"POST":
-            await self._send(http, stream, 200, self.answer(bytes(body)))
+        assert request is not None, "a message ends behind its beginning"
+        refusal = _refusal(request)
+        if refusal is not None:
+            status, words = refusal
+            await self._send(http, stream, status, json.dumps({"error": words}).encode())
         else:
-            await self._send(http, stream, 405, b'{"error": "POST JSON-RPC here"}')
+            given = _header(request, b"authorization").removeprefix(b"Bearer ")
+            await self._send(http, stream, 200, self.answer(bytes(body), compare_digest(given, self._token.encode())))
         return http.our_state is h11.DONE and http.their_state is h11.DONE
 
     async def _send(
@@ -125,7 +137,7 @@ class Server:
 
     # -- JSON-RPC
 
-    def answer(self, body: bytes) -> bytes:
+    def answer(self, body: bytes, is_developer: bool) -> bytes:
         """The answer to a request body: one call or a batch."""
         self.last_request = trio.current_time()
         try:
@@ -135,17 +147,19 @@ class Server:
         except ValueError:
             return json.dumps(PARSE_ERROR).encode()
         if not isinstance(asked, list):
-            return json.dumps(self._one(asked)).encode()
+            return json.dumps(self._one(asked, is_developer)).encode()
         if not 0 < len(asked) <= BATCH_LIMIT:
             return json.dumps(_failure(None, -32600, f"a batch has 1 to {BATCH_LIMIT} calls")).encode()
-        return json.dumps([self._one(each) for each in asked]).encode()
+        return json.dumps([self._one(each, is_developer) for each in asked]).encode()
 
-    def _one(self, asked: Any) -> dict[str, Any]:
+    def _one(self, asked: Any, is_developer: bool) -> dict[str, Any]:
         if not isinstance(asked, dict) or not isinstance(asked.get("method"), str):
             return _failure(None, -32600, "invalid request")
         ident, params = asked.get("id"), asked.get("params") or []
         if not isinstance(params, list):
             return _failure(ident, -32602, "parameters by position are expected")
+        if asked["method"].startswith(DEVELOPERS) and not is_developer:
+            return _failure(ident, FORBIDDEN, f"{asked['method'][:80]} is for who sends the token in chain.json")
         try:
             return {"jsonrpc": "2.0", "id": ident, "result": self.methods.call(asked["method"], params)}
         except ChainError as error:
@@ -155,6 +169,24 @@ class Server:
             log.exception("%s failed", asked["method"])
             self.chain.store.forget()
             return _failure(ident, -32603, f"{type(error).__name__}: {str(error)[:200]}")
+
+
+def _header(request: h11.Request, name: bytes) -> bytes:
+    return next((value for key, value in request.headers if key == name), b"")
+
+
+def _refusal(request: h11.Request) -> tuple[int, str] | None:
+    """Status and words for a request that is no program's call: one that a web page can send."""
+    host = _header(request, b"host")
+    if any(key == b"origin" for key, _ in request.headers):
+        return 403, "not for web pages"
+    if not is_of_this_machine(host):
+        return 403, "the Host header names another machine: call this chain by its address"
+    if request.method != b"POST":
+        return 405, "POST JSON-RPC here"
+    if _header(request, b"content-type").partition(b";")[0].strip().lower() != b"application/json":
+        return 415, "the Content-Type of JSON-RPC is application/json"
+    return None
 
 
 def _depth(body: bytes) -> int:

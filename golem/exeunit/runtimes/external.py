@@ -32,7 +32,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import trio
 
@@ -64,8 +64,10 @@ VECTOR = "golem.com.usage.vector"
 ENVIRONMENT = "GOLEM_RUNTIME_ENV"
 MAX_ANSWER_BYTES = 64 * 1024
 MAX_ERROR_BYTES = 2000
+MAX_REASON = 300
 MAX_VOLUMES = 64
 WATCH_S = 0.5
+LAST_WORDS_S = 1.0  # for what a program that has ended said on stderr; what it left running may hold that open
 # Properties that a program may add to an offer; prices, addresses and the like are not its business.
 _OFFERED = ("golem.runtime.", "golem.inf.", "golem.srv.caps.", "golem.activity.caps.", "golem.!exp.")
 _FIXED = ("golem.runtime.name", "golem.runtime.version", "golem.srv.caps.multi-activity")
@@ -139,13 +141,17 @@ class ExternalRuntime:
         argv = [str(self._program), *self._arguments, question]
         try:
             process = subprocess.Popen(
-                argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=_environment(Path("/tmp")),
+                argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=_environment(Path("/tmp")),
                 cwd="/", start_new_session=True,
             )  # fmt: skip
         except OSError as error:
             raise RuntimeFault(f"{self._program} cannot be started: {error.strerror}") from None
         assert process.stdout is not None
+        assert process.stderr is not None
         late = threading.Event()
+        complaint = bytearray()
+        listener = threading.Thread(target=_keep_tail, args=(process.stderr, complaint), daemon=True)
+        listener.start()
 
         def kill() -> None:
             late.set()
@@ -166,7 +172,8 @@ class ExternalRuntime:
         if late.is_set():
             raise RuntimeFault(f"no answer to `{question}` within {self._settings.test_s:g} s")
         if status:
-            raise RuntimeFault(f"`{question}` ended with status {status}")
+            listener.join(LAST_WORDS_S)
+            raise RuntimeFault(f"`{question}` ended with status {status}{_last_line(complaint)}")
         return said
 
     # -- life of an activity
@@ -384,6 +391,21 @@ def _environment(scratch: Path) -> dict[str, str]:
 def _override(one: VolumeRequest) -> tuple[str, Any]:
     size = {} if one.size_bytes is None else {"size": one.size_bytes}
     return one.path, {one.kind: size}
+
+
+def _keep_tail(stream: IO[bytes], tail: bytearray) -> None:
+    """Read a stream to its end, so that its writer never waits, and keep the last of it."""
+    with stream:
+        while chunk := os.read(stream.fileno(), 1 << 16):
+            tail += chunk
+            del tail[:-MAX_ERROR_BYTES]
+
+
+def _last_line(said: bytearray) -> str:
+    """What a program gave as its reason, as the end of a sentence of ours; a stranger's text commands no terminal."""
+    lines = bytes(said).decode("utf-8", "replace").split("\n")
+    text = "".join(char if char.isprintable() else " " for char in next(filter(str.strip, reversed(lines)), ""))
+    return f": {text.strip()[:MAX_REASON]}" if text.strip() else ""
 
 
 def _kill_group(pid: int) -> None:
