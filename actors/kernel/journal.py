@@ -178,6 +178,7 @@ class Journal:
     """
 
     make_room: Callable[[], bool] | None = None
+    ack_flush_s = ACK_FLUSH_S
 
     def __init__(self, path: str, new_epoch: Callable[[], str], *, threads: bool = True, synchronous: str = "FULL") -> None:
         self._threads = threads and path != ":memory:"
@@ -411,7 +412,7 @@ class Journal:
         try:
             while True:
                 await self._wake.wait()
-                with trio.move_on_after(ACK_FLUSH_S):
+                with trio.move_on_after(self.ack_flush_s):
                     while not self._queue:
                         self._wake = trio.Event()
                         await self._wake.wait()

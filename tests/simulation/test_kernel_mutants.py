@@ -13,8 +13,9 @@ import pytest
 import trio
 from sim_world import World, simulate
 
-from actors.kernel import mailbox
+from actors.kernel import mailbox, port
 from actors.kernel.actor import Actor, Batch
+from actors.kernel.alarms import Alarms
 from actors.kernel.courier import Courier
 from actors.kernel.journal import Commit, Journal
 from actors.kernel.lineage import Position, marked
@@ -217,7 +218,46 @@ def number_used_twice(patch: Patch) -> None:
     patch.setattr(SimJournal, "commit", late)
 
 
+def quarantine_at_the_first_failure(patch: Patch) -> None:
+    patch.setattr(mailbox, "CRASHES_BEFORE_QUARANTINE", 1)
+
+
+def whims_are_poison(patch: Patch) -> None:
+    """A port's trouble with the outside world counts as a crash, and three in a moment are enough."""
+    patch.setattr(port, "WHIMS", ())
+    patch.setattr(port.PortActor, "first_pause_s", 0.05)
+
+
+def sender_is_not_told(patch: Patch) -> None:
+    """What was set aside is acknowledged like all else."""
+    patch.setattr(Journal, "refused", lambda self, actor, sender, epoch, first, last: ())
+
+
+def alarm_given_up(patch: Patch) -> None:
+    """A timer that could not be handled does not come again."""
+    defer = Actor._defer
+
+    def give_up(self: Actor, alarm: Any, again: float, commit: Commit) -> None:
+        defer(self, alarm, again, commit)
+        if isinstance(alarm, TimerDue):
+            commit.timers[alarm.timer.key] = None
+
+    patch.setattr(Actor, "_defer", give_up)
+
+
+def silent_notify(patch: Patch) -> None:
+    from actors.kernel.feed import Feeds
+
+    patch.setattr(Feeds, "notify", lambda self, feed: None)
+
+
+def alarm_unchanged(patch: Patch) -> None:
+    """The clock is not told of alarms that come before the one it waits for."""
+    patch.setattr(Alarms, "committed", lambda self, commit: None)
+
+
 MUTANTS = (
+    quarantine_at_the_first_failure, whims_are_poison, sender_is_not_told, alarm_given_up, silent_notify, alarm_unchanged,
     no_dedupe, acknowledges_before_commit, inbox_not_advanced, no_gap_check, timer_stays, outbox_released_before_commit,
     epoch_ignored, retired_epoch_accepted, deadline_ignored, gives_up_what_is_acknowledged, event_without_its_step,
     replies_before_commit, quarantine_blocks_the_link, courier_forgets_news, port_answers_before_commit,

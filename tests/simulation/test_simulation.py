@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -63,3 +64,5 @@ def test_the_faults_happen() -> None:
     worlds = [simulate(seed) for seed in range(20)]
     assert sum(world.crashes for world in worlds) > 50
     assert any(world.hosts["C"].disks > 1 for world in worlds)
+    reached = sum((world.reached for world in worlds), Counter())
+    assert min(reached[state] for state in ("whim", "failed alarm", "told")) > 5, reached
