@@ -45,6 +45,7 @@ from golem.gsb import Services
 from golem.identity import APP_KEYS, AppKeys, AskPassword, Identity, open_identity, write_private
 from golem.interaction import Interactions
 from golem.net import NetConfig, Network, open_network
+from golem.ports import is_our_node, of_others
 from golem.registry import IMAGES, Registry
 from golem.router import Router
 from golem.signer_port import SignerPort
@@ -240,20 +241,42 @@ def step_log(data_dir: Path) -> Any:
 
 
 def bind_api(config: Config) -> socket.socket:
-    """Return the socket of the REST API; the next free port when the default is taken. Raises `ConfigError`."""
-    family = socket.AF_INET6 if ":" in config.api_host else socket.AF_INET
-    for port in (config.api_port,) if config.api_port_fixed else (config.api_port, 0):
-        sock = socket.socket(family, socket.SOCK_STREAM)
+    """Return the socket of the REST API. Raises `ConfigError`.
+
+    Another free port stands for the default one only where a node of our own user has that: agents bring their keys to it.
+    """
+    host, port, by_default = config.api_host, config.api_port, not config.api_port_fixed
+    try:
+        sock = _listening(host, port)
+    except OSError as error:
+        if not by_default or not is_our_node(host, port):
+            raise ConfigError(f"cannot serve REST on {host}:{port}: {error.strerror or error}{_whose(host, port)}") from None
+        sock = _listening(host, 0)
+    if port and (strangers := of_others(host, sock.getsockname()[1])):
+        sock.close()
+        beside = ", ".join(str(one.address) for one in strangers)
+        raise ConfigError(f"cannot serve REST on {host}:{port}: the port is another user's at {beside}{_whose(host, port)}")
+    return sock
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         _notice_lost_clients(sock)
-        try:
-            sock.bind((config.api_host, port))
-            sock.listen(256)
-            return sock
-        except OSError as error:
-            sock.close()
-            reason = error
-    raise ConfigError(f"cannot serve REST on {config.api_host}:{config.api_port}: {reason.strerror or reason}")
+        sock.bind((host, port))
+        sock.listen(256)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def _whose(host: str, port: int) -> str:
+    """Return what to do about a port that somebody has."""
+    holders = {one.uid for one in of_others(host, port)}
+    who = f" (user {', '.join(map(str, sorted(holders)))} has it, and would get the app-keys of your agents)" if holders else ""
+    return f"{who}; end what listens there, or choose with --api-url (http://127.0.0.1:0 is any free port)"
 
 
 def _notice_lost_clients(sock: socket.socket) -> None:

@@ -29,7 +29,8 @@ BUSYBOX = Path("/bin/busybox")
 def engine_for_tests(folder: Path, userns: bool) -> Iterator[LocalEngine]:
     """Run an Engine, or skip the test that asked for it."""
     if problem := missing():
-        pytest.skip(problem)
+        hint = "" if "apt-get" in problem or shutil.which("dockerd") else " (Debian: apt-get install docker.io)"
+        pytest.skip(problem + hint)
     folder.parent.chmod(0o711)  # remapped users pass through to what is theirs
     with open_engine(folder, userns) as engine:
         yield engine

@@ -16,7 +16,7 @@ import trio
 
 from actors.kernel.feed import next_head
 from actors.kernel.journal import Commit, Event, Posted, RowDamaged, Timer
-from actors.kernel.lineage import Position, Relink
+from actors.kernel.lineage import Lower, Position
 from actors.kernel.machine import (
     ActorFailed,
     DropFeed,
@@ -197,13 +197,14 @@ class Actor(Mailbox):
                 self._take_broken(alarm, batch)
 
     def _take_broken(self, alarm: LinkBroken, batch: Batch) -> None:
-        """Begin a new numbering of a link, and tell the machine what was lost, in one step."""
-        to = alarm.lost.to
-        known = self.system.journal.outgoing(self.name, to).epoch
-        if known != alarm.epoch or any(relink.recipient == to for relink in batch.commit.relinked):
+        """Mend the numbering of a link, and tell the machine what was lost, in one step."""
+        to, mend = alarm.lost.to, alarm.mend
+        known = self.system.journal.outgoing(self.name, to)
+        done = known.epoch != alarm.epoch or (isinstance(mend, Lower) and known.acked <= mend.acked)
+        if done or any(other.recipient == to for other in batch.commit.relinked):
             return
         if not self._hears_lost:
-            batch.commit.relinked.append(Relink(to, self.system.journal.new_epoch(), alarm.agreed))
+            batch.commit.relinked.append(mend)
         elif not self.system.alarms.is_waiting(self.name, key_of(alarm)[0]):
             self._alarm(batch, alarm, self.system.new_trace(), lambda: alarm.lost)
 
@@ -229,8 +230,8 @@ class Actor(Mailbox):
                 batch.commit.timers[timer.key] = None
             case DeadlinePassed(recipient, seq):
                 batch.commit.expired.append((recipient, seq))
-            case LinkBroken(_, agreed, lost):
-                batch.commit.relinked.append(Relink(lost.to, self.system.journal.new_epoch(), agreed))
+            case LinkBroken(mend=mend):
+                batch.commit.relinked.append(mend)
         self._apply(step, meta, batch, None, type(message).__name__)
 
     def _defer(self, alarm: Alarm, again: float, commit: Commit) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from actors.kernel.journal import Posted
-from actors.kernel.lineage import Marks, agreed, boot_at
+from actors.kernel.lineage import Lower, Marks, Relink, agreed, boot_at
 from actors.kernel.machine import LinkDown
 from actors.kernel.mailbox import RETIRED, LinkBroken
 from protocol.codec import MAX_BATCH, Ack, Envelope, decode_ack, encode_batch
@@ -44,6 +44,7 @@ class Courier:
         self._epoch, self._known_marks = "", Marks()
         self._broken: LinkBroken | None = None
         self._twice = False
+        self._asks = False  # where the recipient stands, though there may be nothing to deliver
         self._frames = 0
         self._backoff_s = FIRST_BACKOFF_S
         self._not_before = 0.0
@@ -59,10 +60,15 @@ class Courier:
         self._not_before, self._backoff_s = 0.0, FIRST_BACKOFF_S
         self._news.set()
 
+    def ask(self) -> None:
+        """Ask the recipient where it stands: its disk may have gone back in time while nobody had anything to say."""
+        self._asks = self.acked > 0 and self._may_go
+        self._news.set()
+
     def restart(self) -> None:
-        """The link has begun a new numbering."""
+        """The link is mended."""
         self._broken, self.trouble = None, ""
-        self.acked = self._next = 0
+        self.acked = self._next = self.system.journal.acked(self.actor, self.recipient)
         self._epoch, self._known_marks = "", ()
         self._back_off()  # a peer that says so again and again must not keep us busy
         self._news.set()
@@ -86,6 +92,9 @@ class Courier:
                     self._frames += 1
                     self._next = batch[-1].seq
                     nursery.start_soon(self._exchange, batch)
+                elif self._asks and self._may_go and not self._frames:
+                    self._frames += 1
+                    nursery.start_soon(self._exchange, self._question())
                 elif not self._frames and not self._pending(self.acked, 1):
                     return
                 else:
@@ -127,6 +136,12 @@ class Courier:
             before, after_boot = posted.seq, boot
         return batch
 
+    def _question(self) -> list[Envelope]:
+        """Return an envelope without a message: it is not taken, but it is acknowledged."""
+        marks, seq, sender = self._marks(), self.acked + 1, f"{self.system.node}/{self.actor}"
+        boots = boot_at(marks, seq), boot_at(marks, self.acked)
+        return [Envelope(sender, self.recipient, self._epoch, seq, self.acked, self.system.new_trace(), b"", *boots)]
+
     async def _exchange(self, batch: list[Envelope]) -> None:
         acked_before = self.acked
         ack: Ack | None = None
@@ -141,6 +156,7 @@ class Courier:
                     self.trouble = "no acknowledgement in time"
         except LinkDown as error:
             self.trouble = str(error)
+            self._asks = False  # it is asked when it comes back
         except Violation as error:
             self.trouble = f"bad acknowledgement: {error}"
         self._frames -= 1
@@ -149,9 +165,10 @@ class Courier:
 
     def _judge(self, ack: Ack | None, batch: list[Envelope], acked_before: int) -> None:
         """Move the window by an acknowledgement, or go back."""
-        last = batch[-1].seq
+        last = batch[-1].seq if batch[-1].body else batch[-1].after
         if not self._may_go:
             return
+        self._asks = self._asks and ack is None
         if ack is not None and self._is_doubtful(ack, acked_before):
             self._next = self.acked
         elif ack is not None:
@@ -195,11 +212,13 @@ class Courier:
                 self.trouble, self._twice = TWICE, True
                 self.system.log_twice(self.recipient)
                 return True
+            self._broken = LinkBroken(self._epoch, Relink(self.recipient, self.system.journal.new_epoch(), both), lost)
         elif ack.have < acked_before:
-            both, lost = self.acked, PeerLost(self.recipient, ack.have + 1, self.acked)
+            lost = PeerLost(self.recipient, ack.have + 1, self.acked)
+            boot = "" if boot_at(marks, ack.have) else boot_at(ack.boots, ack.have)  # else the mark is there
+            self._broken = LinkBroken(self._epoch, Lower(self.recipient, ack.have, boot), lost)
         else:
             return False
         self.trouble = f"messages {lost.first} to {lost.last} are forgotten {'here' if lost.here else 'there'}: a new beginning"
-        self._broken = LinkBroken(self._epoch, both, lost)
         self.system.log_broken(self.actor, lost)
         return True

@@ -10,10 +10,11 @@ import os
 import sqlite3
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from zlib import crc32
 
 import trio
 
-from actors.kernel.lineage import Marks, Outgoing, Position, Relink, start_number
+from actors.kernel.lineage import Lower, Marks, Outgoing, Position, Relink, start_number
 
 MIGRATIONS = (
     """
@@ -41,6 +42,7 @@ MIGRATIONS = (
     create table mark (actor text, recipient text, boot text, first int not null,
                        primary key (actor, recipient, boot)) without rowid;
     """,
+    "update row set body=sealed(actor, key, body);",
     """
     alter table quarantine add column epoch text not null default '';
     alter table quarantine add column seq int not null default 0;
@@ -58,6 +60,8 @@ MERGED_COMMITS = 256  # commits in one transaction
 PRUNED_AT_ONCE = 5000  # events
 ACK_FLUSH_S = 0.05  # how long acknowledgements wait for a commit to go with: losing them costs a repetition, no more
 KEPT_QUARANTINED = 1000  # from this node, and as many from others
+SEAL_BYTES = 4
+ASKED_LINKS = 64  # to one node; those to the processes of activities live no longer than their journals
 KNOWN_MARKS = 4096  # links of which it is remembered that this start has a mark on them
 FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE)  # of the disk: the file, or the index of its log
 
@@ -76,6 +80,19 @@ class JournalError(Exception):
 
 class JournalClosed(JournalError):
     """The journal's process has ended, or is about to."""
+
+
+def sealed(actor: str, key: str, body: bytes) -> bytes:
+    """Return a row as it is stored: with a checksum over it and its place, so that a flipped bit is not read as a row."""
+    return body + crc32(f"{actor}\0{key}\0".encode() + body).to_bytes(SEAL_BYTES, "big")
+
+
+def unsealed(actor: str, key: str, stored: bytes) -> bytes:
+    """Return the row out of what is stored. Raises `RowDamaged`."""
+    body = stored[:-SEAL_BYTES]
+    if sealed(actor, key, body) != stored:
+        raise RowDamaged(actor, key, "its checksum is wrong")
+    return body
 
 
 class RowDamaged(Exception):
@@ -151,7 +168,7 @@ class Commit:
     timers: dict[str, Timer | None] = field(default_factory=dict)
     quarantined: list[SetAside] = field(default_factory=list)
     released: list[int] = field(default_factory=list)  # numbers of messages that left the quarantine
-    relinked: list[Relink] = field(default_factory=list)
+    relinked: list[Relink | Lower] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         return bool(
@@ -235,6 +252,7 @@ class Journal:
 
     @staticmethod
     def _bring_up(db: sqlite3.Connection, new_epoch: Callable[[], str]) -> None:
+        db.create_function("sealed", 3, sealed)
         version = db.execute("pragma user_version").fetchone()[0]
         if version > len(MIGRATIONS):
             raise JournalError(f"the journal was written by a newer version (schema {version}, known {len(MIGRATIONS)})")
@@ -256,11 +274,12 @@ class Journal:
 
     # -- reading committed state (event loop)
     def row(self, actor: str, key: str) -> bytes | None:
+        """Return a row as it is stored (see `sealed`)."""
         found = self._reader.execute("select body from row where actor=? and key=?", (actor, key)).fetchone()
         return found[0] if found else None
 
     def rows(self, actor: str, prefix: str) -> Iterator[tuple[str, bytes]]:
-        """Yield (key, body) of the actor's rows whose key starts with `prefix`, in key order."""
+        """Yield (key, as stored) of the actor's rows whose key starts with `prefix`, in key order."""
         # Read piece by piece, each to its end: a statement left open by a caller that stopped half-way would hold the
         # connection to an old snapshot, for everybody.
         query = "select key, body from row where actor=? and key>=? and key<? order by key limit ?"
@@ -308,6 +327,11 @@ class Journal:
     def links(self) -> list[tuple[str, str]]:
         """Return (actor, recipient) of all links with something to deliver."""
         return self._reader.execute("select distinct actor, recipient from outbox").fetchall()
+
+    def links_to(self, node: str) -> list[tuple[str, str]]:
+        """Return (actor, recipient) of links to the actors of a node, of which something was acknowledged."""
+        query = "select actor, recipient from sent where recipient>? and recipient<? and acked>0 and recipient not like ? limit ?"
+        return self._reader.execute(query, (f"{node}/", f"{node}/\U0010ffff", f"{node}/%:%", ASKED_LINKS)).fetchall()
 
     def overdue(self, actor: str, now: float, limit: int = ALARMS_AT_ONCE) -> list[tuple[str, int]]:
         """Return (recipient, seq) of an actor's messages whose deadline has passed and that nobody acknowledged."""
@@ -455,13 +479,13 @@ class Journal:
         db = self._writer
         db.execute("begin immediate")
         try:
-            for commit in commits:
-                self._mark(db, commit)
-                _apply(db, commit, self.boot)
-            for link, (epoch, seq) in acks.items():
+            for link, (epoch, seq) in acks.items():  # before the commits, which may take what they say back
                 known = "update sent set acked=max(acked, ?) where actor=? and recipient=? and epoch=?"
                 if db.execute(known, (seq, *link, epoch)).rowcount:  # else the link has begun a new numbering since
                     db.execute("delete from outbox where actor=? and recipient=? and seq<=?", (*link, seq))
+            for commit in commits:
+                self._mark(db, commit)
+                _apply(db, commit, self.boot)
             db.execute("commit")
         except BaseException:
             self._marked.clear()
@@ -518,7 +542,7 @@ def _relink(db: sqlite3.Connection, actor: str, relink: Relink, boot: str) -> No
 def _apply(db: sqlite3.Connection, c: Commit, boot: str) -> None:
     actor = c.actor
     db.executemany("delete from row where actor=? and key=?", [(actor, k) for k, body in c.rows.items() if body is None])
-    kept = [(actor, key, body) for key, body in c.rows.items() if body is not None]
+    kept = [(actor, key, sealed(actor, key, body)) for key, body in c.rows.items() if body is not None]
     db.executemany("replace into row values (?,?,?)", kept)
     positions = [(actor, sender, p.epoch, p.seq, " ".join(p.retired), " ".join(p.boots)) for sender, p in c.inbox.items()]
     db.executemany("replace into inbox values (?,?,?,?,?,?)", positions)
@@ -528,8 +552,14 @@ def _apply(db: sqlite3.Connection, c: Commit, boot: str) -> None:
     sent = "insert into sent (actor, recipient, seq, epoch) values (?,?,?,?) on conflict do update set seq=excluded.seq"
     db.executemany(sent, [(actor, recipient, seq, boot) for recipient, seq in last.items()])
     db.executemany("delete from outbox where actor=? and recipient=? and seq=?", [(actor, *link) for link in c.expired])
-    for relink in c.relinked:
-        _relink(db, actor, relink, boot)
+    for mend in c.relinked:
+        if isinstance(mend, Relink):
+            _relink(db, actor, mend, boot)
+        else:
+            link = (actor, mend.recipient)
+            db.execute("update sent set acked=? where actor=? and recipient=?", (mend.acked, *link))
+            if mend.boot:
+                db.execute("insert or ignore into mark values (?,?,?,?)", (*link, mend.boot, mend.acked))
     for name in c.dropped_feeds:
         db.execute("delete from feed where name=?", (name,))
         db.execute("delete from feed_head where name=?", (name,))

@@ -124,3 +124,15 @@ class Relink:
     recipient: str
     epoch: str
     agreed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Lower:
+    """A recipient went back in time: it stands at message `acked` again, which start `boot` numbered.
+
+    The numbering goes on: should the recipient's newer disk return, it still knows which messages it has had.
+    """
+
+    recipient: str
+    acked: int
+    boot: str

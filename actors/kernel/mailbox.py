@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Union
 import trio
 
 from actors.kernel.journal import KEPT_QUARANTINED, Commit, SetAside, Timer
-from actors.kernel.lineage import Position
+from actors.kernel.lineage import Lower, Position, Relink
 from actors.kernel.machine import ActorFailed, Busy, Machine, Port
 from protocol.codec import Decoder, Envelope
 from protocol.types import Message, PeerLost, Undelivered, Violation, node_of
@@ -92,10 +92,10 @@ class DeadlinePassed:
 
 @dataclass(slots=True, eq=False)
 class LinkBroken:
-    """The two sides of a link do not remember the same: its numbering under `epoch` ends, behind message `agreed`."""
+    """The two sides of a link do not remember the same. `mend` is what becomes of its numbering under `epoch`."""
 
     epoch: str
-    agreed: int  # both sides know the messages up to here
+    mend: Relink | Lower
     lost: PeerLost
 
 
@@ -115,7 +115,7 @@ def key_of(alarm: Alarm) -> AlarmKey:
             return f"timer {timer.key}", repr(timer.at)
         case DeadlinePassed(recipient, seq):
             return f"message {seq} to {recipient}", ""
-        case LinkBroken(_, _, lost):
+        case LinkBroken(lost=lost):
             return f"link to {lost.to}", ""
 
 
@@ -197,9 +197,10 @@ def fresh(link: LinkBatch, position: Position) -> Iterator[tuple[Envelope, Posit
         if note := position.objection(e):
             link.note = note
             return
-        if e.seq > position.seq:
-            position = position.behind(e)
-            yield e, position
+        if e.seq == position.seq or not e.body:
+            continue  # known already; or a question where we stand
+        position = position.behind(e)
+        yield e, position
 
 
 class Mailbox:

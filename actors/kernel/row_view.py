@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from actors.kernel.journal import Journal, RowDamaged
+from actors.kernel.journal import Journal, RowDamaged, unsealed
 from protocol.codec import Decoder
 from protocol.types import Message, Violation
 
@@ -41,7 +41,7 @@ class RowView:
     def read(self, key: str, body: bytes) -> Any:
         """Return the row that is stored as `body`. Raises `RowDamaged`."""
         try:
-            return self._decode(body)
+            return self._decode(unsealed(self._actor, key, body))
         except Violation as error:  # the decoder is the wire's, but nobody else wrote this
             raise RowDamaged(self._actor, key, str(error)) from None
 

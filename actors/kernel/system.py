@@ -18,7 +18,6 @@ from actors.kernel.alarms import Alarms
 from actors.kernel.courier import Courier
 from actors.kernel.feed import Feeds
 from actors.kernel.journal import Commit, Journal, JournalError, Posted, RowDamaged, SetAside
-from actors.kernel.lineage import Relink
 from actors.kernel.machine import (
     AskTimeout,
     Busy,
@@ -82,6 +81,7 @@ class System:
         self._couriers: dict[tuple[str, str], Courier] = {}
         self._heard: set[tuple[str, str]] = set()  # links on which the recipient has acknowledged something to this process
         self._new_links: set[tuple[str, str]] = set()
+        self._ask: set[tuple[str, str]] = set()  # links whose recipients are to be asked where they stand
         self._links_changed = trio.Event()
         self.alarms = Alarms(self)
         self.violations: deque[Line] = deque(maxlen=256)
@@ -118,6 +118,9 @@ class System:
                 self._links_changed = trio.Event()
                 for link in sorted(self._new_links):
                     courier = self._couriers[link] = Courier(self, *link)
+                    if link in self._ask:
+                        self._ask.discard(link)
+                        courier.ask()
                     nursery.start_soon(self._carry, courier)
                 self._new_links.clear()
                 await self._links_changed.wait()
@@ -228,10 +231,18 @@ class System:
         return Ack(link.have, link.note, link.boots, link.refused)
 
     def peer_up(self, node: str) -> None:
-        """A session with `node` came up: whatever waits for it goes now."""
-        for (_, recipient), courier in self._couriers.items():
-            if node_of(recipient) == node:
+        """A session with `node` came up: whatever waits for it goes now, and it is asked where it stands."""
+        for link in self.journal.links_to(node):
+            if link not in self._couriers:
+                self._new_links.add(link)
+                self._links_changed.set()
+            self._ask.add(link)
+        for link, courier in self._couriers.items():
+            if node_of(link[1]) == node:
                 courier.hurry()
+                if link in self._ask:
+                    self._ask.discard(link)
+                    courier.ask()
 
     def troubles(self) -> list[tuple[str, str, str]]:
         """Return (actor, recipient, why) of links that do not move."""
@@ -249,8 +260,8 @@ class System:
                 self._new_links.add((actor, recipient))
                 self._links_changed.set()
         self.alarms.committed(commit)
-        for relink in commit.relinked:
-            if courier := self._couriers.get((actor, relink.recipient)):
+        for mend in commit.relinked:
+            if courier := self._couriers.get((actor, mend.recipient)):
                 courier.restart()
         for feed in {name for name, _ in commit.events}.union(commit.dropped_feeds):
             self.feeds.notify(feed)
@@ -341,12 +352,12 @@ class System:
         log.error(words + ": messages %d to %d of %s are forgotten", lost.to, lost.first, lost.last, actor)
 
     async def link_broken(self, actor: str, broken: LinkBroken) -> None:
-        """The sides of a link remember different things: have its sender told, and a new numbering begun."""
+        """The sides of a link remember different things: have its sender told, and the link mended."""
         lost = broken.lost
         if isinstance(found := self._actors.get(actor), Actor):
             found.offer_alarm(broken)
             return
-        commit = Commit(actor, relinked=[Relink(lost.to, self.journal.new_epoch(), broken.agreed)])
+        commit = Commit(actor, relinked=[broken.mend])
         await self.journal.commit(commit)
         self._sent.pop((actor, lost.to), None)
         self.released(actor, commit, [])

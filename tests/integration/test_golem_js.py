@@ -26,8 +26,8 @@ SETTLE_TIMEOUT_S = 40.0
 pytestmark = [
     pytest.mark.integration,
     pytest.mark.timeout(240),
-    pytest.mark.skipif(shutil.which("node") is None, reason="no node on this machine"),
-    pytest.mark.skipif(not (EXAMPLE / "node_modules" / "@golem-sdk").exists(), reason="no golem-js: .ci/setup golem-js (npm)"),
+    pytest.mark.skipif(shutil.which("node") is None, reason="no node on this machine (Debian: apt-get install nodejs npm)"),
+    pytest.mark.skipif(not (EXAMPLE / "node_modules/@golem-sdk").exists(), reason="no golem-js (Debian: apt-get install npm)"),
 ]
 
 

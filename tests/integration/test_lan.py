@@ -29,7 +29,7 @@ from golem.localnet import LocalNode, Process
 
 pytestmark = [
     pytest.mark.integration, pytest.mark.root, pytest.mark.timeout(110),
-    pytest.mark.skipif(shutil.which("ip") is None, reason="needs the program ip (iproute2)"),
+    pytest.mark.skipif(shutil.which("ip") is None, reason="needs the program ip (Debian: apt-get install iproute2)"),
 ]  # fmt: skip
 
 MARKET = "/market-api/v1"

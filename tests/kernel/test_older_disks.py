@@ -375,3 +375,67 @@ def test_malformed_marks_are_refused(ack: Ack) -> None:
 
     with pytest.raises(Violation):
         decode_ack(encode_ack(ack))
+
+
+# -- where nobody has anything to say
+@mock_trio_test
+async def test_a_restored_recipient_is_noticed_when_the_session_comes_up() -> None:
+    cable, db = Cable(), disk()
+    async with node("A", disk(), cable) as a:
+        async with node("B", db, cable):
+            await say(a, "1", "2", "3")
+            await settled(a)
+            backup = copy_of(db)
+            await say(a, "4", "5")
+            await settled(a)
+        async with node("B", backup, cable) as b:
+            a.peer_up("B")
+            await trio.sleep(5)
+            assert told(a) == [PeerLost("B/talk", 4, 5)]
+            a.peer_up("B")
+            await trio.sleep(5)
+            assert len(told(a)) == 1
+            assert heard(b) == ["1", "2", "3"]
+
+
+@mock_trio_test
+async def test_a_restored_sender_notices_when_the_session_comes_up() -> None:
+    cable, db = Cable(), disk()
+    async with node("B", disk(), cable) as b:
+        async with node("A", db, cable) as a:
+            await say(a, "1")
+            await settled(a)
+            await trio.sleep(1)
+            backup = copy_of(db)
+            await say(a, "2")
+            await settled(a)
+        async with node("A", backup, cable) as a:
+            cable.cut = True
+            a.peer_up("B")  # a session that breaks at once
+            await trio.sleep(5)
+            assert told(a) == []
+            cable.cut = False
+            a.peer_up("B")
+            await trio.sleep(5)
+            assert told(a) == [PeerLost("B/talk", 2, 2, here=True)]
+            assert heard(b) == ["1", "2"]
+            assert not b.violations
+
+
+@mock_trio_test
+async def test_a_disk_that_returns_after_an_empty_one_gets_nothing_twice() -> None:
+    """What waited when the recipient lost its disk was known to the old disk, which comes back."""
+    cable, db = Cable(), disk()
+    async with node("A", disk(), cable) as a:
+        async with node("B", db, cable):
+            await say(a, "1")
+            await settled(a)
+        async with node("B", disk(), cable) as b:
+            await say(a, "2")
+            await settled(a)
+            assert heard(b) == ["2"]
+        async with node("B", db, cable) as b:
+            await say(a, "3")
+            await settled(a)
+            assert heard(b) == ["1", "3"]
+            assert told(a) == [PeerLost("B/talk", 1, 1), PeerLost("B/talk", 2, 2)]

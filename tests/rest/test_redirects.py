@@ -160,7 +160,7 @@ def is_within(one: bytes) -> bool:
 def test_clients_stay_with_the_service(node: Node, client: str) -> None:
     urls = starts(node, is_within)
     if client in ("curl", "node") and shutil.which(client) is None:
-        pytest.skip(f"no {client} on this machine")
+        pytest.skip(f"no {client} on this machine (Debian: apt-get install {'nodejs' if client == 'node' else client})")
     node.asked.clear()
     if client == "node":
         subprocess.run(["node", "-e", NODE_FETCH, KEY], input=json.dumps(urls).encode(), check=True, timeout=100)

@@ -29,6 +29,7 @@ from sim_machines import (
     Transfer,
 )
 
+from actors.kernel.journal import unsealed
 from protocol.codec import Decoder
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def rows(db: sqlite3.Connection, actor: str, prefix: str = "") -> dict[str, Any]
         found = db.execute(query, (actor, len(prefix), prefix)).fetchall()
     except sqlite3.OperationalError:  # a new disk without tables
         return {}
-    return {key[len(prefix):]: _decode[actor](body) for key, body in found}
+    return {key[len(prefix):]: _decode[actor](unsealed(actor, key, body)) for key, body in found}
 
 
 def unsettled(world: World) -> list[str]:
@@ -94,12 +95,19 @@ def check(world: World, final: bool) -> None:
 
 
 def check_answers(world: World) -> None:
-    """What a node's last disk says it answered has arrived."""
+    """What a node's last disk says it answered has arrived; what it was asked, it knows, or the asker was told."""
     for name, host in world.hosts.items():
-        for attempt in rows(host.db, "desk", "query/"):
+        queries = rows(host.db, "desk", "query/")
+        for attempt, seen in queries.items():
             asker = world.hosts[attempt[0]]
             answers = rows(asker.db, "desk", "answer/")
-            expect(asker.disks > 1 or f"{attempt}/{host.disks}" in answers, asker.name, "lost", name, "answer to", attempt)
+            expect(asker.disks > 1 or f"{attempt}/{seen.disk}" in answers, asker.name, "lost", name, "answer to", attempt)
+        for asker in world.hosts.values():
+            asked = {id: one for id, one in rows(asker.db, "desk", "asked/").items() if one.to == name}
+            attempts = {f"{id}/{attempt}" for id, one in asked.items() for attempt in range(1, one.attempt + 1)}
+            unknown = len(attempts - set(queries))
+            told = rows(asker.db, "desk", f"lost/{name}/").get("False", Last(0)).number
+            expect(asker.disks > 1 or unknown <= told, name, "forgot", unknown, "questions;", asker.name, "was told of", told)
 
 
 def check_books(host: Host) -> None:

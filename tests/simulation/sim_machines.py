@@ -12,7 +12,7 @@ import msgspec
 
 from actors.kernel.machine import NOTHING, Emit, Meta, Reply, Rows, Send, Step, Wake
 from protocol.codec import Decoder
-from protocol.types import Message, Refused, Undelivered, node_of
+from protocol.types import Message, PeerLost, Refused, Undelivered, node_of
 
 FIRST_BALANCE = 1000
 FOREVER_S = 1e6
@@ -158,6 +158,7 @@ class Alarm(Message, frozen=True):
 
 class Seen(Message, frozen=True):
     times: int
+    disk: int = 0  # of the process that saw it
 
 
 class Asked(Message, frozen=True):
@@ -273,9 +274,9 @@ class Desk:
     """Asks until it is answered, and answers whoever asks: what must survive the loss of a whole disk."""
 
     name = "desk"
-    local = Enquire | AskAgain | Undelivered
+    local = Enquire | AskAgain | Undelivered | PeerLost
     peer = Query | Answer
-    rows = Asked | Seen
+    rows = Asked | Seen | Last
 
     def __init__(self, node_id: str, disk: int) -> None:
         self.node_id, self.disk = node_id, disk
@@ -295,7 +296,10 @@ class Desk:
                 key = f"query/{id}/{attempt}"
                 seen = rows.get(key, Seen(0)).times + 1
                 reply = Send(f"{node_of(meta.sender)}/desk", Answer(id, attempt, self.disk), FOREVER_S)
-                return Step({key: Seen(seen)}, [reply])
+                return Step({key: Seen(seen, self.disk)}, [reply])
+            case PeerLost(to, first, last, here):
+                told = rows.get(f"lost/{node_of(to)}/{here}", Last(0))
+                return Step({f"lost/{node_of(to)}/{here}": Last(told.number + last + 1 - first)})
             case Answer(id, attempt, disk):
                 key = f"answer/{id}/{attempt}/{disk}"
                 changed: dict[str, Message | None] = {key: Seen(rows.get(key, Seen(0)).times + 1)}

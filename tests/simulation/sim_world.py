@@ -14,7 +14,7 @@ import sqlite3
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import combinations, count
 from typing import Any
 
 import sim_checks
@@ -142,8 +142,7 @@ class Wire:
 
     async def exchange(self, node: str, frame: bytes) -> bytes:
         """Carry a frame and its acknowledgement through the world's faults."""
-        world, faults = self.world, self.world.faults
-        rng = world.rng
+        world, faults, rng = self.world, self.world.faults, self.world.rng
         world.note("frame", self.source, node, hashlib.blake2b(frame, digest_size=4).hexdigest())
         if node not in world.hosts:
             await trio.lowlevel.checkpoint()
@@ -153,6 +152,14 @@ class Wire:
                 await trio.sleep(30)
             await trio.lowlevel.checkpoint()
             raise LinkDown(f"{node} is out of reach")
+        try:
+            return await self._carry(node, frame)
+        except LinkDown:
+            world.sessions.pop(frozenset((self.source, node)), None)
+            raise
+
+    async def _carry(self, node: str, frame: bytes) -> bytes:
+        world, faults = self.world, self.world.faults
         epochs = world.disks_of(self.source, node)
         await world.pause(faults.delay_s)
         if world.chance(faults.loss):
@@ -187,17 +194,22 @@ class Host:
 
     def __init__(self, world: World, name: str) -> None:
         self.world, self.name = world, name
-        self.disks = self.starts = 0
+        self.disks, self.starts = 1, 0
         self.db = self.new_disk()
         self.system: SimSystem | None = None
         self.nursery: trio.Nursery | None = None
         self.acked: dict[tuple[str, str], int] = {}
         self.client = Client([], [])
-        self.wipe = False
+        self.next_disk: sqlite3.Connection | None = None  # with which the process starts after its end
+        self.backups: list[sqlite3.Connection] = []
+        self.restored = 0
 
-    def new_disk(self) -> sqlite3.Connection:
-        self.disks += 1
-        return sqlite3.connect(":memory:", isolation_level=None)
+    def new_disk(self, like: sqlite3.Connection | None = None) -> sqlite3.Connection:
+        """Return an empty disk, or a copy of one as it is now."""
+        disk = sqlite3.connect(":memory:", isolation_level=None)
+        if like is not None:
+            like.backup(disk)
+        return disk
 
     async def keep_running(self) -> None:
         """Start the process again whenever it dies."""
@@ -216,10 +228,10 @@ class Host:
                 pass
             world.crashes += 1
             world.note("crash", self.name)
-            if self.wipe:
+            if self.next_disk is not None:
                 sim_checks.check(world, final=False)
-                self.wipe = False
-                self.db = self.new_disk()
+                self.db, self.next_disk = self.next_disk, None
+                self.disks += 1
                 await trio.sleep(10)  # longer than a frame lives
             await world.pause(15)
 
@@ -348,6 +360,7 @@ class World:
         self.faults = Faults.drawn(self.rng)
         self.calm = False
         self.cut: set[frozenset[str]] = set()
+        self.sessions: dict[frozenset[str], tuple[int, ...]] = {}
         self.chain: dict[tuple[str, int], str] = {}
         self.crashes = 0
         self.attempts: Counter[str] = Counter()  # at what crashed whoever touched it
@@ -425,6 +438,22 @@ class World:
         if not self.calm:
             raise Crash
 
+    async def keep_sessions(self) -> None:
+        """Tell both sides when a session between them comes up."""
+        pairs = [frozenset(pair) for pair in combinations(NODES, 2)]
+        while True:
+            await trio.sleep(5)
+            for pair in pairs:
+                hosts = [self.hosts[name] for name in sorted(pair)]
+                ends = tuple(host.starts for host in hosts)
+                if pair in self.cut or not all(host.system and host.nursery for host in hosts):
+                    self.sessions.pop(pair, None)
+                elif self.sessions.get(pair) != ends:
+                    self.sessions[pair] = ends
+                    for host, other in (hosts, hosts[::-1]):
+                        if host.system is not None:
+                            host.system.peer_up(other.name)
+
     async def part(self) -> None:
         """Cut and mend connections."""
         while self.faults.partition_every_s and not self.calm:
@@ -433,12 +462,16 @@ class World:
             self.note("cut", sorted(sorted(pair) for pair in self.cut))
 
     async def burn_disks(self) -> None:
-        """Take a whole disk from the node that is meant to bear it, once or few times."""
+        """Take the disk from the node that is meant to bear it, once or few times; the next one is empty, or older."""
+        host = self.hosts[LOSING_NODE]
         while self.faults.lose_disk and not self.calm:
-            await trio.sleep(self.rng.uniform(10, 40))
-            host = self.hosts[LOSING_NODE]
+            for _ in range(3):
+                await trio.sleep(self.rng.uniform(3, 13))
+                host.backups.append(host.new_disk(host.db))
             if host.nursery and not self.calm:
-                host.wipe = True
+                older = self.rng.choice((None, *host.backups))
+                host.next_disk = host.new_disk(older)
+                host.restored += older is not None
                 host.nursery.start_soon(self._die)
 
     async def _die(self) -> None:
@@ -490,6 +523,7 @@ class World:
             for host in self.hosts.values():
                 self.nursery.start_soon(host.keep_running)
             self.nursery.start_soon(self.part)
+            self.nursery.start_soon(self.keep_sessions)
             self.nursery.start_soon(self.burn_disks)
             await trio.sleep(SAFETY_S)
             self.calm, self.cut = True, set()
@@ -513,5 +547,6 @@ def simulate(seed: int) -> World:
         run_seeded(seed, world.run)
     finally:
         for host in world.hosts.values():
-            host.db.close()
+            for disk in (host.db, *host.backups):
+                disk.close()
     return world

@@ -11,8 +11,11 @@ from typing import Any
 
 import pytest
 import trio
+from msgspec import structs
 from sim_world import World, simulate
 
+from actors.kernel import courier as courier_module
+from actors.kernel import lineage as lineage_module
 from actors.kernel import mailbox, port
 from actors.kernel.actor import Actor, Batch
 from actors.kernel.alarms import Alarms
@@ -21,7 +24,7 @@ from actors.kernel.journal import Commit, Journal
 from actors.kernel.lineage import Position, marked
 from actors.kernel.mailbox import LinkBatch, TimerDue
 from actors.kernel.system import System
-from protocol.codec import Envelope
+from protocol.codec import Ack, Envelope
 
 MOST_SEEDS = 40
 Patch = pytest.MonkeyPatch
@@ -125,6 +128,37 @@ def epoch_ignored(patch: Patch) -> None:
 
 def retired_epoch_accepted(patch: Patch) -> None:
     patch.setattr(Position, "under", lambda self, epoch: self if epoch == self.epoch else Position(epoch, 0, ()))
+
+
+def have_is_believed(patch: Patch) -> None:
+    """An acknowledgement counts whoever numbered the messages."""
+
+    def doubt(self: Courier, ack: Ack, acked_before: int) -> bool:
+        return ack.have > self.system.journal.last_sent(self.actor, self.recipient)
+
+    patch.setattr(Courier, "_is_doubtful", doubt)
+
+
+def numbers_meet(patch: Patch) -> None:
+    """Sender and recipient compare numbers alone: who numbered a message is all the same."""
+    for module in (courier_module, lineage_module):
+        patch.setattr(module, "boot_at", lambda marks, seq: "")
+
+
+def hole_in_silence(patch: Patch) -> None:
+    """The first message of a window comes behind nothing: a recipient that went back takes it."""
+    gather = Courier._gather
+
+    def early(self: Courier) -> list[Envelope]:
+        batch = gather(self)
+        if batch and batch[0].after == self.acked:
+            first = structs.replace(batch[0], after=0, after_boot="")
+            return [first, *batch[1:]]
+        return batch
+
+    objection = Position.objection
+    patch.setattr(Courier, "_gather", early)
+    patch.setattr(Position, "objection", lambda self, e: "" if e.after == 0 and e.seq > self.seq else objection(self, e))
 
 
 def deadline_ignored(patch: Patch) -> None:
@@ -261,11 +295,11 @@ MUTANTS = (
     no_dedupe, acknowledges_before_commit, inbox_not_advanced, no_gap_check, timer_stays, outbox_released_before_commit,
     epoch_ignored, retired_epoch_accepted, deadline_ignored, gives_up_what_is_acknowledged, event_without_its_step,
     replies_before_commit, quarantine_blocks_the_link, courier_forgets_news, port_answers_before_commit,
-    take_without_deleting, number_used_twice,
+    take_without_deleting, number_used_twice, have_is_believed, numbers_meet, hole_in_silence,
 )  # fmt: skip
 
 
-LOSE_A_DISK = (epoch_ignored, retired_epoch_accepted)
+LOSE_A_DISK = (epoch_ignored, retired_epoch_accepted, have_is_believed, numbers_meet, hole_in_silence)
 
 
 def caught(seeds: Iterable[int]) -> bool:
