@@ -37,6 +37,7 @@ from actors.sources import EDGE
 from actors.wallet import Wallet
 from golem.bus import Bus
 from golem.chain.port import Chain, open_chain
+from golem.clock import watch_clock
 from golem.commands import serve_commands
 from golem.config import Config, ConfigError
 from golem.files import FileServer
@@ -170,6 +171,7 @@ async def open_node(config: Config, ask_password: AskPassword | None = None) -> 
         await system.post(EDGE, [Send("wallet", ResumePayments())])
         await nursery.start(registry.run)
         nursery.start_soon(forget_events, system, config)
+        nursery.start_soon(watch_clock, system)
         nursery.start_soon(node.services.run, node.stopping)
         router.attach(system.deliver)
         gossip.attach(system)

@@ -89,7 +89,7 @@ async def one(tmp_path: Path, **flags: Any) -> AsyncIterator[Agent]:
 
 
 @asynccontextmanager
-async def two(tmp_path: Path, **flags: Any) -> AsyncIterator[tuple[Agent, Agent]]:
+async def two(tmp_path: Path, offer: dict[str, Any] | None = None, **flags: Any) -> AsyncIterator[tuple[Agent, Agent]]:
     """A requestor's and a provider's node with a session between them, and the agreement `a1` with activity `act`."""
     common = {"chain_dir": tmp_path / "chain", **flags}
     async with node_in_test(tmp_path / "r", **common) as requestor, node_in_test(tmp_path / "p", **common) as provider:
@@ -100,8 +100,9 @@ async def two(tmp_path: Path, **flags: Any) -> AsyncIterator[tuple[Agent, Agent]
         for node, role, session in ((requestor, "Requestor", "r-app"), (provider, "Provider", "p-app")):
             demand = {"golem.com.payment.chosen-platform": PLATFORM}
             fact = AgreementApproved(
-                "a1", role, requestor.node_id, provider.node_id, json.dumps(demand), "{}", node.clock(), session
-            )
+                "a1", role, requestor.node_id, provider.node_id, json.dumps(demand), json.dumps(offer or {}), node.clock(),
+                session,
+            )  # fmt: skip
             await tell(node.system, "negotiation", "ledger", fact)
             await tell(node.system, "activity", "ledger", ActivityKnown("act", "a1"))
         yield Agent(requestor), Agent(provider)
@@ -434,3 +435,31 @@ async def test_an_invoice_is_settled_on_both_nodes_by_a_real_transfer(tmp_path: 
             nursery.cancel_scope.cancel()
     finally:
         await stop_devchain(tmp_path / "chain")
+
+
+@trio_test
+async def test_a_bill_that_no_clock_explains_is_refused_with_the_figure(tmp_path: Path) -> None:
+    prices = {
+        "golem.com.pricing.model.linear.coeffs": [0.001, 0.0],
+        "golem.com.usage.vector": ["golem.usage.duration_sec"],
+    }
+    async with two(tmp_path, prices) as (r, p):
+        body = {"activityId": "act", "totalAmountDue": "0.999", "usageCounterVector": [999.0]}
+        note = await p.made("/debitNotes", body)
+        code, answer = await p.post(f"/debitNotes/{note['debitNoteId']}/send")
+        assert code == 400
+        assert "more than" in answer["message"]
+        most = answer["highestAmount"]
+        assert Decimal("0.005") <= Decimal(most) < Decimal("0.1")
+        assert (await r.call("GET", f"/debitNotes/{note['debitNoteId']}"))[0] == 404
+        explained = await r.get("/explain/a1")
+        assert [one["id"] for one in explained["refused"]] == [note["debitNoteId"]]
+        second = await p.made("/debitNotes", {**body, "totalAmountDue": most})
+        assert await p.post(f"/debitNotes/{second['debitNoteId']}/send") == (200, None)
+        explained = await r.get(f"/explain/{second['debitNoteId']}")
+        (counter,) = explained["calculation"]["counters"]
+        assert counter["counts"] == counter["ceiling"] < 999
+        assert Decimal(explained["calculation"]["highestAmount"]) >= Decimal(most)
+        invoice = await p.made("/invoices", {"agreementId": "a1", "amount": "5", "paymentDueDate": DUE, "activityIds": ["act"]})
+        assert (await p.post(f"/invoices/{invoice['invoiceId']}/send"))[0] == 400
+        assert (await r.call("GET", "/explain/nothing"))[0] == 404
