@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import trio
+from patience import within
 from support import mock_trio_test, trio_test
 
 from actors.kernel import journal as journal_module
@@ -497,7 +498,7 @@ def test_a_disk_that_fails_ends_the_node(tmp_path: Path, fault: str, threads: bo
 
     @trio_test
     async def body() -> None:
-        with trio.fail_after(10):
+        with within(10):
             async with running(system) as a:
                 journal._writer.execute(fault)
                 async with trio.open_nursery() as nursery:
@@ -543,7 +544,7 @@ async def test_stopping_in_the_midst_of_commits_hangs_nobody(tmp_path: Path) -> 
     system = System("A", journal, Nowhere(), clock=trio.current_time, new_trace=lambda: "t")
     kept: list[int] = []
     system.add(Doer())
-    with trio.fail_after(10):
+    with within(10):
         async with trio.open_nursery() as edges:
             async with trio.open_nursery() as nursery:
                 await nursery.start(system.run)
