@@ -81,9 +81,10 @@ def status(network: str | None, **_: Any) -> None:
 @payment.command("trace")
 @click.argument("debt")
 def trace(debt: str) -> None:
-    """Tell what became of a debt: an invoice, debit note, order, batch or transaction.
+    """Tell what became of a debt.
 
-    Its orders and batches, each signed transaction, and what this node and every RPC said of it, and when.
+    Name an invoice, debit note, order, batch or transaction. You see its orders and batches, each signed transaction, and
+    what this node and every RPC said of it, and when.
     """
     found = ask_node("payment_trace", id=debt)
     if wants_json():
