@@ -14,7 +14,7 @@ import trio
 from actors.kernel.journal import KEPT_QUARANTINED, Commit, SetAside, Timer
 from actors.kernel.lineage import Lower, Position, Relink
 from actors.kernel.machine import ActorFailed, Busy, Machine, Port
-from protocol.codec import Decoder, Envelope
+from protocol.codec import MAX_UNDER_WAY, Decoder, Envelope
 from protocol.types import Message, PeerLost, Undelivered, Violation, node_of
 
 if TYPE_CHECKING:
@@ -248,9 +248,9 @@ class Mailbox:
 
     def answer(self, link: LinkBatch) -> None:
         """Acknowledge a frame, now that all it says is committed: also which of its messages were set aside."""
-        if link.sender in self._set_aside and link.envelopes:
-            first, last = link.envelopes[0].seq, link.envelopes[-1].seq
-            link.refused = self.system.journal.refused(self.name, link.sender, link.epoch, first, last)
+        if link.sender in self._set_aside:  # in whichever frame: an acknowledgement counts for all before it
+            first = link.have - MAX_UNDER_WAY
+            link.refused = self.system.journal.refused(self.name, link.sender, link.epoch, first, link.have)
         link.done.set()
 
     def release(self, release: Release) -> tuple[SetAside, Message] | None:
