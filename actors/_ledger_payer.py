@@ -8,6 +8,7 @@ from decimal import Decimal
 from msgspec.structs import replace
 
 from actors._ledger_allocations import amount_of, charge, usable
+from actors._ledger_audit import unlike_signed
 from actors._ledger_ceiling import age_s, most_for, most_for_agreement, over
 from actors._ledger_documents import (
     add,
@@ -78,6 +79,8 @@ def accept(draft: MoneyDraft, me: str, command: AcceptDocument) -> None:
     """Owe what a document adds to the debt: charge the allocation, order the payment, tell the payee."""
     row = document_of(draft, command.kind, command.document_id, PAYER)
     agreement = agreement_of(draft, row)
+    if fault := unlike_signed(row, agreement.peer):
+        raise Declined("bad_request", fault)
     if amount_of(command.amount) != Decimal(row.amount):
         raise Declined("bad_request", f"Invalid amount accepted: {command.amount}, the {row.kind} says {row.amount}")
     if row.status in (ACCEPTED, SETTLED) or (row.kind == DEBIT_NOTE and agreement.invoice_accepted):
@@ -275,6 +278,7 @@ def _order(draft: MoneyDraft, row: PaymentDocument, agreement: Agreement, alloca
         ordered_at=draft.now,
     )
     draft.put(f"order/{order_id}", order)
+    draft.put(f"ordered/{order.agreement_id}/{order_id}", Open(row.kind, row.document_id))
     debt = draft.row(Owed, f"owed/{order.platform}") or Owed()
     draft.put(f"owed/{order.platform}", Owed(amount_text(total_of((debt.amount, added)))))
     draft.send("wallet", PayOut(order_id, order.platform, order.payer_addr, order.payee_addr, order.amount))

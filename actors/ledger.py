@@ -24,6 +24,7 @@ from actors import _ledger_documents as documents
 from actors import _ledger_payee as payee
 from actors import _ledger_payer as payer
 from actors import _ledger_payments as payments
+from actors._ledger_audit import objection
 from actors._ledger_rows import (
     Activity,
     Agreement,
@@ -91,6 +92,7 @@ __all__ = [
     "acceptance_of",
     "decorations",
     "minus",
+    "objection",
     "owed",
     "paid_since",
     "remaining",

@@ -15,7 +15,7 @@ from decimal import Decimal
 from typing import Any
 
 from actors.kernel.machine import Emit, Meta, Reply, Send, Wake
-from actors.ledger import Agreement, Allocation, Ledger, Order, PaymentDocument, acceptance_of, total_of
+from actors.ledger import Agreement, Allocation, Ledger, Order, PaymentDocument, acceptance_of, objection, total_of
 from actors.wallet import Wallet
 from protocol.activity import ActivityKnown
 from protocol.codec import Decoder, encode
@@ -225,6 +225,7 @@ class World:
 
     def _transfer(self, m: Transfer) -> list[Any]:
         if m.batch_id not in self.outcomes:
+            self._check_owed(m)
             tx_hash = "0x" + digest(m.batch_id)
             if self.faults and self.rng and self.rng.random() < 0.25:
                 self.outcomes[m.batch_id] = ("failed", "reverted")
@@ -241,6 +242,13 @@ class World:
                 TransferMined(m.batch_id, text, 7, 21000, "0.001"),
             ]
         return [TransferMined(m.batch_id, text, 7, 21000, "0.001")]
+
+    def _check_owed(self, m: Transfer) -> None:
+        """What the chain port looks at before it signs: signed documents bear out each order of the batch."""
+        node = self.by_id[m.payer]
+        batch = node.rows["wallet"][f"batch/{m.batch_id}"]
+        for order_id in (order_id for payee in batch.payees for order_id in payee.order_ids):
+            assert objection(node.rows["ledger"], node.id, order_id) == ""
 
     def _verify(self, m: VerifyTransfer) -> list[Any]:
         if self.faults and self.rng and self.rng.random() < 0.3:
