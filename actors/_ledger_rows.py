@@ -1,8 +1,10 @@
 """Rows of the ledger and the pure readings of them that edges use too.
 
 Keys: `allocation/<id>`, `agreement/<id>`, `activity/<id>`, `debit-note/<id>`, `invoice/<id>`, `order/<kind>:<id>`,
-`payment/<id>`, `tx/<hash>/<payer>/<payee>` (several platforms may be one chain, so none is named), `owed/<platform>`, and the
-index `open/<agreement>/<kind>/<id>` of accepted documents that are not settled. All amounts are decimal text in GLM.
+`payment/<id>`, `tx/<hash>/<payer>/<payee>` (several platforms may be one chain, so none is named), `owed/<platform>`,
+`told/<peer>`, and the index
+`open/<agreement>/<kind>/<id>` of accepted documents that are not settled. All amounts are
+decimal text in GLM.
 """
 
 from __future__ import annotations
@@ -143,13 +145,19 @@ class Open(Message, frozen=True):
     document_id: str
 
 
+class Told(Message, frozen=True):
+    """When a peer was last told everything again."""
+
+    at: float
+
+
 class Owed(Message, frozen=True):
     """The sum of a platform's orders that are not paid yet: this money is still in the account, and not free."""
 
     amount: str = "0"
 
 
-LedgerRow = Allocation | Agreement | Activity | PaymentDocument | Order | Payment | TxClaims | Open | Owed
+LedgerRow = Allocation | Agreement | Activity | PaymentDocument | Order | Payment | TxClaims | Open | Owed | Told
 
 
 def total_of(amounts: Iterable[str | Decimal]) -> Decimal:
