@@ -1,5 +1,6 @@
 # demo   a whole market on this machine: two providers render an image for a requestor and are paid
-# test   all tests            make test ARGS="tests/protocol -k terms"
+# test   all tests, a worker for each core      make test ARGS="tests/protocol -k terms"; ARGS=--shuffle=any
+# quick  what one runs while editing: no processes, under a minute
 # lint   ruff, mypy, the layers, and what the lowest Python does not have
 # bench  every benchmark      make bench ARGS="bench_kernel scenario" for some; figures also go to benchmarks/results/
 # setup  .venv alone, with the node and its commands
@@ -15,7 +16,11 @@ BENCHES = $(if $(ARGS),$(ARGS:%=benchmarks/%.py),$(sort $(wildcard benchmarks/*.
 
 export PYTHON
 
-.PHONY: demo test lint bench setup clean
+# Tests of one file stay with one worker: they share nodes and Engines.
+PYTEST = .venv/bin/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+QUICK = tests/protocol tests/actors tests/kernel tests/chain tests/net tests/provider tests/rest tests/exeunit $(wildcard tests/test_*.py)
+
+.PHONY: demo test quick lint bench setup clean
 
 demo:
 	@.ci/setup node yapapi
@@ -23,7 +28,11 @@ demo:
 
 test:
 	@.ci/setup node yapapi vyper anvil golem-js
-	@.venv/bin/python -m pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
+
+quick:
+	@.ci/setup node
+	@$(PYTEST) -m "not integration" $(QUICK) $(ARGS)
 
 lint:
 	@.ci/setup node

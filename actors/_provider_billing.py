@@ -1,7 +1,9 @@
 """What the provider agent asks for: debit notes while an activity runs and at its end, one invoice when all is over.
 
 A note carries the running total of its activity; totals never decrease. The amount is in the note's row before anybody
-hears of it, so that a note or invoice that has to be issued again is the same one.
+hears of it, so that a note or invoice that has to be issued again is the same one. A note falls due each interval, with the
+same total, too: a requestor that accepts it is still there. None falls due while the exe-unit is being stopped: the last
+note follows at once, and would say the same again.
 
     note     Issuing -> Sending -> Sent -> Accepted -> Settled        (or Failed, Rejected, Cancelled)
     invoice  Issuing -> Sending -> Sent -> Accepted -> Settled        (or Failed, Rejected, Cancelled)
@@ -27,7 +29,6 @@ from actors._provider_agreements import (
 )
 from actors._provider_rows import (
     ACCEPTED,
-    ALIVE,
     APPROVED,
     BILLING,
     CANCELLED,
@@ -37,9 +38,11 @@ from actors._provider_rows import (
     FAILED,
     ISSUING,
     REJECTED,
+    RUNNING,
     SENDING,
     SENT,
     SETTLED,
+    STARTING,
     ActivityRow,
     AgreementRow,
     DocumentRow,
@@ -71,6 +74,7 @@ from protocol.provider import (
 FINAL_NOTE_S = 7 * DAY_S  # how long the last note of an activity is offered to a requestor that is away
 SENDING_S = 60.0  # beyond the time to accept: as long as a note may be on its way while its receipt is awaited
 ACCEPT, PAY = "accept", "pay"
+BILLED_BY_INTERVAL = (STARTING, RUNNING)
 _STATUS = {"ACCEPTED": ACCEPTED, "SETTLED": SETTLED, "REJECTED": REJECTED, "CANCELLED": CANCELLED}
 _EVENT = {
     "AcceptedEvent": ACCEPTED,
@@ -85,7 +89,7 @@ def note_due(turn: Turn, message: NoteDue) -> None:
     """It is time for a debit note: ask for the usage, unless the last note is still on its way to the node."""
     activity = turn.activity(message.activity_id)
     row = turn.agreement(activity.agreement_id) if activity else None
-    if activity is None or row is None or activity.state not in ALIVE:
+    if activity is None or row is None or activity.state not in BILLED_BY_INTERVAL:
         return
     if turn.now - activity.billed_at > row.interval_s + _accept_s(turn, row):
         end_agreement(turn, row, NOT_ISSUED)  # whatever the cause: work that is not billed is work for nothing
@@ -103,7 +107,7 @@ def _accept_s(turn: Turn, row: AgreementRow) -> float:
 def usage_read(turn: Turn, message: UsageRead) -> None:
     """Make a debit note of the usage of a running activity."""
     activity = turn.activity(message.activity_id)
-    if activity is None or activity.state not in ALIVE or activity.issuing:
+    if activity is None or activity.state not in BILLED_BY_INTERVAL or activity.issuing:
         return
     row = _agreement(turn, activity)
     if message.usage is not None and (usage := _merged(row, activity, message.usage)) is not None:

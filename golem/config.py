@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -10,7 +9,6 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import platformdirs
-from dotenv import load_dotenv
 
 VERSION = "0.17.6"  # the API level that agents check; the SDKs want at least 0.15.2
 DEFAULT_API_URL = "http://127.0.0.1:7465"
@@ -75,12 +73,6 @@ class Config:
     def status_path(self) -> Path:
         """The file in which a running node says where it serves (`node.json`)."""
         return self.data_dir / "node.json"
-
-
-def load_environment() -> dict[str, str]:
-    """Return the environment, with a `.env` of the working directory below it."""
-    load_dotenv(Path.cwd() / ".env", override=False)
-    return dict(os.environ)
 
 
 def parse_api_url(url: str) -> tuple[str, int]:

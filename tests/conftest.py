@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from engine import engine_for_tests
+from order import longest_first, shuffle
 
 from golem.local_engine import LocalEngine
 
@@ -34,10 +36,36 @@ def plain_engine() -> Iterator[LocalEngine]:
         yield one
 
 
+# -- the order of tests, and who runs them
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shuffle", metavar="SEED", help="run files, and the tests of each, in an order by a seed; `any` takes one")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose the seed of the order before workers are told of it."""
+    if config.getoption("shuffle") == "any":
+        config.option.shuffle = str(random.SystemRandom().randrange(1 << 32))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """A worker for each processor that we may use, within reason: each starts nodes and Engines of its own."""
+    return min(4, len(os.sched_getaffinity(0)))
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip what needs root where we are not root, and say so."""
-    if os.geteuid() == 0:
-        return
+    """Order the tests; skip what needs root where we are not root, and say so."""
+    if seed := config.getoption("shuffle"):
+        shuffle(items, seed)
+    else:
+        longest_first(items)
     for item in items:
-        if item.get_closest_marker("root"):
+        if os.geteuid() != 0 and item.get_closest_marker("root"):
             item.add_marker(pytest.mark.skip(reason="needs root (namespaces, setuid)"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say how to have the same order again."""
+    if seed := config.getoption("shuffle"):
+        terminalreporter.write_line(f"the order was that of --shuffle={seed}")

@@ -1,56 +1,48 @@
-"""The sender: pays each batch exactly once, over crashes, dropped transactions, fee spikes and reorganisations.
+"""The sender: pays each batch exactly once, over crashes, dropped transactions, fee spikes, reorganisations and blind RPCs.
 
     batch  queued -> assigned -> confirmed | failed | nonce_lost
     tx     signed -> sent -> mined -> confirmed (status 1, `depth` blocks deep) | failed (status 0)
            mined -> sent               its block was reorganised away
-           sent -> nonce_lost          another transaction took the nonce, `depth` blocks deep
+           sent -> nonce_lost          another transaction took the nonce, shown in a block and `depth` blocks deep
+           final -> sent               the chain lost its block after all: the same bytes again
 
 The rule that makes it exact: nonce and signed bytes are on disk before the first broadcast, and a transaction ends only
 when it is final. So whatever dies, the next step can at most send the identical bytes again, and recovery after a crash
 is nothing but the next step. A fee bump is another attempt at the same nonce: at most one of them can be mined.
 
+A receipt under any RPC is good news. Bad news, after which the wallet pays anew, needs the proof of `golem.chain.evidence`;
+what is unclear waits, and a person may `decide` it. RPCs that contradict one another stop all that is not signed yet.
+
 The nonce is taken in the transaction that stores the signed bytes: the larger of the chain's count and our own highest
 plus one. It is the wallet's number unless an approval, another platform of the same chain or a foreign wallet with this
-key came between; a batch is told apart by its id. `golem.chain.store` is the disk, `golem.chain.rpc` the wire; the
-wallet's port submits and hears the events, at least once each.
+key came between; a batch is told apart by its id. `golem.chain.store` is the disk, `golem.chain.rpc` the wire,
+`golem.chain.draft` signs; the wallet's port submits and hears the events, at least once each.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import trio
 
-from golem.chain import token
+from golem.chain import faucet, token
+from golem.chain.draft import NO_FUNDS, Drafts, Wait, WouldFail
 from golem.chain.events import Confirmed, Event, Failed, Mined, NonceLost, Problem, Sent, Stuck
+from golem.chain.evidence import Evidence, Payment, Shown, Story, Unclear, View, newest, silence
 from golem.chain.networks import Network
 from golem.chain.rpc import Head, Receipt, Rpc, RpcError
-from golem.chain.signer import Key, Signed, Transaction, address_bytes, sign
+from golem.chain.signer import Key, address_bytes
 from golem.chain.store import Attempt, BatchRow, Store, TransferBatch, TxRow
+from golem.chain.verify import transferred
 
-GAS_SPARE = 20_000  # per payee over the estimate: a payee that emptied its purse meanwhile costs 17,100 more
 STUCK_BLOCKS = 6  # blocks that passed a well-paid transaction by, before it gets a higher fee
-PATIENT_LOOKS = 3  # in a row that must find the same before a nonce is given up or filled
-FUND_S = 120.0
+PATIENT_LOOKS = 3  # in a row that must find the same before a nonce is given up or filled, or a person is bothered
 
 TOO_LOW = ("nonce too low", "nonce is too low")
 UNDERPRICED = ("underpriced", "less than block base fee", "fee too low", "fee cap less than")
-NO_FUNDS = ("insufficient funds",)
 FAULTS = {"chain_id": "InvalidChainId", "token": "CantSign"}  # of an endpoint -> as the payment status calls it
-
-
-class FundError(RpcError):
-    """Test money could not be had, and why."""
-
-
-class _Wait(Exception):
-    """Nothing further can be signed now: the problem says why. `ordinary`: it is none, only a step before the step."""
-
-    def __init__(self, problem: Problem, *, ordinary: bool = False) -> None:
-        super().__init__(problem.detail)
-        self.problem, self.ordinary = problem, ordinary
 
 
 class Engine:
@@ -73,12 +65,16 @@ class Engine:
     ) -> None:
         self.network, self.rpc, self.key, self.address = network, rpc, key, key.address
         self.store = Store(db_path, f"{network.chain}/{key.address}")
+        self.evidence = Evidence(rpc, network, key.address, self.store.made)
+        self.drafts = Drafts(network, rpc, key, self.store, clock, checkpoint)
         self._notify, self._clock, self._checkpoint = notify, clock, checkpoint
         self._turn = trio.Lock()  # one step, or one internal transaction, at a time
         self._wake = trio.Event()
         self._checked = False
         self._problems: list[Problem] = []
-        self._lost: dict[int, int] = {}  # transaction -> looks in a row that found its nonce gone
+        self._reviewed = False  # has the chain, since the start, still what was final?
+        self._looks: dict[str, int] = {}  # what was found, and how often in a row
+        self._unclear: dict[int, Unclear] = {}  # transaction -> what the RPCs say of it
         self._gap = (-1, 0)  # a nonce before our first open one that nobody uses, and looks in a row that saw it
         self._told: dict[str, str] = {}  # batch id -> reason last said, so that each is said once
 
@@ -116,7 +112,7 @@ class Engine:
         while True:
             self._wake = trio.Event()
             await self.step()
-            busy = self.store.open() or self.store.queued() or self.store.unannounced()
+            busy = self.store.open() or self.store.queued() or self.store.unannounced() or not self._reviewed
             with trio.move_on_after(self.network.poll_s if busy else float("inf")):
                 await self._wake.wait()
 
@@ -127,23 +123,32 @@ class Engine:
     async def step(self) -> None:
         """One look at everything that is not final. Never raises RpcError: that becomes a problem.
 
-        With nothing to do it asks the chain nothing, so that an idle node leaves public endpoints alone.
+        With nothing to do it asks the chain nothing, but once after the start whether all is still there, so that an idle
+        node leaves public endpoints alone.
         """
         problems: list[Problem] = []
         async with self._turn:
-            if self.store.open() or self.store.queued():
+            if self.store.open() or self.store.queued() or not self._reviewed:
                 await self._look(problems)
         self._problems = problems
         await self._announce()
 
     async def _look(self, problems: list[Problem]) -> None:
         try:
-            await self._check_chain()
-            head = await self.rpc.head()
-            await self._advance(head, problems)
-            await self._assign(head, problems)
-        except _Wait as wait:
+            if not self._reviewed and not self.store.next_nonce() and not self.store.queued():
+                self._reviewed = True  # nothing was ever sent
+                return
+            await self._check_chain(problems)
+            views = await self.evidence.views()
+            complete = self._review(views, problems)
+            agreed = await self._advance(views, problems)
+            if self.store.queued() and complete and agreed:
+                await self.evidence.one_chain(views)
+                await self._assign(views, problems)
+        except Wait as wait:
             problems.append(wait.problem)
+        except Unclear as unclear:
+            problems.append(self._contradicted(unclear))
         except RpcError as error:
             kind = FAULTS.get(error.kind, "RpcError")
             problems.append(Problem(kind, str(error), self.address, chain_id=self.network.chain_id))
@@ -153,70 +158,170 @@ class Engine:
             for batch_id in oldest:
                 await self._tell_stuck(batch_id, problems[-1].detail)
 
+    def _contradicted(self, unclear: Unclear) -> Problem:
+        return Problem("RpcError", f"RPCs contradict one another, nothing is sent: {unclear}", self.address)
+
+    def _again(self, what: str, found: bool = True) -> bool:
+        """Has this been found `PATIENT_LOOKS` times in a row?"""
+        self._looks[what] = self._looks.get(what, 0) + 1 if found else 0
+        if not self._looks[what]:
+            del self._looks[what]
+        return self._looks.get(what, 0) >= PATIENT_LOOKS
+
     # -- the chain under us
 
-    async def _check_chain(self) -> None:
+    async def _check_chain(self, problems: list[Problem]) -> None:
         """Is this the chain that our rows are about? A dev chain made anew has the same id and another genesis."""
         if self._checked:
             return
-        genesis = await self.rpc.genesis_hash()
-        known = self.store.bind_genesis(self.network.chain, genesis)
-        if known != genesis and self.network.dev_faucet:
-            self.store.forget_chain(self.network.chain, genesis)  # play money of a chain that is gone: begin again
-        elif known != genesis:
+        said, silent = await self.evidence.each(self.evidence.witnesses(), lambda each: each.ask(self.rpc.genesis_hash))
+        if not said:
+            raise silence(self.network, silent)
+        stories = [Story(witness.name, f"genesis {genesis[:18]}...") for witness, genesis in said]
+        hashes = {genesis for _, genesis in said}
+        if len(hashes) > 1 and not self.store.ever_signed():
+            raise Unclear(stories, contradiction=True)
+        known = self.store.bind_genesis(self.network.chain, min(hashes))
+        if known in hashes:
+            for witness, genesis in said:
+                witness.endpoint.stranger = genesis != known
+                if witness.endpoint.stranger:
+                    text = f"{witness.name} serves another chain of the same id, genesis {genesis[:18]}...: it is not used"
+                    problems.append(Problem("InvalidChainId", text, self.address, chain_id=self.network.chain_id))
+            self._checked = len(hashes) == 1 and not silent
+            return
+        if silent or len(hashes) > 1:  # those that are silent may be the ones that know our chain
+            text = f"no RPC that answers serves the chain {known[:18]}...: " + "; ".join(map(": ".join, stories))
+            raise Wait(Problem("InvalidChainId", text, self.address, chain_id=self.network.chain_id))
+        (genesis,) = hashes
+        if not self.network.dev_faucet and self.store.ever_signed():
             text = f"the chain behind {self.network.name} was replaced by another one: its genesis is {genesis[:18]}..., "
             text += f"the payments in this node's chain.db were made on {known[:18]}..."
-            raise _Wait(Problem("InvalidChainId", text, self.address, chain_id=self.network.chain_id))
+            raise Wait(Problem("InvalidChainId", text, self.address, chain_id=self.network.chain_id))
+        self.store.change_chain(self.network.chain, genesis)  # play money of a chain that is gone: begin again
         self._checked = True
+
+    def _review(self, views: Sequence[View], problems: list[Problem]) -> bool:
+        """Has the chain still what was final? If it says that nonces of ours are free again (a reorganisation deeper than
+        `depth`, a dev chain that lost blocks in a power cut), the same bytes go out again, which cannot pay twice."""
+        count = max(view.count for view in views)
+        lost = self.store.final_from(count)
+        if self._again("lost blocks", bool(lost)):
+            for tx in lost:
+                if tx.state == "confirmed":
+                    self.store.reopen(tx.id)
+                else:  # it paid nothing, was paid for by another one, and must not be mined now
+                    self.drafts.nothing(tx, views)
+                self.store.note(tx.id, "this node", f"the chain lost its block: its next nonce is {count}", self._clock())
+        self._reviewed = not self.store.final_from(count)
+        again = [tx for tx in self.store.open() if tx.reopened and tx.state != "mined"]
+        if again or not self._reviewed:
+            first = again[0].nonce if again else count
+            text = f"the chain has lost blocks that were final: our nonce {first} is free again; what was paid with it and "
+            text += "with later ones is sent again, byte for byte, and needs the coins for its fees"
+            problems.append(Problem("TxStuck", text, self.address))
+        return self._reviewed
 
     # -- transactions that are not final
 
-    async def _advance(self, head: Head, problems: list[Problem]) -> None:
+    async def _advance(self, views: Sequence[View], problems: list[Problem]) -> bool:
+        """False when RPCs contradict one another."""
         open_txs = self.store.open()
         if not open_txs:
-            return
-        chain_nonce = await self.rpc.transaction_count(self.address)
-        await self._mind_gap(chain_nonce, open_txs[0].nonce, head)
+            return True
+        await self._mind_gap(views, open_txs[0].nonce)
         for tx in open_txs:
-            receipt = await self._receipt(tx)
-            if receipt is not None:
-                self._lost.pop(tx.id, None)
-                await self._mined(tx, receipt, head)
-            elif chain_nonce > tx.nonce:
-                await self._nonce_taken(tx, head)
-            else:
-                await self._push(tx, head, tx.nonce == chain_nonce, problems)
+            try:
+                await self._advance_one(tx, views, problems)
+                self._unclear.pop(tx.id, None)
+            except Unclear as unclear:
+                self._unclear[tx.id] = unclear
+                await self._tell_unclear(tx, unclear, problems)
+        self._unclear = {tx_id: each for tx_id, each in self._unclear.items() if any(tx.id == tx_id for tx in open_txs)}
+        return not any(unclear.contradiction for unclear in self._unclear.values())
 
-    async def _mind_gap(self, chain_nonce: int, first: int, head: Head) -> None:
+    async def _advance_one(self, tx: TxRow, views: Sequence[View], problems: list[Problem]) -> None:
+        count = max(view.count for view in views)
+        shown = await self.evidence.receipts(views, self.store.hashes(tx))
+        taken = not shown and count > tx.nonce
+        if not taken:
+            self._again(f"taken {tx.id}", False)
+        if shown:
+            await self._mined(tx, shown)
+        elif taken:
+            await self._nonce_taken(tx, views)
+        else:
+            await self._push(tx, newest(views), tx.nonce == count, problems)
+
+    async def _mind_gap(self, views: Sequence[View], first: int) -> None:
         """A foreign transaction before ours was reorganised away for good: nothing of ours can move until its nonce is
         used. After some looks use it for nothing, a transfer of 0 to ourselves."""
-        if chain_nonce >= first or await self.rpc.transaction_count(self.address, "pending") > chain_nonce:
+        count = max(view.count for view in views)
+        if count >= first or await self.rpc.transaction_count(self.address, "pending") > count:
             self._gap = (-1, 0)
             return
         nonce, looks = self._gap
-        self._gap = (chain_nonce, looks + 1 if nonce == chain_nonce else 1)
-        if self._gap[1] >= PATIENT_LOOKS and not self.store.has_nonce(chain_nonce):
-            tx_id = await self._sign_and_store("fill", self.address, b"", head, nonce=chain_nonce)
+        self._gap = (count, looks + 1 if nonce == count else 1)
+        if self._gap[1] >= PATIENT_LOOKS and not self.store.has_nonce(count):
+            tx_id = await self.drafts.call("fill", self.address, b"", views, nonce=count)
             await self._broadcast(self.store.tx(tx_id), self.store.attempts(tx_id)[0], [])
 
-    async def _receipt(self, tx: TxRow) -> Receipt | None:
-        hashes = [attempt.hash for attempt in self.store.attempts(tx.id)]
-        for tx_hash in sorted(hashes, key=lambda each: each != tx.winner):
-            if (receipt := await self.rpc.receipt(tx_hash)) is not None:
-                return receipt
-        return None
-
-    async def _mined(self, tx: TxRow, receipt: Receipt, head: Head) -> None:
+    async def _mined(self, tx: TxRow, shown: Sequence[Shown]) -> None:
+        view, receipt = shown[0]
+        for each in shown:
+            told = "success" if each.receipt.succeeded else "failure"
+            text = f"receipt of {each.receipt.hash}, {told}, in block {each.receipt.block} {each.receipt.block_hash}"
+            self.store.note(tx.id, each.view.name, text, self._clock())
         if tx.state != "mined" or (tx.block_hash, tx.winner) != (receipt.block_hash, receipt.hash):
             self.store.mark_mined(tx.id, receipt.block, receipt.block_hash, receipt.hash)
             await self._tell(tx, Mined(tx.batch_id, receipt.hash, receipt.block))
             self._checkpoint("mined")
-        if head.number - receipt.block < self.network.depth:
+        for view, receipt in shown:
+            if view.head.number - receipt.block < self.network.depth:
+                continue
+            if await view.witness.block_hash(receipt.block) == receipt.block_hash:
+                await self._final(tx, view, receipt, shown)
+                return
+            # else the node's receipts lag behind its chain: look again at the next step
+
+    async def _final(self, tx: TxRow, view: View, receipt: Receipt, shown: Sequence[Shown]) -> None:
+        """A deep receipt ends a transaction, unless another RPC contradicts; one that ends it badly needs more."""
+        if len({each.receipt.succeeded for each in shown}) > 1:
+            said = [(each.view.name, "success" if each.receipt.succeeded else "failure") for each in shown]
+            raise Unclear([Story(name, f"{word} of {tx.nonce}") for name, word in said], contradiction=True)
+        await self.evidence.agreed(receipt.block, receipt.block_hash)
+        if receipt.succeeded:
+            self._check_moved(tx, view, receipt)
+            self._end(tx, "confirmed", "", receipt.gas_used, receipt.fee_wei)
             return
-        if await self.rpc.block_hash(receipt.block) != receipt.block_hash:
-            return  # the node's receipts lag behind its chain: look again at the next step
-        state, reason = ("confirmed", "") if receipt.succeeded else ("failed", await self._cause(tx, receipt))
-        self.store.finish(tx, state, reason, receipt.gas_used, receipt.fee_wei)
+        if tx.kind == "pay":
+            await self.evidence.unpaid(self._payment(tx), receipt.block, receipt.block_hash)
+        self._end(tx, "failed", await self._cause(tx, receipt), receipt.gas_used, receipt.fee_wei)
+
+    def _check_moved(self, tx: TxRow, view: View, receipt: Receipt) -> None:
+        """A token that says yes and moves nothing is no payment; nor is it a proof that nothing was moved."""
+        due: dict[str, int] = {}
+        for payee, amount_wei in self._payees(tx):
+            due[payee] = due.get(payee, 0) + amount_wei
+        for payee, amount_wei in due.items():
+            moved = transferred(receipt, self.network, self.address, payee)
+            if moved < amount_wei:
+                text = f"{receipt.hash} succeeded, and its logs move {moved} of {amount_wei} wei to {payee}"
+                raise Unclear([Story(view.name, text)])
+
+    def _payees(self, tx: TxRow) -> tuple[tuple[str, int], ...]:
+        row = self.store.batch(tx.batch_id) if tx.kind == "pay" else None
+        return row.batch.payees if row else ()
+
+    def _payment(self, tx: TxRow) -> Payment:
+        attempts = self.store.attempts(tx.id)
+        payees = tuple(payee for payee, _ in self._payees(tx))
+        since = min(attempt.head for attempt in attempts)
+        return Payment(tx.nonce, tx.recipient, tx.data, payees, self.store.hashes(tx), since)
+
+    def _end(self, tx: TxRow, state: str, reason: str, gas_used: int = 0, fee_wei: int = 0) -> None:
+        self.store.note(tx.id, "this node", f"{state}{': ' if reason else ''}{reason}", self._clock())
+        self.store.finish(tx, state, reason, gas_used, fee_wei)
 
     async def _cause(self, tx: TxRow, receipt: Receipt) -> str:
         if receipt.gas_used >= tx.gas:
@@ -227,22 +332,28 @@ class Engine:
             return f"transaction {receipt.hash} failed: {error}"
         return f"transaction {receipt.hash} was reverted"
 
-    async def _nonce_taken(self, tx: TxRow, head: Head) -> None:
-        """Another transaction has our nonce. Only when that is final can ours never be mined.
+    async def _nonce_taken(self, tx: TxRow, views: Sequence[View]) -> None:
+        """The nonce is used, and no RPC shows a receipt of ours. That proves nothing: what used it has to be found."""
+        if tx.kind != "pay":
+            await self._moneyless_taken(tx, views)
+            return
+        payment = self._payment(tx)
+        use = await self.evidence.user(payment)
+        self.store.note(tx.id, use.view.name, f"block {use.block} {use.block_hash} holds {use.tx.hash}", self._clock())
+        if use.tx.hash in payment.hashes or use.tx.pays(tx.recipient, tx.data):
+            if (tx.state, tx.block_hash, tx.winner) != ("mined", use.block_hash, use.tx.hash):
+                self.store.mark_mined(tx.id, use.block, use.block_hash, use.tx.hash)
+            raise Unclear([Story(use.view.name, f"block {use.block} holds our {use.tx.hash}, and no RPC shows its receipt")])
+        if self._again(f"taken {tx.id}"):
+            reason = f"another transaction of {self.address}, {use.tx.hash} in block {use.block}, took nonce {tx.nonce}"
+            self._end(tx, "nonce_lost", reason)
 
-        A wrong conclusion here would pay twice, and behind one URL there may be several nodes, one of which has not seen
-        our receipt yet. So one endpoint has to say both things, and several looks in a row have to find the same.
-        """
-        if head.number < self.network.depth:
-            return
-        with self.rpc.pool.pinned():
-            final_nonce = await self.rpc.transaction_count(self.address, head.number - self.network.depth)
-            lost = final_nonce > tx.nonce and await self._receipt(tx) is None
-        self._lost[tx.id] = self._lost.get(tx.id, 0) + 1 if lost else 0
-        if self._lost[tx.id] < PATIENT_LOOKS:
-            return
-        del self._lost[tx.id]
-        self.store.finish(tx, "nonce_lost", f"another transaction of {self.address} took nonce {tx.nonce}")
+    async def _moneyless_taken(self, tx: TxRow, views: Sequence[View]) -> None:
+        """An approval, test money or an empty transaction: a mistake costs a fee."""
+        view = max(views, key=lambda each: each.count)
+        deep = view.head.number - self.network.depth
+        if deep >= 0 and self._again(f"taken {tx.id}", await view.witness.count(self.address, deep) > tx.nonce):
+            self._end(tx, "nonce_lost", f"another transaction of {self.address} took nonce {tx.nonce}")
 
     async def _push(self, tx: TxRow, head: Head, is_next: bool, problems: list[Problem]) -> None:
         """Not in a block: make sure that the network has it, and that it pays enough."""
@@ -294,103 +405,42 @@ class Engine:
             problems.append(Problem("TxStuck", text, self.address))
             await self._tell_stuck(tx.batch_id, text)
             return
-        signed = self._sign(tx.nonce, tx.gas, max_fee, priority_fee, tx.recipient, tx.data)
+        signed = self.drafts.sign(tx.nonce, tx.gas, max_fee, priority_fee, tx.recipient, tx.data)
         attempt = Attempt(signed.hash, tx.id, signed.raw, max_fee, priority_fee, self._clock(), head.number, 0)
         self.store.add_attempt(attempt)
+        self.store.note(tx.id, "this node", f"signed {signed.hash} with a higher fee", self._clock())
         await self._broadcast(tx, attempt, problems)
 
     # -- batches that wait for a transaction
 
-    async def _assign(self, head: Head, problems: list[Problem]) -> None:
+    async def _assign(self, views: Sequence[View], problems: list[Problem]) -> None:
         for row in self.store.queued():
             try:
-                tx_id = await self._make(row.batch, head)
-            except _Wait as wait:
-                if not wait.ordinary:
+                tx_id = await self.drafts.payment(row.batch, views)
+            except WouldFail as wait:
+                await self._single_out(row.batch, wait, problems)
+                continue
+            except Wait as wait:
+                if wait.first is None:
                     problems.append(wait.problem)
+                elif wait.first:
+                    await self._broadcast(self.store.tx(wait.first), self.store.attempts(wait.first)[0], [])
                 await self._tell_stuck(row.batch.batch_id, wait.problem.detail)
                 return  # later batches must not overtake: the oldest is paid first
             await self._broadcast(self.store.tx(tx_id), self.store.attempts(tx_id)[0], problems)
 
-    async def _make(self, batch: TransferBatch, head: Head) -> int:
-        """Sign and store the transaction of a batch; if it needs an allowance first, that of the approval and wait."""
-        multi = self.network.multi_transfer
-        reserved = sum(tx.total_wei for tx in self.store.open() if tx.state != "mined")
-        missing = batch.total_wei + reserved
-        missing -= await token.tokens(self.rpc, self.network, self.address, enough_wei=missing)
-        if missing > 0:
-            text = f"{missing / 1e18:.6g} {self.network.symbol} too little on {self.address}"
-            raise _Wait(Problem("InsufficientToken", text, self.address, needed_wei=missing))
-        if len(batch.payees) == 1 or multi is None:
-            ((payee, amount_wei),) = batch.payees
-            call = token.transfer_call(payee, amount_wei)
-            return await self._sign_and_store("pay", self.network.token, call, head, batch)
-        if await token.allowance(self.rpc, self.network, self.address, multi) < batch.total_wei + reserved:
-            if not any(tx.kind == "approve" for tx in self.store.open()):
-                tx_id = await self._sign_and_store("approve", self.network.token, token.approve_call(multi), head)
-                await self._broadcast(self.store.tx(tx_id), self.store.attempts(tx_id)[0], [])
-            raise _Wait(Problem("TxStuck", "the multi-transfer contract is being approved", self.address), ordinary=True)
-        return await self._sign_and_store("pay", multi, token.packed_call(batch.payees), head, batch)
-
-    async def _sign_and_store(
-        self, kind: str, recipient: str, call: bytes, head: Head, batch: TransferBatch | None = None,
-        nonce: int | None = None,
-    ) -> int:
-        """Nonce, fees, gas, signature, disk. Returns the row's id; _Wait when it cannot be paid for now."""
-        payees = len(batch.payees) if batch else 1
-        priority_fee, max_fee = await self._fees(head)
-        gas = await self._gas(recipient, call, payees)
-        nonce = await self._free_nonce() if nonce is None else nonce
-        signed = self._sign(nonce, gas, max_fee, priority_fee, recipient, call)
-        await self._afford(gas * max_fee, signed)
-        self._checkpoint("signed")
-        total_wei = batch.total_wei if batch else 0
-        batch_id = batch.batch_id if batch else ""
-        tx = TxRow(0, nonce, kind, batch_id, recipient, call, gas, total_wei, "signed", 0, "", "", 0, 0)
-        attempt = Attempt(signed.hash, 0, signed.raw, max_fee, priority_fee, self._clock(), head.number, 0)
-        tx_id = self.store.add_tx(tx, attempt)
-        self._checkpoint("stored")
-        return tx_id
-
-    async def _fees(self, head: Head) -> tuple[int, int]:
-        """(priority fee, maximum fee) in wei per gas, with room for the base fee to double."""
-        priority_fee = 0 if self.network.fee_model == "zk" else self.network.priority_fee
-        if head.base_fee + priority_fee > self.network.fee_cap:
-            text = f"the base fee is {head.base_fee / 1e9:.3g} gwei per gas, over the cap of "
-            raise _Wait(Problem("TxStuck", text + f"{self.network.fee_cap / 1e9:g} gwei: waiting", self.address))
-        return priority_fee, min(2 * head.base_fee + priority_fee, self.network.fee_cap)
-
-    async def _gas(self, recipient: str, call: bytes, payees: int) -> int:
-        try:
-            estimate = await self.rpc.estimate_gas(self.address, recipient, call)
-        except RpcError as error:
-            if error.kind != "answer":
-                raise
-            kind = "InsufficientGas" if any(words in str(error).lower() for words in NO_FUNDS) else "TxStuck"
-            raise _Wait(Problem(kind, f"the transaction would fail: {error}", self.address)) from error
-        # on zk chains the estimate holds the cost of data already and grows with nothing we know
-        return estimate if self.network.fee_model == "zk" else estimate * 6 // 5 + GAS_SPARE * payees
-
-    async def _afford(self, cost_wei: int, signed: Signed) -> None:
-        if self.network.fee_model == "op":
-            cost_wei += await token.l1_fee(self.rpc, signed.raw) * 5 // 4  # it may rise until the block
-        for tx in self.store.open():
-            if tx.state != "mined":
-                cost_wei += tx.gas * self.store.attempts(tx.id)[0].max_fee
-        missing = cost_wei - await token.coins(self.rpc, self.address, enough_wei=cost_wei)
-        if missing > 0:
-            text = f"{missing / 1e18:.6g} {self.network.coin} too little for gas on {self.address}"
-            raise _Wait(Problem("InsufficientGas", text, self.address, needed_wei=missing))
-
-    async def _free_nonce(self) -> int:
-        chain_nonce, own = await self.rpc.transaction_count(self.address), self.store.next_nonce()
-        if chain_nonce < own and not any(tx.nonce >= chain_nonce for tx in self.store.open()):
-            text = f"the node says nonce {chain_nonce}, we have used {own - 1}: it is behind, nothing is sent through it"
-            raise _Wait(Problem("RpcError", text, self.address))
-        return max(chain_nonce, own)
-
-    def _sign(self, nonce: int, gas: int, max_fee: int, priority_fee: int, recipient: str, call: bytes) -> Signed:
-        return sign(self.key, Transaction(self.network.chain_id, nonce, gas, max_fee, priority_fee, recipient, call))
+    async def _single_out(self, batch: TransferBatch, wait: WouldFail, problems: list[Problem]) -> None:
+        """A payee to whom the token moves nothing holds up nobody else: the batch goes back, and names him."""
+        refused = await self.drafts.refused(batch)
+        detail = wait.problem.detail
+        if refused:
+            named = ", ".join(f"{payee} ({words[:100]})" for payee, words in list(refused.items())[:5])
+            detail = f"{self.network.symbol} refuses a transfer to {named}"
+        if refused and len(refused) < len(batch.payees):
+            self.store.refuse(batch.batch_id, detail, tuple(refused))
+            return
+        problems.append(Problem("TxStuck", detail, self.address))
+        await self._tell_stuck(batch.batch_id, detail)
 
     # -- telling
 
@@ -403,6 +453,19 @@ class Engine:
             self._told[batch_id] = reason
             await self._notify(Stuck(batch_id, reason))
 
+    async def _tell_unclear(self, tx: TxRow, unclear: Unclear, problems: list[Problem]) -> None:
+        """An unclear payment, once it is no mere moment: to the trace, to the problems and to its order."""
+        patient = self._again(f"unclear {tx.id}")
+        for story in unclear.stories:
+            self.store.note(tx.id, story.teller, story.text, self._clock())
+        if unclear.contradiction:
+            problems.append(self._contradicted(unclear))
+        if patient and tx.batch_id:
+            text = f"it is not clear what became of payment {tx.batch_id}, nonce {tx.nonce}. {unclear}. It is not paid "
+            text += f"anew before the RPCs agree, or a person says so: `golem payment decide {tx.batch_id}`"
+            problems.append(Problem("TxStuck", text, self.address))
+            await self._tell_stuck(tx.batch_id, text)
+
     async def _announce(self) -> None:
         """Tell the end of each finished batch; noted only when the listener has returned, so at least once."""
         for row in self.store.unannounced():
@@ -413,7 +476,7 @@ class Engine:
     def _ending(self, row: BatchRow) -> Event:
         batch_id = row.batch.batch_id
         if row.state == "failed":
-            return Failed(batch_id, row.reason)
+            return Failed(batch_id, row.reason, row.refused)
         if row.state == "nonce_lost":
             return NonceLost(batch_id, row.reason)
         tx = self.store.tx_of_batch(batch_id)
@@ -424,36 +487,13 @@ class Engine:
 
     async def fund(self) -> token.Balances:
         """Get test ether and test tokens; returns what the account holds then. `run` must be running. FundError."""
-        if not self.network.is_test or self.network.mint is None:
-            wanted = f"send {self.network.coin} and {self.network.symbol} to {self.address}"
-            raise FundError(f"there is no faucet for {self.network.name}: {wanted}")
-        try:
-            if self.network.dev_faucet:
-                await self.rpc.dev("dev_faucet", self.address)
-            with trio.move_on_after(FUND_S):
-                while not await self.rpc.balance(self.address):
-                    await trio.sleep(self.network.poll_s)
-            await self._mint(self.network.mint)
-            return await token.balances(self.rpc, self.network, self.address)
-        except RpcError as error:
-            raise FundError(f"{self.network.name}: {error}") from error
+        return await faucet.fund(self)
 
-    async def _mint(self, mint: str) -> None:
+    async def send_call(self, kind: str, recipient: str, call: bytes) -> int:
+        """Sign and send a call that pays nobody; its row's id. RpcError, `Wait` or `Unclear` say why not."""
         async with self._turn:
-            try:
-                await self._check_chain()
-                head = await self.rpc.head()
-                tx_id = await self._sign_and_store("mint", mint, token.CREATE, head)
-            except _Wait as wait:
-                if "Cannot acquire more funds" in str(wait):
-                    return  # it holds plenty
-                raise FundError(f"no test tokens: {wait}") from wait
+            await self._check_chain([])
+            tx_id = await self.drafts.call(kind, recipient, call, await self.evidence.views())
             await self._broadcast(self.store.tx(tx_id), self.store.attempts(tx_id)[0], [])
         self._wake.set()
-        with trio.move_on_after(FUND_S):
-            while (tx := self.store.tx(tx_id)).state in ("signed", "sent"):
-                await trio.sleep(self.network.poll_s / 3)
-            if tx.state in ("mined", "confirmed"):
-                return
-            raise FundError(f"create() did not succeed: {tx.state}")
-        raise FundError(f"create() was not mined within {FUND_S:.0f} s")
+        return tx_id

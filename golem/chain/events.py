@@ -35,10 +35,14 @@ class Confirmed:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """Final: the transaction was mined and reverted, or none can be made. Nothing was paid."""
+    """Final: the transaction was mined and reverted, or none can be made. Nothing was paid.
+
+    `refused`: the payees whose fault it is, where that is known.
+    """
 
     batch_id: str
     reason: str
+    refused: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

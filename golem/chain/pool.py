@@ -59,6 +59,7 @@ class Endpoint:
         self.failures = 0
         self.rests_until = 0.0
         self.trouble = ""
+        self.stranger = False  # it serves another chain of the same id: nothing is asked of it but whether it still does
 
     @property
     def host(self) -> str:
@@ -213,7 +214,8 @@ class Pool:
             return [pin]
         now, best = trio.current_time(), max(endpoint.head for endpoint in self.endpoints)
         return sorted(
-            self.endpoints, key=lambda each: (each.rests_until > now, bool(each.head) and each.head < best - LAG_BLOCKS)
+            (each for each in self.endpoints if not each.stranger),
+            key=lambda each: (each.rests_until > now, bool(each.head) and each.head < best - LAG_BLOCKS),
         )
 
     async def _check_chain(self, endpoint: Endpoint) -> None:

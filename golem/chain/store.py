@@ -16,14 +16,19 @@ from pathlib import Path
 SCHEMA = """
 create table if not exists batch(
   account text, id text, nonce int, payees text, state text, reason text, announced int, seq integer primary key,
-  unique(account, id));
+  refused text not null default '', unique(account, id));
 create table if not exists tx(
   id integer primary key, account text, nonce int, kind text, batch text, recipient text, data blob, gas int,
   total_wei text, state text, block int, block_hash text, winner text, gas_used int, fee_wei text,
-  unique(account, nonce));
+  reopened int not null default 0, unique(account, nonce));
 create index if not exists tx_state on tx(account, state);
+create index if not exists tx_batch on tx(batch);
+create table if not exists seen(
+  id integer primary key, tx int, teller text, text text, at real);
+create index if not exists seen_tx on seen(tx, teller);
 create table if not exists attempt(
-  hash text primary key, tx int, raw blob, max_fee text, priority_fee text, created real, head int, sends int);
+  hash text, tx int, raw blob, max_fee text, priority_fee text, created real, head int, sends int,
+  primary key(hash, tx));
 create index if not exists attempt_tx on attempt(tx);
 create table if not exists chain(id text primary key, genesis text);
 create table if not exists claim(
@@ -32,6 +37,8 @@ create table if not exists claim(
 create table if not exists purse(chain text, address text, gas_wei text, token_wei text, at real, primary key(chain, address));
 """
 OPEN = ("signed", "sent", "mined")
+FILL_GAS = 21_000
+MAX_SEEN = 200  # remarks kept on a transaction
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +61,7 @@ class BatchRow:
     batch: TransferBatch
     state: str
     reason: str
+    refused: tuple[str, ...] = ()  # payees to whom the token moves nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +82,16 @@ class TxRow:
     winner: str
     gas_used: int
     fee_wei: int
+    reopened: bool = False  # it was final once, and the chain lost its block
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What somebody said of a transaction: an RPC, this node or a person. `at` in seconds of the epoch."""
+
+    teller: str
+    text: str
+    at: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,13 +160,13 @@ def connect(path: Path | str) -> sqlite3.Connection:
 
 _TX_COLUMNS = (
     "id, coalesce(nonce,-1), kind, coalesce(batch,''), recipient, data, gas, total_wei, state, coalesce(block,0),"
-    " coalesce(block_hash,''), coalesce(winner,''), coalesce(gas_used,0), coalesce(fee_wei,'0')"
+    " coalesce(block_hash,''), coalesce(winner,''), coalesce(gas_used,0), coalesce(fee_wei,'0'), reopened"
 )
 
 
 def _tx(row: tuple[object, ...]) -> TxRow:
     values = list(row)
-    values[7], values[13] = int(str(values[7])), int(str(values[13]))
+    values[7], values[13], values[14] = int(str(values[7])), int(str(values[13])), bool(values[14])
     return TxRow(*values)  # type: ignore[arg-type]
 
 
@@ -178,18 +196,20 @@ class Store:
         row = self._sql.execute("select genesis from chain where id=?", (chain,)).fetchone()
         return str(row[0])
 
-    def forget_chain(self, chain: str, genesis: str) -> None:
-        """The chain was made anew: bind `genesis` and queue again every batch whose end nobody has heard of. Transactions
-        of the others stay as history, without a nonce."""
+    def change_chain(self, chain: str, genesis: str) -> None:
+        """Another chain has come under this id. Transactions of the old one are put aside, those of the new one come back
+        where it was here before. Batches whose end nobody has heard of stand as the new chain's transactions say, and are
+        queued again where it has none."""
         with self._transaction():
-            self._sql.execute("delete from attempt where tx in (select id from tx where account=?)", (self.account,))
+            (old,) = self._sql.execute("select genesis from chain where id=?", (chain,)).fetchone()
+            self._sql.execute("update tx set account=? where account=?", (f"{self.account}@{old}", self.account))
+            self._sql.execute("update tx set account=? where account=?", (self.account, f"{self.account}@{genesis}"))
             self._sql.execute(
-                "delete from tx where account=? and (batch is null"
-                " or batch in (select id from batch where account=? and announced=0))",
-                (self.account, self.account),
+                f"update batch set state=coalesce((select case when tx.state in {OPEN} then 'assigned' else tx.state end"
+                " from tx where tx.account=batch.account and tx.batch=batch.id order by tx.id desc limit 1), 'queued')"
+                " where account=? and announced=0",
+                (self.account,),
             )
-            self._sql.execute("update tx set nonce=null where account=?", (self.account,))
-            self._sql.execute("update batch set state='queued' where account=? and announced=0", (self.account,))
             self._sql.execute("update chain set genesis=? where id=?", (genesis, chain))
 
     # -- batches
@@ -217,12 +237,12 @@ class Store:
     def batches(self, where: str) -> list[BatchRow]:
         """Batches in order of arrival; `where` is one of this module's own conditions."""
         rows = self._sql.execute(
-            f"select id, nonce, payees, state, reason from batch where account=? and {where} order by seq",
+            f"select id, nonce, payees, state, reason, refused from batch where account=? and {where} order by seq",
             (self.account,),
         )
         return [
-            BatchRow(TransferBatch(i, n, tuple((a, int(w)) for a, w in json.loads(p))), state, reason)
-            for i, n, p, state, reason in rows
+            BatchRow(TransferBatch(i, n, tuple((a, int(w)) for a, w in json.loads(p))), state, reason, tuple(refused.split()))
+            for i, n, p, state, reason, refused in rows
         ]
 
     def queued(self) -> list[BatchRow]:
@@ -231,6 +251,15 @@ class Store:
     def unannounced(self) -> list[BatchRow]:
         """Finished batches whose end nobody has taken note of."""
         return self.batches("announced=0 and state in ('confirmed','failed','nonce_lost')")
+
+    def batch(self, batch_id: str) -> BatchRow | None:
+        rows = self._sql.execute("select seq from batch where account=? and id=?", (self.account, batch_id)).fetchone()
+        return self.batches(f"seq={int(rows[0])}")[0] if rows else None
+
+    def refuse(self, batch_id: str, reason: str, payees: tuple[str, ...]) -> None:
+        """No transaction can be made of a queued batch, since these cannot be paid: final, nothing was signed."""
+        sql = "update batch set state='failed', reason=?, refused=? where account=? and id=? and state='queued'"
+        self._sql.execute(sql, (reason, " ".join(payees), self.account, batch_id))
 
     def announced(self, batch_id: str) -> None:
         self._sql.execute("update batch set announced=1 where account=? and id=?", (self.account, batch_id))
@@ -245,10 +274,32 @@ class Store:
         return [_tx(row) for row in rows]
 
     def tx_of_batch(self, batch_id: str) -> TxRow | None:
+        """Its last transaction, on this chain if there is one."""
         row = self._sql.execute(
-            f"select {_TX_COLUMNS} from tx where account=? and batch=?", (self.account, batch_id)
+            f"select {_TX_COLUMNS} from tx where batch=? and (account=? or account like ?) order by account, id desc",
+            (batch_id, self.account, f"{self.account}@%"),
         ).fetchone()
         return _tx(row) if row else None
+
+    def txs_of_batch(self, batch_id: str) -> list[TxRow]:
+        """All that were ever signed for it, on this chain."""
+        rows = self._sql.execute(
+            f"select {_TX_COLUMNS} from tx where account=? and batch=? order by id", (self.account, batch_id)
+        )
+        return [_tx(row) for row in rows]
+
+    def final_from(self, nonce: int) -> list[TxRow]:
+        """Final transactions with this nonce or a higher one, in nonce order."""
+        rows = self._sql.execute(
+            f"select {_TX_COLUMNS} from tx where account=? and nonce>=? and state not in {OPEN} order by nonce",
+            (self.account, nonce),
+        )
+        return [_tx(row) for row in rows]
+
+    def made(self, tx_hash: str) -> bool:
+        """Was this transaction signed here, or found to be one of ours?"""
+        sql = "select 1 from attempt where hash=? union select 1 from tx where winner=?"
+        return self._sql.execute(sql, (tx_hash, tx_hash)).fetchone() is not None
 
     def tx(self, tx_id: int) -> TxRow:
         return _tx(self._sql.execute(f"select {_TX_COLUMNS} from tx where id=?", (tx_id,)).fetchone())
@@ -257,6 +308,11 @@ class Store:
         """One over the highest nonce ever used here; 0 at first."""
         row = self._sql.execute("select max(nonce) from tx where account=?", (self.account,)).fetchone()
         return 0 if row[0] is None else int(row[0]) + 1
+
+    def ever_signed(self) -> bool:
+        """Was any transaction of the account made here, on this chain or on one that was here before?"""
+        sql = "select 1 from tx where account=? or account like ?"
+        return self._sql.execute(sql, (self.account, f"{self.account}@%")).fetchone() is not None
 
     def has_nonce(self, nonce: int) -> bool:
         """Was a transaction with this nonce ever made here?"""
@@ -298,6 +354,11 @@ class Store:
         )
         return [Attempt(h, t, raw, int(m), int(p), c, head, s) for h, t, raw, m, p, c, head, s in rows]
 
+    def hashes(self, tx: TxRow) -> tuple[str, ...]:
+        """Under which its receipt may be found: the likeliest first."""
+        found = [attempt.hash for attempt in self.attempts(tx.id)]
+        return tuple(dict.fromkeys([*([tx.winner] if tx.winner else []), *found]))
+
     def count_send(self, tx_hash: str) -> None:
         self._sql.execute("update attempt set sends=sends+1 where hash=?", (tx_hash,))
 
@@ -310,14 +371,53 @@ class Store:
             "update tx set state='mined', block=?, block_hash=?, winner=? where id=?", (block, block_hash, winner, tx_id)
         )
 
+    def reopen(self, tx_id: int) -> None:
+        """It was final, and the chain lost its block: it is on its way again."""
+        self._sql.execute(
+            "update tx set state='sent', reopened=1, block=null, block_hash=null where id=?", (tx_id,)
+        )
+
+    def replace_by_nothing(self, tx_id: int, recipient: str, attempt: Attempt) -> None:
+        """Use the nonce of a transaction that must not be mined any more for an empty one."""
+        with self._transaction():
+            self._insert(attempt, tx_id)
+            self._sql.execute(
+                "update tx set state='signed', kind='fill', batch=null, recipient=?, data=x'', gas=?, total_wei='0',"
+                " block=null, block_hash=null where id=?",
+                (recipient, FILL_GAS, tx_id),
+            )
+
     def finish(self, tx: TxRow, state: str, reason: str = "", gas_used: int = 0, fee_wei: int = 0) -> None:
-        """Final: the transaction and its batch together."""
+        """Final: the transaction and its batch together. A batch that was told to be paid is never told to have failed:
+        it is queued again here, under its id."""
         with self._transaction():
             self._sql.execute(
                 "update tx set state=?, gas_used=?, fee_wei=? where id=?", (state, gas_used, str(fee_wei), tx.id)
             )
             if tx.batch_id:
+                ends = "queued" if tx.reopened and state != "confirmed" else state
                 self._sql.execute(
                     "update batch set state=?, reason=? where account=? and id=?",
-                    (state, reason, self.account, tx.batch_id),
+                    (ends, reason, self.account, tx.batch_id),
                 )
+
+    # -- what was seen
+
+    def note(self, tx_id: int, teller: str, text: str, at: float) -> None:
+        """Remember what is said of a transaction, when it is news. The oldest beyond `MAX_SEEN` are dropped."""
+        last = self._sql.execute(
+            "select text from seen where tx=? and teller=? order by id desc limit 1", (tx_id, teller)
+        ).fetchone()
+        if last is not None and last[0] == text:
+            return
+        with self._transaction():
+            self._sql.execute("insert into seen(tx, teller, text, at) values(?,?,?,?)", (tx_id, teller, text, at))
+            self._sql.execute(
+                "delete from seen where tx=? and id not in (select id from seen where tx=? order by id desc limit ?)",
+                (tx_id, tx_id, MAX_SEEN),
+            )
+
+    def seen(self, tx_id: int) -> list[Seen]:
+        """Oldest first."""
+        rows = self._sql.execute("select teller, text, at from seen where tx=? order by id", (tx_id,))
+        return [Seen(*row) for row in rows]

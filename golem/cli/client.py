@@ -10,7 +10,8 @@ import click
 import trio
 
 from golem.cli.output import fail
-from golem.config import Config, ConfigError, config_from, load_environment
+from golem.config import Config, ConfigError, config_from
+from golem.dotenv_file import load_environment
 
 
 def config_of(context: click.Context | None = None, **flags: Any) -> Config:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import sys
 from decimal import Decimal
 from functools import partial
@@ -13,11 +15,12 @@ import click
 
 from golem.cli.client import ask_node, config_of
 from golem.cli.output import fail, nothing, table, text, value, wants_json
-from golem.config import load_environment
+from golem.dotenv_file import dot_env, load_environment
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from golem.config import Config
     from golem.provider.presets import Preset, Presets
 
 APP_KEY_NAME = "provider"
@@ -91,6 +94,10 @@ def run(agent_dir: Path | None, name: str | None, subnet: str | None, node_url: 
     )
     for noisy in ("httpx", "httpcore", "trio", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    if note := dot_env().note():
+        logging.getLogger("golem.config").warning("%s", note)
+    if not node_url:
+        _check_file_url(config)
     key = env.get("YAGNA_APPKEY") or ask_node("app_key_create", name=APP_KEY_NAME)["key"]
     folder = _agent_dir(agent_dir)
     try:
@@ -116,6 +123,20 @@ def run(agent_dir: Path | None, name: str | None, subnet: str | None, node_url: 
         raise fail(str(error)) from None
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _check_file_url(config: Config) -> None:
+    """End the command where a `.env` names the node, but holds no key for it: ours is not for whom such a file names."""
+    found = dot_env()
+    if "YAGNA_API_URL" not in found.given or "YAGNA_APPKEY" in found.given:
+        return
+    url = os.environ["YAGNA_API_URL"].rstrip("/")
+    try:
+        own = str(json.loads(config.status_path.read_text())["apiUrl"]).rstrip("/")
+    except (OSError, ValueError, KeyError, TypeError):
+        own = ""
+    if url != own:
+        raise fail(f"{found.path} names the node {url} in YAGNA_API_URL, but no YAGNA_APPKEY for it: no other key is sent there")
 
 
 def leaves(group: BaseExceptionGroup[Any]) -> list[BaseException]:

@@ -11,6 +11,7 @@ import click
 
 from golem.cli.client import ask_node, config_of
 from golem.cli.output import fail, nothing, say
+from golem.dotenv_file import dot_env
 from golem.hosts import is_this_machine
 
 if TYPE_CHECKING:
@@ -69,6 +70,8 @@ def run_command(debug: bool, no_mdns: bool, **flags: Any) -> None:
     from golem.net import NetError
     from golem.node import run_node
 
+    if note := dot_env().note():
+        logging.getLogger("golem.config").warning("%s", note)
     ask_password = _ask_password if sys.stdin.isatty() else None
     try:
         trio.run(run_node, config, ask_password, lambda node: _say_ready(node, config.api_port, config.api_port_fixed))

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -22,6 +20,7 @@ import trio
 
 from actors.kernel.machine import Meta, Send
 from actors.kernel.system import System
+from golem.children import CWD, child_environment, python_line
 from golem.exeunit.descriptors import SEARCH
 from golem.exeunit.supervisor import start_ticks
 from golem.identity import write_private
@@ -34,17 +33,11 @@ if TYPE_CHECKING:
 log = logging.getLogger("golem.provider")
 
 TERMINATION_S = 5.0  # from SIGTERM to SIGKILL
-_ROOT = Path(__file__).resolve().parents[2]  # where the packages are, installed or not
-_SECRETS = re.compile(r"(KEY|PASSWORD|PASSWD|SECRET|TOKEN|CREDENTIAL|AUTOCONF)")
 
 
 def unit_environment(places: str | None = None) -> dict[str, str]:
     """Return the environment of exe-units: ours without anything secret. `places`: where descriptors are."""
-    env = {name: value for name, value in os.environ.items() if not _SECRETS.search(name.upper())}
-    if places is not None:
-        env[SEARCH] = places
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_ROOT), env.get("PYTHONPATH"))))
-    return env
+    return child_environment() | ({} if places is None else {SEARCH: places})
 
 
 def is_unit(pid: int, activity_id: str) -> bool:
@@ -165,14 +158,14 @@ class Processes:
         agreement = agreement_dir / "agreement.json"
         write_private(agreement, message.agreement)
         units = self._units()
-        command = [
-            sys.executable, "-m", "golem.exeunit", "--runtime", message.runtime, "--activity", message.activity_id,
+        command = python_line(
+            "golem.exeunit", "--runtime", message.runtime, "--activity", message.activity_id,
             "--bus", str(self._bus()), "--agreement", str(agreement), "--work", str(work), "--cache", str(cache),
             *units.flags(),
-        ]  # fmt: skip
+        )  # fmt: skip
         with (logs / f"{message.activity_id}.log").open("ab") as output:
             return await trio.lowlevel.open_process(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True, cwd=CWD,
                 env=unit_environment(units.places),
             )  # fmt: skip
 

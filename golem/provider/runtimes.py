@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import subprocess
-import sys
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 
 import trio
 
+from golem.children import CWD, python_line
 from golem.exeunit.descriptors import Catalogue, DescriptorError, default_places, find_descriptors
 from golem.exeunit.runtimes import runtime_names
 from golem.provider.processes import unit_environment
@@ -60,7 +60,9 @@ Ask = Callable[[str, ExeUnits], Awaitable[Template | str]]
 
 def search_places(given: str | None, data_dir: Path) -> str:
     """Return where an agent's descriptors are: as given, else the default places that there are."""
-    return given or os.pathsep.join(place for place in default_places(data_dir) if os.path.isdir(place))
+    if given:  # relative to where the agent stands; its children stand elsewhere
+        return os.pathsep.join(os.path.abspath(os.path.expanduser(place)) for place in given.split(os.pathsep) if place)
+    return os.pathsep.join(place for place in default_places(data_dir) if os.path.isdir(place))
 
 
 def catalogue(places: str | None) -> Catalogue:
@@ -87,10 +89,10 @@ async def ask_runtime(runtime: str, units: ExeUnits = ExeUnits()) -> Template | 
 
 async def exe_unit(command: str, runtime: str, units: ExeUnits, timeout_s: float, *flags: str) -> tuple[str | None, str]:
     """Run a short command of the exe-unit; return its problem (or None) and its output."""
-    arguments = [sys.executable, "-m", "golem.exeunit", command, "--runtime", runtime, *flags]
+    arguments = python_line("golem.exeunit", command, "--runtime", runtime, *flags)
     with trio.move_on_after(timeout_s):
         done = await trio.run_process(
-            arguments, capture_stdout=True, capture_stderr=True, check=False, stdin=subprocess.DEVNULL,
+            arguments, capture_stdout=True, capture_stderr=True, check=False, stdin=subprocess.DEVNULL, cwd=CWD,
             env=unit_environment(units.places),
         )  # fmt: skip
         said = done.stderr.decode("utf-8", "replace").strip().splitlines()

@@ -268,7 +268,7 @@ async def test_a_dev_chain_made_anew_is_taken_as_new(tmp_path: Path) -> None:
                     assert told == {"left over", "b1", "b2"}, "what was paid on the old chain stays paid"
             assert lab.tokens(payee) == number * GLM
         async with payer(lab, key, tmp_path / "chain.db", dev_faucet=False) as wallet:
-            wallet.engine.store.forget_chain(lab.network.chain, "0x" + "11" * 32)
+            wallet.engine.store.change_chain(lab.network.chain, "0x" + "11" * 32)
             await wallet.engine.submit(TransferBatch("b3", 0, ((payee, GLM),)))
             await wallet.engine.step()
             assert wallet.problems == ["InvalidChainId"]

@@ -291,18 +291,42 @@ async def test_a_reverted_transaction_fails_with_its_cause(lab: Lab, db: Path) -
 
 
 @trio_test
-async def test_a_node_behind_our_own_history_is_not_sent_through(lab: Lab, db: Path) -> None:
+async def test_a_chain_that_lost_final_blocks_gets_the_same_bytes_again(lab: Lab, db: Path) -> None:
     key, payee = lab.rich("stale"), address_of("stale payee")
     snapshot = lab.call("evm_snapshot")
     async with payer(lab, key, db) as wallet:
         await wallet.pay("b1", (payee, GLM))
-        await wallet.until(Confirmed)
+        first = await wallet.until(Confirmed)
         lab.call("evm_revert", snapshot)
         await wallet.engine.submit(TransferBatch("b2", 2, ((payee, GLM),)))
         await wallet.engine.step()
-        assert wallet.problems == ["RpcError"]
-        assert "behind" in wallet.engine.problems()[0].detail
-        assert len(wallet.told(Sent)) == 1
+        assert wallet.problems == ["TxStuck"]
+        assert "has lost blocks" in wallet.engine.problems()[0].detail
+        assert len(wallet.told(Sent)) == 1, "nothing new is sent through a node that is behind"
+        while len(wallet.told(Confirmed)) < 2:
+            await wallet.engine.step()
+            lab.mine()
+        assert lab.call("eth_getTransactionReceipt", first.tx_hash)["status"] == "0x1"
+        assert wallet.problems == []
+    assert lab.tokens(payee) == 2 * GLM
+
+
+@trio_test
+async def test_a_chain_that_lost_blocks_while_nobody_looked_is_healed_at_the_next_start(lab: Lab, db: Path) -> None:
+    key, payee = lab.rich("power cut"), address_of("power cut payee")
+    snapshot = lab.call("evm_snapshot")
+    async with payer(lab, key, db) as wallet:
+        await wallet.pay("b1", (payee, GLM))
+        await wallet.until(Confirmed)
+    lab.call("evm_revert", snapshot)
+    assert lab.tokens(payee) == 0
+    async with payer(lab, key, db) as wallet:
+        for _ in range(12):
+            await wallet.engine.step()
+            lab.mine()
+        assert wallet.problems == []
+        assert not [event for event in wallet.events if isinstance(event, Confirmed | Failed | NonceLost)], "told already"
+    assert lab.tokens(payee) == GLM
 
 
 @trio_test

@@ -10,21 +10,20 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import re
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import httpx
 import trio
+
+from golem.children import CWD, child_environment, python_line
 
 INFO_NAME = "chain.json"
 LOCK_NAME = "chain.lock"
 LOG_NAME = "devchain.log"
 BUSY_EXIT = 3
 LOOPBACK = "127.0.0.1"
-_SECRET = re.compile(r"KEY|PASSWORD|SECRET|TOKEN")
 LOG_LIMIT = 4 << 20  # bytes; a longer log moves aside at the next start
 START_S = 60.0  # about 1.5 s on an idle machine
 
@@ -90,31 +89,22 @@ async def url_of(directory: Path | str) -> str | None:
 
 
 def _spawn(directory: Path, arguments: tuple[str, ...]) -> subprocess.Popen[bytes]:
-    import golem
-
     log = directory / LOG_NAME
     if log.exists() and log.stat().st_size > LOG_LIMIT:
         log.replace(directory / (LOG_NAME + ".old"))
-    root = str(Path(golem.__file__).resolve().parents[1])  # also works from a checkout that is not installed
-    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    command = [sys.executable, "-W", "ignore", "-m", "golem.chain.devchain", "--data-dir", str(directory), *arguments]
+    command = python_line("golem.chain.devchain", "--data-dir", str(directory), *arguments)
     with log.open("ab") as out:
         child = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=out,
-            cwd=directory,
-            env={**_plain_environment(), "PYTHONPATH": os.pathsep.join(paths)},
+            cwd=CWD,
+            env=child_environment() | {"PYTHONWARNINGS": "ignore"},  # it outlives its node and serves others
             start_new_session=True,  # it serves other nodes too: our Ctrl-C is not for it
         )
     _started[:] = [each for each in _started if each.poll() is None] + [child]
     return child
-
-
-def _plain_environment() -> dict[str, str]:
-    """Return our environment without the keys and passwords in it: the chain outlives its node and serves others."""
-    return {name: value for name, value in os.environ.items() if not _SECRET.search(name.upper())}
 
 
 async def ensure_devchain(directory: Path | str, *arguments: str) -> str:

@@ -27,6 +27,7 @@ import json
 import os
 import signal
 import subprocess
+import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -137,11 +138,15 @@ class ExternalRuntime:
         return dict(pairs)
 
     def _ask(self, question: str) -> bytes:
-        """Run a short command of the program, blocking; return what it says."""
+        """Run a short command of the program, blocking, with a home of its own; return what it says."""
+        with tempfile.TemporaryDirectory(prefix="golem-ask-", ignore_cleanup_errors=True) as scratch:
+            return self._said(question, Path(scratch))
+
+    def _said(self, question: str, scratch: Path) -> bytes:
         argv = [str(self._program), *self._arguments, question]
         try:
             process = subprocess.Popen(
-                argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=_environment(Path("/tmp")),
+                argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=_environment(scratch),
                 cwd="/", start_new_session=True,
             )  # fmt: skip
         except OSError as error:
