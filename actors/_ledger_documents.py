@@ -25,6 +25,7 @@ from actors._ledger_rows import (
     Activity,
     Agreement,
     PaymentDocument,
+    Told,
     minus,
     total_of,
 )
@@ -45,12 +46,15 @@ def agreement_approved(draft: MoneyDraft, me: str, fact: AgreementApproved) -> N
     demand, offer = json.loads(fact.demand_properties), json.loads(fact.offer_properties)
     terms = payment_terms(demand, offer, fact.requestor, fact.provider)
     provides = fact.role == "Provider"
+    peer = fact.requestor if provides else fact.provider
+    if draft.row(Told, f"told/{peer}") is None:
+        draft.put(f"told/{peer}", Told())
     draft.put(
         key,
         Agreement(
             agreement_id=fact.agreement_id,
             role=PAYEE if provides else PAYER,
-            peer=fact.requestor if provides else fact.provider,
+            peer=peer,
             platform=terms.platform,
             payee_addr=terms.payee_addr,
             payer_addr=terms.payer_addr,

@@ -12,7 +12,6 @@ from decimal import Decimal
 
 from msgspec.structs import replace
 
-from actors._ledger_allocations import charge
 from actors._ledger_documents import add, agreement_of, event, owe, put, settle
 from actors._ledger_payer import order
 from actors._ledger_payments import ACKNOWLEDGED, REFUSED, SENT, VERIFIED, booked_again
@@ -25,7 +24,6 @@ from actors._ledger_rows import (
     SETTLED,
     Activity,
     Agreement,
-    Allocation,
     Open,
     Order,
     Payment,
@@ -33,7 +31,6 @@ from actors._ledger_rows import (
     Told,
     acceptance_of,
     minus,
-    remaining,
     total_of,
 )
 from actors._money_draft import MoneyDraft
@@ -59,6 +56,7 @@ from protocol.ledger import (
 from protocol.signing import Document, verify
 from protocol.types import PeerLost, Violation, address, amount, amount_text, node_of
 
+NO_ALLOCATION = ""  # the debt stands whatever our agent sets aside now: no peer may spend of that
 TELL_EVERY_S = 600.0  # one peer
 TOLD_BACK_S = 60 * 24 * 3600.0  # what changed since is told again: older backups are not meant to be put back
 
@@ -87,7 +85,7 @@ def tell_again(draft: MoneyDraft, me: str, timer: TellAgain) -> None:
 
 def recall(draft: MoneyDraft, me: str, command: Recall) -> None:
     """This node was restored from a backup: ask everybody we had to do with."""
-    for peer in dict.fromkeys(row.peer for _, row in draft.prefix("agreement/")):
+    for peer in [key.partition("/")[2] for key, _ in draft.prefix("told/")]:
         draft.put(f"told/{peer}", Told(draft.now))
         draft.send(address(peer, "ledger"), AskAgain())
         _tell(draft, peer)
@@ -95,9 +93,11 @@ def recall(draft: MoneyDraft, me: str, command: Recall) -> None:
 
 
 def _may_tell(draft: MoneyDraft, peer: str) -> bool:
-    """Return whether it is long enough since the peer was told everything; else it is told later."""
+    """Return whether it is long enough since the peer was told everything; else it is told later, a stranger never."""
     told = draft.row(Told, f"told/{peer}")
-    if told is not None and draft.now - told.at < TELL_EVERY_S:
+    if told is None:
+        return False
+    if draft.now - told.at < TELL_EVERY_S:
         draft.wake(f"told/{peer}", told.at + TELL_EVERY_S, TellAgain(peer))
         return False
     draft.put(f"told/{peer}", Told(draft.now))
@@ -169,7 +169,7 @@ def _acceptance(draft: MoneyDraft, document: Document, sender: str) -> None:
     unpaid = min(added, _not_paid(draft, row.agreement_id))
     waiting = "accepted before this node's disk went back in time; paid by what was paid since"
     if unpaid > 0:
-        order(draft, row, agreement, _charged(draft, agreement, unpaid), unpaid)
+        order(draft, row, agreement, NO_ALLOCATION, unpaid)
         waiting = "accepted before this node's disk went back in time; payment ordered"
     row = put(draft, row, status=ACCEPTED, waiting=waiting, acceptance=document.signature)
     draft.put(f"open/{row.agreement_id}/{row.kind}/{row.document_id}", Open(row.kind, row.document_id))
@@ -186,28 +186,16 @@ def _not_paid(draft: MoneyDraft, agreement_id: str) -> Decimal:
     return max(minus(agreement.accepted, amount_text(total_of((agreement.paid, amount_text(under_way))))), Decimal(0))
 
 
-def _charged(draft: MoneyDraft, agreement: Agreement, sum_due: Decimal) -> str:
-    """Charge an allocation that can bear it, and return its id; "" if there is none: the debt stands all the same."""
-    for _, row in draft.prefix("allocation/"):
-        assert isinstance(row, Allocation)
-        alive = row.released_at is None and row.timeout_at > draft.now
-        ours = (row.platform, row.address.lower()) == (agreement.platform, agreement.payer_addr.lower())
-        if alive and ours and remaining(row) >= sum_due:
-            charge(draft, row, sum_due)
-            return row.allocation_id
-    return ""
-
-
 def _payment(draft: MoneyDraft, document: Document, sender: str) -> None:
     body = decode_body(PaymentBody, document.body)
+    if body.payee_id != sender:
+        raise Violation("a payment that was made to somebody else")
     known = draft.row(Payment, f"payment/{body.payment_id}")
     if known is not None:
         if known.role == PAYER and known.body == document.body and known.state in (SENT, REFUSED):
             draft.put(f"payment/{body.payment_id}", replace(known, state=ACKNOWLEDGED, reason=""))
             draft.wake(f"resend/{body.payment_id}", None)
         return
-    if body.payee_id != sender:
-        raise Violation("a payment that was made to somebody else")
     booked_again(draft, document, body)
 
 

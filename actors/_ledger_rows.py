@@ -146,9 +146,9 @@ class Open(Message, frozen=True):
 
 
 class Told(Message, frozen=True):
-    """When a peer was last told everything again."""
+    """When a peer was last told everything again. There is one for each peer of an agreement."""
 
-    at: float
+    at: float = 0.0
 
 
 class Owed(Message, frozen=True):

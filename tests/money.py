@@ -32,7 +32,9 @@ from protocol.negotiation import AgreementApproved
 from protocol.signing import Document, node_id_of, sign
 from protocol.types import PeerLost, Violation, actor_of, digest, node_of
 from protocol.wallet import (
+    KnownBatch,
     NonceFloor,
+    OrdersKnown,
     Transfer,
     TransferDelayed,
     TransferFailed,
@@ -112,6 +114,7 @@ class World:
         self.outcomes: dict[str, tuple[str, str]] = {}  # batch id -> ("mined", hash) | ("failed", reason)
         self.transfers: list[tuple[str, str, str, Decimal]] = []  # hash, payer, payee, amount
         self.down: set[str] = set()  # nodes that cannot be reached
+        self.batches: dict[str, Transfer] = {}  # what the chain port has; it keeps an order to one batch that may pay
         self.restored: set[str] = set()  # nodes whose disk went back in time
         self.violations: list[str] = []
         self.history: list[tuple[Node, str, str, bytes, bool]] = []
@@ -246,6 +249,10 @@ class World:
 
     def _transfer(self, m: Transfer) -> list[Any]:
         if m.batch_id not in self.outcomes:
+            if known := self.batches_of(m):
+                batches = tuple(KnownBatch(b.batch_id, b.nonce, b.payees, b.orders) for b in known)
+                return [OrdersKnown(m.batch_id, batches)]
+            self.batches[m.batch_id] = m
             tx_hash = "0x" + digest(m.batch_id)
             if self.faults and self.rng and self.rng.random() < 0.25:
                 self.outcomes[m.batch_id] = ("failed", "reverted")
@@ -262,6 +269,15 @@ class World:
                 TransferMined(m.batch_id, text, 7, 21000, "0.001"),
             ]
         return [TransferMined(m.batch_id, text, 7, 21000, "0.001")]
+
+    def batches_of(self, m: Transfer) -> list[Transfer]:
+        """Return the batches that paid, or may pay, orders of this one."""
+        orders = {order_id for ids in m.orders for order_id in ids}
+        return [
+            other for other in self.batches.values()
+            if (other.platform, other.payer) == (m.platform, m.payer) and self.outcomes[other.batch_id][0] != "failed"
+            and orders & {order_id for ids in other.orders for order_id in ids}
+        ]  # fmt: skip
 
     def _verify(self, m: VerifyTransfer) -> list[Any]:
         if self.faults and self.rng and self.rng.random() < 0.3:

@@ -85,9 +85,12 @@ class Engine:
         return token.MAX_PAYEES if self.network.multi_transfer else 1
 
     async def submit(self, batch: TransferBatch) -> None:
-        """Take a batch, durably; a repeat changes nothing (a finished one is announced again). ValueError if wrong."""
+        """Take a batch, durably; a repeat changes nothing (a finished one is announced again). ValueError if wrong,
+        OrdersTaken if an order in it is, or may be, paid by another batch."""
         if not 1 <= len(batch.payees) <= self.max_payees:
             raise ValueError(f"{len(batch.payees)} payees: {self.network.name} takes 1 to {self.max_payees} a batch")
+        if batch.orders and len(batch.orders) != len(batch.payees):
+            raise ValueError(f"orders for {len(batch.orders)} of {len(batch.payees)} payees")
         for payee, amount_wei in batch.payees:
             address_bytes(payee)
             if not 0 < amount_wei <= token.MAX_PACKED_WEI:

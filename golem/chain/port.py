@@ -30,11 +30,13 @@ from golem.chain.networks import DRIVER, SIMULATED, Network, Networks
 from golem.chain.purse import MAX_AGE_S, Held, Purses
 from golem.chain.rpc import Head, Rpc, RpcError
 from golem.chain.signer import Key
-from golem.chain.store import Claim, Claims, TransferBatch
+from golem.chain.store import Claim, Claims, OrdersTaken, TransferBatch
 from golem.chain.totals import totals
 from golem.chain.verify import NotYet, Rejected, verify_transfer
 from protocol.types import Message, Violation, address, amount, amount_text, from_wei, to_wei
 from protocol.wallet import (
+    KnownBatch,
+    OrdersKnown,
     Transfer,
     TransferDelayed,
     TransferFailed,
@@ -176,6 +178,17 @@ class Chain:
         if isinstance(message, Transfer):
             try:
                 await self._submit(message)
+            except OrdersTaken as taken:
+                batches = tuple(
+                    KnownBatch(
+                        batch.batch_id,
+                        batch.nonce,
+                        tuple((payee, amount_text(from_wei(wei))) for payee, wei in batch.payees),
+                        batch.orders,
+                    )
+                    for batch in taken.batches
+                )
+                return [Send("wallet", OrdersKnown(message.batch_id, batches))]
             except (ValueError, KeyError) as error:
                 return [Send("wallet", TransferFailed(message.batch_id, _words(error)))]
         elif isinstance(message, VerifyTransfer):
@@ -190,7 +203,8 @@ class Chain:
         if transfer.payer.lower() != self.address:
             raise ValueError(f"this node holds no key of {transfer.payer[:50]}")
         payees = tuple((payee, to_wei(amount(text))) for payee, text in transfer.payees)
-        await self._engines[network.chain].submit(TransferBatch(transfer.batch_id, transfer.nonce, payees))
+        batch = TransferBatch(transfer.batch_id, transfer.nonce, payees, transfer.orders)
+        await self._engines[network.chain].submit(batch)
 
     def _claim(self, claim: VerifyTransfer) -> None:
         self.networks.by_platform(claim.platform)
