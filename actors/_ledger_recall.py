@@ -24,6 +24,7 @@ from actors._ledger_rows import (
     SETTLED,
     Activity,
     Agreement,
+    In,
     Open,
     Order,
     Payment,
@@ -216,6 +217,7 @@ def _own_document(draft: MoneyDraft, document: Document, sender: str) -> None:
         activity = draft.row(Activity, f"activity/{activity_id}") or Activity(activity_id, agreement.agreement_id)
         if activity.agreement_id != agreement.agreement_id:
             return
+        draft.put(f"in/{agreement.agreement_id}/{activity_id}", In())
         if amount(total) >= Decimal(activity.due):
             draft.put(f"activity/{activity_id}", replace(activity, due=total, last_debit_note_id=own_id))
     else:

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 from actors import _ledger_allocations as allocations
+from actors import _ledger_ceiling as ceiling
 from actors import _ledger_documents as documents
 from actors import _ledger_payee as payee
 from actors import _ledger_payer as payer
@@ -46,7 +47,7 @@ from actors._ledger_rows import (
 from actors._money_draft import Declined, MoneyDraft
 from actors.kernel.machine import Meta, Reply, Rows, Step
 from actors.sources import EDGE, check_source
-from protocol.activity import ActivityKnown
+from protocol.activity import ActivityKnown, ActivityOver
 from protocol.codec import Decoder
 from protocol.ledger import (
     AcceptDocument,
@@ -54,6 +55,7 @@ from protocol.ledger import (
     AmendAllocation,
     AskAgain,
     CancelInvoice,
+    ClockSeen,
     CreateAllocation,
     DocumentAccepted,
     DocumentReceived,
@@ -137,6 +139,8 @@ _HANDLERS: dict[type, _Handler] = {
     AgreementApproved: documents.agreement_approved,
     AgreementEnded: documents.agreement_ended,
     ActivityKnown: documents.activity_known,
+    ActivityOver: documents.activity_over,
+    ClockSeen: ceiling.clock_seen,
     CreateAllocation: allocations.create,
     AmendAllocation: allocations.amend,
     ReleaseAllocation: allocations.release,
@@ -176,6 +180,8 @@ _SOURCES: dict[type, str] = {
     AgreementApproved: "negotiation",
     AgreementEnded: "negotiation",
     ActivityKnown: "activity",
+    ActivityOver: "activity",
+    ClockSeen: "clock",
     CreateAllocation: EDGE,
     AmendAllocation: EDGE,
     ReleaseAllocation: EDGE,
@@ -208,6 +214,8 @@ class Ledger:
         AgreementApproved
         | AgreementEnded
         | ActivityKnown
+        | ActivityOver
+        | ClockSeen
         | CreateAllocation
         | AmendAllocation
         | ReleaseAllocation

@@ -37,6 +37,7 @@ from protocol.wallet import (
     PaidOut,
     PayOut,
     PayOutDelayed,
+    ResumePayments,
     RunCycle,
     SetCycle,
     Transfer,
@@ -120,6 +121,7 @@ _SOURCES: dict[type, str] = {
     PayOut: "ledger",
     SetCycle: EDGE,
     RunCycle: EDGE,
+    ResumePayments: EDGE,
     CycleDue: "wallet",
     TransferSent: "chain",
     TransferMined: "chain",
@@ -143,6 +145,7 @@ class Wallet:
         PayOut
         | SetCycle
         | RunCycle
+        | ResumePayments
         | CycleDue
         | TransferSent
         | TransferMined
@@ -181,6 +184,7 @@ class Wallet:
             NonceFloor: self._nonce_floor,
             OrdersKnown: self._orders_known,
             Undelivered: self._undelivered,
+            ResumePayments: self._resume,
         }
 
     def handle(self, rows: Rows, message: Any, meta: Meta) -> Step:
@@ -229,6 +233,7 @@ class Wallet:
         """Make sure that the platform's next run is set; `at` moves it. Returns its time."""
         cycle = self._cycle(draft, platform)
         if at is None and cycle.next_at is not None:
+            draft.wake(f"cycle/{platform}", cycle.next_at, CycleDue(platform), keep=True)
             return cycle.next_at
         next_at = draft.now + cycle.interval_s if at is None else at
         draft.put(f"cycle/{platform}", replace(cycle, next_at=next_at))
@@ -254,7 +259,7 @@ class Wallet:
     def _cycle_due(self, draft: MoneyDraft, timer: CycleDue) -> None:
         cycle = replace(self._cycle(draft, timer.platform), next_at=None, last_at=draft.now)
         draft.put(f"cycle/{timer.platform}", cycle)
-        queued = [row for _, row in islice(draft.prefix(f"queue/{timer.platform}/"), MAX_RUN_ORDERS + 1)]
+        queued = [row for _, row in islice(draft.readable(f"queue/{timer.platform}/"), MAX_RUN_ORDERS + 1)]
         more = len(queued) > MAX_RUN_ORDERS
         by_payer: dict[str, list[PayOrder]] = {}
         for row in sorted(queued[:MAX_RUN_ORDERS], key=lambda row: (row.queued_at, row.order_id)):
@@ -262,7 +267,7 @@ class Wallet:
         for payer, orders in by_payer.items():
             for payees in _batches(orders, self._minimum, self._payees.get(timer.platform, MAX_PAYEES)):
                 self._send_batch(draft, timer.platform, payer, payees)
-        if more or next(draft.prefix(f"queue/{timer.platform}/"), None) is not None:
+        if more or draft.left_out or next(draft.readable(f"queue/{timer.platform}/"), None) is not None:
             self._schedule(draft, timer.platform, draft.now + 1.0 if more else None)
 
     # -- batches
@@ -405,7 +410,22 @@ class Wallet:
 
     def _undelivered(self, draft: MoneyDraft, fact: Undelivered) -> None:
         """Money messages stay on this node: whatever kept them back, they are sent again."""
-        draft.send(fact.to, _sent(fact.body))
+        message = _sent(fact.body)
+        if isinstance(message, Transfer):
+            batch = self._batch(draft, message.batch_id)
+            reason = f"{fact.to.rpartition('/')[2]} did not take the transfer, which is asked for again: {fact.reason}"
+            if batch and batch.state == SENDING and batch.reason != reason:
+                self._explain(draft, batch, reason)
+        draft.send(fact.to, message)
+
+    def _resume(self, draft: MoneyDraft, command: ResumePayments) -> None:
+        """The chain port repeats its last word on what it knows, and takes on what it does not."""
+        for _, batch in draft.readable("batch/"):
+            if batch.state == SENDING:
+                draft.send("chain", _transfer(batch))
+        for _, cycle in draft.readable("cycle/"):
+            if cycle.next_at is not None:
+                self._schedule(draft, cycle.platform)
 
     def _batch(self, draft: MoneyDraft, batch_id: str) -> Batch | None:
         """Return a batch; None for one of a time that this journal has forgotten, which is heard of with its orders."""

@@ -56,6 +56,7 @@ class Options:
     timeout_s: int
     keep: bool
     runtime: str = "wasmtime"
+    stream: bool = True
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,7 @@ async def render(net: LocalNet, requestor: LocalNode, options: Options) -> dict[
         "--width", str(options.width), "--height", str(options.height), "--samples", str(options.samples),
         "--tiles", options.tiles, "--max-workers", str(options.providers), "--subnet", net.name,
         "--timeout", str(options.timeout_s), "--summary", str(summary), "--log", str(net.folder / "yapapi.log"),
+        *(("--stream",) if options.stream else ()),
         *(("--image-tag", IMAGE_TAG, "--registry", requestor.api_url) if options.runtime == "vm" else ()),
     ], dict(requestor.environment), net.folder / "render.log")  # fmt: skip
     environment = {**os.environ, **script.environment}
@@ -328,6 +330,8 @@ async def _main(options: Options) -> bool | None:
               help="Seconds for the picture; providers take nothing shorter than 300.")  # fmt: skip
 @click.option("--runtime", type=click.Choice(["wasmtime", "vm"]), default="wasmtime",
               help="Runtime that the job asks for: a WebAssembly module, or a Docker image.")  # fmt: skip
+@click.option("--stream/--poll", default=True,
+              help="How the script takes results: when they are there, or when it asks again (yapapi's default).")  # fmt: skip
 @click.option("--keep", is_flag=True, help="Keep the nodes' data and logs in .demo/.")
 def main(**flags: Any) -> None:
     """Start a market on this machine, render a picture on it, pay for it, and clean up."""

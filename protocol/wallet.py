@@ -146,6 +146,10 @@ class SetCycle(Message, frozen=True):
     next_at: float | None = None
 
 
+class ResumePayments(Message, frozen=True):
+    """edge -> wallet, when the node starts: batches under way are asked for again, and cycles run."""
+
+
 class RunCycle(Message, frozen=True):
     """Pay what is queued on a platform now, given-up orders included."""
 

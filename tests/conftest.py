@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from engine import engine_for_tests
 from order import longest_first, shuffle
+from skips import what_to_install
 
 from golem.local_engine import LocalEngine
 
@@ -65,7 +66,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs root (namespaces, setuid)"))
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Say how to have the same order again."""
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> Iterator[None]:
+    """Say, after the reasons of skips, what to install to run them, and how to have the same order again."""
+    yield
+    reasons = [report.longrepr[2] for report in terminalreporter.stats.get("skipped", [])]
+    if line := what_to_install(reasons):
+        terminalreporter.write_line(line)
     if seed := config.getoption("shuffle"):
         terminalreporter.write_line(f"the order was that of --shuffle={seed}")

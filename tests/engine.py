@@ -19,6 +19,7 @@ from pathlib import Path
 
 import docker
 import pytest
+from patience import patience
 
 from golem.local_engine import LocalEngine, missing, open_engine
 
@@ -29,7 +30,8 @@ BUSYBOX = Path("/bin/busybox")
 def engine_for_tests(folder: Path, userns: bool) -> Iterator[LocalEngine]:
     """Run an Engine, or skip the test that asked for it."""
     if problem := missing():
-        pytest.skip(problem)
+        hint = "" if "apt-get" in problem or shutil.which("dockerd") else " (Debian: apt-get install docker.io)"
+        pytest.skip(problem + hint)
     folder.parent.chmod(0o711)  # remapped users pass through to what is theirs
     with open_engine(folder, userns) as engine:
         yield engine
@@ -37,7 +39,7 @@ def engine_for_tests(folder: Path, userns: bool) -> Iterator[LocalEngine]:
 
 def admin(engine: LocalEngine) -> docker.APIClient:
     """Return the SDK's client of an Engine."""
-    return docker.APIClient(base_url=engine.host, version="auto", timeout=60)
+    return docker.APIClient(base_url=engine.host, version="auto", timeout=patience(60))
 
 
 def busybox_tar(extra: Mapping[str, bytes] | None = None) -> bytes:

@@ -6,6 +6,7 @@ and every row goes through the codec. `World.check` holds after every step.
 
 from __future__ import annotations
 
+import json
 import random
 from collections import defaultdict, deque
 from collections.abc import Iterator
@@ -326,17 +327,20 @@ class World:
         payee_addr: str = "",
         payer_addr: str = "",
         platform: str = PLATFORM,
+        demanded: dict[str, Any] | None = None,
+        offered: dict[str, Any] | None = None,
     ) -> None:
-        def properties(address: str) -> str:
-            return f'{{"golem.com.payment.platform.{platform}.address": "{address}"}}'
+        def properties(address: str, more: dict[str, Any] | None) -> str:
+            return json.dumps({f"golem.com.payment.platform.{platform}.address": address, **(more or {})})
 
-        demand = f'{{"golem.com.payment.chosen-platform": "{platform}", {properties(payer_addr or payer.id)[1:]}'
-        offer = properties(payee_addr or payee.id)
+        chosen = {"golem.com.payment.chosen-platform": platform}
+        demand = properties(payer_addr or payer.id, {**chosen, **(demanded or {})})
+        offer = properties(payee_addr or payee.id, offered)
         for node, role in ((payer, "Requestor"), (payee, "Provider")):
             fact = AgreementApproved(agreement_id, role, payer.id, payee.id, demand, offer, self.now, f"app-{role}")
             self.tell(node, fact, f"{node.id}/negotiation")
             for activity_id in activities:
-                self.tell(node, ActivityKnown(activity_id, agreement_id), f"{node.id}/activity")
+                self.tell(node, ActivityKnown(activity_id, agreement_id, self.now), f"{node.id}/activity")
 
     def allocate(self, node: Node, allocation_id: str, total: str, balance: str | None = "1000") -> Any:
         return self.ask(node, CreateAllocation(allocation_id, node.id, PLATFORM, total, balance))

@@ -23,6 +23,7 @@ import httpx
 import pytest
 import trio
 from engine import admin, busybox_tar, import_image
+from patience import patience
 
 from golem.docker_archive import ArchiveError, image_config, layer_tar, normalise, write_archive
 from golem.local_engine import LocalEngine
@@ -31,7 +32,6 @@ from golem.localnet import LocalNet, LocalNode
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 NOWHERE = "unix:///nowhere/docker.sock"
 integration = pytest.mark.integration
-pytestmark = pytest.mark.timeout(120)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalNode]:
 
 def golem(node: LocalNode, *arguments: str, host: str = NOWHERE) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, "-m", "golem.cli", "--data-dir", str(node.data_dir), *arguments]
-    return subprocess.run(line, capture_output=True, text=True, timeout=60, env={**os.environ, "DOCKER_HOST": host})
+    return subprocess.run(line, capture_output=True, text=True, timeout=patience(60), env={**os.environ, "DOCKER_HOST": host})
 
 
 def answer(node: LocalNode, *arguments: str, host: str = NOWHERE) -> Any:
@@ -150,13 +150,13 @@ def test_an_interrupted_push_leaves_nothing(node: LocalNode, tmp_path: Path) -> 
     line = [sys.executable, "-m", "golem.cli", "--data-dir", str(node.data_dir), "image", "push", str(large)]
     process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
     folder = node.data_dir / "images"
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + patience(20)
     while not any(name.endswith(".part") for name in os.listdir(folder)):
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    assert "called off" in process.communicate(timeout=20)[1]
+    assert "called off" in process.communicate(timeout=patience(20))[1]
     assert process.returncode != 0
     while any(name.endswith(".part") for name in os.listdir(folder)):
         assert time.monotonic() < deadline
@@ -166,7 +166,7 @@ def test_an_interrupted_push_leaves_nothing(node: LocalNode, tmp_path: Path) -> 
 
 def test_without_a_node(tmp_path: Path) -> None:
     line = [sys.executable, "-m", "golem.cli", "--data-dir", str(tmp_path), "image", "push", "alpine"]
-    result = subprocess.run(line, capture_output=True, text=True, timeout=30)
+    result = subprocess.run(line, capture_output=True, text=True, timeout=patience(30))
     assert result.returncode == 1
     assert result.stderr.startswith(f"Error: no node is running on {tmp_path}")
 

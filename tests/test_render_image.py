@@ -21,7 +21,8 @@ from golem.exeunit.runtimes.base import ImageFormat
 RENDER = Path(__file__).resolve().parents[1] / "examples" / "render"
 TILE = (30, 20, 40, 30, 160, 120, 9)  # x, y, width and height, then of the image, samples
 
-pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler on this machine")
+NO_COMPILER = "no C compiler on this machine (Debian: apt-get install gcc libc6-dev)"
+pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason=NO_COMPILER)
 
 
 def make_image_module() -> ModuleType:

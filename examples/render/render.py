@@ -51,6 +51,7 @@ HERE = Path(__file__).resolve().parent
 SCENE_AT_PROVIDER = "/golem/input/scene.txt"
 TILE_AT_PROVIDER = "/golem/output/tile.ppm"
 MAX_ATTEMPTS = 5  # of one tile: what fails as often as that fails everywhere
+MAX_STDERR = 2000  # characters of it that a failure shows
 PREVIEW_COLUMNS = 72
 
 
@@ -96,6 +97,7 @@ class Rendering:
         self.done: list[dict[str, Any]] = []
         self.failures: list[dict[str, Any]] = []
         self.agreements: dict[str, dict[str, Any]] = {}
+        self.stderr: dict[str, str] = {}  # of the last command, by agreement: with --stream it comes apart from the failure
         self.attempts = dict.fromkeys(range(len(self.tiles)), 0)
         self.error: str | None = None
         self.started = time.monotonic()
@@ -175,7 +177,8 @@ class Rendering:
     def note_failure(self, tile: Tile, ctx: WorkContext, failure: Exception) -> None:
         text = f"{type(failure).__name__}: {failure}"
         if isinstance(failure, CommandExecutionError):  # whose text has the whole command line
-            text = ": ".join(filter(None, [failure.message, (failure.stderr or "").strip()]))
+            stderr = failure.stderr or self.stderr.get(ctx._agreement.id, "")
+            text = ": ".join(filter(None, [failure.message, stderr.strip()]))
         self.failures.append({"tile": tile.index, "provider_name": ctx.provider_name, "error": text})
         self.screen.say(f"tile {tile.index} failed at {ctx.provider_name}: {text}")
         if self.attempts[tile.index] >= MAX_ATTEMPTS and not self.error:
@@ -208,6 +211,10 @@ class Rendering:
         elif isinstance(event, events.InvoiceAccepted) and event.agr_id in self.agreements:
             self.agreements[event.agr_id]["accepted"] = True
             self.screen.say(f"invoice of {event.provider_info.name} accepted: {event.amount} GLM")
+        elif isinstance(event, events.CommandStarted):
+            self.stderr.pop(event.agr_id, None)
+        elif isinstance(event, events.CommandStdErr):
+            self.stderr[event.agr_id] = (self.stderr.get(event.agr_id, "") + event.output)[-MAX_STDERR:]
         elif isinstance(event, events.NoProposalsConfirmed):
             self.screen.say("no provider has answered yet")
         elif isinstance(event, (events.SubscriptionFailed, events.PaymentFailed, events.ActivityCreateFailed)):

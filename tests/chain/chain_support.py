@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 import trio
 from eth_hash.auto import keccak
+from patience import patience
 
 from golem.chain import token
 from golem.chain.credentials import DECIMALS_CALL, SYMBOL_CALL
@@ -88,7 +89,7 @@ def anvil(path: str) -> Iterator[str]:
         yield client.url
     finally:
         child.terminate()
-        child.wait(10)
+        child.wait(patience(10))
 
 
 def credential(call: dict[str, Any]) -> str | None:
@@ -118,7 +119,7 @@ class Client:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self._http = httpx.Client(timeout=30, trust_env=False)
+        self._http = httpx.Client(timeout=patience(30), trust_env=False)
 
     def call(self, method: str, *params: Any) -> Any:
         body = {"jsonrpc": "2.0", "id": 1, "method": method, "params": list(params)}
@@ -128,7 +129,7 @@ class Client:
         return answer["result"]
 
     def wait(self, deadline_s: float = 20.0) -> None:
-        end = time.monotonic() + deadline_s
+        end = time.monotonic() + patience(deadline_s)
         while True:
             try:
                 self.call("eth_chainId")

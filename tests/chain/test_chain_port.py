@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import trio
 from chain_support import GLM, Client, address_of, key_of
+from patience import patience
 from support import trio_test
 
 from actors.kernel.journal import Journal
@@ -92,7 +93,7 @@ class World:
         return [row for _, row in self.system.rows("ledger").prefix("heard/") if isinstance(row, kind)]
 
     async def hears(self, kind: type, number: int = 1) -> list[Any]:
-        with trio.move_on_after(30):
+        with trio.move_on_after(patience(30)):
             while len(self.heard(kind)) < number:
                 await trio.sleep(0.02)
             return self.heard(kind)

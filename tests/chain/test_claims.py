@@ -50,7 +50,7 @@ def scene(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     else:
         path = find_anvil()
         if path is None:
-            pytest.skip("anvil is not installed (npm install @foundry-rs/anvil)")
+            pytest.skip("no anvil (Debian: apt-get install npm)")
         with anvil(path) as url:
             yield Scene(Lab(url, "anvil"))
 

@@ -24,7 +24,7 @@ def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     else:
         path = find_anvil()
         if path is None:
-            pytest.skip("anvil is not installed (npm install @foundry-rs/anvil)")
+            pytest.skip("no anvil (Debian: apt-get install npm)")
         with anvil(path) as url:
             yield Lab(url, "anvil")
 

@@ -15,6 +15,7 @@ import pytest
 import trio
 import trio.testing
 from host_runtime import HostRuntime
+from patience import within
 from support import trio_test
 from wire import A, B, Node, two_nodes
 
@@ -65,7 +66,7 @@ class Hand:
 async def hand(
     tmp_path: Path, allowed: str | None = None, interactions: Sequence[Interaction] = ("shell", "proxy-http")
 ) -> AsyncIterator[Hand]:
-    with trio.fail_after(20):
+    with within(20):
         async with two_nodes(tmp_path) as (provider, requestor, nursery):
             rows = {ACTIVITY: row("Provider")}
             Interactions(PROVIDER, provider.router, rows.get)
@@ -371,7 +372,7 @@ async def test_an_exe_unit_that_is_stuck_takes_no_others_turns(tmp_path: Path, m
         for name in (stuck, well):
             client = BusClient(tmp_path / "a.sock", f"exeunit:{name}", "exeunit", on_call=answer)
             nursery.start_soon(client.run)
-        with trio.fail_after(20):
+        with within(20):
             while len(provider.bus.peers()) < 2:
                 await trio.sleep(0.01)
             async with trio.open_nursery() as asking:

@@ -9,7 +9,7 @@ import trio
 from support import mock_trio_test
 from test_kernel_limits import Do, Doer, Text, disk, frame, running, system_on
 
-from actors.kernel.journal import RowDamaged
+from actors.kernel.journal import MIGRATIONS, Journal, RowDamaged, sealed
 from actors.kernel.machine import NOTHING, ActorFailed, Emit, Meta, Rows, Step, Wake
 from protocol.codec import decode_ack, encode
 
@@ -38,7 +38,7 @@ def spoil(db: sqlite3.Connection, key: str = "base") -> None:
 
 
 def mend(db: sqlite3.Connection, key: str = "base") -> None:
-    db.execute("update row set body=? where key=?", (encode(Text("base")), key))
+    db.execute("update row set body=? where key=?", (sealed("doer", key, encode(Text("base"))), key))
 
 
 async def damaged_disk() -> sqlite3.Connection:
@@ -87,3 +87,31 @@ async def test_a_timer_waits_for_a_damaged_row() -> None:
         mend(db)
         assert await system.feeds.wait("rings", 0, 7200)
         assert system.journal.timer("doer", "w") is None
+
+
+@mock_trio_test
+async def test_no_flipped_bit_is_read_as_a_row() -> None:
+    db = disk()
+    async with running(system_on(db, reader())) as system:
+        await system.ask("doer", Do("keep"))
+    (stored,) = db.execute("select body from row where key='base'").fetchone()
+    async with running(system_on(db, reader())) as system:
+        for bit in range(8 * len(stored)):
+            flipped = bytearray(stored)
+            flipped[bit // 8] ^= 1 << bit % 8
+            db.execute("update row set body=?", (bytes(flipped),))
+            with pytest.raises(RowDamaged, match="row base of doer"):
+                system.rows("doer").get("base")
+        db.execute("update row set body=?, key='moved'", (stored,))
+        with pytest.raises(RowDamaged, match="row moved of doer"):
+            system.rows("doer").get("moved")
+
+
+def test_a_journal_from_before_the_checksums_is_brought_up() -> None:
+    db = sqlite3.connect(":memory:", isolation_level=None)
+    for script in MIGRATIONS[:2]:
+        db.executescript(script)
+    db.execute("pragma user_version=2")
+    db.execute("insert into row values ('doer', 'base', ?)", (encode(Text("base")),))
+    journal = Journal.over(db, lambda: "e" * 16)
+    assert journal.row("doer", "base") == sealed("doer", "base", encode(Text("base")))

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import trio
 from node_in_test import APP_KEY, HEADERS
+from patience import within
 from support import trio_test
 
 from golem.chain import port, purse
@@ -137,7 +138,7 @@ async def test_a_wrong_chain_or_token_is_found_at_start_and_shown_everywhere(tmp
         url = await ensure_devchain(chain_dir)
         (folder / port.EXTRA_ROWS).write_text(rows(url, **changes))
         async with node_on(tmp_path, profile="testnet") as (node, client):
-            with trio.fail_after(60):
+            with within(60):
                 while not (node.chain.fault() and node.network.is_up):
                     await trio.sleep(0.05)
             _, problems = await get(client, "/payment-api/v1/payments/status?network=hoodi")

@@ -10,6 +10,7 @@ from sim_world import Broken
 
 from actors.activity import Activity, ActivityRow, BatchRow, ResultRow
 from actors.agreement_rows import Agreement
+from actors.kernel.journal import unsealed
 from actors.ledger import Agreement as Terms
 from actors.ledger import Allocation, Ledger, Order, Payment, PaymentDocument, total_of
 from actors.market import Market
@@ -26,9 +27,9 @@ OVER = ("Rejected", "Cancelled", "Expired", "Terminated")
 
 def rows(host: MarketHost, actor: str, prefix: str, kind: type) -> Iterator[Any]:
     """Yield the rows on a disk without the kernel's help."""
-    query = "select body from row where actor=? and substr(key, 1, ?)=? order by key"
-    for (body,) in host.db.execute(query, (actor, len(prefix), prefix)).fetchall():
-        row = _decode[actor](body)
+    query = "select key, body from row where actor=? and substr(key, 1, ?)=? order by key"
+    for key, body in host.db.execute(query, (actor, len(prefix), prefix)).fetchall():
+        row = _decode[actor](unsealed(actor, key, body))
         if isinstance(row, kind):
             yield row
 
