@@ -8,6 +8,7 @@ from decimal import Decimal
 from msgspec.structs import replace
 
 from actors._ledger_allocations import amount_of, charge, usable
+from actors._ledger_audit import unlike_signed
 from actors._ledger_ceiling import age_s, most_for, most_for_agreement, over
 from actors._ledger_documents import (
     add,
@@ -78,6 +79,8 @@ def accept(draft: MoneyDraft, me: str, command: AcceptDocument) -> None:
     """Owe what a document adds to the debt: charge the allocation, order the payment, tell the payee."""
     row = document_of(draft, command.kind, command.document_id, PAYER)
     agreement = agreement_of(draft, row)
+    if fault := unlike_signed(row, agreement.peer):
+        raise Declined("bad_request", fault)
     if amount_of(command.amount) != Decimal(row.amount):
         raise Declined("bad_request", f"Invalid amount accepted: {command.amount}, the {row.kind} says {row.amount}")
     if row.status in (ACCEPTED, SETTLED) or (row.kind == DEBIT_NOTE and agreement.invoice_accepted):
@@ -276,6 +279,7 @@ def order(draft: MoneyDraft, row: PaymentDocument, agreement: Agreement, allocat
         ordered_at=draft.now,
     )
     draft.put(f"order/{order_id}", new)
+    draft.put(f"ordered/{new.agreement_id}/{order_id}", Open(row.kind, row.document_id))
     debt = draft.row(Owed, f"owed/{new.platform}") or Owed()
     draft.put(f"owed/{new.platform}", Owed(amount_text(total_of((debt.amount, added)))))
     draft.send("wallet", PayOut(order_id, new.platform, new.payer_addr, new.payee_addr, new.amount))

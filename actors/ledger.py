@@ -25,6 +25,7 @@ from actors import _ledger_payee as payee
 from actors import _ledger_payer as payer
 from actors import _ledger_payments as payments
 from actors import _ledger_recall as recalls
+from actors._ledger_audit import objection
 from actors._ledger_rows import (
     Activity,
     Agreement,
@@ -96,6 +97,7 @@ __all__ = [
     "acceptance_of",
     "decorations",
     "minus",
+    "objection",
     "owed",
     "paid_since",
     "remaining",

@@ -15,7 +15,7 @@ from decimal import Decimal
 from typing import Any
 
 from actors.kernel.machine import Emit, Meta, Reply, Send, Wake
-from actors.ledger import Agreement, Allocation, Ledger, Order, PaymentDocument, acceptance_of, total_of
+from actors.ledger import Agreement, Allocation, Ledger, Order, PaymentDocument, acceptance_of, objection, total_of
 from actors.wallet import Wallet
 from protocol.activity import ActivityKnown
 from protocol.codec import Decoder, encode
@@ -254,6 +254,7 @@ class World:
                 batches = tuple(KnownBatch(b.batch_id, b.nonce, b.payees, b.orders) for b in known)
                 return [OrdersKnown(m.batch_id, batches)]
             self.batches[m.batch_id] = m
+            self._check_owed(m)
             tx_hash = "0x" + digest(m.batch_id)
             if self.faults and self.rng and self.rng.random() < 0.25:
                 self.outcomes[m.batch_id] = ("failed", "reverted")
@@ -279,6 +280,13 @@ class World:
             if (other.platform, other.payer) == (m.platform, m.payer) and self.outcomes[other.batch_id][0] != "failed"
             and orders & {order_id for ids in other.orders for order_id in ids}
         ]  # fmt: skip
+
+    def _check_owed(self, m: Transfer) -> None:
+        """What the chain port looks at before it signs: signed documents bear out each order of the batch."""
+        node = self.by_id[m.payer]
+        batch = node.rows["wallet"][f"batch/{m.batch_id}"]
+        for order_id in (order_id for payee in batch.payees for order_id in payee.order_ids):
+            assert objection(node.rows["ledger"], node.id, order_id) == ""
 
     def _verify(self, m: VerifyTransfer) -> list[Any]:
         if self.faults and self.rng and self.rng.random() < 0.3:

@@ -28,14 +28,15 @@ from pathlib import Path
 import trio
 
 from golem.chain import faucet, token
-from golem.chain.draft import NO_FUNDS, Drafts, Wait, WouldFail
+from golem.chain.draft import NO_FUNDS, Drafts, Unowed, Wait, WouldFail
 from golem.chain.events import Confirmed, Event, Failed, Mined, NonceLost, Problem, Sent, Stuck
 from golem.chain.evidence import Evidence, Payment, Shown, Story, Unclear, View, newest, silence
 from golem.chain.networks import Network
 from golem.chain.rpc import Head, Receipt, Rpc, RpcError
 from golem.chain.signer import Key, address_bytes
 from golem.chain.store import Attempt, BatchRow, Store, TransferBatch, TxRow
-from golem.chain.verify import transferred
+from golem.chain.verify import shortfall
+from golem.chain.vouch import Vouch, vouch_nothing
 
 STUCK_BLOCKS = 6  # blocks that passed a well-paid transaction by, before it gets a higher fee
 PATIENT_LOOKS = 3  # in a row that must find the same before a nonce is given up or filled, or a person is bothered
@@ -50,6 +51,7 @@ class Engine:
 
     Wherever several networks are one chain (see `Network.chain`), one engine must serve them all.
     `checkpoint` is called with "signed", "stored", "sent" and "mined" as these are reached: where tests let it die.
+    `vouch` has the last word before a payment is signed.
     """
 
     def __init__(
@@ -62,11 +64,12 @@ class Engine:
         *,
         clock: Callable[[], float] = time.time,
         checkpoint: Callable[[str], None] = lambda point: None,
+        vouch: Vouch = vouch_nothing,
     ) -> None:
         self.network, self.rpc, self.key, self.address = network, rpc, key, key.address
         self.store = Store(db_path, f"{network.chain}/{key.address}")
         self.evidence = Evidence(rpc, network, key.address, self.store.made)
-        self.drafts = Drafts(network, rpc, key, self.store, clock, checkpoint)
+        self.drafts = Drafts(network, rpc, key, self.store, clock, checkpoint, vouch)
         self._notify, self._clock, self._checkpoint = notify, clock, checkpoint
         self._turn = trio.Lock()  # one step, or one internal transaction, at a time
         self._wake = trio.Event()
@@ -294,23 +297,14 @@ class Engine:
             raise Unclear([Story(name, f"{word} of {tx.nonce}") for name, word in said], contradiction=True)
         await self.evidence.agreed(receipt.block, receipt.block_hash)
         if receipt.succeeded:
-            self._check_moved(tx, view, receipt)
+            # a token that says yes and moves nothing is no payment; nor is it a proof that nothing was moved
+            if missing := shortfall(receipt, self.network, self.address, self._payees(tx)):
+                raise Unclear([Story(view.name, missing)])
             self._end(tx, "confirmed", "", receipt.gas_used, receipt.fee_wei)
             return
         if tx.kind == "pay":
             await self.evidence.unpaid(self._payment(tx), receipt.block, receipt.block_hash)
         self._end(tx, "failed", await self._cause(tx, receipt), receipt.gas_used, receipt.fee_wei)
-
-    def _check_moved(self, tx: TxRow, view: View, receipt: Receipt) -> None:
-        """A token that says yes and moves nothing is no payment; nor is it a proof that nothing was moved."""
-        due: dict[str, int] = {}
-        for payee, amount_wei in self._payees(tx):
-            due[payee] = due.get(payee, 0) + amount_wei
-        for payee, amount_wei in due.items():
-            moved = transferred(receipt, self.network, self.address, payee)
-            if moved < amount_wei:
-                text = f"{receipt.hash} succeeded, and its logs move {moved} of {amount_wei} wei to {payee}"
-                raise Unclear([Story(view.name, text)])
 
     def _payees(self, tx: TxRow) -> tuple[tuple[str, int], ...]:
         row = self.store.batch(tx.batch_id) if tx.kind == "pay" else None
@@ -408,7 +402,12 @@ class Engine:
             problems.append(Problem("TxStuck", text, self.address))
             await self._tell_stuck(tx.batch_id, text)
             return
-        signed = self.drafts.sign(tx.nonce, tx.gas, max_fee, priority_fee, tx.recipient, tx.data)
+        try:
+            signed = await self.drafts.again(tx, last, max_fee, priority_fee)
+        except Unowed as wait:
+            problems.append(wait.problem)
+            await self._tell_stuck(tx.batch_id, wait.problem.detail)
+            return
         attempt = Attempt(signed.hash, tx.id, signed.raw, max_fee, priority_fee, self._clock(), head.number, 0)
         self.store.add_attempt(attempt)
         self.store.note(tx.id, "this node", f"signed {signed.hash} with a higher fee", self._clock())
@@ -422,6 +421,10 @@ class Engine:
                 tx_id = await self.drafts.payment(row.batch, views)
             except WouldFail as wait:
                 await self._single_out(row.batch, wait, problems)
+                continue
+            except Unowed as wait:  # our own fault, and of this one alone
+                problems.append(wait.problem)
+                await self._tell_stuck(row.batch.batch_id, wait.problem.detail)
                 continue
             except Wait as wait:
                 if wait.first is None:
@@ -489,7 +492,7 @@ class Engine:
     # -- test money
 
     async def fund(self) -> token.Balances:
-        """Get test ether and test tokens; returns what the account holds then. `run` must be running. FundError."""
+        """Get test ether and test tokens; what the account holds then. `run` must be running. FundError."""
         return await faucet.fund(self)
 
     async def send_call(self, kind: str, recipient: str, call: bytes) -> int:

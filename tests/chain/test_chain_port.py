@@ -23,6 +23,7 @@ from golem.chain import port
 from golem.chain.devchain import stop_devchain, url_of
 from golem.chain.port import Chain, open_chain
 from golem.chain.rpc import RpcError
+from golem.chain.vouch import vouch_nothing
 from protocol.types import Message, Undelivered, Violation
 from protocol.wallet import (
     PaidOut,
@@ -110,7 +111,7 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
     system.add(Recorder())
     system.add(Wallet(me, default_interval_s=0.5))
     try:
-        async with open_chain(settings, Secret(), system) as chain, trio.open_nursery() as nursery:
+        async with open_chain(settings, Secret(), system, vouch_nothing) as chain, trio.open_nursery() as nursery:
             await nursery.start(system.run)
             nursery.start_soon(chain.connect)
             yield World(system, chain)

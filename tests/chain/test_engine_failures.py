@@ -5,6 +5,7 @@ Every test ends by asking the chain itself: each payee has what it was to get, e
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from chain_support import GLM, GWEI, Faulty, Lab, address_of, anvil, devchain, f
 from support import trio_test
 
 from golem.chain import token
+from golem.chain.draft import Unowed
 from golem.chain.events import Confirmed, Failed, Mined, NonceLost, Sent, Stuck
 from golem.chain.store import TransferBatch
 
@@ -409,3 +411,46 @@ async def test_op_chains_add_the_fee_of_their_parent_chain(lab: Lab, db: Path) -
         node.fee_wei = 10**15
         await wallet.until(Confirmed)
     assert lab.tokens(payee) == GLM
+
+
+@trio_test
+async def test_what_is_not_owed_is_not_signed_and_holds_up_nobody_else(lab: Lab, db: Path) -> None:
+    key, bad, good = lab.rich("unowed"), address_of("unowed payee"), address_of("owed payee")
+    said = {"b1": "the ledger has another sum"}
+    seen = []
+
+    async def vouch(batch_id: str, payees: tuple[tuple[str, int], ...]) -> str:
+        seen.append((batch_id, payees))
+        return said.get(batch_id, "")
+
+    async with payer(lab, key, db, vouch=vouch) as wallet:
+        await wallet.pay("b1", (bad, GLM))
+        await wallet.pay("b2", (good, 2 * GLM))
+        await wallet.until(Confirmed)
+        (problem,) = wallet.engine.problems()
+        assert (problem.kind, "the ledger has another sum" in problem.detail) == ("CantSign", True)
+        assert lab.tokens(bad) == 0
+        assert (("b1", ((bad, GLM),)) in seen, ("b2", ((good, 2 * GLM),)) in seen) == (True, True)
+        said.clear()
+        await wallet.until(Confirmed, number=2)
+    assert (lab.tokens(bad), lab.tokens(good)) == (GLM, 2 * GLM)
+
+
+@pytest.mark.parametrize("change", ["data=cast(data||x'00' as blob)", "recipient=upper(recipient)", "gas=gas+1"])
+@trio_test
+async def test_a_flipped_bit_of_a_transaction_is_not_signed_with_a_higher_fee(lab: Lab, db: Path, change: str) -> None:
+    key, payee = lab.rich(f"flipped {change}"), address_of(f"flipped payee {change}")
+    async with payer(lab, key, db) as wallet:
+        await wallet.pay("b1", (payee, GLM))
+        await wallet.engine.step()
+        (tx,) = wallet.engine.store.open()
+        (attempt,) = wallet.engine.store.attempts(tx.id)
+        with pytest.raises(Unowed, match="damaged"):
+            await wallet.engine.drafts.again(dataclasses.replace(tx, nonce=tx.nonce + 1), attempt, 60 * GWEI, 2 * GWEI)
+        wallet.engine.store._sql.execute(f"update tx set {change}")
+        lab.call("anvil_dropAllTransactions")
+        lab.base_fee(30 * GWEI)
+        wallet.clock.now += 1
+        await wallet.engine.step()
+        assert any(problem.kind == "CantSign" and "damaged" in problem.detail for problem in wallet.engine.problems())
+        assert len(wallet.told(Sent)) == 1

@@ -25,14 +25,15 @@ PLATFORM = "erc20-holesky-tglm"
 
 
 @asynccontextmanager
-async def node_on(folder: Path, **flags: Any) -> AsyncIterator[tuple[Node, Any]]:
+async def node_on(folder: Path, *, connected: bool = True, **flags: Any) -> AsyncIterator[tuple[Node, Any]]:
     """A node that checks balances, with its chain connected, and a client of its REST application."""
     settings = {
         "data_dir": folder / "node", "plain_key": True, "mdns": False, "listen": ("127.0.0.1:0",), "network_name": "in-test",
     } | flags  # fmt: skip
     config = config_from({"YAGNA_AUTOCONF_APPKEY": APP_KEY}, **settings)
     async with open_node(config) as node, trio.open_nursery() as nursery:
-        nursery.start_soon(node.chain.connect)
+        if connected:
+            nursery.start_soon(node.chain.connect)
         yield node, create_app(node).test_client()
         nursery.cancel_scope.cancel()
 
