@@ -299,6 +299,14 @@ class Chain:
             for row in self.networks
         ]
 
+    def release(self, network: str) -> bool:
+        """Sign payments again after a restore: a person says that it is known what was paid. False if nothing was held."""
+        engine = self._engines[self.networks.by_name(network).chain]
+        held = bool(engine.store.held())
+        engine.store.release()
+        engine.wake()
+        return held
+
     def batch_sizes(self) -> dict[str, int]:
         """Payees that one transaction takes, by platform."""
         return {row.platform: self._engines[row.chain].max_payees for row in self.networks}

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-SCHEMA_NUMBER = 2  # with each change of the tables one more
+SCHEMA_NUMBER = 3  # with each change of the tables one more
 SCHEMA = """
 create table batch(
   account text, id text, nonce int, payees text, state text, reason text, announced int, seq integer primary key,
@@ -34,6 +34,8 @@ create table attempt(
   hash text, tx int, raw blob, max_fee text, priority_fee text, created real, head int, sends int,
   primary key(hash, tx));
 create index attempt_tx on attempt(tx);
+create table hold(account text primary key, reason text);
+create table generation(one int primary key, boot text);
 create table chain(id text primary key, genesis text);
 create table claim(
   id text primary key, platform text, tx_hash text, payer text, payee text, amount_wei text, claimed_wei text,
@@ -415,6 +417,18 @@ class Store:
                     "update batch set state=?, reason=? where account=? and id=?",
                     (ends, reason, self.account, tx.batch_id),
                 )
+
+    # -- after a restore
+
+    def held(self) -> str:
+        """Why nothing may be signed, "" if it may: this file may not know of all payments that were made."""
+        query = "select reason from hold where account in (?, '*') order by account desc limit 1"
+        row = self._sql.execute(query, (self.account,)).fetchone()
+        return str(row[0]) if row else ""
+
+    def release(self) -> None:
+        """It is known what was paid."""
+        self._sql.execute("replace into hold values(?, '')", (self.account,))
 
     # -- what was seen
 
