@@ -388,7 +388,8 @@ class Wallet:
         queued: list[str] = []
         for order in (order for payee in batch.payees for order in self._orders(draft, batch, payee)):
             order_id = order.order_id
-            order = replace(order, tries=order.tries + 1, reason=fact.reason)
+            at_fault = not fact.refused or order.payee in fact.refused
+            order = replace(order, tries=order.tries + at_fault, reason=fact.reason)
             if order.tries < MAX_TRIES:
                 self._queue(draft, replace(order, state=QUEUED))
                 queued.append(order_id)
@@ -444,7 +445,7 @@ def _transfer(batch: Batch) -> Transfer:
 def _batches(orders: list[PayOrder], minimum: Decimal, max_payees: int) -> Iterator[list[list[PayOrder]]]:
     """Yield lists of payees, each a list of its orders: bounded numbers of payees and orders, every order once.
 
-    A payee who was in a failed batch gets one of his own: one whom no token can be sent to must not sink the others.
+    A payee who made a batch fail gets one of his own: one whom no token can be sent to must not sink the others.
     """
     by_payee: dict[str, list[PayOrder]] = {}
     for order in orders:

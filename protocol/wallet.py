@@ -88,10 +88,14 @@ class TransferMined(Message, frozen=True):
 
 
 class TransferFailed(Message, frozen=True):
-    """chain -> wallet: final failure of this nonce: reverted, or taken by a foreign transaction. Nothing was paid."""
+    """chain -> wallet: final failure of this nonce: reverted, or taken by a foreign transaction. Nothing was paid.
+
+    `refused`: the payees whose fault it is, where that is known; the others can be paid together.
+    """
 
     batch_id: str
     reason: str
+    refused: tuple[str, ...] = ()
 
 
 class TransferDelayed(Message, frozen=True):

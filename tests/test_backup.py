@@ -83,8 +83,8 @@ async def test_a_backup_is_of_one_moment_and_for_its_owner_alone(tmp_path: Path)
 async def test_commits_wait_for_a_backup_and_go_on(tmp_path: Path) -> None:
     async with node_in_test(tmp_path) as node, trio.open_nursery() as nursery:
         await allocate(node, "before")
-        before = node.system.journal.commits
         async with node.system.journal.stopped():
+            before = node.system.journal.commits
             nursery.start_soon(allocate, node, "while")
             await trio.sleep(0.3)
             assert node.system.journal.commits == before

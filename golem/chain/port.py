@@ -235,7 +235,9 @@ class Chain:
         elif isinstance(event, Confirmed):
             fee = amount_text(from_wei(event.fee_wei))
             message = TransferMined(event.batch_id, event.tx_hash, event.block, event.gas_used, fee)
-        elif isinstance(event, Failed | NonceLost):
+        elif isinstance(event, Failed):
+            message = TransferFailed(event.batch_id, event.reason, event.refused)
+        elif isinstance(event, NonceLost):
             message = TransferFailed(event.batch_id, event.reason)
         elif isinstance(event, Stuck):
             message = TransferDelayed(event.batch_id, event.reason)
