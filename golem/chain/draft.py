@@ -36,6 +36,15 @@ class Unowed(Wait):
     """What would be signed is not what is owed: a fault of ours, which a person has to look at."""
 
 
+def held(reason: str, unknown: int, looks: int, address: str, network: Network) -> Wait:
+    """Why a restored account waits. If it has sent nothing since, there is nothing to know."""
+    text = f"{reason}; whether its account has sent anything since is asked {looks} times"
+    if unknown > 0:
+        text = f"{reason}, and {unknown} transactions have left its account since, which may have paid what is to be paid now: "
+        text += "see that peers have told what was paid (golem payment status), then golem payment resume"
+    return Wait(Problem("CantSign", text, address, chain_id=network.chain_id))
+
+
 class Drafts:
     """Makes and stores signed transactions of one account; they are on disk when a method returns their row's id."""
 

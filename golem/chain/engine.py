@@ -172,21 +172,13 @@ class Engine:
                 await self._tell_stuck(batch_id, general[-1])
 
     def _mind_hold(self, views: Sequence[View]) -> None:
-        """A restored file may not know what was paid since. If the account has sent nothing since, there is nothing to know.
-        Raises Wait."""
-        reason = self.store.held()
-        if not reason:
-            return
-        unknown = max(view.count for view in views) - self.store.next_nonce()
-        if self._again("nothing sent since", unknown <= 0):
-            self.store.release()
-            return
-        if unknown <= 0:
-            text = f"{reason}; whether its account has sent anything since is asked {PATIENT_LOOKS} times"
-            raise Wait(Problem("CantSign", text, self.address, chain_id=self.network.chain_id))
-        text = f"{reason}, and {unknown} transactions have left its account since, which may have paid what is to be paid now: "
-        text += "see that peers have told what was paid (golem payment status), then golem payment resume"
-        raise Wait(Problem("CantSign", text, self.address, chain_id=self.network.chain_id))
+        """A restored file may not know what was paid since. Raises Wait."""
+        if reason := self.store.held():
+            unknown = max(view.count for view in views) - self.store.next_nonce()
+            if self._again("nothing sent since", unknown <= 0):
+                self.store.release()
+            else:
+                raise held(reason, unknown, PATIENT_LOOKS, self.address, self.network)
 
     def _contradicted(self, unclear: Unclear) -> Problem:
         return Problem("RpcError", f"RPCs contradict one another, nothing is sent: {unclear}", self.address)
