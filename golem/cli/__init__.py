@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from golem.cli.client import ask_node
-from golem.cli.output import table, text, value, wants_json
+from golem.cli.output import table, value, wants_json
 from golem.config import VERSION
 
 HELP = {"help_option_names": ["-h", "--help"]}
@@ -85,7 +85,7 @@ def complete(shell: str) -> None:
     name = Path(sys.argv[0]).name
     found = get_completion_class(shell)
     assert found is not None
-    text(found(main, {}, name, f"_{name.upper().replace('-', '_')}_COMPLETE").source())
+    click.echo(found(main, {}, name, f"_{name.upper().replace('-', '_')}_COMPLETE").source())
 
 
 _register()
