@@ -399,10 +399,10 @@ class Market:
 
     # -- matching
     def _match_fresh(self, draft: Draft, offers: list[tuple[Document, Subscription]], now: float) -> None:
-        for _, demand in draft.prefix("demand/"):
+        for _, demand in draft.readable("demand/"):
             for document, offer in offers:
                 self._try(draft, demand, document, offer, now)
-        for key, scan in draft.prefix("scan/"):
+        for key, scan in draft.readable("scan/"):
             for _, offer in offers:
                 _try_scan(draft, key, scan, offer)
 
@@ -420,7 +420,7 @@ class Market:
         if not row:
             return
         prefix = f"{shard:0{digits}x}" if digits else ""
-        for _, offer in draft.prefix(f"offer/{prefix}"):
+        for _, offer in draft.readable(f"offer/{prefix}"):
             if offer.number > row.known:
                 continue  # tried when it came
             if isinstance(row, Scan):

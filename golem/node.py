@@ -27,14 +27,17 @@ import trio
 
 from actors.activity import Activity, ActivityRow
 from actors.kernel.journal import Journal
+from actors.kernel.machine import Send
 from actors.kernel.system import System
 from actors.kernel.trace import Line
 from actors.ledger import Ledger
 from actors.market import Market
 from actors.negotiation import Negotiation
+from actors.sources import EDGE
 from actors.wallet import Wallet
 from golem.bus import Bus
 from golem.chain.port import Chain, open_chain
+from golem.clock import watch_clock
 from golem.commands import serve_commands
 from golem.config import Config, ConfigError
 from golem.files import FileServer
@@ -47,6 +50,7 @@ from golem.ports import is_our_node, of_others
 from golem.registry import IMAGES, Registry
 from golem.router import Router
 from golem.signer_port import SignerPort
+from protocol.wallet import ResumePayments
 
 log = logging.getLogger("golem.node")
 
@@ -88,7 +92,17 @@ class Node:
         """Return what is wrong with this node, `None` if nothing is."""
         if not self.network.is_up:
             return "the peer-to-peer host is not running (yet)"
-        return self.chain.fault()
+        return self.chain.fault() or self._debt()
+
+    def _debt(self) -> str | None:
+        """Return what of this node's own work is held up by our own fault; strangers' poison makes nobody unwell."""
+        own = sum(one.local for one in self.system.quarantined())
+        for count, what in ((own, "messages are set aside (golem quarantine list)"),
+                            (len(self.system.damaged()), "stored rows cannot be read (golem status)"),
+                            (len(self.system.alarms.failing()), "timers cannot be handled (golem status)")):  # fmt: skip
+            if count:
+                return f"{count} {what}"
+        return None
 
     def metrics_text(self) -> str:
         """Return the node's counters in Prometheus' text format."""
@@ -99,6 +113,9 @@ class Node:
             ("golem_bytes_out_total", "counter", sum(one.bytes_out for one in sessions)),
             ("golem_journal_commits_total", "counter", self.system.journal.commits),
             ("golem_links_stuck", "gauge", len(self.system.troubles())),
+            ("golem_quarantined_messages", "gauge", len(self.system.quarantined())),
+            ("golem_damaged_rows", "gauge", len(self.system.damaged())),
+            ("golem_failing_timers", "gauge", len(self.system.alarms.failing())),
             ("golem_protocol_violations", "gauge", len(self.system.violations)),
             ("golem_uptime_seconds", "gauge", round(time.time() - self.started_at, 1)),
         ]
@@ -151,8 +168,10 @@ async def open_node(config: Config, ask_password: AskPassword | None = None) -> 
         nursery = await stack.enter_async_context(trio.open_nursery())
         await nursery.start(bus.run)
         await nursery.start(system.run)
+        await system.post(EDGE, [Send("wallet", ResumePayments())])
         await nursery.start(registry.run)
         nursery.start_soon(forget_events, system, config)
+        nursery.start_soon(watch_clock, system)
         nursery.start_soon(node.services.run, node.stopping)
         router.attach(system.deliver)
         gossip.attach(system)

@@ -10,7 +10,6 @@ import os
 import sqlite3
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 from zlib import crc32
 
 import trio
@@ -44,14 +43,23 @@ MIGRATIONS = (
                        primary key (actor, recipient, boot)) without rowid;
     """,
     "update row set body=sealed(actor, key, body);",
+    """
+    alter table quarantine add column epoch text not null default '';
+    alter table quarantine add column seq int not null default 0;
+    alter table quarantine add column local int not null default 0;
+    create index quarantine_link on quarantine (actor, sender, epoch, seq);
+    create index timer_due on timer (actor, at, key);
+    create index outbox_overdue on outbox (actor, deadline, recipient, seq);
+    """,
 )
 
 
+ALARMS_AT_ONCE = 256  # of an actor that are due
 READ_AT_ONCE = 256  # rows of a prefix read by one query
 MERGED_COMMITS = 256  # commits in one transaction
 PRUNED_AT_ONCE = 5000  # events
 ACK_FLUSH_S = 0.05  # how long acknowledgements wait for a commit to go with: losing them costs a repetition, no more
-KEPT_QUARANTINED = 1000
+KEPT_QUARANTINED = 1000  # from this node, and as many from others
 SEAL_BYTES = 4
 ASKED_LINKS = 64  # to one node; those to the processes of activities live no longer than their journals
 KNOWN_MARKS = 4096  # links of which it is remembered that this start has a mark on them
@@ -128,6 +136,22 @@ class Event:
     body: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class SetAside:
+    """A message in quarantine: it crashed its actor again and again. Its sender was told, or will be."""
+
+    at: float
+    sender: str
+    epoch: str
+    seq: int
+    trace: str
+    error: str
+    body: bytes
+    local: bool  # from this node itself
+    actor: str = ""
+    number: int = 0
+
+
 @dataclass(slots=True)
 class Commit:
     """What one actor wants written at once."""
@@ -137,17 +161,19 @@ class Commit:
     inbox: dict[str, Position] = field(default_factory=dict)
     outbox: list[tuple[str, Posted]] = field(default_factory=list)
     expired: list[tuple[str, int]] = field(default_factory=list)
+    deferred: list[tuple[str, int, float]] = field(default_factory=list)  # deadlines that come again later
     events: list[tuple[str, Event]] = field(default_factory=list)
     dropped_feeds: list[str] = field(default_factory=list)
     taken: list[tuple[str, int]] = field(default_factory=list)
     timers: dict[str, Timer | None] = field(default_factory=dict)
-    quarantined: list[tuple[float, str, str, str, bytes]] = field(default_factory=list)
+    quarantined: list[SetAside] = field(default_factory=list)
+    released: list[int] = field(default_factory=list)  # numbers of messages that left the quarantine
     relinked: list[Relink | Lower] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         return bool(
             self.rows or self.inbox or self.outbox or self.expired or self.events or self.dropped_feeds or self.taken
-            or self.timers or self.quarantined or self.relinked
+            or self.timers or self.quarantined or self.deferred or self.released or self.relinked
         )  # fmt: skip
 
 
@@ -169,6 +195,7 @@ class Journal:
     """
 
     make_room: Callable[[], bool] | None = None
+    ack_flush_s = ACK_FLUSH_S
 
     def __init__(self, path: str, new_epoch: Callable[[], str], *, threads: bool = True, synchronous: str = "FULL") -> None:
         self._threads = threads and path != ":memory:"
@@ -306,15 +333,21 @@ class Journal:
         query = "select actor, recipient from sent where recipient>? and recipient<? and acked>0 and recipient not like ? limit ?"
         return self._reader.execute(query, (f"{node}/", f"{node}/\U0010ffff", f"{node}/%:%", ASKED_LINKS)).fetchall()
 
-    def overdue(self, now: float, limit: int = 256) -> list[tuple[str, str, int]]:
-        """Return (actor, recipient, seq) of messages whose deadline has passed."""
-        query = "select actor, recipient, seq from outbox where deadline<=? order by deadline, actor, recipient, seq limit ?"
-        return self._reader.execute(query, (now, limit)).fetchall()
+    def overdue(self, actor: str, now: float, limit: int = ALARMS_AT_ONCE) -> list[tuple[str, int]]:
+        """Return (recipient, seq) of an actor's messages whose deadline has passed and that nobody acknowledged."""
+        query = "select recipient, seq from outbox where actor=? and deadline<=? order by deadline, recipient, seq limit ?"
+        found = self._reader.execute(query, (actor, now, limit))
+        return [(recipient, seq) for recipient, seq in found if self.acked(actor, recipient) < seq]
 
-    def due(self, now: float, limit: int = 256) -> list[Timer]:
-        """Return timers whose time has come, earliest first."""
-        query = "select actor, key, at, trace, body from timer where at<=? order by at, actor, key limit ?"
-        return [Timer(*found) for found in self._reader.execute(query, (now, limit))]
+    def due(self, actor: str, now: float, limit: int = ALARMS_AT_ONCE) -> list[Timer]:
+        """Return an actor's timers whose time has come, earliest first."""
+        query = "select actor, key, at, trace, body from timer where actor=? and at<=? order by at, key limit ?"
+        return [Timer(*found) for found in self._reader.execute(query, (actor, now, limit))]
+
+    def actors_due(self, now: float) -> list[str]:
+        """Return the actors that have a timer or a deadline whose time has come."""
+        query = "select actor from timer where at<=? union select actor from outbox where deadline<=? order by 1"
+        return [actor for (actor,) in self._reader.execute(query, (now, now))]
 
     def timer(self, actor: str, key: str) -> Timer | None:
         query = "select actor, key, at, trace, body from timer where actor=? and key=?"
@@ -339,9 +372,26 @@ class Journal:
         query = "select seq, at, body from feed where name=? and at>? order by seq limit ?"
         return [Event(*found) for found in self._reader.execute(query, (feed, after_at, limit))]
 
-    def quarantined(self) -> list[tuple[Any, ...]]:
-        """Return (at, actor, sender, trace, error) of messages set aside because they crashed their actor."""
-        return self._reader.execute("select at, actor, sender, trace, error from quarantine order by id").fetchall()
+    def quarantined(self) -> list[SetAside]:
+        """Return the messages that were set aside, oldest first, without their bodies."""
+        query = "select at, sender, epoch, seq, trace, error, x'', local, actor, id from quarantine order by id"
+        return [SetAside(*found) for found in self._reader.execute(query)]
+
+    def set_aside(self, number: int) -> SetAside | None:
+        """Return one message of the quarantine, whole."""
+        query = "select at, sender, epoch, seq, trace, error, body, local, actor, id from quarantine where id=?"
+        found = self._reader.execute(query, (number,)).fetchone()
+        return SetAside(*found) if found else None
+
+    def senders_set_aside(self, actor: str) -> list[str]:
+        """Return whose messages to an actor are in quarantine."""
+        query = "select distinct sender from quarantine where actor=?"
+        return [sender for (sender,) in self._reader.execute(query, (actor,))]
+
+    def refused(self, actor: str, sender: str, epoch: str, first: int, last: int) -> tuple[int, ...]:
+        """Return which messages of a part of a link are in quarantine."""
+        query = "select seq from quarantine where actor=? and sender=? and epoch=? and seq between ? and ? order by seq"
+        return tuple(seq for (seq,) in self._reader.execute(query, (actor, sender, epoch, first, last)))
 
     def acked(self, actor: str, recipient: str) -> int:
         """Return up to where a link is known to be acknowledged."""
@@ -386,7 +436,7 @@ class Journal:
         try:
             while True:
                 await self._wake.wait()
-                with trio.move_on_after(ACK_FLUSH_S):
+                with trio.move_on_after(self.ack_flush_s):
                     while not self._queue:
                         self._wake = trio.Event()
                         await self._wake.wait()
@@ -522,7 +572,13 @@ def _apply(db: sqlite3.Connection, c: Commit, boot: str) -> None:
             db.execute("delete from timer where actor=? and key=?", (actor, key))
         else:
             db.execute("replace into timer values (?,?,?,?,?)", (actor, key, timer.at, timer.trace, timer.body))
-    insert = "insert into quarantine (at, actor, sender, trace, error, body) values (?,?,?,?,?,?)"
-    db.executemany(insert, [(at, actor, sender, trace, error, body) for at, sender, trace, error, body in c.quarantined])
-    if c.quarantined:
-        db.execute("delete from quarantine where id<=(select max(id) from quarantine)-?", (KEPT_QUARANTINED,))
+    later = [(deadline, actor, recipient, seq) for recipient, seq, deadline in c.deferred]
+    db.executemany("update outbox set deadline=? where actor=? and recipient=? and seq=?", later)
+    insert = "insert into quarantine (at, actor, sender, epoch, seq, trace, error, body, local) values (?,?,?,?,?,?,?,?,?)"
+    for q in c.quarantined:
+        db.execute(insert, (q.at, actor, q.sender, q.epoch, q.seq, q.trace, q.error, q.body, q.local))
+    for local in {q.local for q in c.quarantined}:  # apart: what strangers send pushes out nothing of our own
+        newest = "select id from quarantine where local=? order by id desc limit 1 offset ?"
+        if bound := db.execute(newest, (local, KEPT_QUARANTINED)).fetchone():
+            db.execute("delete from quarantine where local=? and id<=?", (local, bound[0]))
+    db.executemany("delete from quarantine where id=?", [(number,) for number in c.released])
