@@ -21,7 +21,8 @@ MAX_BODY_BYTES = 1024 * 1024  # one message
 MAX_BATCH = 64  # envelopes in a frame
 MAX_ADDRESS_CHARS, MAX_TRACE_CHARS = 200, 64
 MAX_MARKS = 8  # in an acknowledgement
-MAX_ACK_BYTES = 2048
+MAX_UNDER_WAY = 320  # messages of a link that were sent and not acknowledged: a window, and a frame
+MAX_ACK_BYTES = 4096
 _NAME = re.compile(r"[A-Za-z0-9_.\-]{0,64}\Z")  # of an epoch, or of a start of a process
 _ADDRESS = re.compile(r"[A-Za-z0-9_.:\-]{1,100}/[A-Za-z0-9_.:\-]{1,100}\Z")  # of an actor: it stands in logs and on terminals
 _TRACE = re.compile(r"[A-Za-z0-9_.:/\-]*\Z")
@@ -54,14 +55,14 @@ class Envelope(msgspec.Struct, frozen=True, array_like=True):
 class Ack(msgspec.Struct, frozen=True, array_like=True):
     """All messages of the link up to `have` are committed. `note` says why there may be no progress (`busy`, `gap`).
 
-    Of those in the frame, `refused` were set aside, since they crashed their recipient: the sender hears of them.
+    Of the last ones up to `have`, `refused` were set aside, since they crashed their recipient: the sender hears of them.
     `boots` tells which starts of the sender numbered what is committed: the sender sees whether that was itself.
     """
 
     have: int
     note: str = ""
     boots: tuple[str, ...] = ()
-    refused: Annotated[tuple[int, ...], msgspec.Meta(max_length=MAX_BATCH)] = ()
+    refused: Annotated[tuple[int, ...], msgspec.Meta(max_length=MAX_UNDER_WAY + 1)] = ()
 
 
 class Decoder(Generic[T]):

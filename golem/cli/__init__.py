@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from golem.cli.client import ask_node
-from golem.cli.output import table, value, wants_json
+from golem.cli.output import table, text, value, wants_json
 from golem.config import VERSION
 
 #: What `golem status` says of things that wait: name in the answer, title, columns.
@@ -47,7 +47,7 @@ def status() -> None:
     value(found)
     for name, (title, columns) in WAITING.items():
         if waiting[name]:
-            text(f"\n{title}")
+            text("", title)
             table(columns, waiting[name])
 
 
