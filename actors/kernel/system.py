@@ -15,11 +15,8 @@ import trio
 
 from actors.kernel.actor import Actor
 from actors.kernel.alarms import Alarms
-<<<<<<< HEAD
-from actors.kernel.complaints import Complaints
-=======
 from actors.kernel.answers import Answers
->>>>>>> main
+from actors.kernel.complaints import Complaints
 from actors.kernel.courier import Courier
 from actors.kernel.feed import Feeds
 from actors.kernel.journal import Commit, Journal, JournalError, Posted, RowDamaged, SetAside
