@@ -28,7 +28,7 @@ from pathlib import Path
 import trio
 
 from golem.chain import faucet, token
-from golem.chain.draft import NO_FUNDS, Drafts, Unowed, Wait, WouldFail
+from golem.chain.draft import NO_FUNDS, Drafts, Wait, WouldFail, held_back
 from golem.chain.events import Confirmed, Event, Failed, Mined, NonceLost, Problem, Sent, Stuck
 from golem.chain.evidence import Evidence, Payment, Shown, Story, Unclear, View, newest
 from golem.chain.genesis import check_genesis
@@ -178,7 +178,7 @@ class Engine:
             if self._again("nothing sent since", unknown <= 0):
                 self.store.release()
             else:
-                raise held(reason, unknown, PATIENT_LOOKS, self.address, self.network)
+                raise held_back(reason, unknown, PATIENT_LOOKS, self.address, self.network)
 
     def _contradicted(self, unclear: Unclear) -> Problem:
         return Problem("RpcError", f"RPCs contradict one another, nothing is sent: {unclear}", self.address)
@@ -295,7 +295,7 @@ class Engine:
             return
         if tx.kind == "pay":
             await self.evidence.unpaid(self._payment(tx), receipt.block, receipt.block_hash)
-        self.end(tx, "failed", await self._cause(tx, receipt), receipt.gas_used, receipt.fee_wei)
+        self.end(tx, "failed", await self.drafts.cause(tx, receipt), receipt.gas_used, receipt.fee_wei)
 
     def _payees(self, tx: TxRow) -> tuple[tuple[str, int], ...]:
         row = self.store.batch(tx.batch_id) if tx.kind == "pay" else None
@@ -311,15 +311,6 @@ class Engine:
         """A transaction is final. `turn` is held."""
         self.store.note(tx.id, "this node", f"{state}{': ' if reason else ''}{reason}", self._clock())
         self.store.finish(tx, state, reason, gas_used, fee_wei)
-
-    async def _cause(self, tx: TxRow, receipt: Receipt) -> str:
-        if receipt.gas_used >= tx.gas:
-            return f"transaction {receipt.hash} ran out of gas ({tx.gas})"
-        try:
-            await self.rpc.call(tx.recipient, tx.data, self.address)
-        except RpcError as error:
-            return f"transaction {receipt.hash} failed: {error}"
-        return f"transaction {receipt.hash} was reverted"
 
     async def _nonce_taken(self, tx: TxRow, views: Sequence[View]) -> None:
         """The nonce is used, and no RPC shows a receipt of ours. That proves nothing: what used it has to be found."""
