@@ -28,7 +28,7 @@ from pathlib import Path
 import trio
 
 from golem.chain import faucet, token
-from golem.chain.draft import NO_FUNDS, Drafts, Wait, WouldFail, held_back
+from golem.chain.draft import NO_FUNDS, Drafts, Unowed, Wait, WouldFail, held_back
 from golem.chain.events import Confirmed, Event, Failed, Mined, NonceLost, Problem, Sent, Stuck
 from golem.chain.evidence import Evidence, Payment, Shown, Story, Unclear, View, newest
 from golem.chain.genesis import check_genesis
