@@ -64,7 +64,7 @@ def patience_due(turn: Turn, message: PatienceDue) -> None:
 
 
 def _negotiate(turn: Turn, row: RejectedRow) -> Agreed | Rejected:
-    return negotiate(turn.config.terms, turn.situation(row.issuer), json_object(row.demand), json_object(row.previous))
+    return negotiate(turn.terms, turn.situation(row.issuer), json_object(row.demand), json_object(row.previous))
 
 
 def _answer(turn: Turn, row: RejectedRow, found: Agreed | Rejected) -> None:
@@ -126,7 +126,7 @@ def agreement_arrived(turn: Turn, message: AgreementArrived) -> None:
         raise Violation(f"not an agreement: {error!r}"[:300]) from None
     if turn.agreement(agreement_id) is not None:
         return
-    found = negotiate(turn.config.terms, turn.situation(requestor), demand, offer)
+    found = negotiate(turn.terms, turn.situation(requestor), demand, offer)
     refusal = found if isinstance(found, Rejected) else None
     if refusal is None and not isinstance(found, Rejected) and found.changed:
         refusal = Rejected("Negotiations aren't finished.", False)

@@ -172,8 +172,16 @@ class DocumentRow(Message, frozen=True):
     number: int
 
 
+class ServedRow(Message, frozen=True):
+    """Whom to serve, where that has changed since this run of the agent began."""
+
+    blacklist: tuple[str, ...]
+    allow_only: tuple[str, ...] | None
+
+
 ProviderRow = (
     AgentRow
+    | ServedRow
     | CursorRow
     | OfferRow
     | RejectedRow
