@@ -2,8 +2,9 @@
 
 Keys: `allocation/<id>`, `agreement/<id>`, `activity/<id>`, `debit-note/<id>`, `invoice/<id>`, `order/<kind>:<id>`,
 `payment/<id>`, `tx/<hash>/<payer>/<payee>` (several platforms may be one chain, so none is named), `owed/<platform>`, and the
-index `open/<agreement>/<kind>/<id>` of accepted documents that are not settled. The payer's own: `pricing/<agreement>`,
-`refused/<agreement>`, and `clock`; the index `in/<agreement>/<activity>` is on both sides. All amounts are decimal text in GLM.
+indexes `open/<agreement>/<kind>/<id>` of accepted documents that are not settled and `ordered/<agreement>/<kind>:<id>` of
+orders. The payer's own: `pricing/<agreement>`, `refused/<agreement>`, and `clock`. On both sides: `told/<peer>`, and
+the index `in/<agreement>/<activity>`. All amounts are decimal text in GLM.
 """
 
 from __future__ import annotations
@@ -185,10 +186,16 @@ class TxClaims(Message, frozen=True):
 
 
 class Open(Message, frozen=True):
-    """An accepted document waits for its money."""
+    """An entry of an index: an accepted document that waits for its money, or one that was ordered."""
 
     kind: str
     document_id: str
+
+
+class Told(Message, frozen=True):
+    """When a peer was last told everything again. There is one for each peer of an agreement."""
+
+    at: float = 0.0
 
 
 class Owed(Message, frozen=True):
@@ -211,6 +218,7 @@ LedgerRow = (
     | TxClaims
     | Open
     | Owed
+    | Told
 )
 
 

@@ -27,12 +27,15 @@ import trio
 
 from actors.activity import Activity, ActivityRow
 from actors.kernel.journal import Journal
+from actors.kernel.machine import Send
 from actors.kernel.system import System
 from actors.kernel.trace import Line
 from actors.ledger import Ledger
 from actors.market import Market
 from actors.negotiation import Negotiation
+from actors.sources import EDGE
 from actors.wallet import Wallet
+from golem.backup import CHAIN, JOURNAL, bind_generations, compare_generations, hold_payments, peers_asked, restored_at
 from golem.bus import Bus
 from golem.chain.port import Chain, open_chain
 from golem.clock import watch_clock
@@ -48,6 +51,8 @@ from golem.ports import is_our_node, of_others
 from golem.registry import IMAGES, Registry
 from golem.router import Router
 from golem.signer_port import SignerPort
+from protocol.ledger import Recall
+from protocol.wallet import ResumePayments
 
 log = logging.getLogger("golem.node")
 
@@ -89,7 +94,17 @@ class Node:
         """Return what is wrong with this node, `None` if nothing is."""
         if not self.network.is_up:
             return "the peer-to-peer host is not running (yet)"
-        return self.chain.fault()
+        return self.chain.fault() or self._debt()
+
+    def _debt(self) -> str | None:
+        """Return what of this node's own work is held up by our own fault; strangers' poison makes nobody unwell."""
+        own = sum(one.local for one in self.system.quarantined())
+        for count, what in ((own, "messages are set aside (golem quarantine list)"),
+                            (len(self.system.damaged()), "stored rows cannot be read (golem status)"),
+                            (len(self.system.alarms.failing()), "timers cannot be handled (golem status)")):  # fmt: skip
+            if count:
+                return f"{count} {what}"
+        return None
 
     def metrics_text(self) -> str:
         """Return the node's counters in Prometheus' text format."""
@@ -100,6 +115,9 @@ class Node:
             ("golem_bytes_out_total", "counter", sum(one.bytes_out for one in sessions)),
             ("golem_journal_commits_total", "counter", self.system.journal.commits),
             ("golem_links_stuck", "gauge", len(self.system.troubles())),
+            ("golem_quarantined_messages", "gauge", len(self.system.quarantined())),
+            ("golem_damaged_rows", "gauge", len(self.system.damaged())),
+            ("golem_failing_timers", "gauge", len(self.system.alarms.failing())),
             ("golem_protocol_violations", "gauge", len(self.system.violations)),
             ("golem_uptime_seconds", "gauge", round(time.time() - self.started_at, 1)),
         ]
@@ -121,6 +139,7 @@ async def open_node(config: Config, ask_password: AskPassword | None = None) -> 
         if config.autoconf_app_key:
             app_keys.drop_foreign("autoconfigured", identity.node_id)
             app_keys.create("autoconfigured", identity.node_id, key=config.autoconf_app_key)
+        older = compare_generations(config.data_dir)
         journal = Journal(str(config.data_dir / "node.db"), lambda: secrets.token_hex(8))
         stack.callback(journal.close)
         net_config = NetConfig(data_dir=config.data_dir, listen=config.listen, bootstrap=config.bootstrap, mdns=config.mdns,
@@ -140,7 +159,10 @@ async def open_node(config: Config, ask_password: AskPassword | None = None) -> 
             system.add(machine(identity.node_id))
         system.add(Activity(identity.node_id, config.unresponsive_s, config.inactivity_s))
         try:
+            if older == CHAIN:
+                hold_payments(config.data_dir, "chain.db is older than node.db")
             chain = await stack.enter_async_context(open_chain(config, identity, system))
+            bind_generations(config.data_dir, journal.boot)
         except ValueError as error:
             raise ConfigError(str(error)) from None
         system.add(Wallet(identity.node_id, cycles_of(config, chain), payees=chain.batch_sizes()))
@@ -152,6 +174,8 @@ async def open_node(config: Config, ask_password: AskPassword | None = None) -> 
         nursery = await stack.enter_async_context(trio.open_nursery())
         await nursery.start(bus.run)
         await nursery.start(system.run)
+        await system.post(EDGE, [Send("wallet", ResumePayments())])
+        await come_back(system, config, older)
         await nursery.start(registry.run)
         nursery.start_soon(forget_events, system, config)
         nursery.start_soon(watch_clock, system)
@@ -162,6 +186,17 @@ async def open_node(config: Config, ask_password: AskPassword | None = None) -> 
         network.on_peer(gossip.peer)
         yield node
         nursery.cancel_scope.cancel()
+
+
+async def come_back(system: System, config: Config, older: str) -> None:
+    """After a restore: ask the peers what was signed since. `older` names the file that is older than the other."""
+    if older:
+        log.error("%s was put back without the other file of the node: what it forgot is asked of peers and chain", older)
+    if at := restored_at(config.data_dir):
+        log.warning("restored from a backup of %s: peers are asked what was signed since", at)
+    if at or older == JOURNAL:
+        await system.ask("ledger", Recall())
+        peers_asked(config.data_dir)
 
 
 async def forget_events(system: System, config: Config) -> None:

@@ -23,6 +23,7 @@ import trio
 from actors.kernel.machine import Meta, Send
 from golem.chain import networks as table
 from golem.chain import token
+from golem.chain.claims import Claim, Claims
 from golem.chain.devchain import DevChainError, ensure_devchain
 from golem.chain.engine import FAULTS, Engine
 from golem.chain.events import Confirmed, Event, Failed, NonceLost, Problem, Sent, Stuck
@@ -30,11 +31,14 @@ from golem.chain.networks import DRIVER, SIMULATED, Network, Networks
 from golem.chain.purse import MAX_AGE_S, Held, Purses
 from golem.chain.rpc import Head, Rpc, RpcError
 from golem.chain.signer import Key
-from golem.chain.store import Claim, Claims, TransferBatch
+from golem.chain.store import OrdersTaken, TransferBatch
 from golem.chain.totals import totals
 from golem.chain.verify import NotYet, Rejected, verify_transfer
+from golem.chain.vouch import Vouch, voucher
 from protocol.types import Message, Violation, address, amount, amount_text, from_wei, to_wei
 from protocol.wallet import (
+    KnownBatch,
+    OrdersKnown,
     Transfer,
     TransferDelayed,
     TransferFailed,
@@ -89,7 +93,9 @@ class Chain:
     local: Any = Transfer | VerifyTransfer
     peer: Any = None
 
-    def __init__(self, config: Settings, key: Key, system: System, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, config: Settings, key: Key, system: System, clock: Callable[[], float] = time.time, vouch: Vouch | None = None
+    ) -> None:
         self.address, self._system, self._clock = key.address, system, clock
         self._dev_url = config.chain_url if config.profile == "local" else ""  # given, not ours to start
         self._dev_dir = config.chain_dir if config.profile == "local" and not self._dev_url else None
@@ -108,7 +114,8 @@ class Chain:
         for row in self.networks:
             if row.chain not in self._rpcs:
                 self._rpcs[row.chain] = rpc = Rpc(row)
-                self._engines[row.chain] = Engine(row, rpc, key, config.data_dir / "chain.db", self._heard)
+                look = vouch or voucher(system, self.networks, row)
+                self._engines[row.chain] = Engine(row, rpc, key, config.data_dir / "chain.db", self._heard, vouch=look)
         if not self._dev_dir:
             self._up.set()
 
@@ -176,6 +183,17 @@ class Chain:
         if isinstance(message, Transfer):
             try:
                 await self._submit(message)
+            except OrdersTaken as taken:
+                batches = tuple(
+                    KnownBatch(
+                        batch.batch_id,
+                        batch.nonce,
+                        tuple((payee, amount_text(from_wei(wei))) for payee, wei in batch.payees),
+                        batch.orders,
+                    )
+                    for batch in taken.batches
+                )
+                return [Send("wallet", OrdersKnown(message.batch_id, batches))]
             except (ValueError, KeyError) as error:
                 return [Send("wallet", TransferFailed(message.batch_id, _words(error)))]
         elif isinstance(message, VerifyTransfer):
@@ -190,7 +208,8 @@ class Chain:
         if transfer.payer.lower() != self.address:
             raise ValueError(f"this node holds no key of {transfer.payer[:50]}")
         payees = tuple((payee, to_wei(amount(text))) for payee, text in transfer.payees)
-        await self._engines[network.chain].submit(TransferBatch(transfer.batch_id, transfer.nonce, payees))
+        batch = TransferBatch(transfer.batch_id, transfer.nonce, payees, transfer.orders)
+        await self._engines[network.chain].submit(batch)
 
     def _claim(self, claim: VerifyTransfer) -> None:
         self.networks.by_platform(claim.platform)
@@ -216,7 +235,9 @@ class Chain:
         elif isinstance(event, Confirmed):
             fee = amount_text(from_wei(event.fee_wei))
             message = TransferMined(event.batch_id, event.tx_hash, event.block, event.gas_used, fee)
-        elif isinstance(event, Failed | NonceLost):
+        elif isinstance(event, Failed):
+            message = TransferFailed(event.batch_id, event.reason, event.refused)
+        elif isinstance(event, NonceLost):
             message = TransferFailed(event.batch_id, event.reason)
         elif isinstance(event, Stuck):
             message = TransferDelayed(event.batch_id, event.reason)
@@ -279,6 +300,14 @@ class Chain:
             | ({"simulatedBy": row.simulated_by} if row.simulated_by else {})
             for row in self.networks
         ]
+
+    def release(self, network: str) -> bool:
+        """Sign payments again after a restore: a person says that it is known what was paid. False if nothing was held."""
+        engine = self._engines[self.networks.by_name(network).chain]
+        held = bool(engine.store.held())
+        engine.store.release()
+        engine.wake()
+        return held
 
     def batch_sizes(self) -> dict[str, int]:
         """Payees that one transaction takes, by platform."""
@@ -394,9 +423,14 @@ def _words(error: Exception) -> str:
 
 
 @asynccontextmanager
-async def open_chain(config: Settings, identity: Secret, system: System) -> AsyncIterator[Chain]:
-    """The chain port, added to `system`; its `connect` has to be run. ValueError for a bad profile or network file."""
-    chain = Chain(config, Key(identity.secret()), system)
+async def open_chain(
+    config: Settings, identity: Secret, system: System, vouch: Vouch | None = None
+) -> AsyncIterator[Chain]:
+    """The chain port, added to `system`; its `connect` has to be run. ValueError for a bad profile or network file.
+
+    `vouch`: the last look before a payment is signed, where it is not the one at the rows of `system`.
+    """
+    chain = Chain(config, Key(identity.secret()), system, vouch=vouch)
     system.add_port(chain)
     try:
         yield chain

@@ -10,31 +10,37 @@ import json
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+SCHEMA_NUMBER = 3  # with each change of the tables one more
 SCHEMA = """
-create table if not exists batch(
+create table batch(
   account text, id text, nonce int, payees text, state text, reason text, announced int, seq integer primary key,
   refused text not null default '', unique(account, id));
-create table if not exists tx(
+create table ordered(
+  account text, id text, batch text, payee int, primary key(account, id)) without rowid;
+create index ordered_batch on ordered(account, batch);
+create table tx(
   id integer primary key, account text, nonce int, kind text, batch text, recipient text, data blob, gas int,
   total_wei text, state text, block int, block_hash text, winner text, gas_used int, fee_wei text,
   reopened int not null default 0, unique(account, nonce));
-create index if not exists tx_state on tx(account, state);
-create index if not exists tx_batch on tx(batch);
-create table if not exists seen(
+create index tx_state on tx(account, state);
+create index tx_batch on tx(batch);
+create table seen(
   id integer primary key, tx int, teller text, text text, at real);
-create index if not exists seen_tx on seen(tx, teller);
-create table if not exists attempt(
+create index seen_tx on seen(tx, teller);
+create table attempt(
   hash text, tx int, raw blob, max_fee text, priority_fee text, created real, head int, sends int,
   primary key(hash, tx));
-create index if not exists attempt_tx on attempt(tx);
-create table if not exists chain(id text primary key, genesis text);
-create table if not exists claim(
+create index attempt_tx on attempt(tx);
+create table hold(account text primary key, reason text);
+create table generation(one int primary key, boot text);
+create table chain(id text primary key, genesis text);
+create table claim(
   id text primary key, platform text, tx_hash text, payer text, payee text, amount_wei text, claimed_wei text,
-  created real);
-create table if not exists purse(chain text, address text, gas_wei text, token_wei text, at real, primary key(chain, address));
+  created real, checksum int);
+create table purse(chain text, address text, gas_wei text, token_wei text, at real, primary key(chain, address));
 """
 OPEN = ("signed", "sent", "mined")
 FILL_GAS = 21_000
@@ -43,15 +49,27 @@ MAX_SEEN = 200  # remarks kept on a transaction
 
 @dataclass(frozen=True, slots=True)
 class TransferBatch:
-    """Pay these, once. `nonce` is the nonce the wallet expects; `payees` are (address, wei), 1 to 50."""
+    """Pay these, once. `nonce` is the nonce the wallet expects; `payees` are (address, wei), 1 to 50.
+
+    `orders` names the orders that each payee is paid for: no order is ever in two batches that may both pay.
+    """
 
     batch_id: str
     nonce: int
     payees: tuple[tuple[str, int], ...]
+    orders: tuple[tuple[str, ...], ...] = ()
 
     @property
     def total_wei(self) -> int:
         return sum(amount_wei for _, amount_wei in self.payees)
+
+
+class OrdersTaken(Exception):
+    """Some orders of a batch are in others already, which paid them or may do so: `batches`, with all their orders."""
+
+    def __init__(self, batches: tuple[TransferBatch, ...]) -> None:
+        super().__init__(f"orders that are in other batches already: {', '.join(batch.batch_id for batch in batches)}")
+        self.batches = batches
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,54 +126,30 @@ class Attempt:
     sends: int
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """A claimed payment whose check is not finished. `created` in seconds of the epoch."""
-
-    claim_id: str
-    platform: str
-    tx_hash: str
-    payer: str
-    payee: str
-    amount_wei: int
-    claimed_wei: int
-    created: float
-
-
-class Claims:
-    """The claims that wait for an answer; in the same file, whatever their network."""
-
-    def __init__(self, path: Path | str) -> None:
-        self._sql = connect(path)
-
-    def close(self) -> None:
-        self._sql.close()
-
-    def add(self, claim: Claim) -> None:
-        """A repeat replaces the first."""
-        c = claim
-        row = (c.claim_id, c.platform, c.tx_hash, c.payer, c.payee, str(c.amount_wei), str(c.claimed_wei), c.created)
-        self._sql.execute("insert or replace into claim values(?,?,?,?,?,?,?,?)", row)
-
-    def remove(self, claim_id: str) -> None:
-        self._sql.execute("delete from claim where id=?", (claim_id,))
-
-    def all(self) -> list[Claim]:
-        """Oldest first."""
-        rows = self._sql.execute("select * from claim order by created, id")
-        return [Claim(i, p, h, r, e, int(a), int(c), t) for i, p, h, r, e, a, c, t in rows]
-
-
 def connect(path: Path | str) -> sqlite3.Connection:
-    """Open the file. ValueError when it is none."""
+    """Open the file, or make it. ValueError when it is none, or has another schema."""
     try:
         sql = sqlite3.connect(path, isolation_level=None, timeout=10.0)
         sql.execute("pragma journal_mode=wal")
+        sql.execute("pragma synchronous=full")
+        _bring_up(sql, path)
     except sqlite3.DatabaseError as error:
         raise ValueError(f"cannot open {path}: {error}") from None
-    sql.execute("pragma synchronous=full")
-    sql.executescript(SCHEMA)
     return sql
+
+
+def _bring_up(sql: sqlite3.Connection, path: Path | str) -> None:
+    """Make the tables in a new file; in another one they have to be these."""
+    (number,) = sql.execute("pragma user_version").fetchone()
+    if number == SCHEMA_NUMBER:
+        return
+    if number or sql.execute("select 1 from sqlite_master").fetchone():
+        sql.close()
+        raise ValueError(
+            f"{path} has schema {number}, this version of the program works with schema {SCHEMA_NUMBER}: payments under way "
+            "are known to that file alone, so use the version that wrote it until they are through, then move the file away"
+        )
+    sql.executescript(f"begin immediate; {SCHEMA} pragma user_version={SCHEMA_NUMBER}; commit;")
 
 
 _TX_COLUMNS = (
@@ -216,13 +210,14 @@ class Store:
 
     def add_batch(self, batch: TransferBatch) -> bool:
         """False when the id is there already; then a finished batch will be announced again. ValueError when the same
-        id was given with other payees."""
+        id was given with other payees, OrdersTaken when an order is in another batch that has not failed for good."""
         payees = json.dumps(batch.payees)
         with self._transaction():
             row = self._sql.execute(
                 "select payees from batch where account=? and id=?", (self.account, batch.batch_id)
             ).fetchone()
             if row is None:
+                self._take_orders(batch)
                 self._sql.execute(
                     "insert into batch(account, id, nonce, payees, state, reason, announced)"
                     " values(?,?,?,?,'queued','',0)",
@@ -233,6 +228,28 @@ class Store:
                 raise ValueError(f"batch {batch.batch_id} was submitted before with other payees")
             self._sql.execute("update batch set announced=0 where account=? and id=?", (self.account, batch.batch_id))
             return False
+
+    def _take_orders(self, batch: TransferBatch) -> None:
+        """Note the orders of a new batch. An order that paid, or may pay, in another one stays there."""
+        order_ids = [order_id for orders in batch.orders for order_id in orders]
+        find = (
+            "select batch.id from ordered join batch on batch.account=ordered.account and batch.id=ordered.batch"
+            " where ordered.account=? and ordered.id=? and batch.state not in ('failed','nonce_lost')"
+        )
+        found = [self._sql.execute(find, (self.account, order_id)).fetchone() for order_id in order_ids]
+        if taken := dict.fromkeys(str(row[0]) for row in found if row):
+            raise OrdersTaken(tuple(self._with_orders(batch_id) for batch_id in taken))
+        rows = [(self.account, order_id, batch.batch_id, payee) for payee, ids in enumerate(batch.orders) for order_id in ids]
+        self._sql.executemany("replace into ordered values(?,?,?,?)", rows)
+
+    def _with_orders(self, batch_id: str) -> TransferBatch:
+        row = self.batch(batch_id)
+        assert row is not None, batch_id
+        orders: list[list[str]] = [[] for _ in row.batch.payees]
+        query = "select payee, id from ordered where account=? and batch=? order by payee, id"
+        for payee, order_id in self._sql.execute(query, (self.account, batch_id)):
+            orders[payee].append(order_id)
+        return replace(row.batch, orders=tuple(map(tuple, orders)))
 
     def batches(self, where: str) -> list[BatchRow]:
         """Batches in order of arrival; `where` is one of this module's own conditions."""
@@ -400,6 +417,18 @@ class Store:
                     "update batch set state=?, reason=? where account=? and id=?",
                     (ends, reason, self.account, tx.batch_id),
                 )
+
+    # -- after a restore
+
+    def held(self) -> str:
+        """Why nothing may be signed, "" if it may: this file may not know of all payments that were made."""
+        query = "select reason from hold where account in (?, '*') order by account desc limit 1"
+        row = self._sql.execute(query, (self.account,)).fetchone()
+        return str(row[0]) if row else ""
+
+    def release(self) -> None:
+        """It is known what was paid."""
+        self._sql.execute("replace into hold values(?, '')", (self.account,))
 
     # -- what was seen
 
