@@ -53,6 +53,10 @@ class Terms:
     min_payment_timeout_s: int = 1
     max_payment_timeout_s: int = int(DAY_S)
     payment_timeout_required_s: float = 10 * 3600.0
+    credit_floor: float = 0.01  # GLM of unpaid work for a stranger, at least
+    credit_factor: float = 1.5
+    credit_growth: float = 0.1  # of what a requestor has paid
+    pay_pace_s: float = 360.0  # from an acceptance to a transfer that is final
     blacklist: frozenset[str] = frozenset()
     allow_only: frozenset[str] | None = None  # None: everybody
 

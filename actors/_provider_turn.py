@@ -41,6 +41,7 @@ class ProviderConfig:
     invoice_due_s: float = DAY_S  # where the agreement has no payment timeout
     reject_memory_s: float = 3600.0  # a proposal is as old as its offer at most
     keep_s: float = 7 * DAY_S  # agreements after their invoice
+    remember_debts_s: float = 90 * DAY_S  # of agreements that are not paid
 
 
 class Turn(Draft):

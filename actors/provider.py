@@ -50,6 +50,7 @@ from protocol.provider import (
     AgreementArrived,
     ApprovalEnded,
     CloseActivity,
+    CreditDue,
     DeadlineDue,
     EventArrived,
     ExpirationDue,
@@ -113,6 +114,8 @@ def _timer_key(message: Timer) -> str:
     match message:
         case IdleDue(agreement_id):
             return f"idle/{agreement_id}"
+        case CreditDue(requestor):
+            return f"credit/{requestor}"
         case ExpirationDue(agreement_id):
             return f"expire/{agreement_id}"
         case NoteDue(activity_id):
@@ -234,6 +237,7 @@ _HANDLERS: dict[type, Callable[[Turn, Any], None]] = {
     UnitRunning: agreements.unit_running,
     UnitExited: agreements.unit_exited,
     IdleDue: agreements.idle_due,
+    CreditDue: agreements.credit_due,
     ExpirationDue: agreements.expiration_due,
     ActivityClosed: billing.activity_closed,
     UsageRead: billing.usage_read,

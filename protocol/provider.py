@@ -367,6 +367,12 @@ class ExpirationDue(Message, frozen=True):
     agreement_id: str
 
 
+class CreditDue(Message, frozen=True):
+    """The unpaid work for a requestor may have reached its credit by now."""
+
+    requestor: str
+
+
 class NoteDue(Message, frozen=True):
     """It is time for a debit note."""
 
@@ -415,6 +421,7 @@ LocalProvider = (
     | UnitRunning
     | UnitExited
     | IdleDue
+    | CreditDue
     | ExpirationDue
     | NoteDue
     | DeadlineDue
@@ -422,7 +429,7 @@ LocalProvider = (
     | ForgetDue
     | Undelivered
 )
-Timer = IdleDue | ExpirationDue | NoteDue | DeadlineDue | PatienceDue | ForgetDue
+Timer = IdleDue | CreditDue | ExpirationDue | NoteDue | DeadlineDue | PatienceDue | ForgetDue
 ToRest = (
     PublishOffer
     | WatchOffer

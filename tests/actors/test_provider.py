@@ -1100,4 +1100,7 @@ def test_an_invoice_that_the_requestors_node_refuses_is_corrected_once() -> None
         assert issued == [("0.018", ""), ("0.012", "inv-0")][: len(answers)]
         assert agent.rest(IssueInvoice) == []
         agent.play.at(8 * 86400)
+        assert list(agent.play.rows.prefix("agreement/")), "what is not paid is not forgotten so soon"
+        agent.play.at(91 * 86400)
         assert not list(agent.play.rows.prefix("document/"))
+        assert not list(agent.play.rows.prefix("debt/"))
