@@ -166,7 +166,8 @@ class Chain:
             else:
                 for row in self.networks:
                     if row.simulated_by:
-                        self._rpcs[row.chain].pool.repoint((url,))
+                        if self._rpcs[row.chain].pool.repoint((url,)):
+                            self._engines[row.chain].wake()
                 self._up.set()
             await trio.sleep(DEVCHAIN_LOOK_S)
 
