@@ -13,6 +13,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from actors._ledger_ceiling import pricing_of, set_back_s
 from actors._ledger_rows import (
     ACCEPTED,
     CANCELLED,
@@ -24,12 +25,13 @@ from actors._ledger_rows import (
     SETTLED,
     Activity,
     Agreement,
+    In,
     PaymentDocument,
     minus,
     total_of,
 )
 from actors._money_draft import Declined, MoneyDraft
-from protocol.activity import ActivityKnown
+from protocol.activity import ActivityKnown, ActivityOver
 from protocol.ledger import DEBIT_NOTE, DocumentEvent
 from protocol.negotiation import AgreementApproved, AgreementEnded
 from protocol.payment_terms import payment_terms
@@ -45,6 +47,8 @@ def agreement_approved(draft: MoneyDraft, me: str, fact: AgreementApproved) -> N
     demand, offer = json.loads(fact.demand_properties), json.loads(fact.offer_properties)
     terms = payment_terms(demand, offer, fact.requestor, fact.provider)
     provides = fact.role == "Provider"
+    if not provides:
+        _prices(draft, fact.agreement_id, demand, offer)
     draft.put(
         key,
         Agreement(
@@ -61,6 +65,12 @@ def agreement_approved(draft: MoneyDraft, me: str, fact: AgreementApproved) -> N
     )
 
 
+def _prices(draft: MoneyDraft, agreement_id: str, demand: Any, offer: Any) -> None:
+    pricing = pricing_of(agreement_id, demand, offer)
+    if pricing is not None:
+        draft.put(f"pricing/{agreement_id}", pricing)
+
+
 def agreement_ended(draft: MoneyDraft, me: str, fact: AgreementEnded) -> None:
     """Note it; what is owed stays owed."""
     row = draft.row(Agreement, f"agreement/{fact.agreement_id}")
@@ -70,9 +80,20 @@ def agreement_ended(draft: MoneyDraft, me: str, fact: AgreementEnded) -> None:
 
 def activity_known(draft: MoneyDraft, me: str, fact: ActivityKnown) -> None:
     """Learn which agreement an activity is billed to."""
+    if draft.row(Activity, f"activity/{fact.activity_id}") is None:
+        row = Activity(
+            fact.activity_id, fact.agreement_id, created_at=fact.at or draft.now, set_back_s=set_back_s(draft)
+        )
+        draft.put(f"activity/{fact.activity_id}", row)
+        draft.put(f"in/{fact.agreement_id}/{fact.activity_id}", In())
+
+
+def activity_over(draft: MoneyDraft, me: str, fact: ActivityOver) -> None:
+    """Its time does not count any more."""
     row = draft.row(Activity, f"activity/{fact.activity_id}")
-    if row is None:
-        draft.put(f"activity/{fact.activity_id}", Activity(fact.activity_id, fact.agreement_id))
+    if row is not None and row.ended_at is None:
+        row = replace(row, ended_at=fact.at, ended_set_back_s=set_back_s(draft))
+        draft.put(f"activity/{fact.activity_id}", row)
 
 
 # -- settling, also used when money moves
@@ -103,7 +124,8 @@ def explain(draft: MoneyDraft, kind: str, document_id: str, waiting: str) -> Non
 def invoice_floor(draft: MoneyDraft, agreement: Agreement) -> Decimal:
     """What an invoice must at least amount to."""
     last = draft.row(PaymentDocument, f"invoice/{agreement.invoice_id}")
-    invoiced = last.amount if last is not None and last.status not in (REJECTED, CANCELLED) else "0"
+    stands = last is not None and last.status not in (REJECTED, CANCELLED) and not last.refused
+    invoiced = last.amount if last is not None and stands else "0"
     return max(Decimal(agreement.accepted), Decimal(invoiced))
 
 

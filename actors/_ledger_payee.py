@@ -60,7 +60,7 @@ from protocol.ledger import (
     encode_body,
 )
 from protocol.signing import Document, verify
-from protocol.types import Violation, address, amount_text, timestamp_text
+from protocol.types import Violation, address, amount, amount_text, timestamp_text
 
 
 # -- the payee's commands
@@ -174,8 +174,25 @@ def document_refused(draft: MoneyDraft, me: str, message: DocumentRefused) -> No
     """The payer would not take it: it stays issued, with the reason."""
     row = _from_payer(draft, message.kind, message.document_id)
     if row.status == ISSUED:
-        row = put(draft, row, refused=True, waiting=f"the requestor refused it: {message.reason[:500]}")
+        most = _most(message.most)
+        row = put(draft, row, refused=True, most=most, waiting=f"the requestor refused it: {message.reason[:500]}")
+        _take_back(draft, row)
         event(draft, row, "REFUSED")
+
+
+def _most(text: str) -> str:
+    try:
+        return amount_text(amount(text)) if text else ""
+    except ValueError as error:
+        raise Violation(str(error)) from None
+
+
+def _take_back(draft: MoneyDraft, row: PaymentDocument) -> None:
+    """What was refused counts for nothing: a lower note may follow."""
+    activity = draft.row(Activity, f"activity/{row.activity_id}")
+    if activity is not None and activity.due == row.amount:
+        due = max(Decimal(activity.accepted), min(Decimal(row.most or "0"), Decimal(activity.due)))
+        draft.put(f"activity/{row.activity_id}", replace(activity, due=amount_text(due)))
 
 
 def document_accepted(draft: MoneyDraft, me: str, message: DocumentAccepted) -> None:

@@ -8,6 +8,8 @@ from decimal import Decimal
 from msgspec.structs import replace
 
 from actors._ledger_allocations import amount_of, charge, usable
+from actors._ledger_audit import unlike_signed
+from actors._ledger_ceiling import age_s, most_for, most_for_agreement, over
 from actors._ledger_documents import (
     add,
     agreement_of,
@@ -34,6 +36,9 @@ from actors._ledger_rows import (
     Order,
     Owed,
     PaymentDocument,
+    Pricing,
+    RefusedDocument,
+    RefusedDocuments,
     acceptance_of,
     total_of,
 )
@@ -64,6 +69,7 @@ from protocol.types import Violation, address, amount, amount_text, node_of, tim
 from protocol.wallet import PayOut
 
 MAX_DOCUMENTS = 50_000  # from the payee of one agreement
+MAX_REFUSED = 10  # documents of an agreement that were not taken are remembered
 ANSWER_S = 24 * 3600.0  # to bring our word about what we do not keep
 _ID = re.compile(rf"[0-9A-Za-z_-]{{1,{MAX_ID_CHARS}}}\Z")
 
@@ -73,6 +79,8 @@ def accept(draft: MoneyDraft, me: str, command: AcceptDocument) -> None:
     """Owe what a document adds to the debt: charge the allocation, order the payment, tell the payee."""
     row = document_of(draft, command.kind, command.document_id, PAYER)
     agreement = agreement_of(draft, row)
+    if fault := unlike_signed(row, agreement.peer):
+        raise Declined("bad_request", fault)
     if amount_of(command.amount) != Decimal(row.amount):
         raise Declined("bad_request", f"Invalid amount accepted: {command.amount}, the {row.kind} says {row.amount}")
     if row.status in (ACCEPTED, SETTLED) or (row.kind == DEBIT_NOTE and agreement.invoice_accepted):
@@ -148,40 +156,85 @@ def document_sent(draft: MoneyDraft, me: str, message: DocumentSent) -> None:
     agreement = draft.row(Agreement, f"agreement/{body.agreement_id}")
     if agreement is not None and (agreement.peer, agreement.role) != (sender, PAYER):
         raise Violation(f"{sender} is not the provider of agreement {body.agreement_id}")
-    if reason := _objection(draft, agreement, body, activity_id, total):
-        draft.send(address(sender, "ledger"), DocumentRefused(document.kind, own_id, reason), ANSWER_S)
+    reason, most = _objection(draft, agreement, body, activity_id, total)
+    if reason:
+        _refused(draft, body.agreement_id, RefusedDocument(draft.now, document.kind, own_id, amount_text(total), reason))
+        draft.send(address(sender, "ledger"), DocumentRefused(document.kind, own_id, reason, most), ANSWER_S)
         return
     assert agreement is not None
     _receive(draft, document, own_id, agreement, activity_id, total)
     draft.send(*receipt)
 
 
+def _refused(draft: MoneyDraft, agreement_id: str, refused: RefusedDocument) -> None:
+    """Remember for people what was not taken, if it is about an agreement of ours."""
+    if draft.row(Agreement, f"agreement/{agreement_id}") is not None:
+        row = draft.row(RefusedDocuments, f"refused/{agreement_id}") or RefusedDocuments()
+        others = [one for one in row.documents if one.document_id != refused.document_id]
+        draft.put(f"refused/{agreement_id}", RefusedDocuments((*others, refused)[-MAX_REFUSED:]))
+
+
 def _objection(
     draft: MoneyDraft, agreement: Agreement | None, body: DebitNoteBody | InvoiceBody, activity_id: str, total: Decimal
-) -> str:
-    """Why a well-formed document of the right peer is not taken; "" if it is."""
+) -> tuple[str, str]:
+    """Why a well-formed document of the right peer is not taken, "" if it is; and the highest amount that would be."""
     if agreement is None:
-        return f"agreement {body.agreement_id} is not known here"
+        return f"agreement {body.agreement_id} is not known here", ""
     if agreement.fault:
-        return agreement.fault
+        return agreement.fault, ""
     terms = (agreement.platform, agreement.payee_addr, agreement.payer_addr)
     if (body.payment_platform, body.payee_addr, body.payer_addr) != terms:
-        return "platform or addresses are not those of the agreement"
+        return "platform or addresses are not those of the agreement", ""
     if agreement.documents >= MAX_DOCUMENTS:
-        return f"the agreement has {MAX_DOCUMENTS} documents already"
+        return f"the agreement has {MAX_DOCUMENTS} documents already", ""
     if isinstance(body, InvoiceBody):
-        return "totals never decrease" if total < invoice_floor(draft, agreement) else ""
+        return _against_invoice(draft, agreement, body, total)
+    return _against_note(draft, agreement, body, activity_id, total)
+
+
+def _against_note(
+    draft: MoneyDraft, agreement: Agreement, body: DebitNoteBody, activity_id: str, total: Decimal
+) -> tuple[str, str]:
     activity = draft.row(Activity, f"activity/{activity_id}")
-    if activity is not None and activity.agreement_id != agreement.agreement_id:
-        return "the activity is not one of the agreement"
-    return "totals never decrease" if activity is not None and total < Decimal(activity.due) else ""
+    if activity is None or activity.agreement_id != agreement.agreement_id:
+        return f"this node has created no activity {activity_id} under the agreement", ""
+    if total < Decimal(activity.due):
+        return "totals never decrease", ""
+    pricing = draft.row(Pricing, f"pricing/{agreement.agreement_id}")
+    if pricing is None:
+        return "", ""
+    age = age_s(draft, activity, draft.now)
+    most = max(most_for(pricing, body.usage_counter_vector, age), Decimal(activity.due))
+    reason = over(pricing, total, most, f"an activity of {age:.1f} s on {pricing.threads:g} threads")
+    return reason, amount_text(most) if reason else ""
+
+
+def _against_invoice(draft: MoneyDraft, agreement: Agreement, body: InvoiceBody, total: Decimal) -> tuple[str, str]:
+    ids = [key.rpartition("/")[2] for key, _ in draft.prefix(f"in/{agreement.agreement_id}/")]
+    if strange := set(body.activity_ids) - set(ids):
+        return f"this node has created no activity {min(strange)[:80]} under the agreement", ""
+    if total < invoice_floor(draft, agreement):
+        return "totals never decrease", ""
+    pricing = draft.row(Pricing, f"pricing/{agreement.agreement_id}")
+    if pricing is None:
+        return "", ""
+    standing = draft.row(PaymentDocument, f"invoice/{agreement.invoice_id}")
+    if standing is not None and standing.status in (RECEIVED, ACCEPTED):
+        return f"the agreement has an invoice already: {standing.document_id}", ""
+    rows = [draft.row(Activity, f"activity/{one}") for one in ids]
+    activities = [(row, age_s(draft, row, draft.now)) for row in rows if row is not None]
+    most = max(most_for_agreement(pricing, activities), Decimal(agreement.accepted))
+    time_s = sum(age for _, age in activities)
+    reason = over(pricing, total, most, f"{len(activities)} activities of {time_s:.1f} s in all")
+    return reason, amount_text(most) if reason else ""
 
 
 def _receive(
     draft: MoneyDraft, document: Document, own_id: str, agreement: Agreement, activity_id: str, total: Decimal
 ) -> None:
     if document.kind == DEBIT_NOTE:
-        activity = draft.row(Activity, f"activity/{activity_id}") or Activity(activity_id, agreement.agreement_id)
+        activity = draft.row(Activity, f"activity/{activity_id}")
+        assert activity is not None, activity_id
         draft.put(
             f"activity/{activity_id}", replace(activity, due=amount_text(total), last_debit_note_id=own_id)
         )
@@ -225,6 +278,7 @@ def _order(draft: MoneyDraft, row: PaymentDocument, agreement: Agreement, alloca
         ordered_at=draft.now,
     )
     draft.put(f"order/{order_id}", order)
+    draft.put(f"ordered/{order.agreement_id}/{order_id}", Open(row.kind, row.document_id))
     debt = draft.row(Owed, f"owed/{order.platform}") or Owed()
     draft.put(f"owed/{order.platform}", Owed(amount_text(total_of((debt.amount, added)))))
     draft.send("wallet", PayOut(order_id, order.platform, order.payer_addr, order.payee_addr, order.amount))

@@ -2,7 +2,9 @@
 
 Keys: `allocation/<id>`, `agreement/<id>`, `activity/<id>`, `debit-note/<id>`, `invoice/<id>`, `order/<kind>:<id>`,
 `payment/<id>`, `tx/<hash>/<payer>/<payee>` (several platforms may be one chain, so none is named), `owed/<platform>`, and the
-index `open/<agreement>/<kind>/<id>` of accepted documents that are not settled. All amounts are decimal text in GLM.
+indexes `open/<agreement>/<kind>/<id>` of accepted documents that are not settled and `ordered/<agreement>/<kind>:<id>` of
+orders. The payer's own: `pricing/<agreement>`, `refused/<agreement>`, and `clock`; the index `in/<agreement>/<activity>` is
+on both sides. All amounts are decimal text in GLM.
 """
 
 from __future__ import annotations
@@ -73,6 +75,52 @@ class Activity(Message, frozen=True):
     accepted: str = "0"
     paid: str = "0"
     last_debit_note_id: str | None = None
+    created_at: float = 0.0
+    ended_at: float | None = None
+    set_back_s: float = 0.0  # of the node's clock altogether, when the activity was created and when it ended
+    ended_set_back_s: float = 0.0
+
+
+class Pricing(Message, frozen=True):
+    """What an agreement costs, as its payer checks it. `coeffs`: a price for each counter, last the start price."""
+
+    agreement_id: str
+    coeffs: tuple[float, ...]
+    vector: tuple[str, ...]
+    threads: float
+    mem_gib: float | None
+    storage_gib: float | None
+    cost_cap: float | None
+    fault: str = ""  # why the prices cannot be used
+
+
+class ClockRow(Message, frozen=True):
+    """The wall clock and one that nobody sets, read together; `set_back_s`: what the first has lost against the other."""
+
+    boot_id: str
+    boot_s: float
+    wall_s: float
+    set_back_s: float = 0.0
+
+
+class In(Message, frozen=True):
+    """Index: an activity of an agreement."""
+
+
+class RefusedDocument(Message, frozen=True):
+    """A document that the payer did not take."""
+
+    at: float
+    kind: str
+    document_id: str
+    amount: str
+    reason: str
+
+
+class RefusedDocuments(Message, frozen=True):
+    """The last ones of an agreement, newest last."""
+
+    documents: tuple[RefusedDocument, ...] = ()
 
 
 class PaymentDocument(Message, frozen=True):
@@ -93,6 +141,7 @@ class PaymentDocument(Message, frozen=True):
     refused: bool = False  # the peer would not take it
     rejection: str = ""
     acceptance: bytes = b""  # the payer's signature over the acceptance
+    most: str = ""  # the highest amount that the payer would have taken, where it refused this one
 
 
 class Order(Message, frozen=True):
@@ -137,7 +186,7 @@ class TxClaims(Message, frozen=True):
 
 
 class Open(Message, frozen=True):
-    """An accepted document waits for its money."""
+    """An entry of an index: an accepted document that waits for its money, or one that was ordered."""
 
     kind: str
     document_id: str
@@ -149,7 +198,21 @@ class Owed(Message, frozen=True):
     amount: str = "0"
 
 
-LedgerRow = Allocation | Agreement | Activity | PaymentDocument | Order | Payment | TxClaims | Open | Owed
+LedgerRow = (
+    Allocation
+    | Agreement
+    | Activity
+    | Pricing
+    | ClockRow
+    | In
+    | RefusedDocuments
+    | PaymentDocument
+    | Order
+    | Payment
+    | TxClaims
+    | Open
+    | Owed
+)
 
 
 def total_of(amounts: Iterable[str | Decimal]) -> Decimal:

@@ -42,8 +42,8 @@ class MoneyDraft(Draft):
     def emit(self, feed: str, message: Message) -> None:
         self.do(Emit(feed, message))
 
-    def wake(self, key: str, at: float | None, message: Message | None = None) -> None:
-        self.do(Wake(key, at, message))
+    def wake(self, key: str, at: float | None, message: Message | None = None, *, keep: bool = False) -> None:
+        self.do(Wake(key, at, message, keep))
 
     def reply(self, message: Message) -> None:
         self.do(Reply(message))

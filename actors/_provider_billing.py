@@ -210,11 +210,28 @@ def note_sent(turn: Turn, message: NoteSent) -> None:
     row = _agreement(turn, activity)
     if not message.sent:
         turn.save(replace(note, state=FAILED))
-        end_agreement(turn, row, UNREACHABLE)
+        if message.most:
+            _correct(turn, row, activity, note, message.most)
+        else:
+            end_agreement(turn, row, UNREACHABLE)
         return
     turn.save(replace(note, state=SENT))
     if row.accept_timeout_s is not None:
         _arm(turn, note, ACCEPT, turn.now + row.accept_timeout_s)
+
+
+def _correct(turn: Turn, row: AgreementRow, activity: ActivityRow, note: NoteRow, most: str) -> None:
+    """Ask once for the highest amount that the requestor's node would take; two clocks may differ a little."""
+    if note.corrected or note.number != activity.notes or Decimal(most) >= Decimal(note.amount):
+        end_agreement(turn, row, NOTE_REJECTED)
+        return
+    number = activity.notes + 1
+    again = replace(
+        note, number=number, amount=most, state=ISSUING, previous_id=note.note_id, note_id="", issued_at=0.0, corrected=True
+    )
+    turn.save(again)
+    turn.save(replace(activity, amount=most, notes=number, issuing=True))
+    issue_note(turn, row, again)
 
 
 def _arm(turn: Turn, note: NoteRow, deadline: str, at: float) -> None:
@@ -272,7 +289,9 @@ def bill_if_done(turn: Turn, agreement_id: str) -> None:
 def issue_invoice(turn: Turn, row: AgreementRow) -> None:
     """Have the invoice issued that is in the agreement's row."""
     turn.rest(
-        IssueInvoice(row.agreement_id, row.activities, row.amount, row.invoice_due_at, row.at, turn.config.instance)
+        IssueInvoice(
+            row.agreement_id, row.activities, row.amount, row.invoice_due_at, row.at, turn.config.instance, row.refused_id
+        )
     )
 
 
@@ -290,8 +309,14 @@ def invoice_issued(turn: Turn, message: InvoiceIssued) -> None:
 
 def invoice_sent(turn: Turn, message: InvoiceSent) -> None:
     row = turn.agreement(message.agreement_id)
-    if row is not None and row.invoice == SENDING:
-        _billed(turn, row, FAILED if message.error else SENT)
+    if row is None or row.invoice != SENDING:
+        return
+    if message.most and not row.refused_id and Decimal(message.most) < Decimal(row.amount):
+        row = replace(row, invoice=ISSUING, amount=message.most, refused_id=row.invoice_id)
+        turn.save(row)
+        issue_invoice(turn, row)
+        return
+    _billed(turn, row, FAILED if message.error else SENT)
 
 
 def _billed(turn: Turn, row: AgreementRow, state: str) -> None:
@@ -332,6 +357,6 @@ def forget(turn: Turn, message: ForgetDue) -> None:
             turn.put(key, None)
             turn.put(f"document/{note.note_id}", None)
         turn.put(f"activity/{activity.activity_id}", None)
-    if row.invoice_id:
-        turn.put(f"document/{row.invoice_id}", None)
+    for document_id in filter(None, (row.invoice_id, row.refused_id)):
+        turn.put(f"document/{document_id}", None)
     turn.put(f"agreement/{row.agreement_id}", None)

@@ -113,6 +113,7 @@ class AgreementRow(Message, frozen=True):
     invoice_id: str = ""
     amount: str = "0"
     invoice_due_at: float = 0.0
+    refused_id: str = ""  # an invoice that the requestor's node refused; it is corrected once
 
 
 class CapacityRow(Message, frozen=True):
@@ -161,6 +162,7 @@ class NoteRow(Message, frozen=True):
     note_id: str = ""
     issued_at: float = 0.0
     final: bool = False
+    corrected: bool = False  # it stands for one that the requestor's node refused
 
 
 class DocumentRow(Message, frozen=True):

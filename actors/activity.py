@@ -29,6 +29,7 @@ from protocol.activity import (
     ActivityChanged,
     ActivityEvent,
     ActivityKnown,
+    ActivityOver,
     ActivityRequested,
     AgreementForgotten,
     BatchExpired,
@@ -75,7 +76,7 @@ LIVE_STATES = ("Initialized", "Deployed", "Ready")
 
 
 _SENT = Decoder[Any](
-    ActivityKnown | ActivityRequested | DestroyRequested | RunBatch | StateChanged | UsageChanged
+    ActivityKnown | ActivityOver | ActivityRequested | DestroyRequested | RunBatch | StateChanged | UsageChanged
 )  # what `Undelivered` may hold
 
 #: Who alone on this node may say what; the rest is said by the activity actors of other nodes. Reports and results are
@@ -240,7 +241,7 @@ class Activity:
             {f"activity/{row.activity_id}": row, f"agreement/{row.agreement_id}": grown},
             [
                 Reply(Done(row.activity_id)),
-                Send("ledger", ActivityKnown(row.activity_id, row.agreement_id)),
+                Send("ledger", ActivityKnown(row.activity_id, row.agreement_id, meta.now)),
                 Send(address(row.provider, self.name), request, timeout_s + CREATE_MARGIN_S),
                 Wake(
                     f"create/{row.activity_id}", meta.now + timeout_s + 2 * CREATE_MARGIN_S, CreateExpired(row.activity_id)
@@ -402,7 +403,7 @@ class Activity:
         ))
         event = ActivityEvent(activity_id, agreement_id, "CreateActivity", agreement.app_session_id)
         changes.do(
-            Send("ledger", ActivityKnown(activity_id, agreement_id)),
+            Send("ledger", ActivityKnown(activity_id, agreement_id, meta.now)),
             Emit("activities", event),
             Emit(f"activity/{activity_id}", ActivityChanged("New")),
             Wake(f"create/{activity_id}", meta.now + timeout_s + CREATE_MARGIN_S, CreateExpired(activity_id)),
@@ -518,6 +519,7 @@ class Activity:
 
     def _wind_up(self, changes: Draft, row: ActivityRow, meta: Meta) -> None:
         """The activity is over: no timer is left, and no batch stays without its last result."""
+        changes.do(Send("ledger", ActivityOver(row.activity_id, meta.now)))
         changes.do(Wake(f"destroy/{row.activity_id}", None))
         changes.do(Wake(f"silence/{row.activity_id}", None))
         changes.do(Wake(f"feed/{row.activity_id}", meta.now + KEEP_S, FeedExpired(row.activity_id)))

@@ -16,6 +16,7 @@ class Draft:
         self._rows = rows
         self._changed: dict[str, Message | None] = {}
         self._effects: list[Effect] = []
+        self.left_out: list[str] = []
 
     def get(self, key: str) -> Any:
         """Return the row, or None."""
@@ -23,8 +24,16 @@ class Draft:
 
     def prefix(self, prefix: str) -> Iterator[tuple[str, Any]]:
         """Yield (key, row) of the keys that start with `prefix`: first the stored ones in order, then those put new."""
+        return self._over(self._rows.prefix(prefix), prefix)
+
+    def readable(self, prefix: str) -> Iterator[tuple[str, Any]]:
+        """Yield as `prefix` does, without rows that are damaged; `left_out` has their keys."""
+        readable = getattr(self._rows, "readable", None)  # rows that were never on a disk have no damage
+        return self._over(readable(prefix, self.left_out) if readable else self._rows.prefix(prefix), prefix)
+
+    def _over(self, stored: Iterator[tuple[str, Any]], prefix: str) -> Iterator[tuple[str, Any]]:
         changed = {key: row for key, row in self._changed.items() if key.startswith(prefix)}
-        for key, row in self._rows.prefix(prefix):
+        for key, row in stored:
             current = changed.pop(key, row)
             if current is not None:
                 yield key, current

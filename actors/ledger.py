@@ -19,10 +19,12 @@ from collections.abc import Callable
 from typing import Any
 
 from actors import _ledger_allocations as allocations
+from actors import _ledger_ceiling as ceiling
 from actors import _ledger_documents as documents
 from actors import _ledger_payee as payee
 from actors import _ledger_payer as payer
 from actors import _ledger_payments as payments
+from actors._ledger_audit import objection
 from actors._ledger_rows import (
     Activity,
     Agreement,
@@ -45,13 +47,14 @@ from actors._ledger_rows import (
 from actors._money_draft import Declined, MoneyDraft
 from actors.kernel.machine import Meta, Reply, Rows, Step
 from actors.sources import EDGE, check_source
-from protocol.activity import ActivityKnown
+from protocol.activity import ActivityKnown, ActivityOver
 from protocol.codec import Decoder
 from protocol.ledger import (
     AcceptDocument,
     AllocationTimeout,
     AmendAllocation,
     CancelInvoice,
+    ClockSeen,
     CreateAllocation,
     DocumentAccepted,
     DocumentReceived,
@@ -89,6 +92,7 @@ __all__ = [
     "acceptance_of",
     "decorations",
     "minus",
+    "objection",
     "owed",
     "paid_since",
     "remaining",
@@ -130,6 +134,8 @@ _HANDLERS: dict[type, _Handler] = {
     AgreementApproved: documents.agreement_approved,
     AgreementEnded: documents.agreement_ended,
     ActivityKnown: documents.activity_known,
+    ActivityOver: documents.activity_over,
+    ClockSeen: ceiling.clock_seen,
     CreateAllocation: allocations.create,
     AmendAllocation: allocations.amend,
     ReleaseAllocation: allocations.release,
@@ -164,6 +170,8 @@ _SOURCES: dict[type, str] = {
     AgreementApproved: "negotiation",
     AgreementEnded: "negotiation",
     ActivityKnown: "activity",
+    ActivityOver: "activity",
+    ClockSeen: "clock",
     CreateAllocation: EDGE,
     AmendAllocation: EDGE,
     ReleaseAllocation: EDGE,
@@ -193,6 +201,8 @@ class Ledger:
         AgreementApproved
         | AgreementEnded
         | ActivityKnown
+        | ActivityOver
+        | ClockSeen
         | CreateAllocation
         | AmendAllocation
         | ReleaseAllocation

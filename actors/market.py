@@ -399,10 +399,10 @@ class Market:
 
     # -- matching
     def _match_fresh(self, draft: Draft, offers: list[tuple[Document, Subscription]], now: float) -> None:
-        for _, demand in draft.prefix("demand/"):
+        for _, demand in draft.readable("demand/"):
             for document, offer in offers:
                 self._try(draft, demand, document, offer, now)
-        for key, scan in draft.prefix("scan/"):
+        for key, scan in draft.readable("scan/"):
             for _, offer in offers:
                 _try_scan(draft, key, scan, offer)
 
@@ -420,7 +420,7 @@ class Market:
         if not row:
             return
         prefix = f"{shard:0{digits}x}" if digits else ""
-        for _, offer in draft.prefix(f"offer/{prefix}"):
+        for _, offer in draft.readable(f"offer/{prefix}"):
             if offer.number > row.known:
                 continue  # tried when it came
             if isinstance(row, Scan):
@@ -489,7 +489,7 @@ def _answer(draft: Draft, offer_ids: tuple[str, ...], meta: Meta) -> None:
         raise Violation(f"a question has at most {MAX_IDS} ids")
     part: list[Document] = []
     parts, size, total = [part], 0, 0
-    for offer_id in offer_ids:
+    for offer_id in dict.fromkeys(offer_ids):  # each once
         row = draft.get(f"offer/{offer_id}")
         if row and row.expires > meta.now:
             total += len(row.document.body)

@@ -34,6 +34,7 @@ from protocol.wallet import (
     PaidOut,
     PayOut,
     PayOutDelayed,
+    ResumePayments,
     RunCycle,
     SetCycle,
     Transfer,
@@ -116,6 +117,7 @@ _SOURCES: dict[type, str] = {
     PayOut: "ledger",
     SetCycle: EDGE,
     RunCycle: EDGE,
+    ResumePayments: EDGE,
     CycleDue: "wallet",
     TransferSent: "chain",
     TransferMined: "chain",
@@ -138,6 +140,7 @@ class Wallet:
         PayOut
         | SetCycle
         | RunCycle
+        | ResumePayments
         | CycleDue
         | TransferSent
         | TransferMined
@@ -174,6 +177,7 @@ class Wallet:
             TransferDelayed: self._transfer_delayed,
             NonceFloor: self._nonce_floor,
             Undelivered: self._undelivered,
+            ResumePayments: self._resume,
         }
 
     def handle(self, rows: Rows, message: Any, meta: Meta) -> Step:
@@ -222,6 +226,7 @@ class Wallet:
         """Make sure that the platform's next run is set; `at` moves it. Returns its time."""
         cycle = self._cycle(draft, platform)
         if at is None and cycle.next_at is not None:
+            draft.wake(f"cycle/{platform}", cycle.next_at, CycleDue(platform), keep=True)
             return cycle.next_at
         next_at = draft.now + cycle.interval_s if at is None else at
         draft.put(f"cycle/{platform}", replace(cycle, next_at=next_at))
@@ -247,7 +252,7 @@ class Wallet:
     def _cycle_due(self, draft: MoneyDraft, timer: CycleDue) -> None:
         cycle = replace(self._cycle(draft, timer.platform), next_at=None, last_at=draft.now)
         draft.put(f"cycle/{timer.platform}", cycle)
-        queued = [row for _, row in islice(draft.prefix(f"queue/{timer.platform}/"), MAX_RUN_ORDERS + 1)]
+        queued = [row for _, row in islice(draft.readable(f"queue/{timer.platform}/"), MAX_RUN_ORDERS + 1)]
         more = len(queued) > MAX_RUN_ORDERS
         by_payer: dict[str, list[PayOrder]] = {}
         for row in sorted(queued[:MAX_RUN_ORDERS], key=lambda row: (row.queued_at, row.order_id)):
@@ -255,7 +260,7 @@ class Wallet:
         for payer, orders in by_payer.items():
             for payees in _batches(orders, self._minimum, self._payees.get(timer.platform, MAX_PAYEES)):
                 self._send_batch(draft, timer.platform, payer, payees)
-        if more or next(draft.prefix(f"queue/{timer.platform}/"), None) is not None:
+        if more or draft.left_out or next(draft.readable(f"queue/{timer.platform}/"), None) is not None:
             self._schedule(draft, timer.platform, draft.now + 1.0 if more else None)
 
     # -- batches
@@ -345,7 +350,8 @@ class Wallet:
             order = draft.row(PayOrder, f"order/{order_id}")
             assert order is not None, order_id
             assert (order.state, order.batch_id) == (BATCHED, batch.batch_id), order
-            order = replace(order, tries=order.tries + 1, reason=fact.reason)
+            at_fault = not fact.refused or order.payee in fact.refused
+            order = replace(order, tries=order.tries + at_fault, reason=fact.reason)
             if order.tries < MAX_TRIES:
                 self._queue(draft, replace(order, state=QUEUED))
                 queued.append(order_id)
@@ -367,7 +373,22 @@ class Wallet:
 
     def _undelivered(self, draft: MoneyDraft, fact: Undelivered) -> None:
         """Money messages stay on this node: whatever kept them back, they are sent again."""
-        draft.send(fact.to, _sent(fact.body))
+        message = _sent(fact.body)
+        if isinstance(message, Transfer):
+            batch = self._batch(draft, message.batch_id)
+            reason = f"{fact.to.rpartition('/')[2]} did not take the transfer, which is asked for again: {fact.reason}"
+            if batch.state == SENDING and batch.reason != reason:
+                self._explain(draft, batch, reason)
+        draft.send(fact.to, message)
+
+    def _resume(self, draft: MoneyDraft, command: ResumePayments) -> None:
+        """The chain port repeats its last word on what it knows, and takes on what it does not."""
+        for _, batch in draft.readable("batch/"):
+            if batch.state == SENDING:
+                draft.send("chain", _transfer(batch))
+        for _, cycle in draft.readable("cycle/"):
+            if cycle.next_at is not None:
+                self._schedule(draft, cycle.platform)
 
     def _batch(self, draft: MoneyDraft, batch_id: str) -> Batch:
         batch = draft.row(Batch, f"batch/{batch_id}")
@@ -386,7 +407,7 @@ def _transfer(batch: Batch) -> Transfer:
 def _batches(orders: list[PayOrder], minimum: Decimal, max_payees: int) -> Iterator[list[list[PayOrder]]]:
     """Yield lists of payees, each a list of its orders: bounded numbers of payees and orders, every order once.
 
-    A payee who was in a failed batch gets one of his own: one whom no token can be sent to must not sink the others.
+    A payee who made a batch fail gets one of his own: one whom no token can be sent to must not sink the others.
     """
     by_payee: dict[str, list[PayOrder]] = {}
     for order in orders:

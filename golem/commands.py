@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
+from actors.kernel.journal import RowDamaged
 from golem.bus import BusPeer
 from golem.chain.networks import DRIVER, Network
 from golem.chain.rpc import RpcError
@@ -38,13 +39,14 @@ def command(function: Command) -> Command:
 
 def serve_commands(node: Node) -> None:
     """Answer the command line on the node's bus."""
-    import golem.activity_commands  # noqa: F401  it registers its own
+    import golem.activity_commands  # they register their own
+    import golem.quarantine_commands  # noqa: F401
 
     def handler(run: Command) -> Callable[[BusPeer, bytes], Awaitable[bytes]]:
         async def answer(client: BusPeer, payload: bytes) -> bytes:
             try:
                 return json.dumps(await run(node, json.loads(payload))).encode()
-            except (IdentityError, NetError, RpcError, ValueError) as error:
+            except (IdentityError, NetError, RpcError, RowDamaged, ValueError) as error:
                 raise RemoteError(str(error)) from None
             except (sqlite3.Error, OSError) as error:  # a full disk, for one: no bug of ours
                 raise RemoteError(f"the node could not do it: {error}") from None
@@ -60,12 +62,14 @@ def serve_commands(node: Node) -> None:
 @command
 async def status(node: Node, args: dict[str, Any]) -> Any:
     """What this node is and does."""
+    from golem.quarantine_commands import waiting
+
     chain = {"chainUrl": node.chain.dev_url} if node.config.profile == "local" else {}
     return {
         "nodeId": node.node_id, "apiUrl": node.api_url, "profile": node.config.profile, **chain,
         "dataDir": str(node.config.data_dir),
         "version": VERSION, "uptime_s": round(time.time() - node.started_at, 1), "sessions": len(node.network.sessions()),
-        "problem": node.health_problem(), "links": [list(link) for link in node.system.troubles()],
+        "problem": node.health_problem(), **waiting(node),
     }  # fmt: skip
 
 

@@ -28,14 +28,17 @@ import trio
 
 from actors.activity import Activity, ActivityRow
 from actors.kernel.journal import Journal
+from actors.kernel.machine import Send
 from actors.kernel.system import System
 from actors.kernel.trace import Line
 from actors.ledger import Ledger
 from actors.market import Market
 from actors.negotiation import Negotiation
+from actors.sources import EDGE
 from actors.wallet import Wallet
 from golem.bus import Bus
 from golem.chain.port import Chain, open_chain
+from golem.clock import watch_clock
 from golem.commands import serve_commands
 from golem.config import Config, ConfigError
 from golem.files import FileServer
@@ -44,9 +47,11 @@ from golem.gsb import Services
 from golem.identity import APP_KEYS, AppKeys, AskPassword, Identity, open_identity, write_private
 from golem.interaction import Interactions
 from golem.net import NetConfig, Network, open_network
+from golem.ports import is_our_node, of_others
 from golem.registry import IMAGES, Registry
 from golem.router import Router
 from golem.signer_port import SignerPort
+from protocol.wallet import ResumePayments
 
 log = logging.getLogger("golem.node")
 
@@ -88,7 +93,17 @@ class Node:
         """Return what is wrong with this node, `None` if nothing is."""
         if not self.network.is_up:
             return "the peer-to-peer host is not running (yet)"
-        return self.chain.fault()
+        return self.chain.fault() or self._debt()
+
+    def _debt(self) -> str | None:
+        """Return what of this node's own work is held up by our own fault; strangers' poison makes nobody unwell."""
+        own = sum(one.local for one in self.system.quarantined())
+        for count, what in ((own, "messages are set aside (golem quarantine list)"),
+                            (len(self.system.damaged()), "stored rows cannot be read (golem status)"),
+                            (len(self.system.alarms.failing()), "timers cannot be handled (golem status)")):  # fmt: skip
+            if count:
+                return f"{count} {what}"
+        return None
 
     def metrics_text(self) -> str:
         """Return the node's counters in Prometheus' text format."""
@@ -99,6 +114,9 @@ class Node:
             ("golem_bytes_out_total", "counter", sum(one.bytes_out for one in sessions)),
             ("golem_journal_commits_total", "counter", self.system.journal.commits),
             ("golem_links_stuck", "gauge", len(self.system.troubles())),
+            ("golem_quarantined_messages", "gauge", len(self.system.quarantined())),
+            ("golem_damaged_rows", "gauge", len(self.system.damaged())),
+            ("golem_failing_timers", "gauge", len(self.system.alarms.failing())),
             ("golem_protocol_violations", "gauge", len(self.system.violations)),
             ("golem_uptime_seconds", "gauge", round(time.time() - self.started_at, 1)),
         ]
@@ -151,8 +169,10 @@ async def open_node(config: Config, ask_password: AskPassword | None = None) -> 
         nursery = await stack.enter_async_context(trio.open_nursery())
         await nursery.start(bus.run)
         await nursery.start(system.run)
+        await system.post(EDGE, [Send("wallet", ResumePayments())])
         await nursery.start(registry.run)
         nursery.start_soon(forget_events, system, config)
+        nursery.start_soon(watch_clock, system)
         nursery.start_soon(node.services.run, node.stopping)
         router.attach(system.deliver)
         gossip.attach(system)
@@ -233,20 +253,42 @@ def step_log(data_dir: Path) -> Any:
 
 
 def bind_api(config: Config) -> socket.socket:
-    """Return the socket of the REST API; the next free port when the default is taken. Raises `ConfigError`."""
-    family = socket.AF_INET6 if ":" in config.api_host else socket.AF_INET
-    for port in (config.api_port,) if config.api_port_fixed else (config.api_port, 0):
-        sock = socket.socket(family, socket.SOCK_STREAM)
+    """Return the socket of the REST API. Raises `ConfigError`.
+
+    Another free port stands for the default one only where a node of our own user has that: agents bring their keys to it.
+    """
+    host, port, by_default = config.api_host, config.api_port, not config.api_port_fixed
+    try:
+        sock = _listening(host, port)
+    except OSError as error:
+        if not by_default or not is_our_node(host, port):
+            raise ConfigError(f"cannot serve REST on {host}:{port}: {error.strerror or error}{_whose(host, port)}") from None
+        sock = _listening(host, 0)
+    if port and (strangers := of_others(host, sock.getsockname()[1])):
+        sock.close()
+        beside = ", ".join(str(one.address) for one in strangers)
+        raise ConfigError(f"cannot serve REST on {host}:{port}: the port is another user's at {beside}{_whose(host, port)}")
+    return sock
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         _notice_lost_clients(sock)
-        try:
-            sock.bind((config.api_host, port))
-            sock.listen(256)
-            return sock
-        except OSError as error:
-            sock.close()
-            reason = error
-    raise ConfigError(f"cannot serve REST on {config.api_host}:{config.api_port}: {reason.strerror or reason}")
+        sock.bind((host, port))
+        sock.listen(256)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def _whose(host: str, port: int) -> str:
+    """Return what to do about a port that somebody has."""
+    holders = {one.uid for one in of_others(host, port)}
+    who = f" (user {', '.join(map(str, sorted(holders)))} has it, and would get the app-keys of your agents)" if holders else ""
+    return f"{who}; end what listens there, or choose with --api-url (http://127.0.0.1:0 is any free port)"
 
 
 def _notice_lost_clients(sock: socket.socket) -> None:

@@ -25,10 +25,18 @@ _ID = re.compile(r"[0-9a-f]{32}\Z")
 
 # -- to other actors of the node
 class ActivityKnown(Message, frozen=True):
-    """activity -> ledger: this activity belongs to this agreement."""
+    """activity -> ledger: this activity belongs to this agreement, and was created at `at`."""
 
     activity_id: str
     agreement_id: str
+    at: float = 0.0  # 0: now
+
+
+class ActivityOver(Message, frozen=True):
+    """activity -> ledger: this activity ended, as far as this node knows."""
+
+    activity_id: str
+    at: float
 
 
 # -- from edges of the node

@@ -21,6 +21,8 @@ MAX_BODY_BYTES = 1024 * 1024  # one message
 MAX_BATCH = 64  # envelopes in a frame
 MAX_ADDRESS_CHARS, MAX_TRACE_CHARS = 200, 64
 MAX_MARKS = 8  # in an acknowledgement
+MAX_UNDER_WAY = 320  # messages of a link that were sent and not acknowledged: a window, and a frame
+MAX_ACK_BYTES = 4096
 _NAME = re.compile(r"[A-Za-z0-9_.\-]{0,64}\Z")  # of an epoch, or of a start of a process
 _MARK = re.compile(r"\d{1,19}:[A-Za-z0-9_.\-]{0,64}\Z")
 T = TypeVar("T")
@@ -51,12 +53,14 @@ class Envelope(msgspec.Struct, frozen=True, array_like=True):
 class Ack(msgspec.Struct, frozen=True, array_like=True):
     """All messages of the link up to `have` are committed. `note` says why there may be no progress (`busy`, `gap`).
 
+    Of the last ones up to `have`, `refused` were set aside, since they crashed their recipient: the sender hears of them.
     `boots` tells which starts of the sender numbered what is committed: the sender sees whether that was itself.
     """
 
     have: int
     note: str = ""
     boots: tuple[str, ...] = ()
+    refused: Annotated[tuple[int, ...], msgspec.Meta(max_length=MAX_UNDER_WAY + 1)] = ()
 
 
 class Decoder(Generic[T]):
@@ -83,7 +87,7 @@ def encode(value: Any) -> bytes:
 
 # The length is checked before the first envelope is decoded: a frame of half a million empty ones costs nothing.
 _batch = Decoder[list[Envelope]](Annotated[list[Envelope], msgspec.Meta(min_length=1, max_length=MAX_BATCH)], MAX_FRAME_BYTES)
-_ack = Decoder[Ack](Ack, 1024)
+_ack = Decoder[Ack](Ack, MAX_ACK_BYTES)
 
 
 def encode_batch(envelopes: list[Envelope]) -> bytes:

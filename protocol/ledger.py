@@ -230,11 +230,12 @@ class DocumentReceived(Message, frozen=True):
 
 
 class DocumentRefused(Message, frozen=True):
-    """The payer does not take the document, and why."""
+    """The payer does not take the document, and why. `most`: the highest amount that it would take, if it is about that."""
 
     kind: str
     document_id: str
     reason: str
+    most: str = ""
 
 
 class DocumentAccepted(Message, frozen=True):
@@ -275,6 +276,15 @@ class PaymentSigned(Message, frozen=True):
 
     payment_id: str
     payment: Document
+
+
+# -- clock -> ledger
+class ClockSeen(Message, frozen=True):
+    """What a clock says that nobody sets (`CLOCK_BOOTTIME`), since which start of the machine, and the wall clock."""
+
+    boot_id: str
+    boot_s: float
+    wall_s: float
 
 
 # -- the ledger's own timers

@@ -240,12 +240,13 @@ class SendNote(Message, frozen=True):
 
 
 class NoteSent(Message, frozen=True):
-    """The requestor has the debit note, or could not be reached in time."""
+    """The requestor has the debit note, could not be reached in time, or refuses it. `most`: what it would take."""
 
     activity_id: str
     number: int
     sent: bool
     error: str = ""
+    most: str = ""
 
 
 class ReadNote(Message, frozen=True):
@@ -267,7 +268,7 @@ class NoteRead(Message, frozen=True):
 
 
 class IssueInvoice(Message, frozen=True):
-    """Issue the invoice of an agreement unless there is one, then say `InvoiceIssued`."""
+    """Issue the invoice of an agreement unless there is one beside the refused one, then say `InvoiceIssued`."""
 
     agreement_id: str
     activity_ids: tuple[str, ...]
@@ -275,6 +276,7 @@ class IssueInvoice(Message, frozen=True):
     due_at: float
     since: float
     instance: str
+    refused_id: str = ""
 
 
 class InvoiceIssued(Message, frozen=True):
@@ -293,10 +295,11 @@ class SendInvoice(Message, frozen=True):
 
 
 class InvoiceSent(Message, frozen=True):
-    """The requestor has the invoice; `error` says why it never will."""
+    """The requestor has the invoice; `error` says why it never will, `most` what it would take."""
 
     agreement_id: str
     error: str = ""
+    most: str = ""
 
 
 # -- to port `processes`, and its answers

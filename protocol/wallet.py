@@ -68,10 +68,14 @@ class TransferMined(Message, frozen=True):
 
 
 class TransferFailed(Message, frozen=True):
-    """chain -> wallet: final failure of this nonce: reverted, or taken by a foreign transaction. Nothing was paid."""
+    """chain -> wallet: final failure of this nonce: reverted, or taken by a foreign transaction. Nothing was paid.
+
+    `refused`: the payees whose fault it is, where that is known; the others can be paid together.
+    """
 
     batch_id: str
     reason: str
+    refused: tuple[str, ...] = ()
 
 
 class TransferDelayed(Message, frozen=True):
@@ -124,6 +128,10 @@ class SetCycle(Message, frozen=True):
     interval_s: float | None
     extra_pay_time_s: float | None = None
     next_at: float | None = None
+
+
+class ResumePayments(Message, frozen=True):
+    """edge -> wallet, when the node starts: batches under way are asked for again, and cycles run."""
 
 
 class RunCycle(Message, frozen=True):

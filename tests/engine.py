@@ -19,6 +19,7 @@ from pathlib import Path
 
 import docker
 import pytest
+from patience import patience
 
 from golem.local_engine import LocalEngine, missing, open_engine
 
@@ -38,7 +39,7 @@ def engine_for_tests(folder: Path, userns: bool) -> Iterator[LocalEngine]:
 
 def admin(engine: LocalEngine) -> docker.APIClient:
     """Return the SDK's client of an Engine."""
-    return docker.APIClient(base_url=engine.host, version="auto", timeout=60)
+    return docker.APIClient(base_url=engine.host, version="auto", timeout=patience(60))
 
 
 def busybox_tar(extra: Mapping[str, bytes] | None = None) -> bytes:

@@ -22,6 +22,7 @@ import httpx
 import trio
 from host_runtime import HostRuntime
 from node_in_test import HEADERS, node_in_test
+from patience import patience, within
 from support import tell
 
 from actors.kernel.journal import Journal
@@ -64,7 +65,7 @@ class HandWorld:
 
     def http(self, **options: Any) -> httpx.AsyncClient:
         """A client with the app-key; its addresses begin at the activity's `proxy-http/`."""
-        return httpx.AsyncClient(base_url=f"{self.base}/proxy-http/", headers=HEADERS, timeout=20, **options)
+        return httpx.AsyncClient(base_url=f"{self.base}/proxy-http/", headers=HEADERS, timeout=patience(20), **options)
 
     async def create(self, interaction: str | None, engine_host: str | None) -> None:
         """Begin the activity, with its exe-unit (runtime `vm` of an Engine, if there is one)."""
@@ -129,7 +130,7 @@ class HandWorld:
         await self.until(lambda: (row := self.r.activity(self.activity_id)) and row.state == wanted)
 
     async def until(self, condition: Any) -> None:
-        with trio.fail_after(20):
+        with within(20):
             while not condition():
                 await trio.sleep(0.01)
 
@@ -151,7 +152,7 @@ async def hand_world(
     for name in ("r", "p"):
         (tmp_path / name).mkdir()
     async with node_in_test(tmp_path / "r") as r, node_in_test(tmp_path / "p") as p, trio.open_nursery() as nursery:
-        with trio.fail_after(30):
+        with within(30):
             while not (r.network.is_up and p.network.is_up):
                 await trio.sleep(0.02)
             await r.network.connect(p.network.addresses[0])

@@ -6,6 +6,7 @@ and every row goes through the codec. `World.check` holds after every step.
 
 from __future__ import annotations
 
+import json
 import random
 from collections import defaultdict, deque
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from decimal import Decimal
 from typing import Any
 
 from actors.kernel.machine import Emit, Meta, Reply, Send, Wake
-from actors.ledger import Agreement, Allocation, Ledger, Order, PaymentDocument, acceptance_of, total_of
+from actors.ledger import Agreement, Allocation, Ledger, Order, PaymentDocument, acceptance_of, objection, total_of
 from actors.wallet import Wallet
 from protocol.activity import ActivityKnown
 from protocol.codec import Decoder, encode
@@ -224,6 +225,7 @@ class World:
 
     def _transfer(self, m: Transfer) -> list[Any]:
         if m.batch_id not in self.outcomes:
+            self._check_owed(m)
             tx_hash = "0x" + digest(m.batch_id)
             if self.faults and self.rng and self.rng.random() < 0.25:
                 self.outcomes[m.batch_id] = ("failed", "reverted")
@@ -240,6 +242,13 @@ class World:
                 TransferMined(m.batch_id, text, 7, 21000, "0.001"),
             ]
         return [TransferMined(m.batch_id, text, 7, 21000, "0.001")]
+
+    def _check_owed(self, m: Transfer) -> None:
+        """What the chain port looks at before it signs: signed documents bear out each order of the batch."""
+        node = self.by_id[m.payer]
+        batch = node.rows["wallet"][f"batch/{m.batch_id}"]
+        for order_id in (order_id for payee in batch.payees for order_id in payee.order_ids):
+            assert objection(node.rows["ledger"], node.id, order_id) == ""
 
     def _verify(self, m: VerifyTransfer) -> list[Any]:
         if self.faults and self.rng and self.rng.random() < 0.3:
@@ -288,17 +297,20 @@ class World:
         payee_addr: str = "",
         payer_addr: str = "",
         platform: str = PLATFORM,
+        demanded: dict[str, Any] | None = None,
+        offered: dict[str, Any] | None = None,
     ) -> None:
-        def properties(address: str) -> str:
-            return f'{{"golem.com.payment.platform.{platform}.address": "{address}"}}'
+        def properties(address: str, more: dict[str, Any] | None) -> str:
+            return json.dumps({f"golem.com.payment.platform.{platform}.address": address, **(more or {})})
 
-        demand = f'{{"golem.com.payment.chosen-platform": "{platform}", {properties(payer_addr or payer.id)[1:]}'
-        offer = properties(payee_addr or payee.id)
+        chosen = {"golem.com.payment.chosen-platform": platform}
+        demand = properties(payer_addr or payer.id, {**chosen, **(demanded or {})})
+        offer = properties(payee_addr or payee.id, offered)
         for node, role in ((payer, "Requestor"), (payee, "Provider")):
             fact = AgreementApproved(agreement_id, role, payer.id, payee.id, demand, offer, self.now, f"app-{role}")
             self.tell(node, fact, f"{node.id}/negotiation")
             for activity_id in activities:
-                self.tell(node, ActivityKnown(activity_id, agreement_id), f"{node.id}/activity")
+                self.tell(node, ActivityKnown(activity_id, agreement_id, self.now), f"{node.id}/activity")
 
     def allocate(self, node: Node, allocation_id: str, total: str, balance: str | None = "1000") -> Any:
         return self.ask(node, CreateAllocation(allocation_id, node.id, PLATFORM, total, balance))

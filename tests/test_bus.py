@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
+from patience import within
 from support import trio_test
 from wire import A, B, Wire, two_nodes
 
@@ -177,7 +178,7 @@ async def test_a_client_outlives_a_restart_of_the_node(tmp_path: Path) -> None:
                 bus = Bus(tmp_path / "a.sock", A)
                 Router(A, Wire(A, {}, node), bus).serve_local("cli:status", status)
                 await node.start(bus.run)
-                with trio.fail_after(5):
+                with within(5):
                     await client.wait_connected()
                 assert await client.call("", "cli:status", life) == life
                 node.cancel_scope.cancel()
@@ -206,7 +207,7 @@ async def test_a_silent_callee_and_a_dead_one_end_the_call(tmp_path: Path) -> No
                 unit.cancel_scope.cancel()
 
             nursery.start_soon(die)
-            with trio.fail_after(5), pytest.raises(Unreachable, match="closed"):
+            with within(5), pytest.raises(Unreachable, match="closed"):
                 await a.router.calls.call(A, "exeunit:1", b"", timeout_s=30)
 
 
@@ -226,7 +227,7 @@ async def test_nonsense_on_the_socket_ends_the_connection_and_nothing_else(tmp_p
         ):
             stream = await trio.open_unix_socket(str(tmp_path / "a.sock"))
             async with stream:
-                with trio.fail_after(5):
+                with within(5):
                     try:
                         await stream.send_all(raw)
                         await stream.send_eof()

@@ -20,13 +20,14 @@ from typing import Any
 import pytest
 import trio
 from click.testing import CliRunner
+from patience import patience
 
 from golem.cli import main
 from golem.config import MAX_SUBSCRIPTION_TTL_S, ConfigError, config_from
 from golem.localnet import LocalNet, LocalNode
 from protocol.market import MAX_LIFETIME_S
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.integration]
 
 GOLEM = [sys.executable, "-m", "golem.cli"]
 NODE_ID = re.compile(r"0x[0-9a-f]{40}")
@@ -79,7 +80,7 @@ def run_text(node: LocalNode, *arguments: str) -> str:
 
 
 def until(holds: Any, what: str, timeout_s: float = 15.0) -> None:
-    end = time.monotonic() + timeout_s
+    end = time.monotonic() + patience(timeout_s)
     while not holds():
         assert time.monotonic() < end, f"not within {timeout_s:g} s: {what}"
         time.sleep(0.05)
@@ -231,7 +232,7 @@ def refused(tmp_path: Path, *flags: str, folder: Path | None = None, **variables
     """Start a node that must end at once, and return what it says."""
     result = subprocess.run(
         command_line(folder or tmp_path / "node", *flags), env=environment(tmp_path, **variables), capture_output=True,
-        text=True, timeout=20, stdin=subprocess.DEVNULL,
+        text=True, timeout=patience(20), stdin=subprocess.DEVNULL,
     )  # fmt: skip
     assert result.returncode in (1, 2), result
     assert "Traceback" not in result.stderr, result.stderr
@@ -260,7 +261,7 @@ def started(tmp_path: Path, *flags: str, **variables: str) -> subprocess.Popen[s
 def ended(process: subprocess.Popen[str], sign: int, timeout_s: float = 4.0) -> str:
     """Stop a node within the time, and return what it said."""
     process.send_signal(sign)
-    text = process.communicate(timeout=timeout_s)[1]
+    text = process.communicate(timeout=patience(timeout_s))[1]
     assert process.returncode == 0, text
     assert "Traceback" not in text, text
     return text
@@ -373,7 +374,7 @@ def test_a_password_typed_at_a_terminal(tmp_path: Path) -> None:
 
     def shown(text: str) -> None:
         nonlocal seen
-        end = time.monotonic() + 15
+        end = time.monotonic() + patience(15)
         while text not in seen:
             assert select.select([person], [], [], max(0.0, end - time.monotonic()))[0], seen
             seen += os.read(person, 4096).decode()
@@ -388,7 +389,7 @@ def test_a_password_typed_at_a_terminal(tmp_path: Path) -> None:
                 os.write(person, f"{typed}\n".encode())
         shown("is ready")
         process.send_signal(signal.SIGTERM)
-        assert process.wait(5) == 0
+        assert process.wait(patience(5)) == 0
     finally:
         process.kill()
         process.wait()
@@ -407,7 +408,7 @@ def test_killed_and_started_again(tmp_path: Path) -> None:
     try:
         assert (run_json(node, "app-key", "create", "kept"), run_json(node, "id", "show")) == (key, before)
         assert run_json(node, "service", "shutdown") is None
-        assert process.wait(5) == 0
+        assert process.wait(patience(5)) == 0
     finally:
         process.kill()
         process.communicate()
@@ -432,10 +433,11 @@ def test_a_full_disk_ends_the_node(tmp_path: Path) -> None:
             node = LocalNode("full", disk, "", None)  # type: ignore[arg-type]
             assert "No space left on device" in golem(node, "app-key", "create", "one").stderr
             demand = {"properties": {"text": "x" * 50_000}, "constraints": "()"}
+            key = {"Authorization": "Bearer key"}
             with suppress(httpx.HTTPError):  # the node ends over one of these
                 for _ in range(20):
-                    httpx.post(f"{url}/market-api/v1/demands", json=demand, headers={"Authorization": "Bearer key"}, timeout=5)
-            text = process.communicate(timeout=10)[1]
+                    httpx.post(f"{url}/market-api/v1/demands", json=demand, headers=key, timeout=patience(5))
+            text = process.communicate(timeout=patience(10))[1]
         finally:
             process.kill()
         assert process.returncode == 1

@@ -22,6 +22,7 @@ import pytest
 import trio
 from hand_world import HandWorld, hand_world
 from msgspec.structs import replace
+from patience import within
 from rich.console import Console
 from support import trio_test
 
@@ -45,7 +46,7 @@ async def golem(node: Node, *words: str, stdin: bytes | None = b"", as_json: boo
     line = command(node, *words)
     if as_json:
         line.insert(3, "--json")
-    with trio.fail_after(30):
+    with within(30):
         ended = await trio.run_process(line, stdin=stdin, capture_stdout=True, capture_stderr=True, check=False)
     if as_json:
         assert ended.returncode == 0, ended.stderr
@@ -174,7 +175,7 @@ async def test_ctrl_c_kills_what_exec_runs_even_while_it_reads_nothing(tmp_path:
             )  # fmt: skip
             assert process.stdin is not None
             assert process.stdout is not None
-            with trio.fail_after(20):
+            with within(20):
                 assert await process.stdout.receive_some() == b"up\n"
                 with trio.move_on_after(0.3):
                     await process.stdin.send_all(bytes(4 << 20))  # as much as anybody takes
@@ -193,7 +194,7 @@ async def test_a_reader_that_pauses_holds_the_program_and_nothing_else(tmp_path:
             command(w.r, "exec", "1", "--", "head", "-c", "20000000", "/dev/zero"), stdout=subprocess.PIPE
         )
         assert process.stdout is not None
-        with trio.fail_after(30):
+        with within(30):
             assert (await process.stdout.receive_some(1)) == b"\0"
             await trio.sleep(0.5)
             assert w.runtime.terminals[-1].process.poll() is None  # it waits
@@ -209,10 +210,10 @@ async def test_a_reader_that_pauses_holds_the_program_and_nothing_else(tmp_path:
 async def test_nobody_reads_the_output(tmp_path: Path) -> None:
     async with hand_world(tmp_path) as w:
         line = " ".join(command(w.r, "exec", "1", "--", "yes"))
-        with trio.fail_after(20):
+        with within(20):
             ended = await trio.run_process(["sh", "-c", f"{line} | head -2"], capture_stdout=True)
         assert ended.stdout == b"y\ny\n"
-        with trio.fail_after(10):
+        with within(10):
             await w.runtime.terminals[-1].process.wait()
 
 
@@ -228,7 +229,7 @@ class Screen:
         await self._stream.send_all(text)
 
     async def until(self, text: bytes) -> None:
-        with trio.fail_after(20):
+        with within(20):
             while text not in self.seen:
                 self.seen += await self._stream.receive_some()
         self.seen = self.seen.partition(text)[2]
@@ -282,26 +283,26 @@ async def test_a_shell_at_a_terminal(tmp_path: Path) -> None:
             await s.type(b"\x03")
             await s.until(b"42!")
             await s.type(b"exit 6\n")
-            with trio.fail_after(10):
+            with within(10):
                 assert await s.process.wait() == 6
         async with screen(w, "shell", "1") as s:
             await s.until(b"guest$ ")
             await s.type(b"\r~.")
             await s.until(b"Hung up.")
-            with trio.fail_after(10):
+            with within(10):
                 await s.process.wait()
                 await w.runtime.terminals[-1].process.wait()
         async with screen(w, "shell", "1", "--", "sh", "-c", "echo on; sleep 1000") as s:
             await s.until(b"on\r\n")
             s.process.terminate()
-            with trio.fail_after(10):
+            with within(10):
                 assert await s.process.wait() == 128 + signal.SIGTERM
                 await w.runtime.terminals[-1].process.wait()
         async with screen(w, "shell", "1", "--", "sh", "-c", "echo on; sleep 1000") as s:
             await s.until(b"on\r\n")
             await w.destroy()
             await s.until(b"the activity has ended")
-            with trio.fail_after(10):
+            with within(10):
                 assert await s.process.wait() == 255
 
 
@@ -313,7 +314,7 @@ async def test_watch(tmp_path: Path) -> None:
             process = await trio.lowlevel.open_process(command(node, "watch", "1"), stdout=subprocess.PIPE)
             assert process.stdout is not None
             seen = b""
-            with trio.fail_after(20):
+            with within(20):
                 while b"ok start" not in seen:
                     seen += await process.stdout.receive_some()
             if node is w.p:
@@ -324,7 +325,7 @@ async def test_watch(tmp_path: Path) -> None:
         assert b"deploy: " in seen  # progress, though the script did not ask for it
         capture = {"stdout": {"stream": {}}}
         await w.execute({"run": {"entry_point": "printf", "args": ["\\033[31mred"], "capture": capture}})
-        with trio.fail_after(20):
+        with within(20):
             while b"ok run printf" not in seen:
                 seen += await process.stdout.receive_some()
             assert "\ufffd[31mred".encode() in seen

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
+from patience import within
 from support import trio_test
 from wire import A, two_nodes
 
@@ -49,7 +50,7 @@ def leftovers(directory: Path) -> list[str]:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    with trio.fail_after(5):
+    with within(5):
         while not condition():
             await trio.testing.wait_all_tasks_blocked(0.001)
 
@@ -238,7 +239,7 @@ async def test_the_command_as_an_agent_uses_it(tmp_path: Path) -> None:
         process = await trio.lowlevel.open_process(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env)
         assert process.stdin
         assert process.stdout
-        with trio.fail_after(20):
+        with within(20):
             for method, params in (("version", {}), ("publish", {"files": [str(tmp_path / "in")]}), ("shutdown", {})):
                 request = {"jsonrpc": "2.0", "method": method, "params": params, "id": method}
                 await process.stdin.send_all(json.dumps(request).encode() + b"\n")

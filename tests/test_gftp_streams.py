@@ -14,6 +14,7 @@ import msgspec
 import pytest
 import trio
 import trio.testing
+from patience import within
 from support import trio_test
 from wire import A, B, two_nodes
 
@@ -109,7 +110,7 @@ async def place(folder: Path) -> AsyncIterator[Place]:
     async with two_nodes(folder) as (a, b, nursery):
         made = Place(folder, a, b, nursery)
         await nursery.start(made.publisher.run)
-        with trio.fail_after(30):
+        with within(30):
             yield made
         nursery.cancel_scope.cancel()
 
@@ -509,7 +510,7 @@ async def test_next_to_nothing_is_not_enough() -> None:
                 await trio.sleep(0.01)
 
         nursery.start_soon(drip)
-        with trio.fail_after(5), pytest.raises(FileFault, match=r"bytes in 0\.2 s") as caught:
+        with within(5), pytest.raises(FileFault, match=r"bytes in 0\.2 s") as caught:
             await reader.exactly(1 << 20)
         assert caught.value.passing
         nursery.cancel_scope.cancel()

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Union, get_args
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, get_args
 
 import trio
 
 from actors.kernel.feed import next_head
 from actors.kernel.journal import Commit, Event, Posted, RowDamaged, Timer
-from actors.kernel.lineage import Lower, Position, Relink
+from actors.kernel.lineage import Lower, Position
 from actors.kernel.machine import (
     ActorFailed,
-    Busy,
     DropFeed,
     Effect,
     Emit,
@@ -30,26 +29,33 @@ from actors.kernel.machine import (
     Send,
     Step,
     Wake,
+    check_step,
 )
 from actors.kernel.mailbox import (
     BATCH,
+    BATCH_BYTES,
+    BATCH_S,
     CAPACITY,
     RETIRED,
     Alarm,
+    AlarmKey,
     AlarmRings,
     Ask,
-    CrashedOn,
     Crashes,
     DeadlinePassed,
     Delivery,
     LinkBatch,
     LinkBroken,
+    Mailbox,
     Outcome,
+    Release,
     TimerDue,
-    in_order,
+    by_rank,
+    fresh,
+    key_of,
 )
-from actors.kernel.row_view import RowView, row_decoder
-from protocol.codec import MAX_BODY_BYTES, Decoder, Envelope, encode
+from actors.kernel.row_view import MAX_ROW_BYTES, RowView, row_decoder
+from protocol.codec import MAX_BODY_BYTES, Envelope, encode
 from protocol.types import Message, PeerLost, Undelivered, Violation, node_of
 
 if TYPE_CHECKING:
@@ -63,12 +69,20 @@ class Batch:
     """What a run of the loop gathers until its commit, and lets go after it."""
 
     commit: Commit
+    until: float  # by the monotonic clock: then it is committed
     asks: list[Ask] = field(default_factory=list)
     links: list[LinkBatch] = field(default_factory=list)
+    releases: list[Release] = field(default_factory=list)
     published: list[Publish] = field(default_factory=list)
     sent: dict[str, int] = field(default_factory=dict)
+    answers: list[tuple[str, int, int]] = field(default_factory=list)  # to who asked: recipient, number, size
+    posted_bytes: int = 0
     heads: dict[str, tuple[int, float]] = field(default_factory=dict)  # of feeds: number and time of the last event
-    failure: Exception | None = None
+
+    @property
+    def over(self) -> bool:
+        """Return whether the batch has taken its time, or has enough to send."""
+        return self.posted_bytes >= BATCH_BYTES or trio.current_time() >= self.until
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,41 +94,32 @@ class Decided:
     bodies: list[bytes]
 
 
-class Actor:
+class Actor(Mailbox):
     """Runs one machine on one journal."""
 
     def __init__(self, system: System, machine: Machine, capacity: int = CAPACITY) -> None:
-        self.system, self.machine, self.name = system, machine, machine.name
-        self.address = f"{system.node}/{machine.name}"
-        self.post, self._mailbox = trio.open_memory_channel[Delivery](capacity)
-        self.takes_peers = machine.peer is not None
+        super().__init__(system, machine, capacity)
+        self.machine = machine
+        self._row_types = frozenset(get_args(machine.rows) or (machine.rows,))
         self._hears_lost = PeerLost in get_args(machine.local)
-        self._decode_local: Callable[[bytes], Message] = Decoder(Union[machine.local, machine.peer, None])  # noqa: UP007
-        self._decode_peer: Callable[[bytes], Message] = Decoder(Union[machine.peer, None])  # noqa: UP007
-        self.rows = RowView(system.journal, self.name, row_decoder(machine.rows))
+        self._alarms: dict[AlarmKey, Alarm] = {}  # those that wait
+        self._failing = Crashes()  # alarms, which are never given up
+        self._backlog: list[Delivery] = []  # out of the mailbox, and not taken yet
+        self._cut_short = ""  # the node whose turn ended with the time of a batch
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin again with what is committed."""
+        self.ringing = bool(self._alarms)  # there are alarms that are not through yet
+        self.rows = RowView(self.system.journal, self.name, row_decoder(self.machine.rows))
         self._positions: dict[str, Position] = {}
         self._strangers: OrderedDict[str, Position] = OrderedDict()
         self._sent: dict[str, int] = {}
-        self._crashes = Crashes()
-        self._alarms: dict[tuple[str, float], Alarm] = {}  # those that wait, by key and time or recipient and number
 
     # -- the mailbox
-    def offer(self, delivery: Delivery) -> None:
-        """Put a delivery into the mailbox now. Raises `Busy` when it is full."""
-        try:
-            self.post.send_nowait(delivery)
-        except trio.WouldBlock:
-            raise Busy(f"the mailbox of {self.name} is full") from None
-
     def offer_alarm(self, alarm: Alarm) -> None:
         """Put an alarm behind those that wait, once. Over `CAPACITY` it comes again with the next look at the clock."""
-        match alarm:
-            case TimerDue(timer):
-                identity = (timer.key, timer.at)
-            case DeadlinePassed(recipient, seq):
-                identity = (recipient, seq)
-            case LinkBroken(lost=lost):
-                identity = (lost.to, 0)
+        identity = key_of(alarm)
         if identity in self._alarms or len(self._alarms) >= CAPACITY:
             return
         if not self._alarms:
@@ -123,40 +128,56 @@ class Actor:
             except trio.WouldBlock:
                 pass  # a full mailbox wakes the actor as well
         self._alarms[identity] = alarm
+        self.ringing = True
 
     # -- the loop
     async def run(self) -> None:
-        """Serve the mailbox. Raises what crashed the machine, after everything before it is committed."""
+        """Serve the mailbox. A message that crashes the machine stops its link alone; whatever else fails is raised."""
         while True:
-            deliveries = [await self._mailbox.receive()]
-            while len(deliveries) < BATCH:
+            if not self._backlog and not self._alarms:
+                self._backlog.append(await self._mailbox.receive())
+            while len(self._backlog) < BATCH:
                 try:
-                    deliveries.append(self._mailbox.receive_nowait())
+                    self._backlog.append(self._mailbox.receive_nowait())
                 except trio.WouldBlock:
                     break
-            batch = Batch(Commit(self.name))
+            batch = Batch(Commit(self.name), trio.current_time() + BATCH_S)
             try:
-                for delivery in in_order(deliveries):
-                    self._take(delivery, batch)
-                alarms, self._alarms = self._alarms, {}
-                for alarm in alarms.values():
-                    self._take_alarm(alarm, batch)
+                rang = self._take_alarms(batch)
+                for deliveries in by_rank(self._backlog, self.system.node, self._cut_short):
+                    self._take_some(deliveries, batch)
                 await self._finish(batch)
             except Exception as error:
                 self._abandon(batch, error)
                 raise
-            if batch.failure:
-                raise batch.failure
+            if rang and not self._alarms:
+                self.ringing = False
+                self.system.alarms.taken(self.name)
 
-    def _take(self, delivery: Delivery, batch: Batch) -> None:
-        match delivery:
-            case LinkBatch():
-                if delivery.envelopes:
-                    self._take_link(delivery, batch)
-            case Ask():
-                self._take_ask(delivery, batch)
-            case AlarmRings():
-                pass
+    def _take_alarms(self, batch: Batch) -> bool:
+        """Take alarms that wait, at least one; return whether there were any."""
+        rang = False
+        while self._alarms and not (rang and batch.over):
+            rang = True
+            self._take_alarm(self._alarms.pop(next(iter(self._alarms))), batch)
+        return rang
+
+    def _take_some(self, deliveries: list[Delivery], batch: Batch) -> None:
+        """Take deliveries until the time of the batch is over, at least a message; the others stay in the backlog."""
+        for number, delivery in enumerate(deliveries):
+            if number and batch.over:
+                return
+            self._backlog.remove(delivery)
+            match delivery:
+                case LinkBatch():
+                    if delivery.envelopes:
+                        self._take_link(delivery, batch)
+                case Ask():
+                    self._take_ask(delivery, batch)
+                case Release():
+                    self._take_release(delivery, batch)
+                case AlarmRings():
+                    pass
 
     def _take_alarm(self, alarm: Alarm, batch: Batch) -> None:
         """Take what became due, unless a message before it replaced the timer or an acknowledgement came."""
@@ -166,42 +187,78 @@ class Actor:
                 known = timer.key in commit.timers
                 if (commit.timers[timer.key] if known else journal.timer(self.name, timer.key)) != timer:
                     return
-                self._alarm(batch, timer.key, timer.trace, timer.body, lambda: commit.timers.__setitem__(timer.key, None))
-            case DeadlinePassed(recipient, seq):
+                self._alarm(batch, alarm, timer.trace, lambda: self._decode_local(timer.body))
+            case DeadlinePassed(recipient, seq, _, reason):
                 posted = journal.posted(self.name, recipient, seq)
-                if posted is None or posted.deadline > self.system.now() or journal.acked(self.name, recipient) >= seq:
+                if posted is None or journal.acked(self.name, recipient) >= seq:
                     return
-                body = encode(Undelivered(recipient, posted.body))
-                self._alarm(batch, f"{recipient}#{seq}", posted.trace, body, lambda: commit.expired.append((recipient, seq)))
-            case LinkBroken(epoch, mend, lost):
-                self._take_broken(epoch, mend, lost, batch)
+                if alarm.epoch != journal.outgoing(self.name, recipient).epoch:
+                    return  # the number is another message's by now
+                body = posted.body
+                self._alarm(batch, alarm, posted.trace, lambda: Undelivered(recipient, body, reason))
+            case LinkBroken():
+                self._take_broken(alarm, batch)
 
-    def _take_broken(self, epoch: str, mend: Relink | Lower, lost: PeerLost, batch: Batch) -> None:
+    def _take_broken(self, alarm: LinkBroken, batch: Batch) -> None:
         """Mend the numbering of a link, and tell the machine what was lost, in one step."""
-        known = self.system.journal.outgoing(self.name, lost.to)
-        done = known.epoch != epoch or (isinstance(mend, Lower) and known.acked <= mend.acked)
-        if done or any(other.recipient == lost.to for other in batch.commit.relinked):
+        to, mend = alarm.lost.to, alarm.mend
+        known = self.system.journal.outgoing(self.name, to)
+        done = known.epoch != alarm.epoch or (isinstance(mend, Lower) and known.acked <= mend.acked)
+        if done or any(other.recipient == to for other in batch.commit.relinked):
             return
-        if self._hears_lost:
-            trace = self.system.new_trace()
-            self._alarm(batch, f"{lost.to}#lost", trace, encode(lost), lambda: batch.commit.relinked.append(mend))
-        else:
+        if not self._hears_lost:
             batch.commit.relinked.append(mend)
+        elif not self.system.alarms.is_waiting(self.name, key_of(alarm)[0]):
+            self._alarm(batch, alarm, self.system.new_trace(), lambda: alarm.lost)
 
-    def _alarm(self, batch: Batch, key: str, trace: str, body: bytes, accept: Callable[[], None]) -> None:
-        """Step the machine with a message of its own."""
+    def _alarm(self, batch: Batch, alarm: Alarm, trace: str, read: Callable[[], Message]) -> None:
+        """Step the machine with a message of its own. One that cannot be handled is never given up: it comes again."""
         meta = Meta(self.address, self.system.now(), trace)
+        what, _ = key_of(alarm)
         try:
-            message = self._decode_local(body)
+            message = read()
             step = self._decide(message, meta)
-        except RowDamaged as error:  # it is due for as long as the row cannot be read
-            self.system.log_damaged(self.name, meta, error)
-            return
         except Exception as error:  # whatever a bug raises, the other messages go on
-            if self._crashed(batch, (self.address, key, 0), error, meta, body):
-                accept()
+            if isinstance(error, RowDamaged):
+                self.system.log_damaged(self.name, meta, error)
+            else:
+                self.system.log_crash(self.name, meta, error)
+            times = self._failing.count((what, "", 0), meta.now, 0.0)
+            self._defer(alarm, self.system.alarms.failed(self.name, what, error, times), batch.commit)
             return
-        accept()
+        self._failing.forget((what, "", 0))
+        self.system.alarms.handled(self.name, what)
+        match alarm:
+            case TimerDue(timer):
+                batch.commit.timers[timer.key] = None
+            case DeadlinePassed(recipient, seq):
+                batch.commit.expired.append((recipient, seq))
+            case LinkBroken(mend=mend):
+                batch.commit.relinked.append(mend)
+        self._apply(step, meta, batch, None, type(message).__name__)
+
+    def _defer(self, alarm: Alarm, again: float, commit: Commit) -> None:
+        match alarm:
+            case TimerDue(timer):
+                commit.timers[timer.key] = replace(timer, at=again)
+            case DeadlinePassed(recipient, seq):
+                commit.deferred.append((recipient, seq, again))
+            case LinkBroken():
+                pass  # its courier reminds of it
+
+    def _take_release(self, release: Release, batch: Batch) -> None:
+        """Handle a message of the quarantine: once more, and no more if it fails again."""
+        batch.releases.append(release)
+        if (found := self.release(release)) is None:
+            return
+        one, message = found
+        meta = Meta(one.sender, self.system.now(), one.trace)
+        try:
+            step = self._decide(message, meta)
+        except Exception as error:
+            self.failed_again(release, error)
+            return
+        batch.commit.released.append(release.number)
         self._apply(step, meta, batch, None, type(message).__name__)
 
     def _take_ask(self, ask: Ask, batch: Batch) -> None:
@@ -233,25 +290,27 @@ class Actor:
             return
         stranger = link.sender in self._strangers or not position.epoch
         position = position.under(link.epoch)
-        for e in link.envelopes:
-            if e.seq < position.seq:
-                continue  # a duplicate: committed before
-            if note := position.objection(e):
-                link.note = note
+        node = node_of(link.sender)
+        for e, behind in fresh(link, position):
+            if node != self.system.node and self.system.answers.is_full(node, batch.answers):
+                link.note = "busy"  # until it has taken what it asked for before
                 break
-            if e.seq == position.seq or not e.body:  # known already; or a question where we stand
-                continue
             outcome = self._take_envelope(e, batch)
             if outcome in (Outcome.CRASH, Outcome.WAITS):
                 link.note = "crash" if outcome is Outcome.CRASH else "damaged row"
                 break
-            position = position.behind(e)
+            position = behind
             if outcome is Outcome.VIOLATION and stranger:
                 self._estrange(e.sender, position)
             else:
                 stranger = False
                 self._strangers.pop(e.sender, None)
                 batch.commit.inbox[e.sender] = position
+            if batch.over and e is not link.envelopes[-1]:
+                batch.links.remove(link)  # it is not answered before its rest was taken as well
+                self._backlog.append(link)
+                self._cut_short = node
+                break
         link.stand(position)
 
     def _estrange(self, sender: str, position: Position) -> None:
@@ -264,9 +323,10 @@ class Actor:
     def _take_envelope(self, e: Envelope, batch: Batch) -> Outcome:
         """Step the machine with a message of a link; at a crash the link may not go on behind it."""
         meta = Meta(e.sender, self.system.now(), e.trace)
-        remote = node_of(e.sender) != self.system.node
+        if self.held(e):
+            return Outcome.CRASH
         try:
-            message = (self._decode_peer if remote else self._decode_local)(e.body)
+            message = self.decode(e.sender, e.body)
             tag = type(message).__name__
             step = self._decide(message, meta)
         except Violation as violation:
@@ -276,27 +336,24 @@ class Actor:
             self.system.log_damaged(self.name, meta, error)
             return Outcome.WAITS
         except Exception as error:  # our bug: isolate the message, let the link go on behind it
-            quarantined = self._crashed(batch, (e.sender, e.epoch, e.seq), error, meta, e.body, remote=remote)
-            return Outcome.TAKEN if quarantined else Outcome.CRASH
+            self.system.log_crash(self.name, meta, error)
+            return Outcome.TAKEN if self.quarantined(batch.commit, e, error, meta.now) else Outcome.CRASH
         self._apply(step, meta, batch, None, tag)
         return Outcome.TAKEN
-
-    def _crashed(
-        self, batch: Batch, key: tuple[str, str, int], error: Exception, meta: Meta, body: bytes, *, remote: bool = False
-    ) -> bool:
-        """Count a crash; return True when the message is quarantined and may be left behind."""
-        self.system.log_crash(self.name, meta, error)
-        if not self._crashes.count(key):
-            batch.failure = batch.failure or CrashedOn(error, remote)
-            return False
-        batch.commit.quarantined.append((meta.now, meta.sender, meta.trace, repr(error)[:1000], body))
-        return True
 
     # -- a step's changes
     def _decide(self, message: Message, meta: Meta) -> Decided:
         """Run the machine and encode what it wants, so that whatever can fail fails before anything is changed."""
         step = self.machine.handle(self.rows, message, meta)
+        while self.rows.damage:
+            self.system.log_damaged(self.name, meta, self.rows.damage.pop())
+        check_step(step)
         rows = {key: None if row is None else encode(row) for key, row in step.rows.items()}
+        for key, row in step.rows.items():
+            if row is not None and type(row) not in self._row_types:
+                raise TypeError(f"row {key[:80]} is a {type(row).__name__}, which {self.name} could not read again")
+            if len(rows[key] or b"") > MAX_ROW_BYTES:
+                raise ValueError(f"row {key[:80]} is over the limit of {MAX_ROW_BYTES} bytes")
         bodies = [encode(getattr(effect, "message", None)) for effect in step.effects]
         for effect, body in zip(step.effects, bodies, strict=True):
             if len(body) > MAX_BODY_BYTES:
@@ -319,6 +376,9 @@ class Actor:
                 recipient = to if "/" in to else f"{self.system.node}/{to}"
                 seq = batch.sent[recipient] = self._last_sent(recipient, batch) + 1
                 commit.outbox.append((recipient, Posted(seq, meta.now + deadline_s, meta.trace, body)))
+                batch.posted_bytes += len(body)
+                if node_of(recipient) == node_of(meta.sender) != self.system.node:
+                    batch.answers.append((recipient, seq, len(body)))
             case Reply(message):
                 if ask is not None:
                     ask.reply = message
@@ -330,10 +390,16 @@ class Actor:
                 commit.events = [(name, event) for name, event in commit.events if name != feed]
                 commit.dropped_feeds.append(feed)
                 batch.heads[feed] = (0, 0.0)  # its numbers start again at 1
-            case Wake(key, at, _):
+            case Wake(key, at, _, keep):
+                if keep and self._is_set(key, commit):
+                    return
                 commit.timers[key] = None if at is None else Timer(self.name, key, at, meta.trace, body)
             case Publish():
                 batch.published.append(effect)
+
+    def _is_set(self, key: str, commit: Commit) -> bool:
+        timer = commit.timers[key] if key in commit.timers else self.system.journal.timer(self.name, key)
+        return timer is not None
 
     def _position(self, sender: str, batch: Batch) -> Position:
         if sender in batch.commit.inbox:
@@ -356,19 +422,25 @@ class Actor:
     async def _finish(self, batch: Batch) -> None:
         """Commit, then let everything leave that waited for it."""
         commit = batch.commit
-        if commit:
+        if not commit:
+            await trio.lowlevel.checkpoint()  # as with a commit: nobody keeps the others from running
+        else:
             self.system.crash_point(self.name, "before commit")
             await self.system.journal.commit(commit)
             self.system.crash_point(self.name, "after commit")
             self.rows.committed(commit.rows)
             self._positions.update(commit.inbox)
             self._sent.update(batch.sent)
+            for recipient, seq, size in batch.answers:
+                self.system.answers.add(self.name, recipient, seq, size)
             for relink in commit.relinked:
                 self._sent.pop(relink.recipient, None)
         for link in batch.links:
-            link.done.set()
+            self.answer(link)
         for ask in batch.asks:
             ask.done.set()
+        for release in batch.releases:
+            release.done.set()
         self.system.released(self.name, commit, batch.published)
 
     def _abandon(self, batch: Batch, error: Exception) -> None:
@@ -377,7 +449,10 @@ class Actor:
         for link in batch.links:
             link.note = "crash"
             link.stand(self.system.journal.position(self.name, link.sender))
-            link.done.set()
+            self.answer(link)
         for ask in batch.asks:
             ask.error = ask.error or ActorFailed(f"{self.name} failed (trace {ask.trace}): {type(error).__name__}")
             ask.done.set()
+        for release in batch.releases:
+            release.error = release.error or error
+            release.done.set()

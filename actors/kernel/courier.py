@@ -18,17 +18,18 @@ from actors.kernel.journal import Posted
 from actors.kernel.lineage import Lower, Marks, Relink, agreed, boot_at
 from actors.kernel.machine import LinkDown
 from actors.kernel.mailbox import RETIRED, LinkBroken
-from protocol.codec import MAX_BATCH, Ack, Envelope, decode_ack, encode_batch
+from protocol.codec import MAX_BATCH, MAX_UNDER_WAY, Ack, Envelope, decode_ack, encode_batch
 from protocol.types import PeerLost, Violation, node_of
 
 if TYPE_CHECKING:
     from actors.kernel.system import System
 
-WINDOW = 256  # messages of a link under way
+WINDOW = MAX_UNDER_WAY - MAX_BATCH  # messages of a link under way
 FRAMES = 4  # frames of a link under way
 FRAME_BYTES = 1 << 20
 EXCHANGE_TIMEOUT_S = 10.0
 FIRST_BACKOFF_S, LAST_BACKOFF_S = 0.1, 5.0
+SET_ASIDE = "the recipient set it aside: it crashed there"
 BROKEN_LOOK_S = 1.0  # until the sender of a broken link is reminded of it
 TWICE = "refused: another process with this node's key and a copy of its journal is at work (stop it, then start this one again)"
 
@@ -171,14 +172,15 @@ class Courier:
         if ack is not None and self._is_doubtful(ack, acked_before):
             self._next = self.acked
         elif ack is not None:
-            if ack.have > self.acked:
-                self.acked = ack.have
-                self.system.acknowledged(self.actor, self.recipient, ack.have)
+            have = self._have(ack)
+            if have > self.acked:
+                self.acked = have
+                self.system.acknowledged(self.actor, self.recipient, have)
                 self.system.heard(self.actor, self.recipient)
-                self._next = max(self._next, ack.have)
+                self._next = max(self._next, have)
                 self._backoff_s = FIRST_BACKOFF_S
-            self.trouble = "" if ack.have >= last else ack.note or "no progress"
-            if ack.have >= last:
+            self.trouble = "" if have >= last else SET_ASIDE if have < ack.have else ack.note or "no progress"
+            if have >= last:
                 return
         self._next = self.acked
         if ack is not None and ack.note == "gap" and self.acked > acked_before:
@@ -189,6 +191,16 @@ class Courier:
         self._not_before = trio.current_time() + self._backoff_s * self.system.jitter()
         self._backoff_s = min(self._backoff_s * 2, LAST_BACKOFF_S)
 
+    def _have(self, ack: Ack) -> int:
+        """Return up to where the outbox may forget. What the recipient set aside stays until its sender was told."""
+        posted = self.system.journal.posted
+        if self.system.machine(self.actor) is None:
+            return ack.have  # a port or an edge hears nothing of it
+        owed = [seq for seq in ack.refused if self.acked < seq <= ack.have and posted(self.actor, self.recipient, seq)]
+        if not owed:
+            return ack.have
+        self.system.alarms.refused(self.actor, self.recipient, owed, SET_ASIDE)
+        return min(owed) - 1
     def _is_doubtful(self, ack: Ack, acked_before: int) -> bool:
         """Return whether the peer remembers this link otherwise than we do. Then the link stops, and says why."""
         marks, sent = self._marks(), self.system.journal.last_sent(self.actor, self.recipient)

@@ -6,6 +6,7 @@ ready together share one (`Journal.commit`). Nothing leaves the process before i
 
 from __future__ import annotations
 
+import math
 import os
 import sqlite3
 from collections.abc import Callable, Iterator
@@ -44,14 +45,23 @@ MIGRATIONS = (
                        primary key (actor, recipient, boot)) without rowid;
     """,
     "update row set body=sealed(actor, key, body);",
+    """
+    alter table quarantine add column epoch text not null default '';
+    alter table quarantine add column seq int not null default 0;
+    alter table quarantine add column local int not null default 0;
+    create index quarantine_link on quarantine (actor, sender, epoch, seq);
+    create index timer_due on timer (actor, at, key);
+    create index outbox_overdue on outbox (actor, deadline, recipient, seq);
+    """,
 )
 
 
+ALARMS_AT_ONCE = 256  # of an actor that are due
 READ_AT_ONCE = 256  # rows of a prefix read by one query
 MERGED_COMMITS = 256  # commits in one transaction
 PRUNED_AT_ONCE = 5000  # events
 ACK_FLUSH_S = 0.05  # how long acknowledgements wait for a commit to go with: losing them costs a repetition, no more
-KEPT_QUARANTINED = 1000
+KEPT_QUARANTINED = 1000  # from this node, and as many from others
 SEAL_BYTES = 4
 ASKED_LINKS = 64  # to one node; those to the processes of activities live no longer than their journals
 KNOWN_MARKS = 4096  # links of which it is remembered that this start has a mark on them
@@ -128,6 +138,22 @@ class Event:
     body: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class SetAside:
+    """A message in quarantine: it crashed its actor again and again. Its sender was told, or will be."""
+
+    at: float
+    sender: str
+    epoch: str
+    seq: int
+    trace: str
+    error: str
+    body: bytes
+    local: bool  # from this node itself
+    actor: str = ""
+    number: int = 0
+
+
 @dataclass(slots=True)
 class Commit:
     """What one actor wants written at once."""
@@ -137,17 +163,19 @@ class Commit:
     inbox: dict[str, Position] = field(default_factory=dict)
     outbox: list[tuple[str, Posted]] = field(default_factory=list)
     expired: list[tuple[str, int]] = field(default_factory=list)
+    deferred: list[tuple[str, int, float]] = field(default_factory=list)  # deadlines that come again later
     events: list[tuple[str, Event]] = field(default_factory=list)
     dropped_feeds: list[str] = field(default_factory=list)
     taken: list[tuple[str, int]] = field(default_factory=list)
     timers: dict[str, Timer | None] = field(default_factory=dict)
-    quarantined: list[tuple[float, str, str, str, bytes]] = field(default_factory=list)
+    quarantined: list[SetAside] = field(default_factory=list)
+    released: list[int] = field(default_factory=list)  # numbers of messages that left the quarantine
     relinked: list[Relink | Lower] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         return bool(
             self.rows or self.inbox or self.outbox or self.expired or self.events or self.dropped_feeds or self.taken
-            or self.timers or self.quarantined or self.relinked
+            or self.timers or self.quarantined or self.deferred or self.released or self.relinked
         )  # fmt: skip
 
 
@@ -160,7 +188,7 @@ class Waiting:
     written: bool = False
 
 
-class Journal:
+class Journal(trio.abc.Instrument):
     """Opens the file, reads committed state, writes commits, in the order of the calls, while `run` runs.
 
     `path=":memory:"` or `threads=False` writes inline on one connection (simulation); otherwise a worker thread writes
@@ -169,6 +197,7 @@ class Journal:
     """
 
     make_room: Callable[[], bool] | None = None
+    ack_flush_s = ACK_FLUSH_S
 
     def __init__(self, path: str, new_epoch: Callable[[], str], *, threads: bool = True, synchronous: str = "FULL") -> None:
         self._threads = threads and path != ":memory:"
@@ -193,6 +222,7 @@ class Journal:
         self._queue: list[Waiting] = []
         self._wake = trio.Event()
         self._started = trio.Event()
+        self._looks = False  # reads between two checkpoints are one transaction
         self.ended = False  # `run` is over: nothing is written any more
         self._acks: Acks = {}  # written with a commit
         self._acks_under_way: Acks = {}
@@ -209,7 +239,9 @@ class Journal:
             db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10)
             if path != ":memory:":
                 os.chmod(path, 0o600)
-            db.execute("pragma journal_mode=wal")
+            mode = db.execute("pragma journal_mode=wal").fetchone()[0]
+            if path != ":memory:" and mode != "wal":
+                raise JournalError(f"cannot open the journal {path}: its file system allows no write-ahead log ({mode})")
             db.execute(f"pragma synchronous={synchronous}")
             db.execute("pragma wal_autocheckpoint=2000")
         except (sqlite3.Error, OSError) as error:
@@ -246,9 +278,20 @@ class Journal:
         self._writer.close()
 
     # -- reading committed state (event loop)
+    def _read(self, query: str, values: tuple[Any, ...] = ()) -> sqlite3.Cursor:
+        """Read. All reads of a task between two of its checkpoints see the same state, while the writer goes on."""
+        if self._looks and not self._reader.in_transaction:
+            self._reader.execute("begin")
+        return self._reader.execute(query, values)
+
+    def after_task_step(self, task: Any) -> None:
+        """A task (of whatever part of the process) has come to a checkpoint: what it read belongs together."""
+        if self._reader.in_transaction:
+            self._reader.execute("commit")
+
     def row(self, actor: str, key: str) -> bytes | None:
         """Return a row as it is stored (see `sealed`)."""
-        found = self._reader.execute("select body from row where actor=? and key=?", (actor, key)).fetchone()
+        found = self._read("select body from row where actor=? and key=?", (actor, key)).fetchone()
         return found[0] if found else None
 
     def rows(self, actor: str, prefix: str) -> Iterator[tuple[str, bytes]]:
@@ -258,7 +301,7 @@ class Journal:
         query = "select key, body from row where actor=? and key>=? and key<? order by key limit ?"
         after, end = prefix, prefix + "\U0010ffff"
         while True:
-            found = self._reader.execute(query, (actor, after, end, READ_AT_ONCE)).fetchall()
+            found = self._read(query, (actor, after, end, READ_AT_ONCE)).fetchall()
             yield from found
             if len(found) < READ_AT_ONCE:
                 return
@@ -266,12 +309,12 @@ class Journal:
 
     def position(self, actor: str, sender: str) -> Position:
         query = "select epoch, seq, retired, boots from inbox where actor=? and sender=?"
-        row = self._reader.execute(query, (actor, sender)).fetchone()
+        row = self._read(query, (actor, sender)).fetchone()
         return Position(row[0], row[1], tuple(row[2].split()), tuple(row[3].split())) if row else Position()
 
     def outgoing(self, actor: str, recipient: str) -> Outgoing:
         query = "select epoch, seq, acked from sent where actor=? and recipient=?"
-        found = self._reader.execute(query, (actor, recipient)).fetchone()
+        found = self._read(query, (actor, recipient)).fetchone()
         return Outgoing(*found) if found else Outgoing()
 
     def last_sent(self, actor: str, recipient: str) -> int:
@@ -280,7 +323,7 @@ class Journal:
     def marks(self, actor: str, recipient: str) -> Marks:
         """Return which starts numbered the messages of a link; those before the last acknowledged one may be missing."""
         query = "select first, boot from mark where actor=? and recipient=? order by first"
-        return tuple(f"{first}:{boot}" for first, boot in self._reader.execute(query, (actor, recipient)))
+        return tuple(f"{first}:{boot}" for first, boot in self._read(query, (actor, recipient)))
 
     def new_epoch(self) -> str:
         """Return a name for a new numbering of a link, used once."""
@@ -290,58 +333,81 @@ class Journal:
     def pending(self, actor: str, recipient: str, after: int, limit: int) -> list[Posted]:
         """Return at most `limit` unacknowledged messages of a link behind sequence number `after`."""
         query = "select seq, deadline, trace, body from outbox where actor=? and recipient=? and seq>? order by seq limit ?"
-        return [Posted(*found) for found in self._reader.execute(query, (actor, recipient, after, limit))]
+        return [Posted(*found) for found in self._read(query, (actor, recipient, after, limit))]
 
     def posted(self, actor: str, recipient: str, seq: int) -> Posted | None:
         query = "select seq, deadline, trace, body from outbox where actor=? and recipient=? and seq=?"
-        found = self._reader.execute(query, (actor, recipient, seq)).fetchone()
+        found = self._read(query, (actor, recipient, seq)).fetchone()
         return Posted(*found) if found else None
 
     def links(self) -> list[tuple[str, str]]:
         """Return (actor, recipient) of all links with something to deliver."""
-        return self._reader.execute("select distinct actor, recipient from outbox").fetchall()
+        return self._read("select distinct actor, recipient from outbox").fetchall()
 
     def links_to(self, node: str) -> list[tuple[str, str]]:
         """Return (actor, recipient) of links to the actors of a node, of which something was acknowledged."""
         query = "select actor, recipient from sent where recipient>? and recipient<? and acked>0 and recipient not like ? limit ?"
-        return self._reader.execute(query, (f"{node}/", f"{node}/\U0010ffff", f"{node}/%:%", ASKED_LINKS)).fetchall()
+        return self._read(query, (f"{node}/", f"{node}/\U0010ffff", f"{node}/%:%", ASKED_LINKS)).fetchall()
 
-    def overdue(self, now: float, limit: int = 256) -> list[tuple[str, str, int]]:
-        """Return (actor, recipient, seq) of messages whose deadline has passed."""
-        query = "select actor, recipient, seq from outbox where deadline<=? order by deadline, actor, recipient, seq limit ?"
-        return self._reader.execute(query, (now, limit)).fetchall()
+    def overdue(self, actor: str, now: float, limit: int = ALARMS_AT_ONCE) -> list[tuple[str, int]]:
+        """Return (recipient, seq) of an actor's messages whose deadline has passed and that nobody acknowledged."""
+        query = "select recipient, seq from outbox where actor=? and deadline<=? order by deadline, recipient, seq limit ?"
+        found = self._read(query, (actor, now, limit))
+        return [(recipient, seq) for recipient, seq in found if self.acked(actor, recipient) < seq]
 
-    def due(self, now: float, limit: int = 256) -> list[Timer]:
-        """Return timers whose time has come, earliest first."""
-        query = "select actor, key, at, trace, body from timer where at<=? order by at, actor, key limit ?"
-        return [Timer(*found) for found in self._reader.execute(query, (now, limit))]
+    def due(self, actor: str, now: float, limit: int = ALARMS_AT_ONCE) -> list[Timer]:
+        """Return an actor's timers whose time has come, earliest first."""
+        query = "select actor, key, at, trace, body from timer where actor=? and at<=? order by at, key limit ?"
+        return [Timer(*found) for found in self._read(query, (actor, now, limit))]
+
+    def actors_due(self, now: float) -> list[str]:
+        """Return the actors that have a timer or a deadline whose time has come."""
+        query = "select actor from timer where at<=? union select actor from outbox where deadline<=? order by 1"
+        return [actor for (actor,) in self._read(query, (now, now))]
 
     def timer(self, actor: str, key: str) -> Timer | None:
         query = "select actor, key, at, trace, body from timer where actor=? and key=?"
-        found = self._reader.execute(query, (actor, key)).fetchone()
+        found = self._read(query, (actor, key)).fetchone()
         return Timer(*found) if found else None
 
-    def next_alarm(self) -> float | None:
-        """Return the time of the earliest timer or deadline, `None` if there is none."""
-        first = self._reader.execute("select min(at) from timer").fetchone()[0]
-        second = self._reader.execute("select min(deadline) from outbox").fetchone()[0]
+    def next_alarm(self, after: float = -math.inf) -> float | None:
+        """Return the time of the earliest timer or deadline behind `after`, `None` if there is none."""
+        first = self._read("select min(at) from timer where at>?", (after,)).fetchone()[0]
+        second = self._read("select min(deadline) from outbox where deadline>?", (after,)).fetchone()[0]
         return min((at for at in (first, second) if at is not None), default=None)
 
     def feed_head(self, feed: str) -> tuple[int, float]:
-        found = self._reader.execute("select seq, at from feed_head where name=?", (feed,)).fetchone()
+        found = self._read("select seq, at from feed_head where name=?", (feed,)).fetchone()
         return (found[0], found[1]) if found else (0, 0.0)
 
     def events(self, feed: str, after_seq: int, limit: int) -> list[Event]:
         query = "select seq, at, body from feed where name=? and seq>? order by seq limit ?"
-        return [Event(*found) for found in self._reader.execute(query, (feed, after_seq, limit))]
+        return [Event(*found) for found in self._read(query, (feed, after_seq, limit))]
 
     def events_after(self, feed: str, after_at: float, limit: int) -> list[Event]:
         query = "select seq, at, body from feed where name=? and at>? order by seq limit ?"
-        return [Event(*found) for found in self._reader.execute(query, (feed, after_at, limit))]
+        return [Event(*found) for found in self._read(query, (feed, after_at, limit))]
 
-    def quarantined(self) -> list[tuple[Any, ...]]:
-        """Return (at, actor, sender, trace, error) of messages set aside because they crashed their actor."""
-        return self._reader.execute("select at, actor, sender, trace, error from quarantine order by id").fetchall()
+    def quarantined(self) -> list[SetAside]:
+        """Return the messages that were set aside, oldest first, without their bodies."""
+        query = "select at, sender, epoch, seq, trace, error, x'', local, actor, id from quarantine order by id"
+        return [SetAside(*found) for found in self._read(query)]
+
+    def set_aside(self, number: int) -> SetAside | None:
+        """Return one message of the quarantine, whole."""
+        query = "select at, sender, epoch, seq, trace, error, body, local, actor, id from quarantine where id=?"
+        found = self._read(query, (number,)).fetchone()
+        return SetAside(*found) if found else None
+
+    def senders_set_aside(self, actor: str) -> list[str]:
+        """Return whose messages to an actor are in quarantine."""
+        query = "select distinct sender from quarantine where actor=?"
+        return [sender for (sender,) in self._read(query, (actor,))]
+
+    def refused(self, actor: str, sender: str, epoch: str, first: int, last: int) -> tuple[int, ...]:
+        """Return which messages of a part of a link are in quarantine."""
+        query = "select seq from quarantine where actor=? and sender=? and epoch=? and seq between ? and ? order by seq"
+        return tuple(seq for (seq,) in self._read(query, (actor, sender, epoch, first, last)))
 
     def acked(self, actor: str, recipient: str) -> int:
         """Return up to where a link is known to be acknowledged."""
@@ -383,10 +449,13 @@ class Journal:
         """Serve commits, all that are ready in one transaction. Runs as long as the process' actors do."""
         batch: list[Waiting] = []
         self._started.set()
+        if self._threads:
+            trio.lowlevel.add_instrument(self)
+            self._looks = True
         try:
             while True:
                 await self._wake.wait()
-                with trio.move_on_after(ACK_FLUSH_S):
+                with trio.move_on_after(self.ack_flush_s):
                     while not self._queue:
                         self._wake = trio.Event()
                         await self._wake.wait()
@@ -401,6 +470,10 @@ class Journal:
                         waiting.done.set()
         finally:
             self.ended = True
+            if self._looks:
+                self._looks = False
+                trio.lowlevel.remove_instrument(self)
+                self.after_task_step(None)
             for waiting in (*batch, *self._queue):
                 waiting.done.set()
 
@@ -522,7 +595,13 @@ def _apply(db: sqlite3.Connection, c: Commit, boot: str) -> None:
             db.execute("delete from timer where actor=? and key=?", (actor, key))
         else:
             db.execute("replace into timer values (?,?,?,?,?)", (actor, key, timer.at, timer.trace, timer.body))
-    insert = "insert into quarantine (at, actor, sender, trace, error, body) values (?,?,?,?,?,?)"
-    db.executemany(insert, [(at, actor, sender, trace, error, body) for at, sender, trace, error, body in c.quarantined])
-    if c.quarantined:
-        db.execute("delete from quarantine where id<=(select max(id) from quarantine)-?", (KEPT_QUARANTINED,))
+    later = [(deadline, actor, recipient, seq) for recipient, seq, deadline in c.deferred]
+    db.executemany("update outbox set deadline=? where actor=? and recipient=? and seq=?", later)
+    insert = "insert into quarantine (at, actor, sender, epoch, seq, trace, error, body, local) values (?,?,?,?,?,?,?,?,?)"
+    for q in c.quarantined:
+        db.execute(insert, (q.at, actor, q.sender, q.epoch, q.seq, q.trace, q.error, q.body, q.local))
+    for local in {q.local for q in c.quarantined}:  # apart: what strangers send pushes out nothing of our own
+        newest = "select id from quarantine where local=? order by id desc limit 1 offset ?"
+        if bound := db.execute(newest, (local, KEPT_QUARANTINED)).fetchone():
+            db.execute("delete from quarantine where local=? and id<=?", (local, bound[0]))
+    db.executemany("delete from quarantine where id=?", [(number,) for number in c.released])

@@ -7,12 +7,15 @@ only then lets anything leave.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from protocol.codec import MAX_ADDRESS_CHARS
 from protocol.types import Message
 
+MAX_NAME_CHARS = 1000  # of a row, a timer, a feed
 #: How long a `Send` waits for its acknowledgement unless it says otherwise (seconds).
 DEFAULT_DEADLINE_S = 7 * 24 * 3600.0
 
@@ -38,7 +41,6 @@ class Rows(Protocol):
     def prefix(self, prefix: str) -> Iterator[tuple[str, Any]]:
         """Yield (key, row) of all keys that start with `prefix`, in key order."""
         ...
-
 
 @dataclass(frozen=True, slots=True)
 class Send:
@@ -66,11 +68,15 @@ class Emit:
 
 @dataclass(frozen=True, slots=True)
 class Wake:
-    """A durable timer: `message` comes back at time `at`. The same `key` replaces the timer; `at=None` takes it away."""
+    """A durable timer: `message` comes back at time `at`. The same `key` replaces the timer; `at=None` takes it away.
+
+    `keep` asks the journal first: a timer that is set stays as it is.
+    """
 
     key: str
     at: float | None
     message: Message | None = None
+    keep: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +106,37 @@ class Step:
 
 
 NOTHING = Step()
+
+
+def check_step(step: Step) -> None:
+    """Refuse what the journal cannot hold, where it costs one message and not the node. Raises `ValueError`."""
+    for key in step.rows:
+        _check_name("a row", key)
+    for effect in step.effects:
+        match effect:
+            case Send():
+                check_send(effect)
+            case Wake(key, at):
+                _check_name("a timer", key)
+                if at is not None and not math.isfinite(at):
+                    raise ValueError(f"timer {key[:80]} is set to {at}")
+            case Emit(feed) | DropFeed(feed):
+                _check_name("a feed", feed)
+            case _:
+                pass
+
+
+def check_send(send: Send) -> None:
+    """Refuse a message that no link can carry. Raises `ValueError`."""
+    _check_name("a recipient", send.to, MAX_ADDRESS_CHARS)
+    if not math.isfinite(send.deadline_s):
+        raise ValueError(f"a message to {send.to[:80]} has the deadline {send.deadline_s}")
+
+
+def _check_name(what: str, name: str, longest: int = MAX_NAME_CHARS) -> None:
+    name.encode()  # half of a surrogate pair, for one, is no text (and its error a `ValueError`)
+    if len(name) > longest:
+        raise ValueError(f"{what} has a name of {len(name)} characters")
 
 
 class Machine(Protocol):

@@ -1,49 +1,67 @@
-"""A port's actor: mailbox, link position and durable answers around an async handler of the outside world."""
+"""A port's actor: mailbox, link position and durable answers around an async handler of the outside world.
+
+The world's whim (a disk that is full, a database that is locked, a peer that is silent) is no fault of the message: it
+comes again, without end, and its link says why it waits. Any other exception may be our bug, or the world's as well:
+the message gets three attempts over half a minute, and is then set aside.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Union
+import logging
+import sqlite3
+from typing import TYPE_CHECKING
 
 import trio
 
-from actors.kernel.journal import Commit, JournalError
+from actors.kernel.journal import Commit, JournalError, RowDamaged
 from actors.kernel.lineage import Position
-from actors.kernel.machine import ActorFailed, Busy, Meta, Port
-from actors.kernel.mailbox import CAPACITY, RETIRED, Ask, CrashedOn, Crashes, Delivery, LinkBatch
-from protocol.codec import Decoder, Envelope
-from protocol.types import Message, Violation, node_of
+from actors.kernel.machine import ActorFailed, AskTimeout, Busy, LinkDown, Meta, Port
+from actors.kernel.mailbox import CAPACITY, RETIRED, Ask, Delivery, LinkBatch, Mailbox, Outcome, Release, fresh
+from protocol.codec import Envelope
+from protocol.types import Violation, node_of
 
 if TYPE_CHECKING:
     from actors.kernel.system import System
 
+log = logging.getLogger("golem.kernel")
 
-class PortActor:
+WHIMS = (
+    OSError, sqlite3.Error, trio.TooSlowError, trio.BrokenResourceError, trio.ClosedResourceError, MemoryError,
+    LinkDown, Busy, AskTimeout, RowDamaged,
+)  # fmt: skip
+
+
+def is_whim(error: BaseException) -> bool:
+    """Return whether the outside world is to blame, and not the message."""
+    if isinstance(error, BaseExceptionGroup):
+        return all(is_whim(one) for one in error.exceptions)
+    return isinstance(error, WHIMS)
+
+
+class PortActor(Mailbox):
     """Serves a port's mailbox one message at a time. A message may come again after a crash: ports are idempotent."""
 
-    def __init__(self, system: System, port: Port, capacity: int = CAPACITY) -> None:
-        self.system, self.port, self.name = system, port, port.name
-        self.post, self._mailbox = trio.open_memory_channel[Delivery](capacity)
-        self.takes_peers = port.peer is not None
-        self._decode_local: Callable[[bytes], Message] = Decoder(Union[port.local, port.peer, None])  # noqa: UP007
-        self._decode_peer: Callable[[bytes], Message] = Decoder(Union[port.peer, None])  # noqa: UP007
-        self._crashes = Crashes()
+    first_pause_s = 5.0
 
-    def offer(self, delivery: Delivery) -> None:
-        """Put a delivery into the mailbox now. Raises `Busy` when it is full."""
-        try:
-            self.post.send_nowait(delivery)
-        except trio.WouldBlock:
-            raise Busy(f"the mailbox of {self.name} is full") from None
+    def __init__(self, system: System, port: Port, capacity: int = CAPACITY) -> None:
+        super().__init__(system, port, capacity)
+        self.port = port
+        self._whims: dict[str, str] = {}  # sender -> what its link waits for
+
+    def forget(self) -> None:
+        """Begin again: nothing is remembered but by the journal."""
 
     async def run(self) -> None:
-        """Serve the mailbox. Raises `CrashedOn` when the port's handler crashed."""
+        """Serve the mailbox. Raises `JournalError` alone."""
         while True:
-            delivery = await self._mailbox.receive()
-            if isinstance(delivery, LinkBatch) and delivery.envelopes:
-                await self._take_link(delivery)
-            elif isinstance(delivery, Ask):
-                await self._take_ask(delivery)
+            delivery: Delivery = await self._mailbox.receive()
+            match delivery:
+                case LinkBatch() if delivery.envelopes:
+                    await self._take_link(delivery)
+                case Ask():
+                    await self._take_ask(delivery)
+                case Release():
+                    await self._take_release(delivery)
 
     async def _take_ask(self, ask: Ask) -> None:
         meta = Meta(f"{self.system.node}/edge", self.system.now(), ask.trace)
@@ -58,46 +76,74 @@ class PortActor:
         finally:
             ask.done.set()
 
+    async def _take_release(self, release: Release) -> None:
+        """Handle a message of the quarantine: once more, and no more if it fails again."""
+        try:
+            if (found := self.release(release)) is None:
+                return
+            one, message = found
+            commit = Commit(self.name, released=[release.number])
+            sends = await self.port.handle(message, Meta(one.sender, self.system.now(), one.trace))
+            self.system.fill(commit, sends, one.trace)
+            await self._commit(commit)
+        except JournalError:
+            raise
+        except Exception as error:
+            self.failed_again(release, error)
+        finally:
+            release.done.set()
+
     async def _take_link(self, link: LinkBatch) -> None:
         position = self.system.journal.position(self.name, link.sender)
         try:
             if position.is_retired(link.epoch):
                 link.note = RETIRED
                 return
-            position = position.under(link.epoch)
-            for e in link.envelopes:
-                if e.seq < position.seq:
-                    continue
-                if note := position.objection(e):
-                    link.note = note
+            for e, behind in fresh(link, position.under(link.epoch)):
+                if await self._take_envelope(e, behind, link) is not Outcome.TAKEN:
                     return
-                if e.seq == position.seq or not e.body:  # known already; or a question where we stand
-                    continue
-                position = position.behind(e)
-                await self._take_envelope(e, position)
-        except CrashedOn:
-            link.note = "crash"
-            raise
         finally:
             link.stand(self.system.journal.position(self.name, link.sender))
-            link.done.set()
+            self.answer(link)
 
-    async def _take_envelope(self, e: Envelope, position: Position) -> None:
+    async def _take_envelope(self, e: Envelope, position: Position, link: LinkBatch) -> Outcome:
+        """Handle a message and commit its outcome; `link.note` says why it was not taken."""
         meta = Meta(e.sender, self.system.now(), e.trace)
-        remote = node_of(e.sender) != self.system.node
         commit = Commit(self.name, inbox={e.sender: position})
+        if self.held(e):
+            link.note = "crash"
+            return Outcome.CRASH
         try:
-            message = (self._decode_peer if remote else self._decode_local)(e.body)
+            message = self.decode(e.sender, e.body)
             sends = await self.port.handle(message, meta)
             self.system.fill(commit, sends, e.trace)
+        except JournalError:
+            raise
         except Violation as violation:
             self.system.log_violation(self.name, meta, violation)
-        except Exception as error:  # our bug or the world's whim: try again, then set the message aside
-            self.system.log_crash(self.name, meta, error)
-            if not self._crashes.count((e.sender, e.epoch, e.seq)):
-                raise CrashedOn(error, remote) from error
+        except Exception as error:
             commit.outbox.clear()
-            commit.quarantined.append((meta.now, meta.sender, meta.trace, repr(error)[:1000], e.body))
+            if is_whim(error):
+                self._waits(e, link, error)
+                return Outcome.WAITS
+            self.system.log_crash(self.name, meta, error)
+            if not self.quarantined(commit, e, error, meta.now):
+                link.note = "crash"
+                return Outcome.CRASH
+        if self._whims.pop(e.sender, None):
+            log.info("%s goes on with the messages of %s", self.name, e.sender)
+        await self._commit(commit)
+        return Outcome.TAKEN
+
+    def _waits(self, e: Envelope, link: LinkBatch, error: Exception) -> None:
+        """Note what a link waits for; its courier comes again, with growing pauses."""
+        words = f"{self.name} waits: {type(error).__name__}: {error}"[:300]
+        if self._whims.get(e.sender) != words:
+            self._whims[e.sender] = words
+            log.warning("%s (a message from %s, trace %s)", words, e.sender, e.trace)
+        link.note = words if node_of(e.sender) == self.system.node else "waiting"
+
+    async def _commit(self, commit: Commit) -> None:
         self.system.crash_point(self.name, "before commit")
         await self.system.journal.commit(commit)
         self.system.crash_point(self.name, "after commit")

@@ -26,6 +26,7 @@ class RowView:
         self._journal, self._actor, self._decode = journal, actor, decode
         self._cache: OrderedDict[str, Any] = OrderedDict()
         self.changed: dict[str, Message | None] = {}
+        self.damage: list[RowDamaged] = []  # rows that a step left out
 
     def get(self, key: str, default: Any = None) -> Any:
         if key in self.changed:
@@ -58,6 +59,13 @@ class RowView:
         return self.get(key) is not None
 
     def prefix(self, prefix: str) -> Iterator[tuple[str, Any]]:
+        return self._scan(prefix, None)
+
+    def readable(self, prefix: str, left_out: list[str]) -> Iterator[tuple[str, Any]]:
+        """Yield as `prefix` does, but leave out rows that are damaged, and note their keys."""
+        return self._scan(prefix, left_out)
+
+    def _scan(self, prefix: str, left_out: list[str] | None) -> Iterator[tuple[str, Any]]:
         changed = sorted(key for key in self.changed if key.startswith(prefix))
         at = 0
         for key, body in self._journal.rows(self._actor, prefix):
@@ -69,8 +77,16 @@ class RowView:
                 if (row := self.changed[key]) is not None:
                     yield key, row
                 at += 1
+                continue
+            try:
+                row = self._cache[key] if key in self._cache else self._remember(key, self.read(key, body), len(body))
+            except RowDamaged as error:
+                if left_out is None:
+                    raise
+                left_out.append(key)
+                self.damage.append(error)
             else:
-                yield key, self._cache[key] if key in self._cache else self._remember(key, self.read(key, body), len(body))
+                yield key, row
         for key in changed[at:]:
             if (row := self.changed[key]) is not None:
                 yield key, row

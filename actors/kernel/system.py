@@ -7,18 +7,18 @@ frames from other nodes to `deliver`.
 from __future__ import annotations
 
 import logging
-import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import Any
 
 import trio
 
 from actors.kernel.actor import Actor
+from actors.kernel.alarms import Alarms
+from actors.kernel.answers import Answers
 from actors.kernel.courier import Courier
 from actors.kernel.feed import Feeds
-from actors.kernel.journal import Commit, Journal, Posted, RowDamaged
+from actors.kernel.journal import Commit, Journal, JournalError, Posted, RowDamaged, SetAside
 from actors.kernel.machine import (
     AskTimeout,
     Busy,
@@ -31,8 +31,9 @@ from actors.kernel.machine import (
     Send,
     Step,
     Transport,
+    check_send,
 )
-from actors.kernel.mailbox import CAPACITY, Ask, CrashedOn, DeadlinePassed, LinkBatch, LinkBroken, TimerDue
+from actors.kernel.mailbox import CAPACITY, Ask, LinkBatch, LinkBroken, Release
 from actors.kernel.port import PortActor
 from actors.kernel.row_view import RowView
 from actors.kernel.trace import Line, StepLog, step_line
@@ -43,8 +44,6 @@ log = logging.getLogger("golem.kernel")
 
 RESTARTS, RESTART_WINDOW_S = 5, 60.0
 FIRST_RESTART_S, LAST_RESTART_S = 0.05, 5.0
-CLOCK_LOOK_S = 1.0  # how long an alarm may wait because too many were due
-CLOCK_SLEEP_S = 60.0  # a clock that was set, or a machine that slept, is noticed this late at most
 PEER_FRAMES = 16  # frames of one node that wait for one actor
 TAKEN_BYTES = 64 << 20  # of frames that wait, all in all
 KEPT_DAMAGED = 256  # rows that are named
@@ -85,8 +84,7 @@ class System:
         self._new_links: set[tuple[str, str]] = set()
         self._ask: set[tuple[str, str]] = set()  # links whose recipients are to be asked where they stand
         self._links_changed = trio.Event()
-        self._alarm_changed = trio.Event()
-        self._next_alarm: float | None = None
+        self.alarms, self.answers = Alarms(self), Answers()
         self.violations: deque[Line] = deque(maxlen=256)
         self._damaged: dict[tuple[str, str], str] = {}  # (actor, key) -> why
 
@@ -99,6 +97,11 @@ class System:
         """Give a port an address. Before `run`."""
         self._actors[port.name] = PortActor(self, port)
 
+    def machine(self, name: str) -> Actor | None:
+        """Return the actor of a machine of this process; None where it is a port, or nothing (any more)."""
+        found = self._actors.get(name)
+        return found if isinstance(found, Actor) else None
+
     def has_actor(self, address: str) -> bool:
         """Return whether `address` is an actor of this process."""
         return node_of(address) == self.node and actor_of(address) in self._actors
@@ -109,7 +112,7 @@ class System:
             nursery.start_soon(self.journal.run)
             for actor in self._actors.values():
                 nursery.start_soon(self._supervise, actor)
-            nursery.start_soon(self._watch_clock)
+            nursery.start_soon(self.alarms.run)
             self._new_links.update(self.journal.links())
             task_status.started()
             while True:
@@ -142,7 +145,7 @@ class System:
         `Violation` (the machine would not have such a message at all).
         """
         found = self._actors[actor]
-        ask = Ask(message, (trace or self.new_trace())[:MAX_TRACE_CHARS])
+        ask = Ask(message, self._trace(trace))
         found.offer(ask)
         with trio.move_on_after(timeout_s):
             await ask.done.wait()
@@ -152,10 +155,13 @@ class System:
             raise ask.error
         return ask.reply
 
+    def _trace(self, wanted: str | None) -> str:
+        return wanted[:MAX_TRACE_CHARS] if wanted and wanted.isascii() else self.new_trace()
+
     async def post(self, sender: str, sends: Sequence[Send], trace: str | None = None) -> None:
         """Send durably from the address of a port (or of an edge that must not wait): news that answers nothing."""
         commit = Commit(sender)
-        self.fill(commit, sends, (trace or self.new_trace())[:MAX_TRACE_CHARS])
+        self.fill(commit, sends, self._trace(trace))
         await self.journal.commit(commit)
         self.released(sender, commit, [])
 
@@ -163,6 +169,7 @@ class System:
         """Number messages of a port and put them into a commit."""
         now = self.now()
         for send in sends:
+            check_send(send)
             recipient = send.to if "/" in send.to else f"{self.node}/{send.to}"
             body = encode(send.message)
             if len(body) > MAX_BODY_BYTES:
@@ -194,7 +201,8 @@ class System:
         if node_of(first.sender) != self.node and not actor.takes_peers:  # here, where it leaves no row behind
             raise Violation(f"{actor.name} takes no mail from other nodes")
         link, quota = LinkBatch(batch), (node_of(peer), actor.name)
-        if self._taking.get(quota, 0) >= PEER_FRAMES or self._taking_bytes + len(frame) > TAKEN_BYTES:
+        crowded = self._taking.get(quota, 0) >= PEER_FRAMES or self._taking_bytes + len(frame) > TAKEN_BYTES
+        if crowded or self.answers.is_full(quota[0]):
             return await self._busy(actor.name, link)
         try:
             actor.offer(link)
@@ -210,19 +218,20 @@ class System:
             self._taking[quota] -= 1
             if not self._taking[quota]:
                 del self._taking[quota]
-        return encode_ack(Ack(link.have, link.note, link.boots))
+        return encode_ack(Ack(link.have, link.note, link.boots, link.refused))
 
     async def _busy(self, actor: str, link: LinkBatch) -> bytes:
         await trio.lowlevel.checkpoint()  # whoever comes again at once must not keep the others from running
         link.stand(self.journal.position(actor, link.sender))
-        return encode_ack(Ack(link.have, "busy", link.boots))
+        self._actors[actor].name_refused(link)
+        return encode_ack(Ack(link.have, "busy", link.boots, link.refused))
 
     async def deliver_local(self, batch: list[Envelope]) -> Ack:
         """Take a batch from an actor of this process; waits for room in the mailbox (couriers may block, actors not)."""
         link = LinkBatch(batch)
         await self._actors[actor_of(batch[0].to)].post.send(link)
         await link.done.wait()
-        return Ack(link.have, link.note, link.boots)
+        return Ack(link.have, link.note, link.boots, link.refused)
 
     def peer_up(self, node: str) -> None:
         """A session with `node` came up: whatever waits for it goes now, and it is asked where it stands."""
@@ -253,10 +262,11 @@ class System:
             else:
                 self._new_links.add((actor, recipient))
                 self._links_changed.set()
-        alarms = [timer.at for timer in commit.timers.values() if timer] + [posted.deadline for _, posted in commit.outbox]
-        if alarms and (self._next_alarm is None or min(alarms) < self._next_alarm):
-            self._alarm_changed.set()
+        self.alarms.committed(commit)
+        for recipient, seq in commit.expired:
+            self.answers.expired(actor, recipient, seq)
         for mend in commit.relinked:
+            self.answers.renumbered(actor, mend.recipient)
             if courier := self._couriers.get((actor, mend.recipient)):
                 courier.restart()
         for feed in {name for name, _ in commit.events}.union(commit.dropped_feeds):
@@ -266,6 +276,7 @@ class System:
 
     def acknowledged(self, actor: str, recipient: str, seq: int) -> None:
         """A recipient has committed a link up to `seq`; the outbox forgets it with the next transaction."""
+        self.answers.done(actor, recipient, seq)
         self.journal.acknowledge(actor, recipient, seq)
 
     def heard(self, actor: str, recipient: str) -> None:
@@ -312,6 +323,34 @@ class System:
                 self._damaged[actor, key] = error.reason
         return sorted((*row, reason) for row, reason in self._damaged.items())
 
+    def quarantined(self) -> list[SetAside]:
+        """Return the messages that crashed their actor and were set aside, without their bodies."""
+        return self.journal.quarantined()
+
+    async def release(self, number: int, timeout_s: float = 10.0) -> None:
+        """Have a message of the quarantine handled after all; it leaves the quarantine if that works.
+
+        Raises `LookupError` (no such number), `Busy`, `AskTimeout`, `Violation`, and `ActorFailed` when it fails again.
+        """
+        one = self.journal.set_aside(number)
+        if one is None or one.actor not in self._actors:
+            raise LookupError(f"no message with number {number} is in quarantine" if one is None else f"no actor {one.actor}")
+        release = Release(number)
+        self._actors[one.actor].offer(release)
+        with trio.move_on_after(timeout_s):
+            await release.done.wait()
+        if not release.done.is_set():
+            raise AskTimeout(f"{one.actor} did not answer within {timeout_s:g} s")
+        if release.error is not None:
+            raise release.error
+
+    async def discard(self, number: int) -> None:
+        """Forget a message of the quarantine. Raises `LookupError`."""
+        one = self.journal.set_aside(number)
+        if one is None:
+            raise LookupError(f"no message with number {number} is in quarantine")
+        await self.journal.commit(Commit(one.actor, released=[number]))
+
     def log_twice(self, recipient: str) -> None:
         log.error("%s hears another process that speaks as this node, from a copy of its journal", recipient)
 
@@ -342,45 +381,19 @@ class System:
             self._links_changed.set()
 
     async def _supervise(self, actor: Actor | PortActor) -> None:
-        """Restart an actor that crashed; give up on the node when it keeps crashing on its own account."""
+        """Restart an actor whose crash could not be isolated to one message; end the node when that goes on."""
         crashes: deque[float] = deque(maxlen=RESTARTS + 1)
         while True:
             try:
                 await actor.run()
-            except CrashedOn as crash:
+            except JournalError:
+                raise
+            except Exception as error:
+                log.error("%s crashed, and no message is to blame", actor.name, exc_info=error)
                 now = trio.current_time()
-                if not crash.remote:  # a peer's message is isolated by its quarantine: no peer can end this node
-                    crashes.append(now)
+                crashes.append(now)
                 recent = sum(now - at <= RESTART_WINDOW_S for at in crashes)
                 if recent > RESTARTS:
-                    raise NodeFailed(f"actor {actor.name} crashed {recent} times within {RESTART_WINDOW_S:g} s") from crash
-            await trio.sleep(min(FIRST_RESTART_S * 2 ** max(recent - 1, 0), LAST_RESTART_S))
-
-    async def _watch_clock(self) -> None:
-        """Bring due timers and passed deadlines to their actors."""
-        while True:
-            self._alarm_changed = trio.Event()
-            self._next_alarm = self.journal.next_alarm()
-            wait_s = math.inf if self._next_alarm is None else self._next_alarm - self.now()
-            if wait_s > 0:
-                with trio.move_on_after(min(wait_s, CLOCK_SLEEP_S)):
-                    await self._alarm_changed.wait()
-                continue
-            now = self.now()
-            for timer in self.journal.due(now):
-                if isinstance(actor := self._actors.get(timer.actor), Actor):
-                    actor.offer_alarm(TimerDue(timer))
-                else:  # of an actor of a former version
-                    await self.journal.commit(Commit(timer.actor, timers={timer.key: None}))
-            for name, recipient, seq in self.journal.overdue(now):
-                await self._give_up(name, recipient, seq)
-            self._next_alarm = None
-            with suppress(trio.TooSlowError), trio.fail_after(CLOCK_LOOK_S):
-                await self._alarm_changed.wait()
-
-    async def _give_up(self, name: str, recipient: str, seq: int) -> None:
-        actor = self._actors.get(name)
-        if isinstance(actor, Actor):
-            actor.offer_alarm(DeadlinePassed(recipient, seq))
-        else:  # a port (or an actor of a former version) hears nothing of it: it repeats itself
-            await self.journal.commit(Commit(name, expired=[(recipient, seq)]))
+                    raise NodeFailed(f"actor {actor.name} crashed {recent} times within {RESTART_WINDOW_S:g} s") from error
+            actor.forget()
+            await trio.sleep(min(FIRST_RESTART_S * 2 ** (recent - 1), LAST_RESTART_S))

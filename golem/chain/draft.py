@@ -11,6 +11,7 @@ from golem.chain.networks import Network
 from golem.chain.rpc import Rpc, RpcError
 from golem.chain.signer import Key, Signed, Transaction, sign
 from golem.chain.store import FILL_GAS, Attempt, Store, TransferBatch, TxRow
+from golem.chain.vouch import Vouch
 
 GAS_SPARE = 20_000  # per payee over the estimate: a payee that emptied its purse meanwhile costs 17,100 more
 NO_FUNDS = ("insufficient funds",)
@@ -31,14 +32,19 @@ class WouldFail(Wait):
     """The chain refuses just this call, whatever is the matter with it."""
 
 
+class Unowed(Wait):
+    """What would be signed is not what is owed: a fault of ours, which a person has to look at."""
+
+
 class Drafts:
     """Makes and stores signed transactions of one account; they are on disk when a method returns their row's id."""
 
     def __init__(
-        self, network: Network, rpc: Rpc, key: Key, store: Store, clock: Callable[[], float], checkpoint: Callable[[str], None]
-    ) -> None:
+        self, network: Network, rpc: Rpc, key: Key, store: Store, clock: Callable[[], float],
+        checkpoint: Callable[[str], None], vouch: Vouch,
+    ) -> None:  # fmt: skip
         self._network, self._rpc, self._key, self._address = network, rpc, key, key.address
-        self._store, self._clock, self._checkpoint = store, clock, checkpoint
+        self._store, self._clock, self._checkpoint, self._vouch = store, clock, checkpoint, vouch
 
     async def payment(self, batch: TransferBatch, views: Sequence[View]) -> int:
         """That of a batch; if it needs an allowance first, that of the approval, and `Wait`."""
@@ -85,7 +91,9 @@ class Drafts:
         priority_fee, max_fee = self._fees(views)
         gas = await self._gas(recipient, call, payees)
         nonce = self._free_nonce(views) if nonce is None else nonce
-        signed = self.sign(nonce, gas, max_fee, priority_fee, recipient, call)
+        if kind == "pay":
+            await self._check_owed(batch.batch_id if batch else "", recipient, call)
+        signed = self._sign(nonce, gas, max_fee, priority_fee, recipient, call)
         await self._afford(gas * max_fee, signed)
         self._checkpoint("signed")
         total_wei = batch.total_wei if batch else 0
@@ -103,12 +111,43 @@ class Drafts:
         last = self._store.attempts(tx.id)[0]
         priority_fee = last.priority_fee * 9 // 8 + 1
         max_fee = max(last.max_fee * 9 // 8 + 1, 2 * newest(views).base_fee + priority_fee)
-        signed = self.sign(tx.nonce, FILL_GAS, max_fee, priority_fee, self._address, b"")
+        self._check_same(tx, last)
+        signed = self._sign(tx.nonce, FILL_GAS, max_fee, priority_fee, self._address, b"")
         oldest = min(view.head.number for view in views)
         attempt = Attempt(signed.hash, tx.id, signed.raw, max_fee, priority_fee, self._clock(), oldest, 0)
         self._store.replace_by_nothing(tx.id, self._address, attempt)
 
-    def sign(self, nonce: int, gas: int, max_fee: int, priority_fee: int, recipient: str, call: bytes) -> Signed:
+    async def again(self, tx: TxRow, last: Attempt, max_fee: int, priority_fee: int) -> Signed:
+        """The same once more, with other fees. `Unowed`."""
+        self._check_same(tx, last)
+        if tx.kind == "pay":
+            await self._check_owed(tx.batch_id, tx.recipient, tx.data)
+        return self._sign(tx.nonce, tx.gas, max_fee, priority_fee, tx.recipient, tx.data)
+
+    def _check_same(self, tx: TxRow, last: Attempt) -> None:
+        """What was signed before tells what the row said then, for a signature follows from the fields: if it were with
+        another nonce, or to another payee, both could be mined."""
+        try:
+            raw = self._sign(tx.nonce, tx.gas, last.max_fee, last.priority_fee, tx.recipient, tx.data).raw
+        except ValueError:
+            raw = b""
+        if raw != last.raw:
+            raise self._unowed(f"chain.db is damaged: nonce {tx.nonce} is not what was signed as {last.hash}")
+
+    async def _check_owed(self, batch_id: str, recipient: str, call: bytes) -> None:
+        try:
+            payees = token.payees_of(call)
+        except ValueError as error:
+            raise self._unowed(f"batch {batch_id}: {error}") from None
+        if recipient not in (self._network.token, self._network.multi_transfer):
+            raise self._unowed(f"batch {batch_id} would be paid through {recipient}, which is none of the network's contracts")
+        if reason := await self._vouch(batch_id, payees):
+            raise self._unowed(f"batch {batch_id} is not signed: {reason}")
+
+    def _unowed(self, words: str) -> Unowed:
+        return Unowed(Problem("CantSign", words, self._address))
+
+    def _sign(self, nonce: int, gas: int, max_fee: int, priority_fee: int, recipient: str, call: bytes) -> Signed:
         return sign(self._key, Transaction(self._network.chain_id, nonce, gas, max_fee, priority_fee, recipient, call))
 
     def _fees(self, views: Sequence[View]) -> tuple[int, int]:

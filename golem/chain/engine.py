@@ -28,14 +28,16 @@ from pathlib import Path
 import trio
 
 from golem.chain import faucet, token
-from golem.chain.draft import NO_FUNDS, Drafts, Wait, WouldFail
+from golem.chain.draft import NO_FUNDS, Drafts, Unowed, Wait, WouldFail
 from golem.chain.events import Confirmed, Event, Failed, Mined, NonceLost, Problem, Sent, Stuck
-from golem.chain.evidence import Evidence, Payment, Shown, Story, Unclear, View, newest, silence
+from golem.chain.evidence import Evidence, Payment, Shown, Story, Unclear, View, newest
+from golem.chain.genesis import check_genesis
 from golem.chain.networks import Network
 from golem.chain.rpc import Head, Receipt, Rpc, RpcError
 from golem.chain.signer import Key, address_bytes
 from golem.chain.store import Attempt, BatchRow, Store, TransferBatch, TxRow
-from golem.chain.verify import transferred
+from golem.chain.verify import shortfall
+from golem.chain.vouch import Vouch, vouch_nothing
 
 STUCK_BLOCKS = 6  # blocks that passed a well-paid transaction by, before it gets a higher fee
 PATIENT_LOOKS = 3  # in a row that must find the same before a nonce is given up or filled, or a person is bothered
@@ -50,6 +52,7 @@ class Engine:
 
     Wherever several networks are one chain (see `Network.chain`), one engine must serve them all.
     `checkpoint` is called with "signed", "stored", "sent" and "mined" as these are reached: where tests let it die.
+    `vouch` has the last word before a payment is signed.
     """
 
     def __init__(
@@ -62,11 +65,12 @@ class Engine:
         *,
         clock: Callable[[], float] = time.time,
         checkpoint: Callable[[str], None] = lambda point: None,
+        vouch: Vouch = vouch_nothing,
     ) -> None:
         self.network, self.rpc, self.key, self.address = network, rpc, key, key.address
         self.store = Store(db_path, f"{network.chain}/{key.address}")
         self.evidence = Evidence(rpc, network, key.address, self.store.made)
-        self.drafts = Drafts(network, rpc, key, self.store, clock, checkpoint)
+        self.drafts = Drafts(network, rpc, key, self.store, clock, checkpoint, vouch)
         self._notify, self._clock, self._checkpoint = notify, clock, checkpoint
         self._turn = trio.Lock()  # one step, or one internal transaction, at a time
         self._wake = trio.Event()
@@ -74,6 +78,7 @@ class Engine:
         self._problems: list[Problem] = []
         self._reviewed = False  # has the chain, since the start, still what was final?
         self._looks: dict[str, int] = {}  # what was found, and how often in a row
+        self._refused: dict[str, tuple[float, Problem]] = {}  # batch that the token refuses -> when to try again
         self._unclear: dict[int, Unclear] = {}  # transaction -> what the RPCs say of it
         self._gap = (-1, 0)  # a nonce before our first open one that nobody uses, and looks in a row that saw it
         self._told: dict[str, str] = {}  # batch id -> reason last said, so that each is said once
@@ -153,10 +158,10 @@ class Engine:
             kind = FAULTS.get(error.kind, "RpcError")
             problems.append(Problem(kind, str(error), self.address, chain_id=self.network.chain_id))
             self._checked = False  # who knows what answers next
-        if problems:
+        if general := [problem.detail for problem in problems if not problem.batch_id]:
             oldest = [tx.batch_id for tx in self.store.open()][:1] + [row.batch.batch_id for row in self.store.queued()][:1]
             for batch_id in oldest:
-                await self._tell_stuck(batch_id, problems[-1].detail)
+                await self._tell_stuck(batch_id, general[-1])
 
     def _contradicted(self, unclear: Unclear) -> Problem:
         return Problem("RpcError", f"RPCs contradict one another, nothing is sent: {unclear}", self.address)
@@ -171,35 +176,9 @@ class Engine:
     # -- the chain under us
 
     async def _check_chain(self, problems: list[Problem]) -> None:
-        """Is this the chain that our rows are about? A dev chain made anew has the same id and another genesis."""
-        if self._checked:
-            return
-        said, silent = await self.evidence.each(self.evidence.witnesses(), lambda each: each.ask(self.rpc.genesis_hash))
-        if not said:
-            raise silence(self.network, silent)
-        stories = [Story(witness.name, f"genesis {genesis[:18]}...") for witness, genesis in said]
-        hashes = {genesis for _, genesis in said}
-        if len(hashes) > 1 and not self.store.ever_signed():
-            raise Unclear(stories, contradiction=True)
-        known = self.store.bind_genesis(self.network.chain, min(hashes))
-        if known in hashes:
-            for witness, genesis in said:
-                witness.endpoint.stranger = genesis != known
-                if witness.endpoint.stranger:
-                    text = f"{witness.name} serves another chain of the same id, genesis {genesis[:18]}...: it is not used"
-                    problems.append(Problem("InvalidChainId", text, self.address, chain_id=self.network.chain_id))
-            self._checked = len(hashes) == 1 and not silent
-            return
-        if silent or len(hashes) > 1:  # those that are silent may be the ones that know our chain
-            text = f"no RPC that answers serves the chain {known[:18]}...: " + "; ".join(map(": ".join, stories))
-            raise Wait(Problem("InvalidChainId", text, self.address, chain_id=self.network.chain_id))
-        (genesis,) = hashes
-        if not self.network.dev_faucet and self.store.ever_signed():
-            text = f"the chain behind {self.network.name} was replaced by another one: its genesis is {genesis[:18]}..., "
-            text += f"the payments in this node's chain.db were made on {known[:18]}..."
-            raise Wait(Problem("InvalidChainId", text, self.address, chain_id=self.network.chain_id))
-        self.store.change_chain(self.network.chain, genesis)  # play money of a chain that is gone: begin again
-        self._checked = True
+        if not self._checked:
+            found, self._checked = await check_genesis(self.evidence, self.rpc, self.store, self.network, self.address)
+            problems += found
 
     def _review(self, views: Sequence[View], problems: list[Problem]) -> bool:
         """Has the chain still what was final? If it says that nonces of ours are free again (a reorganisation deeper than
@@ -291,23 +270,14 @@ class Engine:
             raise Unclear([Story(name, f"{word} of {tx.nonce}") for name, word in said], contradiction=True)
         await self.evidence.agreed(receipt.block, receipt.block_hash)
         if receipt.succeeded:
-            self._check_moved(tx, view, receipt)
+            # a token that says yes and moves nothing is no payment; nor is it a proof that nothing was moved
+            if missing := shortfall(receipt, self.network, self.address, self._payees(tx)):
+                raise Unclear([Story(view.name, missing)])
             self._end(tx, "confirmed", "", receipt.gas_used, receipt.fee_wei)
             return
         if tx.kind == "pay":
             await self.evidence.unpaid(self._payment(tx), receipt.block, receipt.block_hash)
         self._end(tx, "failed", await self._cause(tx, receipt), receipt.gas_used, receipt.fee_wei)
-
-    def _check_moved(self, tx: TxRow, view: View, receipt: Receipt) -> None:
-        """A token that says yes and moves nothing is no payment; nor is it a proof that nothing was moved."""
-        due: dict[str, int] = {}
-        for payee, amount_wei in self._payees(tx):
-            due[payee] = due.get(payee, 0) + amount_wei
-        for payee, amount_wei in due.items():
-            moved = transferred(receipt, self.network, self.address, payee)
-            if moved < amount_wei:
-                text = f"{receipt.hash} succeeded, and its logs move {moved} of {amount_wei} wei to {payee}"
-                raise Unclear([Story(view.name, text)])
 
     def _payees(self, tx: TxRow) -> tuple[tuple[str, int], ...]:
         row = self.store.batch(tx.batch_id) if tx.kind == "pay" else None
@@ -405,7 +375,12 @@ class Engine:
             problems.append(Problem("TxStuck", text, self.address))
             await self._tell_stuck(tx.batch_id, text)
             return
-        signed = self.drafts.sign(tx.nonce, tx.gas, max_fee, priority_fee, tx.recipient, tx.data)
+        try:
+            signed = await self.drafts.again(tx, last, max_fee, priority_fee)
+        except Unowed as wait:
+            problems.append(wait.problem)
+            await self._tell_stuck(tx.batch_id, wait.problem.detail)
+            return
         attempt = Attempt(signed.hash, tx.id, signed.raw, max_fee, priority_fee, self._clock(), head.number, 0)
         self.store.add_attempt(attempt)
         self.store.note(tx.id, "this node", f"signed {signed.hash} with a higher fee", self._clock())
@@ -415,10 +390,18 @@ class Engine:
 
     async def _assign(self, views: Sequence[View], problems: list[Problem]) -> None:
         for row in self.store.queued():
+            again_at, problem = self._refused.get(row.batch.batch_id, (0.0, None))
+            if problem and self._clock() < again_at:
+                problems.append(problem)
+                continue
             try:
                 tx_id = await self.drafts.payment(row.batch, views)
             except WouldFail as wait:
                 await self._single_out(row.batch, wait, problems)
+                continue
+            except Unowed as wait:  # our own fault, and of this one alone
+                problems.append(wait.problem)
+                await self._tell_stuck(row.batch.batch_id, wait.problem.detail)
                 continue
             except Wait as wait:
                 if wait.first is None:
@@ -427,6 +410,7 @@ class Engine:
                     await self._broadcast(self.store.tx(wait.first), self.store.attempts(wait.first)[0], [])
                 await self._tell_stuck(row.batch.batch_id, wait.problem.detail)
                 return  # later batches must not overtake: the oldest is paid first
+            self._refused.pop(row.batch.batch_id, None)
             await self._broadcast(self.store.tx(tx_id), self.store.attempts(tx_id)[0], problems)
 
     async def _single_out(self, batch: TransferBatch, wait: WouldFail, problems: list[Problem]) -> None:
@@ -439,7 +423,8 @@ class Engine:
         if refused and len(refused) < len(batch.payees):
             self.store.refuse(batch.batch_id, detail, tuple(refused))
             return
-        problems.append(Problem("TxStuck", detail, self.address))
+        problems.append(Problem("TxStuck", detail, self.address, batch_id=batch.batch_id))
+        self._refused[batch.batch_id] = self._clock() + self.network.stuck_s, problems[-1]
         await self._tell_stuck(batch.batch_id, detail)
 
     # -- telling
@@ -463,7 +448,7 @@ class Engine:
         if patient and tx.batch_id:
             text = f"it is not clear what became of payment {tx.batch_id}, nonce {tx.nonce}. {unclear}. It is not paid "
             text += f"anew before the RPCs agree, or a person says so: `golem payment decide {tx.batch_id}`"
-            problems.append(Problem("TxStuck", text, self.address))
+            problems.append(Problem("TxStuck", text, self.address, batch_id=tx.batch_id))
             await self._tell_stuck(tx.batch_id, text)
 
     async def _announce(self) -> None:
@@ -486,7 +471,7 @@ class Engine:
     # -- test money
 
     async def fund(self) -> token.Balances:
-        """Get test ether and test tokens; returns what the account holds then. `run` must be running. FundError."""
+        """Get test ether and test tokens; what the account holds then. `run` must be running. FundError."""
         return await faucet.fund(self)
 
     async def send_call(self, kind: str, recipient: str, call: bytes) -> int:

@@ -23,6 +23,7 @@ import trio
 from actors.kernel.machine import Meta, Send
 from golem.chain import networks as table
 from golem.chain import token
+from golem.chain.claims import Claim, Claims
 from golem.chain.devchain import DevChainError, ensure_devchain
 from golem.chain.engine import FAULTS, Engine
 from golem.chain.events import Confirmed, Event, Failed, NonceLost, Problem, Sent, Stuck
@@ -30,9 +31,10 @@ from golem.chain.networks import DRIVER, SIMULATED, Network, Networks
 from golem.chain.purse import MAX_AGE_S, Held, Purses
 from golem.chain.rpc import Head, Rpc, RpcError
 from golem.chain.signer import Key
-from golem.chain.store import Claim, Claims, TransferBatch
+from golem.chain.store import TransferBatch
 from golem.chain.totals import totals
 from golem.chain.verify import NotYet, Rejected, verify_transfer
+from golem.chain.vouch import Vouch, voucher
 from protocol.types import Message, Violation, address, amount, amount_text, from_wei, to_wei
 from protocol.wallet import (
     Transfer,
@@ -89,7 +91,9 @@ class Chain:
     local: Any = Transfer | VerifyTransfer
     peer: Any = None
 
-    def __init__(self, config: Settings, key: Key, system: System, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, config: Settings, key: Key, system: System, clock: Callable[[], float] = time.time, vouch: Vouch | None = None
+    ) -> None:
         self.address, self._system, self._clock = key.address, system, clock
         self._dev_url = config.chain_url if config.profile == "local" else ""  # given, not ours to start
         self._dev_dir = config.chain_dir if config.profile == "local" and not self._dev_url else None
@@ -108,7 +112,8 @@ class Chain:
         for row in self.networks:
             if row.chain not in self._rpcs:
                 self._rpcs[row.chain] = rpc = Rpc(row)
-                self._engines[row.chain] = Engine(row, rpc, key, config.data_dir / "chain.db", self._heard)
+                look = vouch or voucher(system, self.networks, row)
+                self._engines[row.chain] = Engine(row, rpc, key, config.data_dir / "chain.db", self._heard, vouch=look)
         if not self._dev_dir:
             self._up.set()
 
@@ -216,7 +221,9 @@ class Chain:
         elif isinstance(event, Confirmed):
             fee = amount_text(from_wei(event.fee_wei))
             message = TransferMined(event.batch_id, event.tx_hash, event.block, event.gas_used, fee)
-        elif isinstance(event, Failed | NonceLost):
+        elif isinstance(event, Failed):
+            message = TransferFailed(event.batch_id, event.reason, event.refused)
+        elif isinstance(event, NonceLost):
             message = TransferFailed(event.batch_id, event.reason)
         elif isinstance(event, Stuck):
             message = TransferDelayed(event.batch_id, event.reason)
@@ -394,9 +401,14 @@ def _words(error: Exception) -> str:
 
 
 @asynccontextmanager
-async def open_chain(config: Settings, identity: Secret, system: System) -> AsyncIterator[Chain]:
-    """The chain port, added to `system`; its `connect` has to be run. ValueError for a bad profile or network file."""
-    chain = Chain(config, Key(identity.secret()), system)
+async def open_chain(
+    config: Settings, identity: Secret, system: System, vouch: Vouch | None = None
+) -> AsyncIterator[Chain]:
+    """The chain port, added to `system`; its `connect` has to be run. ValueError for a bad profile or network file.
+
+    `vouch`: the last look before a payment is signed, where it is not the one at the rows of `system`.
+    """
+    chain = Chain(config, Key(identity.secret()), system, vouch=vouch)
     system.add_port(chain)
     try:
         yield chain

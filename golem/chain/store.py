@@ -13,28 +13,29 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+SCHEMA_NUMBER = 1  # with each change of the tables one more
 SCHEMA = """
-create table if not exists batch(
+create table batch(
   account text, id text, nonce int, payees text, state text, reason text, announced int, seq integer primary key,
   refused text not null default '', unique(account, id));
-create table if not exists tx(
+create table tx(
   id integer primary key, account text, nonce int, kind text, batch text, recipient text, data blob, gas int,
   total_wei text, state text, block int, block_hash text, winner text, gas_used int, fee_wei text,
   reopened int not null default 0, unique(account, nonce));
-create index if not exists tx_state on tx(account, state);
-create index if not exists tx_batch on tx(batch);
-create table if not exists seen(
+create index tx_state on tx(account, state);
+create index tx_batch on tx(batch);
+create table seen(
   id integer primary key, tx int, teller text, text text, at real);
-create index if not exists seen_tx on seen(tx, teller);
-create table if not exists attempt(
+create index seen_tx on seen(tx, teller);
+create table attempt(
   hash text, tx int, raw blob, max_fee text, priority_fee text, created real, head int, sends int,
   primary key(hash, tx));
-create index if not exists attempt_tx on attempt(tx);
-create table if not exists chain(id text primary key, genesis text);
-create table if not exists claim(
+create index attempt_tx on attempt(tx);
+create table chain(id text primary key, genesis text);
+create table claim(
   id text primary key, platform text, tx_hash text, payer text, payee text, amount_wei text, claimed_wei text,
-  created real);
-create table if not exists purse(chain text, address text, gas_wei text, token_wei text, at real, primary key(chain, address));
+  created real, checksum int);
+create table purse(chain text, address text, gas_wei text, token_wei text, at real, primary key(chain, address));
 """
 OPEN = ("signed", "sent", "mined")
 FILL_GAS = 21_000
@@ -108,54 +109,30 @@ class Attempt:
     sends: int
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """A claimed payment whose check is not finished. `created` in seconds of the epoch."""
-
-    claim_id: str
-    platform: str
-    tx_hash: str
-    payer: str
-    payee: str
-    amount_wei: int
-    claimed_wei: int
-    created: float
-
-
-class Claims:
-    """The claims that wait for an answer; in the same file, whatever their network."""
-
-    def __init__(self, path: Path | str) -> None:
-        self._sql = connect(path)
-
-    def close(self) -> None:
-        self._sql.close()
-
-    def add(self, claim: Claim) -> None:
-        """A repeat replaces the first."""
-        c = claim
-        row = (c.claim_id, c.platform, c.tx_hash, c.payer, c.payee, str(c.amount_wei), str(c.claimed_wei), c.created)
-        self._sql.execute("insert or replace into claim values(?,?,?,?,?,?,?,?)", row)
-
-    def remove(self, claim_id: str) -> None:
-        self._sql.execute("delete from claim where id=?", (claim_id,))
-
-    def all(self) -> list[Claim]:
-        """Oldest first."""
-        rows = self._sql.execute("select * from claim order by created, id")
-        return [Claim(i, p, h, r, e, int(a), int(c), t) for i, p, h, r, e, a, c, t in rows]
-
-
 def connect(path: Path | str) -> sqlite3.Connection:
-    """Open the file. ValueError when it is none."""
+    """Open the file, or make it. ValueError when it is none, or has another schema."""
     try:
         sql = sqlite3.connect(path, isolation_level=None, timeout=10.0)
         sql.execute("pragma journal_mode=wal")
+        sql.execute("pragma synchronous=full")
+        _bring_up(sql, path)
     except sqlite3.DatabaseError as error:
         raise ValueError(f"cannot open {path}: {error}") from None
-    sql.execute("pragma synchronous=full")
-    sql.executescript(SCHEMA)
     return sql
+
+
+def _bring_up(sql: sqlite3.Connection, path: Path | str) -> None:
+    """Make the tables in a new file; in another one they have to be these."""
+    (number,) = sql.execute("pragma user_version").fetchone()
+    if number == SCHEMA_NUMBER:
+        return
+    if number or sql.execute("select 1 from sqlite_master").fetchone():
+        sql.close()
+        raise ValueError(
+            f"{path} has schema {number}, this version of the program works with schema {SCHEMA_NUMBER}: payments under way "
+            "are known to that file alone, so use the version that wrote it until they are through, then move the file away"
+        )
+    sql.executescript(f"begin immediate; {SCHEMA} pragma user_version={SCHEMA_NUMBER}; commit;")
 
 
 _TX_COLUMNS = (

@@ -52,6 +52,18 @@ def packed_call(payees: tuple[tuple[str, int], ...]) -> bytes:
     return DIRECT_PACKED + _word(32) + _word(len(payees)) + words
 
 
+def payees_of(call: bytes) -> tuple[tuple[str, int], ...]:
+    """Whom a call pays how many wei: what `transfer_call` and `packed_call` make, read back. ValueError for another one."""
+    selector, words = call[:4], [call[at : at + 32] for at in range(4, len(call), 32)]
+    if selector == TRANSFER and len(call) == 68:
+        found = [(words[0][12:], words[1])]
+    elif selector == DIRECT_PACKED and len(words) > 2 and len(call) == 68 + 32 * int.from_bytes(words[1], "big"):
+        found = [(word[:20], word[20:]) for word in words[2:]]
+    else:
+        raise ValueError("a call that is no payment")
+    return tuple(("0x" + payee.hex(), int.from_bytes(wei, "big")) for payee, wei in found)
+
+
 async def _number(rpc: Rpc, to: str, data: bytes) -> int:
     answer = await rpc.call(to, data)
     if len(answer) < 32:

@@ -7,6 +7,7 @@ of the token's own Transfer logs from payer to payee, less what the same transac
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from golem.chain.contracts import TRANSFER_TOPIC
@@ -85,6 +86,18 @@ async def _verify(
             f"less than the {amount_wei} claimed"
         )
     return Verified(moved)
+
+
+def shortfall(receipt: Receipt, network: Network, payer: str, payees: Iterable[tuple[str, int]]) -> str:
+    """Say what a payment that succeeded has not moved, by its logs; "" if it moved all."""
+    due: dict[str, int] = {}
+    for payee, amount_wei in payees:
+        due[payee] = due.get(payee, 0) + amount_wei
+    for payee, amount_wei in due.items():
+        moved = transferred(receipt, network, payer, payee)
+        if moved < amount_wei:
+            return f"{receipt.hash} succeeded, and its logs move {moved} of {amount_wei} wei to {payee}"
+    return ""
 
 
 def transferred(receipt: Receipt, network: Network, payer: str, payee: str) -> int:

@@ -12,6 +12,14 @@ from golem.cli.client import ask_node
 from golem.cli.output import table, text, value, wants_json
 from golem.config import VERSION
 
+#: What `golem status` says of things that wait: name in the answer, title, columns.
+WAITING = {
+    "links": ("Messages that are not delivered yet:", ["actor", "waits for", "why"]),
+    "timers": ("Timers that could not be handled, and come again:", ["actor", "what", "error", "tries", "next try"]),
+    "damagedRows": ("Stored rows that cannot be read; what needs them waits:", ["actor", "row", "why"]),
+    "quarantine": ("Messages set aside, since they crashed their actor (golem quarantine --help):",
+                   ["number", "actor", "sender", "error"]),
+}  # fmt: skip
 HELP = {"help_option_names": ["-h", "--help"]}
 
 
@@ -32,17 +40,22 @@ def main(**_: Any) -> None:
 def status() -> None:
     """What the node is doing, and what is stuck."""
     found = ask_node("status")
-    links = found.pop("links")
-    value(found | {"links": links} if wants_json() else found)
-    if links and not wants_json():
-        table(["actor", "waits for", "why"], links)
+    if wants_json():
+        value(found)
+        return
+    waiting = {name: found.pop(name) for name in WAITING}
+    value(found)
+    for name, (title, columns) in WAITING.items():
+        if waiting[name]:
+            text(f"\n{title}")
+            table(columns, waiting[name])
 
 
 def _register() -> None:
     """Commands that live in modules of their own."""
-    from golem.cli import activity, chain, identity, image, market, net, payment, provider, run, trace
+    from golem.cli import activity, chain, identity, image, market, net, payment, provider, quarantine, run, trace
 
-    for module in (run, identity, net, payment, market, activity, provider, image, chain, trace):
+    for module in (run, identity, net, payment, market, activity, provider, image, chain, quarantine, trace):
         module.register(main)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from golem.cli.client import ask_node
+from golem.cli.client import ask_node, get
 from golem.cli.output import nothing, say, table, text, value, wants_json
 
 
@@ -99,6 +99,16 @@ def driver_list() -> None:
     simulated = sorted(name for name, row in networks.items() if row["simulatedBy"])
     note = f"{', '.join(simulated)}: simulated by a dev chain, no real money." if simulated else ""
     table(["driver", "network", "token", "platform", "default"], rows, note)
+
+
+@payment.command("explain")
+@click.argument("document_id", metavar="ID")
+def explain(document_id: str) -> None:
+    """Say how a bill is judged.
+
+    ID is a debit note, an invoice or an agreement: price, usage, what this node's clock allows, and what it refused.
+    """
+    value(get(f"/payment-api/v1/explain/{document_id}"))
 
 
 @payment.command("accounts")

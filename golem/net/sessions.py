@@ -120,9 +120,11 @@ class Sessions:
         """The link to a peer, dialling it if need be; not `at_once` when that failed a moment ago. Unreachable."""
         peer = self._peer(node_id)
         peer.used_at = trio.current_time()
-        if peer.link is None:
-            if not peer.is_busy and not peer.conns and not at_once:
-                await trio.sleep_until(peer.failed_at + self._timing.backoff_min_s)
+        if not peer.is_busy and not peer.conns and not at_once:
+            await trio.sleep_until(peer.failed_at + self._timing.backoff_min_s)
+        tried = False
+        while peer.link is None and not tried:
+            tried = not peer.is_busy or not at_once  # an attempt under way may not know an address that we were just told
             if not peer.is_busy:
                 self._try(peer)
             if peer.attempt is not None:

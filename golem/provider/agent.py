@@ -29,6 +29,8 @@ from actors.kernel.journal import Journal
 from actors.kernel.machine import ActorFailed, LinkDown
 from actors.kernel.system import System
 from actors.provider import Provider
+from golem.config import DEFAULT_API_URL, parse_api_url
+from golem.ports import may_hear_keys, of_others
 from golem.provider.client import MARKET, ApiError, NodeAway, NodeClient, NodeError, part
 from golem.provider.leftovers import Leftovers
 from golem.provider.offering import AgentError, Offering
@@ -182,12 +184,22 @@ def _node_file(settings: Settings) -> dict[str, Any]:
 def node_url(settings: Settings) -> Callable[[], str]:
     """Return what finds the node's URL: the one given; but where `node.json` says the same (or none was given), the file.
 
-    So a node that comes back on another port is found again.
+    So a node that comes back on another port is found again. A file may be of a node that is gone: what it says counts
+    while our own user has the port. The function raises `NodeAway`.
     """
     given = settings.node_url.rstrip("/")
     if given not in ("", _node_file(settings).get("apiUrl")):
         return lambda: given
-    return lambda: str(_node_file(settings).get("apiUrl") or given or "http://127.0.0.1:7465")
+    return lambda: _own(str(_node_file(settings).get("apiUrl") or given or DEFAULT_API_URL))
+
+
+def _own(url: str) -> str:
+    """Return a node's URL, if nobody else would hear the app-key there. Raises `NodeAway`."""
+    host, port = parse_api_url(url)
+    if not may_hear_keys(host, port):
+        whose = "another user listens there" if of_others(host, port) else "nobody listens there"
+        raise NodeAway(f"no node of this user at {url}: {whose}")
+    return url
 
 
 def _bus_path(settings: Settings) -> Path:

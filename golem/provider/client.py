@@ -34,9 +34,10 @@ class NodeAway(NodeError):
 class ApiError(NodeError):
     """The node says no."""
 
-    def __init__(self, status: int, message: str) -> None:
+    def __init__(self, status: int, message: str, highest_amount: str = "") -> None:
         super().__init__(f"{status}: {message}")
         self.status, self.message = status, message
+        self.highest_amount = highest_amount  # of a document that the payer refused: what it would take
 
     @property
     def passing(self) -> bool:
@@ -135,11 +136,14 @@ def _answer(status: int, data: bytes) -> Any:
             return json.loads(data) if data.strip() else None
         except (ValueError, RecursionError):
             raise ApiError(status, "an answer that is not JSON") from None
+    highest = ""
     try:
-        text = json.loads(data)["message"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        found = json.loads(data)
+        text = found["message"]
+        highest = str(found.get("highestAmount") or "")[:100]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         text = data.decode("utf-8", "replace")
-    raise ApiError(status, str(text)[:500])
+    raise ApiError(status, str(text)[:500], highest)
 
 
 def part(text: str) -> str:

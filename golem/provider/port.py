@@ -299,7 +299,8 @@ class RestPort:
             await self._client.persist("sending a debit note", call, until=message.give_up_at, now=time.time)
         except (ApiError, NodeAway) as error:
             log.warning("debit note %d of activity %s could not be sent: %s", message.number, message.activity_id[:8], error)
-            return NoteSent(message.activity_id, message.number, False, str(error))
+            most = error.highest_amount if isinstance(error, ApiError) else ""
+            return NoteSent(message.activity_id, message.number, False, str(error), most)
         log.info("debit note %d of activity %s is sent", message.number, message.activity_id[:8])
         return NoteSent(message.activity_id, message.number, True)
 
@@ -318,7 +319,7 @@ class RestPort:
         }
 
         def same(one: Any) -> bool:
-            return bool(one["agreementId"] == message.agreement_id)
+            return bool(one["agreementId"] == message.agreement_id and one["invoiceId"] != message.refused_id)
 
         try:
             found = await self._once("invoices", body, same, message.since, message.instance)
@@ -335,7 +336,7 @@ class RestPort:
             await self._client.persist("sending an invoice", call)
         except ApiError as error:
             log.error("the invoice of agreement %s cannot be sent: %s", message.agreement_id[:12], error)
-            return InvoiceSent(message.agreement_id, str(error))
+            return InvoiceSent(message.agreement_id, str(error), error.highest_amount)
         log.info("invoice of agreement %s is sent", message.agreement_id[:12])
         return InvoiceSent(message.agreement_id)
 

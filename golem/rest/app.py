@@ -11,6 +11,7 @@ from quart import Request, Response, Websocket, g, has_websocket_context, reques
 from quart_trio import QuartTrio
 from werkzeug.exceptions import HTTPException
 
+from actors.kernel.journal import RowDamaged
 from golem.config import VERSION
 from golem.hosts import is_of_this_machine
 from golem.rest.edge import BODY_LIMIT, ApiError, Caller, caller, respond_json
@@ -133,6 +134,11 @@ def _errors(app: QuartTrio) -> None:
         asked = websocket if has_websocket_context() else request
         text = f"no such endpoint: {asked.method} {asked.path[:200]}" if error.code == 404 else error.description
         return ApiError(error.code or 500, text).response()
+
+    @app.errorhandler(RowDamaged)
+    async def damaged(error: RowDamaged) -> Response:
+        log.error("%s (trace %s)", error, g.trace)
+        return ApiError(500, f"{error} (trace {g.trace}; see `golem status`)").response()
 
     @app.errorhandler(Exception)
     async def our_bug(error: Exception) -> Response:

@@ -12,7 +12,7 @@ from quart import Blueprint, Response
 
 from actors.wallet import Cycle
 from golem.chain.networks import DRIVER
-from golem.rest import allocations, payment_documents, payment_lists
+from golem.rest import allocations, calculation, payment_documents, payment_lists
 from golem.rest.edge import (
     ApiError,
     ask,
@@ -48,6 +48,7 @@ def blueprint(node: Node) -> Blueprint:
     _cycles(api, node)
     allocations.routes(api, node)
     payment_documents.routes(api, node)
+    calculation.routes(api, node)
     payment_lists.routes(api, node)
     return api
 

@@ -143,7 +143,7 @@ def _moving(api: Blueprint, node: Node, kind: Kind) -> None:
         if done is None:
             raise ApiError(504, f"no receipt from {_agreement(node, row).peer} within {timeout_s:g} s")
         if done.refused and done.status == "ISSUED":
-            raise ApiError(400, done.waiting)
+            raise ApiError(400, done.waiting, {"highestAmount": done.most} if done.most else None)
         return null()
 
     async def accept(document_id: str) -> Response:

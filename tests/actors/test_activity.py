@@ -95,7 +95,7 @@ def result(index: int, ok: bool = True, **changes: Any) -> CommandResult:
 def test_create_asks_the_provider_and_tells_the_ledger() -> None:
     play = created(requestor())
     assert play.sent(f"{P}/activity") == [ActivityRequested(ACTIVITY, AGREEMENT, 5.0)]
-    assert play.sent("ledger") == [ActivityKnown(ACTIVITY, AGREEMENT)]
+    assert play.sent("ledger") == [ActivityKnown(ACTIVITY, AGREEMENT, play.now)]
     assert state(play) == ("New", None, None)
     play.sends.clear()
     created(play)
@@ -246,7 +246,7 @@ def test_a_request_becomes_an_event_once() -> None:
     for _ in range(2):
         play.tell(ActivityRequested(ACTIVITY, AGREEMENT, 5.0), R)
     assert play.feed("activities") == [ActivityEvent(ACTIVITY, AGREEMENT, "CreateActivity", "session-Provider")]
-    assert play.sent("ledger") == [ActivityKnown(ACTIVITY, AGREEMENT)]
+    assert play.sent("ledger") == [ActivityKnown(ACTIVITY, AGREEMENT, play.now)]
     assert play.rows[f"agreement/{AGREEMENT}"].exe_unit == "wasmtime"
 
 

@@ -545,3 +545,16 @@ def test_what_is_accepted_and_not_paid_yet_is_not_free() -> None:
     assert world.document(payer, "invoice", "i1").status == "SETTLED"
     assert owed(payer.rows["ledger"], PLATFORM) == 0
     assert world.allocate(payer, "al3", "1", balance="2") == Done()
+
+
+def test_what_is_noted_otherwise_than_it_was_signed_is_not_accepted() -> None:
+    world, payer, _ = invoiced("2")
+    row = world.document(payer, "invoice", "i1")
+    body = row.body.replace(b'"2"', b'"3"')
+    for changes in ({"amount": "3"}, {"amount": "3", "body": body}, {"signature": bytes(65)}):
+        payer.rows["ledger"].raw["invoice/i1"] = encode(msgspec.structs.replace(row, **changes))
+        answer = world.accept(payer, "invoice", "i1", "al")
+        assert code(answer) == "bad_request"
+        assert "signed" in answer.message
+    payer.rows["ledger"].raw["invoice/i1"] = encode(row)
+    assert world.accept(payer, "invoice", "i1", "al") == Done()

@@ -1045,3 +1045,40 @@ def test_a_note_whose_receipt_never_comes_is_accepted_in_time_or_the_agreement_e
     for read in agent.rest(ReadNote):
         agent.tell(NoteRead("x1", 1, read.deadline, "ISSUED"))
     assert code_of(agent.rest(TerminateAgreement)[0]) == "DebitNotesDeadline"
+
+
+def test_a_note_that_the_requestors_node_refuses_is_corrected_once() -> None:
+    agent = Agent().begin().approved().started()
+    agent.play.at(130)
+    agent.tell(UsageRead("x1", [500.0, 119.5]))
+    (first,) = agent.rest(IssueNote)
+    agent.tell(NoteIssued("x1", 1, "note-1"))
+    agent.tell(NoteSent("x1", 1, False, "400: the requestor refused it", "0.012"))
+    (again,) = agent.rest(IssueNote)
+    assert (again.amount, again.number, again.previous_id, again.due_at) == ("0.012", 2, "note-1", first.due_at)
+    assert agent.rest(TerminateAgreement) == []
+    agent.tell(NoteIssued("x1", 2, "note-2"))
+    agent.tell(NoteSent("x1", 2, False, "400: the requestor refused it", "0.001"))
+    assert [code_of(one) for one in agent.rest(TerminateAgreement)] == ["DebitNoteRejected"]
+    agent.event("agreements", "AgreementTerminatedEvent", "a1", "Provider")
+    agent.tell(UnitExited("x1", 0))
+    assert agent.play.rows["activity/x1"].amount == "0.012"
+
+
+def test_an_invoice_that_the_requestors_node_refuses_is_corrected_once() -> None:
+    for answers, last in ((["0.012", "0.011"], "Failed"), (["0.012", ""], "Sent"), (["9"], "Failed"), (["0.02"], "Failed")):
+        agent = Agent().begin().approved().started()
+        agent.exited(usage=[110.0, 140.0])
+        agent.issue()
+        agent.event("agreements", "AgreementTerminatedEvent", "a1", "Requestor", "done")
+        issued = []
+        for number, most in enumerate(answers):
+            (invoice,) = agent.rest(IssueInvoice)
+            issued.append((invoice.amount, invoice.refused_id))
+            agent.tell(InvoiceIssued("a1", f"inv-{number}"))
+            agent.tell(InvoiceSent("a1", "400: refused" if most else "", most))
+        assert agent.play.rows["agreement/a1"].invoice == last
+        assert issued == [("0.018", ""), ("0.012", "inv-0")][: len(answers)]
+        assert agent.rest(IssueInvoice) == []
+        agent.play.at(8 * 86400)
+        assert not list(agent.play.rows.prefix("document/"))

@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 import trio
 from eth_hash.auto import keccak
+from patience import patience
 
 from golem.chain import token
 from golem.chain.credentials import DECIMALS_CALL, SYMBOL_CALL
@@ -28,6 +29,7 @@ from golem.chain.networks import Network, local_rows
 from golem.chain.rpc import Rpc
 from golem.chain.signer import Key, Signed, Transaction, sign
 from golem.chain.store import TransferBatch
+from golem.chain.vouch import Vouch, vouch_nothing
 
 GLM = 10**18
 GWEI = 10**9
@@ -88,7 +90,7 @@ def anvil(path: str) -> Iterator[str]:
         yield client.url
     finally:
         child.terminate()
-        child.wait(10)
+        child.wait(patience(10))
 
 
 def credential(call: dict[str, Any]) -> str | None:
@@ -118,7 +120,7 @@ class Client:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self._http = httpx.Client(timeout=30, trust_env=False)
+        self._http = httpx.Client(timeout=patience(30), trust_env=False)
 
     def call(self, method: str, *params: Any) -> Any:
         body = {"jsonrpc": "2.0", "id": 1, "method": method, "params": list(params)}
@@ -128,7 +130,7 @@ class Client:
         return answer["result"]
 
     def wait(self, deadline_s: float = 20.0) -> None:
-        end = time.monotonic() + deadline_s
+        end = time.monotonic() + patience(deadline_s)
         while True:
             try:
                 self.call("eth_chainId")
@@ -242,13 +244,13 @@ class Payer:
     async def pay(self, batch_id: str, *payees: tuple[str, int]) -> None:
         await self.engine.submit(TransferBatch(batch_id, await self.engine.next_nonce(), payees))
 
-    async def until(self, *wanted: type, steps: int = 30) -> Any:
-        """Step and mine until an event of a wanted type is told; returns it."""
+    async def until(self, *wanted: type, steps: int = 30, number: int = 1) -> Any:
+        """Step and mine until so many events of a wanted type are told; returns the last of them."""
         for _ in range(steps):
             await self.engine.step()
-            for event in self.events:
-                if isinstance(event, wanted):
-                    return event
+            found = [event for event in self.events if isinstance(event, wanted)]
+            if len(found) >= number:
+                return found[number - 1]
             self.lab.mine()
             self.clock.now += 0.01
         raise AssertionError(f"no {wanted} within {steps} steps: {self.events}, {self.engine.problems()}")
@@ -263,7 +265,8 @@ class Payer:
 
 @asynccontextmanager
 async def payer(
-    lab: Lab, key: Key, db: Path, *, checkpoint: Callable[[str], None] | None = None, transport: Any = None, **row: Any
+    lab: Lab, key: Key, db: Path, *, checkpoint: Callable[[str], None] | None = None, transport: Any = None,
+    vouch: Vouch = vouch_nothing, **row: Any
 ) -> AsyncIterator[Payer]:
     """An engine over `lab`, stepped by hand; fields of the network row may be replaced."""
     network = replace(lab.network, **row)
@@ -275,7 +278,7 @@ async def payer(
     clock = Clock()
     async with Rpc(network, timeout_s=10, transport=transport) as rpc:
         engine = Engine(
-            network, rpc, key, db, notify, clock=clock, checkpoint=checkpoint or (lambda point: None)
+            network, rpc, key, db, notify, clock=clock, checkpoint=checkpoint or (lambda point: None), vouch=vouch
         )
         try:
             yield Payer(engine, events, clock, lab)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import trio
 from chain_support import GLM, Client, address_of, key_of
+from patience import patience
 from support import trio_test
 
 from actors.kernel.journal import Journal
@@ -22,6 +23,7 @@ from golem.chain import port
 from golem.chain.devchain import stop_devchain, url_of
 from golem.chain.port import Chain, open_chain
 from golem.chain.rpc import RpcError
+from golem.chain.vouch import vouch_nothing
 from protocol.types import Message, Undelivered, Violation
 from protocol.wallet import (
     PaidOut,
@@ -92,7 +94,7 @@ class World:
         return [row for _, row in self.system.rows("ledger").prefix("heard/") if isinstance(row, kind)]
 
     async def hears(self, kind: type, number: int = 1) -> list[Any]:
-        with trio.move_on_after(30):
+        with trio.move_on_after(patience(30)):
             while len(self.heard(kind)) < number:
                 await trio.sleep(0.02)
             return self.heard(kind)
@@ -109,7 +111,7 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
     system.add(Recorder())
     system.add(Wallet(me, default_interval_s=0.5))
     try:
-        async with open_chain(settings, Secret(), system) as chain, trio.open_nursery() as nursery:
+        async with open_chain(settings, Secret(), system, vouch_nothing) as chain, trio.open_nursery() as nursery:
             await nursery.start(system.run)
             nursery.start_soon(chain.connect)
             yield World(system, chain)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sqlite3
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import rlp
-from chain_support import key_of
+from chain_support import address_of, key_of
 from eth_account import Account
 from eth_hash.auto import keccak
 from hypothesis import given, settings
@@ -15,10 +17,12 @@ from hypothesis import strategies as st
 from web3 import Web3
 
 from golem.chain import contracts, networks, token
+from golem.chain.claims import Claim, Claims
 from golem.chain.contracts import build
 from golem.chain.devchain import genesis
 from golem.chain.networks import Platform, parse_platform
 from golem.chain.signer import Key, Transaction, address_bytes, checksum, sign
+from golem.chain.store import SCHEMA_NUMBER, Store, TransferBatch
 
 U64 = st.integers(0, 2**64 - 1)
 
@@ -153,3 +157,36 @@ def test_rows_of_one_chain_name_the_same_contracts(tmp_path: Path) -> None:
         path.write_text(json.dumps([twin | other]))
         with pytest.raises(ValueError, match="local and mine are one chain and name different contracts"):
             networks.load("local", dev_url="http://127.0.0.1:1", extra=path)
+
+
+def test_chain_db_of_another_schema_is_refused_and_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "chain.db"
+    store = Store(path, "1337/0x1")
+    store.add_batch(TransferBatch("b1", 0, ((address_of("a"), 7),)))
+    store.close()
+    assert len(Store(path, "1337/0x1").queued()) == 1
+    for number in (0, SCHEMA_NUMBER + 1):
+        with sqlite3.connect(path) as db:
+            db.execute(f"pragma user_version={number}")
+        with pytest.raises(ValueError, match=rf"chain.db has schema {number}, this version .* works with schema {SCHEMA_NUMBER}"):
+            Store(path, "1337/0x1")
+        with pytest.raises(ValueError, match="has schema"):
+            Claims(path)
+    with sqlite3.connect(path) as db:
+        db.execute(f"pragma user_version={SCHEMA_NUMBER}")
+    assert len(Store(path, "1337/0x1").queued()) == 1
+    (tmp_path / "none.db").write_text("no database, but long enough to be one" * 100)
+    with pytest.raises(ValueError, match="cannot open"):
+        Store(tmp_path / "none.db", "1337/0x1")
+
+
+def test_a_damaged_claim_is_forgotten_and_asked_again(tmp_path: Path) -> None:
+    claims = Claims(tmp_path / "chain.db")
+    good = Claim("c1", "erc20-local-tglm", "0x" + "1" * 64, address_of("a"), address_of("b"), 10**15, 0, 1.5)
+    for name in ("c1", "c2"):
+        claims.add(replace(good, claim_id=name))
+    claims._sql.execute("update claim set amount_wei='1' where id='c2'")
+    assert claims.all() == [good]
+    assert claims.all() == [good]
+    claims.add(replace(good, claim_id="c2"))
+    assert len(claims.all()) == 2

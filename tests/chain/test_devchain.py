@@ -15,6 +15,7 @@ import httpx
 import pytest
 import trio
 from chain_support import GLM, GWEI, OURS, ROOT, Client, Lab, Refused, address_of, devchain, key_of, payer, spawn_devchain
+from patience import patience
 from support import trio_test
 
 from golem.chain import token
@@ -168,7 +169,7 @@ def test_confirmations_come_by_themselves_and_an_idle_chain_stands_still(tmp_pat
         receipt = client.call("eth_getTransactionReceipt", tx_hash)
         assert receipt is not None, "mined at once"
         end = int(receipt["blockNumber"], 16) + 4
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + patience(5)
         while client.number("eth_blockNumber") < end and time.monotonic() < deadline:
             time.sleep(0.02)
         time.sleep(0.3)
@@ -191,12 +192,12 @@ def test_one_server_a_directory_however_many_ask(tmp_path: Path) -> None:
     )
     command = [sys.executable, "-W", "ignore", "-c", program, str(tmp_path)]
     asking = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(3)]
-    answers = [each.communicate(timeout=60)[0].split("\n")[:2] for each in asking]
+    answers = [each.communicate(timeout=patience(60))[0].split("\n")[:2] for each in asking]
     try:
         assert len({url for url, _ in answers}) == 1
         assert {light for _, light in answers} == {"light"}
         second = spawn_devchain(tmp_path)
-        assert second.wait(20) == BUSY_EXIT
+        assert second.wait(patience(20)) == BUSY_EXIT
         assert trio.run(url_of, tmp_path) == answers[0][0]
     finally:
         assert trio.run(stop_devchain, tmp_path) is True
@@ -206,7 +207,7 @@ def test_one_server_a_directory_however_many_ask(tmp_path: Path) -> None:
 
 def test_idle_exit_and_the_same_port_again(tmp_path: Path) -> None:
     process = spawn_devchain(tmp_path, "--idle-exit", "0.3")
-    assert process.wait(20) == 0
+    assert process.wait(patience(20)) == 0
     with devchain(tmp_path) as first:
         Client(first).call("dev_faucet", address_of("again"))
     with devchain(tmp_path) as second:
@@ -227,7 +228,7 @@ def test_sigterm_ends_it_cleanly(tmp_path: Path) -> None:
         assert process.poll() is None
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGTERM)
-    assert process.wait(10) == 0
+    assert process.wait(patience(10)) == 0
 
 
 @trio_test

@@ -5,6 +5,7 @@ Every test ends by asking the chain itself: each payee has what it was to get, e
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,10 +13,11 @@ from typing import Any
 
 import httpx
 import pytest
-from chain_support import GLM, GWEI, Faulty, Lab, address_of, anvil, devchain, find_anvil, key_of, payer
+from chain_support import GLM, GWEI, Faulty, Lab, Payer, address_of, anvil, devchain, find_anvil, key_of, payer
 from support import trio_test
 
 from golem.chain import token
+from golem.chain.draft import Unowed
 from golem.chain.events import Confirmed, Failed, Mined, NonceLost, Sent, Stuck
 from golem.chain.store import TransferBatch
 
@@ -409,3 +411,78 @@ async def test_op_chains_add_the_fee_of_their_parent_chain(lab: Lab, db: Path) -
         node.fee_wei = 10**15
         await wallet.until(Confirmed)
     assert lab.tokens(payee) == GLM
+
+
+@trio_test
+async def test_what_is_not_owed_is_not_signed_and_holds_up_nobody_else(lab: Lab, db: Path) -> None:
+    key, bad, good = lab.rich("unowed"), address_of("unowed payee"), address_of("owed payee")
+    said = {"b1": "the ledger has another sum"}
+    seen = []
+
+    async def vouch(batch_id: str, payees: tuple[tuple[str, int], ...]) -> str:
+        seen.append((batch_id, payees))
+        return said.get(batch_id, "")
+
+    async with payer(lab, key, db, vouch=vouch) as wallet:
+        await wallet.pay("b1", (bad, GLM))
+        await wallet.pay("b2", (good, 2 * GLM))
+        await wallet.until(Confirmed)
+        (problem,) = wallet.engine.problems()
+        assert (problem.kind, "the ledger has another sum" in problem.detail) == ("CantSign", True)
+        assert lab.tokens(bad) == 0
+        assert (("b1", ((bad, GLM),)) in seen, ("b2", ((good, 2 * GLM),)) in seen) == (True, True)
+        said.clear()
+        await wallet.until(Confirmed, number=2)
+    assert (lab.tokens(bad), lab.tokens(good)) == (GLM, 2 * GLM)
+
+
+@pytest.mark.parametrize("change", ["data=cast(data||x'00' as blob)", "recipient=upper(recipient)", "gas=gas+1"])
+@trio_test
+async def test_a_flipped_bit_of_a_transaction_is_not_signed_with_a_higher_fee(lab: Lab, db: Path, change: str) -> None:
+    key, payee = lab.rich(f"flipped {change}"), address_of(f"flipped payee {change}")
+    async with payer(lab, key, db) as wallet:
+        await wallet.pay("b1", (payee, GLM))
+        await wallet.engine.step()
+        (tx,) = wallet.engine.store.open()
+        (attempt,) = wallet.engine.store.attempts(tx.id)
+        with pytest.raises(Unowed, match="damaged"):
+            await wallet.engine.drafts.again(dataclasses.replace(tx, nonce=tx.nonce + 1), attempt, 60 * GWEI, 2 * GWEI)
+        wallet.engine.store._sql.execute(f"update tx set {change}")
+        lab.call("anvil_dropAllTransactions")
+        lab.base_fee(30 * GWEI)
+        wallet.clock.now += 1
+        await wallet.engine.step()
+        assert any(problem.kind == "CantSign" and "damaged" in problem.detail for problem in wallet.engine.problems())
+        assert len(wallet.told(Sent)) == 1
+
+
+NOBODY = "0x" + "00" * 20  # the token refuses to move anything there, as others refuse those on their black list
+
+
+@trio_test
+async def test_a_payee_whom_the_token_refuses_is_named_and_the_others_are_paid(lab: Lab, db: Path) -> None:
+    key, good = lab.rich("black list"), [address_of(f"good payee {i}") for i in range(3)]
+    async with payer(lab, key, db) as wallet:
+        await wallet.pay("b1", (good[0], GLM), (NOBODY, GLM), (good[1], GLM))
+        failed = await wallet.until(Failed)
+        assert failed.refused == (NOBODY,)
+        assert f"refuses a transfer to {NOBODY}" in failed.reason
+        assert lab.nonce(key.address) == 2, "test money and the approval: nothing was sent that could not be paid"
+        await wallet.pay("b2", (NOBODY, GLM))
+        await wallet.pay("b3", (good[0], GLM), (good[1], GLM))
+        await wallet.pay("b4", (good[2], GLM))
+        for batch_id in ("b3", "b4"):
+            while batch_id not in [event.batch_id for event in wallet.told(Confirmed)]:
+                await wallet.until(Confirmed)
+                await steps(wallet)
+        assert wallet.problems == ["TxStuck"]
+        assert NOBODY in wallet.engine.problems()[0].detail
+        assert [event.batch_id for event in wallet.told(Stuck) if NOBODY in event.reason] == ["b2"]
+    assert [lab.tokens(payee) for payee in good] == [GLM] * 3
+
+
+async def steps(wallet: Payer) -> None:
+    for _ in range(4):
+        await wallet.engine.step()
+        wallet.lab.mine()
+        wallet.clock.now += 0.1

@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 from chain_support import Client, address_of, authority, devchain
+from patience import patience
 
 from golem.chain.devchain import INFO_NAME, token_of
 
@@ -31,7 +32,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]
 
 def post(url: str, body: object = CALL, **headers: str) -> httpx.Response:
     named = {name.replace("_", "-"): value for name, value in headers.items()}
-    return httpx.post(url, content=json.dumps(body), headers=named, trust_env=False, timeout=30)
+    return httpx.post(url, content=json.dumps(body), headers=named, trust_env=False, timeout=patience(30))
 
 
 @pytest.mark.parametrize("kind", SIMPLE_TYPES)

@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 from chain_support import GLM, ROOT, Client, Lab, address_of, devchain, spawn_devchain
+from patience import patience
 
 from golem.chain import token
 from golem.chain.devchain.genesis import FAUCET_SECRET, TOKEN_ADDRESS
@@ -31,11 +32,11 @@ def test_a_payer_killed_at_every_point_pays_each_batch_once(tmp_path: Path) -> N
         key = lab.rich("killed")
         lab.call("evm_setAutomine", True)
         child = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("payer_child.py"))]
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)])}
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)])}
         deaths = [("stored", 1), ("sent", 2), ("mined", 2), ("never", 1)]
         for point, nth in deaths:
             command = [*child, url, str(tmp_path / "chain.db"), "killed", str(BATCHES), point, str(nth)]
-            ended = subprocess.run(command, env=env, timeout=60, capture_output=True, text=True)
+            ended = subprocess.run(command, env=env, timeout=patience(60), capture_output=True, text=True)
             assert ended.returncode == (0 if point == "never" else -signal.SIGKILL), (point, ended.stderr)
         assert [lab.tokens(address_of(f"killed {i}")) for i in range(BATCHES)] == [GLM] * BATCHES
         assert lab.tokens(address_of("killed all")) == BATCHES // 2 * GLM
@@ -69,7 +70,7 @@ def test_a_killed_chain_has_lost_no_acknowledged_transaction(tmp_path: Path) -> 
                 pass
             finally:
                 killer.cancel()
-            process.wait(10)
+            process.wait(patience(10))
             process = spawn_devchain(tmp_path)
         lab.call("evm_setAutomine", True)
         while lab.number("eth_getTransactionCount", key.address, "latest") != lab.number(
@@ -85,12 +86,12 @@ def test_a_killed_chain_has_lost_no_acknowledged_transaction(tmp_path: Path) -> 
         assert len(acknowledged) > 10
     finally:
         process.kill()
-        process.wait(10)
+        process.wait(patience(10))
 
 
 def _connect(directory: Path, process: subprocess.Popen[bytes]) -> Client:
     """Wait for the chain of this very process."""
-    end = time.monotonic() + 20
+    end = time.monotonic() + patience(20)
     while time.monotonic() < end:
         assert process.poll() is None
         info = directory / "chain.json"

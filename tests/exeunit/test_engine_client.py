@@ -17,6 +17,7 @@ import pytest
 import trio
 from engine import admin as sdk
 from engine import busybox_tar, import_image
+from patience import patience, within
 from support import trio_test
 
 from golem.exeunit.engine import left_pipes
@@ -80,7 +81,7 @@ async def test_faults_of_an_engine_have_names(tmp_path: Path) -> None:
     ]
     async with server(path, [case[0] for case in cases]) as asked:
         for _, kind, text in cases:
-            with pytest.raises(kind, match=text), trio.fail_after(10):
+            with pytest.raises(kind, match=text), within(10):
                 await client.inspect("a/../b")
     assert asked[0].startswith(b"GET /v1.41/containers/a/../b/json HTTP/1.1\r\n") or b"a%2F..%2Fb" in asked[0]
 
@@ -131,11 +132,11 @@ def test_the_programs_run_here(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
         (tmp_path / name).chmod(0o755)
         assert len(content) < 512
-    done = subprocess.run([tmp_path / "probe"], capture_output=True, timeout=10)
+    done = subprocess.run([tmp_path / "probe"], capture_output=True, timeout=patience(10))
     assert done.stdout == PROBE_TEXT
     assert done.returncode in (0, 1, 2, 4)
     with subprocess.Popen([tmp_path / "init"]) as process:  # in our own namespace: nobody is outside of it
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + patience(10)
         while not _waits(process.pid) and time.monotonic() < deadline:
             time.sleep(0.01)
         process.terminate()

@@ -20,6 +20,7 @@ import trio
 from engine import busybox_tar, engine_for_tests, python_tar
 from foreign_images import docker_archive, image_json
 from hostile_guest import ATTACKS
+from patience import patience, within
 from support import trio_test
 
 from golem.exeunit.runtimes import make_runtime
@@ -231,7 +232,7 @@ def test_fork_bomb(engine: LocalEngine, package: Path, monkeypatch: pytest.Monke
 
     async def body() -> None:
         async with open_guest(engine, package) as guest:
-            with trio.fail_after(20):
+            with within(20):
                 _, output = await guest.attack("fork_bomb")
                 count, error = output.split()
                 assert error == "EAGAIN"
@@ -239,7 +240,7 @@ def test_fork_bomb(engine: LocalEngine, package: Path, monkeypatch: pytest.Monke
                 with suppress(RuntimeFault):  # what its own processes take is its own fault; but there is an answer
                     await guest.run("/bin/echo", "hello")
             began = time.monotonic()
-        assert time.monotonic() - began < 5, "all of them die at once"
+        assert time.monotonic() - began < patience(5), "all of them die at once"
 
     trio.run(body)
 
@@ -249,7 +250,7 @@ def test_memory_bomb(engine: LocalEngine, package: Path, where: str) -> None:
     async def body() -> None:
         bomb = (PYTHON, "-I", "-S", "-c", PROGRAM, "memory_bomb")
         async with open_guest(engine, package, start=bomb if where == "service" else ()) as guest:
-            with trio.fail_after(20):
+            with within(20):
                 if where == "command":
                     status, _ = await guest.run(*bomb)
                     assert status.code == 137
@@ -308,7 +309,7 @@ def test_storage_where_the_engine_copies_images(tmp_path: Path, monkeypatch: pyt
             assert guest.runtime.usage().storage_gib < 0.01
             status, output = await guest.run("/bin/dd", "if=/dev/zero", "of=/tmp/fill", "bs=1M", "count=80")
             assert status.ok, output
-            with trio.fail_after(10):
+            with within(10):
                 while guest.runtime.usage().storage_gib <= LIMITS.storage_gib:
                     await trio.sleep(0.05)
 
@@ -333,7 +334,7 @@ async def test_cpu_is_shared_out(engine: LocalEngine, package: Path) -> None:
 @trio_test
 async def test_flood_of_output(engine: LocalEngine, package: Path) -> None:
     async with open_guest(engine, package, Limits(1, 128 / 1024, 64 / 1024, output_bytes=MIB)) as guest:
-        with trio.fail_after(15):
+        with within(15):
             status, output = await guest.run("/bin/yes")
             assert not status.ok
             assert "output" in (status.reason or "")
@@ -346,7 +347,7 @@ async def test_flood_of_output(engine: LocalEngine, package: Path) -> None:
 @trio_test
 async def test_nothing_survives_a_timeout(engine: LocalEngine, package: Path) -> None:
     async with open_guest(engine, package, Limits(1, 128 / 1024, 64 / 1024, run_time_s=1.5)) as guest:
-        with trio.fail_after(15):
+        with within(15):
             status, output = await guest.attack("survivor", "/vol/beat")
             assert not status.ok
             assert output == "planted\n"
@@ -381,11 +382,11 @@ def test_planted_traps_against_transfers(request: pytest.FixtureRequest, package
 async def _out_of(transfers: Transfers, deployment: Deployment, folder: str) -> None:
     traps = ("link", "slash/etc/passwd", "up/vol/plain", "magic", "fifo", "folder", "socket", "inner/out/x", "../etc/passwd")
     for trap in traps:
-        with pytest.raises(TransferError), trio.fail_after(5):
+        with pytest.raises(TransferError), within(5):
             await transfers.transfer(f"container:{folder}/{trap}", f"container:{folder}/copy", deployment.volumes)
-    with pytest.raises(TransferError, match=r"large|space"), trio.fail_after(5):
+    with pytest.raises(TransferError, match=r"large|space"), within(5):
         await transfers.transfer(f"container:{folder}/sparse", f"container:{folder}/copy", deployment.volumes)
-    with trio.fail_after(5):
+    with within(5):
         assert await transfers.transfer(f"container:{folder}/plain", f"container:{folder}/copy", deployment.volumes) == 5
 
 
@@ -393,10 +394,10 @@ async def _into(transfers: Transfers, guest: Guest, folder: str) -> None:
     passwd = Path("/etc/passwd").read_bytes()
     volumes, source = guest.deployment.volumes, f"container:{folder}/plain"
     for trap in ("slash/tmp/golem-escaped", "up/golem-escaped", "inner/out/golem-escaped", "folder", "fifo/x", "plain/x"):
-        with pytest.raises(TransferError), trio.fail_after(5):
+        with pytest.raises(TransferError), within(5):
             await transfers.transfer(source, f"container:{folder}/{trap}", volumes)
     for replaced in ("link", "magic", "fifo", "socket"):  # the name is taken over, what it led to stays
-        with trio.fail_after(5):
+        with within(5):
             await transfers.transfer(source, f"container:{folder}/{replaced}", volumes)
         status, output = await guest.run("/bin/cat", f"{folder}/{replaced}")
         assert (status.ok, output) == (True, "plain")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import trio
 import wat_modules as wat
+from patience import within
 from support import trio_test
 
 from golem.exeunit.images import CACHE_HIT, MIN_FREE_BYTES, NOTE, ImageStore, detect_format
@@ -120,7 +121,7 @@ async def test_two_at_once_download_once(tmp_path: Path) -> None:
         with await images.obtain(reference, ALL, notice=notices.append) as image:
             found.append(image.cached)
 
-    with trio.fail_after(10):
+    with within(10):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(obtain)
             nursery.start_soon(obtain)

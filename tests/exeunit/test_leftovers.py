@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import trio
 from engine import admin, busybox_tar
+from patience import patience, within
 from support import trio_test
 
 from golem.exeunit.engine.admin import Admin, socket_path
@@ -139,7 +140,7 @@ def test_sweep_on_the_command_line(engine: LocalEngine, work_root: Path, package
         dead.kill()
     command = [sys.executable, "-m", "golem.exeunit", "sweep", "--runtime", "vm", "--work-root", work_root]
     environment = {**os.environ, "DOCKER_HOST": engine.host}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=patience(60))
     assert ended.returncode == 0, ended.stderr
     assert f"removed container golem-{name}" in ended.stdout
     assert traces(engine, work_root) == clean
@@ -222,5 +223,5 @@ async def test_a_mark_without_an_end_is_none(tmp_path: Path) -> None:
             os.mkfifo(folder / MARK_FILE)
         else:
             (folder / MARK_FILE).symlink_to(target)
-    with trio.fail_after(5), pytest.raises(RuntimeFault, match="does not answer"):
+    with within(5), pytest.raises(RuntimeFault, match="does not answer"):
         await sweep(Admin(tmp_path / "no.sock"), tmp_path)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import wat_modules as wat
+from patience import patience
 
 from golem.exeunit.runtimes.base import (
     GIB,
@@ -265,7 +266,7 @@ def test_lock_down(tmp_path: Path) -> None:
     code = f"import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r})\n" + textwrap.dedent(LOCKED)
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "rw"), str(tmp_path / "ro"), str(tmp_path)],
-        capture_output=True, text=True, timeout=30,
+        capture_output=True, text=True, timeout=patience(30),
     )  # fmt: skip
     assert done.stderr == ""
     may = {"threads", "write inside", "read read-only", "code before"}

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import trio
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from patience import within
 from support import trio_test
 
 from golem.exeunit.descriptors import Descriptor
@@ -229,7 +230,7 @@ async def test_commands_of_a_service(tmp_path: Path) -> None:
     used = runtime.usage()
     assert used.cpu_sec > 0.05
     assert used.gib > 0.001
-    with trio.fail_after(5):
+    with within(5):
         await runtime.stop()
     assert not list((tmp_path / "work").iterdir())
 
@@ -267,7 +268,7 @@ async def test_services_that_do_not_start(tmp_path: Path, body: str, reason: str
 async def test_a_service_that_is_lost_fails_the_command_and_the_activity(tmp_path: Path, body: str, reason: str) -> None:
     runtime, _ = await deployed(tmp_path, body)
     await runtime.start([])
-    with trio.fail_after(5):
+    with within(5):
         with pytest.raises(RuntimeFault, match=reason):
             await runtime.run("x", [], Said())
         assert reason in await runtime.failure()
@@ -278,7 +279,7 @@ async def test_a_service_that_is_lost_fails_the_command_and_the_activity(tmp_pat
 async def test_a_service_that_does_not_end_a_command_is_ended_itself(tmp_path: Path) -> None:
     runtime, _ = await deployed(tmp_path, "greet(); say(id=ask().id, run={'pid': 1}); time.sleep(60)", run_time_s=0.3)
     await runtime.start([])
-    with trio.fail_after(4):
+    with within(4):
         assert (await runtime.run("x", [], Said())).reason == "time limit of 0.3 s reached"
         assert "did not end a command" in await runtime.failure()
     await runtime.stop()

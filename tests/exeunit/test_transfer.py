@@ -20,6 +20,7 @@ import trio
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from patience import within
 from support import trio_test
 
 import golem.exeunit.web
@@ -167,7 +168,7 @@ class Place:
         self.transfers = Transfers(self.policy, self.gftp, sleep)
 
     async def move(self, source: str, target: str, max_bytes: int | None = None) -> int:
-        with trio.fail_after(20):
+        with within(20):
             return await self.transfers.transfer(
                 source,
                 target,
@@ -732,7 +733,7 @@ async def test_file_urls_are_for_packages_only(tmp_path: Path) -> None:
 
 
 async def fetch_into(place: Place, url: str, path: Path, resume: bool = True) -> int:
-    with path.open("r+b") as file, trio.fail_after(20):
+    with path.open("r+b") as file, within(20):
         return await place.transfers.fetch(
             parse_location(url), file.fileno(), max_bytes=1 << 30, resume=resume, notice=place.notices.append
         )

@@ -18,6 +18,7 @@ import pytest
 import trio
 from engine import admin, busybox_tar, engine_for_tests
 from foreign_images import docker_archive, entry, image_json, tar
+from patience import patience, within
 from support import trio_test
 from test_exeunit_process import ACTIVITY, REQUESTOR, World
 from wire import two_nodes
@@ -102,7 +103,7 @@ class Guest:
         return out.strip()
 
     async def until(self, script: str) -> None:
-        with trio.fail_after(10):
+        with within(10):
             while not (await self.run("/bin/sh", "-c", script))[0].ok:
                 await trio.sleep(0.05)
 
@@ -250,7 +251,7 @@ async def test_what_a_command_leaves_in_the_background_lives_on(engine: LocalEng
         status, out, _ = await guest.run("/bin/sh", "-c", loop)
         assert status.ok
         assert "left\n" in out
-        assert time.monotonic() - began < 10  # although the loop holds our output
+        assert time.monotonic() - began < patience(10)  # although the loop holds our output
         await guest.says("(sleep 1000 </dev/null >/dev/null 2>&1 &)")
         # a command that is stopped takes what it started with it, however it hid, and nothing else
         script = "setsid sh -c 'sleep 2001 & setsid sleep 2002 & sleep 2003' & (setsid sleep 2004 &) ; exec sleep 2005"
@@ -284,7 +285,7 @@ async def test_limits_of_one_command(engine: LocalEngine, package: Path) -> None
         began = time.monotonic()
         status, out, _ = await guest.run("/bin/sh", "-c", "echo begun; sleep 60")
         assert (status, out) == (ExitStatus(137, "time limit of 1 s reached"), "begun\n")
-        assert time.monotonic() - began < 4
+        assert time.monotonic() - began < patience(4)
     async with open_guest(engine, package, Limits(1, 0.0625, 1 / 32, cpu_time_s=0.4, output_bytes=100_000)) as guest:
         status, out, _ = await guest.run("yes")
         assert status == ExitStatus(137, "output limit of 100000 bytes reached")
@@ -324,7 +325,7 @@ def test_a_container_that_dies_is_told(engine: LocalEngine, package: Path, how: 
     async def body() -> None:
         async with open_guest(engine, package) as guest:
             container = await guest.container()
-            with trio.fail_after(10):
+            with within(10):
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(_die_soon, engine, container, how)
                     with pytest.raises(RuntimeFault, match="from outside") as caught:
@@ -362,7 +363,7 @@ def test_an_engine_that_stops_is_told_and_nothing_runs_on(package: Path, sign: s
 
         async with open_guest(engine, package) as guest:
             pid = guest.runtime._inside.pid  # type: ignore[union-attr]
-            with trio.fail_after(10):
+            with within(10):
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(command, guest)
                     await trio.sleep(0.3)
@@ -375,8 +376,8 @@ def test_an_engine_that_stops_is_told_and_nothing_runs_on(package: Path, sign: s
             assert told == ([] if sign == signal.SIGSTOP else [text])
             engine._process, began = None, time.monotonic()  # no more questions to it
         engine._process = process
-        assert time.monotonic() - began < 5
-        with trio.fail_after(5):
+        assert time.monotonic() - began < patience(5)
+        with within(5):
             while os.path.exists(f"/proc/{pid}"):
                 await trio.sleep(0.02)
         process.send_signal(signal.SIGCONT)
@@ -393,12 +394,12 @@ def test_an_engine_that_is_restarted_is_cleaned_up(package: Path) -> None:
             pid = guest.runtime._inside.pid  # type: ignore[union-attr]
             await trio.to_thread.run_sync(engine.stop)
             await trio.to_thread.run_sync(engine.start)
-            with trio.fail_after(10):
+            with within(10):
                 await guest.failed.wait()
             with pytest.raises(RuntimeFault):
                 await guest.run("true")
         # open_guest finds no container, volume, mount or file; and the Engine may have lost sight of the process
-        with trio.fail_after(5):
+        with within(5):
             while os.path.exists(f"/proc/{pid}"):
                 await trio.sleep(0.02)
 
@@ -412,7 +413,7 @@ def test_an_engine_that_is_restarted_is_cleaned_up(package: Path) -> None:
 async def heard(terminal: Terminal, until: bytes) -> bytes:
     """Read a terminal until something has come."""
     found = b""
-    with trio.fail_after(10):
+    with within(10):
         while until not in found:
             part = await terminal.receive()
             assert part is not None, found
@@ -436,7 +437,7 @@ async def test_a_terminal(engine: LocalEngine, package: Path) -> None:
         await guest.until("ps -o args | grep -q '[s]leep 100'")
         await terminal.send(b"\x03")
         await terminal.send(b"exit 7\n")
-        with trio.fail_after(10):
+        with within(10):
             while await terminal.receive() is not None:
                 pass
             assert await terminal.wait() == ExitStatus(7)
@@ -451,7 +452,7 @@ async def test_a_program_with_input_and_one_that_is_hung_up(engine: LocalEngine,
         await terminal.send(b"x" * 100_000)
         await terminal.end_input()
         parts = []
-        with trio.fail_after(10):
+        with within(10):
             while (part := await terminal.receive()) is not None:
                 parts.append(part)
             assert await terminal.wait() == ExitStatus(0)
@@ -477,7 +478,7 @@ async def test_connections_to_a_service_inside(engine: LocalEngine, plain_packag
     async with open_guest(engine, plain_package) as guest:
         await guest.says("mkdir /www; echo page > /www/index.html")
         await guest.says("httpd -p 127.0.0.1:8080 -h /www")
-        with trio.fail_after(10):
+        with within(10):
             stream = await guest.runtime.connect(8080)
             await stream.send_all(b"GET /index.html HTTP/1.0\r\n\r\n")
             assert b"page\n" in b"".join([chunk async for chunk in stream])
@@ -557,13 +558,13 @@ async def test_a_unit_process_with_a_container(engine: LocalEngine, package: Pat
         began = time.monotonic()
         client.kill(found["Id"])
         await w.state("Terminated")
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < patience(10)
         row = w.row(w.requestor)
         assert row.reason == "Runtime lost"
         assert row.error_message == "the container was ended from outside (exit code 137)"
         await w.until(lambda: w.batch(hanging).finished)
         assert row.error_message in (w.results(hanging)[-1].message or "")
-        with trio.fail_after(10):
+        with within(10):
             assert await process.wait() == 1
         assert client.containers(all=True, filters={"label": f"golem.activity={ACTIVITY}"}) == []
         client.close()
@@ -607,7 +608,7 @@ async def test_destroyed_from_the_requestor_in_the_middle(engine: LocalEngine, p
         await w.exec({"run": {"entry_point": "sleep", "args": ["60"]}}, wait=False)
         await w.requestor.ask("activity", DestroyActivity(ACTIVITY))
         process.send_signal(signal.SIGTERM)
-        with trio.fail_after(5):
+        with within(5):
             assert await process.wait() == 0
         client = admin(engine)
         assert client.containers(all=True, filters={"label": f"golem.activity={ACTIVITY}"}) == []

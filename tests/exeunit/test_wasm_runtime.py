@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import trio
 import wat_modules as wat
+from patience import patience, within
 from support import trio_test
 
 from golem.exeunit.runtimes import make_runtime, runtime_names, wasm
@@ -58,7 +59,7 @@ class Bench:
         async def output(side: Side, chunk: bytes) -> None:
             got[side] += chunk
 
-        with trio.fail_after(30):
+        with within(30):
             status = await self.runtime.run(entry, args, output, env)
         return Ran(status, bytes(got["stdout"]), bytes(got["stderr"]))
 
@@ -81,7 +82,7 @@ def is_alive(pid: int) -> bool:
 
 async def eventually(condition: Callable[[], bool]) -> None:
     """Wait for what another process brings about."""
-    with trio.fail_after(10):
+    with within(10):
         while not condition():
             await trio.sleep(0.01)
 
@@ -218,7 +219,7 @@ async def test_reader_that_never_returns_cannot_hold_the_command(tmp_path: Path)
     async def output(side: Side, chunk: bytes) -> None:
         await trio.sleep_forever()
 
-    with trio.fail_after(10):  # the guest is done at once; what waits is the output
+    with within(10):  # the guest is done at once; what waits is the output
         status = await bench.runtime.run("main", [], output)
     assert status.reason == "time limit of 0.3 s reached"
     await bench.runtime.stop()
@@ -528,7 +529,7 @@ def test_works_for_a_plain_user(tmp_path: Path) -> None:
     sys.path.insert(0, {str(top)!r})
     """
     code = textwrap.dedent(code) + textwrap.dedent(PLAIN_USER)
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=patience(60))
     assert (done.stdout, done.stderr) == ("None\nstdout hello\nTrue True False\n", "")
 
 

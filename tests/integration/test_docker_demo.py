@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 import trio
+from patience import patience, within
 
 from golem.demo import PROVIDER_SHARE, YAPAPI_PYTHON
 from golem.local_engine import LocalEngine
 from golem.localnet import LocalNet
 
 pytestmark = [
-    pytest.mark.integration, pytest.mark.root, pytest.mark.timeout(300),
+    pytest.mark.integration, pytest.mark.root,
     pytest.mark.skipif(not YAPAPI_PYTHON.exists(), reason="yapapi's environment is not there (.ci/setup yapapi)"),
 ]  # fmt: skip
 
@@ -30,7 +31,7 @@ def test_a_picture_from_containers(engine: LocalEngine, tmp_path: Path) -> None:
     line = [sys.executable, "-m", "golem.demo", "--runtime", "vm", "--out", str(picture), "--width", "96", "--height", "64",
             "--samples", "16", "--tiles", "4x2"]  # fmt: skip
     env = {**os.environ, "DOCKER_HOST": engine.host}
-    done = subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=patience(280))
     said = done.stdout + done.stderr
     assert done.returncode == 0, said
     assert f"containers run on the Docker Engine at {engine.host}" in said
@@ -59,7 +60,7 @@ async def _hello(engine: LocalEngine, folder: Path) -> None:
         await trio.run_process([sys.executable, str(DOCKER_EXAMPLE / "make_image.py"), str(archive)], env=env)
         await requestor.command("image", "push", str(archive), "--tag", "hello-docker")
         line = [str(YAPAPI_PYTHON), str(DOCKER_EXAMPLE / "hello_docker.py"), "--subnet", net.name]
-        with trio.fail_after(200):
+        with within(200):
             done = await trio.run_process(line, env=env, capture_stdout=True, capture_stderr=True, check=False)
         said = done.stdout.decode()
         assert done.returncode == 0, said + done.stderr.decode() + net.agents["provider-agent"].tail()

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import trio
 from engine import admin, busybox_tar, import_image
+from patience import patience, within
 from support import trio_test
 
 from golem.local_engine import LocalEngine
@@ -25,7 +26,6 @@ SETTLE_TIMEOUT_S = 40.0
 
 pytestmark = [
     pytest.mark.integration,
-    pytest.mark.timeout(240),
     pytest.mark.skipif(shutil.which("node") is None, reason="no node on this machine (Debian: apt-get install nodejs npm)"),
     pytest.mark.skipif(not (EXAMPLE / "node_modules/@golem-sdk").exists(), reason="no golem-js (Debian: apt-get install npm)"),
 ]
@@ -53,7 +53,7 @@ async def script(net: LocalNet, node: LocalNode, line: list[str], extra: Mapping
     """Run a JavaScript requestor for a node; returns the object that it printed."""
     reach = {"YAGNA_APPKEY": node.app_key, "YAGNA_API_URL": node.api_url, "YAGNA_SUBNET": net.name}
     environment = {"PATH": node.environment["PATH"], "HOME": str(net.folder), **reach, **extra}
-    with trio.fail_after(SCRIPT_TIMEOUT_S):
+    with within(SCRIPT_TIMEOUT_S):
         done = await trio.run_process(
             ["node", *line], env=environment, cwd=net.folder, capture_stdout=True, capture_stderr=True, check=False
         )
@@ -70,7 +70,7 @@ async def settled(requestor: LocalNode, provider: LocalNode, agreement: str) -> 
             shown = (await client.get(f"/market-api/v1/agreements/{agreement}")).json()
             assert shown["state"] == "Terminated"
             statuses: list[str] = []
-            with trio.move_on_after(SETTLE_TIMEOUT_S):
+            with trio.move_on_after(patience(SETTLE_TIMEOUT_S)):
                 while statuses != ["SETTLED"]:
                     await trio.sleep(0.2)
                     invoices = (await client.get("/payment-api/v1/invoices")).json()

@@ -11,6 +11,7 @@ import pytest
 import trio
 from engine import admin, busybox_tar, import_image
 from hand_world import HandWorld, hand_world
+from patience import within
 from support import trio_test
 from test_cli_activity import golem, screen
 
@@ -41,7 +42,7 @@ def image(engine: LocalEngine, tmp_path_factory: pytest.TempPathFactory) -> Path
 @asynccontextmanager
 async def vm_world(tmp_path: Path, engine: LocalEngine, image: Path, interaction: str | None = None) -> AsyncIterator[HandWorld]:
     tmp_path.chmod(0o711)
-    with trio.fail_after(60):
+    with within(60):
         async with hand_world(tmp_path, package=image, engine_host=engine.host, interaction=interaction) as world:
             yield world
 
@@ -117,7 +118,7 @@ async def _service(w: HandWorld) -> None:
     async with w.http() as http:
 
         async def page(where: str) -> Any:
-            with trio.fail_after(10):
+            with within(10):
                 while (answer := await http.get(where)).status_code == 502:
                     await trio.sleep(0.05)
             return answer

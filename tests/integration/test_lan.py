@@ -22,13 +22,14 @@ from typing import Any
 
 import pytest
 import trio
+from patience import patience
 from support import trio_test
 
 from golem.bus import open_client
 from golem.localnet import LocalNode, Process
 
 pytestmark = [
-    pytest.mark.integration, pytest.mark.root, pytest.mark.timeout(110),
+    pytest.mark.integration, pytest.mark.root,
     pytest.mark.skipif(shutil.which("ip") is None, reason="needs the program ip (Debian: apt-get install iproute2)"),
 ]  # fmt: skip
 
@@ -40,7 +41,7 @@ method, url, key, body = sys.argv[1:]
 headers = {"Authorization": "Bearer " + key, "Content-Type": "application/json"}
 request = urllib.request.Request(url, body.encode() or None, headers, method=method)
 try:
-    answer = urllib.request.urlopen(request, timeout=30)
+    answer = urllib.request.urlopen(request, timeout=patience(30))
 except urllib.error.HTTPError as error:
     sys.exit(f"{method} {url}: {error.code} {error.read().decode()}")
 sys.stdout.write(answer.read().decode())
@@ -139,7 +140,7 @@ async def open_lan(folder: Path) -> AsyncIterator[Lan]:
             pytest.skip(f"no network namespaces here: {error}")
         yield lan
     finally:
-        with trio.CancelScope(shield=True, deadline=trio.current_time() + 20):
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + patience(20)):
             await lan.remove()
 
 
@@ -160,7 +161,7 @@ async def peers(node: LocalNode) -> set[str]:
 async def until(what: str, lan: Lan, holds: Callable[[], Awaitable[bool]], timeout_s: float) -> None:
     """Return when it holds; fail with the nodes' logs past the timeout."""
     started = time.monotonic()
-    with trio.move_on_after(timeout_s):
+    with trio.move_on_after(patience(timeout_s)):
         while not await holds():
             await trio.sleep(0.1)
         print(f"{what}: after {time.monotonic() - started:.1f} s")
@@ -183,7 +184,7 @@ async def publish_demand(lan: Lan, node: LocalNode) -> str:
 async def proposals(lan: Lan, node: LocalNode, kind: str, subscription: str, count: int, timeout_s: float = 10) -> list[Any]:
     """Return the next `count` proposals of a subscription (`demands` or `offers`)."""
     found: list[Any] = []
-    with trio.move_on_after(timeout_s):
+    with trio.move_on_after(patience(timeout_s)):
         while len(found) < count:
             events = await lan.rest(node, "GET", f"{MARKET}/{kind}/{subscription}/events?timeout=3&maxEvents=10")
             found += [event["proposal"] for event in events if event["eventType"] == "ProposalEvent"]

@@ -12,6 +12,7 @@ from signal import SIGKILL
 
 import pytest
 import trio
+from patience import within
 from support import trio_test
 
 import golem.exeunit.transfer
@@ -74,7 +75,7 @@ async def test_200_mb_both_ways_through_nodes_that_die(tmp_path: Path, monkeypat
     source, volume = tmp_path / "source", tmp_path / "volume"
     source.write_bytes(random.Random(3).randbytes(SIZE))
     volume.mkdir()
-    with trio.fail_after(100):
+    with within(100):
         async with open_localnet(tmp_path / "net") as net:
             requestor, provider = await net.start_node("requestor"), await net.start_node("provider")
             async with tool(requestor) as publisher, trio.open_nursery() as nursery:

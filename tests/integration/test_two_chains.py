@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import trio
+from patience import within
 from support import trio_test
 
 from golem.chain.devchain import INFO_NAME
@@ -20,7 +21,7 @@ sys.path.insert(0, str(ROOT / "examples" / "rest"))
 
 from requestor import MARKET, Requestor, published, walk  # noqa: E402
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.integration]
 
 
 @trio_test
@@ -38,7 +39,7 @@ async def test_nodes_on_different_chains_never_match_and_say_why(tmp_path: Path)
             walker = Requestor(client, net.name)
             demand, _ = await walker.demand(await walker.allocate(), "hash:sha3:none")
             found: dict[str, Any] = {"nearest": []}
-            with trio.fail_after(40):
+            with within(40):
                 while not found["nearest"]:
                     await trio.sleep(0.2)
                     found = await requestor.command("market", "explain", demand)
@@ -58,7 +59,7 @@ async def test_a_chain_that_serves_other_machines_pays_there_too(tmp_path: Path)
         chain = Process("chain", line, {}, tmp_path / "chain.log")
         chain.start()
         try:
-            with trio.fail_after(30):
+            with within(30):
                 while not (net.chain_dir / INFO_NAME).exists():
                     await trio.sleep(0.05)
             url = f"http://127.0.0.2:{json.loads((net.chain_dir / INFO_NAME).read_text())['port']}"
@@ -68,7 +69,7 @@ async def test_a_chain_that_serves_other_machines_pays_there_too(tmp_path: Path)
             net.start_agent(provider, subnet=net.name)
             await requestor.command("payment", "fund")
             async with published(HELLO, requestor.environment) as package, requestor.client() as client:
-                with trio.fail_after(80):
+                with within(80):
                     done = await walk(Requestor(client, net.name), package, "hello", ["LAN"])
             assert "LAN" in done["stdout"]
             status = await provider.command("payment", "status")

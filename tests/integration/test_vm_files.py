@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT / "examples" / "rest"))
 
 from requestor import Requestor, published  # noqa: E402
 
-pytestmark = [pytest.mark.integration, pytest.mark.root, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.integration, pytest.mark.root]
 
 SIZE = 200_000_000
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import trio
 from engine import admin, busybox_tar
+from patience import within
 from support import trio_test
 
 from golem.local_engine import LocalEngine
@@ -21,7 +22,7 @@ sys.path.insert(0, str(ROOT / "examples" / "rest"))
 
 from requestor import Requestor, published  # noqa: E402
 
-pytestmark = [pytest.mark.integration, pytest.mark.root, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.integration, pytest.mark.root]
 
 
 def running(engine: LocalEngine, activity: str) -> list[str]:
@@ -41,7 +42,7 @@ def mounts(folder: Path) -> list[str]:
 
 
 async def until(what: Callable[[], bool], timeout_s: float) -> None:
-    with trio.fail_after(timeout_s):
+    with within(timeout_s):
         while not await trio.to_thread.run_sync(what):
             await trio.sleep(0.1)
 

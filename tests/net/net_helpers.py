@@ -18,6 +18,7 @@ from libp2p.peer.id import ID
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
 from libp2p.security.noise.transport import Transport as Noise
 from multiaddr import Multiaddr
+from patience import within
 
 from golem.net import NetConfig, Network, Timing, open_network
 from golem.net.host import Host
@@ -69,7 +70,7 @@ async def hosts(count: int = 2, timing: Timing = FAST) -> AsyncIterator[list[Hos
 
 async def eventually(check: Callable[[], object], within_s: float = 5) -> None:
     """Wait until something is true."""
-    with trio.fail_after(within_s):
+    with within(within_s):
         while not check():
             await trio.sleep(0.01)
 
@@ -112,7 +113,7 @@ def frame(kind: int, flags: int, stream_id: int, length: int, payload: bytes = b
 
 async def is_serving(host: Host, other: Host) -> bool:
     """Whether a host answers a well-behaved peer (it must serve /echo)."""
-    with trio.fail_after(5):
+    with within(5):
         conn = await other.dial(host.peer_id, host.addresses())
         stream = await other.open_stream(conn, "/echo")
         await stream.write(b"alive")

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import httpx
+from patience import patience
 
 PLATFORM_KEY = "golem.com.payment.chosen-platform"
 
@@ -16,7 +17,8 @@ class Requestor:
     """One demand at one node."""
 
     def __init__(self, url: str, app_key: str) -> None:
-        self.http = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {app_key}"}, timeout=40, trust_env=False)
+        headers = {"Authorization": f"Bearer {app_key}"}
+        self.http = httpx.Client(base_url=url, headers=headers, timeout=patience(40), trust_env=False)
         self.node_id = self.call("GET", "/me")["identity"]
         self.allocation: dict[str, Any] = {}
         self.demand: dict[str, Any] = {}
@@ -49,7 +51,7 @@ class Requestor:
 
     def next_event(self, wanted: Callable[[dict[str, Any]], bool], patience_s: float = 20) -> dict[str, Any]:
         """Return the next event of the demand that is `wanted`; others are dropped."""
-        until = time.monotonic() + patience_s
+        until = time.monotonic() + patience(patience_s)
         while time.monotonic() < until:
             events = self.call("GET", f"/market-api/v1/demands/{self.demand_id}/events", timeout=5, maxEvents=10)
             if found := next((event for event in events if wanted(event)), None):
@@ -76,7 +78,7 @@ class Requestor:
         body = {"proposalId": proposal_id, "validTo": valid_to}
         agreement_id = str(self.call("POST", "/market-api/v1/agreements", body))
         self.call("POST", f"/market-api/v1/agreements/{agreement_id}/confirm")
-        self.call("POST", f"/market-api/v1/agreements/{agreement_id}/wait", timeout=20)
+        self.call("POST", f"/market-api/v1/agreements/{agreement_id}/wait", timeout=patience(20))
         return agreement_id
 
     def hire(self, **extra: Any) -> str:
@@ -86,10 +88,11 @@ class Requestor:
 
     def start(self, agreement_id: str, timeout_s: float = 20) -> str:
         """Return the id of a new activity once its exe-unit is there."""
-        return str(self.call("POST", "/activity-api/v1/activity", {"agreementId": agreement_id}, timeout=timeout_s)["activityId"])
+        asked = {"agreementId": agreement_id}
+        return str(self.call("POST", "/activity-api/v1/activity", asked, timeout=patience(timeout_s))["activityId"])
 
     def destroy(self, activity_id: str) -> None:
-        self.call("DELETE", f"/activity-api/v1/activity/{activity_id}", timeout=20)
+        self.call("DELETE", f"/activity-api/v1/activity/{activity_id}", timeout=patience(20))
 
     def execute(self, activity_id: str, *commands: dict[str, Any], patience_s: float = 60) -> list[dict[str, Any]]:
         """Run a script to its end; return the results of its commands."""
@@ -121,7 +124,7 @@ class Requestor:
 
 def eventually(look: Callable[[], Any], patience_s: float = 20, pause_s: float = 0.1) -> Any:
     """Return what `look` finds as soon as it is something; fail after `patience_s`."""
-    until = time.monotonic() + patience_s
+    until = time.monotonic() + patience(patience_s)
     while not (found := look()):
         assert time.monotonic() < until, "it did not happen in time"
         time.sleep(pause_s)

@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 import trio
+from patience import patience, within
 from support import mock_trio_test, trio_test
 
 from actors.kernel.machine import Meta, Send
@@ -256,14 +257,14 @@ def test_a_process_of_an_earlier_run_is_found_watched_and_ended(tmp_path: Path, 
             await port.handle(StopUnit(ACTIVITY, process.pid, ticks + 1), META)  # another process of the same id
             assert is_unit(process.pid, ACTIVITY)
             await port.handle(StopUnit(ACTIVITY, process.pid, ticks), META)
-            with trio.fail_after(10):
+            with within(10):
                 assert await outbox.receive.receive() == UnitExited(ACTIVITY, None)
             nursery.cancel_scope.cancel()
 
     try:
         assert find_unit(ACTIVITY) == process.pid
         body()
-        assert process.wait(5) == -(signal.SIGKILL if stubborn else signal.SIGTERM)
+        assert process.wait(patience(5)) == -(signal.SIGKILL if stubborn else signal.SIGTERM)
     finally:
         process.kill()
         process.wait()

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import trio
 from engine import admin, busybox_tar
+from patience import patience
 from provider_requestor import Requestor, eventually
 from support import trio_test
 from test_provider_agent import call
@@ -25,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "examples" / "rest"))
 from requestor import published  # noqa: E402
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.integration]
 HELLO = ROOT / "examples" / "hello" / "hello.wasm"
 EXAMPLE = ROOT / "examples" / "process-runtime"
 STREAM = {"stdout": {"stream": {}}, "stderr": {"stream": {}}}
@@ -51,7 +52,7 @@ async def market(
 async def status(seller: LocalNode, wanted: Any) -> dict[str, Any]:
     """Return the agent's status as soon as it is as `wanted`; it is written once a second."""
     found: dict[str, Any] = {}
-    with trio.move_on_after(40):
+    with trio.move_on_after(patience(40)):
         while not found or not wanted(found):
             await trio.sleep(0.2)
             if (seller.data_dir / "provider" / "status.json").exists():

@@ -19,6 +19,7 @@ import pytest
 import trio
 from hand_world import HandWorld, hand_world, listening
 from node_in_test import APP_KEY
+from patience import within
 from support import trio_test
 from trio_websocket import ConnectionClosed, ConnectionRejected, open_websocket_url
 
@@ -203,7 +204,7 @@ async def test_a_redirection_cannot_use_the_key_against_the_node(tmp_path: Path)
 @trio_test
 async def test_events_come_as_they_happen_and_a_client_that_leaves_is_noticed(tmp_path: Path) -> None:
     async with hand_world(tmp_path) as w, service(w) as s, w.http() as http:
-        with trio.fail_after(15):
+        with within(15):
             async with http.stream("GET", f"{s.port}/events") as answer:
                 assert answer.headers["content-type"] == "text/event-stream"
                 chunks = answer.aiter_raw()
@@ -344,7 +345,7 @@ async def test_who_is_answered_before_all_is_said_is_not_kept(tmp_path: Path) ->
                     while True:
                         await stream.send_all(bytes(1 << 20))
 
-            with trio.fail_after(15), suppress(trio.BrokenResourceError):
+            with within(15), suppress(trio.BrokenResourceError):
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(flood)
                     async for data in stream:
@@ -365,7 +366,7 @@ def shell_url(world: HandWorld, node: Node | None = None, key: str | None = APP_
 @trio_test
 async def test_a_shell_over_a_websocket(tmp_path: Path) -> None:
     async with hand_world(tmp_path) as w:
-        with trio.fail_after(15):
+        with within(15):
             async with open_websocket_url(shell_url(w, rows=31, cols=71)) as ws:
                 await ws.send_message(b"stty size\n")
                 seen = b""
@@ -395,7 +396,7 @@ async def test_a_shell_over_a_websocket(tmp_path: Path) -> None:
 @trio_test
 async def test_closing_the_websocket_kills_and_nonsense_ends_it(tmp_path: Path) -> None:
     async with hand_world(tmp_path) as w:
-        with trio.fail_after(15):
+        with within(15):
             async with open_websocket_url(shell_url(w, cmd=["sleep", "1000"])):
                 await w.until(lambda: w.runtime.terminals)
             await w.runtime.terminals[0].process.wait()
@@ -467,7 +468,7 @@ async def test_a_provider_that_has_switched_it_off(tmp_path: Path) -> None:
 async def test_websockets_through_the_proxy(tmp_path: Path) -> None:
     async with hand_world(tmp_path) as w, service(w) as s:
         base = f"{w.base.replace('http', 'ws', 1)}/proxy-http/{s.port}"
-        with trio.fail_after(15):
+        with within(15):
             async with open_websocket_url(f"{base}/chat?q=1&authToken={APP_KEY}", subprotocols=["one", "two"]) as ws:
                 assert ws.subprotocol == "one"
                 for message in ("text", b"bytes", "x" * 100_000):
@@ -493,7 +494,7 @@ async def test_a_requestor_that_never_hangs_up_is_not_waited_for(tmp_path: Path)
         assert row is not None
         before = trio.lowlevel.current_statistics().tasks_living
         held = [await w.r.interactions.open_terminal(row, OpenTerminal(["true"])) for _ in range(20)]
-        with trio.fail_after(15):
+        with within(15):
             while trio.lowlevel.current_statistics().tasks_living >= before + len(held):
                 await trio.sleep(0.1)
         for terminal in held:

@@ -20,6 +20,7 @@ import httpx
 import pytest
 import requests
 import urllib3
+from patience import patience
 
 from golem.hosts import is_this_machine, read_authority
 from golem.rest.proxy_rules import Target, returned
@@ -27,7 +28,7 @@ from golem.rest.proxy_rules import Target, returned
 HERE = b"/activity-api/v1/activity/1/proxy-http"
 START = HERE + b"/8080/sub/page"
 KEY = "Bearer 0123456789abcdef"
-HTTPX = httpx.Client(follow_redirects=True, trust_env=False, timeout=30)
+HTTPX = httpx.Client(follow_redirects=True, trust_env=False, timeout=patience(30))
 SEED = int(os.environ.get("SIM_SEED", "19"))
 
 KNOWN = [
@@ -121,7 +122,7 @@ def node() -> Iterator[Node]:
 def by_requests(url: str) -> None:
     with requests.Session() as session:
         session.trust_env = False
-        session.post(url, data=b"x", headers={"Authorization": KEY}, timeout=30)
+        session.post(url, data=b"x", headers={"Authorization": KEY}, timeout=patience(30))
 
 
 def by_httpx(url: str) -> None:
@@ -130,7 +131,7 @@ def by_httpx(url: str) -> None:
 
 def by_curl(url: str) -> None:
     told = ["-L", "--max-time", "30", "-H", f"Authorization: {KEY}", "-d", "x", "-o", os.devnull]
-    subprocess.run(["curl", "-q", "-sS", "--noproxy", "*", *told, url], check=True, timeout=60)
+    subprocess.run(["curl", "-q", "-sS", "--noproxy", "*", *told, url], check=True, timeout=patience(60))
 
 
 NODE_FETCH = """
@@ -163,7 +164,7 @@ def test_clients_stay_with_the_service(node: Node, client: str) -> None:
         pytest.skip(f"no {client} on this machine (Debian: apt-get install {'nodejs' if client == 'node' else client})")
     node.asked.clear()
     if client == "node":
-        subprocess.run(["node", "-e", NODE_FETCH, KEY], input=json.dumps(urls).encode(), check=True, timeout=100)
+        subprocess.run(["node", "-e", NODE_FETCH, KEY], input=json.dumps(urls).encode(), check=True, timeout=patience(100))
     else:
         follow = {"requests": by_requests, "httpx": by_httpx, "curl": by_curl}[client]
         for url in urls if client != "curl" else urls[:150]:
@@ -182,7 +183,8 @@ def test_what_leads_elsewhere_is_read_by_all_alike(node: Node) -> None:
     told = [""] * len(away)
     if shutil.which("node"):
         line = ["node", "-e", NODE_URL, base]
-        told = json.loads(subprocess.run(line, input=json.dumps(away).encode(), stdout=-1, check=True, timeout=60).stdout)
+        done = subprocess.run(line, input=json.dumps(away).encode(), stdout=-1, check=True, timeout=patience(60))
+        told = json.loads(done.stdout)
     for one, of_node in zip(away, told, strict=True):
         full = urljoin(base, one)
         host = urllib3.util.parse_url(full).host or ""
@@ -193,7 +195,7 @@ def test_what_leads_elsewhere_is_read_by_all_alike(node: Node) -> None:
     if shutil.which("curl"):
         for one, url in list(zip(away, urls, strict=True))[:60]:
             line = ["curl", "-q", "-sS", "--noproxy", "*", "-o", os.devnull, "-w", "%{redirect_url}", url]
-            read = subprocess.run(line, capture_output=True, check=True, timeout=60).stdout.decode()
+            read = subprocess.run(line, capture_output=True, check=True, timeout=patience(60)).stdout.decode()
             assert urllib3.util.parse_url(read).host == urllib3.util.parse_url(urljoin(base, one)).host
 
 

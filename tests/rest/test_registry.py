@@ -17,6 +17,7 @@ import httpx
 import pytest
 import trio
 from node_in_test import node_in_test
+from patience import patience, within
 from support import trio_test
 
 from golem.gftp_peer import GftpPeer
@@ -35,7 +36,7 @@ async def serving(folder: Path, **flags: Any) -> AsyncIterator[tuple[Node, httpx
     """A node that serves REST on a real socket, and a client without a key."""
     async with node_in_test(folder, api_url="http://127.0.0.1:0", **flags) as node, trio.open_nursery() as nursery:
         await nursery.start(serve_rest, node, bind_api(node.config))
-        async with httpx.AsyncClient(base_url=node.api_url, timeout=20) as client:
+        async with httpx.AsyncClient(base_url=node.api_url, timeout=patience(20)) as client:
             yield node, client
         nursery.cancel_scope.cancel()
 
@@ -45,7 +46,7 @@ async def pushed(node: Node, content: bytes = CONTENT, *tags: str, aliases: tupl
     await path.write_bytes(content)
     node.registry.begin(PushOrder(Path(path), tags, aliases, "some format", "image.tar"), number := secrets.token_hex(8))
     push = node.registry.push(number)
-    with trio.fail_after(20):
+    with within(20):
         await push.ended.wait()
     assert push.image is not None, push.failure
     return push.image
@@ -139,7 +140,7 @@ async def test_a_reader_that_leaves_gives_its_place_back(tmp_path: Path, monkeyp
                 break
             second = await client.get(url)
             assert (second.status_code, "already" in second.text) == (503, True)
-        with trio.fail_after(20):
+        with within(20):
             while (await client.get(url, headers={"Range": "bytes=0-0"})).status_code != 206:
                 await trio.sleep(0.02)
 
@@ -158,7 +159,7 @@ async def test_a_file_that_is_cut_short_ends_its_download(tmp_path: Path, caplog
                         os.truncate(node.registry.path(image), 1 << 20)
                     got += len(part)
 
-        with trio.fail_after(20), pytest.raises(httpx.RemoteProtocolError):
+        with within(20), pytest.raises(httpx.RemoteProtocolError):
             await download()
         assert 1 << 20 <= got < 40 << 20
         assert "was cut short while it was sent" in caplog.text
@@ -342,7 +343,7 @@ async def test_pushes_are_bounded_and_can_be_given_up(tmp_path: Path) -> None:
         with pytest.raises(RegistryError, match="not a new push"):
             store.begin(PushOrder(slow), "number-3")
         assert all(store.cancel(number) for number in (*numbers, "unknown"))
-        with trio.fail_after(20):
+        with within(20):
             for number in numbers:
                 await store.push(number).ended.wait()
         assert {store.push(number).failure for number in numbers} == {"given up"}

@@ -8,6 +8,7 @@ from typing import Any
 
 import trio
 from node_in_test import HEADERS, rest_in_test
+from patience import patience
 from support import trio_test
 
 OPEN = ("/version/get", "/metrics-api", "/v1/image/", "/image.<sha3>.link")
@@ -48,7 +49,7 @@ def fill(rule: str, value: str) -> str:
 
 async def answer(client: Any, method: str, path: str, **arguments: Any) -> tuple[int, bytes, str]:
     """Return status, body and content type."""
-    with trio.move_on_after(20):
+    with trio.move_on_after(patience(20)):
         response = await client.open(path, method=method, **arguments)
         return response.status_code, await response.get_data(), response.headers.get("Content-Type", "")
     raise AssertionError(f"{method} {path} {arguments} did not answer")

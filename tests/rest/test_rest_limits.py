@@ -11,6 +11,7 @@ import pytest
 import trio
 from market_world import OFFER_CONSTRAINTS, OFFER_PROPERTIES
 from node_in_test import APP_KEY, HEADERS, node_in_test
+from patience import patience
 from support import trio_test
 
 from golem.config import ConfigError, config_from
@@ -50,13 +51,13 @@ async def test_old_events_go_while_the_node_runs(tmp_path: Path) -> None:
                 db.execute("insert into feed values ('agreements', ?, ?, x'80')", (seq, node.clock() - age_days * 86400))
         for days, left in ((90, [3, 4]), (1, [4])):
             config = replace(node.config, event_store_days=days, cleanup_interval_s=0.01)
-            with trio.move_on_after(10) as patience:
+            with trio.move_on_after(patience(10)) as scope:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(forget_events, node.system, config)
                     while [event.seq for event in node.system.feeds.read("agreements")] != left:
                         await trio.sleep(0.005)
                     nursery.cancel_scope.cancel()
-            assert not patience.cancelled_caught, days
+            assert not scope.cancelled_caught, days
 
 
 def test_settings_of_the_environment(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import trio
 from node_in_test import HEADERS, node_in_test
+from patience import patience, within
 from quart_trio import QuartTrio
 from support import tell, trio_test
 
@@ -45,7 +46,7 @@ class Agent:
 
     async def call(self, method: str, path: str, body: Any = ..., **headers: str) -> tuple[int, Any]:
         data = None if body is ... else body if isinstance(body, bytes) else json.dumps(body)
-        with trio.fail_after(60):
+        with within(60):
             response = await self.client.open(
                 f"/payment-api/v1{path}", method=method, data=data, headers={**HEADERS, **headers}
             )
@@ -74,7 +75,7 @@ class Agent:
 
     async def event(self, kind: str, name: str, timeout_s: float = 20) -> dict[str, Any]:
         """Return the first event of this type."""
-        with trio.fail_after(timeout_s):
+        with within(timeout_s):
             while True:
                 for event in await self.get(f"/{kind}Events?timeout=5"):
                     if event["eventType"].endswith(name):
@@ -89,19 +90,20 @@ async def one(tmp_path: Path, **flags: Any) -> AsyncIterator[Agent]:
 
 
 @asynccontextmanager
-async def two(tmp_path: Path, **flags: Any) -> AsyncIterator[tuple[Agent, Agent]]:
+async def two(tmp_path: Path, offer: dict[str, Any] | None = None, **flags: Any) -> AsyncIterator[tuple[Agent, Agent]]:
     """A requestor's and a provider's node with a session between them, and the agreement `a1` with activity `act`."""
     common = {"chain_dir": tmp_path / "chain", **flags}
     async with node_in_test(tmp_path / "r", **common) as requestor, node_in_test(tmp_path / "p", **common) as provider:
-        with trio.fail_after(20):
+        with within(20):
             while not (provider.network.is_up and requestor.network.is_up and provider.network.addresses):
                 await trio.sleep(0.02)
             await requestor.network.connect(provider.network.addresses[0])
         for node, role, session in ((requestor, "Requestor", "r-app"), (provider, "Provider", "p-app")):
             demand = {"golem.com.payment.chosen-platform": PLATFORM}
             fact = AgreementApproved(
-                "a1", role, requestor.node_id, provider.node_id, json.dumps(demand), "{}", node.clock(), session
-            )
+                "a1", role, requestor.node_id, provider.node_id, json.dumps(demand), json.dumps(offer or {}), node.clock(),
+                session,
+            )  # fmt: skip
             await tell(node.system, "negotiation", "ledger", fact)
             await tell(node.system, "activity", "ledger", ActivityKnown("act", "a1"))
         yield Agent(requestor), Agent(provider)
@@ -282,7 +284,7 @@ async def test_a_debit_note_between_two_nodes(tmp_path: Path) -> None:
         allocation_id = (await r.allocation())["allocationId"]
         accept = {"totalAmountAccepted": "0.1", "allocationId": allocation_id}
         for _ in range(2):
-            assert await r.post(f"/debitNotes/{note_id}/accept?timeout=5", accept) == (200, None)
+            assert await r.post(f"/debitNotes/{note_id}/accept?timeout={patience(5):g}", accept) == (200, None)
         assert (await p.event("debitNote", "AcceptedEvent"))["debitNoteId"] == note_id
         spent = await r.get(f"/allocations/{allocation_id}")
         assert (spent["spentAmount"], spent["remainingAmount"]) == ("0.1", "9.9")
@@ -348,7 +350,7 @@ async def test_events_are_filtered_by_role_session_and_time(tmp_path: Path) -> N
         assert await p.get("/invoiceEvents?timeout=0") == [], "a provider does not see its own sending"
         seen = await p.get("/invoiceEvents?timeout=0", **{"X-Provider-Events": "received"})
         assert [event["eventType"] for event in seen] == ["InvoiceReceivedEvent"] * 2
-        events = await r.get("/invoiceEvents?timeout=5&appSessionId=r-app")
+        events = await r.get(f"/invoiceEvents?timeout={patience(5):g}&appSessionId=r-app")
         assert len(events) == 2
         assert (await r.get("/invoiceEvents?timeout=5&maxEvents=1")) == events[:1]
         assert await r.get("/invoiceEvents?timeout=0&appSessionId=another") == []
@@ -373,7 +375,7 @@ async def test_sending_to_who_is_not_there_is_504_and_says_so(tmp_path: Path) ->
         path = f"/invoices/{invoice['invoiceId']}"
         code, answer = await p.post(f"{path}/send?timeout=0.3")
         assert (code, stranger in answer["message"]) == (504, True)
-        with trio.fail_after(10):
+        with within(10):
             while "not delivered" not in (await p.get(f"{path}/explain"))["waiting"]:
                 await trio.sleep(0.05)
         assert (await p.get(path))["status"] == "ISSUED"
@@ -407,7 +409,7 @@ async def test_an_invoice_is_settled_on_both_nodes_by_a_real_transfer(tmp_path: 
                 assert await r.post(f"{path}/accept", accept) == (200, None)
             assert await r.call("DELETE", f"/allocations/{allocation_id}") == (200, None), "what is owed gets paid"
             for agent in (r, p):
-                with trio.fail_after(40):
+                with within(40):
                     while (await agent.get(f"/invoices/{invoice_id}"))["status"] != "SETTLED":
                         await trio.sleep(0.1)
                 assert (await agent.get(f"/debitNotes/{note_id}"))["status"] == "SETTLED"
@@ -434,3 +436,31 @@ async def test_an_invoice_is_settled_on_both_nodes_by_a_real_transfer(tmp_path: 
             nursery.cancel_scope.cancel()
     finally:
         await stop_devchain(tmp_path / "chain")
+
+
+@trio_test
+async def test_a_bill_that_no_clock_explains_is_refused_with_the_figure(tmp_path: Path) -> None:
+    prices = {
+        "golem.com.pricing.model.linear.coeffs": [0.001, 0.0],
+        "golem.com.usage.vector": ["golem.usage.duration_sec"],
+    }
+    async with two(tmp_path, prices) as (r, p):
+        body = {"activityId": "act", "totalAmountDue": "0.999", "usageCounterVector": [999.0]}
+        note = await p.made("/debitNotes", body)
+        code, answer = await p.post(f"/debitNotes/{note['debitNoteId']}/send")
+        assert code == 400
+        assert "more than" in answer["message"]
+        most = answer["highestAmount"]
+        assert Decimal("0.005") <= Decimal(most) < Decimal("0.1")
+        assert (await r.call("GET", f"/debitNotes/{note['debitNoteId']}"))[0] == 404
+        explained = await r.get("/explain/a1")
+        assert [one["id"] for one in explained["refused"]] == [note["debitNoteId"]]
+        second = await p.made("/debitNotes", {**body, "totalAmountDue": most})
+        assert await p.post(f"/debitNotes/{second['debitNoteId']}/send") == (200, None)
+        explained = await r.get(f"/explain/{second['debitNoteId']}")
+        (counter,) = explained["calculation"]["counters"]
+        assert counter["counts"] == counter["ceiling"] < 999
+        assert Decimal(explained["calculation"]["highestAmount"]) >= Decimal(most)
+        invoice = await p.made("/invoices", {"agreementId": "a1", "amount": "5", "paymentDueDate": DUE, "activityIds": ["act"]})
+        assert (await p.post(f"/invoices/{invoice['invoiceId']}/send"))[0] == 400
+        assert (await r.call("GET", "/explain/nothing"))[0] == 404

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import trio
 from node_in_test import APP_KEY, HEADERS
+from patience import within
 from support import trio_test
 
 from golem.chain import port, purse
@@ -24,14 +25,15 @@ PLATFORM = "erc20-holesky-tglm"
 
 
 @asynccontextmanager
-async def node_on(folder: Path, **flags: Any) -> AsyncIterator[tuple[Node, Any]]:
+async def node_on(folder: Path, *, connected: bool = True, **flags: Any) -> AsyncIterator[tuple[Node, Any]]:
     """A node that checks balances, with its chain connected, and a client of its REST application."""
     settings = {
         "data_dir": folder / "node", "plain_key": True, "mdns": False, "listen": ("127.0.0.1:0",), "network_name": "in-test",
     } | flags  # fmt: skip
     config = config_from({"YAGNA_AUTOCONF_APPKEY": APP_KEY}, **settings)
     async with open_node(config) as node, trio.open_nursery() as nursery:
-        nursery.start_soon(node.chain.connect)
+        if connected:
+            nursery.start_soon(node.chain.connect)
         yield node, create_app(node).test_client()
         nursery.cancel_scope.cancel()
 
@@ -137,7 +139,7 @@ async def test_a_wrong_chain_or_token_is_found_at_start_and_shown_everywhere(tmp
         url = await ensure_devchain(chain_dir)
         (folder / port.EXTRA_ROWS).write_text(rows(url, **changes))
         async with node_on(tmp_path, profile="testnet") as (node, client):
-            with trio.fail_after(60):
+            with within(60):
                 while not (node.chain.fault() and node.network.is_up):
                     await trio.sleep(0.05)
             _, problems = await get(client, "/payment-api/v1/payments/status?network=hoodi")

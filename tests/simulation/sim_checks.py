@@ -15,6 +15,7 @@ from sim_machines import (
     Asked,
     Balance,
     Bank,
+    Bomb,
     Coins,
     Desk,
     Done,
@@ -25,6 +26,7 @@ from sim_machines import (
     Paid,
     Ring,
     Seen,
+    Transfer,
 )
 
 from actors.kernel.journal import unsealed
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from sim_world import Host, World
 
 _decode = {"bank": Decoder[Any](Bank.rows), "desk": Decoder[Any](Desk.rows)}
+_poison: Decoder[Any] = Decoder(Bomb | Transfer)
 _event: Decoder[Any] = Decoder(Coins | Ring | Done | Mined)
 
 
@@ -85,7 +88,9 @@ def check(world: World, final: bool) -> None:
             check_promise(host, name)
     check_money(world, final)
     check_orders(world, final)
+    check_quarantine(world, final)
     if final:
+        check_lateness(world)
         check_answers(world)
 
 
@@ -139,8 +144,23 @@ def check_orders(world: World, final: bool) -> None:
             assert isinstance(order, Ordered)
             on_chain = world.chain.get((name, order.nonce)) == id
             expect(order.mined <= on_chain, name, "heard of", id, order, "on chain:", on_chain)
-            set_aside = host.db.execute("select count(*) from quarantine where actor='chain'").fetchone()[0]
-            expect(not final or order.mined == 1 or set_aside, name, "lost", id, order)
+            poison = "poison" in id
+            expect(order.undelivered <= poison, name, "was told that", id, "is lost", order)
+            expect(not final or (order.mined, order.undelivered) == (not poison, poison), name, "lost", id, order)
+
+
+def check_quarantine(world: World, final: bool) -> None:
+    """Nothing is set aside but what crashed its actor again and again, and whoever sent it is told."""
+    attempts = world.attempts
+    for name, host in world.hosts.items():
+        for actor, sender, body in host.db.execute("select actor, sender, body from quarantine").fetchall():
+            id = _poison(body).id
+            expect("bomb" in id or "poison" in id, name, actor, "set aside", id, "of", sender)
+            expect(attempts[id] >= 3, name, actor, "set aside", id, "after", attempts[id], "attempts")
+        for id, bomb in rows(host.db, "bank", "bomb/").items():
+            expect(bomb.undelivered <= 1, name, "was told twice of", id)
+            expect(not final or bomb.undelivered == 1, name, "was not told of", id)
+            world.reached["told"] += bomb.undelivered
 
 
 def check_alarms(host: Host, final: bool) -> None:
@@ -149,6 +169,18 @@ def check_alarms(host: Host, final: bool) -> None:
         expect(alarm.early == 0, host.name, id, "rang early", alarm)
         expect(alarm.rung <= (not alarm.taken_away), host.name, id, "rang too often", alarm)
         expect(not final or alarm.rung == (not alarm.taken_away), host.name, id, "did not ring", alarm)
+
+
+def check_lateness(world: World) -> None:
+    """In the calm phase timers ring and messages arrive on time."""
+    for name, host in world.hosts.items():
+        for id, alarm in rows(host.db, "bank", "alarm/").items():
+            if alarm.rung:
+                world.on_time(alarm.at, name, id, now=alarm.rung_at)
+        for id, paid in rows(host.db, "bank", "out/").items():
+            got = rows(world.hosts[paid.to].db, "bank", f"in/{id}").get("") if paid.to in world.hosts else None
+            if got:
+                world.on_time(paid.at, name, id, now=got.at)
 
 
 def check_news(host: Host, final: bool) -> None:

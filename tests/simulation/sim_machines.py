@@ -116,6 +116,8 @@ class Paid(Message, frozen=True):
     to: str
     coins: int
     number: int
+    at: float
+    deadline_s: float
     receipts: int = 0
     undelivered: int = 0
 
@@ -124,6 +126,7 @@ class Got(Message, frozen=True):
     sender: str
     coins: int
     times: int
+    at: float
     receipt_undelivered: int = 0
 
 
@@ -135,6 +138,14 @@ class Last(Message, frozen=True):
 class Ordered(Message, frozen=True):
     nonce: int
     mined: int = 0
+    undelivered: int = 0
+
+
+class Bombed(Message, frozen=True):
+    """A bomb that was thrown, and whether its fate was told."""
+
+    to: str
+    undelivered: int = 0
 
 
 class Alarm(Message, frozen=True):
@@ -142,6 +153,7 @@ class Alarm(Message, frozen=True):
     rung: int = 0
     early: int = 0
     taken_away: bool = False
+    rung_at: float = 0.0
 
 
 class Seen(Message, frozen=True):
@@ -165,10 +177,10 @@ class Bank:
     name = "bank"
     local = Pay | Order | SetAlarm | MoveAlarm | SendBomb | Mined | News | Ring | Undelivered
     peer = Coins | Receipt | Bomb
-    rows = Balance | Paid | Got | Last | Ordered | Alarm | Seen
+    rows = Balance | Paid | Got | Last | Ordered | Bombed | Alarm | Seen
 
-    def __init__(self, node_id: str) -> None:
-        self.node_id = node_id
+    def __init__(self, node_id: str, hit: Callable[[Message], None]) -> None:
+        self.node_id, self.hit = node_id, hit  # `hit` may raise, as a bug would
 
     def handle(self, rows: Rows, message: Any, meta: Meta) -> Step:
         """Dispatch on the kind of message."""
@@ -185,7 +197,8 @@ class Bank:
             case Pay(id, to, coins, deadline_s):
                 number = rows.get(f"to/{to}", Last(0)).number + 1
                 left = rows.get("balance", Balance()).coins - coins
-                changed = {"balance": Balance(left), f"to/{to}": Last(number), f"out/{id}": Paid(to, coins, number)}
+                paid = Paid(to, coins, number, meta.now, deadline_s)
+                changed = {"balance": Balance(left), f"to/{to}": Last(number), f"out/{id}": paid}
                 return Step(changed, [Send(f"{to}/bank", Coins(id, number, coins), deadline_s)])
             case Order(id):
                 nonce = rows.get("nonce", Last(0)).number + 1
@@ -203,18 +216,18 @@ class Bank:
                 at = meta.now + after_s
                 return Step({f"alarm/{alarm}": replace(row, at=at)}, [Wake(alarm, at, Ring(alarm))])
             case SendBomb(id, to):
-                return Step({}, [Send(f"{to}/bank", Bomb(id), FOREVER_S)])
+                return Step({f"bomb/{id}": Bombed(to)}, [Send(f"{to}/bank", Bomb(id), FOREVER_S)])
         return NOTHING
 
     def event(self, rows: Rows, message: Any, meta: Meta) -> Step:
         match message:
             case Coins():
-                return self.coins(rows, message, node_of(meta.sender))
+                return self.coins(rows, message, node_of(meta.sender), meta.now)
             case Receipt(id):
                 row = rows[f"out/{id}"]
                 return Step({f"out/{id}": replace(row, receipts=row.receipts + 1)})
-            case Bomb(id):
-                raise RuntimeError(f"bomb {id}")
+            case Bomb():
+                self.hit(message)
             case Mined(nonce, id):
                 row = rows[f"order/{id}"]
                 assert row.nonce == nonce
@@ -225,17 +238,19 @@ class Bank:
                 disorders = last.disorders + (number <= last.number)
                 return Step({"news": Last(number, disorders), f"news/{number:04}": Seen(seen)})
             case Ring(id):
+                self.hit(message)
                 row = rows[f"alarm/{id}"]
                 early = row.early + (meta.now < row.at)
-                return Step({f"alarm/{id}": replace(row, rung=row.rung + 1, early=early)}, [Emit("rings", message)])
+                row = replace(row, rung=row.rung + 1, early=early, rung_at=meta.now)
+                return Step({f"alarm/{id}": row}, [Emit("rings", message)])
             case Undelivered(_, body):
                 return self.undelivered(rows, _undelivered(body))
         return NOTHING
 
-    def coins(self, rows: Rows, message: Coins, sender: str) -> Step:
+    def coins(self, rows: Rows, message: Coins, sender: str, now: float) -> Step:
         key = f"in/{message.id}"
         before = rows.get(key)
-        got = replace(before, times=before.times + 1) if before else Got(sender, message.coins, 1)
+        got = replace(before, times=before.times + 1) if before else Got(sender, message.coins, 1, now)
         last = rows.get(f"from/{sender}", Last(0))
         changed: dict[str, Message | None] = {
             key: got,
@@ -248,7 +263,11 @@ class Bank:
         if isinstance(message, Coins):
             row = rows[f"out/{message.id}"]
             return Step({f"out/{message.id}": replace(row, undelivered=row.undelivered + 1)})
-        return NOTHING
+        key = {Transfer: "order", Bomb: "bomb"}.get(type(message))
+        if key is None:
+            return NOTHING
+        row = rows[f"{key}/{message.id}"]
+        return Step({f"{key}/{message.id}": replace(row, undelivered=row.undelivered + 1)})
 
 
 class Desk:

@@ -11,6 +11,7 @@ import hashlib
 import logging
 import random
 import sqlite3
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, count
@@ -21,6 +22,7 @@ import trio
 from sim_machines import (
     FOREVER_S,
     Bank,
+    Bomb,
     Chain,
     Desk,
     Enquire,
@@ -42,7 +44,15 @@ NODES = ("A", "B", "C")
 EPOCH_S = 1_700_000_000.0
 SAFETY_S = 100.0
 CONVERGE_S = 3000.0
+SETTLED_S = SAFETY_S + 60.0  # from now on whatever was in trouble has recovered
+LATE_S = 2.0
 LOSING_NODE = "C"
+
+
+WHIMS = (
+    OSError("the chain does not answer"), sqlite3.OperationalError("database is locked"), TimeoutError(), trio.TooSlowError(),
+    ExceptionGroup("several", [OSError("no route"), sqlite3.DatabaseError("malformed")]),
+)  # fmt: skip
 
 
 class Crash(BaseException):
@@ -67,6 +77,8 @@ class Faults:
     disk_s: float
     hang_up: float  # how often a session breaks while a frame is being taken
     flaky_chain: float
+    flaky_alarms: float
+    ack_flush_s: float
     capacity: int
     lose_disk: bool
 
@@ -78,7 +90,8 @@ class Faults:
             copies=0.6 if lose_disk else rng.choice((0, 0.1, 0.4)), refusal=rng.random(),
             crash_point=rng.choice((0, 0.01, 0.03)), crash_every_s=rng.choice((0, 15, 50)),
             partition_every_s=rng.choice((0, 20)), disk_s=rng.choice((0, 0.02, 0.8)), hang_up=rng.choice((0, 0.05)),
-            flaky_chain=rng.choice((0, 0.1)), capacity=rng.choice((1, 4, 256)), lose_disk=lose_disk,
+            flaky_chain=rng.choice((0, 0.1, 0.6)), flaky_alarms=rng.choice((0, 0.4)), ack_flush_s=rng.choice((0.05, 1)),
+            capacity=rng.choice((1, 4, 256)), lose_disk=lose_disk,
         )  # fmt: skip
 
 
@@ -228,7 +241,7 @@ class Host:
         disk = self.disks
         self.starts += 1
         journal = SimJournal.over(self.db, lambda: f"{self.name}{disk}.{self.starts}")
-        journal.host = self
+        journal.host, journal.ack_flush_s = self, world.faults.ack_flush_s
         self.acked = {}
         system = SimSystem(
             self.name, journal, Wire(world, self.name), clock=lambda: EPOCH_S + trio.current_time(),
@@ -236,7 +249,7 @@ class Host:
             crash_point=lambda actor, moment: world.may_crash(),
         )  # fmt: skip
         system.host = self
-        system.add(Bank(self.name), world.faults.capacity)
+        system.add(Bank(self.name, world.hit), world.faults.capacity)
         system.add(Desk(self.name, disk), world.faults.capacity)
         system.add_port(Chain(lambda nonce, id: world.mine(self.name, nonce, id)))
         await nursery.start(system.run)
@@ -315,7 +328,10 @@ class Host:
         while True:
             after = seen[-1][0] if seen else 0
             if await system.feeds.wait(feed, after, 60):
-                seen += [(e.seq, e.at, e.body) for e in system.feeds.read(feed, after, 3)]
+                news = system.feeds.read(feed, after, 3)
+                for event in news:
+                    self.world.on_time(event.at, f"{self.name}'s reader of {feed}")
+                seen += [(e.seq, e.at, e.body) for e in news]
 
     async def read_by_time(self, system: SimSystem, feed: str) -> None:
         """Follow a feed by time."""
@@ -347,6 +363,8 @@ class World:
         self.sessions: dict[frozenset[str], tuple[int, ...]] = {}
         self.chain: dict[tuple[str, int], str] = {}
         self.crashes = 0
+        self.attempts: Counter[str] = Counter()  # at what crashed whoever touched it
+        self.reached: Counter[str] = Counter()  # states of the kernel
         self.history = hashlib.blake2b(digest_size=8)
         self.hosts: dict[str, Host] = {}
         for name in NODES:
@@ -374,7 +392,11 @@ class World:
                 deadline_s = rng.choice((FOREVER_S, rng.uniform(0.1, 4), rng.uniform(0.1, 40))) if to != "X" else 20.0
                 commands.append((at(), "bank", Pay(id("pay"), to, rng.randrange(1, 50), deadline_s)))
             commands += [(at(), "bank", Order(id("order"))) for _ in range(rng.randrange(5))]
+            commands += [(at(), "bank", Order(id("poison"))) for _ in range(rng.random() < 0.3)]
             commands += [(at(), "bank", SendBomb(id("bomb"), rng.choice(others))) for _ in range(rng.randrange(2))]
+            for _ in range(2):  # in the calm phase, when everything must be on time
+                commands.append((SETTLED_S + at(), "bank", Pay(id("pay"), rng.choice(others), 1, FOREVER_S)))
+                commands.append((SETTLED_S + at(), "bank", SetAlarm(id("alarm"), rng.uniform(0, 60))))
             for _ in range(rng.randrange(5)):
                 alarm = id("alarm")
                 start = at()
@@ -469,11 +491,30 @@ class World:
     async def mine(self, node: str, nonce: int, id: str) -> None:
         """The chain: a second transfer with a nonce must be the first one again."""
         await self.pause(3)
+        if "poison" in id:
+            self.attempts[id] += 1
+            raise ValueError(f"nobody can mine {id}")
         if self.chance(self.faults.flaky_chain):
-            raise OSError("the chain does not answer")
+            self.reached["whim"] += 1
+            raise self.rng.choice(WHIMS)
         if self.chain.setdefault((node, nonce), id) != id:
             raise Broken(f"{node} used nonce {nonce} for {self.chain[node, nonce]} and for {id}")
         await self.pause(3)
+
+    def hit(self, message: Message) -> None:
+        """Raise as a bug would: always for a bomb, now and then for an alarm."""
+        if isinstance(message, Bomb):
+            self.attempts[message.id] += 1
+            raise RuntimeError(f"bomb {message.id}")
+        if self.chance(self.faults.flaky_alarms):
+            self.reached["failed alarm"] += 1
+            raise RuntimeError("an alarm that fails for a while")
+
+    def on_time(self, at: float, *what: object, now: float | None = None) -> None:
+        """Nothing is late in the calm phase: `at`, in seconds since the epoch, is when it could have happened."""
+        late_s = (EPOCH_S + trio.current_time() if now is None else now) - at
+        if at > EPOCH_S + SETTLED_S and late_s > LATE_S:
+            raise Broken(f"{' '.join(map(str, what))} is {late_s:.1f} s late")
 
     # -- the run
     async def run(self) -> None:

@@ -16,12 +16,13 @@ from sim_world import World, simulate
 
 from actors.kernel import courier as courier_module
 from actors.kernel import lineage as lineage_module
-from actors.kernel import mailbox
+from actors.kernel import mailbox, port
 from actors.kernel.actor import Actor, Batch
+from actors.kernel.alarms import Alarms
 from actors.kernel.courier import Courier
 from actors.kernel.journal import Commit, Journal
 from actors.kernel.lineage import Position, marked
-from actors.kernel.mailbox import LinkBatch
+from actors.kernel.mailbox import LinkBatch, TimerDue
 from actors.kernel.system import System
 from protocol.codec import Ack, Envelope
 
@@ -82,12 +83,14 @@ def no_gap_check(patch: Patch) -> None:
 
 def timer_stays(patch: Patch) -> None:
     """A timer that rang is not taken away."""
-    alarm = Actor._alarm
+    take = Actor._take_alarm
 
-    def again(self: Actor, batch: Batch, key: str, trace: str, body: bytes, accept: Callable[[], None]) -> None:
-        alarm(self, batch, key, trace, body, accept if "#" in key else lambda: None)
+    def again(self: Actor, alarm: Any, batch: Batch) -> None:
+        take(self, alarm, batch)
+        if isinstance(alarm, TimerDue) and batch.commit.timers.get(alarm.timer.key, alarm) is None:
+            del batch.commit.timers[alarm.timer.key]
 
-    patch.setattr(Actor, "_alarm", again)
+    patch.setattr(Actor, "_take_alarm", again)
 
 
 def outbox_released_before_commit(patch: Patch) -> None:
@@ -159,7 +162,7 @@ def hole_in_silence(patch: Patch) -> None:
 
 
 def deadline_ignored(patch: Patch) -> None:
-    patch.setattr(Journal, "overdue", lambda self, now, limit=256: [])
+    patch.setattr(Journal, "overdue", lambda self, actor, now, limit=256: [])
 
 
 def gives_up_what_is_acknowledged(patch: Patch) -> None:
@@ -249,7 +252,46 @@ def number_used_twice(patch: Patch) -> None:
     patch.setattr(SimJournal, "commit", late)
 
 
+def quarantine_at_the_first_failure(patch: Patch) -> None:
+    patch.setattr(mailbox, "CRASHES_BEFORE_QUARANTINE", 1)
+
+
+def whims_are_poison(patch: Patch) -> None:
+    """A port's trouble with the outside world counts as a crash, and three in a moment are enough."""
+    patch.setattr(port, "WHIMS", ())
+    patch.setattr(port.PortActor, "first_pause_s", 0.05)
+
+
+def sender_is_not_told(patch: Patch) -> None:
+    """What was set aside is acknowledged like all else."""
+    patch.setattr(Journal, "refused", lambda self, actor, sender, epoch, first, last: ())
+
+
+def alarm_given_up(patch: Patch) -> None:
+    """A timer that could not be handled does not come again."""
+    defer = Actor._defer
+
+    def give_up(self: Actor, alarm: Any, again: float, commit: Commit) -> None:
+        defer(self, alarm, again, commit)
+        if isinstance(alarm, TimerDue):
+            commit.timers[alarm.timer.key] = None
+
+    patch.setattr(Actor, "_defer", give_up)
+
+
+def silent_notify(patch: Patch) -> None:
+    from actors.kernel.feed import Feeds
+
+    patch.setattr(Feeds, "notify", lambda self, feed: None)
+
+
+def alarm_unchanged(patch: Patch) -> None:
+    """The clock is not told of alarms that come before the one it waits for."""
+    patch.setattr(Alarms, "committed", lambda self, commit: None)
+
+
 MUTANTS = (
+    quarantine_at_the_first_failure, whims_are_poison, sender_is_not_told, alarm_given_up, silent_notify, alarm_unchanged,
     no_dedupe, acknowledges_before_commit, inbox_not_advanced, no_gap_check, timer_stays, outbox_released_before_commit,
     epoch_ignored, retired_epoch_accepted, deadline_ignored, gives_up_what_is_acknowledged, event_without_its_step,
     replies_before_commit, quarantine_blocks_the_link, courier_forgets_news, port_answers_before_commit,

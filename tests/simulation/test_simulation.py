@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,8 @@ def test_another_process_with_other_hashes_gives_the_same_history() -> None:
 def test_the_faults_happen() -> None:
     worlds = [simulate(seed) for seed in range(20)]
     assert sum(world.crashes for world in worlds) > 50
+    reached = sum((world.reached for world in worlds), Counter())
+    assert min(reached[state] for state in ("whim", "failed alarm", "told")) > 5, reached
     losing = [simulate(seed).hosts["C"] for seed in range(60) if World(seed).faults.lose_disk]
     assert sum(host.restored for host in losing) > 20
     assert sum(host.disks - 1 - host.restored for host in losing) > 5

@@ -28,7 +28,6 @@ CHUNK = max(20, SEEDS // 4)
 
 
 @pytest.mark.parametrize("first", range(0, SEEDS, CHUNK))
-@pytest.mark.timeout(1200)
 def test_the_market_converges_and_pays_exactly_once(first: int, pytestconfig: pytest.Config) -> None:
     seed = chosen_seed(pytestconfig)
     seeds = range(first, min(first + CHUNK, SEEDS)) if seed is None else [seed] * (first == 0)

@@ -76,8 +76,8 @@ def _folder(directory: Path | str) -> Path:
 async def url_of(directory: Path | str) -> str | None:
     """URL of the chain served from `directory`, or None when none answers there."""
     info = _info(Path(directory))
-    if info is None:
-        return None
+    if info is None or not _is_served(Path(directory)):
+        return None  # what is left of a chain that is gone: its port may be anybody's
     url = f"http://{LOOPBACK}:{info['port']}"
     call = {"jsonrpc": "2.0", "id": 1, "method": "web3_clientVersion", "params": []}
     try:

@@ -1,0 +1,51 @@
+"""The wall clock beside one that nobody sets: the ledger hears of it whenever the first was set.
+
+What a provider may bill is measured by this node's clock. Where that is set back (by NTP, or by hand) an honest bill would
+look like one for time that never passed.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+import trio
+
+from actors.kernel.machine import Send
+from actors.kernel.system import System
+from protocol.ledger import ClockSeen
+
+log = logging.getLogger("golem.node")
+
+LOOK_S = 1.0
+STEP_S = 2.0  # within the margin of the ledger, which is 5 s
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+def boot_time() -> float:
+    """Return the seconds since the machine's start, the time asleep included."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def boot_id() -> str:
+    """Return what names this start of the machine."""
+    return BOOT_ID.read_text().strip()
+
+
+async def watch_clock(system: System) -> None:
+    """Tell the ledger of the clocks now, and whenever the wall clock was set.
+
+    The system's time never goes back: where the wall clock is set back it stands still until the clock has caught up, so
+    this tells a little more every moment.
+    """
+    name, ahead = boot_id(), None
+    while True:
+        wall_s, boot_s = system.now(), boot_time()
+        seen = wall_s - boot_s
+        if ahead is None or abs(seen - ahead) > STEP_S:
+            if ahead is not None:
+                log.info("the clock of this machine is off its course by %+.1f s", seen - ahead)
+            await system.post("clock", [Send("ledger", ClockSeen(name, boot_s, wall_s))])
+            ahead = seen
+        await trio.sleep(LOOK_S)
