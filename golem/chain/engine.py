@@ -90,9 +90,12 @@ class Engine:
         return token.MAX_PAYEES if self.network.multi_transfer else 1
 
     async def submit(self, batch: TransferBatch) -> None:
-        """Take a batch, durably; a repeat changes nothing (a finished one is announced again). ValueError if wrong."""
+        """Take a batch, durably; a repeat changes nothing (a finished one is announced again). ValueError if wrong,
+        OrdersTaken if an order in it is, or may be, paid by another batch."""
         if not 1 <= len(batch.payees) <= self.max_payees:
             raise ValueError(f"{len(batch.payees)} payees: {self.network.name} takes 1 to {self.max_payees} a batch")
+        if batch.orders and len(batch.orders) != len(batch.payees):
+            raise ValueError(f"orders for {len(batch.orders)} of {len(batch.payees)} payees")
         for payee, amount_wei in batch.payees:
             address_bytes(payee)
             if not 0 < amount_wei <= token.MAX_PACKED_WEI:
@@ -120,6 +123,10 @@ class Engine:
             busy = self.store.open() or self.store.queued() or self.store.unannounced() or not self._reviewed
             with trio.move_on_after(self.network.poll_s if busy else float("inf")):
                 await self._wake.wait()
+
+    def wake(self) -> None:
+        """Look again now."""
+        self._wake.set()
 
     def close(self) -> None:
         """Close the store. After `run` has ended."""
@@ -149,6 +156,7 @@ class Engine:
             agreed = await self._advance(views, problems)
             if self.store.queued() and complete and agreed:
                 await self.evidence.one_chain(views)
+                self._mind_hold(views)
                 await self._assign(views, problems)
         except Wait as wait:
             problems.append(wait.problem)
@@ -162,6 +170,23 @@ class Engine:
             oldest = [tx.batch_id for tx in self.store.open()][:1] + [row.batch.batch_id for row in self.store.queued()][:1]
             for batch_id in oldest:
                 await self._tell_stuck(batch_id, general[-1])
+
+    def _mind_hold(self, views: Sequence[View]) -> None:
+        """A restored file may not know what was paid since. If the account has sent nothing since, there is nothing to know.
+        Raises Wait."""
+        reason = self.store.held()
+        if not reason:
+            return
+        unknown = max(view.count for view in views) - self.store.next_nonce()
+        if self._again("nothing sent since", unknown <= 0):
+            self.store.release()
+            return
+        if unknown <= 0:
+            text = f"{reason}; whether its account has sent anything since is asked {PATIENT_LOOKS} times"
+            raise Wait(Problem("CantSign", text, self.address, chain_id=self.network.chain_id))
+        text = f"{reason}, and {unknown} transactions have left its account since, which may have paid what is to be paid now: "
+        text += "see that peers have told what was paid (golem payment status), then golem payment resume"
+        raise Wait(Problem("CantSign", text, self.address, chain_id=self.network.chain_id))
 
     def _contradicted(self, unclear: Unclear) -> Problem:
         return Problem("RpcError", f"RPCs contradict one another, nothing is sent: {unclear}", self.address)
