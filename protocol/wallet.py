@@ -41,13 +41,33 @@ class PayOutDelayed(Message, frozen=True):
 
 # -- wallet <-> chain port
 class Transfer(Message, frozen=True):
-    """wallet -> chain: send this batch with exactly this nonce. A repeat of (platform, payer, nonce) changes nothing."""
+    """wallet -> chain: send this batch with exactly this nonce. A repeat of (platform, payer, nonce) changes nothing.
+
+    `orders` says for each payee which orders of the ledger it is paid for: the chain port pays no order in two batches.
+    """
 
     batch_id: str
     platform: str
     payer: str
     nonce: int
     payees: tuple[tuple[str, str], ...]  # (address, amount), 1 to 50
+    orders: tuple[tuple[str, ...], ...] = ()
+
+
+class KnownBatch(Message, frozen=True):
+    """A batch as the chain port has it."""
+
+    batch_id: str
+    nonce: int
+    payees: tuple[tuple[str, str], ...]
+    orders: tuple[tuple[str, ...], ...]
+
+
+class OrdersKnown(Message, frozen=True):
+    """chain -> wallet: `batch_id` is not taken, and pays nothing: some of its orders are in these batches already."""
+
+    batch_id: str
+    batches: tuple[KnownBatch, ...]
 
 
 class TransferSent(Message, frozen=True):
@@ -68,10 +88,14 @@ class TransferMined(Message, frozen=True):
 
 
 class TransferFailed(Message, frozen=True):
-    """chain -> wallet: final failure of this nonce: reverted, or taken by a foreign transaction. Nothing was paid."""
+    """chain -> wallet: final failure of this nonce: reverted, or taken by a foreign transaction. Nothing was paid.
+
+    `refused`: the payees whose fault it is, where that is known; the others can be paid together.
+    """
 
     batch_id: str
     reason: str
+    refused: tuple[str, ...] = ()
 
 
 class TransferDelayed(Message, frozen=True):

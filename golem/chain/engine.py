@@ -28,9 +28,10 @@ from pathlib import Path
 import trio
 
 from golem.chain import faucet, token
-from golem.chain.draft import NO_FUNDS, Drafts, Unowed, Wait, WouldFail
+from golem.chain.draft import NO_FUNDS, Drafts, Unowed, Wait, WouldFail, held_back
 from golem.chain.events import Confirmed, Event, Failed, Mined, NonceLost, Problem, Sent, Stuck
-from golem.chain.evidence import Evidence, Payment, Shown, Story, Unclear, View, newest, silence
+from golem.chain.evidence import Evidence, Payment, Shown, Story, Unclear, View, newest
+from golem.chain.genesis import check_genesis
 from golem.chain.networks import Network
 from golem.chain.rpc import Head, Receipt, Rpc, RpcError
 from golem.chain.signer import Key, address_bytes
@@ -71,13 +72,14 @@ class Engine:
         self.evidence = Evidence(rpc, network, key.address, self.store.made)
         self.drafts = Drafts(network, rpc, key, self.store, clock, checkpoint, vouch)
         self._notify, self._clock, self._checkpoint = notify, clock, checkpoint
-        self._turn = trio.Lock()  # one step, or one internal transaction, at a time
+        self.turn = trio.Lock()  # one step, or one internal transaction, at a time
         self._wake = trio.Event()
         self._checked = False
         self._problems: list[Problem] = []
         self._reviewed = False  # has the chain, since the start, still what was final?
         self._looks: dict[str, int] = {}  # what was found, and how often in a row
-        self._unclear: dict[int, Unclear] = {}  # transaction -> what the RPCs say of it
+        self._refused: dict[str, tuple[float, Problem]] = {}  # batch that the token refuses -> when to try again
+        self.unclear: dict[int, Unclear] = {}  # transaction that waits for a person -> what the RPCs say of it
         self._gap = (-1, 0)  # a nonce before our first open one that nobody uses, and looks in a row that saw it
         self._told: dict[str, str] = {}  # batch id -> reason last said, so that each is said once
 
@@ -88,9 +90,12 @@ class Engine:
         return token.MAX_PAYEES if self.network.multi_transfer else 1
 
     async def submit(self, batch: TransferBatch) -> None:
-        """Take a batch, durably; a repeat changes nothing (a finished one is announced again). ValueError if wrong."""
+        """Take a batch, durably; a repeat changes nothing (a finished one is announced again). ValueError if wrong,
+        OrdersTaken if an order in it is, or may be, paid by another batch."""
         if not 1 <= len(batch.payees) <= self.max_payees:
             raise ValueError(f"{len(batch.payees)} payees: {self.network.name} takes 1 to {self.max_payees} a batch")
+        if batch.orders and len(batch.orders) != len(batch.payees):
+            raise ValueError(f"orders for {len(batch.orders)} of {len(batch.payees)} payees")
         for payee, amount_wei in batch.payees:
             address_bytes(payee)
             if not 0 < amount_wei <= token.MAX_PACKED_WEI:
@@ -119,6 +124,10 @@ class Engine:
             with trio.move_on_after(self.network.poll_s if busy else float("inf")):
                 await self._wake.wait()
 
+    def wake(self) -> None:
+        """Have `run` take its next step now."""
+        self._wake.set()
+
     def close(self) -> None:
         """Close the store. After `run` has ended."""
         self.store.close()
@@ -130,7 +139,7 @@ class Engine:
         node leaves public endpoints alone.
         """
         problems: list[Problem] = []
-        async with self._turn:
+        async with self.turn:
             if self.store.open() or self.store.queued() or not self._reviewed:
                 await self._look(problems)
         self._problems = problems
@@ -147,6 +156,7 @@ class Engine:
             agreed = await self._advance(views, problems)
             if self.store.queued() and complete and agreed:
                 await self.evidence.one_chain(views)
+                self._mind_hold(views)
                 await self._assign(views, problems)
         except Wait as wait:
             problems.append(wait.problem)
@@ -156,10 +166,19 @@ class Engine:
             kind = FAULTS.get(error.kind, "RpcError")
             problems.append(Problem(kind, str(error), self.address, chain_id=self.network.chain_id))
             self._checked = False  # who knows what answers next
-        if problems:
+        if general := [problem.detail for problem in problems if not problem.batch_id]:
             oldest = [tx.batch_id for tx in self.store.open()][:1] + [row.batch.batch_id for row in self.store.queued()][:1]
             for batch_id in oldest:
-                await self._tell_stuck(batch_id, problems[-1].detail)
+                await self._tell_stuck(batch_id, general[-1])
+
+    def _mind_hold(self, views: Sequence[View]) -> None:
+        """A restored file may not know what was paid since. Raises Wait."""
+        if reason := self.store.held():
+            unknown = max(view.count for view in views) - self.store.next_nonce()
+            if self._again("nothing sent since", unknown <= 0):
+                self.store.release()
+            else:
+                raise held_back(reason, unknown, PATIENT_LOOKS, self.address, self.network)
 
     def _contradicted(self, unclear: Unclear) -> Problem:
         return Problem("RpcError", f"RPCs contradict one another, nothing is sent: {unclear}", self.address)
@@ -174,35 +193,9 @@ class Engine:
     # -- the chain under us
 
     async def _check_chain(self, problems: list[Problem]) -> None:
-        """Is this the chain that our rows are about? A dev chain made anew has the same id and another genesis."""
-        if self._checked:
-            return
-        said, silent = await self.evidence.each(self.evidence.witnesses(), lambda each: each.ask(self.rpc.genesis_hash))
-        if not said:
-            raise silence(self.network, silent)
-        stories = [Story(witness.name, f"genesis {genesis[:18]}...") for witness, genesis in said]
-        hashes = {genesis for _, genesis in said}
-        if len(hashes) > 1 and not self.store.ever_signed():
-            raise Unclear(stories, contradiction=True)
-        known = self.store.bind_genesis(self.network.chain, min(hashes))
-        if known in hashes:
-            for witness, genesis in said:
-                witness.endpoint.stranger = genesis != known
-                if witness.endpoint.stranger:
-                    text = f"{witness.name} serves another chain of the same id, genesis {genesis[:18]}...: it is not used"
-                    problems.append(Problem("InvalidChainId", text, self.address, chain_id=self.network.chain_id))
-            self._checked = len(hashes) == 1 and not silent
-            return
-        if silent or len(hashes) > 1:  # those that are silent may be the ones that know our chain
-            text = f"no RPC that answers serves the chain {known[:18]}...: " + "; ".join(map(": ".join, stories))
-            raise Wait(Problem("InvalidChainId", text, self.address, chain_id=self.network.chain_id))
-        (genesis,) = hashes
-        if not self.network.dev_faucet and self.store.ever_signed():
-            text = f"the chain behind {self.network.name} was replaced by another one: its genesis is {genesis[:18]}..., "
-            text += f"the payments in this node's chain.db were made on {known[:18]}..."
-            raise Wait(Problem("InvalidChainId", text, self.address, chain_id=self.network.chain_id))
-        self.store.change_chain(self.network.chain, genesis)  # play money of a chain that is gone: begin again
-        self._checked = True
+        if not self._checked:
+            found, self._checked = await check_genesis(self.evidence, self.rpc, self.store, self.network, self.address)
+            problems += found
 
     def _review(self, views: Sequence[View], problems: list[Problem]) -> bool:
         """Has the chain still what was final? If it says that nonces of ours are free again (a reorganisation deeper than
@@ -233,15 +226,16 @@ class Engine:
         if not open_txs:
             return True
         await self._mind_gap(views, open_txs[0].nonce)
+        agreed = True
         for tx in open_txs:
             try:
                 await self._advance_one(tx, views, problems)
-                self._unclear.pop(tx.id, None)
+                self._again(f"unclear {tx.id}", False)
+                self.unclear.pop(tx.id, None)
             except Unclear as unclear:
-                self._unclear[tx.id] = unclear
+                agreed = agreed and not unclear.contradiction
                 await self._tell_unclear(tx, unclear, problems)
-        self._unclear = {tx_id: each for tx_id, each in self._unclear.items() if any(tx.id == tx_id for tx in open_txs)}
-        return not any(unclear.contradiction for unclear in self._unclear.values())
+        return agreed
 
     async def _advance_one(self, tx: TxRow, views: Sequence[View], problems: list[Problem]) -> None:
         count = max(view.count for view in views)
@@ -297,11 +291,11 @@ class Engine:
             # a token that says yes and moves nothing is no payment; nor is it a proof that nothing was moved
             if missing := shortfall(receipt, self.network, self.address, self._payees(tx)):
                 raise Unclear([Story(view.name, missing)])
-            self._end(tx, "confirmed", "", receipt.gas_used, receipt.fee_wei)
+            self.end(tx, "confirmed", "", receipt.gas_used, receipt.fee_wei)
             return
         if tx.kind == "pay":
             await self.evidence.unpaid(self._payment(tx), receipt.block, receipt.block_hash)
-        self._end(tx, "failed", await self._cause(tx, receipt), receipt.gas_used, receipt.fee_wei)
+        self.end(tx, "failed", await self.drafts.cause(tx, receipt), receipt.gas_used, receipt.fee_wei)
 
     def _payees(self, tx: TxRow) -> tuple[tuple[str, int], ...]:
         row = self.store.batch(tx.batch_id) if tx.kind == "pay" else None
@@ -313,18 +307,10 @@ class Engine:
         since = min(attempt.head for attempt in attempts)
         return Payment(tx.nonce, tx.recipient, tx.data, payees, self.store.hashes(tx), since)
 
-    def _end(self, tx: TxRow, state: str, reason: str, gas_used: int = 0, fee_wei: int = 0) -> None:
+    def end(self, tx: TxRow, state: str, reason: str, gas_used: int = 0, fee_wei: int = 0) -> None:
+        """A transaction is final. `turn` is held."""
         self.store.note(tx.id, "this node", f"{state}{': ' if reason else ''}{reason}", self._clock())
         self.store.finish(tx, state, reason, gas_used, fee_wei)
-
-    async def _cause(self, tx: TxRow, receipt: Receipt) -> str:
-        if receipt.gas_used >= tx.gas:
-            return f"transaction {receipt.hash} ran out of gas ({tx.gas})"
-        try:
-            await self.rpc.call(tx.recipient, tx.data, self.address)
-        except RpcError as error:
-            return f"transaction {receipt.hash} failed: {error}"
-        return f"transaction {receipt.hash} was reverted"
 
     async def _nonce_taken(self, tx: TxRow, views: Sequence[View]) -> None:
         """The nonce is used, and no RPC shows a receipt of ours. That proves nothing: what used it has to be found."""
@@ -340,14 +326,14 @@ class Engine:
             raise Unclear([Story(use.view.name, f"block {use.block} holds our {use.tx.hash}, and no RPC shows its receipt")])
         if self._again(f"taken {tx.id}"):
             reason = f"another transaction of {self.address}, {use.tx.hash} in block {use.block}, took nonce {tx.nonce}"
-            self._end(tx, "nonce_lost", reason)
+            self.end(tx, "nonce_lost", reason)
 
     async def _moneyless_taken(self, tx: TxRow, views: Sequence[View]) -> None:
         """An approval, test money or an empty transaction: a mistake costs a fee."""
         view = max(views, key=lambda each: each.count)
         deep = view.head.number - self.network.depth
         if deep >= 0 and self._again(f"taken {tx.id}", await view.witness.count(self.address, deep) > tx.nonce):
-            self._end(tx, "nonce_lost", f"another transaction of {self.address} took nonce {tx.nonce}")
+            self.end(tx, "nonce_lost", f"another transaction of {self.address} took nonce {tx.nonce}")
 
     async def _push(self, tx: TxRow, head: Head, is_next: bool, problems: list[Problem]) -> None:
         """Not in a block: make sure that the network has it, and that it pays enough."""
@@ -414,6 +400,10 @@ class Engine:
 
     async def _assign(self, views: Sequence[View], problems: list[Problem]) -> None:
         for row in self.store.queued():
+            again_at, problem = self._refused.get(row.batch.batch_id, (0.0, None))
+            if problem and self._clock() < again_at:
+                problems.append(problem)
+                continue
             try:
                 tx_id = await self.drafts.payment(row.batch, views)
             except WouldFail as wait:
@@ -430,6 +420,7 @@ class Engine:
                     await self._broadcast(self.store.tx(wait.first), self.store.attempts(wait.first)[0], [])
                 await self._tell_stuck(row.batch.batch_id, wait.problem.detail)
                 return  # later batches must not overtake: the oldest is paid first
+            self._refused.pop(row.batch.batch_id, None)
             await self._broadcast(self.store.tx(tx_id), self.store.attempts(tx_id)[0], problems)
 
     async def _single_out(self, batch: TransferBatch, wait: WouldFail, problems: list[Problem]) -> None:
@@ -442,7 +433,8 @@ class Engine:
         if refused and len(refused) < len(batch.payees):
             self.store.refuse(batch.batch_id, detail, tuple(refused))
             return
-        problems.append(Problem("TxStuck", detail, self.address))
+        problems.append(Problem("TxStuck", detail, self.address, batch_id=batch.batch_id))
+        self._refused[batch.batch_id] = self._clock() + self.network.stuck_s, problems[-1]
         await self._tell_stuck(batch.batch_id, detail)
 
     # -- telling
@@ -464,9 +456,11 @@ class Engine:
         if unclear.contradiction:
             problems.append(self._contradicted(unclear))
         if patient and tx.batch_id:
+            self.unclear[tx.id] = unclear
             text = f"it is not clear what became of payment {tx.batch_id}, nonce {tx.nonce}. {unclear}. It is not paid "
-            text += f"anew before the RPCs agree, or a person says so: `golem payment decide {tx.batch_id}`"
-            problems.append(Problem("TxStuck", text, self.address))
+            text += "anew before the RPCs agree or a person says so (`golem payment decide`; what was seen: "
+            text += f"`golem payment trace {tx.batch_id}`)"
+            problems.append(Problem("TxStuck", text, self.address, batch_id=tx.batch_id))
             await self._tell_stuck(tx.batch_id, text)
 
     async def _announce(self) -> None:
@@ -494,7 +488,7 @@ class Engine:
 
     async def send_call(self, kind: str, recipient: str, call: bytes) -> int:
         """Sign and send a call that pays nobody; its row's id. RpcError, `Wait` or `Unclear` say why not."""
-        async with self._turn:
+        async with self.turn:
             await self._check_chain([])
             tx_id = await self.drafts.call(kind, recipient, call, await self.evidence.views())
             await self._broadcast(self.store.tx(tx_id), self.store.attempts(tx_id)[0], [])
