@@ -33,8 +33,8 @@ from protocol.negotiation import AgreementApproved
 from protocol.signing import Document, node_id_of, sign
 from protocol.types import Violation, actor_of, digest, node_of
 from protocol.wallet import (
-    NonceFloor,
     Transfer,
+    TransferConfirmed,
     TransferDelayed,
     TransferFailed,
     TransferMined,
@@ -234,14 +234,15 @@ class World:
                 self.transfers += [(tx_hash, m.payer, payee, Decimal(amount)) for payee, amount in m.payees]
         kind, text = self.outcomes[m.batch_id]
         if kind == "failed":
-            return [TransferFailed(m.batch_id, text), NonceFloor(m.platform, m.payer, m.nonce + 1)]
+            return [TransferFailed(m.batch_id, text)]
         if self.faults and self.rng and self.rng.random() < 0.5:
             return [
                 TransferDelayed(m.batch_id, "no gas"),
                 TransferSent(m.batch_id, text),
-                TransferMined(m.batch_id, text, 7, 21000, "0.001"),
+                TransferMined(m.batch_id, text, 7),
+                TransferConfirmed(m.batch_id, text, 7, 21000, "0.001"),
             ]
-        return [TransferMined(m.batch_id, text, 7, 21000, "0.001")]
+        return [TransferConfirmed(m.batch_id, text, 7, 21000, "0.001")]
 
     def _check_owed(self, m: Transfer) -> None:
         """What the chain port looks at before it signs: signed documents bear out each order of the batch."""

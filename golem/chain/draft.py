@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from golem.chain import token
-from golem.chain.events import Problem
 from golem.chain.evidence import Story, Unclear, View, newest
 from golem.chain.networks import Network
+from golem.chain.problem import Problem
 from golem.chain.rpc import Rpc, RpcError
 from golem.chain.signer import Key, Signed, Transaction, sign
 from golem.chain.store import FILL_GAS, Attempt, Store, TransferBatch, TxRow

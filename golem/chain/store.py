@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-SCHEMA_NUMBER = 1  # with each change of the tables one more
+SCHEMA_NUMBER = 2  # with each change of the tables one more
 SCHEMA = """
 create table batch(
-  account text, id text, nonce int, payees text, state text, reason text, announced int, seq integer primary key,
+  account text, id text, payees text, state text, reason text, announced int, seq integer primary key,
   refused text not null default '', unique(account, id));
 create table tx(
   id integer primary key, account text, nonce int, kind text, batch text, recipient text, data blob, gas int,
@@ -44,10 +44,9 @@ MAX_SEEN = 200  # remarks kept on a transaction
 
 @dataclass(frozen=True, slots=True)
 class TransferBatch:
-    """Pay these, once. `nonce` is the nonce the wallet expects; `payees` are (address, wei), 1 to 50."""
+    """Pay these, once: (address, wei), 1 to 50."""
 
     batch_id: str
-    nonce: int
     payees: tuple[tuple[str, int], ...]
 
     @property
@@ -201,9 +200,9 @@ class Store:
             ).fetchone()
             if row is None:
                 self._sql.execute(
-                    "insert into batch(account, id, nonce, payees, state, reason, announced)"
-                    " values(?,?,?,?,'queued','',0)",
-                    (self.account, batch.batch_id, batch.nonce, payees),
+                    "insert into batch(account, id, payees, state, reason, announced)"
+                    " values(?,?,?,'queued','',0)",
+                    (self.account, batch.batch_id, payees),
                 )
                 return True
             if row[0] != payees:
@@ -214,12 +213,12 @@ class Store:
     def batches(self, where: str) -> list[BatchRow]:
         """Batches in order of arrival; `where` is one of this module's own conditions."""
         rows = self._sql.execute(
-            f"select id, nonce, payees, state, reason, refused from batch where account=? and {where} order by seq",
+            f"select id, payees, state, reason, refused from batch where account=? and {where} order by seq",
             (self.account,),
         )
         return [
-            BatchRow(TransferBatch(i, n, tuple((a, int(w)) for a, w in json.loads(p))), state, reason, tuple(refused.split()))
-            for i, n, p, state, reason, refused in rows
+            BatchRow(TransferBatch(i, tuple((a, int(w)) for a, w in json.loads(p))), state, reason, tuple(refused.split()))
+            for i, p, state, reason, refused in rows
         ]
 
     def queued(self) -> list[BatchRow]:

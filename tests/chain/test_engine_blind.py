@@ -12,8 +12,8 @@ from blind import HOSTS, Blind
 from chain_support import GLM, GWEI, Lab, Payer, address_of, anvil, devchain, find_anvil, payer
 from support import trio_test
 
-from golem.chain.events import Confirmed, NonceLost
 from golem.chain.store import TransferBatch
+from protocol.wallet import TransferConfirmed, TransferFailed
 
 
 @pytest.fixture(scope="module", params=["devchain", "anvil"])
@@ -48,9 +48,9 @@ async def steps(wallet: Payer, count: int) -> None:
 
 async def again_when_lost(wallet: Payer, payee: str) -> None:
     """What the wallet does when the engine says that a batch paid nothing and never will."""
-    lost = wallet.told(NonceLost)
+    lost = wallet.told(TransferFailed)
     if len(lost) >= len({event.batch_id for event in lost}) and lost:
-        await wallet.engine.submit(TransferBatch(f"again {len(lost)}", 0, ((payee, GLM),)))
+        await wallet.engine.submit(TransferBatch(f"again {len(lost)}", ((payee, GLM),)))
 
 
 @trio_test
@@ -65,10 +65,10 @@ async def test_an_index_that_is_missing_for_good_pays_nobody_twice(lab: Lab, tmp
             await steps(wallet, 1)
             await again_when_lost(wallet, payee)
         assert lab.tokens(payee) == GLM
-        assert wallet.told(NonceLost) == []
+        assert wallet.told(TransferFailed) == []
         if hosts == 1:
             assert wallet.problems, "a payment that waits says why"
             await wire.set(HOSTS[0], "")
-        await wallet.until(Confirmed)
+        await wallet.until(TransferConfirmed)
         assert wallet.problems == []
     assert lab.tokens(payee) == GLM

@@ -12,7 +12,7 @@ from support import trio_test
 from golem.chain import token
 from golem.chain.contracts import TRANSFER_TOPIC
 from golem.chain.credentials import DECIMALS_CALL, SYMBOL_CALL
-from golem.chain.events import Confirmed, Failed, NonceLost, Sent, Stuck
+from protocol.wallet import TransferConfirmed, TransferDelayed, TransferFailed, TransferSent
 
 CALLDATALOAD, SHR, DUP1, EQ, JUMPI, JUMPDEST = "35", "1c", "80", "14", "57", "5b"
 MSTORE, RETURN, CALLER, DIV, LOG3, CODECOPY = "52", "f3", "33", "04", "a3", "39"
@@ -74,14 +74,14 @@ async def test_a_transfer_that_moved_too_little_is_no_payment_and_is_not_repeate
     key, row = lab.rich(f"payer of {name}"), deployed(lab, name, transfer)
     async with payer(lab, key, tmp_path / "chain.db", **row) as wallet:
         await wallet.pay("b1", (address_of(name), 2 * GLM))
-        told = await wallet.until(Stuck)
+        told = await wallet.until(TransferDelayed)
         assert f"its logs move {moved_wei} of {2 * GLM} wei to {address_of(name)}" in told.reason
         for _ in range(10):
             lab.mine()
             await wallet.engine.step()
         assert wallet.problems == ["TxStuck"]
-        assert len(wallet.told(Sent)) == 1
-        assert not wallet.told(Confirmed) + wallet.told(Failed) + wallet.told(NonceLost)
+        assert len(wallet.told(TransferSent)) == 1
+        assert not wallet.told(TransferConfirmed) + wallet.told(TransferFailed)
 
 
 @trio_test
@@ -89,5 +89,5 @@ async def test_a_token_that_moves_what_it_is_asked_is_taken(lab: Lab, tmp_path: 
     key, row = lab.rich("payer of honest"), deployed(lab, "honest", moves(1))
     async with payer(lab, key, tmp_path / "chain.db", **row) as wallet:
         await wallet.pay("b1", (address_of("honest"), 2 * GLM))
-        await wallet.until(Confirmed)
+        await wallet.until(TransferConfirmed)
         assert wallet.problems == []
