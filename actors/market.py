@@ -489,7 +489,7 @@ def _answer(draft: Draft, offer_ids: tuple[str, ...], meta: Meta) -> None:
         raise Violation(f"a question has at most {MAX_IDS} ids")
     part: list[Document] = []
     parts, size, total = [part], 0, 0
-    for offer_id in offer_ids:
+    for offer_id in dict.fromkeys(offer_ids):  # each once
         row = draft.get(f"offer/{offer_id}")
         if row and row.expires > meta.now:
             total += len(row.document.body)

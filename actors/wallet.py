@@ -5,7 +5,8 @@
 
 A payment cycle per (platform, payer) gathers queued orders, sums them by payee and puts up to 50 payees into a batch.
 The batch, with its number, is in its row before anything leaves; its id is made of that number and its orders, and the
-chain port takes an id once. So whatever is repeated, nothing is paid twice. Only the chain port's final word frees an
+chain port takes an id once, and an order too: where this journal is older than the chain port's, the port says in which
+batch an order is (`OrdersKnown`). So whatever is repeated, nothing is paid twice. Only the chain port's final word frees an
 order for another batch: `TransferFailed` says that the batch paid nothing and never will.
 
 Rows: `order/<id>`, `batch/<id>`, `batches/<platform>/<payer>`, `cycle/<platform>`, and the index
@@ -31,6 +32,8 @@ from protocol.types import Message, Undelivered, amount_text, digest
 from protocol.wallet import (
     CycleDue,
     CycleSet,
+    KnownBatch,
+    OrdersKnown,
     PaidOut,
     PayOut,
     PayOutDelayed,
@@ -92,6 +95,7 @@ class Batch(Message, frozen=True):
     block: int = 0
     gas_used: int = 0
     fee: str = "0"
+    recalled: bool = False  # by the chain port: this journal may not know all its orders
 
 
 class Batches(Message, frozen=True):
@@ -132,6 +136,7 @@ _SOURCES: dict[type, str] = {
     TransferConfirmed: "chain",
     TransferFailed: "chain",
     TransferDelayed: "chain",
+    OrdersKnown: "chain",
     Undelivered: "wallet",
 }
 
@@ -155,6 +160,7 @@ class Wallet:
         | TransferConfirmed
         | TransferFailed
         | TransferDelayed
+        | OrdersKnown
         | Undelivered
     )
     peer = None
@@ -184,6 +190,7 @@ class Wallet:
             TransferConfirmed: self._transfer_confirmed,
             TransferFailed: self._transfer_failed,
             TransferDelayed: self._transfer_delayed,
+            OrdersKnown: self._orders_known,
             Undelivered: self._undelivered,
             ResumePayments: self._resume,
         }
@@ -262,7 +269,7 @@ class Wallet:
         draft.put(f"cycle/{timer.platform}", cycle)
         queue = list(islice(draft.readable(f"queue/{timer.platform}/"), MAX_RUN_ORDERS + 1))
         more = len(queue) > MAX_RUN_ORDERS
-        queued = self._orders(draft, queue[:MAX_RUN_ORDERS])
+        queued = self._waiting(draft, queue[:MAX_RUN_ORDERS])
         by_payer: dict[str, list[PayOrder]] = {}
         for row in sorted(queued, key=lambda row: (row.queued_at, row.order_id)):
             by_payer.setdefault(row.payer, []).append(row)
@@ -272,7 +279,7 @@ class Wallet:
         if more or draft.left_out or next(draft.readable(f"queue/{timer.platform}/"), None) is not None:
             self._schedule(draft, timer.platform, draft.now + 1.0 if more else None)
 
-    def _orders(self, draft: MoneyDraft, queue: list[tuple[str, Queued]]) -> list[PayOrder]:
+    def _waiting(self, draft: MoneyDraft, queue: list[tuple[str, Queued]]) -> list[PayOrder]:
         """Return the orders of a piece of the queue. One that cannot be read waits alone, and its document says why."""
         found: list[PayOrder] = []
         for key, queued in queue:
@@ -318,31 +325,42 @@ class Wallet:
 
     def _transfer_sent(self, draft: MoneyDraft, fact: TransferSent) -> None:
         batch = self._batch(draft, fact.batch_id)
-        if batch.state == SENDING and batch.tx_hash != fact.tx_hash:
+        if batch and batch.state == SENDING and batch.tx_hash != fact.tx_hash:
             reason = f"transaction {fact.tx_hash} sent; waiting for its confirmation"
             self._explain(draft, replace(batch, tx_hash=fact.tx_hash), reason)
 
     def _transfer_delayed(self, draft: MoneyDraft, fact: TransferDelayed) -> None:
         batch = self._batch(draft, fact.batch_id)
-        if batch.state == SENDING and batch.reason != fact.reason:
+        if batch and batch.state == SENDING and batch.reason != fact.reason:
             self._explain(draft, batch, fact.reason)
 
     def _explain(self, draft: MoneyDraft, batch: Batch, reason: str) -> None:
         draft.put(f"batch/{batch.batch_id}", replace(batch, reason=reason))
-        order_ids = tuple(order_id for payee in batch.payees for order_id in payee.order_ids)
-        draft.send("ledger", PayOutDelayed(order_ids, reason))
+        order_ids = tuple(order.order_id for payee in batch.payees for order in self._orders(draft, batch, payee))
+        if order_ids:
+            draft.send("ledger", PayOutDelayed(order_ids, reason))
+
+    def _orders(self, draft: MoneyDraft, batch: Batch, payee: Payee) -> list[PayOrder]:
+        """Return the orders that a batch pays a payee for; those that this journal has forgotten are not among them."""
+        found = []
+        for order_id in payee.order_ids:
+            order = draft.row(PayOrder, f"order/{order_id}")
+            assert batch.recalled or (order and (order.state, order.batch_id) == (BATCHED, batch.batch_id)), order_id
+            if order is not None and (order.state, order.batch_id) == (BATCHED, batch.batch_id):
+                found.append(order)
+        return found
 
     def _transfer_mined(self, draft: MoneyDraft, fact: TransferMined) -> None:
         batch = self._batch(draft, fact.batch_id)
         reason = f"transaction {fact.tx_hash} is in block {fact.block}; waiting until that is final"
-        if batch.state == SENDING and batch.reason != reason:
+        if batch is not None and batch.state == SENDING and batch.reason != reason:
             self._explain(draft, replace(batch, tx_hash=fact.tx_hash), reason)
 
     def _transfer_confirmed(self, draft: MoneyDraft, fact: TransferConfirmed) -> None:
         batch = self._batch(draft, fact.batch_id)
-        if batch.state == CONFIRMED:
+        if batch is None or (batch.state == CONFIRMED and not batch.recalled):
             return
-        assert batch.state == SENDING, f"batch {batch.batch_id} was final as failed, and now is confirmed"
+        assert batch.state != FAILED, f"batch {batch.batch_id} was final as failed, and now is confirmed"
         draft.put(
             f"batch/{batch.batch_id}",
             replace(
@@ -356,30 +374,50 @@ class Wallet:
             ),
         )
         for payee in batch.payees:
-            for order_id in payee.order_ids:
-                order = draft.row(PayOrder, f"order/{order_id}")
-                assert order is not None, order_id
-                assert (order.state, order.batch_id) == (BATCHED, batch.batch_id), order
-                draft.put(f"order/{order_id}", replace(order, state=PAID, reason=""))
-            draft.send(
-                "ledger",
-                PaidOut(payee.order_ids, batch.platform, batch.payer, payee.payee, payee.amount, fact.tx_hash),
-            )
+            orders = self._orders(draft, batch, payee)
+            for order in orders:
+                draft.put(f"order/{order.order_id}", replace(order, state=PAID, reason=""))
+            if orders:
+                paid = amount_text(total_of(order.amount for order in orders))
+                order_ids = tuple(order.order_id for order in orders)
+                draft.send("ledger", PaidOut(order_ids, batch.platform, batch.payer, payee.payee, paid, fact.tx_hash))
+
+    def _orders_known(self, draft: MoneyDraft, fact: OrdersKnown) -> None:
+        """The chain port has orders of a batch in others: this journal is older. Hear what became of them there."""
+        batch = self._batch(draft, fact.batch_id)
+        if batch is None or batch.state != SENDING:
+            return
+        reason = "some of its orders are in other batches of a time that this node's journal has forgotten"
+        draft.put(f"batch/{batch.batch_id}", replace(batch, state=FAILED, reason=reason))
+        known_in: dict[str, str] = {}
+        for known in fact.batches:
+            row = draft.row(Batch, f"batch/{known.batch_id}") or self._recalled(batch, known, draft.now)
+            draft.put(f"batch/{known.batch_id}", replace(row, recalled=True))
+            draft.send("chain", _transfer(row))  # it is there; its end is told again
+            known_in |= {order_id: known.batch_id for orders in known.orders for order_id in orders}
+        for order in (order for payee in batch.payees for order in self._orders(draft, batch, payee)):
+            if order.order_id in known_in:
+                draft.put(f"order/{order.order_id}", replace(order, batch_id=known_in[order.order_id]))
+            else:
+                self._queue(draft, replace(order, state=QUEUED))
+                self._schedule(draft, batch.platform)
+
+    def _recalled(self, like: Batch, known: KnownBatch, now: float) -> Batch:
+        payees = tuple(Payee(*payee, orders) for payee, orders in zip(known.payees, known.orders, strict=True))
+        return Batch(known.batch_id, like.platform, like.payer, 0, payees, SENDING, now)  # its number is not known any more
 
     def _transfer_failed(self, draft: MoneyDraft, fact: TransferFailed) -> None:
         batch = self._batch(draft, fact.batch_id)
-        if batch.state == FAILED:
+        if batch is None or batch.state == FAILED:
             return
         assert batch.state == SENDING, f"batch {batch.batch_id} was final as confirmed, and now has failed"
         draft.put(f"batch/{batch.batch_id}", replace(batch, state=FAILED, reason=fact.reason))
         given_up: list[str] = []
         queued: list[str] = []
-        for order_id in (order_id for payee in batch.payees for order_id in payee.order_ids):
-            order = draft.row(PayOrder, f"order/{order_id}")
-            assert order is not None, order_id
-            assert (order.state, order.batch_id) == (BATCHED, batch.batch_id), order
-            is_fault = not fact.refused or order.payee in fact.refused  # the others go on together
-            order = replace(order, tries=order.tries + is_fault, reason=fact.reason)
+        for order in (order for payee in batch.payees for order in self._orders(draft, batch, payee)):
+            order_id = order.order_id
+            at_fault = not fact.refused or order.payee in fact.refused
+            order = replace(order, tries=order.tries + at_fault, reason=fact.reason)
             if order.tries < MAX_TRIES:
                 self._queue(draft, replace(order, state=QUEUED))
                 queued.append(order_id)
@@ -399,7 +437,7 @@ class Wallet:
         if isinstance(message, Transfer):
             batch = self._batch(draft, message.batch_id)
             reason = f"{fact.to.rpartition('/')[2]} did not take the transfer, which is asked for again: {fact.reason}"
-            if batch.state == SENDING and batch.reason != reason:
+            if batch and batch.state == SENDING and batch.reason != reason:
                 self._explain(draft, batch, reason)
         draft.send(fact.to, message)
 
@@ -412,10 +450,9 @@ class Wallet:
             if cycle.next_at is not None:
                 self._schedule(draft, cycle.platform)
 
-    def _batch(self, draft: MoneyDraft, batch_id: str) -> Batch:
-        batch = draft.row(Batch, f"batch/{batch_id}")
-        assert batch is not None, f"the chain speaks of batch {batch_id}, which the wallet never made"
-        return batch
+    def _batch(self, draft: MoneyDraft, batch_id: str) -> Batch | None:
+        """Return a batch; None for one of a time that this journal has forgotten, which is heard of with its orders."""
+        return draft.row(Batch, f"batch/{batch_id}")
 
 
 _sent = Decoder[Any](Transfer | PaidOut | PayOutDelayed)
@@ -423,13 +460,14 @@ _sent = Decoder[Any](Transfer | PaidOut | PayOutDelayed)
 
 def _transfer(batch: Batch) -> Transfer:
     payees = tuple((payee.payee, payee.amount) for payee in batch.payees)
-    return Transfer(batch.batch_id, batch.platform, batch.payer, payees)
+    orders = tuple(payee.order_ids for payee in batch.payees)
+    return Transfer(batch.batch_id, batch.platform, batch.payer, payees, orders)
 
 
 def _batches(orders: list[PayOrder], minimum: Decimal, max_payees: int) -> Iterator[list[list[PayOrder]]]:
     """Yield lists of payees, each a list of its orders: bounded numbers of payees and orders, every order once.
 
-    A payee who was in a failed batch gets one of his own: one whom no token can be sent to must not sink the others.
+    A payee who made a batch fail gets one of his own: one whom no token can be sent to must not sink the others.
     """
     by_payee: dict[str, list[PayOrder]] = {}
     for order in orders:

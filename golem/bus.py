@@ -28,6 +28,7 @@ import trio
 
 from actors.kernel.machine import LinkDown
 from golem.net.types import RemoteError, Unreachable
+from golem.printing import sayable
 from protocol.codec import MAX_FRAME_BYTES, Framer, encode
 from protocol.types import Violation
 
@@ -195,9 +196,9 @@ class Connection:
             try:
                 reply = _frame("reply", number, await self._answer(kind, args))
             except (RemoteError, Violation) as error:
-                reply = _frame("error", number, "refused", str(error)[:2000])
+                reply = _frame("error", number, "refused", sayable(error, 2000))
             except (Unreachable, LinkDown) as error:
-                reply = _frame("error", number, "down", str(error)[:2000])
+                reply = _frame("error", number, "down", sayable(error, 2000))
             except Exception:
                 # a bug in a handler of ours must not end the connection with everything else on it
                 log.exception("bus request %s failed", kind)
@@ -332,7 +333,7 @@ class Bus:
         try:
             serve = await self.on_stream(node, name)
         except (Unreachable, RemoteError) as error:
-            await stream.send_all(_frame("refused", str(error)[:2000]))
+            await stream.send_all(_frame("refused", sayable(error, 2000)))
             return
         try:
             await serve(stream)

@@ -30,6 +30,7 @@ from golem.gftp_peer import GftpPeer
 from golem.gftp_wire import FileFault, parse_url, part_name
 from golem.net.types import RemoteError, Unreachable
 from golem.outgoing import Outgoing
+from golem.printing import quoted
 
 VERSION_TEXT = f"{VERSION} (golem-node)"
 PARSE_ERROR, INVALID_REQUEST, METHOD_NOT_FOUND, INVALID_PARAMS, SERVER_ERROR = -32700, -32600, -32601, -32602, -32000
@@ -346,7 +347,7 @@ def _run_once(act: Callable[[Gftp], Awaitable[Any]], stay: bool) -> None:
     try:
         trio.run(_once, act, stay)
     except* (RpcError, BusError) as errors:
-        click.echo(f"gftp: {errors.exceptions[0]}", err=True)
+        click.echo(f"gftp: {quoted(str(errors.exceptions[0]))}", err=True)
         sys.exit(1)
 
 

@@ -35,6 +35,7 @@ from actors.market import Market
 from actors.negotiation import Negotiation
 from actors.sources import EDGE
 from actors.wallet import Wallet
+from golem.backup import CHAIN, JOURNAL, bind_generations, compare_generations, hold_payments, peers_asked, restored_at
 from golem.bus import Bus
 from golem.chain.port import Chain, open_chain
 from golem.clock import watch_clock
@@ -50,6 +51,7 @@ from golem.ports import is_our_node, of_others
 from golem.registry import IMAGES, Registry
 from golem.router import Router
 from golem.signer_port import SignerPort
+from protocol.ledger import Recall
 from protocol.wallet import ResumePayments
 
 log = logging.getLogger("golem.node")
@@ -137,6 +139,7 @@ async def open_node(config: Config, ask_password: AskPassword | None = None) -> 
         if config.autoconf_app_key:
             app_keys.drop_foreign("autoconfigured", identity.node_id)
             app_keys.create("autoconfigured", identity.node_id, key=config.autoconf_app_key)
+        older = compare_generations(config.data_dir)
         journal = Journal(str(config.data_dir / "node.db"), lambda: secrets.token_hex(8))
         stack.callback(journal.close)
         net_config = NetConfig(data_dir=config.data_dir, listen=config.listen, bootstrap=config.bootstrap, mdns=config.mdns,
@@ -156,7 +159,10 @@ async def open_node(config: Config, ask_password: AskPassword | None = None) -> 
             system.add(machine(identity.node_id))
         system.add(Activity(identity.node_id, config.unresponsive_s, config.inactivity_s))
         try:
+            if older == CHAIN:
+                hold_payments(config.data_dir, "chain.db is older than node.db")
             chain = await stack.enter_async_context(open_chain(config, identity, system))
+            bind_generations(config.data_dir, journal.boot)
         except ValueError as error:
             raise ConfigError(str(error)) from None
         system.add(Wallet(identity.node_id, cycles_of(config, chain), payees=chain.batch_sizes()))
@@ -169,6 +175,7 @@ async def open_node(config: Config, ask_password: AskPassword | None = None) -> 
         await nursery.start(bus.run)
         await nursery.start(system.run)
         await system.post(EDGE, [Send("wallet", ResumePayments())])
+        await come_back(system, config, older)
         await nursery.start(registry.run)
         nursery.start_soon(forget_events, system, config)
         nursery.start_soon(watch_clock, system)
@@ -179,6 +186,17 @@ async def open_node(config: Config, ask_password: AskPassword | None = None) -> 
         network.on_peer(gossip.peer)
         yield node
         nursery.cancel_scope.cancel()
+
+
+async def come_back(system: System, config: Config, older: str) -> None:
+    """After a restore: ask the peers what was signed since. `older` names the file that is older than the other."""
+    if older:
+        log.error("%s was put back without the other file of the node: what it forgot is asked of peers and chain", older)
+    if at := restored_at(config.data_dir):
+        log.warning("restored from a backup of %s: peers are asked what was signed since", at)
+    if at or older == JOURNAL:
+        await system.ask("ledger", Recall())
+        peers_asked(config.data_dir)
 
 
 async def forget_events(system: System, config: Config) -> None:

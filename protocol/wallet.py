@@ -40,12 +40,31 @@ class PayOutDelayed(Message, frozen=True):
 
 # -- wallet <-> chain port
 class Transfer(Message, frozen=True):
-    """wallet -> chain: pay this batch, once. A repeat of `batch_id` changes nothing, and is answered by the last word on it."""
+    """wallet -> chain: pay this batch, once. A repeat of `batch_id` changes nothing, and is answered by the last word on it.
+
+    `orders` says for each payee which orders of the ledger it is paid for: the chain port pays no order in two batches.
+    """
 
     batch_id: str
     platform: str
     payer: str
     payees: tuple[tuple[str, str], ...]  # (address, amount), 1 to 50
+    orders: tuple[tuple[str, ...], ...] = ()
+
+
+class KnownBatch(Message, frozen=True):
+    """A batch as the chain port has it."""
+
+    batch_id: str
+    payees: tuple[tuple[str, str], ...]
+    orders: tuple[tuple[str, ...], ...]
+
+
+class OrdersKnown(Message, frozen=True):
+    """chain -> wallet: `batch_id` is not taken, and pays nothing: some of its orders are in these batches already."""
+
+    batch_id: str
+    batches: tuple[KnownBatch, ...]
 
 
 class TransferSent(Message, frozen=True):
@@ -77,7 +96,7 @@ class TransferFailed(Message, frozen=True):
     """chain -> wallet: nothing was paid and, for this batch, never will be. Final.
 
     Its transaction was reverted, another one took the nonce, or none can be made. `refused`: the payees whose fault it is,
-    where that is known.
+    where that is known; the others can be paid together.
     """
 
     batch_id: str
@@ -92,6 +111,7 @@ class TransferDelayed(Message, frozen=True):
     reason: str
 
 
+#: What an engine tells of a batch.
 TransferNews = TransferSent | TransferMined | TransferConfirmed | TransferFailed | TransferDelayed
 
 

@@ -15,16 +15,18 @@ import sys
 import tarfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import trio
+from click.testing import CliRunner
 from engine import admin, busybox_tar, import_image
 from patience import patience
 
+from golem.cli import main
 from golem.docker_archive import ArchiveError, image_config, layer_tar, normalise, write_archive
 from golem.local_engine import LocalEngine
 from golem.localnet import LocalNet, LocalNode
@@ -35,7 +37,7 @@ integration = pytest.mark.integration
 
 
 @pytest.fixture(scope="module")
-def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalNode]:
+def node_of_all(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalNode]:
     net = LocalNet(tmp_path_factory.mktemp("images"))
     try:
         yield trio.run(net.start_node, "alice")
@@ -43,24 +45,48 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalNode]:
         trio.run(net.stop)
 
 
-def golem(node: LocalNode, *arguments: str, host: str = NOWHERE) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "golem.cli", "--data-dir", str(node.data_dir), *arguments]
-    return subprocess.run(line, capture_output=True, text=True, timeout=patience(60), env={**os.environ, "DOCKER_HOST": host})
+@pytest.fixture
+def node(node_of_all: LocalNode) -> Iterator[LocalNode]:
+    """The node of this file; however a test ends, the next one finds no image there."""
+    try:
+        yield node_of_all
+    finally:
+        for tag in {row["tag"] for row in answer(node_of_all, "list")} - {""}:
+            answer(node_of_all, "remove", tag)
+        answer(node_of_all, "remove", "--untagged")
+        assert answer(node_of_all, "list") == []
+
+
+def golem(node: LocalNode, *arguments: str, host: str = NOWHERE) -> Any:
+    """Run a command in this process, as the script `golem` does, and return click's result."""
+    return CliRunner().invoke(main, ["--data-dir", str(node.data_dir), *arguments], env={"DOCKER_HOST": host})
 
 
 def answer(node: LocalNode, *arguments: str, host: str = NOWHERE) -> Any:
     result = golem(node, "--json", "image", *arguments, host=host)
-    assert result.returncode == 0, result.stderr
+    assert result.exit_code == 0, result.output
     return json.loads(result.stdout)
 
 
 def refused(node: LocalNode, *arguments: str, host: str = NOWHERE) -> str:
     result = golem(node, "image", *arguments, host=host)
-    assert result.returncode == 1, result
+    assert result.exit_code == 1, result.output
     assert result.stdout == ""
     assert result.stderr.startswith("Error: ")
     assert "Traceback" not in result.stderr
     return result.stderr
+
+
+def parts(folder: Path) -> list[str]:
+    """Return what is on its way into a node's store, or was left on it."""
+    return [name for name in os.listdir(folder) if name.endswith(".part")]
+
+
+def until(holds: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + patience(60)
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def archive_of(*layers: bytes) -> bytes:
@@ -137,7 +163,7 @@ def test_pushes_that_cannot_be_say_why(node: LocalNode, tmp_path: Path) -> None:
     assert "expected the socket of an Engine on this machine" in refused(node, "push", "alpine", host="tcp://127.0.0.1:1")
     assert "no image 'gone'" in refused(node, "show", "gone")
     assert "no image 'gone'" in refused(node, "remove", "gone")
-    assert golem(node, "image", "remove").returncode == 2
+    assert golem(node, "image", "remove").exit_code == 2
     assert os.listdir(node.data_dir / "images") in ([], ["index.json"])
 
 
@@ -150,17 +176,11 @@ def test_an_interrupted_push_leaves_nothing(node: LocalNode, tmp_path: Path) -> 
     line = [sys.executable, "-m", "golem.cli", "--data-dir", str(node.data_dir), "image", "push", str(large)]
     process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
     folder = node.data_dir / "images"
-    deadline = time.monotonic() + patience(20)
-    while not any(name.endswith(".part") for name in os.listdir(folder)):
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.02)
+    until(lambda: parts(folder) or process.poll() is not None)
     process.send_signal(signal.SIGINT)
     assert "called off" in process.communicate(timeout=patience(20))[1]
     assert process.returncode != 0
-    while any(name.endswith(".part") for name in os.listdir(folder)):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    until(lambda: not parts(folder))
     assert answer(node, "list") == []
 
 
@@ -193,7 +213,7 @@ def test_a_docker_tag_has_one_hash(node: LocalNode, engine: LocalEngine, tmp_pat
         client.load_image(archive)
         assert client.inspect_image(image_id)["Config"]["Env"] == ["PATH=/bin"]
         assert "docker pull team/gone?" in refused(node, "push", "team/gone", host=engine.host)
-        assert [name for name in os.listdir(node.data_dir / "images") if name.endswith(".part")] == []
+        assert parts(node.data_dir / "images") == []
     finally:
         client.remove_image(image_id, force=True)
         client.close()
@@ -245,7 +265,7 @@ def test_an_engine_that_breaks_off(node: LocalNode, tmp_path: Path, refuses: boo
             assert words in refused(node, "push", "broken:1", host=f"unix://{tmp_path / 's'}")
         finally:
             server.shutdown()
-    assert [name for name in os.listdir(node.data_dir / "images") if name.endswith(".part")] == []
+    assert parts(node.data_dir / "images") == []
 
 
 # -- archives

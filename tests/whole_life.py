@@ -30,6 +30,7 @@ from protocol.ledger import (
     IssueDebitNote,
     IssueInvoice,
     PaymentSigned,
+    Recall,
     SendDocument,
     SignPayment,
 )
@@ -203,11 +204,17 @@ def bill(life: Life, requestor: str, provider: str, kind: str, document_id: str,
 
 
 def live(keys: list[bytes]) -> Life:
-    """Play trades of the first node with the second, of the third with the second, and of the first with the third."""
+    """Play trades of the first node with the second, of the third with the second, and of the first with the third.
+
+    In the end all ask one another what was signed.
+    """
     life = Life(keys)
     first, second, third = list(life.keys)[:3]
     trade(life, first, second, 1)
     trade(life, third, second, 2)
     trade(life, first, third, 3)
+    for node in life.keys:  # their disks were restored, says somebody
+        life.ask(node, "ledger", Recall())
+    life.pass_time(700.0)
     return life
 

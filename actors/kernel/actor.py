@@ -33,6 +33,7 @@ from actors.kernel.machine import (
 )
 from actors.kernel.mailbox import (
     BATCH,
+    BATCH_BYTES,
     BATCH_S,
     CAPACITY,
     RETIRED,
@@ -74,12 +75,14 @@ class Batch:
     releases: list[Release] = field(default_factory=list)
     published: list[Publish] = field(default_factory=list)
     sent: dict[str, int] = field(default_factory=dict)
+    answers: list[tuple[str, int, int]] = field(default_factory=list)  # to who asked: recipient, number, size
+    posted_bytes: int = 0
     heads: dict[str, tuple[int, float]] = field(default_factory=dict)  # of feeds: number and time of the last event
 
     @property
     def over(self) -> bool:
-        """Return whether the time of the batch is over."""
-        return trio.current_time() >= self.until
+        """Return whether the batch has taken its time, or has enough to send."""
+        return self.posted_bytes >= BATCH_BYTES or trio.current_time() >= self.until
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,7 +290,11 @@ class Actor(Mailbox):
             return
         stranger = link.sender in self._strangers or not position.epoch
         position = position.under(link.epoch)
+        node = node_of(link.sender)
         for e, behind in fresh(link, position):
+            if node != self.system.node and self.system.answers.is_full(node, batch.answers):
+                link.note = "busy"  # until it has taken what it asked for before
+                break
             outcome = self._take_envelope(e, batch)
             if outcome in (Outcome.CRASH, Outcome.WAITS):
                 link.note = "crash" if outcome is Outcome.CRASH else "damaged row"
@@ -302,7 +309,7 @@ class Actor(Mailbox):
             if batch.over and e is not link.envelopes[-1]:
                 batch.links.remove(link)  # it is not answered before its rest was taken as well
                 self._backlog.append(link)
-                self._cut_short = node_of(link.sender)
+                self._cut_short = node
                 break
         link.stand(position)
 
@@ -369,6 +376,9 @@ class Actor(Mailbox):
                 recipient = to if "/" in to else f"{self.system.node}/{to}"
                 seq = batch.sent[recipient] = self._last_sent(recipient, batch) + 1
                 commit.outbox.append((recipient, Posted(seq, meta.now + deadline_s, meta.trace, body)))
+                batch.posted_bytes += len(body)
+                if node_of(recipient) == node_of(meta.sender) != self.system.node:
+                    batch.answers.append((recipient, seq, len(body)))
             case Reply(message):
                 if ask is not None:
                     ask.reply = message
@@ -421,6 +431,8 @@ class Actor(Mailbox):
             self.rows.committed(commit.rows)
             self._positions.update(commit.inbox)
             self._sent.update(batch.sent)
+            for recipient, seq, size in batch.answers:
+                self.system.answers.add(self.name, recipient, seq, size)
             for relink in commit.relinked:
                 self._sent.pop(relink.recipient, None)
         for link in batch.links:

@@ -60,10 +60,11 @@ class Alarms:
                     await self._changed.wait()
                 continue
             now = system.now()
-            self._next = now + CLOCK_LOOK_S
+            later = journal.next_alarm(now)
+            self._next = min(now + CLOCK_LOOK_S, math.inf if later is None else later)
             for name in journal.actors_due(now):
                 await self._bring(name, now)
-            with trio.move_on_after(CLOCK_LOOK_S):
+            with trio.move_on_after(max(self._next - system.now(), 0.0)):
                 await self._changed.wait()
 
     async def _bring(self, name: str, now: float) -> None:

@@ -18,13 +18,13 @@ from actors.kernel.journal import Posted
 from actors.kernel.lineage import Lower, Marks, Relink, agreed, boot_at
 from actors.kernel.machine import LinkDown
 from actors.kernel.mailbox import RETIRED, LinkBroken
-from protocol.codec import MAX_BATCH, Ack, Envelope, decode_ack, encode_batch
+from protocol.codec import MAX_BATCH, MAX_UNDER_WAY, Ack, Envelope, decode_ack, encode_batch
 from protocol.types import PeerLost, Violation, node_of
 
 if TYPE_CHECKING:
     from actors.kernel.system import System
 
-WINDOW = 256  # messages of a link under way
+WINDOW = MAX_UNDER_WAY - MAX_BATCH  # messages of a link under way
 FRAMES = 4  # frames of a link under way
 FRAME_BYTES = 1 << 20
 EXCHANGE_TIMEOUT_S = 10.0

@@ -6,10 +6,13 @@ ready together share one (`Journal.commit`). Nothing leaves the process before i
 
 from __future__ import annotations
 
+import math
 import os
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 from zlib import crc32
 
 import trio
@@ -186,7 +189,7 @@ class Waiting:
     written: bool = False
 
 
-class Journal:
+class Journal(trio.abc.Instrument):
     """Opens the file, reads committed state, writes commits, in the order of the calls, while `run` runs.
 
     `path=":memory:"` or `threads=False` writes inline on one connection (simulation); otherwise a worker thread writes
@@ -220,6 +223,7 @@ class Journal:
         self._queue: list[Waiting] = []
         self._wake = trio.Event()
         self._started = trio.Event()
+        self._looks = False  # reads between two checkpoints are one transaction
         self.ended = False  # `run` is over: nothing is written any more
         self._acks: Acks = {}  # written with a commit
         self._acks_under_way: Acks = {}
@@ -236,7 +240,9 @@ class Journal:
             db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10)
             if path != ":memory:":
                 os.chmod(path, 0o600)
-            db.execute("pragma journal_mode=wal")
+            mode = db.execute("pragma journal_mode=wal").fetchone()[0]
+            if path != ":memory:" and mode != "wal":
+                raise JournalError(f"cannot open the journal {path}: its file system allows no write-ahead log ({mode})")
             db.execute(f"pragma synchronous={synchronous}")
             db.execute("pragma wal_autocheckpoint=2000")
         except (sqlite3.Error, OSError) as error:
@@ -273,9 +279,20 @@ class Journal:
         self._writer.close()
 
     # -- reading committed state (event loop)
+    def _read(self, query: str, values: tuple[Any, ...] = ()) -> sqlite3.Cursor:
+        """Read. All reads of a task between two of its checkpoints see the same state, while the writer goes on."""
+        if self._looks and not self._reader.in_transaction:
+            self._reader.execute("begin")
+        return self._reader.execute(query, values)
+
+    def after_task_step(self, task: Any) -> None:
+        """A task (of whatever part of the process) has come to a checkpoint: what it read belongs together."""
+        if self._reader.in_transaction:
+            self._reader.execute("commit")
+
     def row(self, actor: str, key: str) -> bytes | None:
         """Return a row as it is stored (see `sealed`)."""
-        found = self._reader.execute("select body from row where actor=? and key=?", (actor, key)).fetchone()
+        found = self._read("select body from row where actor=? and key=?", (actor, key)).fetchone()
         return found[0] if found else None
 
     def rows(self, actor: str, prefix: str) -> Iterator[tuple[str, bytes]]:
@@ -285,7 +302,7 @@ class Journal:
         query = "select key, body from row where actor=? and key>=? and key<? order by key limit ?"
         after, end = prefix, prefix + "\U0010ffff"
         while True:
-            found = self._reader.execute(query, (actor, after, end, READ_AT_ONCE)).fetchall()
+            found = self._read(query, (actor, after, end, READ_AT_ONCE)).fetchall()
             yield from found
             if len(found) < READ_AT_ONCE:
                 return
@@ -293,12 +310,12 @@ class Journal:
 
     def position(self, actor: str, sender: str) -> Position:
         query = "select epoch, seq, retired, boots from inbox where actor=? and sender=?"
-        row = self._reader.execute(query, (actor, sender)).fetchone()
+        row = self._read(query, (actor, sender)).fetchone()
         return Position(row[0], row[1], tuple(row[2].split()), tuple(row[3].split())) if row else Position()
 
     def outgoing(self, actor: str, recipient: str) -> Outgoing:
         query = "select epoch, seq, acked from sent where actor=? and recipient=?"
-        found = self._reader.execute(query, (actor, recipient)).fetchone()
+        found = self._read(query, (actor, recipient)).fetchone()
         return Outgoing(*found) if found else Outgoing()
 
     def last_sent(self, actor: str, recipient: str) -> int:
@@ -307,7 +324,7 @@ class Journal:
     def marks(self, actor: str, recipient: str) -> Marks:
         """Return which starts numbered the messages of a link; those before the last acknowledged one may be missing."""
         query = "select first, boot from mark where actor=? and recipient=? order by first"
-        return tuple(f"{first}:{boot}" for first, boot in self._reader.execute(query, (actor, recipient)))
+        return tuple(f"{first}:{boot}" for first, boot in self._read(query, (actor, recipient)))
 
     def new_epoch(self) -> str:
         """Return a name for a new numbering of a link, used once."""
@@ -317,81 +334,81 @@ class Journal:
     def pending(self, actor: str, recipient: str, after: int, limit: int) -> list[Posted]:
         """Return at most `limit` unacknowledged messages of a link behind sequence number `after`."""
         query = "select seq, deadline, trace, body from outbox where actor=? and recipient=? and seq>? order by seq limit ?"
-        return [Posted(*found) for found in self._reader.execute(query, (actor, recipient, after, limit))]
+        return [Posted(*found) for found in self._read(query, (actor, recipient, after, limit))]
 
     def posted(self, actor: str, recipient: str, seq: int) -> Posted | None:
         query = "select seq, deadline, trace, body from outbox where actor=? and recipient=? and seq=?"
-        found = self._reader.execute(query, (actor, recipient, seq)).fetchone()
+        found = self._read(query, (actor, recipient, seq)).fetchone()
         return Posted(*found) if found else None
 
     def links(self) -> list[tuple[str, str]]:
         """Return (actor, recipient) of all links with something to deliver."""
-        return self._reader.execute("select distinct actor, recipient from outbox").fetchall()
+        return self._read("select distinct actor, recipient from outbox").fetchall()
 
     def links_to(self, node: str) -> list[tuple[str, str]]:
         """Return (actor, recipient) of links to the actors of a node, of which something was acknowledged."""
         query = "select actor, recipient from sent where recipient>? and recipient<? and acked>0 and recipient not like ? limit ?"
-        return self._reader.execute(query, (f"{node}/", f"{node}/\U0010ffff", f"{node}/%:%", ASKED_LINKS)).fetchall()
+        return self._read(query, (f"{node}/", f"{node}/\U0010ffff", f"{node}/%:%", ASKED_LINKS)).fetchall()
 
     def overdue(self, actor: str, now: float, limit: int = ALARMS_AT_ONCE) -> list[tuple[str, int]]:
         """Return (recipient, seq) of an actor's messages whose deadline has passed and that nobody acknowledged."""
         query = "select recipient, seq from outbox where actor=? and deadline<=? order by deadline, recipient, seq limit ?"
-        found = self._reader.execute(query, (actor, now, limit))
+        found = self._read(query, (actor, now, limit))
         return [(recipient, seq) for recipient, seq in found if self.acked(actor, recipient) < seq]
 
     def due(self, actor: str, now: float, limit: int = ALARMS_AT_ONCE) -> list[Timer]:
         """Return an actor's timers whose time has come, earliest first."""
         query = "select actor, key, at, trace, body from timer where actor=? and at<=? order by at, key limit ?"
-        return [Timer(*found) for found in self._reader.execute(query, (actor, now, limit))]
+        return [Timer(*found) for found in self._read(query, (actor, now, limit))]
 
     def actors_due(self, now: float) -> list[str]:
         """Return the actors that have a timer or a deadline whose time has come."""
         query = "select actor from timer where at<=? union select actor from outbox where deadline<=? order by 1"
-        return [actor for (actor,) in self._reader.execute(query, (now, now))]
+        return [actor for (actor,) in self._read(query, (now, now))]
 
     def timer(self, actor: str, key: str) -> Timer | None:
         query = "select actor, key, at, trace, body from timer where actor=? and key=?"
-        found = self._reader.execute(query, (actor, key)).fetchone()
+        found = self._read(query, (actor, key)).fetchone()
         return Timer(*found) if found else None
 
-    def next_alarm(self) -> float | None:
-        """Return the time of the earliest timer or deadline, `None` if there is none."""
-        first = self._reader.execute("select min(at) from timer").fetchone()[0]
-        second = self._reader.execute("select min(deadline) from outbox").fetchone()[0]
+    def next_alarm(self, after: float = -math.inf) -> float | None:
+        """Return the time of the earliest timer or deadline behind `after`, `None` if there is none."""
+        first = self._read("select min(at) from timer where at>?", (after,)).fetchone()[0]
+        second = self._read("select min(deadline) from outbox where deadline>?", (after,)).fetchone()[0]
         return min((at for at in (first, second) if at is not None), default=None)
 
     def feed_head(self, feed: str) -> tuple[int, float]:
-        found = self._reader.execute("select seq, at from feed_head where name=?", (feed,)).fetchone()
+        found = self._read("select seq, at from feed_head where name=?", (feed,)).fetchone()
         return (found[0], found[1]) if found else (0, 0.0)
 
     def events(self, feed: str, after_seq: int, limit: int) -> list[Event]:
         query = "select seq, at, body from feed where name=? and seq>? order by seq limit ?"
-        return [Event(*found) for found in self._reader.execute(query, (feed, after_seq, limit))]
+        return [Event(*found) for found in self._read(query, (feed, after_seq, limit))]
 
     def events_after(self, feed: str, after_at: float, limit: int) -> list[Event]:
         query = "select seq, at, body from feed where name=? and at>? order by seq limit ?"
-        return [Event(*found) for found in self._reader.execute(query, (feed, after_at, limit))]
+        return [Event(*found) for found in self._read(query, (feed, after_at, limit))]
 
     def quarantined(self) -> list[SetAside]:
         """Return the messages that were set aside, oldest first, without their bodies."""
         query = "select at, sender, epoch, seq, trace, error, x'', local, actor, id from quarantine order by id"
-        return [SetAside(*found) for found in self._reader.execute(query)]
+        return [SetAside(*found) for found in self._read(query)]
 
     def set_aside(self, number: int) -> SetAside | None:
         """Return one message of the quarantine, whole."""
         query = "select at, sender, epoch, seq, trace, error, body, local, actor, id from quarantine where id=?"
-        found = self._reader.execute(query, (number,)).fetchone()
+        found = self._read(query, (number,)).fetchone()
         return SetAside(*found) if found else None
 
     def senders_set_aside(self, actor: str) -> list[str]:
         """Return whose messages to an actor are in quarantine."""
         query = "select distinct sender from quarantine where actor=?"
-        return [sender for (sender,) in self._reader.execute(query, (actor,))]
+        return [sender for (sender,) in self._read(query, (actor,))]
 
     def refused(self, actor: str, sender: str, epoch: str, first: int, last: int) -> tuple[int, ...]:
         """Return which messages of a part of a link are in quarantine."""
         query = "select seq from quarantine where actor=? and sender=? and epoch=? and seq between ? and ? order by seq"
-        return tuple(seq for (seq,) in self._reader.execute(query, (actor, sender, epoch, first, last)))
+        return tuple(seq for (seq,) in self._read(query, (actor, sender, epoch, first, last)))
 
     def acked(self, actor: str, recipient: str) -> int:
         """Return up to where a link is known to be acknowledged."""
@@ -433,6 +450,9 @@ class Journal:
         """Serve commits, all that are ready in one transaction. Runs as long as the process' actors do."""
         batch: list[Waiting] = []
         self._started.set()
+        if self._threads:
+            trio.lowlevel.add_instrument(self)
+            self._looks = True
         try:
             while True:
                 await self._wake.wait()
@@ -451,8 +471,18 @@ class Journal:
                         waiting.done.set()
         finally:
             self.ended = True
+            if self._looks:
+                self._looks = False
+                trio.lowlevel.remove_instrument(self)
+                self.after_task_step(None)
             for waiting in (*batch, *self._queue):
                 waiting.done.set()
+
+    @asynccontextmanager
+    async def stopped(self) -> AsyncIterator[None]:
+        """Write no transaction for the length of the block: commits wait (a backup is taken)."""
+        async with self._limiter:
+            yield
 
     async def _store(self, commits: list[Commit], acks: Acks) -> None:
         """Write one transaction. Once begun in its thread, it is not cancelled."""

@@ -14,13 +14,14 @@ import trio
 from actors.kernel.journal import KEPT_QUARANTINED, Commit, SetAside, Timer
 from actors.kernel.lineage import Lower, Position, Relink
 from actors.kernel.machine import ActorFailed, Busy, Machine, Port
-from protocol.codec import Decoder, Envelope
+from protocol.codec import MAX_UNDER_WAY, Decoder, Envelope
 from protocol.types import Message, PeerLost, Undelivered, Violation, node_of
 
 if TYPE_CHECKING:
     from actors.kernel.system import System
 
 BATCH = 64  # deliveries taken at once
+BATCH_BYTES = 4 << 20  # of messages to be sent, after which a batch is committed
 BATCH_S = 0.01  # a batch is committed after so long, and others get their turn
 CAPACITY = 256  # deliveries in a mailbox; more is `Busy` for edges and peers
 CRASHES_BEFORE_QUARANTINE = 3
@@ -247,11 +248,15 @@ class Mailbox:
         return True
 
     def answer(self, link: LinkBatch) -> None:
-        """Acknowledge a frame, now that all it says is committed: also which of its messages were set aside."""
-        if link.sender in self._set_aside and link.envelopes:
-            first, last = link.envelopes[0].seq, link.envelopes[-1].seq
-            link.refused = self.system.journal.refused(self.name, link.sender, link.epoch, first, last)
+        """Acknowledge a frame, now that all it says is committed."""
+        self.name_refused(link)
         link.done.set()
+
+    def name_refused(self, link: LinkBatch) -> None:
+        """Add to an acknowledgement which messages were set aside."""
+        if link.sender in self._set_aside:  # in whichever frame: an acknowledgement counts for all before it
+            first = link.have - MAX_UNDER_WAY
+            link.refused = self.system.journal.refused(self.name, link.sender, link.epoch, first, link.have)
 
     def release(self, release: Release) -> tuple[SetAside, Message] | None:
         """Return what is to be handled after all; None, with the error noted, when it is not there any more."""

@@ -15,6 +15,8 @@ import trio
 
 from actors.kernel.actor import Actor
 from actors.kernel.alarms import Alarms
+from actors.kernel.answers import Answers
+from actors.kernel.complaints import Complaints
 from actors.kernel.courier import Courier
 from actors.kernel.feed import Feeds
 from actors.kernel.journal import Commit, Journal, JournalError, Posted, RowDamaged, SetAside
@@ -83,8 +85,9 @@ class System:
         self._new_links: set[tuple[str, str]] = set()
         self._ask: set[tuple[str, str]] = set()  # links whose recipients are to be asked where they stand
         self._links_changed = trio.Event()
-        self.alarms = Alarms(self)
+        self.alarms, self.answers = Alarms(self), Answers()
         self.violations: deque[Line] = deque(maxlen=256)
+        self._complaints = Complaints()
         self._damaged: dict[tuple[str, str], str] = {}  # (actor, key) -> why
 
     # -- wiring
@@ -200,7 +203,8 @@ class System:
         if node_of(first.sender) != self.node and not actor.takes_peers:  # here, where it leaves no row behind
             raise Violation(f"{actor.name} takes no mail from other nodes")
         link, quota = LinkBatch(batch), (node_of(peer), actor.name)
-        if self._taking.get(quota, 0) >= PEER_FRAMES or self._taking_bytes + len(frame) > TAKEN_BYTES:
+        crowded = self._taking.get(quota, 0) >= PEER_FRAMES or self._taking_bytes + len(frame) > TAKEN_BYTES
+        if crowded or self.answers.is_full(quota[0]):
             return await self._busy(actor.name, link)
         try:
             actor.offer(link)
@@ -221,7 +225,8 @@ class System:
     async def _busy(self, actor: str, link: LinkBatch) -> bytes:
         await trio.lowlevel.checkpoint()  # whoever comes again at once must not keep the others from running
         link.stand(self.journal.position(actor, link.sender))
-        return encode_ack(Ack(link.have, "busy", link.boots))
+        self._actors[actor].name_refused(link)
+        return encode_ack(Ack(link.have, "busy", link.boots, link.refused))
 
     async def deliver_local(self, batch: list[Envelope]) -> Ack:
         """Take a batch from an actor of this process; waits for room in the mailbox (couriers may block, actors not)."""
@@ -260,7 +265,10 @@ class System:
                 self._new_links.add((actor, recipient))
                 self._links_changed.set()
         self.alarms.committed(commit)
+        for recipient, seq in commit.expired:
+            self.answers.expired(actor, recipient, seq)
         for mend in commit.relinked:
+            self.answers.renumbered(actor, mend.recipient)
             if courier := self._couriers.get((actor, mend.recipient)):
                 courier.restart()
         for feed in {name for name, _ in commit.events}.union(commit.dropped_feeds):
@@ -270,6 +278,7 @@ class System:
 
     def acknowledged(self, actor: str, recipient: str, seq: int) -> None:
         """A recipient has committed a link up to `seq`; the outbox forgets it with the next transaction."""
+        self.answers.done(actor, recipient, seq)
         self.journal.acknowledge(actor, recipient, seq)
 
     def heard(self, actor: str, recipient: str) -> None:
@@ -289,7 +298,11 @@ class System:
     def log_violation(self, actor: str, meta: Meta, violation: Violation) -> None:
         line = Line(meta.now, meta.trace, actor, meta.sender, "", (str(violation)[:300],), "violation")
         self.violations.append(line)
-        log.warning("%s broke the protocol with %s: %s", meta.sender, actor, str(violation)[:300])
+        held = self._complaints.held_back(node_of(meta.sender), meta.now)
+        if held is None:
+            return
+        more = f" (and {held} times before)" if held else ""
+        log.warning("%s broke the protocol with %s: %s%s", meta.sender, actor, str(violation)[:300], more)
         if self._step_log:
             self._step_log(line)
 

@@ -28,7 +28,8 @@ import trio
 
 from golem.chain import faucet, token
 from golem.chain.draft import NO_FUNDS, Drafts, Unowed, Wait, WouldFail
-from golem.chain.evidence import Evidence, Payment, Shown, Story, Unclear, View, newest, silence
+from golem.chain.evidence import Evidence, Payment, Shown, Story, Unclear, View, newest
+from golem.chain.genesis import check_genesis
 from golem.chain.networks import Network
 from golem.chain.problem import Problem
 from golem.chain.rpc import Head, Receipt, Rpc, RpcError
@@ -85,6 +86,7 @@ class Engine:
         self._problems: list[Problem] = []
         self._reviewed = False  # has the chain, since the start, still what was final?
         self._looks: dict[str, int] = {}  # what was found, and how often in a row
+        self._refused: dict[str, tuple[float, Problem]] = {}  # batch that the token refuses -> when to try again
         self._unclear: dict[int, Unclear] = {}  # transaction -> what the RPCs say of it
         self._gap = (-1, 0)  # a nonce before our first open one that nobody uses, and looks in a row that saw it
         self._told: dict[str, str] = {}  # batch id -> reason last said, so that each is said once
@@ -96,9 +98,12 @@ class Engine:
         return token.MAX_PAYEES if self.network.multi_transfer else 1
 
     async def submit(self, batch: TransferBatch) -> None:
-        """Take a batch, durably; a repeat changes nothing (a finished one is announced again). ValueError if wrong."""
+        """Take a batch, durably; a repeat changes nothing (a finished one is announced again). ValueError if wrong,
+        OrdersTaken if an order in it is, or may be, paid by another batch."""
         if not 1 <= len(batch.payees) <= self.max_payees:
             raise ValueError(f"{len(batch.payees)} payees: {self.network.name} takes 1 to {self.max_payees} a batch")
+        if batch.orders and len(batch.orders) != len(batch.payees):
+            raise ValueError(f"orders for {len(batch.orders)} of {len(batch.payees)} payees")
         for payee, amount_wei in batch.payees:
             address_bytes(payee)
             if not 0 < amount_wei <= token.MAX_PACKED_WEI:
@@ -122,6 +127,10 @@ class Engine:
             busy = self.store.open() or self.store.queued() or self.store.unannounced() or not self._reviewed
             with trio.move_on_after(self.network.poll_s if busy else float("inf")):
                 await self._wake.wait()
+
+    def wake(self) -> None:
+        """Look again now."""
+        self._wake.set()
 
     def close(self) -> None:
         """Close the store. After `run` has ended."""
@@ -151,6 +160,7 @@ class Engine:
             agreed = await self._advance(views, problems)
             if self.store.queued() and complete and agreed:
                 await self.evidence.one_chain(views)
+                self._mind_hold(views)
                 await self._assign(views, problems)
         except Wait as wait:
             problems.append(wait.problem)
@@ -160,10 +170,27 @@ class Engine:
             kind = FAULTS.get(error.kind, "RpcError")
             problems.append(Problem(kind, str(error), self.address, chain_id=self.network.chain_id))
             self._checked = False  # who knows what answers next
-        if problems:
+        if general := [problem.detail for problem in problems if not problem.batch_id]:
             oldest = [tx.batch_id for tx in self.store.open()][:1] + [row.batch.batch_id for row in self.store.queued()][:1]
             for batch_id in oldest:
-                await self._tell_stuck(batch_id, problems[-1].detail)
+                await self._tell_stuck(batch_id, general[-1])
+
+    def _mind_hold(self, views: Sequence[View]) -> None:
+        """A restored file may not know what was paid since. If the account has sent nothing since, there is nothing to know.
+        Raises Wait."""
+        reason = self.store.held()
+        if not reason:
+            return
+        unknown = max(view.count for view in views) - self.store.next_nonce()
+        if self._again("nothing sent since", unknown <= 0):
+            self.store.release()
+            return
+        if unknown <= 0:
+            text = f"{reason}; whether its account has sent anything since is asked {PATIENT_LOOKS} times"
+            raise Wait(Problem("CantSign", text, self.address, chain_id=self.network.chain_id))
+        text = f"{reason}, and {unknown} transactions have left its account since, which may have paid what is to be paid now: "
+        text += "see that peers have told what was paid (golem payment status), then golem payment resume"
+        raise Wait(Problem("CantSign", text, self.address, chain_id=self.network.chain_id))
 
     def _contradicted(self, unclear: Unclear) -> Problem:
         return Problem("RpcError", f"RPCs contradict one another, nothing is sent: {unclear}", self.address)
@@ -178,35 +205,9 @@ class Engine:
     # -- the chain under us
 
     async def _check_chain(self, problems: list[Problem]) -> None:
-        """Is this the chain that our rows are about? A dev chain made anew has the same id and another genesis."""
-        if self._checked:
-            return
-        said, silent = await self.evidence.each(self.evidence.witnesses(), lambda each: each.ask(self.rpc.genesis_hash))
-        if not said:
-            raise silence(self.network, silent)
-        stories = [Story(witness.name, f"genesis {genesis[:18]}...") for witness, genesis in said]
-        hashes = {genesis for _, genesis in said}
-        if len(hashes) > 1 and not self.store.ever_signed():
-            raise Unclear(stories, contradiction=True)
-        known = self.store.bind_genesis(self.network.chain, min(hashes))
-        if known in hashes:
-            for witness, genesis in said:
-                witness.endpoint.stranger = genesis != known
-                if witness.endpoint.stranger:
-                    text = f"{witness.name} serves another chain of the same id, genesis {genesis[:18]}...: it is not used"
-                    problems.append(Problem("InvalidChainId", text, self.address, chain_id=self.network.chain_id))
-            self._checked = len(hashes) == 1 and not silent
-            return
-        if silent or len(hashes) > 1:  # those that are silent may be the ones that know our chain
-            text = f"no RPC that answers serves the chain {known[:18]}...: " + "; ".join(map(": ".join, stories))
-            raise Wait(Problem("InvalidChainId", text, self.address, chain_id=self.network.chain_id))
-        (genesis,) = hashes
-        if not self.network.dev_faucet and self.store.ever_signed():
-            text = f"the chain behind {self.network.name} was replaced by another one: its genesis is {genesis[:18]}..., "
-            text += f"the payments in this node's chain.db were made on {known[:18]}..."
-            raise Wait(Problem("InvalidChainId", text, self.address, chain_id=self.network.chain_id))
-        self.store.change_chain(self.network.chain, genesis)  # play money of a chain that is gone: begin again
-        self._checked = True
+        if not self._checked:
+            found, self._checked = await check_genesis(self.evidence, self.rpc, self.store, self.network, self.address)
+            problems += found
 
     def _review(self, views: Sequence[View], problems: list[Problem]) -> bool:
         """Has the chain still what was final? If it says that nonces of ours are free again (a reorganisation deeper than
@@ -418,6 +419,10 @@ class Engine:
 
     async def _assign(self, views: Sequence[View], problems: list[Problem]) -> None:
         for row in self.store.queued():
+            again_at, problem = self._refused.get(row.batch.batch_id, (0.0, None))
+            if problem and self._clock() < again_at:
+                problems.append(problem)
+                continue
             try:
                 tx_id = await self.drafts.payment(row.batch, views)
             except WouldFail as wait:
@@ -434,6 +439,7 @@ class Engine:
                     await self._broadcast(self.store.tx(wait.first), self.store.attempts(wait.first)[0], [])
                 await self._tell_stuck(row.batch.batch_id, wait.problem.detail)
                 return  # later batches must not overtake: the oldest is paid first
+            self._refused.pop(row.batch.batch_id, None)
             await self._broadcast(self.store.tx(tx_id), self.store.attempts(tx_id)[0], problems)
 
     async def _single_out(self, batch: TransferBatch, wait: WouldFail, problems: list[Problem]) -> None:
@@ -446,7 +452,8 @@ class Engine:
         if refused and len(refused) < len(batch.payees):
             self.store.refuse(batch.batch_id, detail, tuple(refused))
             return
-        problems.append(Problem("TxStuck", detail, self.address))
+        problems.append(Problem("TxStuck", detail, self.address, batch_id=batch.batch_id))
+        self._refused[batch.batch_id] = self._clock() + self.network.stuck_s, problems[-1]
         await self._tell_stuck(batch.batch_id, detail)
 
     # -- telling
@@ -470,7 +477,7 @@ class Engine:
         if patient and tx.batch_id:
             text = f"it is not clear what became of payment {tx.batch_id}, nonce {tx.nonce}. {unclear}. It is not paid "
             text += f"anew before the RPCs agree, or a person says so: `golem payment decide {tx.batch_id}`"
-            problems.append(Problem("TxStuck", text, self.address))
+            problems.append(Problem("TxStuck", text, self.address, batch_id=tx.batch_id))
             await self._tell_stuck(tx.batch_id, text)
 
     async def _announce(self) -> None:

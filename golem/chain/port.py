@@ -31,12 +31,14 @@ from golem.chain.problem import Problem
 from golem.chain.purse import MAX_AGE_S, Held, Purses
 from golem.chain.rpc import Head, Rpc, RpcError
 from golem.chain.signer import Key
-from golem.chain.store import TransferBatch
+from golem.chain.store import OrdersTaken, TransferBatch
 from golem.chain.totals import totals
 from golem.chain.verify import NotYet, Rejected, verify_transfer
 from golem.chain.vouch import Vouch, voucher
-from protocol.types import Message, Violation, address, amount, to_wei
+from protocol.types import Message, Violation, address, amount, amount_text, from_wei, to_wei
 from protocol.wallet import (
+    KnownBatch,
+    OrdersKnown,
     Transfer,
     TransferFailed,
     TransferNews,
@@ -179,6 +181,14 @@ class Chain:
         if isinstance(message, Transfer):
             try:
                 await self._submit(message)
+            except OrdersTaken as taken:
+                batches = tuple(
+                    KnownBatch(
+                        batch.batch_id, tuple((payee, amount_text(from_wei(wei))) for payee, wei in batch.payees), batch.orders
+                    )
+                    for batch in taken.batches
+                )
+                return [Send("wallet", OrdersKnown(message.batch_id, batches))]
             except (ValueError, KeyError) as error:
                 return [Send("wallet", TransferFailed(message.batch_id, _words(error)))]
         elif isinstance(message, VerifyTransfer):
@@ -193,7 +203,8 @@ class Chain:
         if transfer.payer.lower() != self.address:
             raise ValueError(f"this node holds no key of {transfer.payer[:50]}")
         payees = tuple((payee, to_wei(amount(text))) for payee, text in transfer.payees)
-        await self._engines[network.chain].submit(TransferBatch(transfer.batch_id, payees))
+        batch = TransferBatch(transfer.batch_id, payees, transfer.orders)
+        await self._engines[network.chain].submit(batch)
 
     def _claim(self, claim: VerifyTransfer) -> None:
         self.networks.by_platform(claim.platform)
@@ -271,6 +282,14 @@ class Chain:
             | ({"simulatedBy": row.simulated_by} if row.simulated_by else {})
             for row in self.networks
         ]
+
+    def release(self, network: str) -> bool:
+        """Sign payments again after a restore: a person says that it is known what was paid. False if nothing was held."""
+        engine = self._engines[self.networks.by_name(network).chain]
+        held = bool(engine.store.held())
+        engine.store.release()
+        engine.wake()
+        return held
 
     def batch_sizes(self) -> dict[str, int]:
         """Payees that one transaction takes, by platform."""

@@ -52,6 +52,18 @@ def init(network: str | None, **_: Any) -> None:
     nothing()
 
 
+@payment.command("resume")
+@_network_options
+def resume(network: str | None, **_: Any) -> None:
+    """Sign payments again after a restore.
+
+    A restored node holds its payments where its account has sent transactions since the backup: they may have paid what it
+    would pay now. Peers tell it what was paid; see `golem payment status` before.
+    """
+    held = ask_node("payment_resume", network=network)
+    text("Payments go on." if held else "Nothing was held back.")
+
+
 @payment.command("status")
 @_network_options
 @click.option("--last", hidden=True)

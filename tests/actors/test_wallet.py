@@ -116,6 +116,18 @@ def test_a_failed_transfer_frees_its_orders_for_batches_of_their_own() -> None:
     assert (desk.order("a").state, desk.order("b").state) == ("PAID", "BATCHED")
 
 
+def test_a_payee_who_cannot_be_paid_leaves_the_others_in_one_batch() -> None:
+    desk = Desk()
+    for name, payee in (("a", 1), ("b", 2), ("c", 3)):
+        desk.pay(name, payee)
+    (batch,) = desk.cycle()
+    desk.chain(TransferFailed(batch.batch_id, "the token refuses 2", (f"0x{2:040x}",)))
+    assert [desk.order(name).tries for name in "abc"] == [0, 1, 0]
+    again = desk.cycle()
+    assert sorted(len(batch.payees) for batch in again) == [1, 2]
+    assert ((f"0x{2:040x}", "1"),) in [batch.payees for batch in again]
+
+
 def test_an_order_is_given_up_visibly_and_taken_up_by_hand() -> None:
     desk = Desk()
     desk.pay("a", 1)

@@ -24,7 +24,9 @@ FAULTS = (
     "stale-counts",  # a cache in front of it
     "stale-head",  # everything as it was when the fault began
     "empty-bodies",  # block bodies without the transactions
-    "forged-bodies",  # a fork: another transaction of the same key in the place of ours, and ours unknown
+    "blank",  # the same, and no receipts nor transactions
+    "forged-bodies",  # another transaction of the same key in the place of ours, and ours unknown
+    "fork",  # the same, and no log of ours either: believed alone, it proves that nothing was paid
     "other-chain",  # the same id, another genesis
     "other-id",
     "refused-sends",  # each send gets an error and goes nowhere
@@ -33,6 +35,7 @@ FAULTS = (
     "flapping",  # another fault, or none, with each call
 )
 
+FLAPS = tuple(fault for fault in FAULTS if fault not in ("fork", "flapping"))
 SEND_ERRORS = ("nonce too low", "insufficient funds for gas * price + value", "internal error", "already known")
 EMPTY_NAMES = ("eth_getTransactionReceipt", "eth_getTransactionByHash")
 
@@ -68,7 +71,7 @@ class Blind(httpx.AsyncHTTPTransport):
         host, method, params = request.url.host, call["method"], call["params"]
         fault = self.faults.get(host, "")
         if fault == "flapping":
-            fault = self.dice.choice((*FAULTS[:-1], "", "", "", ""))
+            fault = self.dice.choice((*FLAPS, "", "", "", ""))
         if fault == "down":
             raise httpx.ConnectError("refused")
         answer = await self._answer(fault, method, params, self.since.get(host, 0))
@@ -77,7 +80,7 @@ class Blind(httpx.AsyncHTTPTransport):
     async def _answer(self, fault: str, method: str, params: list[Any], since: int) -> dict[str, Any]:
         receipts, transactions = EMPTY_NAMES
         hidden = {"null-receipts": [receipts], "null-transactions": [transactions]}.get(fault, [])
-        if method in hidden or (fault in ("null-both", "forged-bodies") and method in EMPTY_NAMES):
+        if method in hidden or (fault in ("null-both", "blank", "forged-bodies", "fork") and method in EMPTY_NAMES):
             return {"result": None}
         if method == "eth_sendRawTransaction" and fault in ("refused-sends", "lost-replies"):
             if fault == "lost-replies":
@@ -91,10 +94,12 @@ class Blind(httpx.AsyncHTTPTransport):
             return await self._stale(method, params, since)
         answer = await self._ask(self.url, method, params)
         if method == "eth_getBlockByNumber" and len(params) > 1 and params[1] and answer.get("result"):
-            if fault == "empty-bodies":
+            if fault in ("empty-bodies", "blank"):
                 answer["result"]["transactions"] = []
-            elif fault == "forged-bodies":
+            elif fault in ("forged-bodies", "fork"):
                 answer["result"]["transactions"] = [self._forged(tx) for tx in answer["result"]["transactions"]]
+        if method == "eth_getLogs" and fault == "fork" and answer.get("result"):
+            answer["result"] = [log for log in answer["result"] if log["topics"][1][-40:] != self.key.address[2:]]
         return answer
 
     async def _stale(self, method: str, params: list[Any], since: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
-from chain_support import GLM, GWEI, Faulty, Lab, address_of, anvil, devchain, find_anvil, key_of, payer
+from chain_support import GLM, GWEI, Faulty, Lab, Payer, address_of, anvil, devchain, find_anvil, key_of, payer
 from support import trio_test
 
 from golem.chain import token
@@ -455,3 +455,35 @@ async def test_a_flipped_bit_of_a_transaction_is_not_signed_with_a_higher_fee(la
         await wallet.engine.step()
         assert any(problem.kind == "CantSign" and "damaged" in problem.detail for problem in wallet.engine.problems())
         assert len(wallet.told(TransferSent)) == 1
+
+
+NOBODY = "0x" + "00" * 20  # the token refuses to move anything there, as others refuse those on their black list
+
+
+@trio_test
+async def test_a_payee_whom_the_token_refuses_is_named_and_the_others_are_paid(lab: Lab, db: Path) -> None:
+    key, good = lab.rich("black list"), [address_of(f"good payee {i}") for i in range(3)]
+    async with payer(lab, key, db) as wallet:
+        await wallet.pay("b1", (good[0], GLM), (NOBODY, GLM), (good[1], GLM))
+        failed = await wallet.until(TransferFailed)
+        assert failed.refused == (NOBODY,)
+        assert f"refuses a transfer to {NOBODY}" in failed.reason
+        assert lab.nonce(key.address) == 2, "test money and the approval: nothing was sent that could not be paid"
+        await wallet.pay("b2", (NOBODY, GLM))
+        await wallet.pay("b3", (good[0], GLM), (good[1], GLM))
+        await wallet.pay("b4", (good[2], GLM))
+        for batch_id in ("b3", "b4"):
+            while batch_id not in [event.batch_id for event in wallet.told(TransferConfirmed)]:
+                await wallet.until(TransferConfirmed)
+                await steps(wallet)
+        assert wallet.problems == ["TxStuck"]
+        assert NOBODY in wallet.engine.problems()[0].detail
+        assert [event.batch_id for event in wallet.told(TransferDelayed) if NOBODY in event.reason] == ["b2"]
+    assert [lab.tokens(payee) for payee in good] == [GLM] * 3
+
+
+async def steps(wallet: Payer) -> None:
+    for _ in range(4):
+        await wallet.engine.step()
+        wallet.lab.mine()
+        wallet.clock.now += 0.1

@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from chain_support import GWEI, Lab, anvil, devchain, find_anvil
-from matrix import Case, History, cases
+from matrix import Case, History, PaidTwice, cases
 from support import trio_test
 
 from golem.chain import pool
+from golem.chain.bodies import BodyTx
+from golem.chain.engine import Engine
+from golem.chain.evidence import Evidence, Payment, Use, View, Witness
+from golem.chain.store import TxRow
 
 SEEDS = int(os.environ.get("MATRIX_SEEDS", "0"))
-SAMPLE = 30  # cases of each pool size in an ordinary run
+SAMPLES = {"devchain": 12, "anvil": 6}  # cases of each pool size in an ordinary run
 
 
 class Scene(NamedTuple):
@@ -60,14 +64,93 @@ def run(scene: Scene, tmp_path: Path, chosen: list[Case]) -> None:
     body()
 
 
-def sample(size: int, seed: int) -> list[Case]:
-    """Every case in some run: each seed has others of them."""
-    found = cases((size,), seed)
-    return found if SEEDS else random.Random(seed).sample(found, min(SAMPLE, len(found)))
+def sample(scene: Scene, size: int, seed: int) -> list[Case]:
+    """A few of the cases; all of them where more seeds were asked for."""
+    found = cases(size, seed)
+    return found if SEEDS else random.Random(seed).sample(found, SAMPLES[scene.lab.kind])
 
 
 @pytest.mark.parametrize("seed", range(max(SEEDS, 1)))
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.timeout(3600)
 def test_whatever_the_rpcs_hide_each_debt_is_paid_once(scene: Scene, tmp_path: Path, size: int, seed: int) -> None:
-    run(scene, tmp_path, sample(size, seed))
+    run(scene, tmp_path, sample(scene, size, seed))
+
+
+# -- mutants: each forgets one part of the rule
+
+
+async def _old_rule(engine: Engine, tx: TxRow, views: list[View]) -> None:
+    """A nonce that is used and a receipt that is missing, three looks in a row: the payment is lost."""
+    await engine._moneyless_taken(tx, views)
+
+
+def old_rule(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Engine, "_nonce_taken", _old_rule)
+    receipts = Evidence.receipts
+    patch.setattr(Evidence, "receipts", lambda self, views, hashes: receipts(self, views[:1], hashes))
+
+
+def no_block_evidence(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Engine, "_nonce_taken", _old_rule)  # but the receipts of all RPCs count
+
+
+def one_endpoint(patch: pytest.MonkeyPatch) -> None:
+    witnesses = Evidence.witnesses
+    patch.setattr(Evidence, "witnesses", lambda self: witnesses(self)[:1])
+
+
+def no_logs(patch: pytest.MonkeyPatch) -> None:
+    async def transfers(*_: Any) -> dict[str, int]:
+        return {}
+
+    patch.setattr(Witness, "transfers", transfers)
+
+
+def silence_agrees(patch: pytest.MonkeyPatch) -> None:
+    each = Evidence.each
+
+    async def heard(self: Evidence, witnesses: Any, question: Any) -> Any:
+        return (await each(self, witnesses, question))[0], []
+
+    patch.setattr(Evidence, "each", heard)
+
+
+def unsigned_bodies(patch: pytest.MonkeyPatch) -> None:
+    """What took the nonce need not be shown: an empty block is believed as well."""
+    use = Evidence._use
+
+    async def believed(self: Evidence, view: View, payment: Payment) -> Any:
+        found = await use(self, view, payment)
+        if isinstance(found, Use) or view.count <= payment.nonce:
+            return found
+        block = max(0, view.head.number - self._network.depth)
+        other = BodyTx("0x" + "0" * 64, self._address, payment.nonce, "", b"", 0, True)
+        return Use(view, block, await view.witness.block_hash(block) or "", other)
+
+    patch.setattr(Evidence, "_use", believed)
+    no_logs(patch)
+
+
+HUNTS = {  # mutant -> size of the pool, and the faults that some RPC must have in the cases that hunt it
+    old_rule: (2, {"null-both", "null-receipts"}),
+    no_block_evidence: (1, {"null-both", "null-receipts"}),
+    one_endpoint: (2, {"fork"}),
+    no_logs: (1, {"forged-bodies"}),
+    silence_agrees: (2, {"fork"}),
+    unsigned_bodies: (1, {"blank"}),
+}
+HUNTERS = 30  # cases at most, until one catches the mutant
+
+
+@pytest.mark.parametrize("mutant", HUNTS, ids=lambda mutant: mutant.__name__)
+def test_the_matrix_catches_a_mutant(
+    scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mutant: Callable[[pytest.MonkeyPatch], None]
+) -> None:
+    if scene.lab.kind != "devchain":
+        pytest.skip("one chain is enough to see that the matrix can fail")
+    size, faults = HUNTS[mutant]
+    mutant(monkeypatch)
+    hunting = [case for seed in range(20) for case in cases(size, seed) if faults & {fault for _, fault in case.blind}]
+    with pytest.raises(PaidTwice):
+        run(scene, tmp_path, hunting[:HUNTERS])

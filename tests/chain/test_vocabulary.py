@@ -28,7 +28,7 @@ def said(*files: str) -> set[str]:
 
 def test_the_real_chain_says_all_that_is_listened_to() -> None:
     assert said(*REAL) == heard()
-    assert len(heard()) == 7
+    assert {"TransferSent", "TransferMined", "TransferConfirmed", "TransferFailed", "TransferDelayed"} <= heard()
 
 
 @pytest.mark.parametrize("file", SIMULATED)

@@ -37,6 +37,8 @@ from protocol.market import Announced, PeerUp
 from protocol.signing import node_id_of, sign
 from protocol.types import Message, Violation, actor_of, address, digest
 from protocol.wallet import (
+    KnownBatch,
+    OrdersKnown,
     Transfer,
     TransferConfirmed,
     TransferDelayed,
@@ -76,6 +78,9 @@ class ChainPort:
     async def handle(self, message: Message, meta: Meta) -> Sequence[Send]:
         await self.world.pause(1)
         if isinstance(message, Transfer):
+            if known := self.world.taken(message):
+                batches = tuple(KnownBatch(batch.batch_id, batch.payees, batch.orders) for batch in known)
+                return [Send("wallet", OrdersKnown(message.batch_id, batches))]
             self.world.submit(self.host.name, message)
         elif isinstance(message, VerifyTransfer) and not self.world.chance(0.2):  # or it is forgotten
             self.claims[message.claim_id] = message
@@ -325,6 +330,16 @@ class MarketWorld(World):
         if self.batches.setdefault(transfer.batch_id, transfer) != transfer:
             raise Broken(f"batch {transfer.batch_id} has two contents")
         self.submitted.setdefault(node, {})[transfer.batch_id] = transfer
+
+    def taken(self, transfer: Transfer) -> list[Transfer]:
+        """Return the other batches that paid, or may pay, orders of this one."""
+        orders = {order_id for ids in transfer.orders for order_id in ids}
+        return [
+            other for other in self.batches.values()
+            if other.payer == transfer.payer and other.batch_id != transfer.batch_id
+            and not isinstance(self.outcomes.get(other.batch_id), TransferFailed)
+            and orders & {order_id for ids in other.orders for order_id in ids}
+        ]  # fmt: skip
 
     def mine_batch(self, transfer: Transfer) -> Message:
         """Say how a batch fares; once mined or failed it stays so, and pays once."""

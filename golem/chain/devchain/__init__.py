@@ -92,7 +92,7 @@ def _spawn(directory: Path, arguments: tuple[str, ...]) -> subprocess.Popen[byte
     log = directory / LOG_NAME
     if log.exists() and log.stat().st_size > LOG_LIMIT:
         log.replace(directory / (LOG_NAME + ".old"))
-    command = python_line("golem.chain.devchain", "--data-dir", str(directory), *arguments)
+    command = python_line("golem.chain.devchain", "--data-dir", str(directory), "--max-log", str(LOG_LIMIT), *arguments)
     with log.open("ab") as out:
         child = subprocess.Popen(
             command,
