@@ -14,3 +14,4 @@ class Problem:
     address: str
     needed_wei: int = 0
     chain_id: int = 0
+    batch_id: str = ""  # whose alone it is
