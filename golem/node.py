@@ -17,8 +17,9 @@ import socket
 import time
 import uuid
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
+from io import TextIOWrapper
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any
@@ -255,7 +256,16 @@ def step_log(data_dir: Path) -> Any:
     """Return the sink of trace lines: `<data_dir>/steps.log`, rotated, read by `golem trace`."""
     handler = RotatingFileHandler(data_dir / "steps.log", maxBytes=STEP_LOG_BYTES, backupCount=STEP_LOG_FILES)
     handler.setFormatter(logging.Formatter("%(message)s"))
-    handler.handleError = lambda record: None  # type: ignore[method-assign]  # a full disk: the journal has the say
+
+    def begin_anew(_record: logging.LogRecord) -> None:
+        """A full disk: the journal has the say. What is in the buffer is dropped, the next line opens the file again."""
+        stream: TextIOWrapper | None = handler.stream
+        handler.stream = None  # type: ignore[assignment]
+        with suppress(OSError):
+            if stream is not None:
+                stream.close()
+
+    handler.handleError = begin_anew  # type: ignore[method-assign]
     logger = logging.Logger("golem.steps", logging.INFO)
     logger.addHandler(handler)
 
