@@ -349,9 +349,9 @@ async def test_a_nonce_that_paid_nothing_and_is_free_again_is_used_up(lab: Lab, 
             await wallet.engine.step()
     lab.do(key, address_of("elsewhere"), value=1, gas=21_000)
     async with payer(lab, key, db) as wallet:
-        await wallet.until(NonceLost)
+        await wallet.until(TransferFailed)
         await wallet.pay("b1 anew", (payee, GLM))
-        await wallet.until(Confirmed)
+        await wallet.until(TransferConfirmed)
         (first,) = wallet.engine.store.attempts(wallet.engine.store.txs_of_batch("b1")[0].id)
         lab.call("evm_revert", snapshot)  # the other transaction is gone: b1 could be mined after all
     async with payer(lab, key, db) as wallet:
