@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from decimal import ROUND_DOWN, Context, Decimal
 
-from protocol.provider import Capacity
+from protocol.provider import Capacity, Kept
 from protocol.types import WEI_DIGITS, Message, amount_text
 
 # of an agreement
@@ -172,6 +172,12 @@ class DocumentRow(Message, frozen=True):
     number: int
 
 
+class TaskRow(Message, frozen=True):
+    """`task/<key>`: something that the port was asked to do, and has not said to be over."""
+
+    message: Kept
+
+
 ProviderRow = (
     AgentRow
     | CursorRow
@@ -184,6 +190,7 @@ ProviderRow = (
     | ActivityRow
     | NoteRow
     | DocumentRow
+    | TaskRow
 )
 
 

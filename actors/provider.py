@@ -71,6 +71,7 @@ from protocol.provider import (
     SessionNamed,
     StopAgent,
     StopUnit,
+    TaskEnded,
     TerminationEnded,
     Timer,
     UnitExited,
@@ -132,6 +133,12 @@ def _started(turn: Turn, message: AgentStarted) -> None:
     for _, row in list(turn.prefix("agreement/")):
         _resume_agreement(turn, row)
     offers.reconcile(turn, message.offers, again=True)
+    for _, task in list(turn.prefix("task/")):
+        turn.rest(task.message)
+
+
+def _task_ended(turn: Turn, message: TaskEnded) -> None:
+    turn.put(f"task/{message.key}", None)
 
 
 def _resume_agreement(turn: Turn, row: AgreementRow) -> None:
@@ -221,6 +228,7 @@ _HANDLERS: dict[type, Callable[[Turn, Any], None]] = {
     OfferPublished: offers.published,
     OfferLost: offers.lost,
     TerminationEnded: _termination_ended,
+    TaskEnded: _task_ended,
     UnitRunning: agreements.unit_running,
     UnitExited: agreements.unit_exited,
     IdleDue: agreements.idle_due,
