@@ -27,6 +27,7 @@ from actors._ledger_rows import (
     Agreement,
     In,
     PaymentDocument,
+    Told,
     minus,
     total_of,
 )
@@ -47,6 +48,9 @@ def agreement_approved(draft: MoneyDraft, me: str, fact: AgreementApproved) -> N
     demand, offer = json.loads(fact.demand_properties), json.loads(fact.offer_properties)
     terms = payment_terms(demand, offer, fact.requestor, fact.provider)
     provides = fact.role == "Provider"
+    peer = fact.requestor if provides else fact.provider
+    if draft.row(Told, f"told/{peer}") is None:
+        draft.put(f"told/{peer}", Told())
     if not provides:
         _prices(draft, fact.agreement_id, demand, offer)
     draft.put(
@@ -54,7 +58,7 @@ def agreement_approved(draft: MoneyDraft, me: str, fact: AgreementApproved) -> N
         Agreement(
             agreement_id=fact.agreement_id,
             role=PAYEE if provides else PAYER,
-            peer=fact.requestor if provides else fact.provider,
+            peer=peer,
             platform=terms.platform,
             payee_addr=terms.payee_addr,
             payer_addr=terms.payer_addr,

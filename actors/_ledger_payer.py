@@ -97,7 +97,7 @@ def accept(draft: MoneyDraft, me: str, command: AcceptDocument) -> None:
     added = owe(draft, row)
     charge(draft, allocation, added)
     if added > 0:
-        _order(draft, row, agreement, allocation.allocation_id, added)
+        order(draft, row, agreement, allocation.allocation_id, added)
     waiting = "accepted; payment ordered" if added > 0 else "accepted; earlier payment orders cover it"
     row = put(draft, row, status=ACCEPTED, waiting=waiting, acceptance=command.acceptance.signature)
     draft.put(f"open/{row.agreement_id}/{row.kind}/{row.document_id}", Open(row.kind, row.document_id))
@@ -261,10 +261,11 @@ def cancel_requested(draft: MoneyDraft, me: str, message: InvoiceCancelRequested
         draft.send(draft.meta.sender, InvoiceCancelled(message.invoice_id))
 
 
-def _order(draft: MoneyDraft, row: PaymentDocument, agreement: Agreement, allocation_id: str, added: Decimal) -> None:
+def order(draft: MoneyDraft, row: PaymentDocument, agreement: Agreement, allocation_id: str, added: Decimal) -> None:
+    """Order the payment of what accepting a document added to the debt."""
     order_id = f"{row.kind}:{row.document_id}"
     assert draft.row(Order, f"order/{order_id}") is None, f"{order_id} is ordered twice"
-    order = Order(
+    new = Order(
         kind=row.kind,
         document_id=row.document_id,
         agreement_id=row.agreement_id,
@@ -277,11 +278,11 @@ def _order(draft: MoneyDraft, row: PaymentDocument, agreement: Agreement, alloca
         amount=amount_text(added),
         ordered_at=draft.now,
     )
-    draft.put(f"order/{order_id}", order)
-    draft.put(f"ordered/{order.agreement_id}/{order_id}", Open(row.kind, row.document_id))
-    debt = draft.row(Owed, f"owed/{order.platform}") or Owed()
-    draft.put(f"owed/{order.platform}", Owed(amount_text(total_of((debt.amount, added)))))
-    draft.send("wallet", PayOut(order_id, order.platform, order.payer_addr, order.payee_addr, order.amount))
+    draft.put(f"order/{order_id}", new)
+    draft.put(f"ordered/{new.agreement_id}/{order_id}", Open(row.kind, row.document_id))
+    debt = draft.row(Owed, f"owed/{new.platform}") or Owed()
+    draft.put(f"owed/{new.platform}", Owed(amount_text(total_of((debt.amount, added)))))
+    draft.send("wallet", PayOut(order_id, new.platform, new.payer_addr, new.payee_addr, new.amount))
 
 
 def _peer_amount(text: str) -> Decimal:

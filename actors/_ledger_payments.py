@@ -165,6 +165,51 @@ def _offer_later(draft: MoneyDraft, row: Payment, reason: str) -> None:
         )
 
 
+def booked_again(draft: MoneyDraft, document: Document, body: PaymentBody) -> None:
+    """Book a payment of our own that we had forgotten; its payee, who gives it back, has verified it on chain."""
+    agreement_ids = [part.agreement_id for part in body.agreement_payments]
+    for part in body.activity_payments:
+        activity = draft.row(Activity, f"activity/{part.activity_id}")
+        agreement_ids.append(activity.agreement_id if activity is not None else "")
+    agreements = [draft.row(Agreement, f"agreement/{agreement_id}") for agreement_id in agreement_ids]
+    if any(row is None or (row.role, row.peer) != (PAYER, body.payee_id) for row in agreements):
+        return  # what it was for was forgotten as well, and cannot be paid again either
+    row = Payment(
+        payment_id=body.payment_id,
+        role=PAYER,
+        peer=body.payee_id,
+        state=ACKNOWLEDGED,
+        body=document.body,
+        signature=document.signature,
+        tx_hash=_tx_hash(body.details),
+        platform=body.payment_platform,
+        amount=body.amount,
+        recorded_at=draft.now,
+    )
+    draft.put(f"payment/{row.payment_id}", row)
+    for part in body.activity_payments:
+        _owe_what_is_paid(draft, part)
+    _book(draft, body)
+    for agreement in (draft.row(Agreement, f"agreement/{agreement_id}") for agreement_id in dict.fromkeys(agreement_ids)):
+        if agreement is not None and Decimal(agreement.paid) > Decimal(agreement.accepted):
+            draft.put(f"agreement/{agreement.agreement_id}", replace(agreement, accepted=agreement.paid))
+    draft.emit("payments", _event(draft, row))
+
+
+def _owe_what_is_paid(draft: MoneyDraft, part: ActivityPayment) -> None:
+    """What was paid for an activity had been accepted: nothing of it is to be owed once more."""
+    activity = draft.row(Activity, f"activity/{part.activity_id}")
+    assert activity is not None, part
+    more = minus(total_of((activity.paid, part.amount)), activity.accepted)
+    if more > 0:
+        accepted = amount_text(total_of((activity.accepted, more)))
+        draft.put(f"activity/{part.activity_id}", replace(activity, accepted=accepted))
+        agreement = draft.row(Agreement, f"agreement/{activity.agreement_id}")
+        assert agreement is not None, activity
+        accepted = amount_text(total_of((agreement.accepted, more)))
+        draft.put(f"agreement/{agreement.agreement_id}", replace(agreement, accepted=accepted))
+
+
 def pay_out_delayed(draft: MoneyDraft, me: str, fact: PayOutDelayed) -> None:
     """Say on the documents why their money does not move."""
     for order_id in fact.order_ids:
@@ -190,12 +235,13 @@ def payment_sent(draft: MoneyDraft, me: str, message: PaymentSent) -> None:
     if total_of(parts) != total:
         raise Violation("the parts of the payment do not make its amount")
     row = draft.row(Payment, f"payment/{body.payment_id}")
+    said = (PAYEE, sender, VERIFIED, tx_hash, amount_text(total))
+    if row is not None and (row.role, row.peer, row.state, row.tx_hash, row.amount) == said:
+        draft.send(draft.meta.sender, PaymentAcknowledged(body.payment_id, True))  # perhaps in new words: its disk went back
+        return
     if row is not None and (row.role != PAYEE or row.body != document.body):
         raise Violation(f"another payment with the id {body.payment_id} exists")
     if row is not None and row.state == VERIFYING:
-        return
-    if row is not None and row.state == VERIFIED:
-        draft.send(draft.meta.sender, PaymentAcknowledged(body.payment_id, True))
         return
     if row is not None and row.tries > RESEND_TRIES:
         draft.send(draft.meta.sender, PaymentAcknowledged(body.payment_id, False, row.reason))

@@ -3,8 +3,8 @@
 Keys: `allocation/<id>`, `agreement/<id>`, `activity/<id>`, `debit-note/<id>`, `invoice/<id>`, `order/<kind>:<id>`,
 `payment/<id>`, `tx/<hash>/<payer>/<payee>` (several platforms may be one chain, so none is named), `owed/<platform>`, and the
 indexes `open/<agreement>/<kind>/<id>` of accepted documents that are not settled and `ordered/<agreement>/<kind>:<id>` of
-orders. The payer's own: `pricing/<agreement>`, `refused/<agreement>`, and `clock`; the index `in/<agreement>/<activity>` is
-on both sides. All amounts are decimal text in GLM.
+orders. The payer's own: `pricing/<agreement>`, `refused/<agreement>`, and `clock`. On both sides: `told/<peer>`, and
+the index `in/<agreement>/<activity>`. All amounts are decimal text in GLM.
 """
 
 from __future__ import annotations
@@ -192,6 +192,12 @@ class Open(Message, frozen=True):
     document_id: str
 
 
+class Told(Message, frozen=True):
+    """When a peer was last told everything again. There is one for each peer of an agreement."""
+
+    at: float = 0.0
+
+
 class Owed(Message, frozen=True):
     """The sum of a platform's orders that are not paid yet: this money is still in the account, and not free."""
 
@@ -212,6 +218,7 @@ LedgerRow = (
     | TxClaims
     | Open
     | Owed
+    | Told
 )
 
 

@@ -58,7 +58,7 @@ from protocol.activity import (
 from protocol.codec import Decoder
 from protocol.exeunit import RunBatch, ScriptError, parse_script
 from protocol.negotiation import AgreementApproved, AgreementEnded
-from protocol.types import Refused, Undelivered, Violation, actor_of, address, node_of
+from protocol.types import PeerLost, Refused, Undelivered, Violation, actor_of, address, node_of
 
 REQUESTOR, PROVIDER = "Requestor", "Provider"
 CREATE_MARGIN_S = 5.0  # beyond what the requestor waits for
@@ -85,7 +85,7 @@ _SOURCES: dict[type, str] = {
     **dict.fromkeys((AgreementApproved, AgreementEnded), "negotiation"),
     **dict.fromkeys((CreateActivity, DestroyActivity, Exec), EDGE),
     **dict.fromkeys((CreateExpired, DestroyExpired, HeldExpired, BatchExpired, FeedExpired, UnitSilent), "activity"),
-    **dict.fromkeys((AgreementForgotten, Undelivered), "activity"),
+    **dict.fromkeys((AgreementForgotten, Undelivered, PeerLost), "activity"),
 }
 
 
@@ -109,6 +109,7 @@ class Activity:
         | UnitSilent
         | AgreementForgotten
         | Undelivered
+        | PeerLost
     )
     peer = ActivityRequested | DestroyRequested | StateChanged | UsageChanged | CommandResult
     rows = AgreementRow | ActivityRow | BatchRow | ResultRow | HeldRow
@@ -168,6 +169,8 @@ class Activity:
                 self._forget(changes, agreement_id, meta)
             case Undelivered():
                 self._undelivered(changes, message, meta)
+            case PeerLost(to):
+                self._tell_again(changes, node_of(to))
             case _:
                 raise Violation(f"no message for activities: {type(message).__name__}")
         return changes.step()
@@ -588,6 +591,14 @@ class Activity:
             request = DestroyRequested(row.activity_id)
             changes.do(Send(address(row.provider, self.name), request, REQUEST_DEADLINE_S))
         self._end(changes, row, UNREACHABLE, message.reason, meta)
+
+    def _tell_again(self, changes: Draft, peer: str) -> None:
+        """A disk went back in time, here or there: say again how activities stand, and which are to end."""
+        for _, row in list(changes.prefix("activity/")):
+            if row.role == PROVIDER and row.requestor == peer:
+                changes.do(self._tell_requestor(row))
+            elif row.role == REQUESTOR and row.provider == peer and row.destroying and not row.ended:
+                changes.do(Send(address(peer, self.name), DestroyRequested(row.activity_id), REQUEST_DEADLINE_S))
 
 
 __all__ = ["Activity", "ActivityRow", "AgreementRow", "BatchRow", "ResultRow", "batch_key", "result_key"]

@@ -345,6 +345,12 @@ def committed(draft: Draft, message: AgreementCommitted, meta: Meta) -> None:
     agreement = _from_peer(draft, message.agreement_id, REQUESTOR, meta)
     if not agreement or agreement.state in (APPROVED, TERMINATED):
         return
+    if not agreement.approved_signature and message.approval is not None and agreement.state == PENDING:
+        verify(message.approval, "approval", agreement.provider)  # we did approve, and forgot it with our disk
+        if message.approval.body != agreement.body:
+            raise Violation("the approval is of another agreement")
+        signature = message.approval.signature.hex()
+        agreement = replace(agreement, state=APPROVING, approved_signature=signature, approval_until=agreement.valid_to)
     if not agreement.approved_signature:
         raise Violation("a commit to an agreement that was not approved")
     if not 0 <= message.approved_at < 1e11:
@@ -366,9 +372,12 @@ def closed(draft: Draft, message: AgreementClosed, meta: Meta) -> None:
     agreement = _from_peer(draft, message.agreement_id, REQUESTOR, meta)
     if not agreement or agreement.state == message.state:
         return
+    reason = check_reason(message.reason) if message.reason else ""
+    if agreement.state == APPROVED and message.state == EXPIRED:  # it had committed, and lost the disk that knew it
+        moves.terminated_by(draft, agreement, REQUESTOR, reason, meta.now)
+        return
     if agreement.state in (APPROVED, TERMINATED) or message.state not in (CANCELLED, EXPIRED, REJECTED):
         raise Violation(state_error(agreement, message.state[:20], meta.now))
-    reason = check_reason(message.reason) if message.reason else ""
     if message.state == CANCELLED:
         moves.cancelled(draft, agreement, reason, meta.now)
     elif message.state == EXPIRED:
@@ -386,6 +395,9 @@ def terminated(draft: Draft, message: AgreementTerminated, meta: Meta) -> None:
     if message.terminator != (PROVIDER if agreement.role == REQUESTOR else REQUESTOR):
         raise Violation("who terminates says so of itself")
     reason = check_reason(message.reason)
+    if agreement.state == PENDING and not agreement.approved_signature:  # approved once, and forgotten here with a disk
+        (moves.refused if agreement.role == REQUESTOR else moves.cancelled)(draft, agreement, reason, meta.now)
+        return
     if agreement.state == APPROVED or (agreement.role == PROVIDER and agreement.state != TERMINATED):
         if not agreement.approved_signature:
             raise Violation(state_error(agreement, TERMINATED, meta.now))

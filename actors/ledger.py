@@ -9,8 +9,8 @@ Flow of one invoice (payee P, payer R): P issues and signs -> `DocumentSent` -> 
 allocation and order in one step -> `DocumentAccepted`; `PayOut` to the wallet -> `PaidOut` -> settled at R, payment
 signed -> `PaymentSent` -> P asks the chain -> settled at P -> `PaymentAcknowledged`.
 
-The machine has its parts in `_ledger_allocations`, `_ledger_documents` (`_payee`, `_payer`), `_ledger_payments`, its rows
-in `_ledger_rows`.
+The machine has its parts in `_ledger_allocations`, `_ledger_documents` (`_payee`, `_payer`), `_ledger_payments`,
+`_ledger_recall`, its rows in `_ledger_rows`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from actors import _ledger_documents as documents
 from actors import _ledger_payee as payee
 from actors import _ledger_payer as payer
 from actors import _ledger_payments as payments
+from actors import _ledger_recall as recalls
 from actors._ledger_audit import objection
 from actors._ledger_rows import (
     Activity,
@@ -53,6 +54,7 @@ from protocol.ledger import (
     AcceptDocument,
     AllocationTimeout,
     AmendAllocation,
+    AskAgain,
     CancelInvoice,
     ClockSeen,
     CreateAllocation,
@@ -68,15 +70,18 @@ from protocol.ledger import (
     PaymentAcknowledged,
     PaymentSent,
     PaymentSigned,
+    Recall,
+    Recalled,
     RejectInvoice,
     ReleaseAllocation,
     SendDocument,
     SendPaymentAgain,
     SignPayment,
+    TellAgain,
     VerifyAgain,
 )
 from protocol.negotiation import AgreementApproved, AgreementEnded
-from protocol.types import Undelivered
+from protocol.types import PeerLost, Undelivered
 from protocol.wallet import PaidOut, PayOut, PayOutDelayed, TransferRejected, TransferVerified, VerifyTransfer
 
 __all__ = [
@@ -114,6 +119,8 @@ _sent = Decoder[Any](
     | PayOut
     | SignPayment
     | VerifyTransfer
+    | AskAgain
+    | Recalled
 )
 
 
@@ -162,6 +169,11 @@ _HANDLERS: dict[type, _Handler] = {
     TransferVerified: payments.transfer_verified,
     TransferRejected: payments.transfer_rejected,
     VerifyAgain: payments.verify_again,
+    Recall: recalls.recall,
+    TellAgain: recalls.tell_again,
+    AskAgain: recalls.ask_again,
+    Recalled: recalls.recalled,
+    PeerLost: recalls.peer_lost,
     Undelivered: _undelivered,
 }
 
@@ -190,6 +202,9 @@ _SOURCES: dict[type, str] = {
     VerifyAgain: "ledger",
     SendPaymentAgain: "ledger",
     Undelivered: "ledger",
+    PeerLost: "ledger",
+    TellAgain: "ledger",
+    Recall: EDGE,
 }
 
 
@@ -220,7 +235,10 @@ class Ledger:
         | TransferVerified
         | TransferRejected
         | VerifyAgain
+        | Recall
+        | TellAgain
         | Undelivered
+        | PeerLost
     )
     peer = (
         DocumentSent
@@ -232,6 +250,8 @@ class Ledger:
         | InvoiceCancelled
         | PaymentSent
         | PaymentAcknowledged
+        | AskAgain
+        | Recalled
     )
     rows = LedgerRow
     sources = _SOURCES

@@ -11,7 +11,7 @@ Feeds: `demand/<id>` and `offer/<id>` for the agent's polls, `agreements` and `a
 
 from __future__ import annotations
 
-from actors import agreements, proposals
+from actors import agreement_recall, agreements, proposals
 from actors.agreement_rows import Agreement
 from actors.draft import Draft
 from actors.kernel.machine import Meta, Reply, Rows, Step
@@ -42,7 +42,7 @@ from protocol.negotiation import (
     RejectProposal,
     TerminateAgreement,
 )
-from protocol.types import Refused, Undelivered, Violation, node_of
+from protocol.types import PeerLost, Refused, Undelivered, Violation, node_of
 
 _peer = Decoder[PeerNegotiation](PeerNegotiation)
 
@@ -51,7 +51,7 @@ _SOURCES: dict[type, str] = {
     **dict.fromkeys((CounterProposal, RejectProposal, CreateAgreement, ConfirmAgreement, CancelAgreement), EDGE),
     **dict.fromkeys((ApproveAgreement, RejectAgreement, TerminateAgreement), EDGE),
     **dict.fromkeys((Matched, SubscriptionOpened, SubscriptionEnded), "market"),
-    **dict.fromkeys((AgreementDue, ForgetAgreement, ForgetProposals, Undelivered), "negotiation"),
+    **dict.fromkeys((AgreementDue, ForgetAgreement, ForgetProposals, Undelivered, PeerLost), "negotiation"),
 }
 
 
@@ -114,6 +114,8 @@ class Negotiation:
                 proposals.forget(draft, subscription_id, now)
             case Undelivered():
                 self._undelivered(draft, message, now)
+            case PeerLost(to):
+                agreement_recall.tell_again(draft, node_of(to), now)
 
     def _from_peer(self, draft: Draft, message: PeerNegotiation, meta: Meta) -> None:
         match message:

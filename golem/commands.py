@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from actors.kernel.journal import RowDamaged
+from golem.backup import BackupError, write_backup
 from golem.bus import BusPeer
 from golem.chain.networks import DRIVER, Network
 from golem.chain.rpc import RpcError
@@ -40,13 +41,14 @@ def command(function: Command) -> Command:
 def serve_commands(node: Node) -> None:
     """Answer the command line on the node's bus."""
     import golem.activity_commands  # they register their own
+    import golem.payment_commands
     import golem.quarantine_commands  # noqa: F401
 
     def handler(run: Command) -> Callable[[BusPeer, bytes], Awaitable[bytes]]:
         async def answer(client: BusPeer, payload: bytes) -> bytes:
             try:
                 return json.dumps(await run(node, json.loads(payload))).encode()
-            except (IdentityError, NetError, RpcError, RowDamaged, ValueError) as error:
+            except (BackupError, IdentityError, NetError, RpcError, RowDamaged, ValueError) as error:
                 raise RemoteError(str(error)) from None
             except (sqlite3.Error, OSError) as error:  # a full disk, for one: no bug of ours
                 raise RemoteError(f"the node could not do it: {error}") from None
@@ -71,6 +73,14 @@ async def status(node: Node, args: dict[str, Any]) -> Any:
         "version": VERSION, "uptime_s": round(time.time() - node.started_at, 1), "sessions": len(node.network.sessions()),
         "problem": node.health_problem(), **waiting(node),
     }  # fmt: skip
+
+
+@command
+async def backup(node: Node, args: dict[str, Any]) -> Any:
+    """Write a backup while the node runs."""
+    path = Path(args["path"])
+    async with node.system.journal.stopped():
+        return await trio.to_thread.run_sync(write_backup, node.config.data_dir, path, node.node_id)
 
 
 @command
@@ -220,6 +230,12 @@ async def payment_status(node: Node, args: dict[str, Any]) -> Any:
         "block_number": head.number if head else None,
         "block_datetime": timestamp_text(head.timestamp) if head else None, "address": node.node_id, "problems": problems,
     }  # fmt: skip
+
+
+@command
+async def payment_resume(node: Node, args: dict[str, Any]) -> Any:
+    """Sign payments again after a restore; returns whether any were held."""
+    return node.chain.release(args.get("network") or node.chain.default_network)
 
 
 async def _purse(node: Node, network: Network) -> tuple[dict[str, Any], str]:

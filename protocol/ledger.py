@@ -200,6 +200,10 @@ class CancelInvoice(Message, frozen=True):
     invoice_id: str
 
 
+class Recall(Message, frozen=True):
+    """This node was restored from a backup: ask all peers what was signed since."""
+
+
 # -- payee -> payer
 class DocumentSent(Message, frozen=True):
     """A debit note or an invoice."""
@@ -261,6 +265,23 @@ class PaymentSent(Message, frozen=True):
     """What a transaction paid, signed by the payer."""
 
     payment: Document
+
+
+# -- between ledgers, where a disk went back in time
+class AskAgain(Message, frozen=True):
+    """Tell me again what we have signed to each other: I may have forgotten some of it."""
+
+
+class TellAgain(Message, frozen=True):
+    """A ledger's timer: a peer may be told everything again."""
+
+    peer: str
+
+
+class Recalled(Message, frozen=True):
+    """A note, invoice, acceptance or payment that the recipient itself has signed, given back to it."""
+
+    document: Document
 
 
 # -- ledger <-> signer port

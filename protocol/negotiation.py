@@ -24,7 +24,7 @@ from protocol.market import (
 )
 from protocol.signing import Document
 from protocol.terms import MAX_CONSTRAINT_BYTES, Reason, TermsError, explain, flatten
-from protocol.types import Message, Undelivered, Violation, digest, timestamp_text
+from protocol.types import Message, PeerLost, Undelivered, Violation, digest, timestamp_text
 
 REQUESTOR, PROVIDER = "Requestor", "Provider"
 MAX_REASON_BYTES = 16 * 1024
@@ -84,10 +84,11 @@ class AgreementRejected(Message, frozen=True):
 
 
 class AgreementCommitted(Message, frozen=True):
-    """Requestor -> provider: the agreement is made."""
+    """Requestor -> provider: the agreement is made. `approval` is the provider's own, where its disk may have lost it."""
 
     agreement_id: str
     approved_at: float
+    approval: Document | None = None
 
 
 class AgreementClosed(Message, frozen=True):
@@ -279,7 +280,7 @@ class ForgetProposals(Message, frozen=True):
 LocalNegotiation = (
     CounterProposal | RejectProposal | CreateAgreement | ConfirmAgreement | CancelAgreement | ApproveAgreement
     | RejectAgreement | TerminateAgreement | Matched | SubscriptionOpened | SubscriptionEnded | AgreementDue
-    | ForgetAgreement | ForgetProposals | Undelivered
+    | ForgetAgreement | ForgetProposals | Undelivered | PeerLost
 )  # fmt: skip
 #: What other nodes may say.
 PeerNegotiation = (

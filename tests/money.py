@@ -31,10 +31,12 @@ from protocol.ledger import (
 )
 from protocol.negotiation import AgreementApproved
 from protocol.signing import Document, node_id_of, sign
-from protocol.types import Violation, actor_of, digest, node_of
+from protocol.types import PeerLost, Violation, actor_of, digest, node_of
 from protocol.wallet import (
-    NonceFloor,
+    KnownBatch,
+    OrdersKnown,
     Transfer,
+    TransferConfirmed,
     TransferDelayed,
     TransferFailed,
     TransferMined,
@@ -113,8 +115,31 @@ class World:
         self.outcomes: dict[str, tuple[str, str]] = {}  # batch id -> ("mined", hash) | ("failed", reason)
         self.transfers: list[tuple[str, str, str, Decimal]] = []  # hash, payer, payee, amount
         self.down: set[str] = set()  # nodes that cannot be reached
+        self.batches: dict[str, Transfer] = {}  # what the chain port has; it keeps an order to one batch that may pay
+        self.restored: set[str] = set()  # nodes whose disk went back in time
         self.violations: list[str] = []
         self.history: list[tuple[Node, str, str, bytes, bool]] = []
+
+    # -- disks that go back in time
+    def backup(self, node: Node) -> Any:
+        """Return the node's disk as it is now."""
+        return {name: dict(rows.raw) for name, rows in node.rows.items()}, dict(node.wakes)
+
+    def restore(self, node: Node, backup: Any) -> None:
+        """Put a backup back. What was under way to and from the node is gone, and its ledger and its peers' hear of it."""
+        raw, wakes = backup
+        for name, rows in node.rows.items():
+            rows.raw = dict(raw[name])
+        node.wakes = dict(wakes)
+        self.restored.add(node.id)
+        self.pool = [one for one in self.pool if node.id not in (node_of(one[0]), node_of(one[1]))]
+        for (sender, to), queue in self.links.items():
+            if node.id in (node_of(sender), node_of(to)):
+                queue.clear()
+        for peer in self.nodes:
+            if peer is not node:
+                self.tell(node, PeerLost(f"{peer.id}/ledger", 1, 2, here=True), f"{node.id}/ledger")
+                self.tell(peer, PeerLost(f"{node.id}/ledger", 1, 2), f"{peer.id}/ledger")
 
     # -- running machines
     def ask(self, node: Node, message: Any, actor: str = "ledger") -> Any:
@@ -225,6 +250,10 @@ class World:
 
     def _transfer(self, m: Transfer) -> list[Any]:
         if m.batch_id not in self.outcomes:
+            if known := self.batches_of(m):
+                batches = tuple(KnownBatch(b.batch_id, b.payees, b.orders) for b in known)
+                return [OrdersKnown(m.batch_id, batches)]
+            self.batches[m.batch_id] = m
             self._check_owed(m)
             tx_hash = "0x" + digest(m.batch_id)
             if self.faults and self.rng and self.rng.random() < 0.25:
@@ -234,14 +263,24 @@ class World:
                 self.transfers += [(tx_hash, m.payer, payee, Decimal(amount)) for payee, amount in m.payees]
         kind, text = self.outcomes[m.batch_id]
         if kind == "failed":
-            return [TransferFailed(m.batch_id, text), NonceFloor(m.platform, m.payer, m.nonce + 1)]
+            return [TransferFailed(m.batch_id, text)]
         if self.faults and self.rng and self.rng.random() < 0.5:
             return [
                 TransferDelayed(m.batch_id, "no gas"),
                 TransferSent(m.batch_id, text),
-                TransferMined(m.batch_id, text, 7, 21000, "0.001"),
+                TransferMined(m.batch_id, text, 7),
+                TransferConfirmed(m.batch_id, text, 7, 21000, "0.001"),
             ]
-        return [TransferMined(m.batch_id, text, 7, 21000, "0.001")]
+        return [TransferConfirmed(m.batch_id, text, 7, 21000, "0.001")]
+
+    def batches_of(self, m: Transfer) -> list[Transfer]:
+        """Return the batches that paid, or may pay, orders of this one."""
+        orders = {order_id for ids in m.orders for order_id in ids}
+        return [
+            other for other in self.batches.values()
+            if (other.platform, other.payer) == (m.platform, m.payer) and self.outcomes[other.batch_id][0] != "failed"
+            and orders & {order_id for ids in other.orders for order_id in ids}
+        ]  # fmt: skip
 
     def _check_owed(self, m: Transfer) -> None:
         """What the chain port looks at before it signs: signed documents bear out each order of the batch."""
@@ -267,11 +306,11 @@ class World:
                 assert spent == Decimal(allocation.spent) <= Decimal(allocation.total), allocation
             for agreement in node.all(Agreement, "agreement/"):
                 ordered = total_of(o.amount for o in orders if o.agreement_id == agreement.agreement_id)
-                if agreement.role == "payer":
+                if agreement.role == "payer" and node.id not in self.restored:
                     assert ordered == Decimal(agreement.accepted), agreement
                     assert Decimal(agreement.accepted) == self._agreed(node, agreement.agreement_id), agreement
                     assert Decimal(agreement.paid) <= Decimal(agreement.accepted), agreement
-            for payee in {order.payee_addr for order in orders}:
+            for payee in {order.payee_addr for order in orders if node.id not in self.restored}:
                 sent = total_of(a for _, payer, to, a in self.transfers if (payer, to) == (node.id, payee))
                 owed = total_of(order.amount for order in orders if order.payee_addr == payee)
                 assert sent <= owed, f"{sent} went to {payee}, {owed} is owed"

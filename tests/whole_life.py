@@ -30,6 +30,7 @@ from protocol.ledger import (
     IssueDebitNote,
     IssueInvoice,
     PaymentSigned,
+    Recall,
     SendDocument,
     SignPayment,
 )
@@ -37,7 +38,7 @@ from protocol.market import Announced, PublishDemand, PublishOffer
 from protocol.negotiation import ApproveAgreement, ConfirmAgreement, CounterProposal, CreateAgreement, TerminateAgreement
 from protocol.signing import node_id_of, sign
 from protocol.types import Message, actor_of, digest, node_of
-from protocol.wallet import Transfer, TransferMined, TransferVerified, VerifyTransfer
+from protocol.wallet import Transfer, TransferConfirmed, TransferVerified, VerifyTransfer
 
 ADDRESS = f"golem.com.payment.platform.{PLATFORM}.address"
 SCRIPT = '[{"deploy":{}},{"start":{}},{"run":{"entry_point":"x","args":["y"]}}]'
@@ -127,7 +128,7 @@ class Life(Nodes):
         node, actor = node_of(address), actor_of(address)
         match message:
             case Transfer(batch_id) if actor == "wallet" and f"batch/{batch_id}" in play.rows:
-                play.tell(TransferMined(batch_id, "0x" + digest(batch_id), 7, 21000, "0.001"))
+                play.tell(TransferConfirmed(batch_id, "0x" + digest(batch_id), 7, 21000, "0.001"))
             case SignPayment(payment_id, body) if actor == "ledger" and f"payment/{payment_id}" in play.rows:
                 if play.rows[f"payment/{payment_id}"].role != "payer":
                     return False
@@ -203,11 +204,17 @@ def bill(life: Life, requestor: str, provider: str, kind: str, document_id: str,
 
 
 def live(keys: list[bytes]) -> Life:
-    """Play trades of the first node with the second, of the third with the second, and of the first with the third."""
+    """Play trades of the first node with the second, of the third with the second, and of the first with the third.
+
+    In the end all ask one another what was signed.
+    """
     life = Life(keys)
     first, second, third = list(life.keys)[:3]
     trade(life, first, second, 1)
     trade(life, third, second, 2)
     trade(life, first, third, 3)
+    for node in life.keys:  # their disks were restored, says somebody
+        life.ask(node, "ledger", Recall())
+    life.pass_time(700.0)
     return life
 

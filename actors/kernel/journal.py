@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import os
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from zlib import crc32
@@ -476,6 +477,12 @@ class Journal(trio.abc.Instrument):
                 self.after_task_step(None)
             for waiting in (*batch, *self._queue):
                 waiting.done.set()
+
+    @asynccontextmanager
+    async def stopped(self) -> AsyncIterator[None]:
+        """Write no transaction for the length of the block: commits wait (a backup is taken)."""
+        async with self._limiter:
+            yield
 
     async def _store(self, commits: list[Commit], acks: Acks) -> None:
         """Write one transaction. Once begun in its thread, it is not cancelled."""

@@ -10,14 +10,17 @@ import json
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-SCHEMA_NUMBER = 1  # with each change of the tables one more
+SCHEMA_NUMBER = 4  # with each change of the tables one more
 SCHEMA = """
 create table batch(
-  account text, id text, nonce int, payees text, state text, reason text, announced int, seq integer primary key,
+  account text, id text, payees text, state text, reason text, announced int, seq integer primary key,
   refused text not null default '', unique(account, id));
+create table ordered(
+  account text, id text, batch text, payee int, primary key(account, id)) without rowid;
+create index ordered_batch on ordered(account, batch);
 create table tx(
   id integer primary key, account text, nonce int, kind text, batch text, recipient text, data blob, gas int,
   total_wei text, state text, block int, block_hash text, winner text, gas_used int, fee_wei text,
@@ -31,6 +34,8 @@ create table attempt(
   hash text, tx int, raw blob, max_fee text, priority_fee text, created real, head int, sends int,
   primary key(hash, tx));
 create index attempt_tx on attempt(tx);
+create table hold(account text primary key, reason text);
+create table generation(one int primary key, boot text);
 create table chain(id text primary key, genesis text);
 create table claim(
   id text primary key, platform text, tx_hash text, payer text, payee text, amount_wei text, claimed_wei text,
@@ -44,15 +49,26 @@ MAX_SEEN = 200  # remarks kept on a transaction
 
 @dataclass(frozen=True, slots=True)
 class TransferBatch:
-    """Pay these, once. `nonce` is the nonce the wallet expects; `payees` are (address, wei), 1 to 50."""
+    """Pay these, once: (address, wei), 1 to 50.
+
+    `orders` names the orders that each payee is paid for: no order is ever in two batches that may both pay.
+    """
 
     batch_id: str
-    nonce: int
     payees: tuple[tuple[str, int], ...]
+    orders: tuple[tuple[str, ...], ...] = ()
 
     @property
     def total_wei(self) -> int:
         return sum(amount_wei for _, amount_wei in self.payees)
+
+
+class OrdersTaken(Exception):
+    """Some orders of a batch are in others already, which paid them or may do so: `batches`, with all their orders."""
+
+    def __init__(self, batches: tuple[TransferBatch, ...]) -> None:
+        super().__init__(f"orders that are in other batches already: {', '.join(batch.batch_id for batch in batches)}")
+        self.batches = batches
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,17 +209,18 @@ class Store:
 
     def add_batch(self, batch: TransferBatch) -> bool:
         """False when the id is there already; then a finished batch will be announced again. ValueError when the same
-        id was given with other payees."""
+        id was given with other payees, OrdersTaken when an order is in another batch that has not failed for good."""
         payees = json.dumps(batch.payees)
         with self._transaction():
             row = self._sql.execute(
                 "select payees from batch where account=? and id=?", (self.account, batch.batch_id)
             ).fetchone()
             if row is None:
+                self._take_orders(batch)
                 self._sql.execute(
-                    "insert into batch(account, id, nonce, payees, state, reason, announced)"
-                    " values(?,?,?,?,'queued','',0)",
-                    (self.account, batch.batch_id, batch.nonce, payees),
+                    "insert into batch(account, id, payees, state, reason, announced)"
+                    " values(?,?,?,'queued','',0)",
+                    (self.account, batch.batch_id, payees),
                 )
                 return True
             if row[0] != payees:
@@ -211,15 +228,37 @@ class Store:
             self._sql.execute("update batch set announced=0 where account=? and id=?", (self.account, batch.batch_id))
             return False
 
+    def _take_orders(self, batch: TransferBatch) -> None:
+        """Note the orders of a new batch. An order that paid, or may pay, in another one stays there."""
+        order_ids = [order_id for orders in batch.orders for order_id in orders]
+        find = (
+            "select batch.id from ordered join batch on batch.account=ordered.account and batch.id=ordered.batch"
+            " where ordered.account=? and ordered.id=? and batch.state not in ('failed','nonce_lost')"
+        )
+        found = [self._sql.execute(find, (self.account, order_id)).fetchone() for order_id in order_ids]
+        if taken := dict.fromkeys(str(row[0]) for row in found if row):
+            raise OrdersTaken(tuple(self._with_orders(batch_id) for batch_id in taken))
+        rows = [(self.account, order_id, batch.batch_id, payee) for payee, ids in enumerate(batch.orders) for order_id in ids]
+        self._sql.executemany("replace into ordered values(?,?,?,?)", rows)
+
+    def _with_orders(self, batch_id: str) -> TransferBatch:
+        row = self.batch(batch_id)
+        assert row is not None, batch_id
+        orders: list[list[str]] = [[] for _ in row.batch.payees]
+        query = "select payee, id from ordered where account=? and batch=? order by payee, id"
+        for payee, order_id in self._sql.execute(query, (self.account, batch_id)):
+            orders[payee].append(order_id)
+        return replace(row.batch, orders=tuple(map(tuple, orders)))
+
     def batches(self, where: str) -> list[BatchRow]:
         """Batches in order of arrival; `where` is one of this module's own conditions."""
         rows = self._sql.execute(
-            f"select id, nonce, payees, state, reason, refused from batch where account=? and {where} order by seq",
+            f"select id, payees, state, reason, refused from batch where account=? and {where} order by seq",
             (self.account,),
         )
         return [
-            BatchRow(TransferBatch(i, n, tuple((a, int(w)) for a, w in json.loads(p))), state, reason, tuple(refused.split()))
-            for i, n, p, state, reason, refused in rows
+            BatchRow(TransferBatch(i, tuple((a, int(w)) for a, w in json.loads(p))), state, reason, tuple(refused.split()))
+            for i, p, state, reason, refused in rows
         ]
 
     def queued(self) -> list[BatchRow]:
@@ -377,6 +416,18 @@ class Store:
                     "update batch set state=?, reason=? where account=? and id=?",
                     (ends, reason, self.account, tx.batch_id),
                 )
+
+    # -- after a restore
+
+    def held(self) -> str:
+        """Why nothing may be signed, "" if it may: this file may not know of all payments that were made."""
+        query = "select reason from hold where account in (?, '*') order by account desc limit 1"
+        row = self._sql.execute(query, (self.account,)).fetchone()
+        return str(row[0]) if row else ""
+
+    def release(self) -> None:
+        """It is known what was paid."""
+        self._sql.execute("replace into hold values(?, '')", (self.account,))
 
     # -- what was seen
 

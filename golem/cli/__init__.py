@@ -47,15 +47,15 @@ def status() -> None:
     value(found)
     for name, (title, columns) in WAITING.items():
         if waiting[name]:
-            text(f"\n{title}")
+            text("", title)
             table(columns, waiting[name])
 
 
 def _register() -> None:
     """Commands that live in modules of their own."""
-    from golem.cli import activity, chain, identity, image, market, net, payment, provider, quarantine, run, trace
+    from golem.cli import activity, backup, chain, identity, image, market, net, payment, provider, quarantine, run, trace
 
-    for module in (run, identity, net, payment, market, activity, provider, image, chain, quarantine, trace):
+    for module in (run, identity, net, payment, market, activity, provider, image, chain, quarantine, backup, trace):
         module.register(main)
 
 
@@ -98,7 +98,7 @@ def complete(shell: str) -> None:
     name = Path(sys.argv[0]).name
     found = get_completion_class(shell)
     assert found is not None
-    text(found(main, {}, name, f"_{name.upper().replace('-', '_')}_COMPLETE").source())
+    click.echo(found(main, {}, name, f"_{name.upper().replace('-', '_')}_COMPLETE").source())
 
 
 _register()
