@@ -192,9 +192,10 @@ class DocumentRow(Message, frozen=True):
 
 
 class TaskRow(Message, frozen=True):
-    """`task/<key>`: something that the port was asked to do, and has not said to be over."""
+    """`task/<key>`: something that the port was asked to do in a run of the agent, and has not said to be over."""
 
     message: Kept
+    instance: str
 
 
 class ServedRow(Message, frozen=True):

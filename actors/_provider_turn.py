@@ -131,7 +131,7 @@ class Turn(Draft):
     def rest(self, message: ToRest) -> None:
         """Ask the port; what nothing else would bring back after a kill is kept until it is over."""
         if isinstance(message, Kept):
-            self.put(f"task/{task_key(message)}", TaskRow(message))
+            self.put(f"task/{task_key(message)}", TaskRow(message, self.config.instance))
         self.do(Send("rest", message))
 
     def processes(self, message: ToProcesses) -> None:

@@ -141,7 +141,8 @@ def _started(turn: Turn, message: AgentStarted) -> None:
         _resume_agreement(turn, row)
     offers.reconcile(turn, message.offers, again=True)
     for _, task in list(turn.prefix("task/")):
-        turn.rest(task.message)
+        if task.instance != turn.config.instance:
+            turn.rest(task.message)
 
 
 def _task_ended(turn: Turn, message: TaskEnded) -> None:

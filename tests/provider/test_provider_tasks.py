@@ -38,7 +38,7 @@ KEPT = (
 def test_what_was_asked_of_the_port_is_asked_again_at_start_until_it_is_over() -> None:
     play = playbook(Provider("agent", ProviderConfig("run-2")))
     for message in KEPT:
-        play.rows[f"task/{task_key(message)}"] = TaskRow(message)
+        play.rows[f"task/{task_key(message)}"] = TaskRow(message, "run-1")
     play.ask(AgentStarted("session", (), Capacity()))
     assert [one for one in play.sent("rest") if isinstance(one, KEPT_TYPES)] == sorted(KEPT, key=task_key)
     for message in KEPT:
