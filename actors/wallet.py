@@ -27,6 +27,7 @@ from actors._money_draft import Declined, MoneyDraft
 from actors.kernel.machine import Meta, Reply, Rows, Step
 from actors.sources import EDGE, check_source
 from protocol.codec import Decoder
+from protocol.payment_terms import PAID_DAILY, SOON_GLM
 from protocol.types import Message, Undelivered, amount_text, digest
 from protocol.wallet import (
     CycleDue,
@@ -51,6 +52,7 @@ MAX_PAYEES = 50  # of a batch: one transaction
 MAX_BATCH_ORDERS = 1000
 MAX_RUN_ORDERS = 20_000  # gathered in one step; the rest follows a second later
 MAX_TRIES = 5
+SOON_S = 60.0  # until a payee who is owed much is paid, whatever the cycle
 INTERVALS_S = (0.5, 30 * 24 * 3600.0)
 QUEUED, BATCHED, PAID, GIVEN_UP = "QUEUED", "BATCHED", "PAID", "GIVEN_UP"
 SENDING, MINED, FAILED = "SENDING", "MINED", "FAILED"
@@ -219,7 +221,14 @@ class Wallet:
             queued_at=draft.now,
         )
         self._queue(draft, row)
-        self._schedule(draft, order.platform)
+        at = self._schedule(draft, order.platform)
+        if at > draft.now + SOON_S and order.platform not in PAID_DAILY and self._is_much(draft, row):
+            self._schedule(draft, order.platform, draft.now + SOON_S)
+
+    def _is_much(self, draft: MoneyDraft, order: PayOrder) -> bool:
+        """Return whether a payee is owed so much that it would not work on for long: it is paid before the cycle."""
+        queue = islice(draft.readable(f"queue/{order.platform}/{order.payer}/"), MAX_RUN_ORDERS)
+        return total_of(row.amount for _, row in queue if row.payee == order.payee) >= Decimal(SOON_GLM)
 
     def _queue(self, draft: MoneyDraft, row: PayOrder) -> None:
         draft.put(f"order/{row.order_id}", row)
@@ -267,7 +276,7 @@ class Wallet:
         for payer, orders in by_payer.items():
             for payees in _batches(orders, self._minimum, self._payees.get(timer.platform, MAX_PAYEES)):
                 self._send_batch(draft, timer.platform, payer, payees)
-        if more or draft.left_out or next(draft.readable(f"queue/{timer.platform}/"), None) is not None:
+        if more or draft.left_out:  # of the rest nobody is owed enough: the next order sets a run
             self._schedule(draft, timer.platform, draft.now + 1.0 if more else None)
 
     # -- batches
