@@ -9,6 +9,7 @@ from msgspec.structs import replace
 
 from actors import _provider_agreements as agreements
 from actors import _provider_credit as credit
+from actors import _provider_places as places
 from actors._provider_agreements import approved
 from actors._provider_negotiators import (
     ACCEPT_TIMEOUT,
@@ -68,8 +69,12 @@ def patience_due(turn: Turn, message: PatienceDue) -> None:
 
 
 def _negotiate(turn: Turn, row: RejectedRow) -> Agreed | Rejected:
-    found = negotiate(turn.config.terms, turn.situation(row.issuer), json_object(row.demand), json_object(row.previous))
-    judged = credit.judge(turn, row.issuer, json_object(row.demand), found.offer) if isinstance(found, Agreed) else found
+    found = negotiate(turn.terms, turn.situation(row.issuer), json_object(row.demand), json_object(row.previous))
+    if isinstance(found, Rejected):
+        return found
+    if (no_place := places.judge(turn, row.issuer)) is not None:
+        return no_place
+    judged = credit.judge(turn, row.issuer, json_object(row.demand), found.offer)
     return judged if isinstance(judged, Rejected) else found
 
 
@@ -132,11 +137,13 @@ def agreement_arrived(turn: Turn, message: AgreementArrived) -> None:
         raise Violation(f"not an agreement: {error!r}"[:300]) from None
     if turn.agreement(agreement_id) is not None:
         return
-    found = negotiate(turn.config.terms, turn.situation(requestor), demand, offer)
+    found = negotiate(turn.terms, turn.situation(requestor), demand, offer)
     refusal = found if isinstance(found, Rejected) else None
     if refusal is None and not isinstance(found, Rejected) and found.changed:
         refusal = Rejected("Negotiations aren't finished.", False)
     granted = Decimal(0)
+    if refusal is None:
+        refusal = places.judge(turn, requestor)
     if refusal is None:
         judged = credit.judge(turn, requestor, demand, offer)
         if isinstance(judged, Rejected):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
@@ -18,6 +18,7 @@ from actors._provider_rows import (
     NoteRow,
     Refusal,
     RefusalsRow,
+    ServedRow,
 )
 from actors.draft import Draft
 from actors.kernel.machine import Rows, Send, Wake
@@ -55,6 +56,15 @@ class Turn(Draft):
     @property
     def agent(self) -> AgentRow:
         return self.get("agent") or AgentRow("", self.now, "")
+
+    @property
+    def terms(self) -> Terms:
+        """The terms that count now."""
+        served: ServedRow | None = self.get("served")
+        if served is None:
+            return self.config.terms
+        allowed = None if served.allow_only is None else frozenset(served.allow_only)
+        return replace(self.config.terms, blacklist=frozenset(served.blacklist), allow_only=allowed)
 
     def agreement(self, agreement_id: str) -> AgreementRow | None:
         found: AgreementRow | None = self.get(f"agreement/{agreement_id}")

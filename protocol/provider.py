@@ -50,6 +50,13 @@ class OffersChanged(Message, frozen=True):
     capacity: Capacity = Capacity()
 
 
+class RulesChanged(Message, frozen=True):
+    """Whom to serve from now on: nobody of `blacklist`, and nobody but `allow_only` (None: everybody else)."""
+
+    blacklist: tuple[str, ...]
+    allow_only: tuple[str, ...] | None
+
+
 class StopAgent(Message, frozen=True):
     """Withdraw the offers, end the agreements, bill."""
 
@@ -395,6 +402,7 @@ class ForgetDue(Message, frozen=True):
 LocalProvider = (
     AgentStarted
     | OffersChanged
+    | RulesChanged
     | StopAgent
     | ProposalArrived
     | AgreementArrived

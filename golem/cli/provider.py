@@ -161,6 +161,7 @@ def status(agent_dir: Path | None) -> None:
         value(found)
         return
     text(f"{found['name']} ({found['nodeId']}) on subnet {found['subnet']}: {found['state']}")
+    text(f"serves {found.get('serves') or 'whom its rules say'}")
     sections = (
         ("Runtimes", ["name", "version", "offered", "reason"], "runtimes"),
         ("Offers", ["preset", "offer", "state"], "offers"),

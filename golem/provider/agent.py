@@ -91,7 +91,7 @@ async def run_agent(settings: Settings) -> None:
         since = system.rows("provider")["agent"].since
         for feed in FEEDS:
             nursery.start_soon(follow, client, system, feed, session_id, since)
-        nursery.start_soon(write_status, system, settings, node_id, offering.report)
+        nursery.start_soon(write_status, system, settings, node_id, offering.report, lambda: offering.rules.words())
         nursery.start_soon(offering.watch, system)
         await _until_stopped(system, signals, processes)
         nursery.cancel_scope.cancel()

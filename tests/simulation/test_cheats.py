@@ -129,6 +129,48 @@ def test_a_late_commit_is_answered_with_a_termination() -> None:
     assert states == ["Terminated"]
 
 
+# -- places
+def test_agreements_without_an_activity_hold_a_place_ever_more_rarely() -> None:
+    world = CheatWorld(Terms(max_agreements=1))
+    one = world.stranger(**SDK)
+    one.rents = False
+    held = 0
+    for _ in range(360):
+        world.run(10)
+        held += world.held()
+    assert held * 10 < 7 * 100, "of an hour, some six times a minute and a half"
+    assert any("left unused" in reason for reason in world.refusals())
+    honest = world.stranger(again=False, **SDK)
+    world.run(300)
+    assert honest.agreements == 1
+
+
+def test_never_committed_agreements_hold_a_place_ever_more_rarely() -> None:
+    world = CheatWorld(Terms(max_agreements=1))
+    world.stranger(NoCommit(), **SDK)
+    held = 0
+    for _ in range(360):
+        world.run(10)
+        held += world.held()
+    assert held * 10 < 6 * 60
+
+
+def test_one_requestor_has_at_most_half_of_the_places_while_others_ask() -> None:
+    world = CheatWorld(Terms(max_agreements=4))
+    many = world.stranger(**SDK)
+    for _ in range(5):
+        world.run(20)
+        many.start()
+    world.run(60)
+    assert world.held() == 4, "as long as nobody else asks"
+    other = world.stranger(**SDK)
+    world.run(60)
+    assert other.agreements == 0
+    many.plays["negotiation"].ask(talk.TerminateAgreement(many.agreement_id, '{"message":"done"}'))
+    world.run(60)
+    assert other.agreements == 1, "the place goes to who waits"
+
+
 # -- credit in money
 PACE_S = Terms().pay_pace_s
 
