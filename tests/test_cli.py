@@ -197,6 +197,8 @@ def test_command_lists_are_not_cut() -> None:
     (("payment", "status", "--network", "nope"), "unknown network 'nope'; known: local, holesky, hoodi"),
     (("payment", "fund", "--network", "nope"), "unknown network 'nope'"),
     (("payment", "init", "--network", "nope"), "unknown network 'nope'"),
+    (("payment", "trace", "nope"), "no debt of this node is known as nope"),
+    (("payment", "decide", "nope", "--unpaid"), "no payment nope is known here"),
     (("market", "explain", "nope"), "not found"),
     (("market", "agreements", "get", "--id", "xx"), "Invalid agreement id"),
     (("trace", "000000000000"), "under trace 000000000000"),

@@ -8,7 +8,7 @@ from golem.chain import token
 from golem.chain.events import Problem
 from golem.chain.evidence import Story, Unclear, View, newest
 from golem.chain.networks import Network
-from golem.chain.rpc import Rpc, RpcError
+from golem.chain.rpc import Receipt, Rpc, RpcError
 from golem.chain.signer import Key, Signed, Transaction, sign
 from golem.chain.store import FILL_GAS, Attempt, Store, TransferBatch, TxRow
 from golem.chain.vouch import Vouch
@@ -34,6 +34,15 @@ class WouldFail(Wait):
 
 class Unowed(Wait):
     """What would be signed is not what is owed: a fault of ours, which a person has to look at."""
+
+
+def held_back(reason: str, unknown: int, looks: int, address: str, network: Network) -> Wait:
+    """Why a restored account waits. If it has sent nothing since, there is nothing to know."""
+    text = f"{reason}; whether its account has sent anything since is asked {looks} times"
+    if unknown > 0:
+        text = f"{reason}, and {unknown} transactions have left its account since, which may have paid what is to be paid now: "
+        text += "see that peers have told what was paid (golem payment status), then golem payment resume"
+    return Wait(Problem("CantSign", text, address, chain_id=network.chain_id))
 
 
 class Drafts:
@@ -105,6 +114,16 @@ class Drafts:
         self._store.note(tx_id, "this node", f"signed {signed.hash} with nonce {nonce} at block {oldest}", self._clock())
         self._checkpoint("stored")
         return tx_id
+
+    async def cause(self, tx: TxRow, receipt: Receipt) -> str:
+        """Why a transaction failed."""
+        if receipt.gas_used >= tx.gas:
+            return f"transaction {receipt.hash} ran out of gas ({tx.gas})"
+        try:
+            await self._rpc.call(tx.recipient, tx.data, self._address)
+        except RpcError as error:
+            return f"transaction {receipt.hash} failed: {error}"
+        return f"transaction {receipt.hash} was reverted"
 
     def nothing(self, tx: TxRow, views: Sequence[View]) -> None:
         """Sign an empty transaction with the nonce of one that must not be mined any more, at a higher fee."""

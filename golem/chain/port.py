@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import trio
 
 from actors.kernel.machine import Meta, Send
+from golem.chain import desk, token
 from golem.chain import networks as table
-from golem.chain import token
 from golem.chain.claims import Claim, Claims
 from golem.chain.devchain import DevChainError, ensure_devchain
 from golem.chain.engine import FAULTS, Engine
@@ -391,6 +391,14 @@ class Chain:
             if all(endpoint.fault for endpoint in endpoints):
                 return f"{row.name}: " + "; ".join(fault.words for fault in self._rpcs[row.chain].pool.faults())
         return None
+
+    def story(self, platform: str, batch_id: str) -> dict[str, Any] | None:
+        """What this node and the RPCs said of a batch; None when the chain port never had it. See `golem.chain.desk`."""
+        return desk.story(self._engines[self.networks.by_platform(platform).chain], batch_id)
+
+    async def decide(self, platform: str, batch_id: str, paid_by: str | None) -> str:
+        """A person's word on a batch that the RPCs do not prove. ValueError, RpcError."""
+        return await desk.decide(self._engines[self.networks.by_platform(platform).chain], batch_id, paid_by)
 
     def totals(self, platform: str) -> dict[str, Any]:
         """Reserved, outgoing and incoming sums of the ledger on one platform; see `golem.chain.totals`."""
