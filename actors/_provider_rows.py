@@ -1,9 +1,10 @@
 """Rows of the provider agent's machine, and the sums they are billed by.
 
-`agent`; `agent/payer/<requestor>`; `agent/unused/<requestor>`; `capacity`; `cursor/<feed>`; `offer/<preset>`;
-`rejected/<proposal>` (to be looked at again); `refusals` (the last ones, for people); `agreement/<id>`;
-`active/<agreement>` (index of those that take up capacity); `debt/<requestor>/<agreement>` (index of what may be unpaid); `activity/<id>`; `note/<activity>/<number>`;
-`document/<id>` (from a debit note or invoice to what it is for).
+`agent`; `agent/payer/<requestor>`; `agent/unused/<requestor>`; `served` (whom); `capacity`; `cursor/<feed>`;
+`offer/<preset>`; `rejected/<proposal>` (to be looked at again); `refusals` (the last ones, for people);
+`agreement/<id>`; `active/<agreement>` (index of those that take up capacity); `debt/<requestor>/<agreement>` (index of
+what may be unpaid); `activity/<id>`; `note/<activity>/<number>`; `document/<id>` (from a debit note or invoice to what
+it is for).
 """
 
 from __future__ import annotations
