@@ -46,6 +46,7 @@ from protocol.provider import CreditDue
 from protocol.types import amount_text
 
 MICRO = Decimal("0.000001")
+LONGEST_INTERVAL_S = 300  # of notes: a demand may ask for more, but gets no credit for it
 LEAST_SHARE = Decimal("0.1")  # of a stranger's credit: with less left in the pool it is not worth to begin
 MAX_GROWTH = 10  # credits: paying much does not make it endless
 LEAST_WAKE_S = 1.0
@@ -83,7 +84,7 @@ def rate_of(offer: Mapping[str, Any]) -> float:
 
 def open_s(terms: Terms, offer: Mapping[str, Any], platform: str) -> float:
     """Return how long work for an honest payer may be unpaid."""
-    interval = min(whole_number(offer.get(INTERVAL)) or terms.interval_s, terms.max_interval_s)
+    interval = min(whole_number(offer.get(INTERVAL)) or terms.interval_s, LONGEST_INTERVAL_S)
     accept = min(whole_number(offer.get(ACCEPT_TIMEOUT)) or terms.accept_timeout_s, terms.accept_timeout_s)
     return interval + accept + (DAILY_S if platform in PAID_DAILY else terms.pay_pace_s)
 
