@@ -74,6 +74,11 @@ class Config:
         return self.data_dir / "bus.sock"
 
     @property
+    def units_path(self) -> Path:
+        """The bus's socket for exe-units, by which they reach no more than they need."""
+        return self.data_dir / "units.sock"
+
+    @property
     def status_path(self) -> Path:
         """The file in which a running node says where it serves (`node.json`)."""
         return self.data_dir / "node.json"

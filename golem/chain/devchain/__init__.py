@@ -69,7 +69,7 @@ def _is_served(directory: Path) -> bool:
 
 def _folder(directory: Path | str) -> Path:
     path = Path(directory).resolve()
-    path.mkdir(parents=True, exist_ok=True)
+    path.mkdir(parents=True, exist_ok=True, mode=0o700)
     return path
 
 
