@@ -236,7 +236,9 @@ class Wallet:
     def _is_much(self, draft: MoneyDraft, order: PayOrder) -> bool:
         """Return whether a payee is owed so much that it would not work on for long: it is paid before the cycle."""
         queue = islice(draft.readable(f"queue/{order.platform}/{order.payer}/"), MAX_RUN_ORDERS)
-        return total_of(row.amount for _, row in queue if row.payee == order.payee) >= Decimal(SOON_GLM)
+        rows = (draft.sound(f"order/{one.order_id}") for _, one in queue)
+        theirs = (row.amount for row in rows if isinstance(row, PayOrder) and row.payee == order.payee)
+        return total_of(theirs) >= Decimal(SOON_GLM)
 
     def _queue(self, draft: MoneyDraft, row: PayOrder) -> None:
         draft.put(f"order/{row.order_id}", row)
@@ -285,7 +287,8 @@ class Wallet:
         for payer, orders in by_payer.items():
             for payees in _batches(orders, self._minimum, self._payees.get(timer.platform, MAX_PAYEES)):
                 self._send_batch(draft, timer.platform, payer, payees)
-        if more or draft.left_out:  # of the rest nobody is owed enough: the next order sets a run
+        # of a rest that can be read nobody is owed enough: the next order sets a run
+        if more or draft.left_out or len(queued) < len(queue):
             self._schedule(draft, timer.platform, draft.now + 1.0 if more else None)
 
     def _waiting(self, draft: MoneyDraft, queue: list[tuple[str, Queued]]) -> list[PayOrder]:
