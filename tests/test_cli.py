@@ -24,6 +24,7 @@ from click.testing import CliRunner
 from patience import patience
 
 from golem.cli import main
+from golem.cli.run import _clear_text
 from golem.config import MAX_SUBSCRIPTION_TTL_S, ConfigError, config_from
 from golem.localnet import LocalNet, LocalNode
 from protocol.market import MAX_LIFETIME_S
@@ -211,6 +212,13 @@ def test_refused_commands_say_why(alice: LocalNode, arguments: tuple[str, ...], 
     assert result.stderr.startswith("Error: ")
     assert expected in result.stderr
     assert result.stdout == ""
+
+
+def test_rest_beyond_this_machine_is_warned_of() -> None:
+    for host in ("0.0.0.0", "::", "192.168.1.2", "2001:db8::1", "myhost"):
+        assert "app-key" in _clear_text(host)
+    for host in ("127.0.0.1", "localhost", "::1", "127.0.0.5"):
+        assert _clear_text(host) == ""
 
 
 def test_without_a_node(tmp_path: Path) -> None:
