@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -396,7 +397,7 @@ def test_a_password_typed_at_a_terminal(tmp_path: Path) -> None:
                               ("Repeat for confirmation:", "password 1")):  # fmt: skip
             shown(prompt)
             if typed:
-                time.sleep(0.1)  # the terminal's echo goes off just after the prompt
+                until(lambda: not termios.tcgetattr(person)[3] & termios.ECHO, "the terminal's echo goes off")
                 os.write(person, f"{typed}\n".encode())
         shown("is ready")
         process.send_signal(signal.SIGTERM)
