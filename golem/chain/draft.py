@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from golem.chain import token
-from golem.chain.events import Problem
 from golem.chain.evidence import Story, Unclear, View, newest
 from golem.chain.networks import Network
+from golem.chain.problem import Problem
 from golem.chain.rpc import Receipt, Rpc, RpcError
 from golem.chain.signer import Key, Signed, Transaction, sign
 from golem.chain.store import FILL_GAS, Attempt, Store, TransferBatch, TxRow
@@ -151,20 +151,21 @@ class Drafts:
         except ValueError:
             raw = b""
         if raw != last.raw:
-            raise self._unowed(f"chain.db is damaged: nonce {tx.nonce} is not what was signed as {last.hash}")
+            raise self._unowed(f"chain.db is damaged: nonce {tx.nonce} is not what was signed as {last.hash}", tx.batch_id or "-")
 
     async def _check_owed(self, batch_id: str, recipient: str, call: bytes) -> None:
         try:
             payees = token.payees_of(call)
         except ValueError as error:
-            raise self._unowed(f"batch {batch_id}: {error}") from None
+            raise self._unowed(f"batch {batch_id}: {error}", batch_id) from None
         if recipient not in (self._network.token, self._network.multi_transfer):
-            raise self._unowed(f"batch {batch_id} would be paid through {recipient}, which is none of the network's contracts")
+            text = f"batch {batch_id} would be paid through {recipient}, which is none of the network's contracts"
+            raise self._unowed(text, batch_id)
         if reason := await self._vouch(batch_id, payees):
-            raise self._unowed(f"batch {batch_id} is not signed: {reason}")
+            raise self._unowed(f"batch {batch_id} is not signed: {reason}", batch_id)
 
-    def _unowed(self, words: str) -> Unowed:
-        return Unowed(Problem("CantSign", words, self._address))
+    def _unowed(self, words: str, batch_id: str) -> Unowed:
+        return Unowed(Problem("CantSign", words, self._address, batch_id=batch_id))
 
     def _sign(self, nonce: int, gas: int, max_fee: int, priority_fee: int, recipient: str, call: bytes) -> Signed:
         return sign(self._key, Transaction(self._network.chain_id, nonce, gas, max_fee, priority_fee, recipient, call))

@@ -13,10 +13,9 @@ is nothing but the next step. A fee bump is another attempt at the same nonce: a
 A receipt under any RPC is good news. Bad news, after which the wallet pays anew, needs the proof of `golem.chain.evidence`;
 what is unclear waits, and a person may `decide` it. RPCs that contradict one another stop all that is not signed yet.
 
-The nonce is taken in the transaction that stores the signed bytes: the larger of the chain's count and our own highest
-plus one. It is the wallet's number unless an approval, another platform of the same chain or a foreign wallet with this
-key came between; a batch is told apart by its id. `golem.chain.store` is the disk, `golem.chain.rpc` the wire,
-`golem.chain.draft` signs; the wallet's port submits and hears the events, at least once each.
+Nonces are the engine's alone. One is taken in the transaction that stores the signed bytes: the larger of the chain's count
+and our own highest plus one. A batch is told apart by its id. `golem.chain.store` is the disk, `golem.chain.rpc` the wire,
+`golem.chain.draft` signs; the wallet's port submits and hears the news, at least once each.
 """
 
 from __future__ import annotations
@@ -29,15 +28,24 @@ import trio
 
 from golem.chain import faucet, token
 from golem.chain.draft import NO_FUNDS, Drafts, Unowed, Wait, WouldFail, held_back
-from golem.chain.events import Confirmed, Event, Failed, Mined, NonceLost, Problem, Sent, Stuck
 from golem.chain.evidence import Evidence, Payment, Shown, Story, Unclear, View, newest
 from golem.chain.genesis import check_genesis
 from golem.chain.networks import Network
+from golem.chain.problem import Problem
 from golem.chain.rpc import Head, Receipt, Rpc, RpcError
 from golem.chain.signer import Key, address_bytes
 from golem.chain.store import Attempt, BatchRow, Store, TransferBatch, TxRow
 from golem.chain.verify import shortfall
 from golem.chain.vouch import Vouch, vouch_nothing
+from protocol.types import amount_text, from_wei
+from protocol.wallet import (
+    TransferConfirmed,
+    TransferDelayed,
+    TransferFailed,
+    TransferMined,
+    TransferNews,
+    TransferSent,
+)
 
 STUCK_BLOCKS = 6  # blocks that passed a well-paid transaction by, before it gets a higher fee
 PATIENT_LOOKS = 3  # in a row that must find the same before a nonce is given up or filled, or a person is bothered
@@ -48,7 +56,7 @@ FAULTS = {"chain_id": "InvalidChainId", "token": "CantSign"}  # of an endpoint -
 
 
 class Engine:
-    """Sends for one account on one chain. `run` works until cancelled; events go to `notify`.
+    """Sends for one account on one chain. `run` works until cancelled; news goes to `notify`.
 
     Wherever several networks are one chain (see `Network.chain`), one engine must serve them all.
     `checkpoint` is called with "signed", "stored", "sent" and "mined" as these are reached: where tests let it die.
@@ -61,7 +69,7 @@ class Engine:
         rpc: Rpc,
         key: Key,
         db_path: Path | str,
-        notify: Callable[[Event], Awaitable[None]],
+        notify: Callable[[TransferNews], Awaitable[None]],
         *,
         clock: Callable[[], float] = time.time,
         checkpoint: Callable[[str], None] = lambda point: None,
@@ -102,10 +110,6 @@ class Engine:
                 raise ValueError(f"amount out of range: {amount_wei} wei")
         self.store.add_batch(batch)
         self._wake.set()
-
-    async def next_nonce(self) -> int:
-        """The nonce that the next batch will most likely get. RpcError when the chain does not answer."""
-        return max(await self.rpc.transaction_count(self.address), self.store.next_nonce())
 
     def problems(self) -> tuple[Problem, ...]:
         """What the last step found wrong, and what is wrong with the endpoints; empty is healthy."""
@@ -271,7 +275,7 @@ class Engine:
             self.store.note(tx.id, each.view.name, text, self._clock())
         if tx.state != "mined" or (tx.block_hash, tx.winner) != (receipt.block_hash, receipt.hash):
             self.store.mark_mined(tx.id, receipt.block, receipt.block_hash, receipt.hash)
-            await self._tell(tx, Mined(tx.batch_id, receipt.hash, receipt.block))
+            await self._tell(tx, TransferMined(tx.batch_id, receipt.hash, receipt.block))
             self._checkpoint("mined")
         for view, receipt in shown:
             if view.head.number - receipt.block < self.network.depth:
@@ -371,7 +375,7 @@ class Engine:
         self._checkpoint("sent")
         if tx.state == "signed" or attempt.sends == 0:
             self.store.mark_sent(tx.id)
-            await self._tell(tx, Sent(tx.batch_id, attempt.hash))
+            await self._tell(tx, TransferSent(tx.batch_id, attempt.hash))
         return False
 
     async def _bump(self, tx: TxRow, last: Attempt, head: Head, problems: list[Problem]) -> None:
@@ -439,14 +443,14 @@ class Engine:
 
     # -- telling
 
-    async def _tell(self, tx: TxRow, event: Event) -> None:
+    async def _tell(self, tx: TxRow, news: TransferNews) -> None:
         if tx.batch_id:
-            await self._notify(event)
+            await self._notify(news)
 
     async def _tell_stuck(self, batch_id: str, reason: str) -> None:
         if batch_id and self._told.get(batch_id) != reason:
             self._told[batch_id] = reason
-            await self._notify(Stuck(batch_id, reason))
+            await self._notify(TransferDelayed(batch_id, reason))
 
     async def _tell_unclear(self, tx: TxRow, unclear: Unclear, problems: list[Problem]) -> None:
         """An unclear payment, once it is no mere moment: to the trace, to the problems and to its order."""
@@ -470,15 +474,13 @@ class Engine:
             self.store.announced(row.batch.batch_id)
             self._told.pop(row.batch.batch_id, None)
 
-    def _ending(self, row: BatchRow) -> Event:
+    def _ending(self, row: BatchRow) -> TransferNews:
         batch_id = row.batch.batch_id
-        if row.state == "failed":
-            return Failed(batch_id, row.reason, row.refused)
-        if row.state == "nonce_lost":
-            return NonceLost(batch_id, row.reason)
+        if row.state in ("failed", "nonce_lost"):
+            return TransferFailed(batch_id, row.reason, row.refused)
         tx = self.store.tx_of_batch(batch_id)
         assert tx is not None, "a confirmed batch has a transaction"
-        return Confirmed(batch_id, tx.winner, tx.block, tx.gas_used, tx.fee_wei)
+        return TransferConfirmed(batch_id, tx.winner, tx.block, tx.gas_used, amount_text(from_wei(tx.fee_wei)))
 
     # -- test money
 

@@ -13,8 +13,8 @@ from chain_support import GLM, GWEI, Lab, Payer, address_of, anvil, devchain, fi
 from support import trio_test
 
 from golem.chain import desk
-from golem.chain.events import Confirmed, NonceLost, Sent
 from golem.chain.store import TransferBatch
+from protocol.wallet import TransferConfirmed, TransferFailed, TransferSent
 
 
 @pytest.fixture(scope="module", params=["devchain", "anvil"])
@@ -49,9 +49,9 @@ async def steps(wallet: Payer, count: int) -> None:
 
 async def again_when_lost(wallet: Payer, payee: str) -> None:
     """What the wallet does when the engine says that a batch paid nothing and never will."""
-    lost = wallet.told(NonceLost)
+    lost = wallet.told(TransferFailed)
     if len(lost) >= len({event.batch_id for event in lost}) and lost:
-        await wallet.engine.submit(TransferBatch(f"again {len(lost)}", 0, ((payee, GLM),)))
+        await wallet.engine.submit(TransferBatch(f"again {len(lost)}", ((payee, GLM),)))
 
 
 @trio_test
@@ -66,11 +66,11 @@ async def test_an_index_that_is_missing_for_good_pays_nobody_twice(lab: Lab, tmp
             await steps(wallet, 1)
             await again_when_lost(wallet, payee)
         assert lab.tokens(payee) == GLM
-        assert wallet.told(NonceLost) == []
+        assert wallet.told(TransferFailed) == []
         if hosts == 1:
             assert wallet.problems, "a payment that waits says why"
             await wire.set(HOSTS[0], "")
-        await wallet.until(Confirmed)
+        await wallet.until(TransferConfirmed)
         assert wallet.problems == []
     assert lab.tokens(payee) == GLM
 
@@ -84,15 +84,15 @@ async def test_rpcs_that_contradict_one_another_stop_what_is_not_signed_and_are_
         await steps(wallet, 1)
         await wire.set(HOSTS[0], "fork")  # says that another transaction took the nonce
         await wire.set(HOSTS[1], "null-both")  # shows ours in its blocks
-        await wallet.engine.submit(TransferBatch("b2", 0, ((payees[1], GLM),)))
+        await wallet.engine.submit(TransferBatch("b2", ((payees[1], GLM),)))
         await steps(wallet, 6)
         text = " ".join(problem.detail for problem in wallet.engine.problems())
         assert "contradict" in text
         assert all(host in text for host in HOSTS[:2])
-        assert wallet.told(NonceLost) == []
+        assert wallet.told(TransferFailed) == []
         assert [lab.tokens(payee) for payee in payees] == [GLM, 0], "nothing new is sent meanwhile"
         await wire.set(HOSTS[0], "")
-        while len(wallet.told(Confirmed)) < 2:
+        while len(wallet.told(TransferConfirmed)) < 2:
             await steps(wallet, 1)
         assert wallet.problems == []
     assert [lab.tokens(payee) for payee in payees] == [GLM, GLM]
@@ -107,7 +107,7 @@ async def test_what_stays_unclear_waits_for_a_person_who_is_shown_both_stories(l
         await wallet.engine.step()
         with pytest.raises(ValueError, match="nothing to decide"):
             await desk.decide(wallet.engine, "b1", None)
-        tx_hash = wallet.told(Sent)[0].tx_hash
+        tx_hash = wallet.told(TransferSent)[0].tx_hash
         for host in HOSTS[:2]:
             await wire.set(host, "blank")
         lab.mine()
@@ -123,7 +123,7 @@ async def test_what_stays_unclear_waits_for_a_person_who_is_shown_both_stories(l
             await desk.decide(wallet.engine, "b1", "0x12")
         assert "counts as paid" in await desk.decide(wallet.engine, "b1", tx_hash)
         await wallet.engine.step()
-        assert wallet.told(Confirmed)[0].tx_hash == tx_hash
+        assert wallet.told(TransferConfirmed)[0].tx_hash == tx_hash
         assert wallet.problems == []
     assert lab.tokens(payee) == GLM
 
@@ -147,8 +147,8 @@ async def test_a_person_may_say_that_nothing_was_paid_but_not_while_the_nonce_is
         wire.faults = snapshot_free
         assert "paid anew" in await desk.decide(wallet.engine, "b1", None)
         await wallet.engine.step()
-        assert [event.batch_id for event in wallet.told(NonceLost)] == ["b1"]
+        assert [event.batch_id for event in wallet.told(TransferFailed)] == ["b1"]
         await wire.set(HOSTS[0], "")
-        await wallet.engine.submit(TransferBatch("again", 0, ((payee, GLM),)))
-        await wallet.until(Confirmed)
+        await wallet.engine.submit(TransferBatch("again", ((payee, GLM),)))
+        await wallet.until(TransferConfirmed)
     assert lab.tokens(payee) == GLM

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import platform
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -230,6 +232,14 @@ def test_accounts_by_network() -> None:
     assert wanted_accounts(accounts, ("local",)) == [ACCOUNT]
     assert wanted_accounts(accounts, ("erc20-hoodi-tglm",)) == [other]
     assert wanted_accounts("nonsense", ()) == []
+
+
+def test_the_machines_name_is_not_published(tmp_path: Path) -> None:
+    found, _ = names({}, tmp_path, None, "testnet")
+    assert re.fullmatch("golem-[0-9a-f]{6}", found)
+    assert platform.node() not in found
+    assert names({}, tmp_path, None, None) == (found, "testnet"), "and it stays"
+    assert names({"NODE_NAME": platform.node()}, tmp_path, None, None)[0] == platform.node()
 
 
 def test_names_are_kept(tmp_path: Path) -> None:
@@ -502,3 +512,10 @@ async def test_the_offer_keeps_to_what_the_environment_gives(tmp_path: Path) -> 
     assert offer["golem.com.scheme.payu.debit-note.interval-sec?"] == 45
     assert offers.terms.max_agreements == 2
     assert offers.capacity == Capacity(2, 0.25, 0.5), "what both presets sell is sold once"
+
+
+def test_credit_has_settings() -> None:
+    given = read_environment({"GOLEM_CREDIT_FLOOR": "0.5", "GOLEM_CREDIT_FACTOR": "2", "GOLEM_PAY_PACE": "30"}).terms
+    assert (given.credit_floor, given.credit_factor, given.pay_pace_s, given.credit_growth) == (0.5, 2.0, 30.0, 0.1)
+    with pytest.raises(SettingsError, match="GOLEM_CREDIT_GROWTH"):
+        read_environment({"GOLEM_CREDIT_GROWTH": "much"})

@@ -432,7 +432,7 @@ async def test_an_invoice_is_settled_on_both_nodes_by_a_real_transfer(tmp_path: 
             assert (await r.get(f"/payments/{sent[0]['paymentId']}"))["details"] == sent[0]["details"]
             assert await r.get("/payments/status") == []
             batches = await r.get("/batchOrders")
-            assert all(batch["state"] == "MINED" for batch in batches)
+            assert all(batch["state"] == "CONFIRMED" for batch in batches)
             explained = await r.get(f"/invoices/{invoice_id}/explain")
             assert {each["state"] for each in explained["payments"]} <= {"SENT", "ACKNOWLEDGED"}
             for debt in (invoice_id, batches[0]["id"]):
