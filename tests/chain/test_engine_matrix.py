@@ -143,12 +143,11 @@ HUNTS = {  # mutant -> size of the pool, and the faults that some RPC must have 
 HUNTERS = 30  # cases at most, until one catches the mutant
 
 
+@pytest.mark.parametrize("scene", ["devchain"], indirect=True)  # one is enough to see that the matrix can fail
 @pytest.mark.parametrize("mutant", HUNTS, ids=lambda mutant: mutant.__name__)
 def test_the_matrix_catches_a_mutant(
     scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mutant: Callable[[pytest.MonkeyPatch], None]
 ) -> None:
-    if scene.lab.kind != "devchain":
-        pytest.skip("one chain is enough to see that the matrix can fail")
     size, faults = HUNTS[mutant]
     mutant(monkeypatch)
     hunting = [case for seed in range(20) for case in cases(size, seed) if faults & {fault for _, fault in case.blind}]
