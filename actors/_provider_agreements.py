@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
+from actors import _provider_credit as credit
 from actors._provider_rows import (
     ALIVE,
     APPROVED,
@@ -26,6 +27,7 @@ from actors._provider_rows import (
 from actors._provider_turn import Turn, reason
 from protocol.provider import (
     CloseActivity,
+    CreditDue,
     EventArrived,
     ExpirationDue,
     IdleDue,
@@ -39,6 +41,7 @@ from protocol.provider import (
 
 CODE = "golem.provider.code"
 SUCCESS, EXPIRED, NO_ACTIVITY, SHUTDOWN = "Success", "Expired", "NoActivity", "Shutdown"
+CREDIT = "CreditExhausted"
 DEADLINE, NOT_PAID, NOTE_REJECTED, NOTE_CANCELLED, NOT_ISSUED, UNREACHABLE = (
     "DebitNotesDeadline", "DebitNoteNotPaid", "DebitNoteRejected", "DebitNoteCancelled", "DebitNoteNotIssued",
     "RequestorUnreachable",
@@ -52,6 +55,7 @@ MESSAGES = {
     NOT_PAID: "A debit note was not paid in time.",
     NOTE_REJECTED: "A debit note was rejected.",
     NOTE_CANCELLED: "A debit note was cancelled.",
+    CREDIT: "Unpaid work has reached the credit of this requestor.",
     NOT_ISSUED: "No debit note can be issued for the work.",
     UNREACHABLE: "The requestor cannot be reached.",
 }
@@ -75,12 +79,13 @@ def rest_idle(turn: Turn, row: AgreementRow) -> None:
     turn.wake(f"idle/{row.agreement_id}", turn.now + turn.config.idle_s, IdleDue(row.agreement_id))
 
 
-def end_agreement(turn: Turn, row: AgreementRow, code: str) -> None:
-    """Terminate an agreement from our side; harmless when it is ending already."""
+def end_agreement(turn: Turn, row: AgreementRow, code: str, why: str = "") -> None:
+    """Terminate an agreement from our side (`why` beside the usual text); harmless when it is ending already."""
     if row.state != APPROVED:
         return
-    row = replace(row, state=TERMINATING, ended_by="Provider", code=code, reason=MESSAGES[code])
+    row = replace(row, state=TERMINATING, ended_by="Provider", code=code, reason=why or MESSAGES[code])
     turn.save(row)
+    credit.over(turn, row)
     turn.unwake(f"expire/{row.agreement_id}", f"idle/{row.agreement_id}")
     terminate(turn, row)
     _stop_activities(turn, row)
@@ -97,10 +102,19 @@ def ended(turn: Turn, row: AgreementRow, by: str = "Provider", why: str = "") ->
         return
     if row.state != TERMINATING:  # the requestor's word, not the echo of ours
         row = replace(row, ended_by=by, reason=why[:300])
-    turn.save(replace(row, state=ENDED))
+    row = replace(row, state=ENDED)
+    turn.save(row)
+    credit.over(turn, row)
     turn.unwake(f"expire/{row.agreement_id}", f"idle/{row.agreement_id}")
     _stop_activities(turn, row)
     vacate_if_done(turn, row.agreement_id)
+
+
+def never_made(turn: Turn, row: AgreementRow) -> None:
+    """The requestor has not committed: forget the agreement."""
+    turn.put(f"agreement/{row.agreement_id}", None)
+    turn.put(f"debt/{row.requestor}/{row.agreement_id}", None)
+    turn.vacate(row.agreement_id)
 
 
 def vacate_if_done(turn: Turn, agreement_id: str) -> None:
@@ -141,8 +155,9 @@ def create_activity(turn: Turn, event: EventArrived) -> None:
 
 
 def _start(turn: Turn, row: AgreementRow, activity: ActivityRow) -> None:
-    activity = replace(activity, state=STARTING, billed_at=turn.now)
+    activity = replace(activity, state=STARTING, billed_at=turn.now, counted_at=turn.now)
     turn.save(activity)
+    credit.watch(turn, row.requestor)
     start_unit(turn, row, activity)
     turn.wake(f"note/{activity.activity_id}", next_note_at(turn, row), NoteDue(activity.activity_id))
 
@@ -234,6 +249,13 @@ def _gone(turn: Turn, activity: ActivityRow, why: str, text: str) -> None:
 
 
 # -- timers
+def credit_due(turn: Turn, message: CreditDue) -> None:
+    """Unpaid work may have reached a requestor's credit: then its agreements end."""
+    rows, why = credit.exhausted(turn, message.requestor)
+    for row in rows:
+        end_agreement(turn, row, CREDIT, why)
+
+
 def idle_due(turn: Turn, message: IdleDue) -> None:
     row = turn.agreement(message.agreement_id)
     if row is None or any(one.state in (WAITING, *ALIVE) for one in turn.activities(row)):
@@ -259,8 +281,7 @@ def agreement_event(turn: Turn, event: EventArrived) -> None:
             approved(turn, row)
         case "AgreementRejectedEvent" | "AgreementCancelledEvent" if row.state == APPROVING:
             turn.refuse(row.requestor, row.preset, f"agreement {event.kind[9:18].lower()}: {event.text}"[:300], final=False)
-            turn.put(f"agreement/{row.agreement_id}", None)
-            turn.vacate(row.agreement_id)
+            never_made(turn, row)
 
 
 def all_closed(turn: Turn, row: AgreementRow) -> bool:

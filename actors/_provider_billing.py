@@ -16,6 +16,7 @@ from decimal import Decimal
 
 from msgspec.structs import replace
 
+from actors import _provider_credit as credit
 from actors._provider_agreements import (
     DEADLINE,
     NOT_ISSUED,
@@ -154,7 +155,8 @@ def _make_note(turn: Turn, row: AgreementRow, activity: ActivityRow, *, final: b
     number = activity.notes + 1
     note = NoteRow(activity.activity_id, number, amount, activity.usage, due_at, ISSUING, activity.last_note_id, final=final)
     turn.save(note)
-    turn.save(replace(activity, amount=amount, notes=number, issuing=True))
+    turn.save(replace(activity, amount=amount, notes=number, issuing=True, counted_at=turn.now))
+    credit.watch(turn, row.requestor)
     issue_note(turn, row, note)
 
 
@@ -271,6 +273,8 @@ def _note_state(turn: Turn, note: NoteRow, state: str) -> None:
         turn.unwake(_deadline_key(note, ACCEPT))
         if state != ACCEPTED:
             turn.unwake(_deadline_key(note, PAY))
+        if state == SETTLED and (activity := turn.activity(note.activity_id)) is not None:
+            credit.settled(turn, _agreement(turn, activity), activity, note.amount)
 
 
 # -- the invoice
@@ -336,6 +340,8 @@ def document_event(turn: Turn, event: EventArrived) -> None:
         row = turn.agreement(document.owner)
         if row is not None and row.invoice != SETTLED:
             turn.save(replace(row, invoice=state))
+            if state == SETTLED:
+                credit.settled(turn, row, None, row.amount)
         return
     note, activity = turn.note(document.owner, document.number), turn.activity(document.owner)
     if note is None or activity is None:
@@ -352,6 +358,10 @@ def forget(turn: Turn, message: ForgetDue) -> None:
     row = turn.agreement(message.agreement_id)
     if row is None:
         return
+    if credit.debt_of(turn, row) > 0 and turn.now - row.at < turn.config.remember_debts_s:
+        turn.wake(f"forget/{row.agreement_id}", turn.now + turn.config.keep_s, message)
+        return
+    turn.put(f"debt/{row.requestor}/{row.agreement_id}", None)
     for activity in turn.activities(row):
         for key, note in list(turn.prefix(f"note/{activity.activity_id}/")):
             turn.put(key, None)

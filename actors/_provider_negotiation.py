@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from typing import Any
 
 from msgspec.structs import replace
 
+from actors import _provider_agreements as agreements
+from actors import _provider_credit as credit
 from actors._provider_agreements import approved
 from actors._provider_negotiators import (
     ACCEPT_TIMEOUT,
@@ -34,7 +37,7 @@ from protocol.provider import (
     RejectAgreement,
     RejectProposal,
 )
-from protocol.types import Violation, node_id
+from protocol.types import Violation, amount_text, node_id
 
 MAX_REJECTED = 200  # remembered proposals
 IS_FINAL = "golem.proposal.rejection.is-final"
@@ -64,7 +67,9 @@ def patience_due(turn: Turn, message: PatienceDue) -> None:
 
 
 def _negotiate(turn: Turn, row: RejectedRow) -> Agreed | Rejected:
-    return negotiate(turn.config.terms, turn.situation(row.issuer), json_object(row.demand), json_object(row.previous))
+    found = negotiate(turn.terms, turn.situation(row.issuer), json_object(row.demand), json_object(row.previous))
+    judged = credit.judge(turn, row.issuer, found.offer) if isinstance(found, Agreed) else found
+    return judged if isinstance(judged, Rejected) else found
 
 
 def _answer(turn: Turn, row: RejectedRow, found: Agreed | Rejected) -> None:
@@ -126,10 +131,17 @@ def agreement_arrived(turn: Turn, message: AgreementArrived) -> None:
         raise Violation(f"not an agreement: {error!r}"[:300]) from None
     if turn.agreement(agreement_id) is not None:
         return
-    found = negotiate(turn.config.terms, turn.situation(requestor), demand, offer)
+    found = negotiate(turn.terms, turn.situation(requestor), demand, offer)
     refusal = found if isinstance(found, Rejected) else None
     if refusal is None and not isinstance(found, Rejected) and found.changed:
         refusal = Rejected("Negotiations aren't finished.", False)
+    granted = Decimal(0)
+    if refusal is None:
+        judged = credit.judge(turn, requestor, offer)
+        if isinstance(judged, Rejected):
+            refusal = judged
+        else:
+            granted = judged
     if refusal is None:
         try:
             row = _row(turn, message, agreement, demand, offer, requestor)
@@ -139,7 +151,10 @@ def agreement_arrived(turn: Turn, message: AgreementArrived) -> None:
         turn.rest(RejectAgreement(agreement_id, reason(refusal.message, **{IS_FINAL: refusal.final})))
         turn.refuse(requestor, message.preset, f"agreement rejected: {refusal.message}", final=refusal.final)
         return
+    raw = credit.raw_credit(turn.config.terms, offer)
+    row = replace(row, rate=credit.rate_of(offer), credit=amount_text(granted), raw_credit=amount_text(raw))
     turn.save(row)
+    credit.begin(turn, row)
     turn.occupy(agreement_id, share_of(offer))
     ask_approval(turn, row)
 
@@ -190,5 +205,4 @@ def approval_ended(turn: Turn, message: ApprovalEnded) -> None:
         approved(turn, row)
         return
     turn.refuse(row.requestor, row.preset, f"agreement not approved: {message.reason}"[:300], final=False)
-    turn.put(f"agreement/{row.agreement_id}", None)  # it never was one
-    turn.vacate(row.agreement_id)
+    agreements.never_made(turn, row)

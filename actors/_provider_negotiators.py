@@ -53,8 +53,12 @@ class Terms:
     min_payment_timeout_s: int = 1
     max_payment_timeout_s: int = int(DAY_S)
     payment_timeout_required_s: float = 10 * 3600.0
+    credit_floor: float = 0.01  # GLM of unpaid work for a stranger, at least
+    credit_factor: float = 1.5
+    credit_growth: float = 0.1  # of what a requestor has paid
+    pay_pace_s: float = 360.0  # from an acceptance to a transfer that is final
     blacklist: frozenset[str] = frozenset()
-    allow_only: frozenset[str] = frozenset()
+    allow_only: frozenset[str] | None = None  # None: everybody
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +138,7 @@ def _running(terms: Terms, situation: Situation, demand: Properties, ours: dict[
 def _requestor(terms: Terms, situation: Situation, demand: Properties, ours: dict[str, Any]) -> Rejected | None:
     if situation.requestor in terms.blacklist:
         return Rejected("Requestor is on the blacklist of this provider.", True)
-    if terms.allow_only and situation.requestor not in terms.allow_only:
+    if terms.allow_only is not None and situation.requestor not in terms.allow_only:
         return Rejected("This provider serves chosen requestors only.", True)
     return None
 

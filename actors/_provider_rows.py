@@ -1,8 +1,9 @@
 """Rows of the provider agent's machine, and the sums they are billed by.
 
-`agent`; `capacity`; `cursor/<feed>`; `offer/<preset>`; `rejected/<proposal>` (to be looked at again); `refusals` (the last
-ones, for people); `agreement/<id>`; `active/<agreement>` (index of those that take up capacity); `activity/<id>`;
-`note/<activity>/<number>`; `document/<id>` (from a debit note or invoice to what it is for).
+`agent`; `agent/payer/<requestor>`; `capacity`; `cursor/<feed>`; `offer/<preset>`; `rejected/<proposal>` (to be looked at
+again); `refusals` (the last ones, for people); `agreement/<id>`; `active/<agreement>` (index of those that take up
+capacity); `debt/<requestor>/<agreement>` (index of what may be unpaid); `activity/<id>`; `note/<activity>/<number>`;
+`document/<id>` (from a debit note or invoice to what it is for).
 """
 
 from __future__ import annotations
@@ -113,6 +114,9 @@ class AgreementRow(Message, frozen=True):
     invoice_id: str = ""
     amount: str = "0"
     invoice_due_at: float = 0.0
+    rate: float = 0.0  # the most that a second can cost
+    credit: str = "0"  # what it adds to the credit of its requestor; `raw_credit`: what its terms come to
+    raw_credit: str = "0"
     refused_id: str = ""  # an invoice that the requestor's node refused; it is corrected once
 
 
@@ -146,6 +150,8 @@ class ActivityRow(Message, frozen=True):
     notes: int = 0
     last_note_id: str = ""
     issuing: bool = False  # the last note has no id yet
+    counted_at: float = 0.0  # up to when `amount` counts
+    paid: str = "0"
     billed_at: float = 0.0  # when the work began, or the last note was issued
 
 
@@ -165,6 +171,19 @@ class NoteRow(Message, frozen=True):
     corrected: bool = False  # it stands for one that the requestor's node refused
 
 
+class DebtRow(Message, frozen=True):
+    """Index: an agreement that may leave something unpaid, and when it began or ended."""
+
+    agreement_id: str
+    at: float
+
+
+class PayerRow(Message, frozen=True):
+    """What a requestor really paid here, altogether."""
+
+    paid: str = "0"
+
+
 class DocumentRow(Message, frozen=True):
     """Whose document this is: a debit note (`number`) of an activity, or the invoice (0) of an agreement."""
 
@@ -172,8 +191,16 @@ class DocumentRow(Message, frozen=True):
     number: int
 
 
+class ServedRow(Message, frozen=True):
+    """Whom to serve, where that has changed since this run of the agent began."""
+
+    blacklist: tuple[str, ...]
+    allow_only: tuple[str, ...] | None
+
+
 ProviderRow = (
     AgentRow
+    | ServedRow
     | CursorRow
     | OfferRow
     | RejectedRow
@@ -183,6 +210,8 @@ ProviderRow = (
     | CapacityRow
     | ActivityRow
     | NoteRow
+    | DebtRow
+    | PayerRow
     | DocumentRow
 )
 

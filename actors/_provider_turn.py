@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
@@ -18,6 +18,7 @@ from actors._provider_rows import (
     NoteRow,
     Refusal,
     RefusalsRow,
+    ServedRow,
 )
 from actors.draft import Draft
 from actors.kernel.machine import Rows, Send, Wake
@@ -40,6 +41,7 @@ class ProviderConfig:
     invoice_due_s: float = DAY_S  # where the agreement has no payment timeout
     reject_memory_s: float = 3600.0  # a proposal is as old as its offer at most
     keep_s: float = 7 * DAY_S  # agreements after their invoice
+    remember_debts_s: float = 90 * DAY_S  # of agreements that are not paid
 
 
 class Turn(Draft):
@@ -54,6 +56,15 @@ class Turn(Draft):
     @property
     def agent(self) -> AgentRow:
         return self.get("agent") or AgentRow("", self.now, "")
+
+    @property
+    def terms(self) -> Terms:
+        """The terms that count now."""
+        served: ServedRow | None = self.get("served")
+        if served is None:
+            return self.config.terms
+        allowed = None if served.allow_only is None else frozenset(served.allow_only)
+        return replace(self.config.terms, blacklist=frozenset(served.blacklist), allow_only=allowed)
 
     def agreement(self, agreement_id: str) -> AgreementRow | None:
         found: AgreementRow | None = self.get(f"agreement/{agreement_id}")

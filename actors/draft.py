@@ -31,6 +31,10 @@ class Draft:
         readable = getattr(self._rows, "readable", None)  # rows that were never on a disk have no damage
         return self._over(readable(prefix, self.left_out) if readable else self._rows.prefix(prefix), prefix)
 
+    def sound(self, key: str) -> Any:
+        """Return the row, or None where there is none, or where it is damaged (then `left_out` has its key)."""
+        return next((row for found, row in self.readable(key) if found == key), None)
+
     def _over(self, stored: Iterator[tuple[str, Any]], prefix: str) -> Iterator[tuple[str, Any]]:
         changed = {key: row for key, row in self._changed.items() if key.startswith(prefix)}
         for key, row in stored:

@@ -40,6 +40,7 @@ from actors._provider_rows import (
     CapacityRow,
     CursorRow,
     ProviderRow,
+    ServedRow,
 )
 from actors._provider_turn import ProviderConfig, Turn
 from actors.kernel.machine import NOTHING, Meta, Reply, Rows, Step, Wake
@@ -49,6 +50,7 @@ from protocol.provider import (
     AgreementArrived,
     ApprovalEnded,
     CloseActivity,
+    CreditDue,
     DeadlineDue,
     EventArrived,
     ExpirationDue,
@@ -67,6 +69,7 @@ from protocol.provider import (
     OffersChanged,
     PatienceDue,
     ProposalArrived,
+    RulesChanged,
     SendInvoice,
     SessionNamed,
     StopAgent,
@@ -111,6 +114,8 @@ def _timer_key(message: Timer) -> str:
     match message:
         case IdleDue(agreement_id):
             return f"idle/{agreement_id}"
+        case CreditDue(requestor):
+            return f"credit/{requestor}"
         case ExpirationDue(agreement_id):
             return f"expire/{agreement_id}"
         case NoteDue(activity_id):
@@ -128,6 +133,8 @@ def _started(turn: Turn, message: AgentStarted) -> None:
     agent = AgentRow(turn.agent.session_id or message.session_id, turn.agent.since, turn.config.instance)
     turn.put("agent", agent)
     turn.put("capacity", CapacityRow(message.capacity))
+    if turn.get("served") is not None:
+        turn.put("served", None)  # the settings of this run say whom
     turn.do(Reply(SessionNamed(agent.session_id)))
     for _, row in list(turn.prefix("agreement/")):
         _resume_agreement(turn, row)
@@ -176,6 +183,11 @@ def _offers_changed(turn: Turn, message: OffersChanged) -> None:
     offers.reconcile(turn, message.offers, again=False)
 
 
+def _rules_changed(turn: Turn, message: RulesChanged) -> None:
+    turn.put("served", ServedRow(message.blacklist, message.allow_only))
+    turn.vacated = True  # who was rejected may be welcome now
+
+
 def _stop(turn: Turn, message: StopAgent) -> None:
     turn.put("agent", replace(turn.agent, stopping=True))
     offers.withdraw_all(turn)
@@ -213,6 +225,7 @@ def _termination_ended(turn: Turn, message: TerminationEnded) -> None:
 _HANDLERS: dict[type, Callable[[Turn, Any], None]] = {
     AgentStarted: _started,
     OffersChanged: _offers_changed,
+    RulesChanged: _rules_changed,
     StopAgent: _stop,
     ProposalArrived: negotiation.proposal_arrived,
     AgreementArrived: negotiation.agreement_arrived,
@@ -224,6 +237,7 @@ _HANDLERS: dict[type, Callable[[Turn, Any], None]] = {
     UnitRunning: agreements.unit_running,
     UnitExited: agreements.unit_exited,
     IdleDue: agreements.idle_due,
+    CreditDue: agreements.credit_due,
     ExpirationDue: agreements.expiration_due,
     ActivityClosed: billing.activity_closed,
     UsageRead: billing.usage_read,

@@ -1,7 +1,7 @@
 """The wallet: pays each order of the ledger exactly once.
 
     order  QUEUED -> BATCHED -> PAID;   BATCHED -> QUEUED when the batch failed;   -> GIVEN_UP after `MAX_TRIES`
-    batch  SENDING -> MINED | FAILED
+    batch  SENDING -> CONFIRMED | FAILED
 
 A payment cycle per (platform, payer) gathers queued orders, sums them by payee and puts up to 50 payees into a batch.
 The batch, with its number, is in its row before anything leaves; its id is made of that number and its orders, and the
@@ -9,8 +9,9 @@ chain port takes an id once, and an order too: where this journal is older than 
 batch an order is (`OrdersKnown`). So whatever is repeated, nothing is paid twice. Only the chain port's final word frees an
 order for another batch: `TransferFailed` says that the batch paid nothing and never will.
 
-Rows: `order/<id>`, `batch/<id>`, `account/<platform>/<payer>`, `cycle/<platform>`, and the index
-`queue/<platform>/<payer>/<order id>`. The ledger hears `PaidOut` and why things wait (`PayOutDelayed`).
+Rows: `order/<id>`, `batch/<id>`, `batches/<platform>/<payer>`, `cycle/<platform>`, and the index
+`queue/<platform>/<payer>/<order id>`. The ledger hears `PaidOut` and why things wait (`PayOutDelayed`). Nonces are the
+chain port's alone.
 """
 
 from __future__ import annotations
@@ -32,7 +33,6 @@ from protocol.wallet import (
     CycleDue,
     CycleSet,
     KnownBatch,
-    NonceFloor,
     OrdersKnown,
     PaidOut,
     PayOut,
@@ -41,6 +41,7 @@ from protocol.wallet import (
     RunCycle,
     SetCycle,
     Transfer,
+    TransferConfirmed,
     TransferDelayed,
     TransferFailed,
     TransferMined,
@@ -53,7 +54,7 @@ MAX_RUN_ORDERS = 20_000  # gathered in one step; the rest follows a second later
 MAX_TRIES = 5
 INTERVALS_S = (0.5, 30 * 24 * 3600.0)
 QUEUED, BATCHED, PAID, GIVEN_UP = "QUEUED", "BATCHED", "PAID", "GIVEN_UP"
-SENDING, MINED, FAILED = "SENDING", "MINED", "FAILED"
+SENDING, CONFIRMED, FAILED = "SENDING", "CONFIRMED", "FAILED"
 
 
 class PayOrder(Message, frozen=True):
@@ -85,7 +86,7 @@ class Batch(Message, frozen=True):
     batch_id: str
     platform: str
     payer: str
-    nonce: int
+    number: int  # of the payer's batches on this platform
     payees: tuple[Payee, ...]
     state: str
     created_at: float
@@ -97,10 +98,17 @@ class Batch(Message, frozen=True):
     recalled: bool = False  # by the chain port: this journal may not know all its orders
 
 
-class Account(Message, frozen=True):
-    """The number of the next batch of a payer on a platform."""
+class Batches(Message, frozen=True):
+    """How many batches a payer has had on a platform: no two have one id, though they pay the same orders."""
 
-    next_nonce: int
+    count: int
+
+
+class Queued(Message, frozen=True):
+    """An order that waits for a batch. `told`: its row is damaged, and that was said."""
+
+    order_id: str
+    told: bool = False
 
 
 class Cycle(Message, frozen=True):
@@ -113,7 +121,7 @@ class Cycle(Message, frozen=True):
     last_at: float | None = None
 
 
-WalletRow = PayOrder | Batch | Account | Cycle
+WalletRow = PayOrder | Batch | Batches | Queued | Cycle
 
 
 #: Who alone on this node may say what.
@@ -125,9 +133,9 @@ _SOURCES: dict[type, str] = {
     CycleDue: "wallet",
     TransferSent: "chain",
     TransferMined: "chain",
+    TransferConfirmed: "chain",
     TransferFailed: "chain",
     TransferDelayed: "chain",
-    NonceFloor: "chain",
     OrdersKnown: "chain",
     Undelivered: "wallet",
 }
@@ -149,9 +157,9 @@ class Wallet:
         | CycleDue
         | TransferSent
         | TransferMined
+        | TransferConfirmed
         | TransferFailed
         | TransferDelayed
-        | NonceFloor
         | OrdersKnown
         | Undelivered
     )
@@ -179,9 +187,9 @@ class Wallet:
             CycleDue: self._cycle_due,
             TransferSent: self._transfer_sent,
             TransferMined: self._transfer_mined,
+            TransferConfirmed: self._transfer_confirmed,
             TransferFailed: self._transfer_failed,
             TransferDelayed: self._transfer_delayed,
-            NonceFloor: self._nonce_floor,
             OrdersKnown: self._orders_known,
             Undelivered: self._undelivered,
             ResumePayments: self._resume,
@@ -223,7 +231,7 @@ class Wallet:
 
     def _queue(self, draft: MoneyDraft, row: PayOrder) -> None:
         draft.put(f"order/{row.order_id}", row)
-        draft.put(f"queue/{row.platform}/{row.payer}/{row.order_id}", row)
+        draft.put(f"queue/{row.platform}/{row.payer}/{row.order_id}", Queued(row.order_id))
 
     def _cycle(self, draft: MoneyDraft, platform: str) -> Cycle:
         row = draft.row(Cycle, f"cycle/{platform}")
@@ -259,10 +267,11 @@ class Wallet:
     def _cycle_due(self, draft: MoneyDraft, timer: CycleDue) -> None:
         cycle = replace(self._cycle(draft, timer.platform), next_at=None, last_at=draft.now)
         draft.put(f"cycle/{timer.platform}", cycle)
-        queued = [row for _, row in islice(draft.readable(f"queue/{timer.platform}/"), MAX_RUN_ORDERS + 1)]
-        more = len(queued) > MAX_RUN_ORDERS
+        queue = list(islice(draft.readable(f"queue/{timer.platform}/"), MAX_RUN_ORDERS + 1))
+        more = len(queue) > MAX_RUN_ORDERS
+        queued = self._waiting(draft, queue[:MAX_RUN_ORDERS])
         by_payer: dict[str, list[PayOrder]] = {}
-        for row in sorted(queued[:MAX_RUN_ORDERS], key=lambda row: (row.queued_at, row.order_id)):
+        for row in sorted(queued, key=lambda row: (row.queued_at, row.order_id)):
             by_payer.setdefault(row.payer, []).append(row)
         for payer, orders in by_payer.items():
             for payees in _batches(orders, self._minimum, self._payees.get(timer.platform, MAX_PAYEES)):
@@ -270,18 +279,31 @@ class Wallet:
         if more or draft.left_out or next(draft.readable(f"queue/{timer.platform}/"), None) is not None:
             self._schedule(draft, timer.platform, draft.now + 1.0 if more else None)
 
+    def _waiting(self, draft: MoneyDraft, queue: list[tuple[str, Queued]]) -> list[PayOrder]:
+        """Return the orders of a piece of the queue. One that cannot be read waits alone, and its document says why."""
+        found: list[PayOrder] = []
+        for key, queued in queue:
+            row = draft.sound(f"order/{queued.order_id}")
+            if isinstance(row, PayOrder):
+                found.append(row)
+            elif not queued.told:
+                draft.put(key, replace(queued, told=True))
+                text = "the wallet's row of this order is damaged on this node's disk: it is not paid before a person has looked"
+                draft.send("ledger", PayOutDelayed((queued.order_id,), text))
+        return found
+
     # -- batches
     def _send_batch(self, draft: MoneyDraft, platform: str, payer: str, payees: list[list[PayOrder]]) -> None:
-        account_key = f"account/{platform}/{payer}"
-        nonce = (draft.row(Account, account_key) or Account(0)).next_nonce
+        counter = f"batches/{platform}/{payer}"
+        number = (draft.row(Batches, counter) or Batches(0)).count
         order_ids = [order.order_id for orders in payees for order in orders]
-        batch_id = digest("batch", platform, payer, str(nonce), *order_ids)[:32]  # unlike any of a journal that was lost
-        assert draft.row(Batch, f"batch/{batch_id}") is None, f"number {nonce} of {payer} is used twice"
+        batch_id = digest("batch", platform, payer, str(number), *order_ids)[:32]  # unlike any of a journal that was lost
+        assert draft.row(Batch, f"batch/{batch_id}") is None, f"number {number} of {payer} is used twice"
         batch = Batch(
             batch_id=batch_id,
             platform=platform,
             payer=payer,
-            nonce=nonce,
+            number=number,
             payees=tuple(
                 Payee(
                     orders[0].payee,
@@ -293,7 +315,7 @@ class Wallet:
             state=SENDING,
             created_at=draft.now,
         )
-        draft.put(account_key, Account(nonce + 1))
+        draft.put(counter, Batches(number + 1))
         draft.put(f"batch/{batch_id}", batch)
         for order in (order for orders in payees for order in orders):
             assert order.state == QUEUED, order
@@ -330,14 +352,20 @@ class Wallet:
 
     def _transfer_mined(self, draft: MoneyDraft, fact: TransferMined) -> None:
         batch = self._batch(draft, fact.batch_id)
-        if batch is None or (batch.state == MINED and not batch.recalled):
+        reason = f"transaction {fact.tx_hash} is in block {fact.block}; waiting until that is final"
+        if batch is not None and batch.state == SENDING and batch.reason != reason:
+            self._explain(draft, replace(batch, tx_hash=fact.tx_hash), reason)
+
+    def _transfer_confirmed(self, draft: MoneyDraft, fact: TransferConfirmed) -> None:
+        batch = self._batch(draft, fact.batch_id)
+        if batch is None or (batch.state == CONFIRMED and not batch.recalled):
             return
-        assert batch.state != FAILED, f"batch {batch.batch_id} was final as failed, and now is mined"
+        assert batch.state != FAILED, f"batch {batch.batch_id} was final as failed, and now is confirmed"
         draft.put(
             f"batch/{batch.batch_id}",
             replace(
                 batch,
-                state=MINED,
+                state=CONFIRMED,
                 tx_hash=fact.tx_hash,
                 reason="",
                 block=fact.block,
@@ -376,13 +404,13 @@ class Wallet:
 
     def _recalled(self, like: Batch, known: KnownBatch, now: float) -> Batch:
         payees = tuple(Payee(*payee, orders) for payee, orders in zip(known.payees, known.orders, strict=True))
-        return Batch(known.batch_id, like.platform, like.payer, known.nonce, payees, SENDING, now)
+        return Batch(known.batch_id, like.platform, like.payer, 0, payees, SENDING, now)  # its number is not known any more
 
     def _transfer_failed(self, draft: MoneyDraft, fact: TransferFailed) -> None:
         batch = self._batch(draft, fact.batch_id)
         if batch is None or batch.state == FAILED:
             return
-        assert batch.state == SENDING, f"batch {batch.batch_id} was final as mined, and now has failed"
+        assert batch.state == SENDING, f"batch {batch.batch_id} was final as confirmed, and now has failed"
         draft.put(f"batch/{batch.batch_id}", replace(batch, state=FAILED, reason=fact.reason))
         given_up: list[str] = []
         queued: list[str] = []
@@ -402,12 +430,6 @@ class Wallet:
         if given_up:
             text = f"given up after {MAX_TRIES} transfers failed, until a payment cycle is run by hand: {fact.reason}"
             draft.send("ledger", PayOutDelayed(tuple(given_up), text))
-
-    def _nonce_floor(self, draft: MoneyDraft, fact: NonceFloor) -> None:
-        key = f"account/{fact.platform}/{fact.payer}"
-        account = draft.row(Account, key) or Account(0)
-        if fact.nonce > account.next_nonce:
-            draft.put(key, Account(fact.nonce))
 
     def _undelivered(self, draft: MoneyDraft, fact: Undelivered) -> None:
         """Money messages stay on this node: whatever kept them back, they are sent again."""
@@ -439,7 +461,7 @@ _sent = Decoder[Any](Transfer | PaidOut | PayOutDelayed)
 def _transfer(batch: Batch) -> Transfer:
     payees = tuple((payee.payee, payee.amount) for payee in batch.payees)
     orders = tuple(payee.order_ids for payee in batch.payees)
-    return Transfer(batch.batch_id, batch.platform, batch.payer, batch.nonce, payees, orders)
+    return Transfer(batch.batch_id, batch.platform, batch.payer, payees, orders)
 
 
 def _batches(orders: list[PayOrder], minimum: Decimal, max_payees: int) -> Iterator[list[list[PayOrder]]]:

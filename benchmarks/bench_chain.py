@@ -26,11 +26,11 @@ from golem.chain import token
 from golem.chain.devchain import ensure_devchain, stop_devchain, token_of
 from golem.chain.devchain.genesis import CHAIN_ID
 from golem.chain.engine import Engine
-from golem.chain.events import Confirmed, Event
 from golem.chain.networks import Network, local_rows
 from golem.chain.rpc import Rpc
 from golem.chain.signer import Key, Transaction, sign
 from golem.chain.store import TransferBatch
+from protocol.wallet import TransferConfirmed, TransferNews
 
 GLM = 10**18
 Figures = dict[str, float | int]
@@ -80,23 +80,23 @@ async def throughput(rpc: Rpc, key: Key, directory: Path, number: int) -> Figure
 
 async def payments(network: Network, rpc: Rpc, key: Key, directory: Path, number: int) -> Figures:
     """Single payments one after another, then batches of 10 and 50: latency and gas a payment."""
-    ended: dict[str, tuple[float, Confirmed]] = {}
+    ended: dict[str, tuple[float, TransferConfirmed]] = {}
     news = trio.Event()
 
-    async def notify(event: Event) -> None:
+    async def notify(event: TransferNews) -> None:
         nonlocal news
-        if isinstance(event, Confirmed):
+        if isinstance(event, TransferConfirmed):
             ended[event.batch_id] = time.perf_counter(), event
             news.set()
 
     figures: Figures = {}
     engine = Engine(network, rpc, key, directory / "chain.db", notify)
 
-    async def pay(batch_id: str, payees: int, first: int) -> tuple[float, Confirmed]:
+    async def pay(batch_id: str, payees: int, first: int) -> tuple[float, TransferConfirmed]:
         nonlocal news
         start = time.perf_counter()
         whom = tuple((f"0x{first + i:040x}", GLM // 1000) for i in range(payees))
-        await engine.submit(TransferBatch(batch_id, await engine.next_nonce(), whom))
+        await engine.submit(TransferBatch(batch_id, whom))
         while batch_id not in ended:
             news = trio.Event()
             await news.wait()
@@ -119,7 +119,7 @@ async def payments(network: Network, rpc: Rpc, key: Key, directory: Path, number
             figures[f"gas_per_payment_of_{size}_known"] = known.gas_used // size
         start = time.perf_counter()
         for i in range(number):
-            await engine.submit(TransferBatch(f"burst {i}", 0, ((f"0x{0x40_0000 + i:040x}", 1),)))
+            await engine.submit(TransferBatch(f"burst {i}", ((f"0x{0x40_0000 + i:040x}", 1),)))
         while not all(f"burst {i}" in ended for i in range(number)):
             news = trio.Event()
             await news.wait()

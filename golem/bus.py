@@ -20,7 +20,8 @@ import re
 import socket
 import stat
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,15 @@ import trio
 
 from actors.kernel.machine import LinkDown
 from golem.net.types import RemoteError, Unreachable
+from golem.printing import sayable
 from protocol.codec import MAX_FRAME_BYTES, Framer, encode
 from protocol.types import Violation
 
 log = logging.getLogger("golem.bus")
 
 VERSION = 1
+UNIT = "exeunit:"  # how the names of exe-units begin
+UNIT_STREAMS = ("gftp", "exeunit-back")  # files, and what a requestor has in an activity
 MAX_BUS_FRAME_BYTES = MAX_FRAME_BYTES + (1 << 16)
 MAX_CLIENTS = 1024
 MAX_IN_FLIGHT = 256  # requests of one side of a connection
@@ -195,9 +199,9 @@ class Connection:
             try:
                 reply = _frame("reply", number, await self._answer(kind, args))
             except (RemoteError, Violation) as error:
-                reply = _frame("error", number, "refused", str(error)[:2000])
+                reply = _frame("error", number, "refused", sayable(error, 2000))
             except (Unreachable, LinkDown) as error:
-                reply = _frame("error", number, "down", str(error)[:2000])
+                reply = _frame("error", number, "down", sayable(error, 2000))
             except Exception:
                 # a bug in a handler of ours must not end the connection with everything else on it
                 log.exception("bus request %s failed", kind)
@@ -242,8 +246,9 @@ class BusPeer:
 class Bus:
     """The node's side. Whoever wires it sets `on_mail`, `on_call` and `on_stream`; see `golem/router.py`."""
 
-    def __init__(self, path: Path, node_id: str) -> None:
-        self._path, self._node_id = path, node_id
+    def __init__(self, path: Path, node_id: str, units_path: Path | None = None) -> None:
+        """`units_path`: a second socket, for exe-units: they name themselves so, and reach `UNIT_STREAMS` alone."""
+        self._path, self._node_id, self._units_path = path, node_id, units_path
         self._peers: dict[str, BusPeer] = {}
         self._connections = 0
         self.on_mail: Callable[[BusPeer, bytes], Awaitable[bytes]] = _nobody
@@ -278,15 +283,18 @@ class Bus:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled. Raises `BusError` if the socket cannot be had."""
-        listener = _listen(self._path)
-        try:
-            async with listener, trio.open_nursery() as nursery:
+        async with AsyncExitStack() as stack:
+            listeners = []
+            for path, narrow in ((self._path, False), (self._units_path, True)):
+                if path is not None:
+                    listeners.append((await stack.enter_async_context(_listen(path)), narrow))
+                    stack.callback(path.unlink, missing_ok=True)
+            async with trio.open_nursery() as nursery:
+                for listener, narrow in listeners:
+                    nursery.start_soon(trio.serve_listeners, partial(self._serve, narrow), [listener])
                 task_status.started()
-                await trio.serve_listeners(self._serve, [listener], handler_nursery=nursery)
-        finally:
-            self._path.unlink(missing_ok=True)
 
-    async def _serve(self, stream: trio.SocketStream) -> None:
+    async def _serve(self, narrow: bool, stream: trio.SocketStream) -> None:
         if self._connections >= MAX_CLIENTS:
             await trio.aclose_forcefully(stream)
             return
@@ -295,6 +303,10 @@ class Bus:
         try:
             async with stream:
                 match await _first_frame(stream, framer):
+                    case ["hello", 1, str() as name, str()] if narrow and not name.startswith(UNIT):
+                        await stream.send_all(_frame("refused", "this socket is for exe-units"))
+                    case ["stream", 1, str(), str() as name] if narrow and name not in UNIT_STREAMS:
+                        await stream.send_all(_frame("refused", "this socket is for exe-units"))
                     case ["hello", 1, str() as name, str() as role] if _NAME.match(name):
                         await self._serve_client(stream, framer, name, role)
                     case ["stream", 1, str() as node, str() as name]:
@@ -332,7 +344,7 @@ class Bus:
         try:
             serve = await self.on_stream(node, name)
         except (Unreachable, RemoteError) as error:
-            await stream.send_all(_frame("refused", str(error)[:2000]))
+            await stream.send_all(_frame("refused", sayable(error, 2000)))
             return
         try:
             await serve(stream)

@@ -41,6 +41,7 @@ def command(function: Command) -> Command:
 def serve_commands(node: Node) -> None:
     """Answer the command line on the node's bus."""
     import golem.activity_commands  # they register their own
+    import golem.payment_commands
     import golem.quarantine_commands  # noqa: F401
 
     def handler(run: Command) -> Callable[[BusPeer, bytes], Awaitable[bytes]]:

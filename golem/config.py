@@ -14,6 +14,7 @@ VERSION = "0.17.6"  # the API level that agents check; the SDKs want at least 0.
 DEFAULT_API_URL = "http://127.0.0.1:7465"
 USAGE_EVERY_S = 10.0  # exe-units tell their usage that often: a shorter silence says nothing
 MAX_SUBSCRIPTION_TTL_S = 7200.0  # as `protocol.market.MAX_LIFETIME_S`, beyond which no node keeps an offer
+SWITCHES = {"yes": True, "on": True, "true": True, "1": True, "no": False, "off": False, "false": False, "0": False}
 PROFILES = ("local", "testnet", "mainnet")
 
 
@@ -70,6 +71,11 @@ class Config:
         return self.data_dir / "bus.sock"
 
     @property
+    def units_path(self) -> Path:
+        """The bus's socket for exe-units, by which they reach no more than they need."""
+        return self.data_dir / "units.sock"
+
+    @property
     def status_path(self) -> Path:
         """The file in which a running node says where it serves (`node.json`)."""
         return self.data_dir / "node.json"
@@ -113,6 +119,16 @@ def read_number(env: Mapping[str, str], name: str, default: float, low: float, h
     return value
 
 
+def read_switch(env: Mapping[str, str], name: str, default: bool) -> bool:
+    """Return whether a variable says yes (on, true, 1) or no (off, false, 0), in any case. Raises `ConfigError`."""
+    text = env.get(name, "").strip().lower()
+    if not text:
+        return default
+    if text not in SWITCHES:
+        raise ConfigError(f"{name}={env[name]!r}: expected yes, no, on, off, true or false")
+    return SWITCHES[text]
+
+
 def read_duration(env: Mapping[str, str], name: str, default: float, low: float = 0.0, high: float = 1e9) -> float:
     """Return the seconds of a variable: a number, or one with the unit s, m (or min), h. Raises `ConfigError`."""
     text = env.get(name, "").strip()
@@ -150,14 +166,14 @@ def config_from(env: Mapping[str, str], **flags: object) -> Config:
         "chain_url": env.get("GOLEM_CHAIN_URL", ""),
         "listen": read_list(env.get("GOLEM_LISTEN", "")),
         "bootstrap": read_list(env.get("GOLEM_BOOTSTRAP", "")),
-        "mdns": env.get("GOLEM_MDNS", "1") not in ("0", "false", "no"),
+        "mdns": read_switch(env, "GOLEM_MDNS", True),
         "network_name": env.get("GOLEM_NETWORK_NAME") or "golem",
         "allow_origins": read_list(env.get("YAGNA_API_ALLOW_ORIGIN", "")),
         "autoconf_app_key": env.get("YAGNA_AUTOCONF_APPKEY", ""),
         "autoconf_id_secret": env.get("YAGNA_AUTOCONF_ID_SECRET", ""),
         "password": env.get("GOLEM_PASSWORD", ""),
         "password_file": Path(env["GOLEM_PASSWORD_FILE"]) if env.get("GOLEM_PASSWORD_FILE") else None,
-        "plain_key": env.get("GOLEM_PLAIN_KEY", "") in ("1", "true", "yes"),
+        "plain_key": read_switch(env, "GOLEM_PLAIN_KEY", False),
         "payment_cycle_s": read_duration(env, "PAYMENT_CYCLE_DEFAULT_INTERVAL", 0.0),
         "subscription_ttl_s": read_duration(env, "DEFAULT_SUBSCRIPTION_TTL", 3600.0, 1.0, MAX_SUBSCRIPTION_TTL_S),
         "max_events_default": int(read_number(env, "MARKET_MAX_EVENTS_DEFAULT", 20, 1, 100)),
@@ -168,7 +184,7 @@ def config_from(env: Mapping[str, str], **flags: object) -> Config:
         "cleanup_interval_s": read_duration(env, "MARKET_DB_CLEANUP_INTERVAL", 4 * 3600.0, 1.0),
         "max_rest_timeout_s": read_duration(env, "MAX_REST_TIMEOUT", 75.0, 1.0, 86400.0),
         "images_max_gib": read_number(env, "GOLEM_IMAGES_MAX_GIB", 100.0, 0.001, 1e6),
-        "skip_allocation_validation": env.get("YAGNA_DEV_SKIP_ALLOCATION_VALIDATION", "") == "1",
+        "skip_allocation_validation": read_switch(env, "YAGNA_DEV_SKIP_ALLOCATION_VALIDATION", False),
     }
     config = Config(**{**values, **given})  # type: ignore[arg-type]
     if config.chain_url and config.profile != "local":

@@ -34,6 +34,7 @@ from golem.gftp_wire import (
     send_header,
 )
 from golem.net.types import RemoteError
+from golem.outgoing import FileIdentity, identity_of
 from golem.router import Router
 from golem.uploads import Upload
 
@@ -79,22 +80,26 @@ class Sink(Protocol):
 
 
 class FileSource:
-    """A regular file, read lazily: a change of size or time after publishing is an error, not other content."""
+    """A regular file, read lazily: another file in its place, or a change of size or time, is an error, not other content.
 
-    def __init__(self, path: Path) -> None:
-        """Raises `FileFault` unless it is a regular file that we can read."""
-        self.path = path
+    Its folder may be one that others write: they must not have us read what is ours alone.
+    """
+
+    def __init__(self, path: Path, identity: FileIdentity | None = None) -> None:
+        """`identity`: that of the file which was meant. Raises `FileFault` unless it is a regular file that we can read."""
+        self.path = Path(os.path.realpath(path)) if identity is None else path
         descriptor = self._open()
         try:
             status = os.fstat(descriptor)
         finally:
             os.close(descriptor)
-        self._identity = (status.st_size, status.st_mtime_ns)
+        self._identity = identity or identity_of(status)
         self._size = status.st_size
+        self._check(status)
 
     def _open(self) -> int:
         try:
-            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
         except OSError as error:
             raise FileFault("ReadError", f"cannot read {self.path}: {error.strerror}") from None
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -112,15 +117,19 @@ class FileSource:
     def _read(self, offset: int, size: int) -> bytes:
         descriptor = self._open()
         try:
+            self._check(os.fstat(descriptor))
             data = os.pread(descriptor, size, offset)
             status = os.fstat(descriptor)
         except OSError as error:
             raise FileFault("ReadError", f"cannot read {self.path}: {error.strerror}") from None
         finally:
             os.close(descriptor)
-        if (status.st_size, status.st_mtime_ns) != self._identity:
-            raise FileFault("ReadError", f"{self.path} changed after it was published")
+        self._check(status)
         return data
+
+    def _check(self, status: os.stat_result) -> None:
+        if identity_of(status) != self._identity:
+            raise FileFault("ReadError", f"{self.path} changed after it was published")
 
 
 class FileSink:
@@ -206,6 +215,7 @@ class FileSink:
 class _Publish(msgspec.Struct, frozen=True, array_like=True):
     path: str
     sha3_256: str
+    identity: FileIdentity | None = None  # of the file that was hashed
 
 
 class _Receive(msgspec.Struct, frozen=True, array_like=True):
@@ -261,7 +271,7 @@ class FileServer:
         if len(request.sha3_256) != 64:
             raise RemoteError("expected a SHA3-256 hash in hex")
         try:
-            source = await trio.to_thread.run_sync(FileSource, _absolute(request.path))
+            source = await trio.to_thread.run_sync(FileSource, _absolute(request.path), request.identity)
             self.offer(request.sha3_256, source, client)
         except FileFault as fault:
             raise RemoteError(str(fault)) from None

@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import signal
+import stat
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -29,7 +30,8 @@ from golem.config import VERSION, data_dir_from
 from golem.gftp_peer import GftpPeer
 from golem.gftp_wire import FileFault, parse_url, part_name
 from golem.net.types import RemoteError, Unreachable
-from golem.outgoing import Outgoing
+from golem.outgoing import FileIdentity, Outgoing, identity_of
+from golem.printing import quoted
 
 VERSION_TEXT = f"{VERSION} (golem-node)"
 PARSE_ERROR, INVALID_REQUEST, METHOD_NOT_FOUND, INVALID_PARAMS, SERVER_ERROR = -32700, -32600, -32601, -32602, -32000
@@ -61,7 +63,7 @@ class Gftp:
 
     def __init__(self, bus_path: Path) -> None:
         self._peer = GftpPeer(bus_path)
-        self._published: dict[str, tuple[str, Path]] = {}  # by name: how it was told, and the file
+        self._published: dict[str, tuple[str, Path, tuple[Any, ...]]] = {}  # by name: how it was told, the file, what else
         self._bus_path = bus_path
         self._bus = BusClient(
             bus_path, f"gftp:{secrets.token_hex(8)}", "gftp", on_connect=self._on_connect
@@ -76,11 +78,11 @@ class Gftp:
 
     async def _on_connect(self) -> None:
         """The node may be a new one: tell it again."""
-        for name, (target, path) in list(self._published.items()):
+        for name, (target, path, more) in list(self._published.items()):
             with suppress(Unreachable, RemoteError):
-                await self._bus.call("", target, _encode([str(path), name]))
+                await self._bus.call("", target, _encode([str(path), name, *more]))
 
-    async def _call(self, target: str, *args: str) -> str:
+    async def _call(self, target: str, *args: Any) -> str:
         with trio.move_on_after(CONNECT_TIMEOUT_S):
             await self._bus.wait_connected()
         try:
@@ -94,10 +96,10 @@ class Gftp:
         """Publish files; the same content has the same URL."""
         done = []
         for file in files:
-            path = _absolute(file)
-            name = await trio.to_thread.run_sync(_sha3_of, path, abandon_on_cancel=True)
-            await self._call(PUBLISH, str(path), name)
-            self._published[name] = (PUBLISH, path)
+            path = Path(os.path.realpath(file))
+            name, identity = await trio.to_thread.run_sync(_sha3_of, path, abandon_on_cancel=True)
+            await self._call(PUBLISH, str(path), name, identity)
+            self._published[name] = (PUBLISH, path, (identity,))
             done.append({"file": file, "url": f"gftp://{self._bus.node_id}/{name}"})
         return done
 
@@ -118,7 +120,7 @@ class Gftp:
         """Open a slot that others upload into."""
         path = _absolute(output_file)
         name = await self._call(RECEIVE, str(path))
-        self._published[name] = (RECEIVE, path)
+        self._published[name] = (RECEIVE, path, ())
         return {"file": output_file, "url": f"gftp://{self._bus.node_id}/{name}"}
 
     async def download(self, url: str, output_file: str) -> dict[str, str]:
@@ -169,7 +171,7 @@ class Gftp:
 
     def clean_up(self) -> None:
         """Remove what uploads that broke off have left in our slots; for the end."""
-        for name, (target, path) in self._published.items():
+        for name, (target, path, _) in self._published.items():
             if target == RECEIVE:
                 with suppress(OSError):
                     path.with_name(part_name(path.name, name)).unlink(missing_ok=True)
@@ -198,13 +200,20 @@ def _absolute(path: str) -> Path:
     return Path(os.path.abspath(path))
 
 
-def _sha3_of(path: Path) -> str:
-    """Return the SHA3-256 of a regular file. Raises `RpcError`."""
+def _sha3_of(path: Path) -> tuple[str, FileIdentity]:
+    """Return the SHA3-256 of a regular file, and which file that was. Raises `RpcError`."""
     try:
         if not path.is_file():
             raise RpcError(SERVER_ERROR, f"not a regular file: {path}")
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha3_256").hexdigest()
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
+        with os.fdopen(descriptor, "rb") as file:
+            before = os.fstat(descriptor)
+            if not stat.S_ISREG(before.st_mode):
+                raise RpcError(SERVER_ERROR, f"not a regular file: {path}")
+            digest = hashlib.file_digest(file, "sha3_256").hexdigest()
+            if identity_of(os.fstat(descriptor)) != identity_of(before):
+                raise RpcError(SERVER_ERROR, f"{path} changed while it was read")
+            return digest, identity_of(before)
     except OSError as error:
         raise RpcError(SERVER_ERROR, f"cannot read {path}: {error.strerror}") from None
 
@@ -346,7 +355,7 @@ def _run_once(act: Callable[[Gftp], Awaitable[Any]], stay: bool) -> None:
     try:
         trio.run(_once, act, stay)
     except* (RpcError, BusError) as errors:
-        click.echo(f"gftp: {errors.exceptions[0]}", err=True)
+        click.echo(f"gftp: {quoted(str(errors.exceptions[0]))}", err=True)
         sys.exit(1)
 
 

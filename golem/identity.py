@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import stat
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -21,6 +22,9 @@ from protocol.signing import Document, node_id_of, sign
 from protocol.types import timestamp_text
 
 KEYSTORE, PLAIN_KEY, APP_KEYS = "keystore.json", "identity.key", "app-keys.json"
+AUTOCONF = "autoconfigured"  # name of the app-key that YAGNA_AUTOCONF_APPKEY gives
+SCRYPT_N = 1 << 18  # the usual cost of Ethereum keystores: about a second
+MIN_PASSWORD_CHARS = 8
 AskPassword = Callable[[str, bool], str]  # (prompt, ask twice) -> password
 
 
@@ -63,6 +67,16 @@ def write_private(path: Path, text: str) -> None:
         raise
 
 
+def check_ours(path: Path) -> None:
+    """Check that nobody else can have put things into a directory, or this file there. Raises `ValueError`, `OSError`."""
+    found = path.stat()
+    if found.st_uid != os.geteuid():
+        raise ValueError(f"it belongs to user {found.st_uid}, whose key and settings would be ours (chown it, or choose another)")
+    others = found.st_mode & stat.S_IWOTH or (found.st_mode & stat.S_IWGRP and found.st_gid != os.getegid())
+    if others:
+        raise ValueError("others may write there (chmod go-w)")
+
+
 def parse_key(text: str) -> bytes:
     """Return the 32 bytes of a hex private key. Raises `IdentityError` (which does not repeat the text)."""
     digits = text.strip().removeprefix("0x")
@@ -87,6 +101,13 @@ def open_identity(config: Config, ask_password: AskPassword | None = None) -> Id
         except IdentityError as error:
             raise IdentityError(f"YAGNA_AUTOCONF_ID_SECRET: {error}") from None
     keystore, plain = config.data_dir / KEYSTORE, config.data_dir / PLAIN_KEY
+    for path in filter(Path.exists, (keystore, plain)):
+        try:
+            check_ours(path)
+        except (ValueError, OSError) as error:
+            raise IdentityError(f"cannot use {path}: {error}") from None
+    if plain.exists() and (config.password or config.password_file):
+        return _encrypted(config, plain, keystore)
     if plain.exists():
         text = _read(plain)
         try:
@@ -105,12 +126,29 @@ def open_identity(config: Config, ask_password: AskPassword | None = None) -> Id
     return Identity(key, encrypted=True)
 
 
+def _encrypted(config: Config, plain: Path, keystore: Path) -> Identity:
+    """Encrypt a plain key with the password that is given now; nobody gives one to have it ignored."""
+    if config.plain_key:
+        raise IdentityError("a password and --plain-key contradict each other: name one of them")
+    try:
+        key = parse_key(_read(plain))
+    except IdentityError as error:
+        raise IdentityError(f"cannot use {plain}: {error}") from None
+    if keystore.exists():  # from an attempt that was cut short, or of another key
+        if _decrypt(keystore, _password(config, None, twice=False)) != key:
+            raise IdentityError(f"{plain} and {keystore} hold two keys: remove the one that is not this node's")
+    else:
+        save_encrypted(keystore, key, _password(config, None, twice=True))
+    plain.unlink()
+    return Identity(key, encrypted=True)
+
+
 def save_encrypted(path: Path, key: bytes, password: str) -> None:
     """Write `key` as standard encrypted keystore JSON."""
     tame_imports()
     import eth_keyfile
 
-    write_private(path, json.dumps(eth_keyfile.create_keyfile_json(key, password.encode(), kdf="scrypt", iterations=1 << 15)))
+    write_private(path, json.dumps(eth_keyfile.create_keyfile_json(key, password.encode(), kdf="scrypt", iterations=SCRYPT_N)))
 
 
 def _decrypt(path: Path, password: str) -> bytes:
@@ -136,6 +174,14 @@ def _read(path: Path) -> str:
 
 
 def _password(config: Config, ask_password: AskPassword | None, *, twice: bool) -> str:
+    """Return the password; `twice`: for a new key."""
+    password = _given_password(config, ask_password, twice=twice)
+    if twice and len(password) < MIN_PASSWORD_CHARS:
+        raise IdentityError(f"a password has at least {MIN_PASSWORD_CHARS} characters")
+    return password
+
+
+def _given_password(config: Config, ask_password: AskPassword | None, *, twice: bool) -> str:
     if config.password_file:
         password = _read(config.password_file).rstrip("\r\n")
         if not password:

@@ -88,7 +88,7 @@ class LocalNode:
     def client(self, timeout_s: float = 70.0) -> httpx.AsyncClient:
         """Return an HTTP client with this node's app-key."""
         headers = {"Authorization": f"Bearer {self.app_key}"}
-        return httpx.AsyncClient(base_url=self.api_url, headers=headers, timeout=timeout_s)
+        return httpx.AsyncClient(base_url=self.api_url, headers=headers, timeout=timeout_s, trust_env=False)
 
     async def wait_ready(self, timeout_s: float = START_TIMEOUT_S) -> None:
         """Return when the running process serves REST. Raises `LocalNetError`."""

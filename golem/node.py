@@ -17,8 +17,9 @@ import socket
 import time
 import uuid
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
+from io import TextIOWrapper
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ from golem.config import Config, ConfigError
 from golem.files import FileServer
 from golem.gossip import Gossip
 from golem.gsb import Services
-from golem.identity import APP_KEYS, AppKeys, AskPassword, Identity, open_identity, write_private
+from golem.identity import APP_KEYS, AUTOCONF, AppKeys, AskPassword, Identity, check_ours, open_identity, write_private
 from golem.interaction import Interactions
 from golem.net import NetConfig, Network, open_network
 from golem.ports import is_our_node, of_others
@@ -137,8 +138,10 @@ async def open_node(config: Config, ask_password: AskPassword | None = None) -> 
         identity = await trio.to_thread.run_sync(open_identity, config, ask_password)
         app_keys = AppKeys(config.data_dir / APP_KEYS)
         if config.autoconf_app_key:
-            app_keys.drop_foreign("autoconfigured", identity.node_id)
-            app_keys.create("autoconfigured", identity.node_id, key=config.autoconf_app_key)
+            app_keys.drop_foreign(AUTOCONF, identity.node_id)
+            app_keys.create(AUTOCONF, identity.node_id, key=config.autoconf_app_key)
+        elif app_keys.named(AUTOCONF) is not None:
+            app_keys.drop(AUTOCONF)  # it was given for as long as its variable
         older = compare_generations(config.data_dir)
         journal = Journal(str(config.data_dir / "node.db"), lambda: secrets.token_hex(8))
         stack.callback(journal.close)
@@ -148,7 +151,7 @@ async def open_node(config: Config, ask_password: AskPassword | None = None) -> 
             network = await stack.enter_async_context(open_network(identity.secret(), net_config))
         except ValueError as error:
             raise ConfigError(str(error)) from None
-        bus = Bus(config.bus_path, identity.node_id)
+        bus = Bus(config.bus_path, identity.node_id, config.units_path)
         router = Router(identity.node_id, network, bus)
         gossip = Gossip(network)
         system = System(
@@ -227,9 +230,12 @@ def make_folder(path: Path, use: str) -> None:
     """Make a private directory if it is not there. Raises `ConfigError`."""
     try:
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        check_ours(path)
     except OSError as error:
         reason = "it is a file" if isinstance(error, FileExistsError | NotADirectoryError) else error.strerror
         raise ConfigError(f"cannot use the {use} directory {path}: {reason}") from None
+    except ValueError as error:
+        raise ConfigError(f"cannot use the {use} directory {path}: {error}") from None
 
 
 def lock_data_dir(data_dir: Path, stack: AsyncExitStack) -> None:
@@ -250,7 +256,16 @@ def step_log(data_dir: Path) -> Any:
     """Return the sink of trace lines: `<data_dir>/steps.log`, rotated, read by `golem trace`."""
     handler = RotatingFileHandler(data_dir / "steps.log", maxBytes=STEP_LOG_BYTES, backupCount=STEP_LOG_FILES)
     handler.setFormatter(logging.Formatter("%(message)s"))
-    handler.handleError = lambda record: None  # type: ignore[method-assign]  # a full disk: the journal has the say
+
+    def begin_anew(_record: logging.LogRecord) -> None:
+        """A full disk: the journal has the say. What is in the buffer is dropped, the next line opens the file again."""
+        stream: TextIOWrapper | None = handler.stream
+        handler.stream = None  # type: ignore[assignment]
+        with suppress(OSError):
+            if stream is not None:
+                stream.close()
+
+    handler.handleError = begin_anew  # type: ignore[method-assign]
     logger = logging.Logger("golem.steps", logging.INFO)
     logger.addHandler(handler)
 
@@ -336,7 +351,7 @@ async def run_node(config: Config, ask_password: AskPassword | None = None, read
         nursery = await stack.enter_async_context(trio.open_nursery())
         rest_ended = await nursery.start(_rest_until_stopped, node, sock)
         status = {"pid": os.getpid(), "nodeId": node.node_id, "apiUrl": node.api_url, "bus": str(config.bus_path),
-                  "profile": config.profile, "startedAt": node.started_at}  # fmt: skip
+                  "units": str(config.units_path), "profile": config.profile, "startedAt": node.started_at}  # fmt: skip
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             nursery.start_soon(_stop_on_signal, node, signals)
             write_private(config.status_path, json.dumps(status, indent=1))

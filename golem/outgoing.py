@@ -14,6 +14,14 @@ from golem.gftp_wire import BLOCK_BYTES, FileFault
 CHECKPOINT_BYTES = 64 << 20
 
 
+FileIdentity = tuple[int, int, int, int, int]
+
+
+def identity_of(status: os.stat_result) -> FileIdentity:
+    """Return what tells a file, as it is now, from every other one."""
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
 class Outgoing:
     """An open file on its way out, `size` bytes of it: its blocks in order, and the hash of all before.
 

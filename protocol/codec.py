@@ -24,6 +24,8 @@ MAX_MARKS = 8  # in an acknowledgement
 MAX_UNDER_WAY = 320  # messages of a link that were sent and not acknowledged: a window, and a frame
 MAX_ACK_BYTES = 4096
 _NAME = re.compile(r"[A-Za-z0-9_.\-]{0,64}\Z")  # of an epoch, or of a start of a process
+_ADDRESS = re.compile(r"[A-Za-z0-9_.:\-]{1,100}/[A-Za-z0-9_.:\-]{1,100}\Z")  # of an actor: it stands in logs and on terminals
+_TRACE = re.compile(r"[A-Za-z0-9_.:/\-]*\Z")
 _MARK = re.compile(r"\d{1,19}:[A-Za-z0-9_.\-]{0,64}\Z")
 T = TypeVar("T")
 
@@ -99,6 +101,8 @@ def decode_batch(frame: bytes) -> list[Envelope]:
     """Return 1 to 64 envelopes of one link in rising order. Raises `Violation`."""
     batch = _batch(frame)
     first, seq, boot = batch[0], 0, None
+    if not (_ADDRESS.match(first.sender) and _ADDRESS.match(first.to)):
+        raise Violation("an address is none")
     if not (_NAME.match(first.epoch) and _NAME.match(first.after_boot)):
         raise Violation("an epoch, or the name of a start, is none")
     for e in batch:
@@ -110,8 +114,8 @@ def decode_batch(frame: bytes) -> list[Envelope]:
             raise Violation("the name of a start is none")
         if not (0 <= e.after < e.seq < 2**63 and e.seq > seq and (not seq or e.after == seq)):
             raise Violation("sequence numbers of a batch do not rise one by one")
-        if max(len(e.sender), len(e.to)) > MAX_ADDRESS_CHARS or len(e.trace) > MAX_TRACE_CHARS:
-            raise Violation("an address or trace is too long")
+        if len(e.trace) > MAX_TRACE_CHARS or not _TRACE.match(e.trace):
+            raise Violation("the name of a trace is none")
         if len(e.body) > MAX_BODY_BYTES:
             raise Violation("a message of the batch is too long")
         seq, boot = e.seq, e.boot

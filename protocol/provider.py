@@ -50,6 +50,13 @@ class OffersChanged(Message, frozen=True):
     capacity: Capacity = Capacity()
 
 
+class RulesChanged(Message, frozen=True):
+    """Whom to serve from now on: nobody of `blacklist`, and nobody but `allow_only` (None: everybody else)."""
+
+    blacklist: tuple[str, ...]
+    allow_only: tuple[str, ...] | None
+
+
 class StopAgent(Message, frozen=True):
     """Withdraw the offers, end the agreements, bill."""
 
@@ -360,6 +367,12 @@ class ExpirationDue(Message, frozen=True):
     agreement_id: str
 
 
+class CreditDue(Message, frozen=True):
+    """The unpaid work for a requestor may have reached its credit by now."""
+
+    requestor: str
+
+
 class NoteDue(Message, frozen=True):
     """It is time for a debit note."""
 
@@ -389,6 +402,7 @@ class ForgetDue(Message, frozen=True):
 LocalProvider = (
     AgentStarted
     | OffersChanged
+    | RulesChanged
     | StopAgent
     | ProposalArrived
     | AgreementArrived
@@ -407,6 +421,7 @@ LocalProvider = (
     | UnitRunning
     | UnitExited
     | IdleDue
+    | CreditDue
     | ExpirationDue
     | NoteDue
     | DeadlineDue
@@ -414,7 +429,7 @@ LocalProvider = (
     | ForgetDue
     | Undelivered
 )
-Timer = IdleDue | ExpirationDue | NoteDue | DeadlineDue | PatienceDue | ForgetDue
+Timer = IdleDue | CreditDue | ExpirationDue | NoteDue | DeadlineDue | PatienceDue | ForgetDue
 ToRest = (
     PublishOffer
     | WatchOffer

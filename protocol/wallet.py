@@ -1,8 +1,7 @@
 """What is said about paying out: ledger -> wallet -> chain port and back. Handled by `actors/wallet.py`.
 
 All of it stays on the node; what the payee is told is in `protocol/ledger.py`. Amounts are decimal strings in GLM.
-The chain port may get another nonce than the wallet's number (an approval or a foreign transaction came between); a
-batch is told apart by its id.
+A batch is told apart by its id. Nonces are the chain port's alone: nobody else knows what an account has sent.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ class PayOutDelayed(Message, frozen=True):
 
 # -- wallet <-> chain port
 class Transfer(Message, frozen=True):
-    """wallet -> chain: send this batch with exactly this nonce. A repeat of (platform, payer, nonce) changes nothing.
+    """wallet -> chain: pay this batch, once. A repeat of `batch_id` changes nothing, and is answered by the last word on it.
 
     `orders` says for each payee which orders of the ledger it is paid for: the chain port pays no order in two batches.
     """
@@ -49,7 +48,6 @@ class Transfer(Message, frozen=True):
     batch_id: str
     platform: str
     payer: str
-    nonce: int
     payees: tuple[tuple[str, str], ...]  # (address, amount), 1 to 50
     orders: tuple[tuple[str, ...], ...] = ()
 
@@ -58,7 +56,6 @@ class KnownBatch(Message, frozen=True):
     """A batch as the chain port has it."""
 
     batch_id: str
-    nonce: int
     payees: tuple[tuple[str, str], ...]
     orders: tuple[tuple[str, ...], ...]
 
@@ -71,14 +68,22 @@ class OrdersKnown(Message, frozen=True):
 
 
 class TransferSent(Message, frozen=True):
-    """chain -> wallet: broadcast (again); not final."""
+    """chain -> wallet: broadcast for the first time, or with a higher fee. Not final."""
 
     batch_id: str
     tx_hash: str
 
 
 class TransferMined(Message, frozen=True):
-    """chain -> wallet: in a block, and final at the confirmation depth."""
+    """chain -> wallet: in a block. Not final: the block may be lost yet."""
+
+    batch_id: str
+    tx_hash: str
+    block: int
+
+
+class TransferConfirmed(Message, frozen=True):
+    """chain -> wallet: paid; final at the network's confirmation depth."""
 
     batch_id: str
     tx_hash: str
@@ -88,9 +93,10 @@ class TransferMined(Message, frozen=True):
 
 
 class TransferFailed(Message, frozen=True):
-    """chain -> wallet: final failure of this nonce: reverted, or taken by a foreign transaction. Nothing was paid.
+    """chain -> wallet: nothing was paid and, for this batch, never will be. Final.
 
-    `refused`: the payees whose fault it is, where that is known; the others can be paid together.
+    Its transaction was reverted, another one took the nonce, or none can be made. `refused`: the payees whose fault it is,
+    where that is known; the others can be paid together.
     """
 
     batch_id: str
@@ -99,18 +105,14 @@ class TransferFailed(Message, frozen=True):
 
 
 class TransferDelayed(Message, frozen=True):
-    """chain -> wallet: not sent or not final yet, and why; the chain port keeps trying."""
+    """chain -> wallet: not sent or not final yet, and why; the chain port goes on by itself when the cause is gone."""
 
     batch_id: str
     reason: str
 
 
-class NonceFloor(Message, frozen=True):
-    """chain -> wallet: the account's next free nonce on chain, as seen at start and after a lost nonce."""
-
-    platform: str
-    payer: str
-    nonce: int
+#: What an engine tells of a batch.
+TransferNews = TransferSent | TransferMined | TransferConfirmed | TransferFailed | TransferDelayed
 
 
 # -- ledger <-> chain port (the payee's side)

@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from engine import engine_for_tests
@@ -43,9 +44,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Choose the seed of the order before workers are told of it."""
-    if config.getoption("shuffle") == "any":
+    """Choose the seed of the order; a worker takes that of the process that started it."""
+    if hasattr(config, "workerinput"):
+        config.option.shuffle = config.workerinput["shuffle"]
+    elif config.getoption("shuffle") == "any":
         config.option.shuffle = str(random.SystemRandom().randrange(1 << 32))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Tell a worker the seed."""
+    node.workerinput["shuffle"] = node.config.getoption("shuffle")
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -34,9 +34,9 @@ from protocol.signing import Document, node_id_of, sign
 from protocol.types import PeerLost, Violation, actor_of, digest, node_of
 from protocol.wallet import (
     KnownBatch,
-    NonceFloor,
     OrdersKnown,
     Transfer,
+    TransferConfirmed,
     TransferDelayed,
     TransferFailed,
     TransferMined,
@@ -251,7 +251,7 @@ class World:
     def _transfer(self, m: Transfer) -> list[Any]:
         if m.batch_id not in self.outcomes:
             if known := self.batches_of(m):
-                batches = tuple(KnownBatch(b.batch_id, b.nonce, b.payees, b.orders) for b in known)
+                batches = tuple(KnownBatch(b.batch_id, b.payees, b.orders) for b in known)
                 return [OrdersKnown(m.batch_id, batches)]
             self.batches[m.batch_id] = m
             self._check_owed(m)
@@ -263,14 +263,15 @@ class World:
                 self.transfers += [(tx_hash, m.payer, payee, Decimal(amount)) for payee, amount in m.payees]
         kind, text = self.outcomes[m.batch_id]
         if kind == "failed":
-            return [TransferFailed(m.batch_id, text), NonceFloor(m.platform, m.payer, m.nonce + 1)]
+            return [TransferFailed(m.batch_id, text)]
         if self.faults and self.rng and self.rng.random() < 0.5:
             return [
                 TransferDelayed(m.batch_id, "no gas"),
                 TransferSent(m.batch_id, text),
-                TransferMined(m.batch_id, text, 7, 21000, "0.001"),
+                TransferMined(m.batch_id, text, 7),
+                TransferConfirmed(m.batch_id, text, 7, 21000, "0.001"),
             ]
-        return [TransferMined(m.batch_id, text, 7, 21000, "0.001")]
+        return [TransferConfirmed(m.batch_id, text, 7, 21000, "0.001")]
 
     def batches_of(self, m: Transfer) -> list[Transfer]:
         """Return the batches that paid, or may pay, orders of this one."""

@@ -46,7 +46,7 @@ async def taken(folder: Path) -> Path:
     async with node_in_test(folder) as node:
         await allocate(node, "before")
         store = Store(node.config.data_dir / "chain.db", "chain/account")
-        store.add_batch(TransferBatch("batch", 0, ((PAYEE, 7),), (("order",),)))
+        store.add_batch(TransferBatch("batch", ((PAYEE, 7),), (("order",),)))
         store.close()
         async with node.system.journal.stopped():
             await trio.to_thread.run_sync(write_backup, node.config.data_dir, path, node.node_id)
@@ -74,7 +74,7 @@ async def test_a_backup_is_of_one_moment_and_for_its_owner_alone(tmp_path: Path)
         assert allocations(node) == ["before"]
         store = Store(node.config.data_dir / "chain.db", "chain/account")
         with pytest.raises(OrdersTaken):
-            store.add_batch(TransferBatch("x", 0, ((PAYEE, 7),), (("order",),)))
+            store.add_batch(TransferBatch("x", ((PAYEE, 7),), (("order",),)))
         assert "restored from a backup" in store.held()
         assert backup.restored_at(node.config.data_dir) == "", "the peers were asked"
 

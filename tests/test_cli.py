@@ -197,6 +197,8 @@ def test_command_lists_are_not_cut() -> None:
     (("payment", "status", "--network", "nope"), "unknown network 'nope'; known: local, holesky, hoodi"),
     (("payment", "fund", "--network", "nope"), "unknown network 'nope'"),
     (("payment", "init", "--network", "nope"), "unknown network 'nope'"),
+    (("payment", "trace", "nope"), "no debt of this node is known as nope"),
+    (("payment", "decide", "nope", "--unpaid"), "no payment nope is known here"),
     (("market", "explain", "nope"), "not found"),
     (("market", "agreements", "get", "--id", "xx"), "Invalid agreement id"),
     (("trace", "000000000000"), "under trace 000000000000"),
@@ -349,9 +351,9 @@ def test_a_taken_directory_and_a_taken_port(tmp_path: Path) -> None:
 def test_an_encrypted_key(tmp_path: Path) -> None:
     assert "needs a password" in refused(tmp_path)
     password, wrong, empty = tmp_path / "password", tmp_path / "wrong", tmp_path / "empty"
-    password.write_text("secret\n"), wrong.write_text("terces"), empty.touch()
+    password.write_text("secret-word\n"), wrong.write_text("terces-drow"), empty.touch()
     node_ids = []
-    for given in ({"GOLEM_PASSWORD": "secret"}, {"GOLEM_PASSWORD_FILE": str(password)}):
+    for given in ({"GOLEM_PASSWORD": "secret-word"}, {"GOLEM_PASSWORD_FILE": str(password)}):
         process = started(tmp_path, **given)
         node_ids.append(json.loads((tmp_path / "node" / "node.json").read_text())["nodeId"])
         text = ended(process, signal.SIGINT)
@@ -381,8 +383,9 @@ def test_a_password_typed_at_a_terminal(tmp_path: Path) -> None:
         seen = seen.partition(text)[2]
 
     try:
-        for prompt, typed in (("Choose a password for this node's new key:", "one"), ("Repeat for confirmation:", "two"),
-                              ("do not match", ""), ("new key:", "one"), ("Repeat for confirmation:", "one")):  # fmt: skip
+        for prompt, typed in (("Choose a password for this node's new key:", "password 1"),
+                              ("Repeat for confirmation:", "password 2"), ("do not match", ""), ("new key:", "password 1"),
+                              ("Repeat for confirmation:", "password 1")):  # fmt: skip
             shown(prompt)
             if typed:
                 time.sleep(0.1)  # the terminal's echo goes off just after the prompt

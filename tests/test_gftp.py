@@ -23,8 +23,8 @@ from support import trio_test
 from wire import A, two_nodes
 
 import golem.gftp
-from golem.files import FileServer
-from golem.gftp import Gftp, RpcError, Server
+from golem.files import FileServer, FileSource
+from golem.gftp import Gftp, RpcError, Server, _sha3_of
 from golem.gftp_peer import GftpPeer
 from golem.gftp_wire import FileFault
 from golem.outgoing import Outgoing
@@ -269,3 +269,50 @@ async def test_speed(tmp_path: Path) -> None:
         print(f"{rate:.0f} MB/s")
         assert size == len(data)
         assert rate > 20
+
+
+SECRET = b"what is ours alone\n"
+
+
+@pytest.mark.parametrize("trick", ["link", "folder", "rename", "hardlink", "same-times", "fifo"])
+def test_what_others_put_into_the_place_of_a_published_file_is_not_read(tmp_path: Path, trick: str) -> None:
+    """The folder is one that others write: whatever is there now, the file that was hashed is published or nothing."""
+    shared, private = tmp_path / "shared", tmp_path / "private"
+    shared.mkdir(), private.mkdir()
+    file, secret = shared / "file", private / "file"
+    file.write_bytes(b"x" * len(SECRET)), secret.write_bytes(SECRET)
+    digest, identity = _sha3_of(file)
+    assert trio.run(FileSource(file, identity).read, 0, 100) == b"x" * len(SECRET)
+
+    def swap() -> None:
+        if trick == "folder":
+            shared.rename(tmp_path / "away")
+            shared.symlink_to(private)
+            return
+        times = file.stat()
+        file.rename(tmp_path / "old")
+        match trick:
+            case "link":
+                file.symlink_to(secret)
+            case "hardlink":
+                os.link(secret, file)
+            case "fifo":
+                os.mkfifo(file)
+            case _:
+                file.write_bytes(SECRET)
+                os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+    published = FileSource(file, identity)
+    swap()
+    for opened in (lambda: FileSource(file, identity), lambda: trio.run(published.read, 0, 100)):
+        with pytest.raises(FileFault):
+            opened()
+    assert digest != _sha3_of(secret)[0]
+
+
+def test_a_file_that_is_reached_by_a_link_is_published(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"content")
+    (tmp_path / "link").symlink_to("file")
+    assert trio.run(FileSource(tmp_path / "link").read, 0, 100) == b"content"
+    with pytest.raises(RpcError):
+        _sha3_of(tmp_path / "link")

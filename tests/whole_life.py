@@ -38,7 +38,7 @@ from protocol.market import Announced, PublishDemand, PublishOffer
 from protocol.negotiation import ApproveAgreement, ConfirmAgreement, CounterProposal, CreateAgreement, TerminateAgreement
 from protocol.signing import node_id_of, sign
 from protocol.types import Message, actor_of, digest, node_of
-from protocol.wallet import Transfer, TransferMined, TransferVerified, VerifyTransfer
+from protocol.wallet import Transfer, TransferConfirmed, TransferVerified, VerifyTransfer
 
 ADDRESS = f"golem.com.payment.platform.{PLATFORM}.address"
 SCRIPT = '[{"deploy":{}},{"start":{}},{"run":{"entry_point":"x","args":["y"]}}]'
@@ -128,7 +128,7 @@ class Life(Nodes):
         node, actor = node_of(address), actor_of(address)
         match message:
             case Transfer(batch_id) if actor == "wallet" and f"batch/{batch_id}" in play.rows:
-                play.tell(TransferMined(batch_id, "0x" + digest(batch_id), 7, 21000, "0.001"))
+                play.tell(TransferConfirmed(batch_id, "0x" + digest(batch_id), 7, 21000, "0.001"))
             case SignPayment(payment_id, body) if actor == "ledger" and f"payment/{payment_id}" in play.rows:
                 if play.rows[f"payment/{payment_id}"].role != "payer":
                     return False

@@ -16,6 +16,7 @@ import trio
 from actors.kernel.actor import Actor
 from actors.kernel.alarms import Alarms
 from actors.kernel.answers import Answers
+from actors.kernel.complaints import Complaints
 from actors.kernel.courier import Courier
 from actors.kernel.feed import Feeds
 from actors.kernel.journal import Commit, Journal, JournalError, Posted, RowDamaged, SetAside
@@ -89,6 +90,7 @@ class System:
         self._links_changed = trio.Event()
         self.alarms, self.answers = Alarms(self), Answers()
         self.violations: deque[Line] = deque(maxlen=256)
+        self._complaints = Complaints()
         self._damaged: dict[tuple[str, str], str] = {}  # (actor, key) -> why
 
     # -- wiring
@@ -301,7 +303,11 @@ class System:
     def log_violation(self, actor: str, meta: Meta, violation: Violation) -> None:
         line = Line(meta.now, meta.trace, actor, meta.sender, "", (str(violation)[:300],), "violation")
         self.violations.append(line)
-        log.warning("%s broke the protocol with %s: %s", meta.sender, actor, str(violation)[:300])
+        held = self._complaints.held_back(node_of(meta.sender), meta.now)
+        if held is None:
+            return
+        more = f" (and {held} times before)" if held else ""
+        log.warning("%s broke the protocol with %s: %s%s", meta.sender, actor, str(violation)[:300], more)
         if self._step_log:
             self._step_log(line)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from golem.chain import token
-from golem.chain.events import Problem
 from golem.chain.evidence import Story, Unclear, View, newest
 from golem.chain.networks import Network
-from golem.chain.rpc import Rpc, RpcError
+from golem.chain.problem import Problem
+from golem.chain.rpc import Receipt, Rpc, RpcError
 from golem.chain.signer import Key, Signed, Transaction, sign
 from golem.chain.store import FILL_GAS, Attempt, Store, TransferBatch, TxRow
 from golem.chain.vouch import Vouch
@@ -34,6 +34,15 @@ class WouldFail(Wait):
 
 class Unowed(Wait):
     """What would be signed is not what is owed: a fault of ours, which a person has to look at."""
+
+
+def held_back(reason: str, unknown: int, looks: int, address: str, network: Network) -> Wait:
+    """Why a restored account waits. If it has sent nothing since, there is nothing to know."""
+    text = f"{reason}; whether its account has sent anything since is asked {looks} times"
+    if unknown > 0:
+        text = f"{reason}, and {unknown} transactions have left its account since, which may have paid what is to be paid now: "
+        text += "see that peers have told what was paid (golem payment status), then golem payment resume"
+    return Wait(Problem("CantSign", text, address, chain_id=network.chain_id))
 
 
 class Drafts:
@@ -106,6 +115,16 @@ class Drafts:
         self._checkpoint("stored")
         return tx_id
 
+    async def cause(self, tx: TxRow, receipt: Receipt) -> str:
+        """Why a transaction failed."""
+        if receipt.gas_used >= tx.gas:
+            return f"transaction {receipt.hash} ran out of gas ({tx.gas})"
+        try:
+            await self._rpc.call(tx.recipient, tx.data, self._address)
+        except RpcError as error:
+            return f"transaction {receipt.hash} failed: {error}"
+        return f"transaction {receipt.hash} was reverted"
+
     def nothing(self, tx: TxRow, views: Sequence[View]) -> None:
         """Sign an empty transaction with the nonce of one that must not be mined any more, at a higher fee."""
         last = self._store.attempts(tx.id)[0]
@@ -132,20 +151,21 @@ class Drafts:
         except ValueError:
             raw = b""
         if raw != last.raw:
-            raise self._unowed(f"chain.db is damaged: nonce {tx.nonce} is not what was signed as {last.hash}")
+            raise self._unowed(f"chain.db is damaged: nonce {tx.nonce} is not what was signed as {last.hash}", tx.batch_id or "-")
 
     async def _check_owed(self, batch_id: str, recipient: str, call: bytes) -> None:
         try:
             payees = token.payees_of(call)
         except ValueError as error:
-            raise self._unowed(f"batch {batch_id}: {error}") from None
+            raise self._unowed(f"batch {batch_id}: {error}", batch_id) from None
         if recipient not in (self._network.token, self._network.multi_transfer):
-            raise self._unowed(f"batch {batch_id} would be paid through {recipient}, which is none of the network's contracts")
+            text = f"batch {batch_id} would be paid through {recipient}, which is none of the network's contracts"
+            raise self._unowed(text, batch_id)
         if reason := await self._vouch(batch_id, payees):
-            raise self._unowed(f"batch {batch_id} is not signed: {reason}")
+            raise self._unowed(f"batch {batch_id} is not signed: {reason}", batch_id)
 
-    def _unowed(self, words: str) -> Unowed:
-        return Unowed(Problem("CantSign", words, self._address))
+    def _unowed(self, words: str, batch_id: str) -> Unowed:
+        return Unowed(Problem("CantSign", words, self._address, batch_id=batch_id))
 
     def _sign(self, nonce: int, gas: int, max_fee: int, priority_fee: int, recipient: str, call: bytes) -> Signed:
         return sign(self._key, Transaction(self._network.chain_id, nonce, gas, max_fee, priority_fee, recipient, call))

@@ -13,10 +13,9 @@ is nothing but the next step. A fee bump is another attempt at the same nonce: a
 A receipt under any RPC is good news. Bad news, after which the wallet pays anew, needs the proof of `golem.chain.evidence`;
 what is unclear waits, and a person may `decide` it. RPCs that contradict one another stop all that is not signed yet.
 
-The nonce is taken in the transaction that stores the signed bytes: the larger of the chain's count and our own highest
-plus one. It is the wallet's number unless an approval, another platform of the same chain or a foreign wallet with this
-key came between; a batch is told apart by its id. `golem.chain.store` is the disk, `golem.chain.rpc` the wire,
-`golem.chain.draft` signs; the wallet's port submits and hears the events, at least once each.
+Nonces are the engine's alone. One is taken in the transaction that stores the signed bytes: the larger of the chain's count
+and our own highest plus one. A batch is told apart by its id. `golem.chain.store` is the disk, `golem.chain.rpc` the wire,
+`golem.chain.draft` signs; the wallet's port submits and hears the news, at least once each.
 """
 
 from __future__ import annotations
@@ -28,16 +27,25 @@ from pathlib import Path
 import trio
 
 from golem.chain import faucet, token
-from golem.chain.draft import NO_FUNDS, Drafts, Unowed, Wait, WouldFail
-from golem.chain.events import Confirmed, Event, Failed, Mined, NonceLost, Problem, Sent, Stuck
+from golem.chain.draft import NO_FUNDS, Drafts, Unowed, Wait, WouldFail, held_back
 from golem.chain.evidence import Evidence, Payment, Shown, Story, Unclear, View, newest
 from golem.chain.genesis import check_genesis
 from golem.chain.networks import Network
+from golem.chain.problem import Problem
 from golem.chain.rpc import Head, Receipt, Rpc, RpcError
 from golem.chain.signer import Key, address_bytes
 from golem.chain.store import Attempt, BatchRow, Store, TransferBatch, TxRow
 from golem.chain.verify import shortfall
 from golem.chain.vouch import Vouch, vouch_nothing
+from protocol.types import amount_text, from_wei
+from protocol.wallet import (
+    TransferConfirmed,
+    TransferDelayed,
+    TransferFailed,
+    TransferMined,
+    TransferNews,
+    TransferSent,
+)
 
 STUCK_BLOCKS = 6  # blocks that passed a well-paid transaction by, before it gets a higher fee
 PATIENT_LOOKS = 3  # in a row that must find the same before a nonce is given up or filled, or a person is bothered
@@ -48,7 +56,7 @@ FAULTS = {"chain_id": "InvalidChainId", "token": "CantSign"}  # of an endpoint -
 
 
 class Engine:
-    """Sends for one account on one chain. `run` works until cancelled; events go to `notify`.
+    """Sends for one account on one chain. `run` works until cancelled; news goes to `notify`.
 
     Wherever several networks are one chain (see `Network.chain`), one engine must serve them all.
     `checkpoint` is called with "signed", "stored", "sent" and "mined" as these are reached: where tests let it die.
@@ -61,7 +69,7 @@ class Engine:
         rpc: Rpc,
         key: Key,
         db_path: Path | str,
-        notify: Callable[[Event], Awaitable[None]],
+        notify: Callable[[TransferNews], Awaitable[None]],
         *,
         clock: Callable[[], float] = time.time,
         checkpoint: Callable[[str], None] = lambda point: None,
@@ -72,14 +80,14 @@ class Engine:
         self.evidence = Evidence(rpc, network, key.address, self.store.made)
         self.drafts = Drafts(network, rpc, key, self.store, clock, checkpoint, vouch)
         self._notify, self._clock, self._checkpoint = notify, clock, checkpoint
-        self._turn = trio.Lock()  # one step, or one internal transaction, at a time
+        self.turn = trio.Lock()  # one step, or one internal transaction, at a time
         self._wake = trio.Event()
         self._checked = False
         self._problems: list[Problem] = []
         self._reviewed = False  # has the chain, since the start, still what was final?
         self._looks: dict[str, int] = {}  # what was found, and how often in a row
         self._refused: dict[str, tuple[float, Problem]] = {}  # batch that the token refuses -> when to try again
-        self._unclear: dict[int, Unclear] = {}  # transaction -> what the RPCs say of it
+        self.unclear: dict[int, Unclear] = {}  # transaction that waits for a person -> what the RPCs say of it
         self._gap = (-1, 0)  # a nonce before our first open one that nobody uses, and looks in a row that saw it
         self._told: dict[str, str] = {}  # batch id -> reason last said, so that each is said once
 
@@ -103,10 +111,6 @@ class Engine:
         self.store.add_batch(batch)
         self._wake.set()
 
-    async def next_nonce(self) -> int:
-        """The nonce that the next batch will most likely get. RpcError when the chain does not answer."""
-        return max(await self.rpc.transaction_count(self.address), self.store.next_nonce())
-
     def problems(self) -> tuple[Problem, ...]:
         """What the last step found wrong, and what is wrong with the endpoints; empty is healthy."""
         pool, chain_id = self.rpc.pool, self.network.chain_id
@@ -125,7 +129,7 @@ class Engine:
                 await self._wake.wait()
 
     def wake(self) -> None:
-        """Look again now."""
+        """Have `run` take its next step now."""
         self._wake.set()
 
     def close(self) -> None:
@@ -139,7 +143,7 @@ class Engine:
         node leaves public endpoints alone.
         """
         problems: list[Problem] = []
-        async with self._turn:
+        async with self.turn:
             if self.store.open() or self.store.queued() or not self._reviewed:
                 await self._look(problems)
         self._problems = problems
@@ -172,21 +176,13 @@ class Engine:
                 await self._tell_stuck(batch_id, general[-1])
 
     def _mind_hold(self, views: Sequence[View]) -> None:
-        """A restored file may not know what was paid since. If the account has sent nothing since, there is nothing to know.
-        Raises Wait."""
-        reason = self.store.held()
-        if not reason:
-            return
-        unknown = max(view.count for view in views) - self.store.next_nonce()
-        if self._again("nothing sent since", unknown <= 0):
-            self.store.release()
-            return
-        if unknown <= 0:
-            text = f"{reason}; whether its account has sent anything since is asked {PATIENT_LOOKS} times"
-            raise Wait(Problem("CantSign", text, self.address, chain_id=self.network.chain_id))
-        text = f"{reason}, and {unknown} transactions have left its account since, which may have paid what is to be paid now: "
-        text += "see that peers have told what was paid (golem payment status), then golem payment resume"
-        raise Wait(Problem("CantSign", text, self.address, chain_id=self.network.chain_id))
+        """A restored file may not know what was paid since. Raises Wait."""
+        if reason := self.store.held():
+            unknown = max(view.count for view in views) - self.store.next_nonce()
+            if self._again("nothing sent since", unknown <= 0):
+                self.store.release()
+            else:
+                raise held_back(reason, unknown, PATIENT_LOOKS, self.address, self.network)
 
     def _contradicted(self, unclear: Unclear) -> Problem:
         return Problem("RpcError", f"RPCs contradict one another, nothing is sent: {unclear}", self.address)
@@ -234,15 +230,16 @@ class Engine:
         if not open_txs:
             return True
         await self._mind_gap(views, open_txs[0].nonce)
+        agreed = True
         for tx in open_txs:
             try:
                 await self._advance_one(tx, views, problems)
-                self._unclear.pop(tx.id, None)
+                self._again(f"unclear {tx.id}", False)
+                self.unclear.pop(tx.id, None)
             except Unclear as unclear:
-                self._unclear[tx.id] = unclear
+                agreed = agreed and not unclear.contradiction
                 await self._tell_unclear(tx, unclear, problems)
-        self._unclear = {tx_id: each for tx_id, each in self._unclear.items() if any(tx.id == tx_id for tx in open_txs)}
-        return not any(unclear.contradiction for unclear in self._unclear.values())
+        return agreed
 
     async def _advance_one(self, tx: TxRow, views: Sequence[View], problems: list[Problem]) -> None:
         count = max(view.count for view in views)
@@ -278,7 +275,7 @@ class Engine:
             self.store.note(tx.id, each.view.name, text, self._clock())
         if tx.state != "mined" or (tx.block_hash, tx.winner) != (receipt.block_hash, receipt.hash):
             self.store.mark_mined(tx.id, receipt.block, receipt.block_hash, receipt.hash)
-            await self._tell(tx, Mined(tx.batch_id, receipt.hash, receipt.block))
+            await self._tell(tx, TransferMined(tx.batch_id, receipt.hash, receipt.block))
             self._checkpoint("mined")
         for view, receipt in shown:
             if view.head.number - receipt.block < self.network.depth:
@@ -298,11 +295,11 @@ class Engine:
             # a token that says yes and moves nothing is no payment; nor is it a proof that nothing was moved
             if missing := shortfall(receipt, self.network, self.address, self._payees(tx)):
                 raise Unclear([Story(view.name, missing)])
-            self._end(tx, "confirmed", "", receipt.gas_used, receipt.fee_wei)
+            self.end(tx, "confirmed", "", receipt.gas_used, receipt.fee_wei)
             return
         if tx.kind == "pay":
             await self.evidence.unpaid(self._payment(tx), receipt.block, receipt.block_hash)
-        self._end(tx, "failed", await self._cause(tx, receipt), receipt.gas_used, receipt.fee_wei)
+        self.end(tx, "failed", await self.drafts.cause(tx, receipt), receipt.gas_used, receipt.fee_wei)
 
     def _payees(self, tx: TxRow) -> tuple[tuple[str, int], ...]:
         row = self.store.batch(tx.batch_id) if tx.kind == "pay" else None
@@ -314,18 +311,10 @@ class Engine:
         since = min(attempt.head for attempt in attempts)
         return Payment(tx.nonce, tx.recipient, tx.data, payees, self.store.hashes(tx), since)
 
-    def _end(self, tx: TxRow, state: str, reason: str, gas_used: int = 0, fee_wei: int = 0) -> None:
+    def end(self, tx: TxRow, state: str, reason: str, gas_used: int = 0, fee_wei: int = 0) -> None:
+        """A transaction is final. `turn` is held."""
         self.store.note(tx.id, "this node", f"{state}{': ' if reason else ''}{reason}", self._clock())
         self.store.finish(tx, state, reason, gas_used, fee_wei)
-
-    async def _cause(self, tx: TxRow, receipt: Receipt) -> str:
-        if receipt.gas_used >= tx.gas:
-            return f"transaction {receipt.hash} ran out of gas ({tx.gas})"
-        try:
-            await self.rpc.call(tx.recipient, tx.data, self.address)
-        except RpcError as error:
-            return f"transaction {receipt.hash} failed: {error}"
-        return f"transaction {receipt.hash} was reverted"
 
     async def _nonce_taken(self, tx: TxRow, views: Sequence[View]) -> None:
         """The nonce is used, and no RPC shows a receipt of ours. That proves nothing: what used it has to be found."""
@@ -341,14 +330,14 @@ class Engine:
             raise Unclear([Story(use.view.name, f"block {use.block} holds our {use.tx.hash}, and no RPC shows its receipt")])
         if self._again(f"taken {tx.id}"):
             reason = f"another transaction of {self.address}, {use.tx.hash} in block {use.block}, took nonce {tx.nonce}"
-            self._end(tx, "nonce_lost", reason)
+            self.end(tx, "nonce_lost", reason)
 
     async def _moneyless_taken(self, tx: TxRow, views: Sequence[View]) -> None:
         """An approval, test money or an empty transaction: a mistake costs a fee."""
         view = max(views, key=lambda each: each.count)
         deep = view.head.number - self.network.depth
         if deep >= 0 and self._again(f"taken {tx.id}", await view.witness.count(self.address, deep) > tx.nonce):
-            self._end(tx, "nonce_lost", f"another transaction of {self.address} took nonce {tx.nonce}")
+            self.end(tx, "nonce_lost", f"another transaction of {self.address} took nonce {tx.nonce}")
 
     async def _push(self, tx: TxRow, head: Head, is_next: bool, problems: list[Problem]) -> None:
         """Not in a block: make sure that the network has it, and that it pays enough."""
@@ -386,7 +375,7 @@ class Engine:
         self._checkpoint("sent")
         if tx.state == "signed" or attempt.sends == 0:
             self.store.mark_sent(tx.id)
-            await self._tell(tx, Sent(tx.batch_id, attempt.hash))
+            await self._tell(tx, TransferSent(tx.batch_id, attempt.hash))
         return False
 
     async def _bump(self, tx: TxRow, last: Attempt, head: Head, problems: list[Problem]) -> None:
@@ -454,14 +443,14 @@ class Engine:
 
     # -- telling
 
-    async def _tell(self, tx: TxRow, event: Event) -> None:
+    async def _tell(self, tx: TxRow, news: TransferNews) -> None:
         if tx.batch_id:
-            await self._notify(event)
+            await self._notify(news)
 
     async def _tell_stuck(self, batch_id: str, reason: str) -> None:
         if batch_id and self._told.get(batch_id) != reason:
             self._told[batch_id] = reason
-            await self._notify(Stuck(batch_id, reason))
+            await self._notify(TransferDelayed(batch_id, reason))
 
     async def _tell_unclear(self, tx: TxRow, unclear: Unclear, problems: list[Problem]) -> None:
         """An unclear payment, once it is no mere moment: to the trace, to the problems and to its order."""
@@ -471,8 +460,10 @@ class Engine:
         if unclear.contradiction:
             problems.append(self._contradicted(unclear))
         if patient and tx.batch_id:
+            self.unclear[tx.id] = unclear
             text = f"it is not clear what became of payment {tx.batch_id}, nonce {tx.nonce}. {unclear}. It is not paid "
-            text += f"anew before the RPCs agree, or a person says so: `golem payment decide {tx.batch_id}`"
+            text += "anew before the RPCs agree or a person says so (`golem payment decide`; what was seen: "
+            text += f"`golem payment trace {tx.batch_id}`)"
             problems.append(Problem("TxStuck", text, self.address, batch_id=tx.batch_id))
             await self._tell_stuck(tx.batch_id, text)
 
@@ -483,15 +474,13 @@ class Engine:
             self.store.announced(row.batch.batch_id)
             self._told.pop(row.batch.batch_id, None)
 
-    def _ending(self, row: BatchRow) -> Event:
+    def _ending(self, row: BatchRow) -> TransferNews:
         batch_id = row.batch.batch_id
-        if row.state == "failed":
-            return Failed(batch_id, row.reason, row.refused)
-        if row.state == "nonce_lost":
-            return NonceLost(batch_id, row.reason)
+        if row.state in ("failed", "nonce_lost"):
+            return TransferFailed(batch_id, row.reason, row.refused)
         tx = self.store.tx_of_batch(batch_id)
         assert tx is not None, "a confirmed batch has a transaction"
-        return Confirmed(batch_id, tx.winner, tx.block, tx.gas_used, tx.fee_wei)
+        return TransferConfirmed(batch_id, tx.winner, tx.block, tx.gas_used, amount_text(from_wei(tx.fee_wei)))
 
     # -- test money
 
@@ -501,7 +490,7 @@ class Engine:
 
     async def send_call(self, kind: str, recipient: str, call: bytes) -> int:
         """Sign and send a call that pays nobody; its row's id. RpcError, `Wait` or `Unclear` say why not."""
-        async with self._turn:
+        async with self.turn:
             await self._check_chain([])
             tx_id = await self.drafts.call(kind, recipient, call, await self.evidence.views())
             await self._broadcast(self.store.tx(tx_id), self.store.attempts(tx_id)[0], [])

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from golem.chain.draft import Wait
-from golem.chain.events import Problem
 from golem.chain.evidence import Evidence, Story, Unclear, silence
 from golem.chain.networks import Network
+from golem.chain.problem import Problem
 from golem.chain.rpc import Rpc
 from golem.chain.store import Store
 

@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import trio
 
 from actors.kernel.machine import Meta, Send
+from golem.chain import desk, token
 from golem.chain import networks as table
-from golem.chain import token
 from golem.chain.claims import Claim, Claims
 from golem.chain.devchain import DevChainError, ensure_devchain
 from golem.chain.engine import FAULTS, Engine
-from golem.chain.events import Confirmed, Event, Failed, NonceLost, Problem, Sent, Stuck
 from golem.chain.networks import DRIVER, SIMULATED, Network, Networks
+from golem.chain.problem import Problem
 from golem.chain.purse import MAX_AGE_S, Held, Purses
 from golem.chain.rpc import Head, Rpc, RpcError
 from golem.chain.signer import Key
@@ -40,11 +40,9 @@ from protocol.wallet import (
     KnownBatch,
     OrdersKnown,
     Transfer,
-    TransferDelayed,
     TransferFailed,
-    TransferMined,
+    TransferNews,
     TransferRejected,
-    TransferSent,
     TransferVerified,
     VerifyTransfer,
 )
@@ -186,10 +184,7 @@ class Chain:
             except OrdersTaken as taken:
                 batches = tuple(
                     KnownBatch(
-                        batch.batch_id,
-                        batch.nonce,
-                        tuple((payee, amount_text(from_wei(wei))) for payee, wei in batch.payees),
-                        batch.orders,
+                        batch.batch_id, tuple((payee, amount_text(from_wei(wei))) for payee, wei in batch.payees), batch.orders
                     )
                     for batch in taken.batches
                 )
@@ -208,7 +203,7 @@ class Chain:
         if transfer.payer.lower() != self.address:
             raise ValueError(f"this node holds no key of {transfer.payer[:50]}")
         payees = tuple((payee, to_wei(amount(text))) for payee, text in transfer.payees)
-        batch = TransferBatch(transfer.batch_id, transfer.nonce, payees, transfer.orders)
+        batch = TransferBatch(transfer.batch_id, payees, transfer.orders)
         await self._engines[network.chain].submit(batch)
 
     def _claim(self, claim: VerifyTransfer) -> None:
@@ -227,22 +222,9 @@ class Chain:
         )
         self._claimed.set()
 
-    async def _heard(self, event: Event) -> None:
-        """An engine's event, to the wallet."""
-        message: Message | None = None
-        if isinstance(event, Sent):
-            message = TransferSent(event.batch_id, event.tx_hash)
-        elif isinstance(event, Confirmed):
-            fee = amount_text(from_wei(event.fee_wei))
-            message = TransferMined(event.batch_id, event.tx_hash, event.block, event.gas_used, fee)
-        elif isinstance(event, Failed):
-            message = TransferFailed(event.batch_id, event.reason, event.refused)
-        elif isinstance(event, NonceLost):
-            message = TransferFailed(event.batch_id, event.reason)
-        elif isinstance(event, Stuck):
-            message = TransferDelayed(event.batch_id, event.reason)
-        if message is not None:
-            await self._system.post(self.name, [Send("wallet", message)])
+    async def _heard(self, news: TransferNews) -> None:
+        """What an engine tells, to the wallet."""
+        await self._system.post(self.name, [Send("wallet", news)])
 
     async def _verify_claims(self) -> None:
         while True:
@@ -391,6 +373,14 @@ class Chain:
             if all(endpoint.fault for endpoint in endpoints):
                 return f"{row.name}: " + "; ".join(fault.words for fault in self._rpcs[row.chain].pool.faults())
         return None
+
+    def story(self, platform: str, batch_id: str) -> dict[str, Any] | None:
+        """What this node and the RPCs said of a batch; None when the chain port never had it. See `golem.chain.desk`."""
+        return desk.story(self._engines[self.networks.by_platform(platform).chain], batch_id)
+
+    async def decide(self, platform: str, batch_id: str, paid_by: str | None) -> str:
+        """A person's word on a batch that the RPCs do not prove. ValueError, RpcError."""
+        return await desk.decide(self._engines[self.networks.by_platform(platform).chain], batch_id, paid_by)
 
     def totals(self, platform: str) -> dict[str, Any]:
         """Reserved, outgoing and incoming sums of the ledger on one platform; see `golem.chain.totals`."""

@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-SCHEMA_NUMBER = 3  # with each change of the tables one more
+SCHEMA_NUMBER = 4  # with each change of the tables one more
 SCHEMA = """
 create table batch(
-  account text, id text, nonce int, payees text, state text, reason text, announced int, seq integer primary key,
+  account text, id text, payees text, state text, reason text, announced int, seq integer primary key,
   refused text not null default '', unique(account, id));
 create table ordered(
   account text, id text, batch text, payee int, primary key(account, id)) without rowid;
@@ -49,13 +49,12 @@ MAX_SEEN = 200  # remarks kept on a transaction
 
 @dataclass(frozen=True, slots=True)
 class TransferBatch:
-    """Pay these, once. `nonce` is the nonce the wallet expects; `payees` are (address, wei), 1 to 50.
+    """Pay these, once: (address, wei), 1 to 50.
 
     `orders` names the orders that each payee is paid for: no order is ever in two batches that may both pay.
     """
 
     batch_id: str
-    nonce: int
     payees: tuple[tuple[str, int], ...]
     orders: tuple[tuple[str, ...], ...] = ()
 
@@ -219,9 +218,9 @@ class Store:
             if row is None:
                 self._take_orders(batch)
                 self._sql.execute(
-                    "insert into batch(account, id, nonce, payees, state, reason, announced)"
-                    " values(?,?,?,?,'queued','',0)",
-                    (self.account, batch.batch_id, batch.nonce, payees),
+                    "insert into batch(account, id, payees, state, reason, announced)"
+                    " values(?,?,?,'queued','',0)",
+                    (self.account, batch.batch_id, payees),
                 )
                 return True
             if row[0] != payees:
@@ -254,12 +253,12 @@ class Store:
     def batches(self, where: str) -> list[BatchRow]:
         """Batches in order of arrival; `where` is one of this module's own conditions."""
         rows = self._sql.execute(
-            f"select id, nonce, payees, state, reason, refused from batch where account=? and {where} order by seq",
+            f"select id, payees, state, reason, refused from batch where account=? and {where} order by seq",
             (self.account,),
         )
         return [
-            BatchRow(TransferBatch(i, n, tuple((a, int(w)) for a, w in json.loads(p))), state, reason, tuple(refused.split()))
-            for i, n, p, state, reason, refused in rows
+            BatchRow(TransferBatch(i, tuple((a, int(w)) for a, w in json.loads(p))), state, reason, tuple(refused.split()))
+            for i, p, state, reason, refused in rows
         ]
 
     def queued(self) -> list[BatchRow]:

@@ -48,7 +48,7 @@ def status() -> None:
     value(found)
     for name, (title, columns) in WAITING.items():
         if waiting[name]:
-            text(f"\n{title}")
+            text("", title)
             table(columns, waiting[name])
 
 
@@ -99,7 +99,7 @@ def complete(shell: str) -> None:
     name = Path(sys.argv[0]).name
     found = get_completion_class(shell)
     assert found is not None
-    text(found(main, {}, name, f"_{name.upper().replace('-', '_')}_COMPLETE").source())
+    click.echo(found(main, {}, name, f"_{name.upper().replace('-', '_')}_COMPLETE").source())
 
 
 _register()

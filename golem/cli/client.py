@@ -63,7 +63,7 @@ def call(method: str, path: str, **query: Any) -> Any:
     access = ask_node("rest_access")
     headers = {"Authorization": f"Bearer {access['key']}"}
     try:
-        answer = httpx.request(method, access["url"] + path, params=query, headers=headers, timeout=60)
+        answer = httpx.request(method, access["url"] + path, params=query, headers=headers, timeout=60, trust_env=False)
     except httpx.HTTPError as error:
         raise fail(f"the node's REST API did not answer: {error}") from None
     if answer.status_code > 299:

@@ -46,7 +46,7 @@ def _overview(found: dict[str, Any]) -> None:
     counts = found["offers"]
     text(f"Offers known here: {counts['known']} (this node's own: {counts['own']}); matching: {counts['matching']}.")
     for offer in found["nearest"]:
-        text(f"\nOffer {offer['offerId']} of {offer['providerId']}:")
+        text("", f"Offer {offer['offerId']} of {offer['providerId']}:")
         _reasons(offer["reasons"])
     for refused in found["refused"]:
         say(f"not kept: {refused['reason']}")

@@ -1,6 +1,7 @@
 """How commands print: tables, objects and texts for people, or JSON with `--json` (tables keyed by column title).
 
-Much of what is printed comes from other nodes: nothing of it commands the terminal, or counts as markup.
+Much of what is printed comes from other nodes: nothing of it commands the terminal, counts as markup, or makes a line of
+its own (`golem/printing.py`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from golem.printing import printable as printable
+from golem.printing import quoted
+
 console = Console(soft_wrap=True, highlight=False)
 
 
@@ -28,33 +32,33 @@ def wants_json() -> bool:
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], note: str = "") -> None:
     """Print rows under titled columns. `note` is a line for people below the table."""
     if wants_json():
-        text(json.dumps([dict(zip(columns, row, strict=True)) for row in rows], indent=2))
+        click.echo(json.dumps([dict(zip(columns, row, strict=True)) for row in rows], indent=2))
         return
     if note and not rows:
         text(note)
         return
     view = Table(*columns, box=SIMPLE_HEAD, pad_edge=False, header_style="bold", show_header=any(columns))
     for row in rows:
-        view.add_row(*(Text("" if cell is None else printable(str(cell))) for cell in row))
+        view.add_row(*(Text("" if cell is None else quoted(str(cell))) for cell in row))
     if sys.stdout.isatty():
         console.print(view)
     else:  # a pipe has no width: never cut or wrap what a script reads
         wide = Console(width=400, highlight=False, color_system=None)
         with wide.capture() as captured:
             wide.print(view)
-        text("\n".join(line.rstrip() for line in captured.get().splitlines() if line.strip()))
+        text(*(line.rstrip() for line in captured.get().splitlines() if line.strip()))
     if note:
-        console.print(printable(note), style="dim", markup=False)
+        console.print(quoted(note), style="dim", markup=False)
 
 
 def value(found: Any) -> None:
     """Print an object like YAML, or as JSON."""
     if wants_json():
-        text(json.dumps(found, indent=2))
+        click.echo(json.dumps(found, indent=2))
     elif isinstance(found, Mapping | list):
-        text(printable("\n".join(_lines(found, 0))) or "{}")
+        text(*(_lines(found, 0) or ["{}"]))
     elif found is not None:
-        text(printable(str(found)))
+        text(str(found))
 
 
 def _lines(found: Any, depth: int) -> list[str]:
@@ -62,7 +66,7 @@ def _lines(found: Any, depth: int) -> list[str]:
     lines: list[str] = []
     pairs = found.items() if isinstance(found, Mapping) else ((None, item) for item in found)
     for key, item in pairs:
-        head = f"{indent}- " if key is None else f"{indent}{key}: "
+        head = f"{indent}- " if key is None else f"{indent}{quoted(str(key))}: "
         if isinstance(item, Mapping | list) and item:
             nested = _lines(item, depth + 1)
             if key is None:
@@ -70,7 +74,7 @@ def _lines(found: Any, depth: int) -> list[str]:
             else:
                 lines += [head.rstrip(), *nested]
         else:
-            shown = {None: "~", True: "true", False: "false"}.get(item) if isinstance(item, bool | None) else str(item)
+            shown = {None: "~", True: "true", False: "false"}.get(item) if isinstance(item, bool | None) else quoted(str(item))
             lines.append(head + str(shown))
     return lines
 
@@ -81,21 +85,17 @@ def nothing() -> None:
         text("null")
 
 
-def text(line: str) -> None:
-    """Print plain text."""
-    click.echo(line)
+def text(*lines: str) -> None:
+    """Print lines of plain text."""
+    for line in lines:
+        click.echo(quoted(line))
 
 
 def say(line: str, *, end: str = "\n") -> None:
     """Tell a person something beside the result (standard error). `end`: of the line, which a raw terminal wants whole."""
-    click.echo(printable(line) + end, nl=False, err=True)
+    click.echo(quoted(line) + end, nl=False, err=True)
 
 
 def fail(message: str) -> click.ClickException:
     """Return the error that ends a command with a message and a non-zero status."""
-    return click.ClickException(printable(message))
-
-
-def printable(output: str) -> str:
-    """Return a stranger's text without what would command the terminal."""
-    return "".join(char if char in "\n\t" or (char >= " " and not "\x7f" <= char <= "\x9f") else "\ufffd" for char in output)
+    return click.ClickException(quoted(message))

@@ -90,6 +90,57 @@ def status(network: str | None, **_: Any) -> None:
     table(["", ""], rows, _simulated(found))
 
 
+@payment.command("trace")
+@click.argument("debt")
+def trace(debt: str) -> None:
+    """Tell what became of a debt.
+
+    Name an invoice, debit note, order, batch or transaction. You see its orders and batches, each signed transaction, and
+    what this node and every RPC said of it, and when.
+    """
+    found = ask_node("payment_trace", id=debt)
+    if wants_json():
+        value(found)
+        return
+    for order in found["orders"]:
+        text(f"order {order['orderId']}: {order['amount']} to {order['payee']} on {order['platform']}, {order['state']}")
+        text(f"  {order['queuedAt']}  queued{_because(order)}")
+    for batch in found["batches"]:
+        chain = batch["chain"] or {"transactions": [], "payees": []}
+        text(f"batch {batch['batchId']} on {batch['platform']}: {batch['state']}{_because(batch)}")
+        text(f"  {batch['createdAt']}  gathered")
+        for tx in chain["transactions"]:
+            text(f"  nonce {tx['nonce']}: {tx['state']}{', ' + tx['hash'] if tx['hash'] else ''}")
+            for attempt in tx["attempts"]:
+                fee, sent = f"{attempt['maxFeeGwei']:.3g}", attempt["sent"]
+                text(f"    {attempt['at']}  {attempt['hash']}, up to {fee} gwei, sent {sent} times")
+            for seen in tx["seen"]:
+                text(f"    {seen['at']}  {seen['by']}: {seen['what']}")
+
+
+def _because(row: dict[str, Any]) -> str:
+    return f" ({row['reason']})" if row["reason"] else ""
+
+
+@payment.command("decide")
+@click.argument("batch")
+@click.option("--paid", "paid_by", metavar="TRANSACTION", help="This transaction paid it.")
+@click.option("--unpaid", is_flag=True, help="Nothing paid it, and nothing will: pay it anew.")
+def decide(batch: str, paid_by: str | None, unpaid: bool) -> None:
+    """Say what became of a payment that the RPCs do not prove.
+
+    `golem payment status` names such payments, `golem payment trace` tells what each RPC says. Look at the payer's and the
+    payee's accounts in an explorer that you trust: a payment that is called unpaid, and is not, is paid twice.
+    """
+    if unpaid == (paid_by is not None):
+        raise click.UsageError("say either --paid TRANSACTION or --unpaid")
+    said = ask_node("payment_decide", batch=batch, paid_by=paid_by)
+    if wants_json():
+        value(said)
+        return
+    text(said)
+
+
 @payment.group()
 def driver() -> None:
     """What payments are made with."""

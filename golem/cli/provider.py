@@ -16,6 +16,7 @@ import click
 from golem.cli.client import ask_node, config_of
 from golem.cli.output import fail, nothing, table, text, value, wants_json
 from golem.dotenv_file import dot_env, load_environment
+from golem.printing import set_up_logs
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -89,9 +90,7 @@ def run(agent_dir: Path | None, name: str | None, subnet: str | None, node_url: 
 
     known_errors = (AgentError, NodeError, SettingsError, JournalError, ActorFailed, AskTimeout, NodeFailed)
     config, env = config_of(), load_environment()
-    logging.basicConfig(
-        level=logging.DEBUG if debug else logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)-7s %(message)s"
-    )
+    set_up_logs(logging.DEBUG if debug else logging.INFO, "%(asctime)s %(levelname)-7s %(message)s")
     for noisy in ("httpx", "httpcore", "trio", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     if note := dot_env().note():
@@ -162,6 +161,7 @@ def status(agent_dir: Path | None) -> None:
         value(found)
         return
     text(f"{found['name']} ({found['nodeId']}) on subnet {found['subnet']}: {found['state']}")
+    text(f"serves {found.get('serves') or 'whom its rules say'}")
     sections = (
         ("Runtimes", ["name", "version", "offered", "reason"], "runtimes"),
         ("Offers", ["preset", "offer", "state"], "offers"),
@@ -171,7 +171,7 @@ def status(agent_dir: Path | None) -> None:
         ("Refused negotiations (last 20)", ["at", "requestor", "preset", "final", "reason"], "refused"),
     )
     for title, columns, key in sections:
-        text(f"\n{title}")
+        text("", title)
         rows = [[_cell(row[column]) for column in columns] for row in found.get(key, [])]
         table(columns, rows, "" if rows else "none")
 

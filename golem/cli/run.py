@@ -13,6 +13,7 @@ from golem.cli.client import ask_node, config_of
 from golem.cli.output import fail, nothing, say
 from golem.dotenv_file import dot_env
 from golem.hosts import is_this_machine
+from golem.printing import set_up_logs
 
 if TYPE_CHECKING:
     from golem.node import Node
@@ -61,7 +62,7 @@ def run_command(debug: bool, no_mdns: bool, **flags: Any) -> None:
         flags.pop(ignored, None)
     config = config_of(**flags, **({"mdns": False} if no_mdns else {}))
     # our own packages speak; of what they stand on (libp2p alone writes pages) only warnings are heard
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
+    set_up_logs(logging.WARNING, "%(asctime)s %(levelname)-7s %(name)s: %(message)s")
     for ours in ("golem", "actors"):
         logging.getLogger(ours).setLevel(logging.DEBUG if debug else logging.INFO)
     logging.getLogger("golem.http").setLevel(logging.WARNING)

@@ -21,8 +21,9 @@ import click
 import trio
 from trio_websocket import ConnectionClosed, ConnectionRejected, HandshakeError, WebSocketConnection, open_websocket_url
 
-from golem.cli.output import printable, say
+from golem.cli.output import say
 from golem.interaction_wire import ACK_BYTES, WINDOW_BYTES
+from golem.printing import quoted
 
 READ_BYTES = 32 << 10
 MAX_MESSAGE_BYTES = 1 << 20
@@ -36,7 +37,7 @@ class Lost(click.ClickException):
     exit_code = LOST
 
     def __init__(self, message: str) -> None:
-        super().__init__(printable(message))
+        super().__init__(quoted(message))
 
 
 class Escapes:

@@ -29,7 +29,7 @@ def trace(trace_id: str) -> None:
     found = story(_lines(folder), trace_id)
     if not found:
         raise fail(f"nothing in {folder}/steps.log under trace {trace_id}")
-    text("\n".join(found))
+    text(*found)
 
 
 def register(main: click.Group) -> None:

@@ -9,9 +9,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
-from golem.cli.output import printable
+from golem.printing import printable, quoted
 
 MAX_LINE_CHARS = 160
+MAX_BYTES = 1 << 63  # no honest count is higher, and longer numbers do not divide or print
 PAUSE_S = 1.0
 
 
@@ -41,7 +42,7 @@ class Watcher:
         if now != self._state:
             self._state = now
             why = ": ".join(part for part in (reason, error) if part)
-            self._line(f"[bold]{state}[/bold]{' - ' + escape(why) if why else ''}")
+            self._line(f"[bold]{escape(state)}[/bold]{' - ' + escape(why) if why else ''}")
             if problem:
                 self._line(f"[yellow]the exe-unit cannot be asked: {escape(problem)}[/yellow]")
 
@@ -58,8 +59,9 @@ class Watcher:
                 self._line(f"[cyan]>[/cyan] {escape(name)}")
             case {"finished": {"return_code": code, **rest}}:
                 self._end(key, code == 0, rest.get("message"))
-            case {"progress": {"progress": [int() as done, total], **rest}}:
-                self._progress(key, done, total if isinstance(total, int) else None, rest.get("message"))
+            case {"progress": {"progress": [int() as done, total], **rest}} if 0 <= done < MAX_BYTES:
+                known = isinstance(total, int) and 0 <= total < MAX_BYTES
+                self._progress(key, done, total if known else None, rest.get("message"))
             case {"stdout": output}:
                 self._output(output, "")
             case {"stderr": output}:
@@ -82,15 +84,18 @@ class Watcher:
                 self._line(f"  {escape(name)}: {done}{share} bytes")
             return
         if key not in self._tasks:
-            self._tasks[key] = self._bars.add_task(escape(printable(name[:40])), total=total)
+            self._tasks[key] = self._bars.add_task(escape(quoted(name[:40])), total=total)
         self._bars.update(self._tasks[key], completed=done, total=total)
 
     def _output(self, output: Any, style: str) -> None:
-        shown = bytes(output).decode(errors="replace") if isinstance(output, list) else str(output)
+        try:
+            shown = bytes(output).decode(errors="replace") if isinstance(output, list) else str(output)
+        except (TypeError, ValueError, OverflowError):
+            shown = "(malformed output)\n"
         self._console.print(printable(shown), end="", style=style or None, markup=False)
 
     def _line(self, line: str) -> None:
-        self._console.print(printable(line))
+        self._console.print(quoted(line))
 
 
 def describe(command: dict[str, Any]) -> str:
@@ -102,5 +107,5 @@ def describe(command: dict[str, Any]) -> str:
         words += [str(args.get("entry_point", "")), *map(str, args.get("args") or ())]
     elif kind == "transfer":
         words += [str(args.get("from", "")), "->", str(args.get("to", ""))]
-    line = printable(" ".join(words)).replace("\n", " ")
+    line = quoted(" ".join(words).replace("\n", " "))
     return line if len(line) <= MAX_LINE_CHARS else line[: MAX_LINE_CHARS - 3] + "..."

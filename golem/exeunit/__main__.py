@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import re
 import sys
@@ -20,19 +19,21 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
+from golem.printing import quoted, set_up_logs
+
 if TYPE_CHECKING:
     from golem.exeunit.runtimes.base import Interaction, Runtime
 
 REPORTED = "golem.activity.caps.transfer.report-progress"
 CAPABILITIES = "golem.runtime.capabilities"
+MAX_LOG_BYTES = 4 << 20
 
 
 def main() -> int:
     """Do what the command line says; returns the exit status."""
     args = _parser().parse_args()
-    logging.basicConfig(
-        level=os.environ.get("GOLEM_LOG", "INFO").upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s"
-    )
+    level = os.environ.get("GOLEM_LOG", "INFO").upper()
+    set_up_logs(level, "%(asctime)s %(levelname)s %(name)s %(message)s", most_bytes=MAX_LOG_BYTES)
     from golem.exeunit.interaction import allowed_interactions
     from golem.exeunit.runtimes import make_runtime
 
@@ -43,7 +44,7 @@ def main() -> int:
             runtime = make_runtime(args.runtime, args.cache or Path(scratch))
             allowed = allowed_interactions(args.interaction, runtime)
         except ValueError as error:
-            print(f"exe-unit: {error}", file=sys.stderr)
+            print(f"exe-unit: {quoted(str(error))}", file=sys.stderr)
             return 2
         if args.command == "offer-template":
             print(json.dumps(offer_template(runtime.offer_properties(), allowed)))
@@ -52,7 +53,7 @@ def main() -> int:
             return _sweep(runtime, args.work_root)
         problem = trio.run(runtime.self_test)
         if problem is not None:
-            print(f"exe-unit: {problem}", file=sys.stderr)
+            print(f"exe-unit: {quoted(problem)}", file=sys.stderr)
             return 1
         return 0
 
@@ -67,7 +68,7 @@ def _sweep(runtime: Runtime, work_root: Path | None) -> int:
         for line in trio.run(runtime.sweep, work_root):
             print(line)
     except RuntimeFault as fault:
-        print(f"exe-unit: {fault}", file=sys.stderr)
+        print(f"exe-unit: {quoted(str(fault))}", file=sys.stderr)
         return 1
     return 0
 
@@ -109,7 +110,7 @@ def _run(args: argparse.Namespace) -> int:
     try:
         return serve(settings)
     except (TermsError, JournalError) as error:
-        print(f"exe-unit: {error}", file=sys.stderr)
+        print(f"exe-unit: {quoted(str(error))}", file=sys.stderr)
         return 2
 
 

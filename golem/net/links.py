@@ -17,6 +17,7 @@ from libp2p.stream_muxer.exceptions import MuxedConnError, MuxedStreamError
 
 from golem.net.types import MAX_REQUEST_BYTES, Busy, NetError, NetRefusal, RemoteError, Timing, Unreachable
 from golem.net.yamux import MuxStream
+from golem.printing import sayable
 
 log = logging.getLogger(__name__)
 
@@ -194,7 +195,7 @@ async def serve_link(sender: str, stream: MuxStream, services: dict[str, Handler
                 raise ValueError(f"a reply of {len(result)} bytes")
             channel.send(number, REPLY, "", result)
         except NetRefusal as refusal:
-            channel.send(number, REFUSED, str(refusal)[:1000], b"")
+            channel.send(number, REFUSED, sayable(refusal, 1000), b"")
         except Exception:
             # Our own bug in a handler; the caller is told no more than that, and the link goes on.
             log.exception("service %s failed on a request of %s", service, sender)

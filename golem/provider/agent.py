@@ -30,6 +30,7 @@ from actors.kernel.machine import ActorFailed, LinkDown
 from actors.kernel.system import System
 from actors.provider import Provider
 from golem.config import DEFAULT_API_URL, parse_api_url
+from golem.identity import check_ours
 from golem.ports import may_hear_keys, of_others
 from golem.provider.client import MARKET, ApiError, NodeAway, NodeClient, NodeError, part
 from golem.provider.leftovers import Leftovers
@@ -91,7 +92,7 @@ async def run_agent(settings: Settings) -> None:
         since = system.rows("provider")["agent"].since
         for feed in FEEDS:
             nursery.start_soon(follow, client, system, feed, session_id, since)
-        nursery.start_soon(write_status, system, settings, node_id, offering.report)
+        nursery.start_soon(write_status, system, settings, node_id, offering.report, lambda: offering.rules.words())
         nursery.start_soon(offering.watch, system)
         await _until_stopped(system, signals, processes)
         nursery.cancel_scope.cancel()
@@ -203,7 +204,7 @@ def _own(url: str) -> str:
 
 
 def _bus_path(settings: Settings) -> Path:
-    return Path(str(_node_file(settings).get("bus") or settings.node_file.with_name("bus.sock")))
+    return Path(str(_node_file(settings).get("units") or settings.node_file.with_name("units.sock")))
 
 
 async def _node_id(client: NodeClient) -> str:
@@ -222,8 +223,9 @@ def _lock(data_dir: Path, stack: AsyncExitStack) -> None:
     """Make the data directory and hold its lock until the stack unwinds. Raises `AgentError`."""
     try:
         data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        check_ours(data_dir)
         handle = os.open(data_dir / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise AgentError(f"cannot use the data directory {data_dir}: {error}") from None
     stack.callback(os.close, handle)
     try:

@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from golem.provider.settings import SettingsError, read_json, threads, write_json
+from golem.provider.settings import SettingsError, check_keys, read_json, threads, write_json
 
 log = logging.getLogger("golem.provider")
 
@@ -77,8 +77,10 @@ def load_profile(data_dir: Path) -> Profile:
         one = {"cpu_threads": found.cpu_threads, "mem_gib": found.mem_gib, "storage_gib": found.storage_gib}
         write_json(path, {"active": "default", "profiles": {"default": one}})
         return found
+    check_keys(raw, ("active", "profiles"), f"hardware file {path}")
     try:
         one = raw["profiles"][raw["active"]]
+        check_keys(one, ("cpu_threads", "mem_gib", "storage_gib"), f"hardware file {path}, profile {raw['active']}")
         wanted = Profile(int(one["cpu_threads"]), float(one["mem_gib"]), float(one["storage_gib"]))
     except (KeyError, TypeError, ValueError) as error:
         raise SettingsError(f"the hardware file {path} is not in order: {error!r}") from None

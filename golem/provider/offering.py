@@ -21,9 +21,9 @@ from golem.provider.hardware import HARDWARE, Profile, load_profile
 from golem.provider.offer import offer_spec, wanted_accounts
 from golem.provider.presets import PRESETS, Preset, default_preset, load_presets, save_presets
 from golem.provider.runtimes import Ask, ExeUnits, Runtimes, ask_runtime, check_known, search_places
-from golem.provider.settings import Settings, SettingsError, interactions, read_rules
+from golem.provider.settings import Rules, Settings, SettingsError, interactions, read_rules
 from golem.provider.storage import Disk, StorageForSale
-from protocol.provider import Capacity, OffersChanged, OfferSpec
+from protocol.provider import Capacity, OffersChanged, OfferSpec, RulesChanged
 
 log = logging.getLogger("golem.provider")
 
@@ -48,7 +48,7 @@ class Offering:
         self._agreements = settings.max_agreements or self._promised().cpu_threads
         self._presets_by_runtime: dict[str, list[str]] = {}
         self.capacity = self._capacity(self._promised())
-        rules = read_rules(settings.data_dir)
+        self.rules = rules = read_rules(settings.data_dir)
         self.terms = replace(
             settings.terms, max_agreements=self._agreements, blacklist=rules.blacklist, allow_only=rules.allow_only
         )
@@ -147,6 +147,7 @@ class Offering:
             seen, asked_at = self._stamp(), trio.current_time()
             while True:
                 await trio.sleep(LOOK_S)
+                await self._look_at_rules(system)
                 other_accounts = False
                 if trio.current_time() - asked_at >= ACCOUNTS_S:
                     other_accounts, asked_at = await self._accounts_changed(), trio.current_time()
@@ -164,6 +165,18 @@ class Offering:
                 for problem in problems:
                     log.warning("not offered: %s", problem)
                 await system.ask("provider", OffersChanged(found, self.capacity))
+
+    async def _look_at_rules(self, system: System) -> None:
+        """Have whom we serve follow the rules file; while that is not in order, nobody new is."""
+        try:
+            found = read_rules(self._settings.data_dir)
+        except SettingsError as error:
+            found = Rules(allow_only=frozenset(), problem=str(error))
+        if found != self.rules:
+            self.rules = found
+            log.warning("the rules changed: this provider serves %s", found.words())
+            allowed = None if found.allow_only is None else tuple(sorted(found.allow_only))
+            await system.ask("provider", RulesChanged(tuple(sorted(found.blacklist)), allowed))
 
     async def _accounts_changed(self) -> bool:
         """Ask for the accounts again; while the node or its chain does not say, they stay as they are."""

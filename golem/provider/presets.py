@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from golem.provider.settings import SettingsError, read_json, write_json
+from golem.provider.settings import SettingsError, check_keys, read_json, write_json
 
 PRESETS = "presets.json"
 DEFAULT_COEFFS = {"golem.usage.cpu_sec": 0.0001, "golem.usage.duration_sec": 0.00005}  # 0.36 and 0.18 GLM an hour
@@ -30,6 +30,7 @@ COUNTERS = {
     "storage": "golem.usage.storage_gib",
 }
 INIT_PRICE = "init price"
+PRESET_KEYS = ("name", "exeunit-name", "pricing-model", "initial-price", "usage-coeffs")
 MAX_PRESETS = 32
 MAX_PRICE = 1e6
 _NAME = re.compile(r"[\w.-]{1,64}\Z")
@@ -113,6 +114,7 @@ def load_presets(data_dir: Path) -> Presets:
 
 
 def _presets(raw: Any, path: Path) -> Presets:
+    check_keys(raw, ("ver", "active", "presets", "given"), f"presets file {path}")
     try:
         presets = tuple(_preset(one) for one in raw["presets"])
         active = tuple(str(name) for name in raw["active"])
@@ -147,6 +149,7 @@ def preset_json(preset: Preset) -> dict[str, Any]:
 
 
 def _preset(raw: Any) -> Preset:
+    check_keys(raw, PRESET_KEYS, "presets file, in a preset")
     if raw.get("pricing-model", "linear") != "linear":
         raise ValueError(f"pricing model {raw['pricing-model']!r}: only linear is known")
     coeffs = {str(name): check_price(str(name), value) for name, value in raw["usage-coeffs"].items()}

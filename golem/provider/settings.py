@@ -7,7 +7,7 @@ import math
 import os
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from protocol.types import node_id
 
 GLOBALS, RULES, STATUS, LOCK, JOURNAL = "globals.json", "rules.json", "status.json", "provider.lock", "provider.db"
 MAX_FILE_BYTES = 1024 * 1024
+GLOBAL_KEYS = ("node_name", "subnet", "account", "shell", "proxy_http")
 SWITCHES = {"shell": "shell", "proxy_http": "proxy-http"}  # key in globals.json -> the exe-unit's word for it
 _NAME = re.compile(r"[^\x00-\x1f]{1,100}\Z")
 
@@ -57,7 +58,7 @@ def agent_dir(env: Mapping[str, str], node_dir: Path, given: Path | None) -> Pat
 
 
 def read_json(path: Path, what: str) -> Any:
-    """Return the content of a JSON file, `None` if there is none. Raises `SettingsError`."""
+    """Return the content of a JSON file, `None` if there is no such file. Raises `SettingsError`."""
     try:
         with path.open("rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
@@ -68,9 +69,30 @@ def read_json(path: Path, what: str) -> Any:
     if len(data) > MAX_FILE_BYTES:
         raise SettingsError(f"the {what} {path} is over {MAX_FILE_BYTES} bytes")
     try:
-        return json.loads(data)
+        found = json.loads(data, object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
         raise SettingsError(f"the {what} {path} is not JSON: {error}") from None
+    if found is None:
+        raise SettingsError(f"the {what} {path} holds nothing but null")
+    return found
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key stands twice in one object")
+    return found
+
+
+def check_keys(raw: Any, known: Collection[str], what: str) -> None:
+    """Check that an object of a settings file has no keys but those: one with a slip would set nothing, in silence.
+
+    Raises `SettingsError`.
+    """
+    if not isinstance(raw, dict):
+        raise SettingsError(f"the {what}: expected a JSON object")
+    if unknown := [name for name in raw if name not in known]:
+        raise SettingsError(f"the {what}: unknown key {unknown[0][:100]!r}; known: {', '.join(sorted(known))}")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -101,10 +123,11 @@ def names(env: Mapping[str, str], data_dir: Path, name: str | None, subnet: str 
 
 def read_globals(data_dir: Path) -> dict[str, Any]:
     """Return what is kept in `globals.json`. Raises `SettingsError`."""
-    kept = read_json(data_dir / GLOBALS, "settings file") or {}
-    if not isinstance(kept, dict):
-        raise SettingsError(f"the settings file {data_dir / GLOBALS} must hold a JSON object")
-    return kept
+    kept = read_json(data_dir / GLOBALS, "settings file")
+    if kept is None:
+        return {}
+    check_keys(kept, GLOBAL_KEYS, f"settings file {data_dir / GLOBALS}")
+    return dict(kept)
 
 
 def keep_interactions(data_dir: Path, **switches: bool | None) -> None:
@@ -130,22 +153,44 @@ def interactions(data_dir: Path) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """Whom this provider serves: nobody of `blacklist`; if `allow_only` is not empty, nobody else."""
+    """Whom this provider serves: nobody of `blacklist`, and nobody but `allow_only` (None: everybody else)."""
 
     blacklist: frozenset[str] = frozenset()
-    allow_only: frozenset[str] = frozenset()
+    allow_only: frozenset[str] | None = None
+    problem: str = ""  # why nobody is served
+
+    def words(self) -> str:
+        """Return whom it serves, for people."""
+        if self.problem:
+            return f"nobody: {self.problem}"
+        if self.allow_only is not None:
+            left = len(self.allow_only - self.blacklist)
+            return f"{left} nodes of {RULES} alone" if left else f"nobody: allow-only of {RULES} leaves none"
+        return f"everybody but {len(self.blacklist)} nodes of {RULES}" if self.blacklist else "everybody"
 
 
 def read_rules(data_dir: Path) -> Rules:
-    """Return the rules of `rules.json` (`{"blacklist": [node ids], "allow-only": [node ids]}`). Raises `SettingsError`."""
-    raw = read_json(data_dir / RULES, "rules file") or {}
+    """Return the rules of `rules.json` (`{"blacklist": [node ids], "allow-only": [node ids]}`). Raises `SettingsError`.
+
+    Without the file everybody is served; an empty `allow-only` serves nobody.
+    """
+    raw = read_json(data_dir / RULES, "rules file")
+    if raw is None:
+        return Rules()
+    check_keys(raw, ("blacklist", "allow-only"), f"rules file {data_dir / RULES}")
+    blacklist, allow_only = _nodes(data_dir, raw, "blacklist"), _nodes(data_dir, raw, "allow-only")
+    return Rules(blacklist or frozenset(), allow_only)
+
+
+def _nodes(data_dir: Path, raw: dict[str, Any], key: str) -> frozenset[str] | None:
+    if key not in raw:
+        return None
     try:
-        return Rules(
-            frozenset(node_id(one) for one in raw.get("blacklist", ())),
-            frozenset(node_id(one) for one in raw.get("allow-only", ())),
-        )
+        if not isinstance(raw[key], list):
+            raise TypeError("expected a list of node ids")
+        return frozenset(node_id(one) for one in raw[key])
     except (AttributeError, TypeError, ValueError) as error:
-        raise SettingsError(f"the rules file {data_dir / RULES} is not in order: {error}") from None
+        raise SettingsError(f"the rules file {data_dir / RULES} is not in order: {key}: {error}") from None
 
 
 def threads() -> int:

@@ -23,8 +23,10 @@ MAX_LISTED = 200
 Report = Callable[[], list[dict[str, Any]]]  # of each runtime: name, version, presets, offered, reason
 
 
-def status_of(system: System, settings: Settings, node_id: str, runtimes: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return what `golem provider status` shows, read from the machine's rows; `runtimes` as reported."""
+def status_of(
+    system: System, settings: Settings, node_id: str, runtimes: list[dict[str, Any]], serves: str = ""
+) -> dict[str, Any]:
+    """Return what `golem provider status` shows, read from the machine's rows; `runtimes` as reported, `serves`: whom."""
     rows = system.rows("provider")
     agent = rows.get("agent")
     agreements = [row for _, row in rows.prefix("agreement/")]
@@ -42,7 +44,7 @@ def status_of(system: System, settings: Settings, node_id: str, runtimes: list[d
     return {
         "name": settings.name, "nodeId": node_id, "subnet": settings.subnet, "pid": os.getpid(),
         "session": agent.session_id if agent else "", "state": "stopping" if agent and agent.stopping else "running",
-        "runtimes": runtimes,
+        "serves": serves, "runtimes": runtimes,
         "offers": [
             {"preset": row.preset, "offer": row.offer_id, "state": "published" if row.offer_id else "being published"}
             for _, row in rows.prefix("offer/")
@@ -70,15 +72,17 @@ def _agreement_of(activities: list[Any], activity_id: str) -> str:
     return next((row.agreement_id for row in activities if row.activity_id == activity_id), "")
 
 
-async def write_status(system: System, settings: Settings, node_id: str, report: Report) -> None:
+async def write_status(
+    system: System, settings: Settings, node_id: str, report: Report, serves: Callable[[], str] = lambda: ""
+) -> None:
     """Write the status whenever it changed, until cancelled."""
     last: dict[str, Any] = {}
     seen: object = None
     while True:
-        runtimes = report()
-        if (system.journal.commits, runtimes) != seen:
-            seen = (system.journal.commits, runtimes)
-            found = status_of(system, settings, node_id, runtimes)
+        runtimes, whom = report(), serves()
+        if (system.journal.commits, runtimes, whom) != seen:
+            seen = (system.journal.commits, runtimes, whom)
+            found = status_of(system, settings, node_id, runtimes, whom)
             if found != last:
                 try:
                     write_json(settings.data_dir / STATUS, found)

@@ -129,7 +129,7 @@ def _batch(row: Batch) -> dict[str, Any]:
         "id": row.batch_id,
         "platform": row.platform,
         "payerAddr": row.payer,
-        "number": row.nonce,
+        "number": row.number,
         "state": row.state,
         "reason": row.reason or None,
         "transaction": row.tx_hash or None,

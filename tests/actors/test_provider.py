@@ -59,6 +59,7 @@ from protocol.provider import (
     ReadUsage,
     RejectAgreement,
     RejectProposal,
+    RulesChanged,
     SendInvoice,
     SendNote,
     SessionNamed,
@@ -681,6 +682,24 @@ def test_changed_presets_replace_offers() -> None:
     assert not agent.rest(PublishOffer)
 
 
+def test_changed_rules_count_at_once() -> None:
+    agent = Agent().begin()
+    agent.tell(RulesChanged((), ()))
+    agent.propose("P-1")
+    assert [one.proposal_id for one in agent.rest(RejectProposal)] == ["P-1"]
+    agent.offered_agreement("a1")
+    assert agent.rest(RejectAgreement), "what was agreed to before is looked at again"
+    agent.tell(RulesChanged((), (REQUESTOR,)))
+    agent.propose("P-2")
+    assert not agent.rest(RejectProposal)
+    agent.tell(RulesChanged((REQUESTOR,), None))
+    agent.propose("P-3")
+    assert [one.proposal_id for one in agent.rest(RejectProposal)] == ["P-3"]
+    agent.play.ask(AgentStarted("prov-abcd", (SPEC,)))
+    agent.propose("P-4")
+    assert not agent.rest(RejectProposal), "a new run has its own"
+
+
 def test_an_activity_may_be_faster_than_the_answer_to_the_approval() -> None:
     agent = Agent().begin()
     agent.offered_agreement()
@@ -1081,4 +1100,7 @@ def test_an_invoice_that_the_requestors_node_refuses_is_corrected_once() -> None
         assert issued == [("0.018", ""), ("0.012", "inv-0")][: len(answers)]
         assert agent.rest(IssueInvoice) == []
         agent.play.at(8 * 86400)
+        assert list(agent.play.rows.prefix("agreement/")), "what is not paid is not forgotten so soon"
+        agent.play.at(91 * 86400)
         assert not list(agent.play.rows.prefix("document/"))
+        assert not list(agent.play.rows.prefix("debt/"))

@@ -13,13 +13,13 @@ from protocol.types import Refused, Violation
 from protocol.wallet import (
     CycleDue,
     CycleSet,
-    NonceFloor,
     PaidOut,
     PayOut,
     PayOutDelayed,
     RunCycle,
     SetCycle,
     Transfer,
+    TransferConfirmed,
     TransferDelayed,
     TransferFailed,
     TransferMined,
@@ -66,8 +66,8 @@ class Desk:
         return row
 
 
-def mined(batch: Transfer, tx_hash: str = HASH) -> TransferMined:
-    return TransferMined(batch.batch_id, tx_hash, 5, 21000, "0.0001")
+def confirmed(batch: Transfer, tx_hash: str = HASH) -> TransferConfirmed:
+    return TransferConfirmed(batch.batch_id, tx_hash, 5, 21000, "0.0001")
 
 
 def test_orders_of_one_payee_are_summed_and_paid_once() -> None:
@@ -76,11 +76,10 @@ def test_orders_of_one_payee_are_summed_and_paid_once() -> None:
         desk.pay(order_id, payee, amount)
     (batch,) = desk.cycle()
     assert batch.payees == ((f"0x{1:040x}", "0.3"), (f"0x{2:040x}", "2"))
-    assert batch.nonce == 0
     desk.pay("a", 1, "0.1")
     assert desk.cycle() == [], "everything is under way"
     for _ in range(2):
-        desk.chain(mined(batch))
+        desk.chain(confirmed(batch))
     assert desk.heard() == [
         PaidOut(("a", "c"), PLATFORM, desk.node.id, f"0x{1:040x}", "0.3", HASH),
         PaidOut(("b",), PLATFORM, desk.node.id, f"0x{2:040x}", "2", HASH),
@@ -95,7 +94,7 @@ def test_a_batch_has_at_most_fifty_payees_and_every_order_is_in_one() -> None:
         desk.pay(f"o{number}", number % 107 + 1)
     batches = desk.cycle()
     assert [len(batch.payees) for batch in batches] == [50, 50, 7]
-    assert [batch.nonce for batch in batches] == [0, 1, 2]
+    assert len({batch.batch_id for batch in batches}) == 3
     assert len({payee for batch in batches for payee, _ in batch.payees}) == 107
     rows = [row for _, row in desk.node.rows["wallet"].prefix("batch/")]
     assert all(isinstance(row, Batch) for row in rows)
@@ -109,12 +108,11 @@ def test_a_failed_transfer_frees_its_orders_for_batches_of_their_own() -> None:
     (batch,) = desk.cycle()
     for _ in range(2):
         desk.chain(TransferFailed(batch.batch_id, "reverted"))
-    desk.chain(NonceFloor(PLATFORM, desk.node.id, 7))
     assert desk.order("a").tries == 1
     again = desk.cycle()
     assert [batch.payees for batch in again] == [((f"0x{1:040x}", "1"),), ((f"0x{2:040x}", "1"),)]
-    assert [batch.nonce for batch in again] == [7, 8]
-    desk.chain(mined(again[0]))
+    assert batch.batch_id not in {each.batch_id for each in again}
+    desk.chain(confirmed(again[0]))
     assert (desk.order("a").state, desk.order("b").state) == ("PAID", "BATCHED")
 
 
@@ -142,7 +140,7 @@ def test_an_order_is_given_up_visibly_and_taken_up_by_hand() -> None:
     answer = desk.world.ask(desk.node, RunCycle(PLATFORM), "wallet")
     assert isinstance(answer, CycleSet)
     (batch,) = desk.cycle()
-    desk.chain(mined(batch))
+    desk.chain(confirmed(batch))
     assert desk.order("a").state == "PAID"
 
 
@@ -186,7 +184,11 @@ def test_why_a_transfer_waits_is_passed_on_once() -> None:
         "no gas",
         f"transaction {HASH} sent; waiting for its confirmation",
     ]
-    desk.chain(mined(batch))
+    for _ in range(2):
+        desk.chain(TransferMined(batch.batch_id, HASH, 5))
+    assert [fact.reason for fact in desk.heard()] == [f"transaction {HASH} is in block 5; waiting until that is final"]
+    assert desk.order("a").state == "BATCHED", "a block may be lost"
+    desk.chain(confirmed(batch))
     desk.heard()
     desk.chain(TransferDelayed(batch.batch_id, "late news"))
     assert desk.heard() == []

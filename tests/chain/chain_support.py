@@ -24,12 +24,12 @@ from golem.chain import token
 from golem.chain.credentials import DECIMALS_CALL, SYMBOL_CALL
 from golem.chain.devchain import INFO_NAME, LOG_NAME, ensure_devchain, genesis, stop_devchain
 from golem.chain.engine import Engine
-from golem.chain.events import Event
 from golem.chain.networks import Network, local_rows
 from golem.chain.rpc import Rpc
 from golem.chain.signer import Key, Signed, Transaction, sign
 from golem.chain.store import TransferBatch
 from golem.chain.vouch import Vouch, vouch_nothing
+from protocol.wallet import TransferNews
 
 GLM = 10**18
 GWEI = 10**9
@@ -238,11 +238,11 @@ class Clock:
 class Payer:
     """An engine, what it said, and its clock."""
 
-    def __init__(self, engine: Engine, events: list[Event], clock: Clock, lab: Lab) -> None:
+    def __init__(self, engine: Engine, events: list[TransferNews], clock: Clock, lab: Lab) -> None:
         self.engine, self.events, self.clock, self.lab = engine, events, clock, lab
 
     async def pay(self, batch_id: str, *payees: tuple[str, int]) -> None:
-        await self.engine.submit(TransferBatch(batch_id, await self.engine.next_nonce(), payees))
+        await self.engine.submit(TransferBatch(batch_id, payees))
 
     async def until(self, *wanted: type, steps: int = 30, number: int = 1) -> Any:
         """Step and mine until so many events of a wanted type are told; returns the last of them."""
@@ -270,9 +270,9 @@ async def payer(
 ) -> AsyncIterator[Payer]:
     """An engine over `lab`, stepped by hand; fields of the network row may be replaced."""
     network = replace(lab.network, **row)
-    events: list[Event] = []
+    events: list[TransferNews] = []
 
-    async def notify(event: Event) -> None:
+    async def notify(event: TransferNews) -> None:
         events.append(event)
 
     clock = Clock()

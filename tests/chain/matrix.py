@@ -16,9 +16,9 @@ from pathlib import Path
 from blind import FAULTS, HOSTS, Blind
 from chain_support import GLM, GWEI, Lab, Payer, Refused, address_of, payer
 
-from golem.chain.events import Confirmed, Failed, NonceLost
 from golem.chain.signer import Key
 from golem.chain.store import TransferBatch
+from protocol.wallet import TransferConfirmed, TransferFailed
 
 BLIND_STEPS = 9  # with the fault; a nonce was given up after three looks once
 CLEAR_STEPS = 40  # after the last fault, until all must be settled
@@ -144,7 +144,7 @@ class History:
     async def submit(self, debt: str) -> None:
         batch_id = f"{debt} #{sum(owner == debt for owner in self.batches.values())}"
         self.batches[batch_id] = debt
-        await self.wallet.engine.submit(TransferBatch(batch_id, 0, self.owed[debt]))
+        await self.wallet.engine.submit(TransferBatch(batch_id, self.owed[debt]))
 
     def foreign(self) -> None:
         with suppress(Refused):
@@ -161,9 +161,9 @@ class History:
         events, self.wallet.events[:] = list(self.wallet.events), []
         for event in events:
             self.told.append(type(event).__name__)
-            if isinstance(event, Confirmed):
+            if isinstance(event, TransferConfirmed):
                 self.settled.add(self.batches[event.batch_id])
-            elif isinstance(event, Failed | NonceLost):
+            elif isinstance(event, TransferFailed):
                 await self.submit(self.batches[event.batch_id])
         self.judge()
 

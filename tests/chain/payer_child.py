@@ -15,10 +15,10 @@ import trio
 from chain_support import GLM, address_of, key_of
 
 from golem.chain.engine import Engine
-from golem.chain.events import Confirmed, Event
 from golem.chain.networks import local_rows
 from golem.chain.rpc import Rpc
 from golem.chain.store import TransferBatch
+from protocol.wallet import TransferConfirmed, TransferNews
 
 
 async def main() -> None:
@@ -33,8 +33,8 @@ async def main() -> None:
         if reached == int(nth) and point == deadly:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    async def notify(event: Event) -> None:
-        if isinstance(event, Confirmed):
+    async def notify(event: TransferNews) -> None:
+        if isinstance(event, TransferConfirmed):
             left.discard(event.batch_id)
             if not left:
                 done.set()
@@ -44,7 +44,7 @@ async def main() -> None:
         engine = Engine(network, rpc, key_of(name), db, notify, checkpoint=checkpoint)
         for number, batch_id in enumerate(sorted(left)):
             payees = ((address_of(f"{name} {number}"), GLM), (address_of(f"{name} all"), GLM))
-            await engine.submit(TransferBatch(batch_id, 0, payees[: 1 + number % 2]))
+            await engine.submit(TransferBatch(batch_id, payees[: 1 + number % 2]))
         nursery.start_soon(engine.run)
         await done.wait()
         nursery.cancel_scope.cancel()

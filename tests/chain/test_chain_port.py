@@ -152,13 +152,13 @@ async def test_orders_are_paid_once_and_claims_are_verified_over_a_restart(tmp_p
             late = await w.chain._rpcs["1337"].dev("dev_faucet", a)  # mined, but no token moves: never mind the answer
             await w.system.ask("ledger", VerifyTransfer("c4", HOLESKY, late, me, a, "1", "0"))
             for sender in (f"{me}/exeunit:{'e' * 32}", f"{me}/edge", f"{a}/wallet", f"{a}/ledger", me):
-                for message in (Transfer("b0", HOLESKY, me, 0, ((a, "1"),)), good):
+                for message in (Transfer("b0", HOLESKY, me, ((a, "1"),)), good):
                     with pytest.raises(Violation):
                         await w.chain.handle(message, Meta(sender, 0.0, "t"))
             meta = Meta(f"{me}/wallet", 0.0, "t")
             for wrong in (
-                Transfer("b1", HOLESKY, b, 0, ((a, "1"),)), Transfer("b2", HOLESKY, me, 0, ()),
-                Transfer("b3", "erc20-mumbai-tglm", me, 0, ((a, "1"),)), Transfer("b4", HOLESKY, me, 0, ((a, "0"),)),
+                Transfer("b1", HOLESKY, b, ((a, "1"),)), Transfer("b2", HOLESKY, me, ()),
+                Transfer("b3", "erc20-mumbai-tglm", me, ((a, "1"),)), Transfer("b4", HOLESKY, me, ((a, "0"),)),
             ):  # fmt: skip
                 (answer,) = await w.chain.handle(wrong, meta)
                 assert isinstance(answer.message, TransferFailed), wrong

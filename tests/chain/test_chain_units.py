@@ -162,7 +162,7 @@ def test_rows_of_one_chain_name_the_same_contracts(tmp_path: Path) -> None:
 def test_chain_db_of_another_schema_is_refused_and_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "chain.db"
     store = Store(path, "1337/0x1")
-    store.add_batch(TransferBatch("b1", 0, ((address_of("a"), 7),)))
+    store.add_batch(TransferBatch("b1", ((address_of("a"), 7),)))
     store.close()
     assert len(Store(path, "1337/0x1").queued()) == 1
     for number in (0, SCHEMA_NUMBER + 1):

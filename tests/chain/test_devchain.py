@@ -21,11 +21,11 @@ from support import trio_test
 from golem.chain import token
 from golem.chain.contracts import MINT_CAP_WEI
 from golem.chain.devchain import BUSY_EXIT, DevChainError, ensure_devchain, genesis, stop_devchain, url_of
-from golem.chain.events import Confirmed
 from golem.chain.rpc import Rpc
 from golem.chain.signer import Key, Transaction, sign
 from golem.chain.store import TransferBatch
 from golem.chain.token import balances
+from protocol.wallet import TransferConfirmed
 
 
 @pytest.fixture(scope="module")
@@ -255,22 +255,22 @@ async def test_a_dev_chain_made_anew_is_taken_as_new(tmp_path: Path) -> None:
             lab.rich("anew")
             async with payer(lab, key, tmp_path / "chain.db") as wallet:
                 await wallet.pay(f"b{number}", (payee, GLM))
-                await wallet.until(Confirmed)
+                await wallet.until(TransferConfirmed)
                 await wallet.pay("left over", (payee, GLM))
                 if number == 1:
                     await wallet.engine.step()
                 else:
-                    while len(wallet.told(Confirmed)) < 2:
+                    while len(wallet.told(TransferConfirmed)) < 2:
                         await wallet.engine.step()
                         lab.mine()
                     await wallet.pay("b1", (payee, GLM))
                     await wallet.engine.step()
-                    told = {event.batch_id for event in wallet.told(Confirmed)}
+                    told = {event.batch_id for event in wallet.told(TransferConfirmed)}
                     assert told == {"left over", "b1", "b2"}, "what was paid on the old chain stays paid"
             assert lab.tokens(payee) == number * GLM
         async with payer(lab, key, tmp_path / "chain.db", dev_faucet=False) as wallet:
             wallet.engine.store.change_chain(lab.network.chain, "0x" + "11" * 32)
-            await wallet.engine.submit(TransferBatch("b3", 0, ((payee, GLM),)))
+            await wallet.engine.submit(TransferBatch("b3", ((payee, GLM),)))
             await wallet.engine.step()
             assert wallet.problems == ["InvalidChainId"]
             assert "was replaced" in wallet.engine.problems()[0].detail

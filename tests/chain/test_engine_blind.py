@@ -12,8 +12,9 @@ from blind import HOSTS, Blind
 from chain_support import GLM, GWEI, Lab, Payer, address_of, anvil, devchain, find_anvil, payer
 from support import trio_test
 
-from golem.chain.events import Confirmed, NonceLost
+from golem.chain import desk
 from golem.chain.store import TransferBatch
+from protocol.wallet import TransferConfirmed, TransferFailed, TransferSent
 
 
 @pytest.fixture(scope="module", params=["devchain", "anvil"])
@@ -48,9 +49,9 @@ async def steps(wallet: Payer, count: int) -> None:
 
 async def again_when_lost(wallet: Payer, payee: str) -> None:
     """What the wallet does when the engine says that a batch paid nothing and never will."""
-    lost = wallet.told(NonceLost)
+    lost = wallet.told(TransferFailed)
     if len(lost) >= len({event.batch_id for event in lost}) and lost:
-        await wallet.engine.submit(TransferBatch(f"again {len(lost)}", 0, ((payee, GLM),)))
+        await wallet.engine.submit(TransferBatch(f"again {len(lost)}", ((payee, GLM),)))
 
 
 @trio_test
@@ -65,10 +66,89 @@ async def test_an_index_that_is_missing_for_good_pays_nobody_twice(lab: Lab, tmp
             await steps(wallet, 1)
             await again_when_lost(wallet, payee)
         assert lab.tokens(payee) == GLM
-        assert wallet.told(NonceLost) == []
+        assert wallet.told(TransferFailed) == []
         if hosts == 1:
             assert wallet.problems, "a payment that waits says why"
             await wire.set(HOSTS[0], "")
-        await wallet.until(Confirmed)
+        await wallet.until(TransferConfirmed)
         assert wallet.problems == []
+    assert lab.tokens(payee) == GLM
+
+
+@trio_test
+async def test_rpcs_that_contradict_one_another_stop_what_is_not_signed_and_are_named(lab: Lab, tmp_path: Path) -> None:
+    key, payees = lab.rich("contradiction"), [address_of(f"contradiction payee {i}") for i in range(2)]
+    wire = Blind(lab.url, key)
+    async with payer(lab, key, tmp_path / "chain.db", transport=wire, rpc_urls=urls(2)) as wallet:
+        await wallet.pay("b1", (payees[0], GLM))
+        await steps(wallet, 1)
+        await wire.set(HOSTS[0], "fork")  # says that another transaction took the nonce
+        await wire.set(HOSTS[1], "null-both")  # shows ours in its blocks
+        await wallet.engine.submit(TransferBatch("b2", ((payees[1], GLM),)))
+        await steps(wallet, 6)
+        text = " ".join(problem.detail for problem in wallet.engine.problems())
+        assert "contradict" in text
+        assert all(host in text for host in HOSTS[:2])
+        assert wallet.told(TransferFailed) == []
+        assert [lab.tokens(payee) for payee in payees] == [GLM, 0], "nothing new is sent meanwhile"
+        await wire.set(HOSTS[0], "")
+        while len(wallet.told(TransferConfirmed)) < 2:
+            await steps(wallet, 1)
+        assert wallet.problems == []
+    assert [lab.tokens(payee) for payee in payees] == [GLM, GLM]
+
+
+@trio_test
+async def test_what_stays_unclear_waits_for_a_person_who_is_shown_both_stories(lab: Lab, tmp_path: Path) -> None:
+    key, payee = lab.rich("person"), address_of("person payee")
+    wire = Blind(lab.url, key)
+    async with payer(lab, key, tmp_path / "chain.db", transport=wire, rpc_urls=urls(2)) as wallet:
+        await wallet.pay("b1", (payee, GLM))
+        await wallet.engine.step()
+        with pytest.raises(ValueError, match="nothing to decide"):
+            await desk.decide(wallet.engine, "b1", None)
+        tx_hash = wallet.told(TransferSent)[0].tx_hash
+        for host in HOSTS[:2]:
+            await wire.set(host, "blank")
+        lab.mine()
+        await steps(wallet, 20)
+        (problem,) = wallet.engine.problems()
+        assert problem.batch_id == "b1"
+        assert all(f"{host}: nonce 1 is used" in problem.detail for host in HOSTS[:2])
+        assert "golem payment decide" in problem.detail
+        told = desk.story(wallet.engine, "b1")
+        assert told is not None
+        assert {seen["by"] for seen in told["transactions"][0]["seen"]} == {"this node", *HOSTS[:2]}
+        with pytest.raises(ValueError, match="not a transaction hash"):
+            await desk.decide(wallet.engine, "b1", "0x12")
+        assert "counts as paid" in await desk.decide(wallet.engine, "b1", tx_hash)
+        await wallet.engine.step()
+        assert wallet.told(TransferConfirmed)[0].tx_hash == tx_hash
+        assert wallet.problems == []
+    assert lab.tokens(payee) == GLM
+
+
+@trio_test
+async def test_a_person_may_say_that_nothing_was_paid_but_not_while_the_nonce_is_free(lab: Lab, tmp_path: Path) -> None:
+    key, payee = lab.rich("unpaid"), address_of("unpaid payee")
+    wire = Blind(lab.url, key)
+    async with payer(lab, key, tmp_path / "chain.db", transport=wire, rpc_urls=urls(1)) as wallet:
+        await wallet.pay("b1", (payee, GLM))
+        await wallet.engine.step()
+        lab.call("anvil_dropAllTransactions")
+        lab.do(key, address_of("elsewhere"), value=1, gas=21_000)  # it took the nonce
+        await wire.set(HOSTS[0], "blank")
+        await steps(wallet, 6)
+        snapshot_free = wire.faults.copy()
+        await wire.set(HOSTS[0], "stale-counts")
+        wire.since[HOSTS[0]] = 1
+        with pytest.raises(ValueError, match="nonce 1 is free"):
+            await desk.decide(wallet.engine, "b1", None)
+        wire.faults = snapshot_free
+        assert "paid anew" in await desk.decide(wallet.engine, "b1", None)
+        await wallet.engine.step()
+        assert [event.batch_id for event in wallet.told(TransferFailed)] == ["b1"]
+        await wire.set(HOSTS[0], "")
+        await wallet.engine.submit(TransferBatch("again", ((payee, GLM),)))
+        await wallet.until(TransferConfirmed)
     assert lab.tokens(payee) == GLM

@@ -17,9 +17,9 @@ import pytest
 from chain_support import GLM, GWEI, Faulty, Lab, Payer, Refused, address_of, devchain, payer
 from support import trio_test
 
-from golem.chain.events import Confirmed, Failed, NonceLost
 from golem.chain.signer import Key
 from golem.chain.store import TransferBatch
+from protocol.wallet import TransferConfirmed, TransferFailed
 
 DEPTH = 4
 MOVES = 60
@@ -74,19 +74,19 @@ class Storm:
     async def hear(self) -> None:
         events, self.wallet.events[:] = list(self.wallet.events), []
         for event in events:
-            if isinstance(event, Confirmed | Failed | NonceLost):
+            if isinstance(event, TransferConfirmed | TransferFailed):
                 known = self.ended.setdefault(event.batch_id, type(event))
                 assert known is type(event), f"{event.batch_id} ended as {known}, then as {event}"
-            if isinstance(event, Confirmed):
+            if isinstance(event, TransferConfirmed):
                 debt = self.batches[event.batch_id]
                 assert self.settled.setdefault(debt, event.batch_id) == event.batch_id, f"{debt} is paid twice"
-            elif isinstance(event, Failed | NonceLost) and self.batches[event.batch_id] not in self.settled:
+            elif isinstance(event, TransferFailed) and self.batches[event.batch_id] not in self.settled:
                 await self.submit(self.batches[event.batch_id])
 
     async def submit(self, debt: str) -> None:
         batch_id = f"{debt} #{sum(owner == debt for owner in self.batches.values())}"
         self.batches[batch_id] = debt
-        await self.wallet.engine.submit(TransferBatch(batch_id, 0, self.owed[debt]))
+        await self.wallet.engine.submit(TransferBatch(batch_id, self.owed[debt]))
 
     async def move(self) -> None:
         """One throw of the dice."""

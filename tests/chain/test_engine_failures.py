@@ -18,8 +18,9 @@ from support import trio_test
 
 from golem.chain import token
 from golem.chain.draft import Unowed
-from golem.chain.events import Confirmed, Failed, Mined, NonceLost, Sent, Stuck
 from golem.chain.store import TransferBatch
+from protocol.types import amount, to_wei
+from protocol.wallet import TransferConfirmed, TransferDelayed, TransferFailed, TransferMined, TransferSent
 
 MAX = 2**256 - 1
 
@@ -53,24 +54,24 @@ def db(tmp_path: Path) -> Path:
 async def test_one_payee_is_paid_by_a_plain_transfer_and_final_only_at_depth(lab: Lab, db: Path) -> None:
     key, payee = lab.rich("plain"), address_of("plain payee")
     async with payer(lab, key, db) as wallet:
-        nonce = await wallet.engine.next_nonce()
+        nonce = lab.nonce(key.address)
         await wallet.pay("b1", (payee, 3 * GLM))
         await wallet.engine.step()
-        assert [type(event) for event in wallet.events] == [Sent]
+        assert [type(event) for event in wallet.events] == [TransferSent]
         lab.mine()
         await wallet.engine.step()
         assert lab.tokens(payee) == 3 * GLM
-        assert wallet.told(Mined)
+        assert wallet.told(TransferMined)
         lab.mine()
         await wallet.engine.step()
-        assert not wallet.told(Confirmed), "one block deep is not final"
+        assert not wallet.told(TransferConfirmed), "one block deep is not final"
         lab.mine()
         await wallet.engine.step()
-        (done,) = wallet.told(Confirmed)
+        (done,) = wallet.told(TransferConfirmed)
         assert (done.batch_id, done.gas_used) == ("b1", 51_132)
         receipt = lab.call("eth_getTransactionReceipt", done.tx_hash)
-        assert done.fee_wei == int(receipt["gasUsed"], 16) * int(receipt["effectiveGasPrice"], 16)
-        assert await wallet.engine.next_nonce() == nonce + 1
+        assert to_wei(amount(done.fee)) == int(receipt["gasUsed"], 16) * int(receipt["effectiveGasPrice"], 16)
+        assert lab.nonce(key.address) == nonce + 1
         assert wallet.problems == []
 
 
@@ -81,12 +82,12 @@ async def test_many_payees_take_one_approval_and_one_packed_call(lab: Lab, db: P
     async with payer(lab, key, db) as wallet:
         before = lab.nonce(key.address)
         await wallet.pay("b1", *payees)
-        done = await wallet.until(Confirmed)
+        done = await wallet.until(TransferConfirmed)
         assert lab.nonce(key.address) == before + 2
         assert done.gas_used == 291_705  # 29,171 a payment to a new holder
         wallet.events.clear()
         await wallet.pay("b2", *payees)
-        await wallet.until(Confirmed)
+        await wallet.until(TransferConfirmed)
         assert lab.nonce(key.address) == before + 3, "the approval is for good"
     assert [lab.tokens(payee) for payee, _ in payees] == [2 * amount for _, amount in payees]
 
@@ -95,19 +96,19 @@ async def test_many_payees_take_one_approval_and_one_packed_call(lab: Lab, db: P
 async def test_a_repeated_batch_changes_nothing(lab: Lab, db: Path) -> None:
     key, payee = lab.rich("repeat"), address_of("repeat payee")
     async with payer(lab, key, db) as wallet:
-        batch = TransferBatch("b1", 1, ((payee, GLM),))
+        batch = TransferBatch("b1", ((payee, GLM),))
         for _ in range(3):
             await wallet.engine.submit(batch)
             await wallet.engine.step()
-        first = await wallet.until(Confirmed)
+        first = await wallet.until(TransferConfirmed)
         await wallet.engine.submit(batch)
         await wallet.engine.step()
-        assert wallet.told(Confirmed) == [first, first], "its end is told again, for a listener that died"
+        assert wallet.told(TransferConfirmed) == [first, first], "its end is told again, for a listener that died"
         with pytest.raises(ValueError, match="other payees"):
-            await wallet.engine.submit(TransferBatch("b1", 1, ((payee, 2 * GLM),)))
+            await wallet.engine.submit(TransferBatch("b1", ((payee, 2 * GLM),)))
     async with payer(lab, key, db) as wallet:
         await wallet.engine.submit(batch)
-        assert await wallet.until(Confirmed) == first
+        assert await wallet.until(TransferConfirmed) == first
         lab.mine(3)
     assert lab.tokens(payee) == GLM
 
@@ -118,10 +119,10 @@ async def test_a_dropped_transaction_is_sent_again_with_the_same_bytes(lab: Lab,
     async with payer(lab, key, db) as wallet:
         await wallet.pay("b1", (payee, GLM))
         await wallet.engine.step()
-        tx_hash = wallet.told(Sent)[0].tx_hash
+        tx_hash = wallet.told(TransferSent)[0].tx_hash
         lab.call("anvil_dropTransaction", tx_hash)
         assert lab.call("eth_getTransactionByHash", tx_hash) is None
-        done = await wallet.until(Confirmed)
+        done = await wallet.until(TransferConfirmed)
         assert done.tx_hash == tx_hash
     assert lab.tokens(payee) == GLM
 
@@ -131,14 +132,14 @@ async def test_a_fee_spike_after_sending_is_outbid_at_the_same_nonce(lab: Lab, d
     key, payee = lab.rich("spike"), address_of("spike payee")
     async with payer(lab, key, db) as wallet:
         await wallet.pay("b1", (payee, GLM))
-        nonce = await wallet.engine.next_nonce()
+        nonce = lab.nonce(key.address)
         await wallet.engine.step()
         lab.base_fee(30 * GWEI)
         wallet.clock.now += 1
         await wallet.engine.step()
-        assert len(wallet.told(Sent)) == 2
-        done = await wallet.until(Confirmed)
-        assert done.tx_hash == wallet.told(Sent)[1].tx_hash
+        assert len(wallet.told(TransferSent)) == 2
+        done = await wallet.until(TransferConfirmed)
+        assert done.tx_hash == wallet.told(TransferSent)[1].tx_hash
         assert lab.nonce(key.address) == nonce + 1
     assert lab.tokens(payee) == GLM
 
@@ -152,17 +153,17 @@ async def test_fees_over_the_cap_make_it_wait_and_say_so(lab: Lab, db: Path) -> 
         await wallet.engine.step()
         await wallet.engine.step()
         assert wallet.problems == ["TxStuck"]
-        assert len(wallet.told(Stuck)) == 1, "said once"
-        assert not wallet.told(Sent)
+        assert len(wallet.told(TransferDelayed)) == 1, "said once"
+        assert not wallet.told(TransferSent)
         lab.base_fee(3 * GWEI)
         await wallet.engine.step()
-        assert wallet.told(Sent)
+        assert wallet.told(TransferSent)
         lab.base_fee(90 * GWEI)
         wallet.clock.now += 1
         await wallet.engine.step()
         assert wallet.problems == ["TxStuck"], "in flight, at the cap"
         lab.base_fee(GWEI)
-        await wallet.until(Confirmed)
+        await wallet.until(TransferConfirmed)
     assert lab.tokens(payee) == GLM
 
 
@@ -174,13 +175,13 @@ async def test_a_reorganisation_takes_it_out_and_it_is_sent_again(lab: Lab, db: 
         await wallet.engine.step()
         lab.mine(2)
         await wallet.engine.step()
-        assert wallet.told(Mined)
+        assert wallet.told(TransferMined)
         lab.call("anvil_reorg", 2, [])
         assert lab.tokens(payee) == 0
         await wallet.engine.step()
-        assert not wallet.told(Confirmed)
-        await wallet.until(Confirmed)
-        assert len(wallet.told(Mined)) == 2
+        assert not wallet.told(TransferConfirmed)
+        await wallet.until(TransferConfirmed)
+        assert len(wallet.told(TransferMined)) == 2
     assert lab.tokens(payee) == GLM
 
 
@@ -196,7 +197,7 @@ async def test_the_node_is_down_and_then_loses_its_reply(lab: Lab, db: Path) -> 
         await wallet.engine.step()
         assert wallet.problems == ["RpcError"]
         wire.plan = {}
-        await wallet.until(Confirmed)
+        await wallet.until(TransferConfirmed)
         assert wallet.problems == []
     assert lab.tokens(payee) == GLM
 
@@ -214,9 +215,9 @@ async def test_no_token_and_no_gas_are_named_and_payments_resume(lab: Lab, db: P
         (problem,) = wallet.engine.problems()
         assert problem.kind == "InsufficientGas"
         assert problem.needed_wei > 0
-        assert len(wallet.told(Stuck)) == 2
+        assert len(wallet.told(TransferDelayed)) == 2
         lab.do(friend, key.address, value=GLM, gas=21_000)
-        await wallet.until(Confirmed)
+        await wallet.until(TransferConfirmed)
     assert lab.tokens(payee) == 2 * GLM
 
 
@@ -237,12 +238,12 @@ async def test_a_foreign_transaction_took_the_nonce(lab: Lab, db: Path) -> None:
     lab.do(key, address_of("elsewhere"), value=1, gas=21_000)
     async with payer(lab, key, db) as wallet:
         await wallet.engine.step()
-        assert not wallet.told(NonceLost), "the other one may yet be reorganised away"
-        lost = await wallet.until(NonceLost)
-        assert lost.batch_id == "b1"
+        assert not wallet.told(TransferFailed), "the other one may yet be reorganised away"
+        lost = await wallet.until(TransferFailed)
+        assert (lost.batch_id, "took nonce" in lost.reason) == ("b1", True)
         assert lab.tokens(payee) == 0
         await wallet.pay("b2", (payee, GLM))
-        await wallet.until(Confirmed)
+        await wallet.until(TransferConfirmed)
     assert lab.tokens(payee) == GLM
 
 
@@ -257,8 +258,8 @@ async def test_a_node_that_hides_a_receipt_for_a_while_makes_nobody_pay_twice(la
         await wallet.engine.step()
         await wallet.engine.step()
         wire.plan = {}
-        await wallet.until(Confirmed)
-        assert wallet.told(NonceLost) == []
+        await wallet.until(TransferConfirmed)
+        assert wallet.told(TransferFailed) == []
     assert lab.tokens(payee) == GLM
 
 
@@ -271,7 +272,7 @@ async def test_a_foreign_transaction_waits_behind_a_nonce_gap(lab: Lab, db: Path
     assert lab.call("eth_getTransactionReceipt", later) is None, "queued until the gap is filled"
     async with payer(lab, key, db) as wallet:
         await wallet.pay("b1", (payee, GLM))
-        await wallet.until(Confirmed)
+        await wallet.until(TransferConfirmed)
     assert lab.call("eth_getTransactionReceipt", later) is not None
     assert lab.tokens(payee) == GLM
 
@@ -283,11 +284,11 @@ async def test_a_reverted_transaction_fails_with_its_cause(lab: Lab, db: Path) -
     async with payer(lab, key, db) as wallet:
         await wallet.pay("b1", (payee, 900 * GLM))
         await wallet.engine.step()
-        lab.call("anvil_dropTransaction", wallet.told(Sent)[0].tx_hash)
+        lab.call("anvil_dropTransaction", wallet.told(TransferSent)[0].tx_hash)
         words = [key.address, thief.address]
         drain = bytes.fromhex("23b872dd") + b"".join(bytes(12) + bytes.fromhex(w[2:]) for w in words)
         lab.do(thief, lab.network.token, drain + (500 * GLM).to_bytes(32, "big"))
-        failed = await wallet.until(Failed)
+        failed = await wallet.until(TransferFailed)
         assert "transfer amount exceeds balance" in failed.reason
     assert lab.tokens(payee) == 0
 
@@ -298,14 +299,14 @@ async def test_a_chain_that_lost_final_blocks_gets_the_same_bytes_again(lab: Lab
     snapshot = lab.call("evm_snapshot")
     async with payer(lab, key, db) as wallet:
         await wallet.pay("b1", (payee, GLM))
-        first = await wallet.until(Confirmed)
+        first = await wallet.until(TransferConfirmed)
         lab.call("evm_revert", snapshot)
-        await wallet.engine.submit(TransferBatch("b2", 2, ((payee, GLM),)))
+        await wallet.engine.submit(TransferBatch("b2", ((payee, GLM),)))
         await wallet.engine.step()
         assert wallet.problems == ["TxStuck"]
         assert "has lost blocks" in wallet.engine.problems()[0].detail
-        assert len(wallet.told(Sent)) == 1, "nothing new is sent through a node that is behind"
-        while len(wallet.told(Confirmed)) < 2:
+        assert len(wallet.told(TransferSent)) == 1, "nothing new is sent through a node that is behind"
+        while len(wallet.told(TransferConfirmed)) < 2:
             await wallet.engine.step()
             lab.mine()
         assert lab.call("eth_getTransactionReceipt", first.tx_hash)["status"] == "0x1"
@@ -319,7 +320,7 @@ async def test_a_chain_that_lost_blocks_while_nobody_looked_is_healed_at_the_nex
     snapshot = lab.call("evm_snapshot")
     async with payer(lab, key, db) as wallet:
         await wallet.pay("b1", (payee, GLM))
-        await wallet.until(Confirmed)
+        await wallet.until(TransferConfirmed)
     lab.call("evm_revert", snapshot)
     assert lab.tokens(payee) == 0
     async with payer(lab, key, db) as wallet:
@@ -327,17 +328,17 @@ async def test_a_chain_that_lost_blocks_while_nobody_looked_is_healed_at_the_nex
             await wallet.engine.step()
             lab.mine()
         assert wallet.problems == []
-        assert not [event for event in wallet.events if isinstance(event, Confirmed | Failed | NonceLost)], "told already"
+        assert not [event for event in wallet.events if isinstance(event, TransferConfirmed | TransferFailed)], "told already"
     assert lab.tokens(payee) == GLM
 
 
 @trio_test
 async def test_another_chain_id_is_a_problem_and_nothing_is_sent(lab: Lab, db: Path) -> None:
     async with payer(lab, lab.rich("chain id"), db, chain_id=17000) as wallet:
-        await wallet.engine.submit(TransferBatch("b1", 0, ((address_of("x"), GLM),)))
+        await wallet.engine.submit(TransferBatch("b1", ((address_of("x"), GLM),)))
         await wallet.engine.step()
         assert wallet.problems == ["InvalidChainId"]
-        assert wallet.told(Sent) == []
+        assert wallet.told(TransferSent) == []
 
 
 @trio_test
@@ -355,11 +356,11 @@ async def test_dying_at_every_point_pays_once(lab: Lab, db: Path) -> None:
                 raise Dies
 
         async with payer(lab, key, db, checkpoint=die) as wallet:
-            await wallet.engine.submit(TransferBatch(f"b{number}", 0, ((payee, GLM),)))
+            await wallet.engine.submit(TransferBatch(f"b{number}", ((payee, GLM),)))
             with pytest.raises(Dies):
-                await wallet.until(Confirmed)
+                await wallet.until(TransferConfirmed)
         async with payer(lab, key, db) as wallet:
-            await wallet.until(Confirmed)
+            await wallet.until(TransferConfirmed)
     assert lab.tokens(payee) == len(points) * GLM
     assert lab.nonce(key.address) == 1 + len(points)
 
@@ -371,7 +372,7 @@ async def test_what_cannot_be_a_payment_is_refused(lab: Lab, db: Path) -> None:
     async with payer(lab, key_of("refused"), db) as wallet:
         for payees in bad:
             with pytest.raises(ValueError):
-                await wallet.engine.submit(TransferBatch("b1", 0, payees))
+                await wallet.engine.submit(TransferBatch("b1", payees))
 
 
 @trio_test
@@ -382,9 +383,9 @@ async def test_zk_chains_get_the_estimate_as_it_is_and_no_tip(lab: Lab, db: Path
         estimate = lab.number("eth_estimateGas", {"from": key.address, "to": lab.network.token, "data": call})
         await wallet.pay("b1", (payee, GLM))
         await wallet.engine.step()
-        sent = lab.call("eth_getTransactionByHash", wallet.told(Sent)[0].tx_hash)
+        sent = lab.call("eth_getTransactionByHash", wallet.told(TransferSent)[0].tx_hash)
         assert (int(sent["gas"], 16), int(sent["maxPriorityFeePerGas"], 16)) == (estimate, 0)
-        await wallet.until(Confirmed)
+        await wallet.until(TransferConfirmed)
     assert lab.tokens(payee) == GLM
 
 
@@ -409,7 +410,7 @@ async def test_op_chains_add_the_fee_of_their_parent_chain(lab: Lab, db: Path) -
         assert problem.kind == "InsufficientGas"
         assert problem.needed_wei > 114 * 10**18, "10 ether are there, 125 are wanted"
         node.fee_wei = 10**15
-        await wallet.until(Confirmed)
+        await wallet.until(TransferConfirmed)
     assert lab.tokens(payee) == GLM
 
 
@@ -426,13 +427,13 @@ async def test_what_is_not_owed_is_not_signed_and_holds_up_nobody_else(lab: Lab,
     async with payer(lab, key, db, vouch=vouch) as wallet:
         await wallet.pay("b1", (bad, GLM))
         await wallet.pay("b2", (good, 2 * GLM))
-        await wallet.until(Confirmed)
+        await wallet.until(TransferConfirmed)
         (problem,) = wallet.engine.problems()
         assert (problem.kind, "the ledger has another sum" in problem.detail) == ("CantSign", True)
         assert lab.tokens(bad) == 0
         assert (("b1", ((bad, GLM),)) in seen, ("b2", ((good, 2 * GLM),)) in seen) == (True, True)
         said.clear()
-        await wallet.until(Confirmed, number=2)
+        await wallet.until(TransferConfirmed, number=2)
     assert (lab.tokens(bad), lab.tokens(good)) == (GLM, 2 * GLM)
 
 
@@ -453,7 +454,7 @@ async def test_a_flipped_bit_of_a_transaction_is_not_signed_with_a_higher_fee(la
         wallet.clock.now += 1
         await wallet.engine.step()
         assert any(problem.kind == "CantSign" and "damaged" in problem.detail for problem in wallet.engine.problems())
-        assert len(wallet.told(Sent)) == 1
+        assert len(wallet.told(TransferSent)) == 1
 
 
 NOBODY = "0x" + "00" * 20  # the token refuses to move anything there, as others refuse those on their black list
@@ -464,7 +465,7 @@ async def test_a_payee_whom_the_token_refuses_is_named_and_the_others_are_paid(l
     key, good = lab.rich("black list"), [address_of(f"good payee {i}") for i in range(3)]
     async with payer(lab, key, db) as wallet:
         await wallet.pay("b1", (good[0], GLM), (NOBODY, GLM), (good[1], GLM))
-        failed = await wallet.until(Failed)
+        failed = await wallet.until(TransferFailed)
         assert failed.refused == (NOBODY,)
         assert f"refuses a transfer to {NOBODY}" in failed.reason
         assert lab.nonce(key.address) == 2, "test money and the approval: nothing was sent that could not be paid"
@@ -472,12 +473,12 @@ async def test_a_payee_whom_the_token_refuses_is_named_and_the_others_are_paid(l
         await wallet.pay("b3", (good[0], GLM), (good[1], GLM))
         await wallet.pay("b4", (good[2], GLM))
         for batch_id in ("b3", "b4"):
-            while batch_id not in [event.batch_id for event in wallet.told(Confirmed)]:
-                await wallet.until(Confirmed)
+            while batch_id not in [event.batch_id for event in wallet.told(TransferConfirmed)]:
+                await wallet.until(TransferConfirmed)
                 await steps(wallet)
         assert wallet.problems == ["TxStuck"]
         assert NOBODY in wallet.engine.problems()[0].detail
-        assert [event.batch_id for event in wallet.told(Stuck) if NOBODY in event.reason] == ["b2"]
+        assert [event.batch_id for event in wallet.told(TransferDelayed) if NOBODY in event.reason] == ["b2"]
     assert [lab.tokens(payee) for payee in good] == [GLM] * 3
 
 

@@ -12,8 +12,8 @@ from chain_support import GLM, Lab, address_of, devchain, payer
 from support import trio_test
 
 from golem.backup import hold_payments
-from golem.chain.events import Confirmed, Stuck
 from golem.chain.store import OrdersTaken, Store, TransferBatch
+from protocol.wallet import TransferConfirmed, TransferDelayed
 
 A, B = "0x" + "aa" * 20, "0x" + "bb" * 20
 
@@ -27,7 +27,7 @@ def end(store: Store, batch_id: str, state: str) -> None:
     store._sql.execute("update batch set state=? where id=?", (state, batch_id))
 
 
-FIRST = TransferBatch("first", 0, ((A, 30), (B, 5)), (("o1", "o2"), ("o3",)))
+FIRST = TransferBatch("first", ((A, 30), (B, 5)), (("o1", "o2"), ("o3",)))
 
 
 @pytest.mark.parametrize("state", ["queued", "assigned", "confirmed"])
@@ -35,25 +35,25 @@ def test_an_order_that_is_paid_or_may_be_stays_where_it_is(store: Store, state: 
     assert store.add_batch(FIRST)
     end(store, "first", state)
     with pytest.raises(OrdersTaken) as taken:
-        store.add_batch(TransferBatch("second", 0, ((A, 7), (B, 9)), (("o2",), ("o4",))))
+        store.add_batch(TransferBatch("second", ((A, 7), (B, 9)), (("o2",), ("o4",))))
     assert taken.value.batches == (FIRST,)
     assert store.batch("second") is None
     assert not store.add_batch(FIRST), "a repeat is none"
-    assert store.add_batch(TransferBatch("third", 1, ((B, 9),), (("o4",),))), "nothing was noted of what was refused"
+    assert store.add_batch(TransferBatch("third", ((B, 9),), (("o4",),))), "nothing was noted of what was refused"
 
 
 @pytest.mark.parametrize("state", ["failed", "nonce_lost"])
 def test_an_order_of_a_batch_that_paid_nothing_is_free(store: Store, state: str) -> None:
     store.add_batch(FIRST)
     end(store, "first", state)
-    assert store.add_batch(TransferBatch("second", 1, ((A, 30),), (("o1", "o2"),)))
+    assert store.add_batch(TransferBatch("second", ((A, 30),), (("o1", "o2"),)))
     with pytest.raises(OrdersTaken):
-        store.add_batch(TransferBatch("third", 2, ((A, 10),), (("o1",),)))
+        store.add_batch(TransferBatch("third", ((A, 10),), (("o1",),)))
 
 
 def test_orders_of_other_accounts_are_other_orders(store: Store, tmp_path: Path) -> None:
     store.add_batch(FIRST)
-    assert Store(tmp_path / "chain.db", "chain/another").add_batch(TransferBatch("x", 0, ((A, 30),), (("o1",),)))
+    assert Store(tmp_path / "chain.db", "chain/another").add_batch(TransferBatch("x", ((A, 30),), (("o1",),)))
 
 
 # -- a restored file
@@ -77,10 +77,10 @@ async def test_a_restored_file_pays_nothing_while_it_may_have_been_paid(lab: Lab
     key, payee = lab.rich("restored"), address_of("restored payee")
     async with payer(lab, key, tmp_path / "chain.db") as wallet:
         await wallet.pay("before", (payee, GLM))
-        await wallet.until(Confirmed)
+        await wallet.until(TransferConfirmed)
         db = restored(tmp_path / "chain.db", tmp_path / "later")
         await wallet.pay("since", (payee, 3 * GLM))
-        await wallet.until(Confirmed, number=2)
+        await wallet.until(TransferConfirmed, number=2)
     async with payer(lab, key, db) as wallet:
         await wallet.pay("again?", (payee, 3 * GLM))  # the journal does not know that it was paid, nor does this file
         for _ in range(10):
@@ -90,9 +90,9 @@ async def test_a_restored_file_pays_nothing_while_it_may_have_been_paid(lab: Lab
         (problem,) = wallet.engine.problems()
         assert problem.kind == "CantSign"
         assert "1 transactions have left its account since" in problem.detail
-        assert wallet.told(Stuck)
+        assert wallet.told(TransferDelayed)
         wallet.engine.store.release()  # a person knows that this was not paid
-        await wallet.until(Confirmed)
+        await wallet.until(TransferConfirmed)
         assert lab.tokens(payee) == 7 * GLM
 
 
@@ -101,10 +101,10 @@ async def test_a_restored_file_goes_on_where_nothing_was_sent_since(lab: Lab, tm
     key, payee = lab.rich("unchanged"), address_of("unchanged payee")
     async with payer(lab, key, tmp_path / "chain.db") as wallet:
         await wallet.pay("before", (payee, GLM))
-        await wallet.until(Confirmed)
+        await wallet.until(TransferConfirmed)
     async with payer(lab, key, restored(tmp_path / "chain.db", tmp_path / "later")) as wallet:
         assert wallet.engine.store.held()
         await wallet.pay("after", (payee, GLM))
-        await wallet.until(Confirmed)
+        await wallet.until(TransferConfirmed)
         assert wallet.engine.store.held() == ""
     assert lab.tokens(payee) == 2 * GLM

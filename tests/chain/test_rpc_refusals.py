@@ -12,7 +12,7 @@ import pytest
 from chain_support import GLM, Lab, address_of, credential, devchain, payer
 from support import trio_test
 
-from golem.chain.events import Confirmed
+from protocol.wallet import TransferConfirmed
 
 FIRST, SECOND = "http://first.example", "http://second.example"
 
@@ -65,7 +65,7 @@ async def test_a_payment_goes_through_the_second_and_the_contradiction_is_told(l
     wire.plan = {("first.example", method): answer for method, answer in REFUSALS[name].items()}
     async with payer(lab, key, tmp_path / "chain.db", transport=wire, rpc_urls=(FIRST, SECOND)) as wallet:
         await wallet.pay("b1", (payee, GLM))
-        await wallet.until(Confirmed)
+        await wallet.until(TransferConfirmed)
         (problem,) = wallet.engine.problems()
         assert problem.kind == "RpcError"
         assert "first.example" in problem.detail
@@ -79,7 +79,7 @@ async def test_an_endpoint_that_takes_a_transaction_and_never_passes_it_on(lab: 
     wire.plan = {("first.example", "eth_sendRawTransaction"): {"result": "0x" + 64 * "1"}}
     async with payer(lab, key, tmp_path / "chain.db", transport=wire, rpc_urls=(FIRST, SECOND)) as wallet:
         await wallet.pay("b1", (payee, GLM))
-        await wallet.until(Confirmed)
+        await wallet.until(TransferConfirmed)
         assert set(wire.sent) == {"first.example", "second.example"}
         assert wallet.problems == []
     assert lab.tokens(payee) == GLM
@@ -98,5 +98,5 @@ async def test_what_both_refuse_waits_with_the_words_of_both(lab: Lab, tmp_path:
         (problem,) = wallet.engine.problems()
         assert "first.example: nonce too low; second.example: exceeds the configured cap" in problem.detail
         wire.plan = {}
-        await wallet.until(Confirmed)
+        await wallet.until(TransferConfirmed)
     assert lab.tokens(payee) == GLM

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from itertools import count
 from typing import Any
 
+import pytest
 import trio
 from support import mock_trio_test, tell
 from test_kernel_limits import Nowhere, disk
@@ -18,7 +19,7 @@ from actors.kernel.system import System
 from actors.wallet import Wallet
 from protocol.codec import encode
 from protocol.types import Undelivered
-from protocol.wallet import PaidOut, PayOut, PayOutDelayed, ResumePayments, Transfer, TransferMined
+from protocol.wallet import PaidOut, PayOut, PayOutDelayed, ResumePayments, Transfer, TransferConfirmed
 
 PLATFORM, PAYER, PAYEE = "erc20-local-tglm", "0x" + "1" * 40, "0x" + "2" * 40
 
@@ -54,7 +55,7 @@ class Chain:
         await trio.lowlevel.checkpoint()
         self.trouble()
         self.batches.append(message)
-        return [Send("wallet", TransferMined(message.batch_id, "0x" + "ab" * 32, 7, 21000, "0.001"))]
+        return [Send("wallet", TransferConfirmed(message.batch_id, "0x" + "ab" * 32, 7, 21000, "0.001"))]
 
 
 @asynccontextmanager
@@ -136,13 +137,13 @@ def spoil(db: sqlite3.Connection, key: str) -> bytes:
     return bytes(body)
 
 
+@pytest.mark.parametrize("key", [f"queue/{PLATFORM}/{PAYER}/invoice:2", "order/invoice:2"])
 @mock_trio_test
-async def test_a_damaged_row_costs_that_row_and_not_the_platform() -> None:
+async def test_a_damaged_row_costs_that_row_and_not_the_platform(key: str) -> None:
     db, ledger, chain = disk(), Ledger(), Chain()
     async with paying(db, chain, ledger) as system:
         for number in (1, 2, 3):
             await tell(system, "ledger", "wallet", order(number))
-    key = f"queue/{PLATFORM}/{PAYER}/invoice:2"
     body = spoil(db, key)
     async with paying(db, chain, ledger) as system:
         await until(lambda: sorted(ledger.paid) == ["invoice:1", "invoice:3"], 60)

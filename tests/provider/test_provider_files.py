@@ -16,6 +16,7 @@ from support import mock_trio_test
 
 from actors._provider_negotiators import COEFFS, VECTOR, Terms
 from golem.cli import main
+from golem.config import ConfigError, config_from
 from golem.provider.client import NodeClient
 from golem.provider.environment import read_environment
 from golem.provider.hardware import Profile, default_profile, load_profile, machine_profile
@@ -23,11 +24,12 @@ from golem.provider.offer import constraints, offer_spec, wanted_accounts
 from golem.provider.offering import ACCOUNTS_S, LOOK_S, Offering
 from golem.provider.presets import Preset, load_presets, parse_price
 from golem.provider.runtimes import DOUBT_S, RETRY_S, ExeUnits, Template
-from golem.provider.settings import Settings, SettingsError, interactions, keep_interactions, names, read_json, read_rules
+from golem.provider.settings import Rules, Settings, SettingsError, interactions, keep_interactions, names, read_json, read_rules
 from protocol.ledger import LOCAL_CHAIN
-from protocol.provider import Capacity, OffersChanged
+from protocol.provider import Capacity, OffersChanged, RulesChanged
 from protocol.terms import compile_constraint, match
 
+ME = "0x" + "a" * 40
 ACCOUNT = {"platform": "erc20-local-tglm", "address": "0x" + "9" * 40, "network": "local"}
 TEMPLATE = Template("wasmtime", {VECTOR: ["golem.usage.duration_sec", "golem.usage.cpu_sec"], "golem.runtime.version": "1.0.0"})
 
@@ -186,6 +188,33 @@ async def test_a_dev_chain_made_anew_renews_the_offers(tmp_path: Path) -> None:
         with trio.move_on_after(3 * ACCOUNTS_S):
             await offers.watch(System())  # type: ignore[arg-type]
         assert told == ["second"]
+
+
+@mock_trio_test
+async def test_rules_count_at_once(tmp_path: Path) -> None:
+    told: list[Any] = []
+
+    class System:
+        async def ask(self, actor: str, message: Any) -> None:
+            told.append(message)
+
+    rules = tmp_path / "rules.json"
+    settings = Settings(tmp_path, tmp_path / "node.json", "", "key", "prov")
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, json=[ACCOUNT]))
+    async with NodeClient(lambda: "http://node", "key", transport) as client:
+        offers = Offering(settings, client, wasmtime_alone)
+        await offers.current()
+        nobody = RulesChanged((), ())
+        for content, changed in (
+            ('{"allow-only": []}', nobody), ('{"allow_only": ["x"]}', nobody), ("{", nobody),
+            (json.dumps({"blacklist": [ME]}), RulesChanged((ME,), None)), ("null", nobody), (None, RulesChanged((), None)),
+        ):  # fmt: skip
+            rules.unlink() if content is None else rules.write_text(content)
+            told.clear()
+            with trio.move_on_after(3 * LOOK_S):
+                await offers.watch(System())  # type: ignore[arg-type]
+            assert [one for one in told if isinstance(one, RulesChanged)] == [changed], content
+            assert ("nobody" in offers.rules.words()) is (changed == nobody)
 
 
 def test_a_preset_may_not_price_what_the_runtime_does_not_count() -> None:
@@ -353,6 +382,65 @@ def test_the_list_of_runtimes_without_an_agent(tmp_path: Path, monkeypatch: pyte
         assert rows["wasmtime"]["reason"] == "no agent runs"
     assert not any(one["offered"] for one in rows.values())
     assert "ya-bad.json" in found["problems"][0]
+
+
+@pytest.mark.parametrize(("content", "reason"), [
+    ({"allow_only": [ME]}, "unknown key 'allow_only'"), ({"allowOnly": [ME]}, "unknown key"), ({"Blacklist": []}, "unknown key"),
+    ({"blacklist": [], "comment": 1}, "unknown key"), ("null", "null"), ("[]", "expected a JSON object"),
+    ("false", "JSON object"), ("0", "JSON object"), ('""', "JSON object"), ({"allow-only": None}, "list of node ids"),
+    ({"allow-only": ""}, "list of node ids"), ({"allow-only": {}}, "list of node ids"), ({"blacklist": None}, "list of node ids"),
+    ({"blacklist": ME}, "list of node ids"),
+    ({"allow-only": [None]}, "not in order"), ({"allow-only": ["0x1"]}, "not in order"), ("", "not JSON"), ("{", "not JSON"),
+    ('{"allow-only": [1], "allow-only": []}', "twice"), ('{"blacklist": [], "blacklist": []}', "twice"),
+])  # fmt: skip
+def test_rules_that_are_not_in_order_open_no_door(tmp_path: Path, content: Any, reason: str) -> None:
+    (tmp_path / "rules.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(SettingsError, match=r"rules\.json") as caught:
+        read_rules(tmp_path)
+    assert reason in str(caught.value)
+
+
+def test_whom_rules_serve(tmp_path: Path) -> None:
+    def rules(**content: list[str]) -> Rules:
+        (tmp_path / "rules.json").write_text(json.dumps({name.replace("_", "-"): value for name, value in content.items()}))
+        return read_rules(tmp_path)
+
+    assert (read_rules(tmp_path), read_rules(tmp_path).words()) == (Rules(), "everybody")
+    assert rules(allow_only=[]) == Rules(allow_only=frozenset())
+    assert rules(allow_only=[]).words().startswith("nobody")
+    assert rules(allow_only=[ME.upper().replace("X", "x")]).allow_only == {ME}
+    assert rules(allow_only=[ME]).words() == "1 nodes of rules.json alone"
+    assert rules(allow_only=[ME], blacklist=[ME]).words().startswith("nobody")
+    assert rules(blacklist=[ME]).words() == "everybody but 1 nodes of rules.json"
+    assert rules().words() == "everybody"
+
+
+@pytest.mark.parametrize(("name", "content"), [
+    ("globals.json", {"node_name": "x", "Shell": False}), ("globals.json", {"proxy-http": False}), ("globals.json", None),
+    ("hardware.json", {"active": "a", "profiles": {"a": {"cpu_threads": 1, "mem_gib": 1, "storage_gib": 1, "gpu": 1}}}),
+    ("hardware.json", {"active": "a", "profiles": {}, "x": 1}), ("hardware.json", None),
+    ("presets.json", {"active": [], "presets": [], "only": []}), ("presets.json", None),
+    ("presets.json", {"active": [], "presets": [
+        {"name": "a", "exeunit-name": "vm", "initial-price": 1, "usage-coeffs": {}, "usage_coeffs": {}}]}),
+])  # fmt: skip
+def test_every_settings_file_refuses_what_it_does_not_know(tmp_path: Path, name: str, content: Any) -> None:
+    (tmp_path / name).write_text(json.dumps(content))
+    read = {"globals.json": interactions, "hardware.json": load_profile, "presets.json": load_presets}[name]
+    with pytest.raises(SettingsError, match=name.replace(".json", "")):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["GOLEM_MDNS", "GOLEM_PLAIN_KEY", "YAGNA_DEV_SKIP_ALLOCATION_VALIDATION"])
+def test_switches_of_the_environment(name: str) -> None:
+    field = {"GOLEM_MDNS": "mdns", "GOLEM_PLAIN_KEY": "plain_key"}.get(name, "skip_allocation_validation")
+    for text in ("yes", "Yes", "ON", "true", "TRUE", "1", " on "):
+        assert getattr(config_from({name: text}), field) is True
+    for text in ("no", "No", "OFF", "false", "False", "0", "fAlSe"):
+        assert getattr(config_from({name: text}), field) is False
+    for text in ("nein", "2", "y es", "falsch", "yesno", "-"):
+        with pytest.raises(ConfigError, match=name):
+            config_from({name: text})
+    assert getattr(config_from({name: ""}), field) is (name == "GOLEM_MDNS")
 
 
 def test_rules(tmp_path: Path) -> None:

@@ -18,8 +18,10 @@ from patience import patience, within
 from quart_trio import QuartTrio
 from support import tell, trio_test
 
+from golem import payment_commands as _registers_its_commands  # noqa: F401
 from golem.chain import port
 from golem.chain.devchain import ensure_devchain, stop_devchain
+from golem.commands import COMMANDS
 from golem.node import Node
 from golem.rest import app as rest_app
 from golem.rest import payment
@@ -430,9 +432,17 @@ async def test_an_invoice_is_settled_on_both_nodes_by_a_real_transfer(tmp_path: 
             assert (await r.get(f"/payments/{sent[0]['paymentId']}"))["details"] == sent[0]["details"]
             assert await r.get("/payments/status") == []
             batches = await r.get("/batchOrders")
-            assert all(batch["state"] == "MINED" for batch in batches)
+            assert all(batch["state"] == "CONFIRMED" for batch in batches)
             explained = await r.get(f"/invoices/{invoice_id}/explain")
             assert {each["state"] for each in explained["payments"]} <= {"SENT", "ACKNOWLEDGED"}
+            for debt in (invoice_id, batches[0]["id"]):
+                told = await COMMANDS["payment_trace"](r.node, {"id": debt})
+                (transaction,) = told["batches"][-1]["chain"]["transactions"]
+                assert transaction["state"] == "confirmed"
+                assert [seen["what"].split()[0] for seen in transaction["seen"]] == ["signed", "receipt", "confirmed"]
+            batch = {"batch": told["batches"][-1]["batchId"], "paid_by": None}
+            with pytest.raises(ValueError, match="nothing to decide"):
+                await COMMANDS["payment_decide"](r.node, batch)
             nursery.cancel_scope.cancel()
     finally:
         await stop_devchain(tmp_path / "chain")

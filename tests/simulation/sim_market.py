@@ -37,8 +37,10 @@ from protocol.market import Announced, PeerUp
 from protocol.signing import node_id_of, sign
 from protocol.types import Message, Violation, actor_of, address, digest
 from protocol.wallet import (
-    NonceFloor,
+    KnownBatch,
+    OrdersKnown,
     Transfer,
+    TransferConfirmed,
     TransferDelayed,
     TransferFailed,
     TransferMined,
@@ -76,6 +78,9 @@ class ChainPort:
     async def handle(self, message: Message, meta: Meta) -> Sequence[Send]:
         await self.world.pause(1)
         if isinstance(message, Transfer):
+            if known := self.world.taken(message):
+                batches = tuple(KnownBatch(batch.batch_id, batch.payees, batch.orders) for batch in known)
+                return [Send("wallet", OrdersKnown(message.batch_id, batches))]
             self.world.submit(self.host.name, message)
         elif isinstance(message, VerifyTransfer) and not self.world.chance(0.2):  # or it is forgotten
             self.claims[message.claim_id] = message
@@ -88,12 +93,10 @@ class ChainPort:
             await trio.sleep(5.0 if world.calm else world.rng.uniform(0.5, 5))
             for batch_id, transfer in list(world.submitted.get(self.host.name, {}).items()):
                 outcome = world.mine_batch(transfer)
-                if isinstance(outcome, TransferDelayed | TransferSent):
+                if isinstance(outcome, TransferDelayed | TransferSent | TransferMined):
                     await system.post("chain", [Send("wallet", outcome)])
                     continue
                 sends: list[Message] = [outcome]
-                if isinstance(outcome, TransferFailed):
-                    sends.append(NonceFloor(transfer.platform, transfer.payer, transfer.nonce + 1))
                 if world.chance(0.3):
                     sends.append(outcome)
                 await system.post("chain", [Send("wallet", send) for send in sends])
@@ -280,7 +283,7 @@ class MarketWorld(World):
         self.ran: set[tuple[str, str, int]] = set()
         self.batches: dict[str, Transfer] = {}
         self.submitted: dict[str, dict[str, Transfer]] = {}
-        self.outcomes: dict[str, TransferMined | TransferFailed] = {}
+        self.outcomes: dict[str, TransferConfirmed | TransferFailed] = {}
         self.transfers: list[tuple[str, str, str, Decimal]] = []  # hash, payer, payee, amount
         requestor, *providers = self.hosts.values()
         self.requestor = RequestorAgent(self, requestor, demand_of)
@@ -326,10 +329,17 @@ class MarketWorld(World):
             raise Broken(f"{node} would pay from {transfer.payer}")
         if self.batches.setdefault(transfer.batch_id, transfer) != transfer:
             raise Broken(f"batch {transfer.batch_id} has two contents")
-        same = [one for one in self.batches.values() if (one.payer, one.nonce) == (node, transfer.nonce)]
-        if len(same) > 1:
-            raise Broken(f"{node} uses number {transfer.nonce} twice")
         self.submitted.setdefault(node, {})[transfer.batch_id] = transfer
+
+    def taken(self, transfer: Transfer) -> list[Transfer]:
+        """Return the other batches that paid, or may pay, orders of this one."""
+        orders = {order_id for ids in transfer.orders for order_id in ids}
+        return [
+            other for other in self.batches.values()
+            if other.payer == transfer.payer and other.batch_id != transfer.batch_id
+            and not isinstance(self.outcomes.get(other.batch_id), TransferFailed)
+            and orders & {order_id for ids in other.orders for order_id in ids}
+        ]  # fmt: skip
 
     def mine_batch(self, transfer: Transfer) -> Message:
         """Say how a batch fares; once mined or failed it stays so, and pays once."""
@@ -340,10 +350,12 @@ class MarketWorld(World):
                 return TransferDelayed(batch_id, "no gas")
             if self.chance(0.3):
                 return TransferSent(batch_id, tx_hash)
+            if self.chance(0.2):
+                return TransferMined(batch_id, tx_hash, self.rng.choice((6, 7)))  # a block may be lost
             if self.chance(self.revert):
                 self.outcomes[batch_id] = TransferFailed(batch_id, "reverted")
             else:
-                self.outcomes[batch_id] = TransferMined(batch_id, tx_hash, 7, 21000, "0.001")
+                self.outcomes[batch_id] = TransferConfirmed(batch_id, tx_hash, 7, 21000, "0.001")
                 self.transfers += [(tx_hash, transfer.payer, payee, Decimal(text)) for payee, text in transfer.payees]
             self.note("mined", batch_id)
         return self.outcomes[batch_id]

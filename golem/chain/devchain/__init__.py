@@ -69,7 +69,7 @@ def _is_served(directory: Path) -> bool:
 
 def _folder(directory: Path | str) -> Path:
     path = Path(directory).resolve()
-    path.mkdir(parents=True, exist_ok=True)
+    path.mkdir(parents=True, exist_ok=True, mode=0o700)
     return path
 
 
@@ -92,7 +92,7 @@ def _spawn(directory: Path, arguments: tuple[str, ...]) -> subprocess.Popen[byte
     log = directory / LOG_NAME
     if log.exists() and log.stat().st_size > LOG_LIMIT:
         log.replace(directory / (LOG_NAME + ".old"))
-    command = python_line("golem.chain.devchain", "--data-dir", str(directory), *arguments)
+    command = python_line("golem.chain.devchain", "--data-dir", str(directory), "--max-log", str(LOG_LIMIT), *arguments)
     with log.open("ab") as out:
         child = subprocess.Popen(
             command,

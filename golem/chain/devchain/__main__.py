@@ -23,6 +23,7 @@ import trio
 from golem.chain.devchain import BUSY_EXIT, INFO_NAME, LOCK_NAME, LOOPBACK, token_of
 from golem.chain.devchain.genesis import CHAIN_ID
 from golem.identity import write_private
+from golem.printing import set_up_logs
 
 TOKEN_BYTES = 16
 
@@ -88,6 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tail", type=int, default=12, help="empty blocks after the last transaction")
     parser.add_argument("--chain-id", type=int, default=CHAIN_ID)
     parser.add_argument("--idle-exit", type=float, default=0.0, metavar="S", help="end after S seconds without a call")
+    parser.add_argument("--max-log", type=int, default=0, metavar="BYTES", help="a longer log begins anew (0: never)")
     options = parser.parse_args(argv)
     if options.block_time <= 0 or options.tail < 0:
         parser.error("--block-time must be positive and --tail not negative")
@@ -95,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
         ipaddress.ip_address(options.host)
     except ValueError:
         parser.error(f"--host {options.host}: expected an IP address of this machine, or 0.0.0.0 for all")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    set_up_logs(logging.INFO, "%(asctime)s %(levelname)s %(name)s %(message)s", most_bytes=options.max_log)
     options.data_dir.mkdir(parents=True, exist_ok=True)
     with (options.data_dir / LOCK_NAME).open("a") as lock:
         try:
