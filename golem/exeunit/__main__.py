@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 REPORTED = "golem.activity.caps.transfer.report-progress"
 CAPABILITIES = "golem.runtime.capabilities"
 MAX_LOG_BYTES = 4 << 20
+MAX_DATA_BYTES = 1 << 30  # of the exe-unit itself, threads' stacks and all; it needs about a tenth
 
 
 def main() -> int:
@@ -94,6 +95,7 @@ def offer_template(runtime_properties: dict[str, Any], allowed: frozenset[Intera
 def _run(args: argparse.Namespace) -> int:
     from actors.kernel.journal import JournalError
     from golem.exeunit.process import Settings, serve
+    from golem.exeunit.sandbox.lockdown import limit_memory
     from golem.exeunit.spool import TransferPolicy
     from golem.exeunit.terms import TermsError
 
@@ -107,6 +109,7 @@ def _run(args: argparse.Namespace) -> int:
     local = args.transfer_policy == "local"
     policy = TransferPolicy(allow_loopback=local, allow_private=local, file_roots=tuple(args.file_root))
     settings = Settings(args.runtime, args.activity, args.bus, args.agreement, args.work, args.cache, policy, args.interaction)
+    limit_memory(MAX_DATA_BYTES)
     try:
         return serve(settings)
     except (TermsError, JournalError) as error:

@@ -114,7 +114,7 @@ class Unit:
             terms.provider, journal, self.client, clock=time.time, new_trace=lambda: secrets.token_hex(6),
             jitter=lambda: random.uniform(0.8, 1.2),
         )  # fmt: skip
-        transfers = Transfers(settings.policy, BusGftp(settings.bus))
+        transfers = Transfers(settings.policy, BusGftp(settings.bus), spool_dir=settings.work_dir)
         images = ImageStore(settings.cache_dir / "images", transfers, CACHE_BYTES, IMAGE_BYTES)
         self.port = RuntimePort(self.name, terms, settings.work_dir, runtime, transfers, images, self.live)
         self.system.add(ExeUnit(settings.activity_id, terms.requestor, terms.provider))

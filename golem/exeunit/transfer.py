@@ -158,8 +158,10 @@ class Transfers:
         gftp: GftpClient | None = None,
         sleep: Callable[[float], Awaitable[None]] = trio.sleep,
         web: Remote | None = None,
+        spool_dir: Path | None = None,
     ) -> None:
-        """`web`: the HTTP side, if not the ordinary one. Temporary files go where the system keeps them."""
+        """`web`: the HTTP side, if not the ordinary one. `spool_dir`: for what is only passed on, where there is no volume."""
+        self._spool_dir = spool_dir
         self.policy = policy
         self._web = web or Web(policy)
         self._gftp = GftpRemote(gftp) if gftp is not None else None
@@ -276,7 +278,8 @@ class Transfers:
     ) -> int:
         remote = self._remote(goal)
         if origin.remote:
-            with tempfile.TemporaryFile() as file:
+            # on the storage that the activity has paid for, without a name
+            with tempfile.TemporaryFile(dir=volumes[0].host_dir if volumes else self._spool_dir) as file:
                 size = await self.fetch(origin, file.fileno(), max_bytes=max_bytes, notice=notice)
                 await self._send(remote, goal.rest, Outgoing(file.fileno(), size), progress, notice)
                 return size

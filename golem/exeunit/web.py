@@ -11,11 +11,13 @@ import ipaddress
 import os
 import re
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from http import HTTPStatus
 
 import httpx
 import trio
 
+from golem.exeunit.nearby import is_neighbour, is_own
 from golem.exeunit.spool import BLOCK_BYTES, CHUNK_BYTES, Progress, Spool, TransferError, TransferPolicy, redacted
 from golem.outgoing import Outgoing
 
@@ -46,6 +48,10 @@ def refusal(address: str, policy: TransferPolicy) -> str | None:
         return "a link-local, multicast or unspecified address"
     if not ip.is_global or any(ip in network for network in _INNER):
         return None if policy.allow_private else "a private address"
+    if not policy.allow_loopback and is_own(ip):
+        return "an address of this machine"
+    if not policy.allow_private and is_neighbour(ip):
+        return "an address of this machine's own network"
     return None
 
 
@@ -106,7 +112,7 @@ class Web:
             headers = {"Range": f"bytes={spool.size}-"} | ({"If-Range": spool.validator} if spool.validator else {})
         try:
             async with self._client() as client:
-                async with client.stream("GET", url, headers=headers, follow_redirects=True) as response:
+                async with _follow(client, client.build_request("GET", url, headers=headers)) as response:
                     if response.status_code == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and headers:
                         if response.headers.get("Content-Range", "") == f"bytes */{spool.size}":
                             return  # all of it was there
@@ -149,6 +155,22 @@ class Web:
                     _check_status("PUT", url, response)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise _translated("PUT", url, error) from None
+
+
+@asynccontextmanager
+async def _follow(client: httpx.AsyncClient, request: httpx.Request) -> AsyncIterator[httpx.Response]:
+    """Send a request, and go where redirections lead; their bodies are not read: httpx would inflate them without a bound."""
+    for _ in range(client.max_redirects + 1):
+        response = await client.send(request, stream=True)
+        try:
+            if response.next_request is None:
+                yield response
+                return
+            request = response.next_request
+        finally:
+            with trio.CancelScope(shield=True):
+                await response.aclose()
+    raise httpx.TooManyRedirects(f"more than {client.max_redirects} redirections", request=request)
 
 
 def _check_status(method: str, url: str, response: httpx.Response) -> None:

@@ -23,6 +23,7 @@ from pathlib import Path
 import trio
 
 from golem.exeunit.runtimes.base import Side
+from golem.exeunit.sandbox.lockdown import unlimit_memory
 from golem.exeunit.supervisor import is_dead, own_mark
 from golem.exeunit.usage import process_cpu_s
 
@@ -240,6 +241,7 @@ class Command:
             start_new_session=True,
         )
         self._tree, self.mark, self.pid = tree, mark, self._process.pid
+        unlimit_memory(self.pid)
         self._pidfd = os.pidfd_open(self.pid)
         assert self._process.stdout is not None
         assert self._process.stderr is not None

@@ -7,6 +7,7 @@ Neighbours: `seccomp`; `runtimes.wasm_child`, which calls these; `process`, whic
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import resource
@@ -34,6 +35,22 @@ READ_ONLY = _READ_FILE | _READ_DIR
 READ_WRITE = (READ_ONLY | _WRITE_FILE | _REMOVE_DIR | _REMOVE_FILE | _MAKE_DIR | _MAKE_REG | _MAKE_SYM | _REFER
               | _TRUNCATE)  # fmt: skip
 _FILE_ACCESS = _WRITE_FILE | _READ_FILE | _TRUNCATE
+
+
+def limit_memory(data_bytes: int) -> None:
+    """Bound the data of this process: whatever strangers make it hold ends it, and not the machine. Children inherit it:
+    those of the sandbox set a bound of their own, and `unlimit_memory` is for the others.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    most = data_bytes if hard == resource.RLIM_INFINITY else min(data_bytes, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
+
+
+def unlimit_memory(pid: int) -> None:
+    """Take the bound of `limit_memory` from a child that is metered from outside."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        _, hard = resource.prlimit(pid, resource.RLIMIT_DATA)
+        resource.prlimit(pid, resource.RLIMIT_DATA, (hard, hard))
 
 
 def _check(result: int, what: str) -> int:
