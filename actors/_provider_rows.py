@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from decimal import ROUND_DOWN, Context, Decimal
 
-from protocol.provider import Capacity
+from protocol.provider import Capacity, Kept
 from protocol.types import WEI_DIGITS, Message, amount_text
 
 # of an agreement
@@ -191,6 +191,13 @@ class DocumentRow(Message, frozen=True):
     number: int
 
 
+class TaskRow(Message, frozen=True):
+    """`task/<key>`: something that the port was asked to do in a run of the agent, and has not said to be over."""
+
+    message: Kept
+    instance: str
+
+
 class ServedRow(Message, frozen=True):
     """Whom to serve, where that has changed since this run of the agent began."""
 
@@ -213,6 +220,7 @@ ProviderRow = (
     | DebtRow
     | PayerRow
     | DocumentRow
+    | TaskRow
 )
 
 

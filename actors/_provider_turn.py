@@ -19,10 +19,11 @@ from actors._provider_rows import (
     Refusal,
     RefusalsRow,
     ServedRow,
+    TaskRow,
 )
 from actors.draft import Draft
 from actors.kernel.machine import Rows, Send, Wake
-from protocol.provider import Capacity, ToProcesses, ToRest
+from protocol.provider import Capacity, Kept, ToProcesses, ToRest, task_key
 from protocol.types import Message, Violation
 
 MAX_REFUSALS = 20
@@ -128,6 +129,9 @@ class Turn(Draft):
 
     # -- effects
     def rest(self, message: ToRest) -> None:
+        """Ask the port; what nothing else would bring back after a kill is kept until it is over."""
+        if isinstance(message, Kept):
+            self.put(f"task/{task_key(message)}", TaskRow(message, self.config.instance))
         self.do(Send("rest", message))
 
     def processes(self, message: ToProcesses) -> None:

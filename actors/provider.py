@@ -74,6 +74,7 @@ from protocol.provider import (
     SessionNamed,
     StopAgent,
     StopUnit,
+    TaskEnded,
     TerminationEnded,
     Timer,
     UnitExited,
@@ -139,6 +140,13 @@ def _started(turn: Turn, message: AgentStarted) -> None:
     for _, row in list(turn.prefix("agreement/")):
         _resume_agreement(turn, row)
     offers.reconcile(turn, message.offers, again=True)
+    for _, task in list(turn.prefix("task/")):
+        if task.instance != turn.config.instance:
+            turn.rest(task.message)
+
+
+def _task_ended(turn: Turn, message: TaskEnded) -> None:
+    turn.put(f"task/{message.key}", None)
 
 
 def _resume_agreement(turn: Turn, row: AgreementRow) -> None:
@@ -234,6 +242,7 @@ _HANDLERS: dict[type, Callable[[Turn, Any], None]] = {
     OfferPublished: offers.published,
     OfferLost: offers.lost,
     TerminationEnded: _termination_ended,
+    TaskEnded: _task_ended,
     UnitRunning: agreements.unit_running,
     UnitExited: agreements.unit_exited,
     IdleDue: agreements.idle_due,

@@ -399,6 +399,12 @@ class ForgetDue(Message, frozen=True):
     agreement_id: str
 
 
+class TaskEnded(Message, frozen=True):
+    """What the port was to do under this key is done, or was given up."""
+
+    key: str
+
+
 LocalProvider = (
     AgentStarted
     | OffersChanged
@@ -418,6 +424,7 @@ LocalProvider = (
     | NoteRead
     | InvoiceIssued
     | InvoiceSent
+    | TaskEnded
     | UnitRunning
     | UnitExited
     | IdleDue
@@ -447,4 +454,14 @@ ToRest = (
     | IssueInvoice
     | SendInvoice
 )
+#: Messages to the port that nothing else would bring back after a kill: the machine keeps them until `TaskEnded`.
+Kept = CounterProposal | RejectProposal | RejectAgreement | ReadNote
+_IDS = ("preset", "offer_id", "proposal_id", "agreement_id", "activity_id", "number", "serial", "deadline", "note_id")
+
+
+def task_key(message: Message) -> str:
+    """Return what a message to the port is about: its kind, ids and number."""
+    return "/".join((type(message).__name__, *(str(getattr(message, name)) for name in _IDS if hasattr(message, name))))
+
+
 ToProcesses = StartUnit | FindUnit | StopUnit

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Any
 
 import trio
@@ -39,8 +40,10 @@ class ProposalCache:
         return self._known.get(proposal_id)
 
 
-async def watch_offer(client: NodeClient, system: System, cache: ProposalCache, offer: WatchOffer) -> OfferLost:
-    """Give the events of an offer to the machine until the node does not know it any more."""
+async def watch_offer(
+    client: NodeClient, system: System, cache: ProposalCache, offer: WatchOffer, seen: Collection[str] = ()
+) -> OfferLost:
+    """Give the events of an offer to the machine until the node does not know it any more; not those of proposals `seen`."""
     path = f"{MARKET}/offers/{part(offer.offer_id)}"
     pause_s = FIRST_PAUSE_S
     while True:
@@ -58,13 +61,47 @@ async def watch_offer(client: NodeClient, system: System, cache: ProposalCache, 
             pause_s = await _pause("events of the offer", error, pause_s)
             continue
         for event in events:
-            try:
-                message = await _offer_event(client, cache, path, offer, event)
-                if message is not None:
-                    await system.ask("provider", message)
-            except (ApiError, NodeAway, AskTimeout, Busy, ActorFailed, Violation, *_NONSENSE) as error:
-                log.warning("an event of offer %s is left out: %r", offer.offer_id[:12], error)
+            if _proposal_id(event) not in seen:
+                await _give_offer_event(client, system, cache, offer, event)
         await _not_too_fast(events, started_at)
+
+
+async def _give_offer_event(client: NodeClient, system: System, cache: ProposalCache, offer: WatchOffer, event: Any) -> None:
+    """Give an event to the machine, which the node hands out but once: only what makes no sense is left out."""
+    path, pause_s = f"{MARKET}/offers/{part(offer.offer_id)}", FIRST_PAUSE_S
+    while True:
+        try:
+            message = await _offer_event(client, cache, path, offer, event)
+            if message is not None:
+                await system.ask("provider", message)
+            return
+        except (ApiError, NodeAway, AskTimeout, Busy, ActorFailed, Violation, *_NONSENSE) as error:
+            if not isinstance(error, NodeAway | AskTimeout | Busy) and not (isinstance(error, ApiError) and error.passing):
+                log.warning("an event of offer %s is left out: %r", offer.offer_id[:12], error)
+                return
+            pause_s = await _pause(f"an event of offer {offer.offer_id[:12]} waits", error, pause_s)
+
+
+async def pick_up_proposals(client: NodeClient, system: System, cache: ProposalCache, offer: WatchOffer) -> set[str]:
+    """Give the machine the proposals that nobody has answered: their events went to a run that did not live to act."""
+    try:
+        found = await client.persist(
+            "looking for proposals that wait",
+            partial(client.call, "GET", f"{MARKET}/offers/{part(offer.offer_id)}/proposals"),
+        )
+    except ApiError as error:
+        log.debug("no proposals of offer %s that wait: %s", offer.offer_id[:12], error)
+        return set()
+    waiting = found if isinstance(found, list) else []
+    for proposal in waiting:
+        await _give_offer_event(client, system, cache, offer, {"eventType": "ProposalEvent", "proposal": proposal})
+    return {str(proposal.get("proposalId")) for proposal in waiting if isinstance(proposal, dict)}
+
+
+def _proposal_id(event: Any) -> str:
+    """Return the id of an event's proposal, empty if it has none."""
+    proposal = event.get("proposal") if isinstance(event, dict) else None
+    return str(proposal.get("proposalId")) if isinstance(proposal, dict) else ""
 
 
 async def _offer_event(

@@ -11,7 +11,7 @@ import json
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ from actors.kernel.machine import Meta, Send
 from actors.kernel.system import System
 from golem.provider.client import ACTIVITY, MARKET, PAYMENT, ApiError, NodeAway, NodeClient, part
 from golem.provider.offer import constraints
-from golem.provider.polls import ProposalCache, watch_offer
+from golem.provider.polls import ProposalCache, pick_up_proposals, watch_offer
 from protocol.ledger import LOCAL_CHAIN
 from protocol.provider import (
     ActivityClosed,
@@ -33,6 +33,7 @@ from protocol.provider import (
     InvoiceSent,
     IssueInvoice,
     IssueNote,
+    Kept,
     NoteIssued,
     NoteRead,
     NoteSent,
@@ -44,18 +45,20 @@ from protocol.provider import (
     RejectProposal,
     SendInvoice,
     SendNote,
+    TaskEnded,
     TerminateAgreement,
     TerminationEnded,
     ToRest,
     UsageRead,
     WatchOffer,
     WithdrawOffer,
+    task_key,
 )
 from protocol.types import Message, timestamp_text
 
 log = logging.getLogger("golem.provider")
 
-MAX_PROPOSALS = 256  # answered at the same time
+MAX_PROPOSALS, MAX_WAITING = 256, 4096  # answered at the same time; those and the ones that wait for it
 PROPOSALS = (CounterProposal, RejectProposal, RejectAgreement)
 TERMINATE_FIRST_S, TERMINATE_LAST_S = 5.0, 3600.0
 ISSUE_LAST_S = 5.0
@@ -76,7 +79,8 @@ class RestPort:
     def __init__(self, client: NodeClient, system: System, instance: str) -> None:
         self._client, self._system, self._instance = client, system, instance
         self._room = trio.Semaphore(MAX_PROPOSALS)
-        self._running: set[tuple[str, ...]] = set()
+        self._running: set[str] = set()
+        self._negotiating = 0  # proposals that are answered, or wait for it
         self._watches: dict[str, trio.CancelScope] = {}
         self._proposals = ProposalCache()
         self._nursery: trio.Nursery | None = None
@@ -114,33 +118,45 @@ class RestPort:
                 self._watches[message.offer_id] = trio.CancelScope()
                 self._nursery.start_soon(self._watch, message)
             return ()
-        key = (type(message).__name__, *_name_of(message))
-        if key not in self._running:
-            self._running.add(key)
-            if isinstance(message, PROPOSALS):  # anybody may send these; all else is bounded by our agreements
-                await self._room.acquire()
-            self._nursery.start_soon(self._work, key, message, meta.trace)
+        key = task_key(message)
+        if key in self._running:
+            return ()
+        if isinstance(message, PROPOSALS):  # anybody may cause these; all else is bounded by our agreements
+            if self._negotiating >= MAX_WAITING:
+                log.warning("%s is not done: %d others wait", key[:40], self._negotiating)
+                return [Send("provider", TaskEnded(key))]
+            self._negotiating += 1
+        self._running.add(key)
+        self._nursery.start_soon(self._work, key, message, meta.trace)
         return ()
 
-    async def _work(self, key: tuple[str, ...], message: ToRest, trace: str) -> None:
+    async def _work(self, key: str, message: ToRest, trace: str) -> None:
+        """Do a task and tell its outcome. Where the agent is killed meanwhile, its machine brings the task back."""
         try:
-            outcome = await self._do[type(message)](message)
-            if outcome is not None:
-                await self._system.post(self.name, [Send("provider", outcome)], trace)
-        except (ApiError, NodeAway) as error:
-            log.warning("%s %s: %s", key[0], key[1][:16], error)
-        except (KeyError, TypeError, ValueError, AttributeError):
-            # an answer of another form than agreed; one document must not take the agent's other work with it
-            log.exception("%s %s: the node's answer makes no sense", key[0], key[1][:16])
+            async with self._room if isinstance(message, PROPOSALS) else nullcontext():  # they hold up one another alone
+                outcome = await self._outcome(key, message)
+            facts = [outcome, TaskEnded(key) if isinstance(message, Kept) else None]
+            if sends := [Send("provider", fact) for fact in facts if fact is not None]:
+                await self._system.post(self.name, sends, trace)
         finally:
             self._running.discard(key)
-            if isinstance(message, PROPOSALS):
-                self._room.release()
+            self._negotiating -= isinstance(message, PROPOSALS)
+
+    async def _outcome(self, key: str, message: ToRest) -> Message | None:
+        try:
+            return await self._do[type(message)](message)
+        except (ApiError, NodeAway) as error:
+            log.warning("%s: %s", key[:40], error)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            # an answer of another form than agreed; one document must not take the agent's other work with it
+            log.exception("%s: the node's answer makes no sense", key[:40])
+        return None
 
     async def _watch(self, message: WatchOffer) -> None:
         try:
             with self._watches[message.offer_id]:
-                lost = await watch_offer(self._client, self._system, self._proposals, message)
+                seen = await pick_up_proposals(self._client, self._system, self._proposals, message)
+                lost = await watch_offer(self._client, self._system, self._proposals, message, seen)
                 await self._system.post(self.name, [Send("provider", lost)])
         finally:
             del self._watches[message.offer_id]
@@ -339,12 +355,6 @@ class RestPort:
             return InvoiceSent(message.agreement_id, str(error), error.highest_amount)
         log.info("invoice of agreement %s is sent", message.agreement_id[:12])
         return InvoiceSent(message.agreement_id)
-
-
-def _name_of(message: Any) -> tuple[str, ...]:
-    """Return what a message is about: its ids and number."""
-    fields = ("preset", "offer_id", "proposal_id", "agreement_id", "activity_id", "number", "serial", "deadline", "note_id")
-    return tuple(str(getattr(message, field)) for field in fields if hasattr(message, field))
 
 
 def _usage(answer: Any) -> list[float] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from quart import Blueprint, Response
@@ -23,7 +24,7 @@ from golem.rest.edge import (
     respond_json,
     until,
 )
-from golem.rest.market_forms import proposal_form, subscription_event_form, subscription_form
+from golem.rest.market_forms import is_unanswered, proposal_form, subscription_event_form, subscription_form
 from protocol.market import SUBSCRIPTION_ID, PublishDemand, PublishOffer, Withdraw, subscription_body
 from protocol.negotiation import CounterProposal, RejectProposal
 from protocol.terms import TermsError, flatten
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from golem.node import Node
 
 DEFAULT_TIMEOUT_S = 5.0
+MAX_WAITING = 1000  # proposals in one answer
 PROPOSAL_ID = re.compile(r"(R|P)-([0-9a-f]{64})\Z")
 
 
@@ -153,6 +155,16 @@ def _proposals(api: Blueprint, node: Node, kind: str) -> None:
             raise ApiError(404, f"Proposal [{proposal}] not found for subscription [{wanted_id}].")
         return respond_json(proposal_form(row))
 
+    async def waiting(wanted: str) -> Response:
+        """Proposals of the other side that were not answered yet: an agent that was killed may have had their events."""
+        wanted_id = subscription_id(wanted)
+        rows, now = node.system.rows("negotiation"), node.clock()
+        if not _alive(node, kind, wanted_id):
+            raise ApiError(404, f"Subscription [{wanted_id}] not found.")
+        keys = (key.rpartition("/")[2] for key, _ in rows.prefix(f"of/{wanted_id}/"))
+        found = (row for key in keys if (row := rows.get(f"proposal/{key}")) is not None and is_unanswered(row, now))
+        return respond_json([proposal_form(row) for row in islice(found, MAX_WAITING)])
+
     async def counter(wanted: str, proposal: str) -> Response:
         wanted_id, wanted_hash = parse(wanted, proposal)
         properties, constraints = await terms_body()
@@ -168,6 +180,7 @@ def _proposals(api: Blueprint, node: Node, kind: str) -> None:
         return no_content()
 
     path = f"/{kind}s/<wanted>/proposals/<proposal>"
+    api.get(f"/{kind}s/<wanted>/proposals", endpoint=f"waiting_{kind}_proposals")(waiting)
     api.get(path, endpoint=f"get_{kind}_proposal")(get)
     api.post(path, endpoint=f"counter_{kind}_proposal")(counter)
     api.post(f"{path}/reject", endpoint=f"reject_{kind}_proposal")(reject)

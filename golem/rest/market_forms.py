@@ -60,6 +60,12 @@ def proposal_form(proposal: Proposal) -> dict[str, Any]:
     return form
 
 
+def is_unanswered(proposal: Proposal, now: float) -> bool:
+    """Return whether a proposal is the other side's, and waits for our answer."""
+    theirs = proposal.issuer == proposal.counterpart and proposal.state in ("Initial", "Draft")
+    return theirs and not proposal.answer_id and not proposal.agreement_id and proposal.expires > now
+
+
 def agreement_form(agreement: Agreement, now: float) -> dict[str, Any]:
     """Return an Agreement as of time `now`."""
     body = json.loads(agreement.body)
