@@ -9,6 +9,7 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from actors import _provider_credit as credit
+from actors import _provider_places as places
 from actors._provider_rows import (
     ALIVE,
     APPROVED,
@@ -112,6 +113,7 @@ def ended(turn: Turn, row: AgreementRow, by: str = "Provider", why: str = "") ->
 
 def never_made(turn: Turn, row: AgreementRow) -> None:
     """The requestor has not committed: forget the agreement."""
+    places.unused(turn, row)
     turn.put(f"agreement/{row.agreement_id}", None)
     turn.put(f"debt/{row.requestor}/{row.agreement_id}", None)
     turn.vacate(row.agreement_id)
@@ -147,6 +149,7 @@ def create_activity(turn: Turn, event: EventArrived) -> None:
         return
     row = replace(row, activities=(*row.activities, activity_id))
     turn.save(row)
+    places.used(turn, row)
     turn.unwake(f"idle/{row.agreement_id}")
     activity = ActivityRow(activity_id, row.agreement_id, WAITING, turn.now, billed_at=turn.now)
     turn.save(activity)
@@ -260,6 +263,8 @@ def idle_due(turn: Turn, message: IdleDue) -> None:
     row = turn.agreement(message.agreement_id)
     if row is None or any(one.state in (WAITING, *ALIVE) for one in turn.activities(row)):
         return
+    if row.state == APPROVED:
+        places.unused(turn, row)
     end_agreement(turn, row, NO_ACTIVITY)
 
 

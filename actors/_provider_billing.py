@@ -52,6 +52,7 @@ from actors._provider_rows import (
     sum_of,
 )
 from actors._provider_turn import DAY_S, Turn
+from protocol.payment_terms import LEAST_PAYMENT_GLM
 from protocol.provider import (
     ActivityClosed,
     DeadlineDue,
@@ -263,8 +264,15 @@ def note_read(turn: Turn, message: NoteRead) -> None:
     _note_state(turn, note, state)
     if message.deadline == ACCEPT and state not in (ACCEPTED, SETTLED):
         end_agreement(turn, row, DEADLINE)
-    elif message.deadline == PAY and state != SETTLED:
+    elif message.deadline == PAY and state != SETTLED and not _is_dust(turn, note, state):
         end_agreement(turn, row, NOT_PAID)
+
+
+def _is_dust(turn: Turn, note: NoteRow, state: str) -> bool:
+    """Return whether so little is unpaid that a transfer is not worth its gas: an accepted note of it is good enough."""
+    activity = turn.activity(note.activity_id)
+    paid = Decimal(activity.paid if activity else "0")
+    return state == ACCEPTED and Decimal(note.amount) - paid < Decimal(LEAST_PAYMENT_GLM)
 
 
 def _note_state(turn: Turn, note: NoteRow, state: str) -> None:

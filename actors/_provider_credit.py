@@ -41,10 +41,12 @@ from actors._provider_rows import (
     PayerRow,
 )
 from actors._provider_turn import DAY_S, Turn
+from protocol.payment_terms import CHOSEN_PLATFORM, DAILY_S, PAID_DAILY
 from protocol.provider import CreditDue
 from protocol.types import amount_text
 
 MICRO = Decimal("0.000001")
+LONGEST_INTERVAL_S = 300  # of notes: a demand may ask for more, but gets no credit for it
 LEAST_SHARE = Decimal("0.1")  # of a stranger's credit: with less left in the pool it is not worth to begin
 MAX_GROWTH = 10  # credits: paying much does not make it endless
 LEAST_WAKE_S = 1.0
@@ -80,30 +82,30 @@ def rate_of(offer: Mapping[str, Any]) -> float:
     return rate
 
 
-def open_s(terms: Terms, offer: Mapping[str, Any]) -> float:
-    """Return how long work of an honest payer may be unpaid."""
-    interval = min(whole_number(offer.get(INTERVAL)) or terms.interval_s, terms.max_interval_s)
+def open_s(terms: Terms, offer: Mapping[str, Any], platform: str) -> float:
+    """Return how long work for an honest payer may be unpaid."""
+    interval = min(whole_number(offer.get(INTERVAL)) or terms.interval_s, LONGEST_INTERVAL_S)
     accept = min(whole_number(offer.get(ACCEPT_TIMEOUT)) or terms.accept_timeout_s, terms.accept_timeout_s)
-    return interval + accept + terms.pay_pace_s
+    return interval + accept + (DAILY_S if platform in PAID_DAILY else terms.pay_pace_s)
 
 
-def raw_credit(terms: Terms, offer: Mapping[str, Any]) -> Decimal:
+def raw_credit(terms: Terms, offer: Mapping[str, Any], platform: str) -> Decimal:
     """Return the credit that the terms of one agreement come to, without the floor."""
-    return _money(terms.credit_factor * rate_of(offer) * open_s(terms, offer))
+    return _money(terms.credit_factor * rate_of(offer) * open_s(terms, offer, platform))
 
 
-def stranger_credit(terms: Terms, offer: Mapping[str, Any]) -> Decimal:
+def stranger_credit(terms: Terms, offer: Mapping[str, Any], platform: str) -> Decimal:
     """Return the credit of a stranger with one agreement."""
-    return max(Decimal(repr(terms.credit_floor)), raw_credit(terms, offer))
+    return max(Decimal(repr(terms.credit_floor)), raw_credit(terms, offer, platform))
 
 
-def grant(terms: Terms, credit: Credit, offer: Mapping[str, Any]) -> Decimal:
+def grant(terms: Terms, credit: Credit, offer: Mapping[str, Any], platform: str) -> Decimal:
     """Return what one more agreement adds to a requestor's credit."""
-    whole = max(Decimal(repr(terms.credit_floor)), credit.raw + raw_credit(terms, offer))
+    whole = max(Decimal(repr(terms.credit_floor)), credit.raw + raw_credit(terms, offer, platform))
     added = max(Decimal(0), whole - credit.granted)
     if credit.others is None:
         return added
-    pool = terms.max_agreements * stranger_credit(terms, offer)
+    pool = terms.max_agreements * stranger_credit(terms, offer, platform)
     return min(added, max(Decimal(0), pool - credit.others - credit.granted))
 
 
@@ -171,19 +173,20 @@ def limit_of(turn: Turn, credit: Credit) -> Decimal:
     return credit.granted + grown
 
 
-def judge(turn: Turn, requestor: str, offer: Mapping[str, Any]) -> Rejected | Decimal:
+def judge(turn: Turn, requestor: str, demand: Mapping[str, Any], offer: Mapping[str, Any]) -> Rejected | Decimal:
     """Return what one more agreement on this offer adds to a requestor's credit, or why there is none."""
-    terms = turn.config.terms
+    terms, platform = turn.config.terms, str(demand.get(CHOSEN_PLATFORM))
     if rate_of(offer) <= 0:
         return Decimal(0)
     credit = credit_situation(turn, requestor)
-    added, least = grant(terms, credit, offer), stranger_credit(terms, offer) * LEAST_SHARE
+    whole = stranger_credit(terms, offer, platform)
+    added, least = grant(terms, credit, offer, platform), whole * LEAST_SHARE
     limit = limit_of(turn, replace_granted(credit, credit.granted + added))
     if credit.debt >= limit and credit.debt > 0:
         said = f"You owe {_text(credit.debt)} GLM here, and your credit is {_text(limit)} GLM"
         return Rejected(f"{said}; it grows with what you pay.", False)
     if credit.granted + added < least:
-        pool = _text(terms.max_agreements * stranger_credit(terms, offer))
+        pool = _text(terms.max_agreements * whole)
         return Rejected(f"Requestors that never paid here share {pool} GLM of credit a day, which is used up for now.", False)
     return added
 

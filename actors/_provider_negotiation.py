@@ -9,6 +9,7 @@ from msgspec.structs import replace
 
 from actors import _provider_agreements as agreements
 from actors import _provider_credit as credit
+from actors import _provider_places as places
 from actors._provider_agreements import approved
 from actors._provider_negotiators import (
     ACCEPT_TIMEOUT,
@@ -17,6 +18,7 @@ from actors._provider_negotiators import (
     MAX_PRICE,
     MULTI_ACTIVITY,
     PAYMENT_TIMEOUT,
+    PLATFORM,
     VECTOR,
     Agreed,
     Rejected,
@@ -68,7 +70,11 @@ def patience_due(turn: Turn, message: PatienceDue) -> None:
 
 def _negotiate(turn: Turn, row: RejectedRow) -> Agreed | Rejected:
     found = negotiate(turn.terms, turn.situation(row.issuer), json_object(row.demand), json_object(row.previous))
-    judged = credit.judge(turn, row.issuer, found.offer) if isinstance(found, Agreed) else found
+    if isinstance(found, Rejected):
+        return found
+    if (no_place := places.judge(turn, row.issuer)) is not None:
+        return no_place
+    judged = credit.judge(turn, row.issuer, json_object(row.demand), found.offer)
     return judged if isinstance(judged, Rejected) else found
 
 
@@ -137,7 +143,9 @@ def agreement_arrived(turn: Turn, message: AgreementArrived) -> None:
         refusal = Rejected("Negotiations aren't finished.", False)
     granted = Decimal(0)
     if refusal is None:
-        judged = credit.judge(turn, requestor, offer)
+        refusal = places.judge(turn, requestor)
+    if refusal is None:
+        judged = credit.judge(turn, requestor, demand, offer)
         if isinstance(judged, Rejected):
             refusal = judged
         else:
@@ -151,7 +159,7 @@ def agreement_arrived(turn: Turn, message: AgreementArrived) -> None:
         turn.rest(RejectAgreement(agreement_id, reason(refusal.message, **{IS_FINAL: refusal.final})))
         turn.refuse(requestor, message.preset, f"agreement rejected: {refusal.message}", final=refusal.final)
         return
-    raw = credit.raw_credit(turn.config.terms, offer)
+    raw = credit.raw_credit(turn.config.terms, offer, str(demand.get(PLATFORM)))
     row = replace(row, rate=credit.rate_of(offer), credit=amount_text(granted), raw_credit=amount_text(raw))
     turn.save(row)
     credit.begin(turn, row)

@@ -1,9 +1,10 @@
 """Rows of the provider agent's machine, and the sums they are billed by.
 
-`agent`; `agent/payer/<requestor>`; `capacity`; `cursor/<feed>`; `offer/<preset>`; `rejected/<proposal>` (to be looked at
-again); `refusals` (the last ones, for people); `agreement/<id>`; `active/<agreement>` (index of those that take up
-capacity); `debt/<requestor>/<agreement>` (index of what may be unpaid); `activity/<id>`; `note/<activity>/<number>`;
-`document/<id>` (from a debit note or invoice to what it is for).
+`agent`; `agent/payer/<requestor>`; `agent/unused/<requestor>`; `served` (whom); `capacity`; `cursor/<feed>`;
+`offer/<preset>`; `rejected/<proposal>` (to be looked at again); `refusals` (the last ones, for people);
+`agreement/<id>`; `active/<agreement>` (index of those that take up capacity); `debt/<requestor>/<agreement>` (index of
+what may be unpaid); `activity/<id>`; `note/<activity>/<number>`; `document/<id>` (from a debit note or invoice to what
+it is for).
 """
 
 from __future__ import annotations
@@ -171,6 +172,13 @@ class NoteRow(Message, frozen=True):
     corrected: bool = False  # it stands for one that the requestor's node refused
 
 
+class UnusedRow(Message, frozen=True):
+    """How many agreements of a requestor took a place for nothing since its last activity, and until when it waits."""
+
+    count: int
+    until: float
+
+
 class DebtRow(Message, frozen=True):
     """Index: an agreement that may leave something unpaid, and when it began or ended."""
 
@@ -218,6 +226,7 @@ ProviderRow = (
     | ActivityRow
     | NoteRow
     | DebtRow
+    | UnusedRow
     | PayerRow
     | DocumentRow
     | TaskRow

@@ -28,6 +28,7 @@ from actors._money_draft import Declined, MoneyDraft
 from actors.kernel.machine import Meta, Reply, Rows, Step
 from actors.sources import EDGE, check_source
 from protocol.codec import Decoder
+from protocol.payment_terms import PAID_DAILY, SOON_GLM
 from protocol.types import Message, Undelivered, amount_text, digest
 from protocol.wallet import (
     CycleDue,
@@ -52,6 +53,7 @@ MAX_PAYEES = 50  # of a batch: one transaction
 MAX_BATCH_ORDERS = 1000
 MAX_RUN_ORDERS = 20_000  # gathered in one step; the rest follows a second later
 MAX_TRIES = 5
+SOON_S = 60.0  # until a payee who is owed much is paid, whatever the cycle
 INTERVALS_S = (0.5, 30 * 24 * 3600.0)
 QUEUED, BATCHED, PAID, GIVEN_UP = "QUEUED", "BATCHED", "PAID", "GIVEN_UP"
 SENDING, CONFIRMED, FAILED = "SENDING", "CONFIRMED", "FAILED"
@@ -227,7 +229,16 @@ class Wallet:
             queued_at=draft.now,
         )
         self._queue(draft, row)
-        self._schedule(draft, order.platform)
+        at = self._schedule(draft, order.platform)
+        if at > draft.now + SOON_S and order.platform not in PAID_DAILY and self._is_much(draft, row):
+            self._schedule(draft, order.platform, draft.now + SOON_S)
+
+    def _is_much(self, draft: MoneyDraft, order: PayOrder) -> bool:
+        """Return whether a payee is owed so much that it would not work on for long: it is paid before the cycle."""
+        queue = islice(draft.readable(f"queue/{order.platform}/{order.payer}/"), MAX_RUN_ORDERS)
+        rows = (draft.sound(f"order/{one.order_id}") for _, one in queue)
+        theirs = (row.amount for row in rows if isinstance(row, PayOrder) and row.payee == order.payee)
+        return total_of(theirs) >= Decimal(SOON_GLM)
 
     def _queue(self, draft: MoneyDraft, row: PayOrder) -> None:
         draft.put(f"order/{row.order_id}", row)
@@ -276,7 +287,8 @@ class Wallet:
         for payer, orders in by_payer.items():
             for payees in _batches(orders, self._minimum, self._payees.get(timer.platform, MAX_PAYEES)):
                 self._send_batch(draft, timer.platform, payer, payees)
-        if more or draft.left_out or next(draft.readable(f"queue/{timer.platform}/"), None) is not None:
+        # of a rest that can be read nobody is owed enough: the next order sets a run
+        if more or draft.left_out or len(queued) < len(queue):
             self._schedule(draft, timer.platform, draft.now + 1.0 if more else None)
 
     def _waiting(self, draft: MoneyDraft, queue: list[tuple[str, Queued]]) -> list[PayOrder]:

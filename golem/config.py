@@ -10,6 +10,8 @@ from urllib.parse import urlsplit
 
 import platformdirs
 
+from protocol.payment_terms import LEAST_PAYMENT_GLM
+
 VERSION = "0.17.6"  # the API level that agents check; the SDKs want at least 0.15.2
 DEFAULT_API_URL = "http://127.0.0.1:7465"
 USAGE_EVERY_S = 10.0  # exe-units tell their usage that often: a shorter silence says nothing
@@ -55,6 +57,7 @@ class Config:
     password: str = field(default="", repr=False)
     plain_key: bool = False
     payment_cycle_s: float = 0.0  # 0 = the network's own
+    least_payment_glm: float = float(LEAST_PAYMENT_GLM)  # a payee who is owed less waits for more
     subscription_ttl_s: float = 3600.0
     max_events_default: int = 20
     max_events: int = 100
@@ -174,6 +177,7 @@ def config_from(env: Mapping[str, str], **flags: object) -> Config:
         "password": env.get("GOLEM_PASSWORD", ""),
         "password_file": Path(env["GOLEM_PASSWORD_FILE"]) if env.get("GOLEM_PASSWORD_FILE") else None,
         "plain_key": read_switch(env, "GOLEM_PLAIN_KEY", False),
+        "least_payment_glm": read_number(env, "MIN_PAYMENT_AMOUNT_GLM", float(LEAST_PAYMENT_GLM), 0.0, 1e9),
         "payment_cycle_s": read_duration(env, "PAYMENT_CYCLE_DEFAULT_INTERVAL", 0.0),
         "subscription_ttl_s": read_duration(env, "DEFAULT_SUBSCRIPTION_TTL", 3600.0, 1.0, MAX_SUBSCRIPTION_TTL_S),
         "max_events_default": int(read_number(env, "MARKET_MAX_EVENTS_DEFAULT", 20, 1, 100)),

@@ -168,7 +168,8 @@ async def open_node(config: Config, ask_password: AskPassword | None = None) -> 
             bind_generations(config.data_dir, journal.boot)
         except ValueError as error:
             raise ConfigError(str(error)) from None
-        system.add(Wallet(identity.node_id, cycles_of(config, chain), payees=chain.batch_sizes()))
+        least = format(config.least_payment_glm, ".18f")
+        system.add(Wallet(identity.node_id, cycles_of(config, chain), minimum=least, payees=chain.batch_sizes()))
         system.add_port(SignerPort(identity.node_id, identity.sign))
         files = FileServer(router)
         registry = await trio.to_thread.run_sync(open_registry, config, files)

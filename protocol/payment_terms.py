@@ -11,6 +11,11 @@ from typing import Any
 from protocol.types import Message, node_id
 
 CHOSEN_PLATFORM = "golem.com.payment.chosen-platform"
+#: Networks whose transfers cost so much that requestors pay once a day, whatever is owed; elsewhere soon (see `wallet`).
+PAID_DAILY = frozenset({"erc20-mainnet-glm"})
+DAILY_S = 25 * 3600.0  # a day, and an hour for the transfer
+SOON_GLM = "0.005"  # half of the least credit that providers give: who is owed this is paid within minutes
+LEAST_PAYMENT_GLM = "0.000001"  # less is dust: it costs nobody a transfer, and nobody is held to it
 NOBODY = "0x" + 40 * "0"  # tokens refuse to go there
 
 

@@ -59,7 +59,7 @@ def _interaction_options(function: Any) -> Any:
 
 @provider.command("run")
 @_data_dir_option
-@click.option("--name", "--node-name", help="What requestors see. [NODE_NAME, or golem-<host name>; kept]")
+@click.option("--name", "--node-name", help="What requestors see. [NODE_NAME, or golem- and random digits; kept]")
 @click.option("--subnet", help="Only requestors of the same subnet are served. [SUBNET, or public; kept]")
 @click.option("--node-url", metavar="URL", help="REST API of the node. [YAGNA_API_URL, or the node of this data directory]")
 @click.option("--runtime", "runtimes", multiple=True, metavar="NAME", help="Offer only this runtime (repeatable). [active ones]")

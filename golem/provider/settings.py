@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 import re
+import secrets
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,16 +107,17 @@ def write_json(path: Path, value: Any) -> None:
 def names(env: Mapping[str, str], data_dir: Path, name: str | None, subnet: str | None) -> tuple[str, str]:
     """Return the agent's name and subnet: flag, then environment, then `globals.json`, then defaults.
 
-    What a flag says is kept in `globals.json`. Raises `SettingsError`.
+    The whole market reads the name, so it is not the machine's unless its owner says so. What a flag says is kept in
+    `globals.json`. Raises `SettingsError`.
     """
     kept = read_globals(data_dir)
-    found = name or env.get("NODE_NAME") or kept.get("node_name") or f"golem-{platform.node() or 'provider'}"
+    found = name or env.get("NODE_NAME") or kept.get("node_name") or f"golem-{secrets.token_hex(3)}"
     net = subnet or env.get("SUBNET") or kept.get("subnet") or "public"
     if not isinstance(found, str) or not _NAME.match(found):
         raise SettingsError(f"the name {found!r}: expected 1 to 100 printable characters")
     if not isinstance(net, str) or not re.fullmatch(r"[\w.-]{1,100}", net):
         raise SettingsError(f"the subnet {net!r}: expected letters, digits, '.', '_' and '-'")
-    if name or subnet or not kept:
+    if name or subnet or "node_name" not in kept:
         write_json(data_dir / GLOBALS, {**kept, "node_name": found, "subnet": net})
     return found, net
 

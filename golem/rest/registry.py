@@ -9,6 +9,7 @@ they would not pass the provider's check.
 from __future__ import annotations
 
 import email.utils
+import ipaddress
 import logging
 import os
 import re
@@ -30,6 +31,7 @@ log = logging.getLogger("golem.rest")
 
 CHUNK_BYTES = 1 << 20
 MAX_DOWNLOADS = 64  # at a time
+DOWNLOADS_OF_ONE = 16  # the share of an address: nobody who reads slowly keeps all others out
 _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 
 
@@ -54,9 +56,12 @@ def blueprint(node: Node) -> Blueprint:
     @api.get("/v1/image/<sha3>")
     async def image(sha3: str) -> Response:
         found = _exactly(node, sha3)
+        reader = reader_of(request.remote_addr or "")
         if len(downloads) >= MAX_DOWNLOADS:
             raise ApiError(503, f"{MAX_DOWNLOADS} images are being downloaded already: try again later")
-        return await _respond_file(node.registry.path(found), found, downloads)
+        if sum(one.reader == reader for one in downloads) >= DOWNLOADS_OF_ONE:
+            raise ApiError(503, f"{DOWNLOADS_OF_ONE} images are being downloaded from {reader} already: try again later")
+        return await _respond_file(node.registry.path(found), found, downloads, reader)
 
     return api
 
@@ -95,8 +100,8 @@ class _FileBody(ResponseBody):
     A file that is cut short meanwhile ends them: the answer is shorter than it said, which whoever reads it sees.
     """
 
-    def __init__(self, path: Path, first: int, end: int, downloads: set[_FileBody]) -> None:
-        self._path, self._first, self._end, self._downloads = path, first, end, downloads
+    def __init__(self, path: Path, first: int, end: int, downloads: set[_FileBody], reader: str) -> None:
+        self._path, self._first, self._end, self._downloads, self.reader = path, first, end, downloads, reader
         self._descriptor = -1
 
     async def __aenter__(self) -> AsyncIterator[bytes]:
@@ -123,7 +128,18 @@ class _FileBody(ResponseBody):
         return self._end - self._first
 
 
-async def _respond_file(path: Path, image: StoredImage, downloads: set[_FileBody]) -> Response:
+def reader_of(address: str) -> str:
+    """Return who counts as one reader: an address, or the network of 64 bits that one customer of IPv6 has."""
+    try:
+        ip = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if isinstance(ip, ipaddress.IPv6Address):
+        return str(ip.ipv4_mapped or ipaddress.ip_network((ip, 64), strict=False))
+    return str(ip)
+
+
+async def _respond_file(path: Path, image: StoredImage, downloads: set[_FileBody], reader: str) -> Response:
     """Answer with the file, or with the part of it that was asked for."""
     try:
         status = await trio.to_thread.run_sync(os.stat, path)
@@ -145,7 +161,7 @@ async def _respond_file(path: Path, image: StoredImage, downloads: set[_FileBody
     if code == 206:
         headers["Content-Range"] = f"bytes {first}-{last}/{image.size}"
     sends = request.method != "HEAD" and code != 304
-    body = _FileBody(path, first, last + 1, downloads) if sends else b""
+    body = _FileBody(path, first, last + 1, downloads, reader) if sends else b""
     response = Response(body, status=code, headers=headers, content_type="application/octet-stream")
     if code == 304:
         response.headers.pop("Content-Length", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from decimal import Decimal
 from typing import Any
 
@@ -307,3 +308,33 @@ def test_our_own_agent_may_ask_for_less_after_a_refusal() -> None:
     world.accept(payer, "invoice", "i2", "al")
     world.run()
     assert world.document(payee, "invoice", "i2").status == "SETTLED"
+
+
+@pytest.mark.parametrize("block", range(5))
+def test_no_documents_of_a_provider_take_more_than_price_times_threads_times_time(block: int) -> None:
+    """Random notes and invoices, all accepted that the node takes: what is charged stays within what the clock explains."""
+    for seed in range(block * 40, block * 40 + 40):
+        rng = random.Random(seed)
+        names = tuple(f"act{number}" for number in range(rng.randint(1, 3)))
+        deal = Deal(names)
+        ended: dict[str, float] = {}
+        start = deal.world.now
+        for _ in range(30):
+            deal.world.now += rng.choice((0.0, 1.0, 30.0, 600.0))
+            most = honest(deal.world.now - start)
+            total = (most * Decimal(repr(rng.choice((0.0, 0.5, 0.99, 1.0, 1.01, 2.0, 1e6))))).quantize(WEI)
+            name = rng.choice((*names, "invented"))
+            usage = rng.choice((None, (), (1.0, 2.0), (1e9, 1e9), (deal.world.now - start, 4 * (deal.world.now - start))))
+            if rng.random() < 0.2 and name in names and name not in ended:
+                ended[name] = deal.world.now
+                deal.world.tell(deal.payer, ActivityOver(name, deal.world.now), f"{deal.payer.id}/activity")
+            if rng.random() < 0.7:
+                answer, key = deal.note(total, usage, name), f"debit-note/n{deal.count}"
+            else:
+                answer = deal.invoice(total * rng.randint(1, 3), rng.choice((names, (name,), names * 2)))
+                key = f"invoice/i{deal.count}"
+            if taken(answer):
+                deal.world.accept(deal.payer, *key.split("/"), "al")
+        explained = sum((honest((ended.get(name, deal.world.now) - start) * 1.001 + 5) for name in names), Decimal(0))
+        owed = Decimal(deal.payer.rows["ledger"]["agreement/a1"].accepted)
+        assert owed <= explained + 10_000 * WEI, (seed, owed, explained)

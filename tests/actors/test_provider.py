@@ -1104,3 +1104,17 @@ def test_an_invoice_that_the_requestors_node_refuses_is_corrected_once() -> None
         agent.play.at(91 * 86400)
         assert not list(agent.play.rows.prefix("document/"))
         assert not list(agent.play.rows.prefix("debt/"))
+
+
+def test_a_payable_note_over_dust_need_not_be_paid() -> None:
+    for amount, code in (("0.0000009", []), ("0.000001", ["DebitNoteNotPaid"])):
+        cheap = {COEFFS: [float(amount) / 100, 0.0, 0.0]}
+        agent = Agent().begin().approved(offer=cheap, demand=cheap).started()
+        agent.play.at(125)
+        agent.tell(UsageRead("x1", [100.0, 120.0]))
+        note = agent.issue()
+        agent.event("debit-notes", "DebitNoteAcceptedEvent", "note-x1-1")
+        agent.play.at(note.due_at - agent.play.now + 1)
+        for read in agent.rest(ReadNote):
+            agent.tell(NoteRead("x1", 1, read.deadline, "ACCEPTED"))
+        assert [code_of(one) for one in agent.rest(TerminateAgreement)] == code

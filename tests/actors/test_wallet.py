@@ -201,3 +201,22 @@ def test_only_the_ledger_orders_and_only_the_chain_reports() -> None:
         desk.world.tell(desk.node, order, f"{desk.node.id}/exeunit-1", "wallet")
     with pytest.raises(Violation):
         desk.world.tell(desk.node, TransferFailed("x", "y"), f"{desk.node.id}/ledger", "wallet")
+
+
+def test_who_is_owed_much_is_paid_before_the_cycle() -> None:
+    for amounts, soon in ((["0.003", "0.0019"], False), (["0.003", "0.002"], True), (["7"], True)):
+        desk = Desk()
+        desk.world.ask(desk.node, SetCycle(PLATFORM, 86400.0), "wallet")
+        for number, amount in enumerate(amounts):
+            desk.pay(f"order-{number}", 1, amount)
+        (at,) = [at for at, _ in desk.node.wakes.values()]
+        assert at - desk.world.now == (60 if soon else 86400), amounts
+
+
+def test_dust_keeps_no_cycle_running() -> None:
+    desk = Desk(minimum="0.000001")
+    desk.pay("wei", 1, "0.000000000000000001")
+    assert desk.cycle() == []
+    assert desk.node.rows["wallet"][f"cycle/{PLATFORM}"].next_at is None
+    desk.pay("more", 1, "0.000001")
+    assert desk.cycle()[0].payees == ((f"0x{1:040x}", "0.000001000000000001"),)

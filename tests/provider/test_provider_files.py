@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import platform
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -230,6 +232,14 @@ def test_accounts_by_network() -> None:
     assert wanted_accounts(accounts, ("local",)) == [ACCOUNT]
     assert wanted_accounts(accounts, ("erc20-hoodi-tglm",)) == [other]
     assert wanted_accounts("nonsense", ()) == []
+
+
+def test_the_machines_name_is_not_published(tmp_path: Path) -> None:
+    found, _ = names({}, tmp_path, None, "testnet")
+    assert re.fullmatch("golem-[0-9a-f]{6}", found)
+    assert platform.node() not in found
+    assert names({}, tmp_path, None, None) == (found, "testnet"), "and it stays"
+    assert names({"NODE_NAME": platform.node()}, tmp_path, None, None)[0] == platform.node()
 
 
 def test_names_are_kept(tmp_path: Path) -> None:

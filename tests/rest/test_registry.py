@@ -9,7 +9,7 @@ import random
 import secrets
 import subprocess
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from golem.gftp_peer import GftpPeer
 from golem.node import Node, bind_api, serve_rest
 from golem.registry import PushOrder, Registry, RegistryError, StoredImage, normal_hash, normal_tag
 from golem.rest import registry as rest_registry
+from golem.rest.registry import reader_of
 
 YAPAPI_PYTHON = Path(__file__).resolve().parents[2] / ".venv-yapapi" / "bin" / "python"
 ALIAS = "9a3b5d67b0b27746283cb5f287c13eab1beaa12d92a9f536b747c7ae"
@@ -143,6 +144,30 @@ async def test_a_reader_that_leaves_gives_its_place_back(tmp_path: Path, monkeyp
         with within(20):
             while (await client.get(url, headers={"Range": "bytes=0-0"})).status_code != 206:
                 await trio.sleep(0.02)
+
+
+@trio_test
+async def test_slow_readers_of_one_address_leave_room_for_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rest_registry, "DOWNLOADS_OF_ONE", 2)
+    async with serving(tmp_path) as (node, client), AsyncExitStack() as stack:
+        large = await pushed(node, bytes(40 << 20))  # more than sockets hold
+        url = f"/v1/image/{large.sha3}"
+        for _ in range(2):
+            answer = await stack.enter_async_context(client.stream("GET", url))
+            assert answer.status_code == 200
+        second = await client.get(url)
+        assert (second.status_code, "from 127.0.0.1 already" in second.text) == (503, True)
+        other = httpx.AsyncHTTPTransport(local_address="127.0.0.2")
+        async with httpx.AsyncClient(base_url=node.api_url, timeout=patience(20), transport=other) as neighbour:
+            assert (await neighbour.get(url, headers={"Range": "bytes=0-0"})).status_code == 206
+
+
+def test_who_counts_as_one_reader() -> None:
+    assert reader_of("10.0.0.1") == "10.0.0.1"
+    assert reader_of("::ffff:10.0.0.1") == "10.0.0.1"
+    assert reader_of("2001:db8:1:2::5") == reader_of("2001:db8:1:2:ffff::6") == "2001:db8:1:2::/64"
+    assert reader_of("fe80::1%eth0") == "fe80::/64"
+    assert reader_of("<local>") == "<local>"
 
 
 @trio_test
