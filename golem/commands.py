@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import trio
 
 from actors.kernel.journal import RowDamaged
@@ -22,6 +23,7 @@ from golem.chain.rpc import RpcError
 from golem.config import VERSION
 from golem.identity import AppKey, IdentityError
 from golem.net import NetError, RemoteError
+from golem.outgoing import FileIdentity
 from golem.registry import PushOrder, StoredImage, normal_hash, normal_tag
 from protocol.types import amount_text, from_wei, node_id, timestamp_text
 
@@ -290,7 +292,9 @@ async def image_push(node: Node, args: dict[str, Any]) -> Any:
     path = Path(args["path"])
     if not path.is_absolute():
         raise ValueError(f"not an absolute path: {path}")
-    order = PushOrder(path, tuple(args["tags"]), tuple(args["aliases"]), args["format"], args["source"])
+    given = args.get("identity")
+    identity = None if given is None else msgspec.convert(given, FileIdentity)
+    order = PushOrder(path, tuple(args["tags"]), tuple(args["aliases"]), args["format"], args["source"], identity)
     node.registry.begin(order, args["push"])
 
 

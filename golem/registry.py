@@ -31,6 +31,7 @@ import trio
 
 from golem.files import FileFault, FileSource
 from golem.identity import write_private
+from golem.outgoing import FileIdentity, identity_of
 
 log = logging.getLogger("golem.registry")
 
@@ -104,6 +105,7 @@ class PushOrder:
     aliases: tuple[str, ...] = ()
     format: str = ""
     source: str = ""
+    identity: FileIdentity | None = None  # of the file that was meant, where others might put another into its place
 
 
 @dataclass
@@ -210,7 +212,8 @@ class Registry:
         if sum(not push.ended.is_set() for push in self._pushes.values()) >= MAX_PUSHES:
             raise RegistryError(f"{MAX_PUSHES} images are being pushed already: try again when one is done")
         assert self._nursery is not None
-        checked = PushOrder(order.path, *_checked_names(order.tags, order.aliases), order.format[:80], order.source[:255])
+        checked = PushOrder(order.path, *_checked_names(order.tags, order.aliases), order.format[:80], order.source[:255],
+                            order.identity)  # fmt: skip
         ended = [old for old, push in self._pushes.items() if push.ended.is_set()]
         for old in ended[: max(0, len(ended) - MAX_ENDED_PUSHES + 1)]:
             del self._pushes[old]
@@ -363,7 +366,10 @@ class Registry:
             origin = await trio.to_thread.run_sync(_open_regular, path)
             target, reserved, done = -1, 0, False
             try:
-                size = push.total_bytes = os.fstat(origin).st_size
+                found = os.fstat(origin)
+                if push.order.identity not in (None, identity_of(found)):
+                    raise RegistryError(f"{path} was replaced or changed after it was looked at")
+                size = push.total_bytes = found.st_size
                 self._check_room(size, own)
                 self._incoming_bytes += size
                 reserved = size

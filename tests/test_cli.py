@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -23,6 +24,7 @@ from click.testing import CliRunner
 from patience import patience
 
 from golem.cli import main
+from golem.cli.run import _clear_text
 from golem.config import MAX_SUBSCRIPTION_TTL_S, ConfigError, config_from
 from golem.localnet import LocalNet, LocalNode
 from protocol.market import MAX_LIFETIME_S
@@ -212,6 +214,13 @@ def test_refused_commands_say_why(alice: LocalNode, arguments: tuple[str, ...], 
     assert result.stdout == ""
 
 
+def test_rest_beyond_this_machine_is_warned_of() -> None:
+    for host in ("0.0.0.0", "::", "192.168.1.2", "2001:db8::1", "myhost"):
+        assert "app-key" in _clear_text(host)
+    for host in ("127.0.0.1", "localhost", "::1", "127.0.0.5"):
+        assert _clear_text(host) == ""
+
+
 def test_without_a_node(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["--data-dir", str(tmp_path), "status"])
     assert result.exit_code == 1
@@ -388,7 +397,7 @@ def test_a_password_typed_at_a_terminal(tmp_path: Path) -> None:
                               ("Repeat for confirmation:", "password 1")):  # fmt: skip
             shown(prompt)
             if typed:
-                time.sleep(0.1)  # the terminal's echo goes off just after the prompt
+                until(lambda: not termios.tcgetattr(person)[3] & termios.ECHO, "the terminal's echo goes off")
                 os.write(person, f"{typed}\n".encode())
         shown("is ready")
         process.send_signal(signal.SIGTERM)

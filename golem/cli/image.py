@@ -22,6 +22,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColum
 from golem.cli.client import ask_node
 from golem.cli.output import fail, say, table, text, value, wants_json
 from golem.docker_archive import ArchiveError, normalise
+from golem.outgoing import FileIdentity, identity_of
 
 DEFAULT_HOST = "unix:///var/run/docker.sock"
 CHUNK_BYTES = 1 << 20
@@ -50,8 +51,9 @@ def image_push(source: str, tags: tuple[str, ...], aliases: tuple[str, ...], any
     path = Path(source).expanduser()
     with _bars() as bars:
         if path.is_file() or path.is_fifo() or not _could_be_image(source, path):
-            kind = _format_of(path, any_format)
-            found = _store(bars, path.absolute(), tags, aliases, kind, path.name)
+            real, identity = _meant(path)
+            kind = _format_of(real, any_format)
+            found = _store(bars, real, tags, aliases, kind, path.name, identity)
         else:
             with _exported(bars, source, folder) as (archive, engine_image):
                 kind = _format_of(archive, any_format)
@@ -102,6 +104,15 @@ def _could_be_image(source: str, path: Path) -> bool:
     """Return whether a source that is no file may be an image of an Engine: a folder of that name does not matter."""
     looks_like_file = path.is_absolute() or source.startswith((".", "~")) or source.endswith((".tar", ".gvmi", ".wasm", ".gz"))
     return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/:@-]{0,255}", source) is not None and not looks_like_file
+
+
+def _meant(path: Path) -> tuple[Path, FileIdentity | None]:
+    """Return a file without links, and which one it is now: in a folder that others write, another may take its place."""
+    real = Path(os.path.realpath(path))
+    try:
+        return real, identity_of(os.lstat(real))
+    except OSError:
+        return path.absolute(), None  # the error is told where it is opened
 
 
 def _format_of(path: Path, any_format: bool) -> str:
@@ -198,13 +209,16 @@ def _give_up(error: OSError, folder: Path) -> NoReturn:
 
 # -- to the node
 def _store(
-    bars: Progress, path: Path, tags: Sequence[str], aliases: Sequence[str], kind: str, source: str
-) -> dict[str, Any]:
+    bars: Progress, path: Path, tags: Sequence[str], aliases: Sequence[str], kind: str, source: str,
+    identity: FileIdentity | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Have the node take in a file; returns what it says of the image. Ctrl-C calls it off."""
     number = secrets.token_hex(8)
     bar: TaskID = bars.add_task("storing", total=None)
     try:
-        ask_node("image_push", push=number, path=str(path), tags=tags, aliases=aliases, format=kind, source=source)
+        ask_node(
+            "image_push", push=number, path=str(path), tags=tags, aliases=aliases, format=kind, source=source, identity=identity
+        )
         while True:
             state = ask_node("image_progress", push=number, wait_s=POLL_S)
             bars.update(bar, completed=state["done"], total=state["total"] or None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from actors._provider_negotiators import Terms
 from golem.config import ConfigError, read_duration, read_list, read_number
@@ -50,6 +50,13 @@ def read_environment(env: Mapping[str, str]) -> Given:
             payment_timeout_required_s=seconds(
                 "PAYMENT_TIMEOUT_REQUIRED_DURATION", usual.payment_timeout_required_s, 0.0, CENTURY_S
             ),
+        )
+        terms = replace(
+            terms,
+            credit_floor=read_number(env, "GOLEM_CREDIT_FLOOR", usual.credit_floor, 0.0, 1e9),
+            credit_factor=read_number(env, "GOLEM_CREDIT_FACTOR", usual.credit_factor, 0.0, 1e6),
+            credit_growth=read_number(env, "GOLEM_CREDIT_GROWTH", usual.credit_growth, 0.0, 1e6),
+            pay_pace_s=seconds("GOLEM_PAY_PACE", usual.pay_pace_s, 0.0, 30 * DAY_S),
         )
         agreements = int(read_number(env, "MAX_SIMULTANEOUS_AGREEMENTS", 0, 1, 1000))
         return Given(

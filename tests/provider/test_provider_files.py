@@ -512,3 +512,10 @@ async def test_the_offer_keeps_to_what_the_environment_gives(tmp_path: Path) -> 
     assert offer["golem.com.scheme.payu.debit-note.interval-sec?"] == 45
     assert offers.terms.max_agreements == 2
     assert offers.capacity == Capacity(2, 0.25, 0.5), "what both presets sell is sold once"
+
+
+def test_credit_has_settings() -> None:
+    given = read_environment({"GOLEM_CREDIT_FLOOR": "0.5", "GOLEM_CREDIT_FACTOR": "2", "GOLEM_PAY_PACE": "30"}).terms
+    assert (given.credit_floor, given.credit_factor, given.pay_pace_s, given.credit_growth) == (0.5, 2.0, 30.0, 0.1)
+    with pytest.raises(SettingsError, match="GOLEM_CREDIT_GROWTH"):
+        read_environment({"GOLEM_CREDIT_GROWTH": "much"})

@@ -22,6 +22,7 @@ from support import trio_test
 
 from golem.gftp_peer import GftpPeer
 from golem.node import Node, bind_api, serve_rest
+from golem.outgoing import identity_of
 from golem.registry import PushOrder, Registry, RegistryError, StoredImage, normal_hash, normal_tag
 from golem.rest import registry as rest_registry
 from golem.rest.registry import reader_of
@@ -431,3 +432,22 @@ def test_names() -> None:
             normal_hash(bad)
 
 
+
+
+@trio_test
+async def test_a_file_that_others_replaced_is_not_taken_in(tmp_path: Path) -> None:
+    """In a folder that others write, what was looked at is stored, or nothing."""
+    file, secret = tmp_path / "shared", tmp_path / "secret"
+    file.write_bytes(b"image"), secret.write_bytes(b"what is ours")
+    identity = identity_of(file.stat())
+    async with serving(tmp_path / "node") as (node, _):
+        for swap in (lambda: file.symlink_to(secret), lambda: os.link(secret, file), lambda: file.write_bytes(b"other")):
+            file.unlink()
+            swap()
+            number = secrets.token_hex(8)
+            node.registry.begin(PushOrder(file, identity=identity), number)
+            push = node.registry.push(number)
+            with within(20):
+                await push.ended.wait()
+            assert push.image is None
+            assert "replaced or changed" in push.failure
