@@ -129,7 +129,8 @@ class Engine:
                 await self._wake.wait()
 
     def wake(self) -> None:
-        """Have `run` take its next step now."""
+        """Have `run` take its next step now, and look whether the chain is still the one that it was."""
+        self._checked = self._reviewed = False
         self._wake.set()
 
     def close(self) -> None:

@@ -69,6 +69,9 @@ class Witness:
     async def receipt(self, tx_hash: str) -> Receipt | None:
         return await self.ask(lambda: self._rpc.receipt(tx_hash))
 
+    async def knows(self, tx_hash: str) -> bool:
+        return await self.ask(lambda: self._rpc.knows(tx_hash))
+
     async def body(self, number: int) -> tuple[str, list[BodyTx]] | None:
         """Hash and transactions of the canonical block `number`; None when it has none."""
         block = await self.ask(lambda: self._rpc.pool.call("eth_getBlockByNumber", [hex(number), True]))

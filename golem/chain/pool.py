@@ -103,10 +103,12 @@ class Pool:
     async def aclose(self) -> None:
         await self._client.aclose()
 
-    def repoint(self, urls: tuple[str, ...]) -> None:
-        """Use other URLs from now on (the dev chain came up on another port). The same ones change nothing."""
-        if urls != tuple(endpoint.url for endpoint in self.endpoints):
-            self.endpoints = [Endpoint(url) for url in urls]
+    def repoint(self, urls: tuple[str, ...]) -> bool:
+        """Use other URLs from now on (the dev chain came up on another port). The same ones change nothing: False."""
+        if urls == tuple(endpoint.url for endpoint in self.endpoints):
+            return False
+        self.endpoints = [Endpoint(url) for url in urls]
+        return True
 
     async def call(self, method: str, params: list[Any] | tuple[Any, ...] = ()) -> Any:
         """The result of one JSON-RPC call. RpcError otherwise."""

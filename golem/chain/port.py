@@ -163,8 +163,8 @@ class Chain:
                 log.error("the dev chain does not run: %s", error)
             else:
                 for row in self.networks:
-                    if row.simulated_by:
-                        self._rpcs[row.chain].pool.repoint((url,))
+                    if row.simulated_by and self._rpcs[row.chain].pool.repoint((url,)):
+                        self._engines[row.chain].wake()
                 self._up.set()
             await trio.sleep(DEVCHAIN_LOOK_S)
 

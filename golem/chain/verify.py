@@ -1,7 +1,8 @@
 """The payee's side: does this transaction really pay what is claimed of it? Nothing that the payer says is trusted.
 
-The answer is asked of our own node: chain id (checked by the pool), success, a canonical block deep enough, and the sum
-of the token's own Transfer logs from payer to payee, less what the same transaction has settled before.
+The answer is asked of our own RPCs: chain id (checked by the pool), success, a canonical block deep enough, and the sum
+of the token's own Transfer logs from payer to payee, less what the same transaction has settled before. A receipt under any
+of them counts; that one of them knows of none proves nothing, and RPCs that contradict one another are asked again.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from golem.chain.contracts import TRANSFER_TOPIC
+from golem.chain.evidence import Evidence, Unclear
 from golem.chain.networks import Network
 from golem.chain.rpc import Receipt, Rpc, RpcError
 from golem.chain.signer import address_bytes
@@ -29,7 +31,7 @@ class Verified:
 class NotYet:
     """Cannot be said now: not mined, not deep enough, or the node does not answer. Ask again.
 
-    `unknown`: our node answers and has never heard of the transaction, which for an honest claim passes soon.
+    `unknown`: all our RPCs answer and have never heard of the transaction, which for an honest claim passes soon.
     """
 
     reason: str
@@ -64,20 +66,29 @@ async def verify_transfer(
 async def _verify(
     rpc: Rpc, network: Network, tx_hash: str, payer: str, payee: str, amount_wei: int, already_claimed_wei: int
 ) -> Verified | NotYet | Rejected:
-    receipt = await rpc.receipt(tx_hash)
-    if receipt is None:
-        if await rpc.knows(tx_hash):
-            return NotYet(f"transaction {tx_hash} is not in a block yet")
-        return NotYet(f"transaction {tx_hash} is not known on {network.name} (yet)", unknown=True)
-    depth = (await rpc.head()).number - receipt.block
-    if depth < network.depth:
-        return NotYet(f"{max(depth, 0)} of {network.depth} confirmations")
-    if await rpc.block_hash(receipt.block) != receipt.block_hash:
+    evidence = Evidence(rpc, network, payer, lambda tx_hash: True)
+    shown = await evidence.receipts(await evidence.views(), [tx_hash])
+    if not shown:
+        return await _missing(evidence, network, tx_hash)
+    final = []
+    for view, receipt in shown:
+        if view.head.number - receipt.block < network.depth:
+            continue
+        if await view.witness.block_hash(receipt.block) == receipt.block_hash:
+            final.append(receipt)
+    if not final:
+        depth = max(view.head.number - receipt.block for view, receipt in shown)
+        if depth < network.depth:
+            return NotYet(f"{max(depth, 0)} of {network.depth} confirmations")
         return NotYet("its block is not on the canonical chain")
+    try:
+        await evidence.agreed(final[0].block, final[0].block_hash)
+    except Unclear as unclear:
+        return NotYet(f"RPCs contradict one another: {unclear}")
     # only now is the outcome final: a reorganisation may turn failure into success and the reverse
-    if not receipt.succeeded:
+    if not any(receipt.succeeded for receipt in final):
         return Rejected(f"transaction {tx_hash} was reverted")
-    moved = transferred(receipt, network, payer, payee)
+    moved = max(transferred(receipt, network, payer, payee) for receipt in final if receipt.succeeded)
     if moved == 0:
         return Rejected(f"transaction {tx_hash} moves no {network.symbol} from {payer} to {payee}")
     if moved - already_claimed_wei < amount_wei:
@@ -86,6 +97,17 @@ async def _verify(
             f"less than the {amount_wei} claimed"
         )
     return Verified(moved)
+
+
+async def _missing(evidence: Evidence, network: Network, tx_hash: str) -> NotYet:
+    """No RPC shows a receipt. Only where all of them answer, and none has heard of it, is it unknown."""
+    answers, silent = await evidence.each(evidence.witnesses(), lambda witness: witness.knows(tx_hash))
+    if any(known for _, known in answers):
+        return NotYet(f"transaction {tx_hash} is not in a block yet")
+    if silent:
+        names = ", ".join(witness.name for witness, _ in silent)
+        return NotYet(f"transaction {tx_hash} is not known on {network.name}, and {names} does not answer")
+    return NotYet(f"transaction {tx_hash} is not known on {network.name} (yet)", unknown=True)
 
 
 def shortfall(receipt: Receipt, network: Network, payer: str, payees: Iterable[tuple[str, int]]) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
+from blind import HOSTS, Blind
 from chain_support import GLM, Lab, address_of, anvil, devchain, find_anvil, key_of
 from support import trio_test
 
@@ -170,3 +171,26 @@ async def test_the_indirect_call_counts_through_the_known_contract_only(scene: S
 async def test_a_dead_node_means_not_yet(scene: Scene) -> None:
     dead = replace(scene.lab.network, rpc_urls=("http://127.0.0.1:1",))
     assert isinstance(await scene.claim(network=dead), NotYet)
+
+
+@trio_test
+@pytest.mark.parametrize("fault", ["null-both", "down", "other-id", "stale-head", "empty-bodies"])
+async def test_what_one_rpc_does_not_know_another_one_shows(scene: Scene, fault: str) -> None:
+    row = replace(scene.lab.network, rpc_urls=tuple(f"http://{host}/" for host in HOSTS[:2]))
+    wire = Blind(scene.lab.url, scene.payer)
+    await wire.set(HOSTS[0], fault)
+    tx_hash = scene.pay(GLM)
+    scene.lab.mine(3)
+
+    async def claim() -> Verified | NotYet | Rejected:
+        async with Rpc(row, transport=wire) as rpc:
+            return await verify_transfer(rpc, row, tx_hash, scene.payer.address, scene.payee, GLM)
+
+    assert await claim() == Verified(GLM)
+    await wire.set(HOSTS[1], "null-both")
+    found = await claim()
+    if fault == "empty-bodies":
+        assert found == Verified(GLM)
+    else:
+        assert isinstance(found, NotYet)
+        assert found.unknown is (fault in ("null-both", "stale-head")), "who is silent has not said that it is unknown"

@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
-from chain_support import GLM, GWEI, Faulty, Lab, Payer, address_of, anvil, devchain, find_anvil, key_of, payer
+from chain_support import GLM, GWEI, Faulty, Lab, Payer, Refused, address_of, anvil, devchain, find_anvil, key_of, payer
 from support import trio_test
 
 from golem.chain import token
@@ -329,6 +329,39 @@ async def test_a_chain_that_lost_blocks_while_nobody_looked_is_healed_at_the_nex
             lab.mine()
         assert wallet.problems == []
         assert not [event for event in wallet.events if isinstance(event, TransferConfirmed | TransferFailed)], "told already"
+    assert lab.tokens(payee) == GLM
+
+
+@trio_test
+async def test_a_nonce_that_paid_nothing_and_is_free_again_is_used_up(lab: Lab, db: Path) -> None:
+    class Dies(Exception):
+        pass
+
+    def die(point: str) -> None:
+        if point == "stored":
+            raise Dies
+
+    key, payee = lab.rich("free again"), address_of("free again payee")
+    snapshot = lab.call("evm_snapshot")
+    async with payer(lab, key, db, checkpoint=die) as wallet:
+        await wallet.pay("b1", (payee, GLM))
+        with pytest.raises(Dies):
+            await wallet.engine.step()
+    lab.do(key, address_of("elsewhere"), value=1, gas=21_000)
+    async with payer(lab, key, db) as wallet:
+        await wallet.until(TransferFailed)
+        await wallet.pay("b1 anew", (payee, GLM))
+        await wallet.until(TransferConfirmed)
+        (first,) = wallet.engine.store.attempts(wallet.engine.store.txs_of_batch("b1")[0].id)
+        lab.call("evm_revert", snapshot)  # the other transaction is gone: b1 could be mined after all
+    async with payer(lab, key, db) as wallet:
+        for _ in range(12):
+            await wallet.engine.step()
+            lab.mine()
+        assert wallet.problems == []
+        with pytest.raises(Refused, match="nonce"):
+            lab.call("eth_sendRawTransaction", "0x" + first.raw.hex())
+        lab.mine()
     assert lab.tokens(payee) == GLM
 
 
