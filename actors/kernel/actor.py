@@ -430,9 +430,9 @@ class Actor(Mailbox):
     async def _finish(self, batch: Batch) -> None:
         """Commit, then let everything leave that waited for it."""
         commit = batch.commit
-        if not commit:
+        if not commit and (self._backlog or self._alarms):
             await trio.lowlevel.checkpoint()  # as with a commit: nobody keeps the others from running
-        else:
+        if commit:
             self.system.crash_point(self.name, "before commit")
             await self.system.journal.commit(commit)
             self.system.crash_point(self.name, "after commit")
