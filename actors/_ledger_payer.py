@@ -69,6 +69,8 @@ from protocol.types import Violation, address, amount, amount_text, node_of, tim
 from protocol.wallet import PayOut
 
 MAX_DOCUMENTS = 50_000  # from the payee of one agreement
+MAX_DOCUMENTS_BYTES = 64 * 1024 * 1024  # and of all of them together: nobody fills another's disk
+MAX_NOTE_BYTES = 8 * 1024
 MAX_REFUSED = 10  # documents of an agreement that were not taken are remembered
 ANSWER_S = 24 * 3600.0  # to bring our word about what we do not keep
 _ID = re.compile(rf"[0-9A-Za-z_-]{{1,{MAX_ID_CHARS}}}\Z")
@@ -130,6 +132,8 @@ def document_sent(draft: MoneyDraft, me: str, message: DocumentSent) -> None:
     verify(document, document.kind, sender)
     body: DebitNoteBody | InvoiceBody
     if document.kind == DEBIT_NOTE:
+        if len(document.body) > MAX_NOTE_BYTES:
+            raise Violation(f"a debit note of {len(document.body)} bytes is over the limit of {MAX_NOTE_BYTES}")
         body = decode_body(DebitNoteBody, document.body)
         own_id, activity_id, total = body.debit_note_id, body.activity_id, _peer_amount(body.total_amount_due)
         if len(body.usage_counter_vector or ()) > MAX_USAGE_COUNTERS or not _ID.match(activity_id):
@@ -187,6 +191,8 @@ def _objection(
         return "platform or addresses are not those of the agreement", ""
     if agreement.documents >= MAX_DOCUMENTS:
         return f"the agreement has {MAX_DOCUMENTS} documents already", ""
+    if agreement.document_bytes >= MAX_DOCUMENTS_BYTES:
+        return f"the agreement has {agreement.document_bytes} bytes of documents already", ""
     if isinstance(body, InvoiceBody):
         return _against_invoice(draft, agreement, body, total)
     return _against_note(draft, agreement, body, activity_id, total)
@@ -240,7 +246,9 @@ def _receive(
         )
     else:
         agreement = replace(agreement, invoice_id=own_id)
-    draft.put(f"agreement/{agreement.agreement_id}", replace(agreement, documents=agreement.documents + 1))
+    draft.put(f"agreement/{agreement.agreement_id}", replace(
+        agreement, documents=agreement.documents + 1, document_bytes=agreement.document_bytes + len(document.body)
+    ))  # fmt: skip
     row = add(draft, document.kind, own_id, PAYER, agreement, activity_id, total, document.body)
     row = put(draft, row, status=RECEIVED, signature=document.signature, waiting="waiting for the requestor to accept")
     event(draft, row, RECEIVED)

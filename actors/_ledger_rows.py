@@ -64,6 +64,7 @@ class Agreement(Message, frozen=True):
     invoice_accepted: bool = False
     documents: int = 0  # notes and invoices received
     payments: int = 0  # claims of payment received
+    document_bytes: int = 0  # of the documents received
 
 
 class Activity(Message, frozen=True):

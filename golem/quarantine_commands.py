@@ -77,11 +77,12 @@ async def quarantine_drop(node: Node, args: dict[str, Any]) -> Any:
 
 
 def waiting(node: Node) -> dict[str, list[list[Any]]]:
-    """Return what waits and why: links, timers, rows that cannot be read, messages that were set aside."""
+    """Return what waits and why: links, timers, rows that cannot be read, older peers, messages that were set aside."""
     system = node.system
     return {
         "links": [list(link) for link in system.troubles()],
         "timers": [[one.actor, one.what, one.error, one.times, timestamp_text(one.again)] for one in system.alarms.failing()],
         "damagedRows": [list(row) for row in system.damaged()],
+        "olderPeers": [list(one) for one in system.older.items()],
         "quarantine": [[one.number, one.actor, one.sender, one.error] for one in system.quarantined()],
     }

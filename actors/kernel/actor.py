@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, get_args
 import trio
 
 from actors.kernel.feed import next_head
-from actors.kernel.journal import Commit, Event, Posted, RowDamaged, Timer
+from actors.kernel.journal import Commit, Event, JournalError, Posted, RowDamaged, Timer
 from actors.kernel.lineage import Lower, Position
 from actors.kernel.machine import (
     ActorFailed,
@@ -218,6 +218,8 @@ class Actor(Mailbox):
         try:
             message = read()
             step = self._decide(message, meta)
+        except JournalError:  # our disk's fault, and no message's
+            raise
         except Exception as error:  # whatever a bug raises, the other messages go on
             if isinstance(error, RowDamaged):
                 self.system.log_damaged(self.name, meta, error)
@@ -255,6 +257,8 @@ class Actor(Mailbox):
         meta = Meta(one.sender, self.system.now(), one.trace)
         try:
             step = self._decide(message, meta)
+        except JournalError:
+            raise
         except Exception as error:
             self.failed_again(release, error)
             return
@@ -274,6 +278,8 @@ class Actor(Mailbox):
             self.system.log_damaged(self.name, meta, error)
             ask.error = ActorFailed(f"{error} (trace {ask.trace})")
             return
+        except JournalError:  # our disk's fault, and no message's
+            raise
         except Exception as error:  # an edge's message is tried once: the edge hears of it
             self.system.log_crash(self.name, meta, error)
             ask.error = ActorFailed(f"{self.name} failed (trace {ask.trace})")
@@ -335,6 +341,8 @@ class Actor(Mailbox):
         except RowDamaged as error:
             self.system.log_damaged(self.name, meta, error)
             return Outcome.WAITS
+        except JournalError:  # our disk's fault, and no message's
+            raise
         except Exception as error:  # our bug: isolate the message, let the link go on behind it
             self.system.log_crash(self.name, meta, error)
             return Outcome.TAKEN if self.quarantined(batch.commit, e, error, meta.now) else Outcome.CRASH
@@ -422,9 +430,9 @@ class Actor(Mailbox):
     async def _finish(self, batch: Batch) -> None:
         """Commit, then let everything leave that waited for it."""
         commit = batch.commit
-        if not commit:
+        if not commit and (self._backlog or self._alarms):
             await trio.lowlevel.checkpoint()  # as with a commit: nobody keeps the others from running
-        else:
+        if commit:
             self.system.crash_point(self.name, "before commit")
             await self.system.journal.commit(commit)
             self.system.crash_point(self.name, "after commit")

@@ -281,9 +281,12 @@ class Journal(trio.abc.Instrument):
     # -- reading committed state (event loop)
     def _read(self, query: str, values: tuple[Any, ...] = ()) -> sqlite3.Cursor:
         """Read. All reads of a task between two of its checkpoints see the same state, while the writer goes on."""
-        if self._looks and not self._reader.in_transaction:
-            self._reader.execute("begin")
-        return self._reader.execute(query, values)
+        try:
+            if self._looks and not self._reader.in_transaction:
+                self._reader.execute("begin")
+            return self._reader.execute(query, values)
+        except sqlite3.Error as error:
+            raise JournalError(f"cannot read the journal: {error}") from error
 
     def after_task_step(self, task: Any) -> None:
         """A task (of whatever part of the process) has come to a checkpoint: what it read belongs together."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from protocol.codec import MAX_MARKS, Envelope
 
 RETIRED_EPOCHS = 8
+FORK = "fork"  # what a sender is told that numbers anew what was numbered before
 Marks = tuple[str, ...]
 _NUMBERED = re.compile(r"(\d+)")
 
@@ -98,10 +99,10 @@ class Position:
         sender who numbers anew what was numbered before: it went back, or there are two of it.
         """
         if e.seq == self.seq:
-            return "" if e.boot == boot_at(self.boots, self.seq) else "fork"
+            return "" if e.boot == boot_at(self.boots, self.seq) else FORK
         if e.after != self.seq:
             return "gap"
-        return "" if e.after_boot == boot_at(self.boots, self.seq) else "fork"
+        return "" if e.after_boot == boot_at(self.boots, self.seq) else FORK
 
     def behind(self, e: Envelope) -> Position:
         """Return the position behind an envelope that was taken here."""

@@ -156,6 +156,8 @@ class Crashes:
 
 def by_rank(deliveries: list[Delivery], node: str, last: str) -> list[list[Delivery]]:
     """Return deliveries by who waits: edges, actors of this node, other nodes; those by turns, beginning behind `last`."""
+    if len(deliveries) == 1:
+        return [list(deliveries)]
     edges: list[Delivery] = []
     ours: list[Delivery] = []
     peers: dict[str, list[Delivery]] = {}

@@ -7,7 +7,7 @@ frames from other nodes to `deliver`.
 from __future__ import annotations
 
 import logging
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +20,7 @@ from actors.kernel.complaints import Complaints
 from actors.kernel.courier import Courier
 from actors.kernel.feed import Feeds
 from actors.kernel.journal import Commit, Journal, JournalError, Posted, RowDamaged, SetAside
+from actors.kernel.lineage import FORK, Marks
 from actors.kernel.machine import (
     AskTimeout,
     Busy,
@@ -34,7 +35,7 @@ from actors.kernel.machine import (
     Transport,
     check_send,
 )
-from actors.kernel.mailbox import CAPACITY, Ask, LinkBatch, LinkBroken, Release
+from actors.kernel.mailbox import CAPACITY, RETIRED, Ask, LinkBatch, LinkBroken, Release
 from actors.kernel.port import PortActor
 from actors.kernel.row_view import RowView
 from actors.kernel.trace import Line, StepLog, step_line
@@ -49,6 +50,7 @@ PEER_FRAMES = 16  # frames of one node that wait for one actor
 TAKEN_BYTES = 64 << 20  # of frames that wait, all in all
 KEPT_DAMAGED = 256  # rows that are named
 KEPT_HEARD = 65536  # links
+KEPT_OLDER = 64  # peers that spoke from older or copied journals
 
 
 class System:
@@ -81,6 +83,7 @@ class System:
         self._taking_bytes = 0
         self._actors: dict[str, Actor | PortActor] = {}
         self._couriers: dict[tuple[str, str], Courier] = {}
+        self.older: OrderedDict[str, str] = OrderedDict()  # peers that spoke from older or copied journals -> what was amiss
         self._heard: set[tuple[str, str]] = set()  # links on which the recipient has acknowledged something to this process
         self._new_links: set[tuple[str, str]] = set()
         self._ask: set[tuple[str, str]] = set()  # links whose recipients are to be asked where they stand
@@ -220,6 +223,8 @@ class System:
             self._taking[quota] -= 1
             if not self._taking[quota]:
                 del self._taking[quota]
+        if link.note in (RETIRED, FORK):
+            self.log_older(link.sender, batch[-1].boot, link.boots)
         return encode_ack(Ack(link.have, link.note, link.boots, link.refused))
 
     async def _busy(self, actor: str, link: LinkBatch) -> bytes:
@@ -356,6 +361,17 @@ class System:
         if one is None:
             raise LookupError(f"no message with number {number} is in quarantine")
         await self.journal.commit(Commit(one.actor, released=[number]))
+
+    def log_older(self, sender: str, boot: str, known: Marks) -> None:
+        """A peer speaks from an older state of its journal, or from a copy of it: nothing of that is taken. Logged once."""
+        latest = known[-1].partition(":")[2] if known else "another one"
+        words = f"its start {boot} numbers messages that its start {latest} numbered before: an older or copied journal"
+        if self.older.get(sender) != words:
+            self.older[sender] = words
+            self.older.move_to_end(sender)
+            if len(self.older) > KEPT_OLDER:
+                self.older.popitem(last=False)
+            log.warning("%s is refused: %s", sender, words)
 
     def log_twice(self, recipient: str) -> None:
         log.error("%s hears another process that speaks as this node, from a copy of its journal", recipient)

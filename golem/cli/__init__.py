@@ -17,6 +17,7 @@ WAITING = {
     "links": ("Messages that are not delivered yet:", ["actor", "waits for", "why"]),
     "timers": ("Timers that could not be handled, and come again:", ["actor", "what", "error", "tries", "next try"]),
     "damagedRows": ("Stored rows that cannot be read; what needs them waits:", ["actor", "row", "why"]),
+    "olderPeers": ("Peers that spoke from an older or copied journal, and were not heard:", ["peer", "what is amiss"]),
     "quarantine": ("Messages set aside, since they crashed their actor (golem quarantine --help):",
                    ["number", "actor", "sender", "error"]),
 }  # fmt: skip

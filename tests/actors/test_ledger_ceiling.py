@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from money import PLATFORM, Done, Node, World
 
+from actors import _ledger_payer
 from actors._ledger_ceiling import COEFFS, COST_CAP, VECTOR
 from actors._ledger_rows import RefusedDocuments
 from protocol.activity import ActivityKnown, ActivityOver
@@ -23,7 +24,7 @@ from protocol.ledger import (
     InvoiceBody,
     encode_body,
 )
-from protocol.types import amount_text, timestamp_text
+from protocol.types import Violation, amount_text, timestamp_text
 
 DURATION, CPU = "golem.usage.duration_sec", "golem.usage.cpu_sec"
 OFFER: dict[str, Any] = {
@@ -338,3 +339,15 @@ def test_no_documents_of_a_provider_take_more_than_price_times_threads_times_tim
         explained = sum((honest((ended.get(name, deal.world.now) - start) * 1.001 + 5) for name in names), Decimal(0))
         owed = Decimal(deal.payer.rows["ledger"]["agreement/a1"].accepted)
         assert owed <= explained + 10_000 * WEI, (seed, owed, explained)
+
+
+def test_nobody_fills_the_payers_disk_with_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    deal = Deal()
+    deal.world.now += HOUR_S
+    with pytest.raises(Violation, match="over the limit"):
+        deal.note("0.01", (1.0, 1.0), previous_debit_note_id="x" * _ledger_payer.MAX_NOTE_BYTES)
+    monkeypatch.setattr(_ledger_payer, "MAX_DOCUMENTS_BYTES", 2000)
+    answers = [taken(deal.note("0.01", (1.0, 1.0), previous_debit_note_id="x" * 400)) for _ in range(6)]
+    assert answers == sorted(answers, reverse=True), "the first ones are taken, the rest is not"
+    assert 2000 <= deal.payer.rows["ledger"]["agreement/a1"].document_bytes < 4000
+    assert not answers[-1]

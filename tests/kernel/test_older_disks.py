@@ -287,6 +287,7 @@ async def test_a_copied_data_directory_that_runs_on_two_machines_loses_nothing_o
                 assert [word for word in heard(b) if word in delivered] == delivered
                 assert set(left[twin]) | set(heard(b)) >= set(words)
             refused = next(twin for twin in said if left[twin])
+            assert "copied journal" in b.older["A/talk"]
             assert "refused" in refused.troubles()[0][2]
         # the other machine is switched off; this one starts again, and goes on
         disk_left = first if refused is a1 else second

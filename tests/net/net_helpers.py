@@ -24,7 +24,7 @@ from golem.net import NetConfig, Network, Timing, open_network
 from golem.net.host import Host
 
 FAST = Timing(
-    dial_timeout_s=2,
+    dial_timeout_s=15,  # both ends of a dial share this machine with all that else runs there
     dial_stagger_s=0.1,
     open_timeout_s=2,
     mux_ping_s=0.2,

@@ -373,8 +373,9 @@ async def test_a_peer_cannot_open_streams_without_end() -> None:
         host.serve_streams("/echo", echo_stream)
         async with stock_host(KEYS[8]) as attacker:
             mux = await dial_stock(attacker, host)
-            for number in range(1001, 3001, 2):
-                await mux._write_frame(frame(WINDOW_UPDATE, SYN, number, 0))
+            with contextlib.suppress(IOException):  # it may be cut off before it has done all that
+                for number in range(1001, 3001, 2):
+                    await mux._write_frame(frame(WINDOW_UPDATE, SYN, number, 0))
             await trio.sleep(0.2)
             for conns in host.swarm.connections.values():
                 for conn in conns:

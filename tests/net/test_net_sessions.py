@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,8 @@ def process(path: Path, number: int, port: int = 0) -> Iterator[tuple[subprocess
 
 @trio_test
 async def test_an_address_told_while_another_is_tried_is_tried_too(tmp_path: Path) -> None:
-    async with nodes(tmp_path) as (one, two), trio.open_nursery() as nursery:
+    impatient = replace(FAST, dial_timeout_s=1)  # one dial is to fail
+    async with nodes(tmp_path, timing=impatient) as (one, two), trio.open_nursery() as nursery:
         (mute,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
         heard = trio.Event()
 

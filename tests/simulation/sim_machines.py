@@ -36,6 +36,14 @@ class SetAlarm(Message, frozen=True):
     after_s: float
 
 
+class SetAlarms(Message, frozen=True):
+    """Many at once, for one time."""
+
+    id: str
+    number: int
+    after_s: float
+
+
 class MoveAlarm(Message, frozen=True):
     id: str
     alarm: str
@@ -175,7 +183,7 @@ class Bank:
     """Pays other banks, orders transfers from the chain port, sets alarms, throws bombs."""
 
     name = "bank"
-    local = Pay | Order | SetAlarm | MoveAlarm | SendBomb | Mined | News | Ring | Undelivered
+    local = Pay | Order | SetAlarm | SetAlarms | MoveAlarm | SendBomb | Mined | News | Ring | Undelivered
     peer = Coins | Receipt | Bomb
     rows = Balance | Paid | Got | Last | Ordered | Bombed | Alarm | Seen
 
@@ -184,7 +192,7 @@ class Bank:
 
     def handle(self, rows: Rows, message: Any, meta: Meta) -> Step:
         """Dispatch on the kind of message."""
-        if isinstance(message, Pay | Order | SetAlarm | MoveAlarm | SendBomb):
+        if isinstance(message, Pay | Order | SetAlarm | SetAlarms | MoveAlarm | SendBomb):
             if f"did/{message.id}" in rows:
                 return Step({}, [Reply(Refused("conflict", "done before"))])
             step = self.command(rows, message, meta)
@@ -207,6 +215,9 @@ class Bank:
             case SetAlarm(id, after_s):
                 at = meta.now + after_s
                 return Step({f"alarm/{id}": Alarm(at)}, [Wake(id, at, Ring(id))])
+            case SetAlarms(id, number, after_s):
+                at, ids = meta.now + after_s, [f"{id}.{one}" for one in range(number)]
+                return Step({f"alarm/{one}": Alarm(at) for one in ids}, [Wake(one, at, Ring(one)) for one in ids])
             case MoveAlarm(_, alarm, after_s):
                 row = rows.get(f"alarm/{alarm}")
                 if row is None or row.rung or row.taken_away:

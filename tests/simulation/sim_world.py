@@ -32,10 +32,11 @@ from sim_machines import (
     Pay,
     SendBomb,
     SetAlarm,
+    SetAlarms,
 )
 
-from actors.kernel.journal import Commit, Journal, JournalClosed
-from actors.kernel.machine import AskTimeout, Busy, LinkDown, NodeFailed, Publish, Send
+from actors.kernel.journal import Commit, Journal, JournalError
+from actors.kernel.machine import ActorFailed, AskTimeout, Busy, LinkDown, NodeFailed, Publish, Send
 from actors.kernel.system import System
 from protocol.codec import decode_ack
 from protocol.types import Message, Violation
@@ -81,6 +82,10 @@ class Faults:
     ack_flush_s: float
     capacity: int
     lose_disk: bool
+    disk_errors: float  # how often a read or a write of the disk fails
+    damage_every_s: float  # rows that cannot be read for a while
+    clocks_s: float  # how far apart the nodes' clocks are
+    clock_steps_every_s: float
 
     @classmethod
     def drawn(cls, rng: random.Random) -> Faults:
@@ -91,7 +96,8 @@ class Faults:
             crash_point=rng.choice((0, 0.01, 0.03)), crash_every_s=rng.choice((0, 15, 50)),
             partition_every_s=rng.choice((0, 20)), disk_s=rng.choice((0, 0.02, 0.8)), hang_up=rng.choice((0, 0.05)),
             flaky_chain=rng.choice((0, 0.1, 0.6)), flaky_alarms=rng.choice((0, 0.4)), ack_flush_s=rng.choice((0.05, 1)),
-            capacity=rng.choice((1, 4, 256)), lose_disk=lose_disk,
+            capacity=rng.choice((1, 4, 256)), lose_disk=lose_disk, disk_errors=rng.choice((0, 0, 0.01)),
+            damage_every_s=rng.choice((0, 30)), clocks_s=rng.choice((0, 20)), clock_steps_every_s=rng.choice((0, 25)),
         )  # fmt: skip
 
 
@@ -105,18 +111,30 @@ class SimJournal(Journal):
         for recipient, seq in commit.expired:
             if host.acked.get((commit.actor, recipient), 0) >= seq:
                 raise Broken(f"{host.name}/{commit.actor} gave up {recipient}#{seq}, which was acknowledged")
-        for relink in commit.relinked:
-            host.acked.pop((commit.actor, relink.recipient), None)
+        for mend in commit.relinked:
+            host.acked.pop((commit.actor, mend.recipient), None)
+            host.world.reached[type(mend).__name__] += 1
         await super().commit(commit)
 
     async def _store(self, commits: list[Commit], acks: dict[tuple[str, str], int]) -> None:
         world = self.host.world
         await world.pause(world.faults.disk_s)
         world.may_crash()
+        if world.chance(world.faults.disk_errors):
+            world.reached["disk full"] += 1
+            raise JournalError("cannot write the journal: database or disk is full")
         self._write(commits, acks)
         world.note("disk", self.host.name, len(commits), len(acks))
         world.may_crash()
         await world.pause(world.faults.disk_s)
+
+
+    def _read(self, query: str, values: tuple[Any, ...] = ()) -> sqlite3.Cursor:
+        world = self.host.world
+        if self.host.system is not None and world.chance(world.faults.disk_errors / 50):
+            world.reached["read error"] += 1
+            raise JournalError("cannot read the journal: disk I/O error")
+        return super()._read(query, values)
 
 
 class SimSystem(System):
@@ -128,6 +146,9 @@ class SimSystem(System):
         known = self.host.acked
         known[actor, recipient] = max(seq, known.get((actor, recipient), 0))
         super().acknowledged(actor, recipient, seq)
+
+    def log_twice(self, recipient: str) -> None:
+        raise Broken(f"{self.host.name} is told by {recipient} that it runs twice, and it does not")
 
     def released(self, actor: str, commit: Commit, published: Sequence[Publish]) -> None:
         self.host.world.may_crash()
@@ -167,6 +188,7 @@ class Wire:
         if world.disks_of(self.source, node) != epochs:  # the connection died with the process that had it
             raise LinkDown(f"{node} hung up")
         ack = await world.hosts[node].take(frame, self.source)
+        world.reached[f"ack: {decode_ack(ack).note or 'all'}"] += 1
         if world.chance(faults.copies) and decode_ack(ack).have:
             world.nursery.start_soon(world.late_copy, self.source, node, frame)
         await world.pause(faults.delay_s)
@@ -203,6 +225,11 @@ class Host:
         self.next_disk: sqlite3.Connection | None = None  # with which the process starts after its end
         self.backups: list[sqlite3.Connection] = []
         self.restored = 0
+        self.clock_s = 0.0  # how much the clock is fast
+
+    def clock(self) -> float:
+        """Return what the machine's clock says."""
+        return EPOCH_S + trio.current_time() + self.clock_s
 
     def new_disk(self, like: sqlite3.Connection | None = None) -> sqlite3.Connection:
         """Return an empty disk, or a copy of one as it is now."""
@@ -224,7 +251,7 @@ class Host:
                         self.system = self.nursery = None
             except* (Crash, NodeFailed):
                 pass
-            except* JournalClosed:  # a client was still at work when the process had died
+            except* JournalError:  # a client was still at work when the process had died
                 pass
             world.crashes += 1
             world.note("crash", self.name)
@@ -244,7 +271,7 @@ class Host:
         journal.host, journal.ack_flush_s = self, world.faults.ack_flush_s
         self.acked = {}
         system = SimSystem(
-            self.name, journal, Wire(world, self.name), clock=lambda: EPOCH_S + trio.current_time(),
+            self.name, journal, Wire(world, self.name), clock=self.clock,
             new_trace=lambda: f"{self.name}{next(numbers)}", jitter=lambda: world.rng.uniform(0.8, 1.2),
             crash_point=lambda actor, moment: world.may_crash(),
         )  # fmt: skip
@@ -300,7 +327,7 @@ class Host:
                 try:
                     reply = await system.ask(actor, message, timeout_s=world.rng.choice((0.1, 10)))
                     break
-                except (AskTimeout, Busy):
+                except (ActorFailed, AskTimeout, Busy):  # the disk fails, a row cannot be read: all passes
                     await trio.sleep(1)
             world.note("answer", self.name, name, type(reply).__name__)
             self.client.promised.add(name)
@@ -339,7 +366,7 @@ class Host:
         while True:
             await trio.sleep(10)
             after = seen[-1][1] if seen else 0.0
-            seen += [(e.seq, e.at, e.body) for e in system.feeds.read_after(feed, after, 3)]
+            seen += [(e.seq, e.at, e.body) for e in system.feeds.read_after(feed, after, 200)]
 
     async def take_jobs(self, system: SimSystem) -> None:
         """Take events that are handed out once, with little patience."""
@@ -397,6 +424,8 @@ class World:
             for _ in range(2):  # in the calm phase, when everything must be on time
                 commands.append((SETTLED_S + at(), "bank", Pay(id("pay"), rng.choice(others), 1, FOREVER_S)))
                 commands.append((SETTLED_S + at(), "bank", SetAlarm(id("alarm"), rng.uniform(0, 60))))
+            if rng.random() < 0.1:  # more of them due at once than are looked at
+                commands.append((at(), "bank", SetAlarms(id("alarms"), rng.randrange(300, 700), rng.uniform(0, 60))))
             for _ in range(rng.randrange(5)):
                 alarm = id("alarm")
                 start = at()
@@ -453,6 +482,33 @@ class World:
                     for host, other in (hosts, hosts[::-1]):
                         if host.system is not None:
                             host.system.peer_up(other.name)
+
+    async def step_clocks(self) -> None:
+        """Set clocks, forward and back; in the calm phase all are right again."""
+        for host in self.hosts.values():
+            host.clock_s = self.rng.uniform(-1, 1) * self.faults.clocks_s
+        while self.faults.clock_steps_every_s and not self.calm:
+            await trio.sleep(self.rng.expovariate(1 / self.faults.clock_steps_every_s))
+            if not self.calm:
+                self.rng.choice(list(self.hosts.values())).clock_s += self.rng.uniform(-20, 20)
+                self.reached["clock step"] += 1
+
+    async def damage_rows(self) -> None:
+        """Make a row unreadable for a while."""
+        while self.faults.damage_every_s and not (self.calm or self.faults.lose_disk):  # observers read when a disk is lost
+            await trio.sleep(self.rng.expovariate(1 / self.faults.damage_every_s))
+            host = self.rng.choice(list(self.hosts.values()))
+            db = host.db
+            found = [] if host.system is None else db.execute("select actor, key, body from row order by actor, key").fetchall()
+            if self.calm or not found:
+                continue
+            actor, key, body = self.rng.choice(found)
+            bad = body[:-1] + bytes([body[-1] ^ 1])
+            update = "update row set body=? where actor=? and key=? and body=?"
+            db.execute(update, (bad, actor, key, body))
+            self.reached["damaged row"] += 1
+            await trio.sleep(self.rng.uniform(0, 15))
+            db.execute(update, (body, actor, key, bad))  # unless it was written anew
 
     async def part(self) -> None:
         """Cut and mend connections."""
@@ -525,8 +581,12 @@ class World:
             self.nursery.start_soon(self.part)
             self.nursery.start_soon(self.keep_sessions)
             self.nursery.start_soon(self.burn_disks)
+            self.nursery.start_soon(self.step_clocks)
+            self.nursery.start_soon(self.damage_rows)
             await trio.sleep(SAFETY_S)
             self.calm, self.cut = True, set()
+            for host in self.hosts.values():
+                host.clock_s = 0.0
             end = trio.current_time() + CONVERGE_S
             while (waits := sim_checks.unsettled(self)) and trio.current_time() < end:
                 await trio.sleep(20)

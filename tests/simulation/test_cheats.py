@@ -16,10 +16,12 @@ import pytest
 from cheat_world import ACCEPT, ADDRESS, DAY_S, INTERVAL, SECOND, TIMEOUT, Cheat, CheatWorld
 from msgspec.structs import replace
 
+from actors import _provider_credit, provider
 from actors._provider_negotiators import Terms
 from protocol import ledger as money
 from protocol import negotiation as talk
 from protocol.negotiation import agreement_body
+from protocol.provider import CreditDue
 from protocol.signing import Document, sign
 from protocol.types import Message
 
@@ -343,3 +345,33 @@ def test_no_message_of_a_stranger_takes_more_than_the_figures(chunk: int) -> Non
         except BaseException:
             print(f"seed {seed} fails (replay: SIM_SEED={seed} pytest {__file__})")
             raise
+
+
+# -- mutants: a fault that the search does not find would be a hole in it
+def nothing(*args: Any, **kwargs: Any) -> Any:
+    """Do nothing."""
+
+
+MUTANTS: dict[str, Any] = {
+    "nobody looks at the credit": lambda m: (
+        m.setitem(provider._HANDLERS, CreditDue, nothing),
+        m.setattr(_provider_credit, "judge", lambda *args: Decimal(1000)),
+    ),
+    "debts are forgotten with their agreement": lambda m: m.setattr(
+        _provider_credit, "over", lambda turn, row: turn.put(f"debt/{row.requestor}/{row.agreement_id}", None)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_fault_is_found_by_the_search(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    MUTANTS[name](monkeypatch)
+    assert any(fails(seed) for seed in range(40)), f"nobody found out that {name}"
+
+
+def fails(seed: int) -> bool:
+    try:
+        search(seed)
+    except AssertionError:
+        return True
+    return False
