@@ -332,8 +332,9 @@ def test_damaged_files(tmp_path: Path, file: str, content: str, expected: str) -
     folder = tmp_path / "node"
     folder.mkdir()
     (folder / file).write_text(content)
-    flags = () if file == "keystore.json" else ("--plain-key",)
-    assert expected in refused(tmp_path, "--api-url", "http://127.0.0.1:0", *flags, GOLEM_PASSWORD="secret")
+    password = {"GOLEM_PASSWORD": "a long secret"} if file == "keystore.json" else {}
+    flags = () if password else ("--plain-key",)
+    assert expected in refused(tmp_path, "--api-url", "http://127.0.0.1:0", *flags, **password)
 
 
 def test_the_data_directory_is_a_file(tmp_path: Path) -> None:
@@ -432,7 +433,7 @@ def test_a_full_disk_ends_the_node(tmp_path: Path) -> None:
 
     disk = tmp_path / "node"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True, text=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m,mode=0700", "tmpfs", str(disk)], capture_output=True, text=True)
     if mounted.returncode:
         pytest.skip(f"cannot mount a small disk: {mounted.stderr.strip()}")
     try:

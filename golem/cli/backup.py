@@ -32,10 +32,10 @@ def backup(file: Path) -> None:
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 def restore(file: Path) -> None:
-    """Put a backup back, into the data directory of a node that does not run.
+    """Put a backup back, while the node is stopped.
 
-    What is there now is kept in a folder beside it. At its next start the node asks its peers what was signed since, and
-    signs no payment before it knows that none was made since, or `golem payment resume` says so.
+    What is in the data directory now is kept in a folder beside it. At its next start the node asks its peers what was
+    signed since, and signs no payment before it knows that none was made since, or `golem payment resume` says so.
     """
     from golem.backup import BackupError
     from golem.backup import restore as put_back
