@@ -15,6 +15,7 @@ from money import PLATFORM
 
 from actors.activity import ActivityRow, BatchRow
 from actors.agreement_rows import OPEN, Agreement, lapsed
+from actors.kernel.journal import JournalError
 from actors.kernel.machine import ActorFailed, AskTimeout, Busy
 from actors.ledger import Allocation, PaymentDocument, acceptance_of
 from actors.proposals import Proposal
@@ -68,8 +69,8 @@ class Agent:
             await trio.sleep(world.pace_s if world.closing else world.rng.uniform(0.3, 4))
             try:
                 await self.turn()
-            except (AskTimeout, Busy, ActorFailed):
-                pass
+            except (AskTimeout, Busy, ActorFailed, JournalError):
+                pass  # the next look is soon
 
     async def turn(self) -> None:
         raise AssertionError
