@@ -379,6 +379,11 @@ class Host:
             await trio.sleep(1)
 
 
+async def _come_up(system: SimSystem, node: str) -> None:
+    """A session to `node` is there: a process of its own node, which a disk that cannot be read ends."""
+    system.peer_up(node)
+
+
 class World:
     """Everything outside of the nodes, and the history of what happened."""
 
@@ -480,8 +485,8 @@ class World:
                 elif self.sessions.get(pair) != ends:
                     self.sessions[pair] = ends
                     for host, other in (hosts, hosts[::-1]):
-                        if host.system is not None:
-                            host.system.peer_up(other.name)
+                        if host.system is not None and host.nursery is not None:
+                            host.nursery.start_soon(_come_up, host.system, other.name)
 
     async def step_clocks(self) -> None:
         """Set clocks, forward and back; in the calm phase all are right again."""
