@@ -20,7 +20,7 @@ from test_simulation import chosen_seed, first_cause
 
 from actors import _ledger_documents, _ledger_payer, _ledger_payments, agreements, ledger
 from actors.activity import Activity
-from actors.wallet import Wallet
+from actors.wallet import CONFIRMED, Wallet
 from protocol.ledger import VerifyAgain
 
 SEEDS = int(os.environ.get("MARKET_SEEDS", "80"))
@@ -85,12 +85,12 @@ def owe_all(owe: Callable[..., Any]) -> Callable[..., Any]:
     return mutant
 
 
-def mined_twice(method: Any) -> Any:
+def confirmed_twice(method: Any) -> Any:
     """A wallet that hears of an end twice and takes it for two."""
 
     def mutant(self: Wallet, draft: Any, fact: Any) -> None:
         batch = draft.get(f"batch/{fact.batch_id}")
-        if batch.state == "MINED":
+        if batch.state == CONFIRMED:
             for payee in batch.payees:
                 for order_id in payee.order_ids:
                     self._queue(draft, replace(draft.get(f"order/{order_id}"), state="QUEUED"))
@@ -112,8 +112,8 @@ MUTANTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "documents are owed in full": lambda m: m.setattr(_ledger_payer, "owe", owe_all(_ledger_documents.owe)),
     "allocations are not charged": lambda m: m.setattr(_ledger_payer, "charge", ignore),
     "acceptances are not told": lambda m: m.setattr(_ledger_payer, "DocumentAccepted", _ledger_payer.DocumentReceived),
-    "a batch that is mined again is paid again": lambda m: m.setattr(
-        Wallet, "_transfer_mined", mined_twice(Wallet._transfer_mined)
+    "a batch that is confirmed again is paid again": lambda m: m.setattr(
+        Wallet, "_transfer_confirmed", confirmed_twice(Wallet._transfer_confirmed)
     ),
     "failed batches are forgotten": lambda m: m.setattr(Wallet, "_transfer_failed", ignore),
     "a command runs again in a new exe-unit": lambda m: m.setattr(
