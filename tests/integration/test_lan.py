@@ -41,7 +41,7 @@ method, url, key, body = sys.argv[1:]
 headers = {"Authorization": "Bearer " + key, "Content-Type": "application/json"}
 request = urllib.request.Request(url, body.encode() or None, headers, method=method)
 try:
-    answer = urllib.request.urlopen(request, timeout=patience(30))
+    answer = urllib.request.urlopen(request, timeout=300)
 except urllib.error.HTTPError as error:
     sys.exit(f"{method} {url}: {error.code} {error.read().decode()}")
 sys.stdout.write(answer.read().decode())
