@@ -11,7 +11,7 @@ from money import PLATFORM, Done, Node, World
 from actors.ledger import Agreement, Order, Payment, acceptance_of, total_of
 from protocol.ledger import Recall, Recalled
 from protocol.types import PeerLost, Violation
-from protocol.wallet import RunCycle, TransferFailed, TransferMined, TransferSent
+from protocol.wallet import RunCycle, TransferConfirmed, TransferFailed, TransferMined, TransferSent
 
 
 @pytest.fixture
@@ -246,7 +246,12 @@ def test_news_of_a_batch_that_was_forgotten_crash_nothing(world: World) -> None:
     world.run()
     forget(world, payer, backup)
     (batch_id,) = world.batches
-    for fact in (TransferSent(batch_id, "0x1"), TransferMined(batch_id, "0x1", 7, 1, "0"), TransferFailed(batch_id, "x")):
+    for fact in (
+        TransferSent(batch_id, "0x1"),
+        TransferMined(batch_id, "0x1", 7),
+        TransferConfirmed(batch_id, "0x1", 7, 1, "0"),
+        TransferFailed(batch_id, "x"),
+    ):
         world.tell(payer, fact, f"{payer.id}/chain", "wallet")
     assert not payer.all(Payment, "payment/")
 
