@@ -66,6 +66,9 @@ class Witness:
     async def block_hash(self, number: int) -> str | None:
         return await self.ask(lambda: self._rpc.block_hash(number))
 
+    async def block(self, number: int) -> tuple[str, int] | None:
+        return await self.ask(lambda: self._rpc.block(number))
+
     async def receipt(self, tx_hash: str) -> Receipt | None:
         return await self.ask(lambda: self._rpc.receipt(tx_hash))
 
