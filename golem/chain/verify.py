@@ -70,12 +70,10 @@ async def _verify(
     shown = await evidence.receipts(await evidence.views(), [tx_hash])
     if not shown:
         return await _missing(evidence, network, tx_hash)
-    final = []
-    for view, receipt in shown:
-        if view.head.number - receipt.block < network.depth:
-            continue
-        if await view.witness.block_hash(receipt.block) == receipt.block_hash:
-            final.append(receipt)
+    try:
+        final = [receipt for _, receipt in await evidence.final(shown)]
+    except Unclear as unclear:
+        return NotYet(str(unclear))
     if not final:
         depth = max(view.head.number - receipt.block for view, receipt in shown)
         if depth < network.depth:
