@@ -126,6 +126,7 @@ class VerifyTransfer(Message, frozen=True):
     payee: str
     amount: str
     already_claimed: str
+    not_before: float = 0.0  # a transfer in an older block does not pay this: it was made for something else
 
 
 class TransferVerified(Message, frozen=True):

@@ -278,7 +278,7 @@ class Engine:
             self.store.mark_mined(tx.id, receipt.block, receipt.block_hash, receipt.hash)
             await self._tell(tx, TransferMined(tx.batch_id, receipt.hash, receipt.block))
             self._checkpoint("mined")
-        for view, receipt in await self.evidence.final(shown):
+        for (view, receipt), _ in await self.evidence.final(shown):
             await self._final(tx, view, receipt, shown)
             return
 

@@ -66,6 +66,9 @@ class Witness:
     async def block_hash(self, number: int) -> str | None:
         return await self.ask(lambda: self._rpc.block_hash(number))
 
+    async def block(self, number: int) -> tuple[str, int] | None:
+        return await self.ask(lambda: self._rpc.block(number))
+
     async def receipt(self, tx_hash: str) -> Receipt | None:
         return await self.ask(lambda: self._rpc.receipt(tx_hash))
 
@@ -209,18 +212,19 @@ class Evidence:
         answers, _ = await self.each([view.witness for view in views], lambda each: look(by_name[each.name]))
         return [Shown(by_name[witness.name], receipt) for witness, receipt in answers if receipt is not None]
 
-    async def final(self, shown: Sequence[Shown]) -> list[Shown]:
-        """The receipts that are deep enough, in a block that their RPC still has. Unclear when none of those who show one
-        says whether it has the block."""
-        found: list[Shown] = []
+    async def final(self, shown: Sequence[Shown]) -> list[tuple[Shown, int]]:
+        """The receipts that are deep enough, in a block that their RPC still has, and that block's time. Unclear when none
+        of those who show one says whether it has the block."""
+        found: list[tuple[Shown, int]] = []
         mute: list[Story] = []
         for each in shown:
             view, receipt = each
             if view.head.number - receipt.block < self._network.depth:
                 continue
             try:
-                if await view.witness.block_hash(receipt.block) == receipt.block_hash:
-                    found.append(each)
+                block = await view.witness.block(receipt.block)
+                if block is not None and block[0] == receipt.block_hash:
+                    found.append((each, block[1]))
             except RpcError as error:
                 mute.append(Story(view.name, f"shows {receipt.hash} in block {receipt.block}, and not that block: {error}"))
         if mute and len(mute) == len(shown):

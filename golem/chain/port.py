@@ -23,7 +23,7 @@ import trio
 from actors.kernel.machine import Meta, Send
 from golem.chain import desk, token
 from golem.chain import networks as table
-from golem.chain.claims import Claim, Claims
+from golem.chain.claims import Claim, Claims, Turns
 from golem.chain.devchain import DevChainError, ensure_devchain
 from golem.chain.engine import FAULTS, Engine
 from golem.chain.networks import DRIVER, SIMULATED, Network, Networks
@@ -106,7 +106,7 @@ class Chain:
         )
         self._claims = Claims(config.data_dir / "chain.db")
         self._purses = Purses(config.data_dir / "chain.db")
-        self._claimed = trio.Event()
+        self._claimed, self._turns = trio.Event(), Turns()
         self._up = trio.Event()
         self._rpcs: dict[str, Rpc] = {}
         self._engines: dict[str, Engine] = {}
@@ -222,6 +222,7 @@ class Chain:
                 to_wei(amount(claim.amount)),
                 to_wei(amount(claim.already_claimed)),
                 self._clock(),
+                claim.not_before,
             )
         )
         self._claimed.set()
@@ -231,18 +232,19 @@ class Chain:
         await self._system.post(self.name, [Send("wallet", news)])
 
     async def _verify_claims(self) -> None:
+        """Look at one claim after the other; what comes meanwhile has its turn after the look that is under way."""
         while True:
             self._claimed = trio.Event()
-            claims = self._claims.all()
-            for claim in claims:
-                await self._verify(claim)
-            poll_s = min(row.poll_s for row in self.networks) if self._claims.all() else float("inf")
-            with trio.move_on_after(poll_s):
+            # those that were taken under another profile wait until that is back
+            claims = [claim for claim in self._claims.all() if claim.platform in self.networks.platforms]
+            found = self._turns.next(claims, trio.current_time())
+            if isinstance(found, Claim):
+                await self._verify(found)
+                continue
+            with trio.move_on_at(found):
                 await self._claimed.wait()
 
     async def _verify(self, claim: Claim) -> None:
-        if claim.platform not in self.networks.platforms:
-            return  # taken under another profile: it waits until that is back
         network = self.networks.by_platform(claim.platform)
         found = await verify_transfer(
             self._rpcs[network.chain],
@@ -252,10 +254,13 @@ class Chain:
             claim.payee,
             claim.amount_wei,
             claim.claimed_wei,
+            claim.not_before,
         )
         answer: Message
         if isinstance(found, NotYet):
-            if not found.unknown or self._clock() - claim.created < UNKNOWN_S:
+            age_s = self._clock() - claim.created
+            if not found.unknown or age_s < UNKNOWN_S:
+                self._turns.rest(claim, trio.current_time(), network.poll_s, age_s)
                 return
             answer = TransferRejected(claim.claim_id, found.reason)
         elif isinstance(found, Rejected):

@@ -124,13 +124,19 @@ class Rpc:
         return Head(block["number"], _lower(block["hash"]), block.get("baseFeePerGas", 0), block["timestamp"])
 
     @_understood
-    async def block_hash(self, number: int) -> str | None:
-        """Hash of the canonical block `number`, None when there is none (yet)."""
+    async def block(self, number: int) -> tuple[str, int] | None:
+        """Hash and time of the canonical block `number`, None when there is none (yet)."""
         web3 = await self.web3()
         try:
-            return _lower((await web3.eth.get_block(number))["hash"])
+            block = await web3.eth.get_block(number)
         except web3.golem_not_found:
             return None
+        return _lower(block["hash"]), int(block["timestamp"])
+
+    async def block_hash(self, number: int) -> str | None:
+        """Hash of the canonical block `number`, None when there is none (yet)."""
+        block = await self.block(number)
+        return block and block[0]
 
     @_understood
     async def balance(self, address: str) -> int:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-SCHEMA_NUMBER = 4  # with each change of the tables one more
+SCHEMA_NUMBER = 5  # with each change of the tables one more
 SCHEMA = """
 create table batch(
   account text, id text, payees text, state text, reason text, announced int, seq integer primary key,
@@ -39,7 +39,7 @@ create table generation(one int primary key, boot text);
 create table chain(id text primary key, genesis text);
 create table claim(
   id text primary key, platform text, tx_hash text, payer text, payee text, amount_wei text, claimed_wei text,
-  created real, checksum int);
+  created real, not_before real, checksum int);
 create table purse(chain text, address text, gas_wei text, token_wei text, at real, primary key(chain, address));
 """
 OPEN = ("signed", "sent", "mined")

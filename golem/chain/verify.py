@@ -1,7 +1,8 @@
 """The payee's side: does this transaction really pay what is claimed of it? Nothing that the payer says is trusted.
 
 The answer is asked of our own RPCs: chain id (checked by the pool), success, a canonical block deep enough, and the sum
-of the token's own Transfer logs from payer to payee, less what the same transaction has settled before. A receipt under any
+of the token's own Transfer logs from payer to payee, less what the same transaction has settled before. Its block is not
+older than what is paid: money that moved before an agreement was made was for something else. A receipt under any
 of them counts; that one of them knows of none proves nothing, and RPCs that contradict one another are asked again.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 from golem.chain.contracts import TRANSFER_TOPIC
 from golem.chain.evidence import Evidence, Unclear
@@ -46,9 +48,16 @@ class Rejected:
 
 
 async def verify_transfer(
-    rpc: Rpc, network: Network, tx_hash: str, payer: str, payee: str, amount_wei: int, already_claimed_wei: int = 0
+    rpc: Rpc,
+    network: Network,
+    tx_hash: str,
+    payer: str,
+    payee: str,
+    amount_wei: int,
+    already_claimed_wei: int = 0,
+    not_before: float = 0.0,
 ) -> Verified | NotYet | Rejected:
-    """Does `tx_hash` pay `payee` at least `amount_wei` beyond `already_claimed_wei`? Never raises for a bad claim."""
+    """Does `tx_hash` pay `payee` at least `amount_wei` beyond `already_claimed_wei`, in no older block? Never raises."""
     if not _HASH.match(tx_hash):
         return Rejected(f"not a transaction hash: {tx_hash[:80]!r}")
     try:
@@ -58,22 +67,30 @@ async def verify_transfer(
     if amount_wei <= 0 or already_claimed_wei < 0:
         return Rejected(f"amount out of range: {amount_wei} wei, {already_claimed_wei} claimed before")
     try:
-        return await _verify(rpc, network, tx_hash, payer, payee, amount_wei, already_claimed_wei)
+        return await _verify(rpc, network, tx_hash, payer, payee, amount_wei, already_claimed_wei, not_before)
     except RpcError as error:
         return NotYet(f"{network.name}: {error}")
 
 
 async def _verify(
-    rpc: Rpc, network: Network, tx_hash: str, payer: str, payee: str, amount_wei: int, already_claimed_wei: int
+    rpc: Rpc,
+    network: Network,
+    tx_hash: str,
+    payer: str,
+    payee: str,
+    amount_wei: int,
+    already_claimed_wei: int,
+    not_before: float,
 ) -> Verified | NotYet | Rejected:
     evidence = Evidence(rpc, network, payer, lambda tx_hash: True)
     shown = await evidence.receipts(await evidence.views(), [tx_hash])
     if not shown:
         return await _missing(evidence, network, tx_hash)
     try:
-        final = [receipt for _, receipt in await evidence.final(shown)]
+        found = await evidence.final(shown)
     except Unclear as unclear:
         return NotYet(str(unclear))
+    final, times = [receipt for (_, receipt), _ in found], {seconds for _, seconds in found}
     if not final:
         depth = max(view.head.number - receipt.block for view, receipt in shown)
         if depth < network.depth:
@@ -83,6 +100,13 @@ async def _verify(
         await evidence.agreed(final[0].block, final[0].block_hash)
     except Unclear as unclear:
         return NotYet(f"RPCs contradict one another: {unclear}")
+    if len(times) > 1:
+        return NotYet(f"RPCs contradict one another: block {final[0].block} is of {' or of '.join(map(str, sorted(times)))}")
+    if max(times) < not_before:
+        return Rejected(
+            f"transaction {tx_hash} is older than what it is to pay: its block is of {when(max(times))}, "
+            f"and the money may have moved since {when(not_before)}"
+        )
     # only now is the outcome final: a reorganisation may turn failure into success and the reverse
     if not any(receipt.succeeded for receipt in final):
         return Rejected(f"transaction {tx_hash} was reverted")
@@ -95,6 +119,11 @@ async def _verify(
             f"less than the {amount_wei} claimed"
         )
     return Verified(moved)
+
+
+def when(seconds: float) -> str:
+    """A time of the epoch in words."""
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
 async def _missing(evidence: Evidence, network: Network, tx_hash: str) -> NotYet:

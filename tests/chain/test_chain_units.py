@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from web3 import Web3
 
 from golem.chain import contracts, networks, token
-from golem.chain.claims import Claim, Claims
+from golem.chain.claims import FEW, Claim, Claims, Turns
 from golem.chain.contracts import build
 from golem.chain.devchain import genesis
 from golem.chain.networks import Platform, parse_platform
@@ -190,3 +191,70 @@ def test_a_damaged_claim_is_forgotten_and_asked_again(tmp_path: Path) -> None:
     assert claims.all() == [good]
     claims.add(replace(good, claim_id="c2"))
     assert len(claims.all()) == 2
+
+
+def _claim(claim_id: str, payer: str, created: float = 0.0) -> Claim:
+    return Claim(claim_id, "erc20-local-tglm", "0x" + "1" * 64, address_of(payer), address_of("b"), 10**15, 0, created)
+
+
+def test_a_repeated_claim_keeps_its_age(tmp_path: Path) -> None:
+    claims = Claims(tmp_path / "chain.db")
+    claims.add(_claim("c1", "liar", 100.0))
+    for now in (160.0, 220.0, 1900.0):
+        claims.add(replace(_claim("c1", "liar", now), claimed_wei=7))
+    assert [(claim.created, claim.claimed_wei) for claim in claims.all()] == [(100.0, 7)]
+    claims.add(replace(_claim("c1", "liar", 2000.0), tx_hash="0x" + "2" * 64))
+    assert [claim.created for claim in claims.all()] == [2000.0], "another transaction is another claim"
+
+
+@pytest.mark.parametrize("liars", [1, 7])
+def test_a_thousand_false_claims_delay_an_honest_one_by_a_look_a_liar(tmp_path: Path, liars: int) -> None:
+    """Time passes by looks alone: a look takes 0.2 s, and a false claim is unknown each time."""
+    turns, now, look_s, poll_s, seen = Turns(), 0.0, 0.2, 4.0, 0
+    claims = [_claim(f"f{i}", f"liar {i % liars}") for i in range(1000)]
+    for _ in range(500):
+        found = turns.next(claims, now)
+        if not isinstance(found, Claim):
+            now = found
+            continue
+        now, seen = now + look_s, seen + 1
+        turns.rest(found, now, poll_s, now - found.created)
+    assert seen <= 500
+    for i in range(20):  # now an honest payer settles, twice a claim: not deep enough at first
+        honest = _claim(f"h{i}", "honest", now)
+        waits = 0
+        for look in range(2):
+            while (found := turns.next([*claims, honest], now)) != honest:
+                assert isinstance(found, Claim | float)
+                if isinstance(found, Claim):
+                    waits, now = waits + 1, now + look_s
+                    turns.rest(found, now, poll_s, now - found.created)
+                else:
+                    now = found
+            now += look_s
+            turns.rest(honest, now, poll_s, now - honest.created)
+            assert waits <= (liars + 1) * (look + 1) + look * poll_s / look_s
+        assert now - honest.created < 2 * poll_s + (2 * liars + 4) * look_s
+
+
+def test_what_stays_unknown_is_asked_ever_more_rarely_and_few_of_a_payer() -> None:
+    turns, now, poll_s = Turns(), 0.0, 1.0
+    claims, looks = [_claim(f"f{i:04}", "liar") for i in range(1000)], dict[str, list[float]]()
+    while now < 1800:
+        found = turns.next(claims, now)
+        if isinstance(found, Claim):
+            looks.setdefault(found.claim_id, []).append(now)
+            turns.rest(found, now, poll_s, now - found.created)
+        else:
+            now = found
+    assert sorted(looks) == [f"f{i:04}" for i in range(FEW)], "the others wait for room"
+    for times in looks.values():
+        pauses = [late - early for early, late in pairwise(times)]
+        assert pauses == sorted(pauses)
+        assert len(times) < 40
+    found = turns.next(claims[FEW:], now)
+    assert isinstance(found, Claim), "those that are answered make room"
+
+
+def test_nothing_to_look_at_is_never_due() -> None:
+    assert Turns().next([], 5.0) == float("inf")

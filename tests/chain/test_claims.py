@@ -34,12 +34,13 @@ class Scene:
 
     async def claim(
         self, tx_hash: str = "", *, network: Network | None = None, payer: str = "", payee: str = "",
-        amount: int = GLM, claimed: int = 0,
+        amount: int = GLM, claimed: int = 0, not_before: float = 0.0,
     ) -> Verified | NotYet | Rejected:
         row = network or self.lab.network
         async with Rpc(row) as rpc:
             return await verify_transfer(
-                rpc, row, tx_hash or self.good, payer or self.payer.address, payee or self.payee, amount, claimed
+                rpc, row, tx_hash or self.good, payer or self.payer.address, payee or self.payee, amount, claimed,
+                not_before,
             )
 
 
@@ -63,6 +64,17 @@ async def test_the_true_payment_is_verified_once(scene: Scene) -> None:
     second = await scene.claim(claimed=GLM)
     assert isinstance(second, Rejected)
     assert "settled before" in second.reason
+
+
+@trio_test
+async def test_money_that_moved_before_the_agreement_does_not_pay_it(scene: Scene) -> None:
+    receipt = scene.lab.call("eth_getTransactionReceipt", scene.good)
+    moved_at = int(scene.lab.call("eth_getBlockByNumber", receipt["blockNumber"], False)["timestamp"], 16)
+    assert await scene.claim(not_before=moved_at) == Verified(GLM)
+    assert await scene.claim(not_before=moved_at - 0.5) == Verified(GLM)
+    old = await scene.claim(not_before=moved_at + 1)
+    assert isinstance(old, Rejected)
+    assert "older than what it is to pay" in old.reason
 
 
 @trio_test
