@@ -363,9 +363,8 @@ class Wallet:
         return found
 
     def _transfer_mined(self, draft: MoneyDraft, fact: TransferMined) -> None:
-        batch = self._batch(draft, fact.batch_id)
         reason = f"transaction {fact.tx_hash} is in block {fact.block}; waiting until that is final"
-        if batch is not None and batch.state == SENDING and batch.reason != reason:
+        if (batch := self._batch(draft, fact.batch_id)) and batch.state == SENDING and batch.reason != reason:
             self._explain(draft, replace(batch, tx_hash=fact.tx_hash), reason)
 
     def _transfer_confirmed(self, draft: MoneyDraft, fact: TransferConfirmed) -> None:
@@ -404,7 +403,8 @@ class Wallet:
         known_in: dict[str, str] = {}
         for known in fact.batches:
             row = draft.row(Batch, f"batch/{known.batch_id}") or self._recalled(batch, known, draft.now)
-            draft.put(f"batch/{known.batch_id}", replace(row, recalled=True))
+            state = CONFIRMED if row.state == CONFIRMED else SENDING  # one that failed here has not failed there
+            draft.put(f"batch/{known.batch_id}", replace(row, recalled=True, state=state))
             draft.send("chain", _transfer(row))  # it is there; its end is told again
             known_in |= {order_id: known.batch_id for orders in known.orders for order_id in orders}
         for order in (order for payee in batch.payees for order in self._orders(draft, batch, payee)):

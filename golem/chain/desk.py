@@ -6,7 +6,9 @@ import re
 from typing import Any
 
 from golem.chain.engine import Engine
+from golem.chain.evidence import Story
 from golem.chain.store import Attempt, BatchRow, TxRow
+from golem.chain.verify import shortfall
 from protocol.types import amount_text, from_wei, timestamp_text
 
 _HASH = re.compile(r"0x[0-9a-f]{64}\Z")
@@ -42,7 +44,8 @@ def _attempt(attempt: Attempt) -> dict[str, Any]:
 async def decide(engine: Engine, batch_id: str, tx_hash: str | None) -> str:
     """A person says what the RPCs do not prove: that transaction `tx_hash` paid a batch, or (None) that nothing did.
 
-    What was decided, in words. ValueError where nothing is to be decided, RpcError when no RPC answers.
+    What was decided, in words. ValueError where nothing is to be decided, or an RPC shows that what is called unpaid was
+    paid; RpcError when no RPC answers.
     """
     async with engine.turn:
         tx = _undecided(engine, batch_id)
@@ -55,11 +58,28 @@ async def decide(engine: Engine, batch_id: str, tx_hash: str | None) -> str:
         else:
             if max(view.count for view in await engine.evidence.views()) <= tx.nonce:
                 raise ValueError(f"nonce {tx.nonce} is free: the transaction of payment {batch_id} is sent again by itself")
+            if shows := [*await _shown(engine, tx), *await engine.evidence.moved(engine.payment(tx))]:
+                said = "; ".join(f"{story.teller} {story.text}" for story in shows)
+                raise ValueError(
+                    f"payment {batch_id} would be paid twice: {said}. If that is a lie, leave this RPC out "
+                    f"({engine.network.name.upper()}_GETH_ADDR names those to use) and decide again"
+                )
             engine.end(tx, "nonce_lost", "a person decided that it paid nothing")
             words = f"payment {batch_id} counts as not paid, and is paid anew"
         engine.unclear.pop(tx.id, None)
     engine.wake()
     return words
+
+
+async def _shown(engine: Engine, tx: TxRow) -> list[Story]:
+    """Which RPCs show a receipt by which it paid, final or not."""
+    evidence = engine.evidence
+    shown = await evidence.receipts(await evidence.views(), engine.store.hashes(tx))
+    paid = [(view, receipt) for view, receipt in shown if receipt.succeeded]
+    return [
+        Story(view.name, f"shows that {receipt.hash} paid it, in block {receipt.block}") for view, receipt in paid
+        if not shortfall(receipt, engine.network, engine.address, engine.payees(tx))
+    ]  # fmt: skip
 
 
 def _undecided(engine: Engine, batch_id: str) -> TxRow:

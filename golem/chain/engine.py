@@ -100,7 +100,7 @@ class Engine:
     async def submit(self, batch: TransferBatch) -> None:
         """Take a batch, durably; a repeat changes nothing (a finished one is announced again). ValueError if wrong,
         OrdersTaken if an order in it is, or may be, paid by another batch."""
-        if not 1 <= len(batch.payees) <= self.max_payees:
+        if self.store.batch(batch.batch_id) is None and not 1 <= len(batch.payees) <= self.max_payees:
             raise ValueError(f"{len(batch.payees)} payees: {self.network.name} takes 1 to {self.max_payees} a batch")
         if batch.orders and len(batch.orders) != len(batch.payees):
             raise ValueError(f"orders for {len(batch.orders)} of {len(batch.payees)} payees")
@@ -278,13 +278,9 @@ class Engine:
             self.store.mark_mined(tx.id, receipt.block, receipt.block_hash, receipt.hash)
             await self._tell(tx, TransferMined(tx.batch_id, receipt.hash, receipt.block))
             self._checkpoint("mined")
-        for view, receipt in shown:
-            if view.head.number - receipt.block < self.network.depth:
-                continue
-            if await view.witness.block_hash(receipt.block) == receipt.block_hash:
-                await self._final(tx, view, receipt, shown)
-                return
-            # else the node's receipts lag behind its chain: look again at the next step
+        for (view, receipt), _ in await self.evidence.final(shown):
+            await self._final(tx, view, receipt, shown)
+            return
 
     async def _final(self, tx: TxRow, view: View, receipt: Receipt, shown: Sequence[Shown]) -> None:
         """A deep receipt ends a transaction, unless another RPC contradicts; one that ends it badly needs more."""
@@ -294,21 +290,23 @@ class Engine:
         await self.evidence.agreed(receipt.block, receipt.block_hash)
         if receipt.succeeded:
             # a token that says yes and moves nothing is no payment; nor is it a proof that nothing was moved
-            if missing := shortfall(receipt, self.network, self.address, self._payees(tx)):
+            if missing := shortfall(receipt, self.network, self.address, self.payees(tx)):
                 raise Unclear([Story(view.name, missing)])
             self.end(tx, "confirmed", "", receipt.gas_used, receipt.fee_wei)
             return
         if tx.kind == "pay":
-            await self.evidence.unpaid(self._payment(tx), receipt.block, receipt.block_hash)
+            await self.evidence.unpaid(self.payment(tx), receipt.block, receipt.block_hash)
         self.end(tx, "failed", await self.drafts.cause(tx, receipt), receipt.gas_used, receipt.fee_wei)
 
-    def _payees(self, tx: TxRow) -> tuple[tuple[str, int], ...]:
+    def payees(self, tx: TxRow) -> tuple[tuple[str, int], ...]:
+        """Whom a payment owes how many wei; nobody for what is none."""
         row = self.store.batch(tx.batch_id) if tx.kind == "pay" else None
         return row.batch.payees if row else ()
 
-    def _payment(self, tx: TxRow) -> Payment:
+    def payment(self, tx: TxRow) -> Payment:
+        """What has to be known to find it."""
         attempts = self.store.attempts(tx.id)
-        payees = tuple(payee for payee, _ in self._payees(tx))
+        payees = tuple(payee for payee, _ in self.payees(tx))
         since = min(attempt.head for attempt in attempts)
         return Payment(tx.nonce, tx.recipient, tx.data, payees, self.store.hashes(tx), since)
 
@@ -322,7 +320,7 @@ class Engine:
         if tx.kind != "pay":
             await self._moneyless_taken(tx, views)
             return
-        payment = self._payment(tx)
+        payment = self.payment(tx)
         use = await self.evidence.user(payment)
         self.store.note(tx.id, use.view.name, f"block {use.block} {use.block_hash} holds {use.tx.hash}", self._clock())
         if use.tx.hash in payment.hashes or use.tx.pays(tx.recipient, tx.data):
@@ -335,9 +333,7 @@ class Engine:
 
     async def _moneyless_taken(self, tx: TxRow, views: Sequence[View]) -> None:
         """An approval, test money or an empty transaction: a mistake costs a fee."""
-        view = max(views, key=lambda each: each.count)
-        deep = view.head.number - self.network.depth
-        if deep >= 0 and self._again(f"taken {tx.id}", await view.witness.count(self.address, deep) > tx.nonce):
+        if self._again(f"taken {tx.id}", await self.evidence.used(views, tx.nonce)):
             self.end(tx, "nonce_lost", f"another transaction of {self.address} took nonce {tx.nonce}")
 
     async def _push(self, tx: TxRow, head: Head, is_next: bool, problems: list[Problem]) -> None:

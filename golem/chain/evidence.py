@@ -212,6 +212,48 @@ class Evidence:
         answers, _ = await self.each([view.witness for view in views], lambda each: look(by_name[each.name]))
         return [Shown(by_name[witness.name], receipt) for witness, receipt in answers if receipt is not None]
 
+    async def final(self, shown: Sequence[Shown]) -> list[tuple[Shown, int]]:
+        """The receipts that are deep enough, in a block that their RPC still has, and that block's time. Unclear when none
+        of those who show one says whether it has the block."""
+        found: list[tuple[Shown, int]] = []
+        mute: list[Story] = []
+        for each in shown:
+            view, receipt = each
+            if view.head.number - receipt.block < self._network.depth:
+                continue
+            try:
+                block = await view.witness.block(receipt.block)
+                if block is not None and block[0] == receipt.block_hash:
+                    found.append((each, block[1]))
+            except RpcError as error:
+                mute.append(Story(view.name, f"shows {receipt.hash} in block {receipt.block}, and not that block: {error}"))
+        if mute and len(mute) == len(shown):
+            raise Unclear(mute)
+        return found  # of the others receipts lag behind the chain: look again at the next step
+
+    async def used(self, views: Sequence[View], nonce: int) -> bool:
+        """Does an RPC say that a nonce was used, `depth` blocks ago? RpcError when none can say."""
+        deep = {view.name: view.head.number - self._network.depth for view in views}
+        asked = [view.witness for view in views if deep[view.name] >= 0]
+        answers, silent = await self.each(asked, lambda witness: witness.count(self._address, deep[witness.name]))
+        if silent and not answers:
+            raise silence(self._network, silent)
+        return any(count > nonce for _, count in answers)
+
+    async def moved(self, payment: Payment) -> list[Story]:
+        """Which RPCs show that one of a payment's own transactions moved tokens to its payees."""
+        views = await self.views()
+        last = min(newest(views).number, payment.since + MAX_LOG_BLOCKS)
+
+        async def look(witness: Witness) -> dict[str, int]:
+            return await witness.transfers(self._network, self._address, payment.payees, payment.since, last)
+
+        answers, _ = await self.each([view.witness for view in views], look)
+        return [
+            Story(witness.name, f"shows that {tx_hash} in block {found[tx_hash]} moved tokens to the payee")
+            for witness, found in answers for tx_hash in payment.hashes if tx_hash in found
+        ]  # fmt: skip
+
     # -- conclusions
 
     async def user(self, payment: Payment) -> Use:

@@ -25,7 +25,8 @@ ANSWER_LIMIT = 16 << 20  # bytes
 BACKOFF_S = (0.5, 60.0)  # first and longest rest of an endpoint that failed
 LAG_BLOCKS = 5
 SURVEY_S = 30.0  # heads are compared this often when there are several endpoints
-BUSY_CODES = (-32005, 429)  # rate limits: somebody else may answer
+BUSY_CODES = (-32005, 429)  # rate limits: no answer to the question, and somebody else may have one
+BUSY_WORDS = ("rate limit", "too many requests")
 HAVE_IT = ("already known", "already imported", "known transaction")  # a refusal of a transaction which is none
 CONTRADICTION_S = 600.0  # so long two endpoints that contradicted each other are shown
 
@@ -194,7 +195,7 @@ class Pool:
         if (error_object := answer.get("error")) is None:
             return Answer(host, answer.get("result"), None)
         code, message, data = _error_parts(error_object)
-        if code in BUSY_CODES and len(self.endpoints) > 1:
+        if code in BUSY_CODES or any(words in message.lower() for words in BUSY_WORDS):
             endpoint.failed(message)
             return Answer(host, None, RpcError(f"{host}: {message}", "down"))
         return Answer(host, None, RpcError(message, "answer", code, data))

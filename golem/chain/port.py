@@ -40,6 +40,7 @@ from protocol.wallet import (
     KnownBatch,
     OrdersKnown,
     Transfer,
+    TransferDelayed,
     TransferFailed,
     TransferNews,
     TransferRejected,
@@ -189,7 +190,10 @@ class Chain:
                     for batch in taken.batches
                 )
                 return [Send("wallet", OrdersKnown(message.batch_id, batches))]
-            except (ValueError, KeyError) as error:
+            except KeyError as error:  # it may be under way, known to the profile, row or key of the time that took it
+                text = f"{_words(error)}: this payment waits until this node is started with that again"
+                return [Send("wallet", TransferDelayed(message.batch_id, text))]
+            except ValueError as error:
                 return [Send("wallet", TransferFailed(message.batch_id, _words(error)))]
         elif isinstance(message, VerifyTransfer):
             try:
@@ -201,7 +205,7 @@ class Chain:
     async def _submit(self, transfer: Transfer) -> None:
         network = self.networks.by_platform(transfer.platform)
         if transfer.payer.lower() != self.address:
-            raise ValueError(f"this node holds no key of {transfer.payer[:50]}")
+            raise KeyError(f"this node holds no key of {transfer.payer[:50]}")
         payees = tuple((payee, to_wei(amount(text))) for payee, text in transfer.payees)
         batch = TransferBatch(transfer.batch_id, payees, transfer.orders)
         await self._engines[network.chain].submit(batch)

@@ -86,14 +86,11 @@ async def _verify(
     shown = await evidence.receipts(await evidence.views(), [tx_hash])
     if not shown:
         return await _missing(evidence, network, tx_hash)
-    final, times = [], set()
-    for view, receipt in shown:
-        if view.head.number - receipt.block < network.depth:
-            continue
-        block = await view.witness.block(receipt.block)
-        if block is not None and block[0] == receipt.block_hash:
-            final.append(receipt)
-            times.add(block[1])
+    try:
+        found = await evidence.final(shown)
+    except Unclear as unclear:
+        return NotYet(str(unclear))
+    final, times = [receipt for (_, receipt), _ in found], {seconds for _, seconds in found}
     if not final:
         depth = max(view.head.number - receipt.block for view, receipt in shown)
         if depth < network.depth:

@@ -13,6 +13,8 @@ from protocol.types import Refused, Violation
 from protocol.wallet import (
     CycleDue,
     CycleSet,
+    KnownBatch,
+    OrdersKnown,
     PaidOut,
     PayOut,
     PayOutDelayed,
@@ -220,3 +222,15 @@ def test_dust_keeps_no_cycle_running() -> None:
     assert desk.node.rows["wallet"][f"cycle/{PLATFORM}"].next_at is None
     desk.pay("more", 1, "0.000001")
     assert desk.cycle()[0].payees == ((f"0x{1:040x}", "0.000001000000000001"),)
+
+
+def test_a_batch_that_the_chain_port_has_after_all_is_heard_of_though_it_was_said_to_have_failed() -> None:
+    desk = Desk()
+    desk.pay("o1", 1)
+    (first,) = desk.cycle()
+    desk.chain(TransferFailed(first.batch_id, "not served"))
+    (second,) = desk.cycle()
+    desk.chain(OrdersKnown(second.batch_id, (KnownBatch(first.batch_id, first.payees, first.orders),)))
+    desk.chain(confirmed(first))
+    assert desk.order("o1").state == "PAID"
+    assert desk.cycle() == [first], "its end is asked for, and nothing else"

@@ -92,7 +92,11 @@ class Blind(httpx.AsyncHTTPTransport):
             return await self._ask(self.other_url, method, params)
         if fault == "stale-head" or (fault == "stale-counts" and method == "eth_getTransactionCount"):
             return await self._stale(method, params, since)
+        if fault == "no-blocks" and method == "eth_getBlockByNumber" and params[0] not in ("latest", "0x0"):
+            return {"error": {"code": -32000, "message": "historical blocks are not part of your plan"}}
         answer = await self._ask(self.url, method, params)
+        if fault == "other-hashes" and method == "eth_getBlockByNumber" and params[0] != "0x0" and answer.get("result"):
+            answer["result"]["hash"] = "0x" + "ab" * 32
         if method == "eth_getBlockByNumber" and len(params) > 1 and params[1] and answer.get("result"):
             if fault in ("empty-bodies", "blank"):
                 answer["result"]["transactions"] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from actors.kernel.journal import Journal
 from actors.kernel.machine import LinkDown, Meta, Reply, Rows, Send, Step
 from actors.kernel.system import System
 from actors.wallet import Wallet
-from golem.chain import port
+from golem.chain import networks, port
 from golem.chain.claims import FEW
 from golem.chain.devchain import stop_devchain, url_of
 from golem.chain.port import Chain, open_chain
@@ -32,6 +33,7 @@ from protocol.wallet import (
     PayOut,
     PayOutDelayed,
     Transfer,
+    TransferDelayed,
     TransferFailed,
     TransferRejected,
     TransferVerified,
@@ -193,12 +195,13 @@ async def test_orders_are_paid_once_and_claims_are_verified_over_a_restart(tmp_p
                     with pytest.raises(Violation):
                         await w.chain.handle(message, Meta(sender, 0.0, "t"))
             meta = Meta(f"{me}/wallet", 0.0, "t")
-            for wrong in (
-                Transfer("b1", HOLESKY, b, ((a, "1"),)), Transfer("b2", HOLESKY, me, ()),
-                Transfer("b3", "erc20-mumbai-tglm", me, ((a, "1"),)), Transfer("b4", HOLESKY, me, ((a, "0"),)),
+            for wrong, end in (
+                (Transfer("b1", HOLESKY, b, ((a, "1"),)), TransferDelayed), (Transfer("b2", HOLESKY, me, ()), TransferFailed),
+                (Transfer("b3", "erc20-mumbai-tglm", me, ((a, "1"),)), TransferDelayed),
+                (Transfer("b4", HOLESKY, me, ((a, "0"),)), TransferFailed),
             ):  # fmt: skip
                 (answer,) = await w.chain.handle(wrong, meta)
-                assert isinstance(answer.message, TransferFailed), wrong
+                assert isinstance(answer.message, end), wrong
         async with world(tmp_path) as w:
             assert "c4" in {row.claim_id for row in await w.hears(TransferRejected, 3)}
             await w.system.ask("ledger", PayOut("o5", HOODI, me, b, "3"))
@@ -211,6 +214,33 @@ async def test_orders_are_paid_once_and_claims_are_verified_over_a_restart(tmp_p
             assert nonce == 1 + 1 + 3, "create, approve, three batches"
     finally:
         await stop_devchain(tmp_path / "chain")
+
+
+@trio_test
+@pytest.mark.parametrize("missing", ["profile", "key", "contract"])
+async def test_a_payment_under_way_has_not_failed_because_the_node_is_started_without(tmp_path: Path, missing: str) -> None:
+    """...its profile, its key or its contract for many payees: what was sent may still be mined."""
+    payees = ((address_of("port a"), "1"), (address_of("port b"), "2"))
+    transfer = Transfer("b", HOODI, key_of("payer").address, payees, (("o1",), ("o2",)))
+
+    async def told(settings: Settings, name: str) -> list[Any]:
+        journal = Journal(str(tmp_path / "node.db"), lambda: "epoch")
+        system = System(key_of("payer").address, journal, Nowhere(), clock=trio.current_time, new_trace=lambda: "t")
+        chain = Chain(settings, key_of(name), system, vouch=vouch_nothing)
+        try:
+            return [send.message for send in await chain.handle(transfer, Meta(f"{system.node}/wallet", 0.0, "t"))]
+        finally:
+            await chain.aclose()
+            journal.close()
+
+    assert await told(Settings(tmp_path, tmp_path / "chain", "testnet"), "payer") == []
+    if missing == "contract":
+        row = next(row for row in networks.PUBLIC if row.name == "hoodi")
+        extra = {"name": row.name, "chain_id": row.chain_id, "rpc_urls": list(row.rpc_urls), "token": row.token}
+        (tmp_path / port.EXTRA_ROWS).write_text(json.dumps([extra]))
+    profile, name = "mainnet" if missing == "profile" else "testnet", "another" if missing == "key" else "payer"
+    answers = await told(Settings(tmp_path, tmp_path / "chain", profile), name)
+    assert [type(answer) for answer in answers] == ([] if missing == "contract" else [TransferDelayed])
 
 
 @trio_test

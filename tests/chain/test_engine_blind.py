@@ -152,3 +152,37 @@ async def test_a_person_may_say_that_nothing_was_paid_but_not_while_the_nonce_is
         await wallet.engine.submit(TransferBatch("again", ((payee, GLM),)))
         await wallet.until(TransferConfirmed)
     assert lab.tokens(payee) == GLM
+
+
+@trio_test
+async def test_one_rpc_that_refuses_blocks_does_not_hold_up_what_another_shows(lab: Lab, tmp_path: Path) -> None:
+    """The first RPC shows receipts and its head, and refuses every block by number (no plan for old ones)."""
+    key, payees = lab.rich("no blocks"), [address_of(f"no blocks payee {i}") for i in range(2)]
+    wire = Blind(lab.url, key)
+    async with payer(lab, key, tmp_path / "chain.db", transport=wire, rpc_urls=urls(2)) as wallet:
+        await wallet.pay("b1", (payees[0], GLM))
+        await wallet.engine.step()
+        await wire.set(HOSTS[0], "no-blocks")
+        await wallet.until(TransferConfirmed)
+        await wallet.pay("b2", (payees[1], GLM))
+        await wallet.until(TransferConfirmed, number=2)
+    assert [lab.tokens(payee) for payee in payees] == [GLM, GLM]
+
+
+@trio_test
+async def test_a_person_is_warned_who_calls_unpaid_what_an_rpc_shows_in_a_block(lab: Lab, tmp_path: Path) -> None:
+    """The second RPC has other blocks, so the first one's receipt is not final; it paid all the same."""
+    key, payee = lab.rich("warned"), address_of("warned payee")
+    wire = Blind(lab.url, key)
+    async with payer(lab, key, tmp_path / "chain.db", transport=wire, rpc_urls=urls(2)) as wallet:
+        await wallet.pay("b1", (payee, GLM))
+        await wallet.engine.step()
+        await wire.set(HOSTS[1], "other-hashes")
+        await steps(wallet, 12)
+        assert "golem payment decide" in wallet.engine.problems()[-1].detail or wallet.engine.unclear
+        assert lab.tokens(payee) == GLM
+        with pytest.raises(ValueError, match=f"{HOSTS[0]} shows"):
+            await desk.decide(wallet.engine, "b1", None)
+        await wire.set(HOSTS[1], "")
+        await wallet.until(TransferConfirmed)
+    assert lab.tokens(payee) == GLM

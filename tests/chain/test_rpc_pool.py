@@ -152,6 +152,22 @@ async def test_what_one_refuses_is_asked_of_the_others_and_the_contradiction_is_
 
 
 @mock_trio_test
+@pytest.mark.parametrize("nodes", [1, 2])
+@pytest.mark.parametrize("error", [
+    {"code": -32005, "message": "limit"}, {"code": 429, "message": "slow down"},
+    {"code": -32000, "message": "Too Many Requests, retry in 10s"}, {"code": -32016, "message": "over rate limit"},
+])  # fmt: skip
+async def test_a_rate_limit_is_no_answer_even_where_nobody_else_can_be_asked(nodes: int, error: dict[str, Any]) -> None:
+    """An answer to an estimate says that the token refuses a payee, who would be given up after some."""
+    crowd = [Node() for _ in range(nodes)]
+    for node in crowd:
+        node.error = error
+    with pytest.raises(RpcError) as caught:
+        await pool_of(*crowd).call("eth_estimateGas")
+    assert caught.value.kind == "down"
+
+
+@mock_trio_test
 async def test_what_all_refuse_is_refused_with_the_words_of_each() -> None:
     first, second = Node(), Node()
     first.error = second.error = {"code": -32000, "message": "nonce too low", "data": "0x"}
