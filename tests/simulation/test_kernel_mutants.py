@@ -204,7 +204,7 @@ def courier_forgets_news(patch: Patch) -> None:
 
     async def carry(self: System, courier: Courier) -> None:
         await courier.run()
-        await trio.sleep(0.5)
+        await trio.sleep(1)
         del self._couriers[courier.actor, courier.recipient]
 
     patch.setattr(System, "_carry", carry)
