@@ -232,7 +232,8 @@ def test_without_a_node(tmp_path: Path) -> None:
 
 def environment(tmp_path: Path, **variables: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("GOLEM_", "YAGNA_"))}
-    return {**kept, "GOLEM_CHAIN_DIR": str(tmp_path / "chain"), "GOLEM_CHAIN_URL": "http://127.0.0.1:9", **variables}
+    elsewhere = {"GOLEM_CHAIN_DIR": str(tmp_path / "chain"), "GOLEM_CHAIN_URL": "http://127.0.0.1:9"}
+    return {**kept, **elsewhere, "YAGNA_API_URL": "http://127.0.0.1:0", **variables}
 
 
 def command_line(folder: Path, *flags: str) -> list[str]:
