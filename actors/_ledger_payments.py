@@ -33,11 +33,12 @@ from protocol.ledger import (
     decode_body,
     encode_body,
 )
+from protocol.market import MAX_CLOCK_SKEW_S
 from protocol.signing import Document, verify
 from protocol.types import Violation, address, amount, amount_text, digest, node_of, timestamp_text
 from protocol.wallet import PaidOut, PayOutDelayed, TransferRejected, TransferVerified, VerifyTransfer
 
-VERIFY_AGAIN_S = 60.0
+VERIFY_AGAIN_S, VERIFY_LAST_S = 60.0, 3600.0  # the chain port has it on disk: ever more rarely
 RESEND_FIRST_S, RESEND_TRIES = 60.0, 7  # a refused payment is offered again after 1 min, 6 min, 36 min ...
 MAX_PARTS = 5000  # agreements and activities of one payment
 MAX_PAYMENTS = 50_000  # claimed for one agreement
@@ -358,9 +359,26 @@ def _ask(draft: MoneyDraft, row: Payment) -> None:
             payee=body.payee_addr,
             amount=row.amount,
             already_claimed=amount_text(before),
+            not_before=_not_before(draft, body),
         ),
     )
-    draft.wake(f"verify/{row.payment_id}", draft.now + VERIFY_AGAIN_S, VerifyAgain(row.payment_id))
+    pause_s = max(VERIFY_AGAIN_S, min((draft.now - row.recorded_at) / 4, VERIFY_LAST_S))
+    draft.wake(f"verify/{row.payment_id}", draft.now + pause_s, VerifyAgain(row.payment_id))
+
+
+def _not_before(draft: MoneyDraft, body: PaymentBody) -> float:
+    """When the youngest of the agreements that are paid was made: money that moved earlier was for something else."""
+    agreements = (draft.row(Agreement, f"agreement/{agreement_id}") for agreement_id in _agreements_of(draft, body))
+    return max((row.approved_at for row in agreements if row is not None), default=0.0) - MAX_CLOCK_SKEW_S
+
+
+def _agreements_of(draft: MoneyDraft, body: PaymentBody) -> list[str]:
+    """The agreements that a payment is for, by itself or by their activities."""
+    found = [part.agreement_id for part in body.agreement_payments]
+    for part in body.activity_payments:
+        if activity := draft.row(Activity, f"activity/{part.activity_id}"):
+            found.append(activity.agreement_id)
+    return list(dict.fromkeys(found))
 
 
 # -- both
@@ -389,11 +407,7 @@ def _add_paid(draft: MoneyDraft, agreement_id: str, paid: str) -> None:
 
 
 def _event(draft: MoneyDraft, row: Payment) -> PaymentEvent:
-    body = decode_body(PaymentBody, row.body)
-    agreement_ids = [part.agreement_id for part in body.agreement_payments]
-    for part in body.activity_payments:
-        if activity := draft.row(Activity, f"activity/{part.activity_id}"):
-            agreement_ids.append(activity.agreement_id)
+    agreement_ids = _agreements_of(draft, decode_body(PaymentBody, row.body))
     agreements = (draft.row(Agreement, f"agreement/{agreement_id}") for agreement_id in agreement_ids)
     sessions = dict.fromkeys(a.app_session_id for a in agreements if a is not None and a.app_session_id)
     return PaymentEvent(row.payment_id, row.role, row.platform, tuple(s for s in sessions if s))

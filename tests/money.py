@@ -114,6 +114,7 @@ class World:
         self.pool: list[tuple[str, str, bytes]] = []  # from and to ports: any order, perhaps again
         self.outcomes: dict[str, tuple[str, str]] = {}  # batch id -> ("mined", hash) | ("failed", reason)
         self.transfers: list[tuple[str, str, str, Decimal]] = []  # hash, payer, payee, amount
+        self.mined_at: dict[str, float] = {}  # transfer's hash -> time of its block
         self.down: set[str] = set()  # nodes that cannot be reached
         self.batches: dict[str, Transfer] = {}  # what the chain port has; it keeps an order to one batch that may pay
         self.restored: set[str] = set()  # nodes whose disk went back in time
@@ -260,6 +261,7 @@ class World:
                 self.outcomes[m.batch_id] = ("failed", "reverted")
             else:
                 self.outcomes[m.batch_id] = ("mined", tx_hash)
+                self.mined_at[tx_hash] = self.now
                 self.transfers += [(tx_hash, m.payer, payee, Decimal(amount)) for payee, amount in m.payees]
         kind, text = self.outcomes[m.batch_id]
         if kind == "failed":
@@ -292,6 +294,8 @@ class World:
     def _verify(self, m: VerifyTransfer) -> list[Any]:
         if self.faults and self.rng and self.rng.random() < 0.3:
             return []  # forgotten: the node was restarted
+        if self.mined_at.get(m.tx_hash, self.now) < m.not_before:
+            return [TransferRejected(m.claim_id, f"older than {m.not_before}")]
         moved = total_of(a for h, payer, payee, a in self.transfers if (h, payer, payee) == (m.tx_hash, m.payer, m.payee))
         if moved - Decimal(m.already_claimed) >= Decimal(m.amount):
             return [TransferVerified(m.claim_id, m.tx_hash)]

@@ -7,9 +7,11 @@ from decimal import Decimal
 
 import pytest
 from money import PLATFORM, Done, Node, World
+from msgspec.structs import replace
 
 from actors.ledger import Agreement, Order, Payment, acceptance_of, total_of
-from protocol.ledger import Recall, Recalled
+from protocol.ledger import AgreementPayment, PaymentBody, PaymentSent, Recall, Recalled, decode_body, encode_body
+from protocol.market import MAX_CLOCK_SKEW_S
 from protocol.types import PeerLost, Violation
 from protocol.wallet import RunCycle, TransferConfirmed, TransferFailed, TransferMined, TransferSent
 
@@ -202,6 +204,36 @@ def test_whenever_a_disk_goes_back_all_is_paid_once(seed: int) -> None:
     assert paid(world) == total
     assert status(payer) == status(payee) == "SETTLED"
     assert not world.violations
+
+
+def test_a_payee_that_forgot_what_was_paid_is_not_paid_with_the_same_money(world: World) -> None:
+    payer, payee = world.nodes
+    backup = world.backup(payee)
+    bill(world)
+    world.accept(payer, "invoice", "in", "al")
+    world.run()
+    ((tx_hash, *_),) = world.transfers
+    forget(world, payee, backup)
+    world.now += MAX_CLOCK_SKEW_S + 1
+    paying = next(row for row in payer.all(Payment, "payment/"))
+    world.agree(payer, payee, "later")
+    assert world.invoice(payee, "in-later", "later", "10") == Done()
+    assert world.send(payee, "invoice", "in-later") == Done()
+    world.run()
+    assert world.accept(payer, "invoice", "in-later", "al") == Done()
+    world.run()
+    for number, parts in enumerate(
+        ([AgreementPayment("later", "10")], [AgreementPayment("ag", "1"), AgreementPayment("later", "9")])
+    ):
+        body = replace(
+            decode_body(PaymentBody, paying.body), payment_id=f"old{number}", agreement_payments=tuple(parts)
+        )
+        world.tell(payee, PaymentSent(payer.sign("payment", encode_body(body))), f"{payer.id}/ledger")
+    while world.pool:
+        world.step()
+    old = {row.payment_id: (row.state, row.reason) for row in payee.all(Payment, "payment/") if row.tx_hash == tx_hash}
+    assert {state for state, _ in old.values()} == {"REFUSED"}, old
+    assert all("older than" in reason for _, reason in old.values()), old
 
 
 # -- the journal went back, and the chain port's file did not
