@@ -190,7 +190,8 @@ class Engine:
                 raise held_back(reason, unknown, PATIENT_LOOKS, self.address, self.network)
 
     def _contradicted(self, unclear: Unclear) -> Problem:
-        return Problem("RpcError", f"RPCs contradict one another, nothing is sent: {unclear}", self.address)
+        out = f"name those that are right in {self.network.name.upper()}_GETH_ADDR or networks.json if this lasts"
+        return Problem("RpcError", f"RPCs contradict one another, nothing is sent: {unclear}; {out}", self.address)
 
     def _again(self, what: str, found: bool = True) -> bool:
         """Has this been found `PATIENT_LOOKS` times in a row?"""

@@ -90,6 +90,7 @@ async def test_rpcs_that_contradict_one_another_stop_what_is_not_signed_and_are_
         await steps(wallet, 6)
         text = " ".join(problem.detail for problem in wallet.engine.problems())
         assert "contradict" in text
+        assert "LOCAL_GETH_ADDR or networks.json" in text, "what to do"
         assert all(host in text for host in HOSTS[:2])
         assert wallet.told(TransferFailed) == []
         assert [lab.tokens(payee) for payee in payees] == [GLM, 0], "nothing new is sent meanwhile"
