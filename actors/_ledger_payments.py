@@ -279,6 +279,8 @@ def _objection(draft: MoneyDraft, sender: str, body: PaymentBody) -> str:
         activity = draft.row(Activity, f"activity/{part.activity_id}")
         if activity is None:
             return f"activity {part.activity_id[:80]} is not known here"
+        if Decimal(part.amount) > Decimal(activity.accepted):
+            return _not_accepted(f"activity {part.activity_id}", activity.accepted, part.amount)
         agreement_ids.append(activity.agreement_id)
     for agreement_id in dict.fromkeys(agreement_ids):
         agreement = draft.row(Agreement, f"agreement/{agreement_id}")
@@ -289,10 +291,19 @@ def _objection(draft: MoneyDraft, sender: str, body: PaymentBody) -> str:
             return f"platform or addresses are not those of agreement {agreement_id}"
         if agreement.payments >= MAX_PAYMENTS:
             return f"{MAX_PAYMENTS} payments were claimed for agreement {agreement_id}, and no more are looked at"
+    for agreement_part in body.agreement_payments:
+        agreement = draft.row(Agreement, f"agreement/{agreement_part.agreement_id}")
+        assert agreement is not None, agreement_part
+        if Decimal(agreement_part.amount) > Decimal(agreement.accepted):
+            return _not_accepted(f"agreement {agreement.agreement_id}", agreement.accepted, agreement_part.amount)
     claims = draft.row(TxClaims, _claims_key(body, _tx_hash(body.details)))
     if claims is not None and len(claims.claims) >= MAX_CLAIMS:
         return f"{MAX_CLAIMS} payments were claimed of this transaction, and no more are looked at"
     return ""
+
+
+def _not_accepted(what: str, accepted: str, claimed: str) -> str:
+    return f"{accepted} GLM were accepted for {what}, and {claimed} are claimed to be paid: the acceptance comes first"
 
 
 def _count_payment(draft: MoneyDraft, body: PaymentBody) -> None:

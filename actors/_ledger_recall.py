@@ -8,6 +8,7 @@ whether or not we remember it: an acceptance is owed again, and only what no pay
 
 from __future__ import annotations
 
+from collections.abc import Container
 from decimal import Decimal
 
 from msgspec.structs import replace
@@ -106,25 +107,39 @@ def _may_tell(draft: MoneyDraft, peer: str) -> bool:
 
 
 def _tell(draft: MoneyDraft, peer: str) -> None:
-    """Payments first: an acceptance that they cover is not ordered again."""
+    """The payee's word on payments comes first: an acceptance that they cover is not ordered again. The payer's comes last:
+    what it pays was accepted before."""
     to, since = address(peer, "ledger"), draft.now - TOLD_BACK_S
     agreements = {row.agreement_id: row for _, row in draft.prefix("agreement/") if row.peer == peer}
     if not agreements:
         return
-    for _, payment in draft.prefix("payment/"):
-        if payment.peer == peer and payment.recorded_at >= since and payment.signature:
-            document = Document("payment", payment.body, payment.signature)
-            if payment.role == PAYEE and payment.state == VERIFIED:
-                draft.send(to, Recalled(document))
-            elif payment.role == PAYER:
-                draft.send(to, PaymentSent(document))
+    payments = [
+        row for _, row in draft.prefix("payment/") if row.peer == peer and row.recorded_at >= since and row.signature
+    ]
+    for row in payments:
+        if row.role == PAYEE and row.state == VERIFIED:
+            draft.send(to, Recalled(Document("payment", row.body, row.signature)))
     notes = [row.last_debit_note_id for _, row in draft.prefix("activity/") if row.agreement_id in agreements]
-    keys = [f"{DEBIT_NOTE}/{note}" for note in notes if note]
+    keys = list(dict.fromkeys(f"{DEBIT_NOTE}/{note}" for note in (*_accepted_notes(draft, agreements), *notes) if note))
     keys += [f"{INVOICE}/{row.invoice_id}" for row in agreements.values() if row.invoice_id]
     for key in keys:
         row = draft.row(PaymentDocument, key)
         if row is not None and row.changed_at >= since and row.signature and not row.refused:
             _tell_document(draft, to, row)
+    for payment in payments:
+        if payment.role == PAYER:
+            draft.send(to, PaymentSent(Document("payment", payment.body, payment.signature)))
+
+
+def _accepted_notes(draft: MoneyDraft, agreements: Container[str]) -> list[str]:
+    """The highest accepted note of each activity: it is owed, although a later one may not be."""
+    highest: dict[str, PaymentDocument] = {}
+    for _, row in draft.prefix(f"{DEBIT_NOTE}/"):
+        if row.acceptance and row.agreement_id in agreements:
+            other = highest.get(row.activity_id)
+            if other is None or Decimal(row.amount) > Decimal(other.amount):
+                highest[row.activity_id] = row
+    return [row.document_id for row in highest.values()]
 
 
 def _tell_document(draft: MoneyDraft, to: str, row: PaymentDocument) -> None:

@@ -15,6 +15,8 @@ import coincurve
 from golem.chain.signer import keccak, rlp
 from protocol.signing import address_of
 
+HASH_CHARS = 66  # an RPC may call anything a hash
+
 
 @dataclass(frozen=True, slots=True)
 class BodyTx:
@@ -35,11 +37,11 @@ class BodyTx:
 
 def read_body(block: dict[str, Any]) -> tuple[str, list[BodyTx]]:
     """Hash and transactions of a block with full transactions. ValueError, TypeError or LookupError when it is none."""
-    return str(block["hash"]).lower(), [_read(tx) for tx in block["transactions"]]
+    return str(block["hash"]).lower()[:HASH_CHARS], [_read(tx) for tx in block["transactions"]]
 
 
 def _read(tx: dict[str, Any]) -> BodyTx:
-    tx_hash, sender = str(tx["hash"]).lower(), str(tx["from"]).lower()
+    tx_hash, sender = str(tx["hash"]).lower()[:HASH_CHARS], str(tx["from"]).lower()
     data = bytes.fromhex(str(tx.get("input", tx.get("data", "0x"))).removeprefix("0x"))
     to = str(tx["to"] or "").lower()
     value_wei = int(tx.get("value", "0x0"), 16)

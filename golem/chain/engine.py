@@ -49,6 +49,7 @@ from protocol.wallet import (
 
 STUCK_BLOCKS = 6  # blocks that passed a well-paid transaction by, before it gets a higher fee
 PATIENT_LOOKS = 3  # in a row that must find the same before a nonce is given up or filled, or a person is bothered
+MAX_PROBLEMS = 100  # told at once
 
 TOO_LOW = ("nonce too low", "nonce is too low")
 UNDERPRICED = ("underpriced", "less than block base fee", "fee too low", "fee cap less than")
@@ -147,6 +148,9 @@ class Engine:
         async with self.turn:
             if self.store.open() or self.store.queued() or not self._reviewed:
                 await self._look(problems)
+        if (more := len(problems) - MAX_PROBLEMS) > 0:
+            problems.sort(key=lambda problem: bool(problem.batch_id))
+            problems[MAX_PROBLEMS:] = [Problem("TxStuck", f"{more} more like these", self.address)]
         self._problems = problems
         await self._announce()
 
@@ -186,7 +190,8 @@ class Engine:
                 raise held_back(reason, unknown, PATIENT_LOOKS, self.address, self.network)
 
     def _contradicted(self, unclear: Unclear) -> Problem:
-        return Problem("RpcError", f"RPCs contradict one another, nothing is sent: {unclear}", self.address)
+        out = f"name those that are right in {self.network.name.upper()}_GETH_ADDR or networks.json if this lasts"
+        return Problem("RpcError", f"RPCs contradict one another, nothing is sent: {unclear}; {out}", self.address)
 
     def _again(self, what: str, found: bool = True) -> bool:
         """Has this been found `PATIENT_LOOKS` times in a row?"""

@@ -18,7 +18,7 @@ from typing import NamedTuple, TypeVar
 
 import trio
 
-from golem.chain.bodies import BodyTx, read_body
+from golem.chain.bodies import HASH_CHARS, BodyTx, read_body
 from golem.chain.contracts import TRANSFER_TOPIC
 from golem.chain.networks import Network
 from golem.chain.pool import Endpoint
@@ -28,6 +28,7 @@ from golem.chain.signer import address_bytes
 T = TypeVar("T")
 SCAN_BLOCKS = 64  # bodies looked through in one step, where an RPC does not know the account's past counts
 LOG_BLOCKS = 1000  # asked for in one request: what public RPCs allow
+TOLD = 5  # transactions named of many
 MAX_LOG_BLOCKS = 200_000  # a payment that waited longer than this is left to a person
 
 
@@ -95,7 +96,7 @@ class Witness:
             wanted = [{**span, "address": network.token, "topics": topics}]
             logs = await self.ask(lambda wanted=wanted: self._rpc.pool.call("eth_getLogs", wanted))  # type: ignore[misc]
             try:
-                found |= {str(log["transactionHash"]).lower(): int(log["blockNumber"], 16) for log in logs}
+                found |= {str(log["transactionHash"]).lower()[:HASH_CHARS]: int(log["blockNumber"], 16) for log in logs}
             except NONSENSE as error:
                 raise RpcError(f"{self.name}: its logs are none", "down") from error
         return found
@@ -301,9 +302,11 @@ class Evidence:
             elif seen != block_hash:
                 contradiction = True
                 stories.append(Story(witness.name, f"has another block {block}: {seen}, not {block_hash}"))
-            for tx_hash in strange:
+            if strange:
                 contradiction = True
-                stories.append(Story(witness.name, f"{tx_hash} in block {moved[tx_hash]} moved tokens to the payee"))
+                said = ", ".join(f"{tx_hash} in block {moved[tx_hash]}" for tx_hash in strange[:TOLD])
+                said += f" and {len(strange) - TOLD} more" if len(strange) > TOLD else ""
+                stories.append(Story(witness.name, f"{said} moved tokens to the payee"))
         if stories:
             raise Unclear([Story("the pool", f"nonce {payment.nonce} was used in block {block}"), *stories],
                           contradiction=contradiction)  # fmt: skip
@@ -331,12 +334,12 @@ class Evidence:
     async def _use(self, view: View, payment: Payment) -> Use | str:
         """The transaction with our address and nonce in a block body of this RPC, or what it says instead."""
         if view.count <= payment.nonce:
-            return f"at block {view.head.number} nonce {payment.nonce} is not used"
+            return f"nonce {payment.nonce} is not used"
         key = (view.name, payment.nonce)
         try:
             number = await self._place(view, payment, key)
             if number is None:
-                return f"nonce {payment.nonce} is used, blocks {payment.since} to {self._scanned[key]} do not show by what"
+                return f"nonce {payment.nonce} is used, its blocks since {payment.since} do not show by what"
             use = await self._in_body(view, number, payment.nonce)
         except RpcError as error:
             return f"nonce {payment.nonce} is used, and it does not show by what ({error})"

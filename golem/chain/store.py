@@ -44,7 +44,7 @@ create table purse(chain text, address text, gas_wei text, token_wei text, at re
 """
 OPEN = ("signed", "sent", "mined")
 FILL_GAS = 21_000
-MAX_SEEN = 200  # remarks kept on a transaction
+MAX_SEEN = 200  # remarks of one teller kept on a transaction
 
 
 @dataclass(frozen=True, slots=True)
@@ -432,7 +432,7 @@ class Store:
     # -- what was seen
 
     def note(self, tx_id: int, teller: str, text: str, at: float) -> None:
-        """Remember what is said of a transaction, when it is news. The oldest beyond `MAX_SEEN` are dropped."""
+        """Remember what is said of a transaction, when it is news. The oldest of a teller's are dropped."""
         last = self._sql.execute(
             "select text from seen where tx=? and teller=? order by id desc limit 1", (tx_id, teller)
         ).fetchone()
@@ -441,8 +441,9 @@ class Store:
         with self._transaction():
             self._sql.execute("insert into seen(tx, teller, text, at) values(?,?,?,?)", (tx_id, teller, text, at))
             self._sql.execute(
-                "delete from seen where tx=? and id not in (select id from seen where tx=? order by id desc limit ?)",
-                (tx_id, tx_id, MAX_SEEN),
+                "delete from seen where tx=? and teller=?"
+                " and id not in (select id from seen where tx=? and teller=? order by id desc limit ?)",
+                (tx_id, teller, tx_id, teller, MAX_SEEN),
             )
 
     def seen(self, tx_id: int) -> list[Seen]:

@@ -10,7 +10,18 @@ import msgspec
 import pytest
 from money import KEYS, PLATFORM, Done, Node, World
 
-from actors.ledger import Activity, Agreement, Allocation, Payment, TxClaims, decorations, owed, remaining, reserved
+from actors.ledger import (
+    Activity,
+    Agreement,
+    Allocation,
+    Payment,
+    TxClaims,
+    acceptance_of,
+    decorations,
+    owed,
+    remaining,
+    reserved,
+)
 from protocol.codec import encode
 from protocol.ledger import (
     AgreementPayment,
@@ -380,6 +391,12 @@ def payment(payer: Node, payee: Node, tx_hash: str, amount: str, payment_id: str
     return PaymentSent(payer.sign("payment", encode_body(body)))
 
 
+def accepted(world: World, payer: Node, payee: Node, invoice_id: str) -> None:
+    """Bring the payer's word to the payee, and nothing else: no payment is ordered."""
+    acceptance = payer.sign("acceptance", acceptance_of(world.document(payee, "invoice", invoice_id)))
+    world.tell(payee, DocumentAccepted(acceptance), f"{payer.id}/ledger")
+
+
 def test_one_transaction_cannot_settle_two_invoices() -> None:
     world = World(2)
     payer, payee = world.nodes
@@ -393,6 +410,7 @@ def test_one_transaction_cannot_settle_two_invoices() -> None:
     world.run()
     ((tx_hash, *_),) = world.transfers
     world.accept(payer, "invoice", "i-a2", "al")
+    accepted(world, payer, payee, "i-a2")
     world.tell(payee, payment(payer, payee, tx_hash, "1", "again", "a2"), f"{payer.id}/ledger")
     world.links.clear()  # the liar tells the payee no more
     while world.pool:
@@ -400,13 +418,14 @@ def test_one_transaction_cannot_settle_two_invoices() -> None:
     row = payee.rows["ledger"]["payment/again"]
     assert row.state == "REFUSED"
     assert "claimed before" in row.reason
-    assert world.document(payee, "invoice", "i-a2").status == "RECEIVED"
+    assert world.document(payee, "invoice", "i-a2").status == "ACCEPTED"
 
 
 def test_two_claims_at_once_on_one_transaction_get_it_once() -> None:
     world, payer, payee = invoiced("1")
     tx_hash = "0x" + "7" * 64
     world.transfers.append((tx_hash, payer.id, payee.id, Decimal(1)))
+    accepted(world, payer, payee, "i1")
     payer.rows["ledger"].raw.clear()  # not the honest node's doing: nothing of it is looked at
     for payment_id in ("p1", "p2"):
         world.tell(payee, payment(payer, payee, tx_hash, "1", payment_id), f"{payer.id}/ledger")
@@ -434,6 +453,24 @@ def test_a_payment_is_refused_unless_it_fits() -> None:
     assert "payment/p" not in payee.rows["ledger"]
     with pytest.raises(Violation):
         world.tell(payer, PaymentAcknowledged("p", True), f"{payee.id}/ledger")
+
+
+def test_a_payment_is_for_what_was_accepted_and_for_no_more() -> None:
+    world, payer, payee = invoiced("1")
+
+    def answered(payment_id: str, amount: str) -> PaymentAcknowledged:
+        world.tell(payee, payment(payer, payee, "0x" + "7" * 64, amount, payment_id), f"{payer.id}/ledger")
+        assert f"payment/{payment_id}" not in payee.rows["ledger"], "nobody asks the chain"
+        answer = payer.decoders["ledger"][1](world.links[f"{payee.id}/ledger", f"{payer.id}/ledger"].pop())
+        assert isinstance(answer, PaymentAcknowledged)
+        return answer
+
+    assert "0 GLM were accepted for agreement a1, and 1 are claimed" in answered("p", "1").reason
+    world.allocate(payer, "al", "10")
+    world.accept(payer, "invoice", "i1", "al")
+    world.run()
+    assert world.document(payee, "invoice", "i1").status == "SETTLED"
+    assert "1 GLM were accepted for agreement a1, and 1.5 are claimed" in answered("p", "1.5").reason
 
 
 def test_a_refused_payment_is_offered_again_and_then_left() -> None:

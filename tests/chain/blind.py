@@ -35,6 +35,8 @@ FAULTS = (
     "flapping",  # another fault, or none, with each call
 )
 
+NO_INDEX = ("null-both", "blank", "forged-bodies", "fork", "counts-and-no-receipts")
+STALE_COUNTS = ("stale-counts", "counts-and-no-receipts")
 FLAPS = tuple(fault for fault in FAULTS if fault not in ("fork", "flapping"))
 SEND_ERRORS = ("nonce too low", "insufficient funds for gas * price + value", "internal error", "already known")
 EMPTY_NAMES = ("eth_getTransactionReceipt", "eth_getTransactionByHash")
@@ -80,7 +82,7 @@ class Blind(httpx.AsyncHTTPTransport):
     async def _answer(self, fault: str, method: str, params: list[Any], since: int) -> dict[str, Any]:
         receipts, transactions = EMPTY_NAMES
         hidden = {"null-receipts": [receipts], "null-transactions": [transactions]}.get(fault, [])
-        if method in hidden or (fault in ("null-both", "blank", "forged-bodies", "fork") and method in EMPTY_NAMES):
+        if method in hidden or (fault in NO_INDEX and method in EMPTY_NAMES):
             return {"result": None}
         if method == "eth_sendRawTransaction" and fault in ("refused-sends", "lost-replies"):
             if fault == "lost-replies":
@@ -90,7 +92,7 @@ class Blind(httpx.AsyncHTTPTransport):
             return {"result": hex(424242)}
         if fault == "other-chain" and self.other_url:
             return await self._ask(self.other_url, method, params)
-        if fault == "stale-head" or (fault == "stale-counts" and method == "eth_getTransactionCount"):
+        if fault == "stale-head" or (fault in STALE_COUNTS and method == "eth_getTransactionCount"):
             return await self._stale(method, params, since)
         if fault == "no-blocks" and method == "eth_getBlockByNumber" and params[0] not in ("latest", "0x0"):
             return {"error": {"code": -32000, "message": "historical blocks are not part of your plan"}}

@@ -12,9 +12,11 @@ from blind import HOSTS, Blind
 from chain_support import GLM, GWEI, Lab, Payer, address_of, anvil, devchain, find_anvil, payer
 from support import trio_test
 
-from golem.chain import desk
-from golem.chain.store import TransferBatch
-from protocol.wallet import TransferConfirmed, TransferFailed, TransferSent
+from golem.chain import desk, token
+from golem.chain.engine import MAX_PROBLEMS
+from golem.chain.store import MAX_SEEN, TransferBatch
+from golem.chain.vouch import Payees
+from protocol.wallet import TransferConfirmed, TransferDelayed, TransferFailed, TransferSent
 
 
 @pytest.fixture(scope="module", params=["devchain", "anvil"])
@@ -88,6 +90,7 @@ async def test_rpcs_that_contradict_one_another_stop_what_is_not_signed_and_are_
         await steps(wallet, 6)
         text = " ".join(problem.detail for problem in wallet.engine.problems())
         assert "contradict" in text
+        assert "LOCAL_GETH_ADDR or networks.json" in text, "what to do"
         assert all(host in text for host in HOSTS[:2])
         assert wallet.told(TransferFailed) == []
         assert [lab.tokens(payee) for payee in payees] == [GLM, 0], "nothing new is sent meanwhile"
@@ -186,3 +189,56 @@ async def test_a_person_is_warned_who_calls_unpaid_what_an_rpc_shows_in_a_block(
         await wire.set(HOSTS[1], "")
         await wallet.until(TransferConfirmed)
     assert lab.tokens(payee) == GLM
+
+
+@trio_test
+async def test_what_is_unclear_is_told_in_bounded_words(lab: Lab, tmp_path: Path) -> None:
+    """Another program pays the same payee with the same key, again and again."""
+    key, payee = lab.rich("other program"), address_of("other program payee")
+    async with payer(lab, key, tmp_path / "chain.db", rpc_urls=(lab.url,)) as wallet:
+        await wallet.pay("b1", (payee, GLM))
+        await wallet.engine.step()
+        lab.call("anvil_dropAllTransactions")
+        for wei in range(1, 41):
+            lab.do(key, lab.network.token, token.transfer_call(payee, wei))
+        await steps(wallet, 6)
+        (problem,) = [each for each in wallet.engine.problems() if each.batch_id == "b1"]
+        assert "moved tokens to the payee" in problem.detail
+        assert "and 35 more" in problem.detail
+        assert len(problem.detail) < 2000
+        assert wallet.told(TransferFailed) == []
+
+
+@trio_test
+async def test_problems_have_a_number(lab: Lab, tmp_path: Path) -> None:
+    async def objection(batch_id: str, payees: Payees) -> str:
+        return "damaged"
+
+    key = lab.rich("many problems")
+    async with payer(lab, key, tmp_path / "chain.db", rpc_urls=(lab.url,), vouch=objection) as wallet:
+        for number in range(MAX_PROBLEMS + 3):
+            await wallet.pay(f"b{number}", (address_of("many problems payee"), GLM))
+        await wallet.engine.step()
+        problems = wallet.engine.problems()
+        assert len(problems) == MAX_PROBLEMS + 1
+        assert problems[-1].detail.startswith("3 more")
+
+
+@trio_test
+async def test_a_payment_that_waits_says_the_same_once_and_its_trace_keeps_how_it_began(lab: Lab, tmp_path: Path) -> None:
+    key, payee = lab.rich("long wait"), address_of("long wait payee")
+    wire = Blind(lab.url, key)
+    async with payer(lab, key, tmp_path / "chain.db", transport=wire, rpc_urls=urls(2)) as wallet:
+        await wire.set(HOSTS[1], "stale-counts")
+        await wallet.pay("b1", (payee, GLM))
+        await wallet.engine.step()
+        await wire.set(HOSTS[0], "blank")
+        wire.faults[HOSTS[1]] = "counts-and-no-receipts"
+        await steps(wallet, 20)
+        assert len([event for event in wallet.told(TransferDelayed) if "payment decide" in event.reason]) == 1
+        (tx,) = wallet.engine.store.open()
+        for number in range(MAX_SEEN + 1):
+            wallet.engine.store.note(tx.id, HOSTS[0], f"request {number} failed", 0.0)
+        seen = wallet.engine.store.seen(tx.id)
+        assert len([each for each in seen if each.teller == HOSTS[0]]) == MAX_SEEN
+        assert seen[0].text.startswith("signed")
