@@ -127,6 +127,23 @@ def test_an_agent_brings_its_key_to_nobody_else(tmp_path: Path, uid: int | None)
         node_url(settings_of(tmp_path))()
 
 
+def test_an_agent_whose_node_is_away_asks_no_other_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second node of a machine is started again: the first one, at the usual port, is not meant."""
+    with held("127.0.0.1") as first, held("127.0.0.1") as second, held("127.0.0.1") as again:
+        monkeypatch.setattr("golem.provider.agent.DEFAULT_API_URL", f"http://127.0.0.1:{first}")
+        file = tmp_path / "node.json"
+        file.write_text(json.dumps({"apiUrl": f"http://127.0.0.1:{second}"}))
+        find = node_url(settings_of(tmp_path))
+        assert find() == f"http://127.0.0.1:{second}"
+        file.unlink()
+        with pytest.raises(NodeAway, match=f"no node is running on {tmp_path}"):
+            find()
+        file.write_text(json.dumps({"apiUrl": f"http://127.0.0.1:{again}"}))
+        assert find() == f"http://127.0.0.1:{again}"
+        file.unlink()
+        assert node_url(settings_of(tmp_path))() == f"http://127.0.0.1:{first}", "where none was ever seen, the usual port"
+
+
 def test_what_a_dead_chain_left_is_not_believed(tmp_path: Path) -> None:
     """Whoever takes its port can say what it said."""
     import threading

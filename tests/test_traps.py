@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import stat
@@ -213,6 +214,16 @@ def test_the_file_sets_documented_names_alone(traps: Traps) -> None:
     assert "mine" not in note, "names alone"
     assert load_environment() == found, "once more is the same"
     assert "NODE_NAME" in dot_env().given
+
+
+def test_the_file_sets_what_the_readme_lists(traps: Traps) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    listed = readme.partition("and these variables (also in")[2].partition("Others are ignored")[0]
+    names = set(re.findall(r"`([A-Z]+(?:_[A-Z]+)+|SUBNET)`", listed))
+    assert len(names) > 25, names
+    traps.write_env(dict.fromkeys(names, "1"))
+    load_environment()
+    assert dot_env().ignored == ()
 
 
 def test_a_file_of_others_is_not_read(traps: Traps) -> None:

@@ -186,12 +186,21 @@ def node_url(settings: Settings) -> Callable[[], str]:
     """Return what finds the node's URL: the one given; but where `node.json` says the same (or none was given), the file.
 
     So a node that comes back on another port is found again. A file may be of a node that is gone: what it says counts
-    while our own user has the port. The function raises `NodeAway`.
+    while our own user has the port. While a node that was found by its file is away, no other one is asked: the usual
+    port may be that of another node. The function raises `NodeAway`.
     """
     given = settings.node_url.rstrip("/")
+    by_file = bool(_node_file(settings))
     if given not in ("", _node_file(settings).get("apiUrl")):
         return lambda: given
-    return lambda: _own(str(_node_file(settings).get("apiUrl") or given or DEFAULT_API_URL))
+
+    def find() -> str:
+        url = str(_node_file(settings).get("apiUrl") or given or ("" if by_file else DEFAULT_API_URL))
+        if not url:
+            raise NodeAway(f"no node is running on {settings.node_file.parent}")
+        return _own(url)
+
+    return find
 
 
 def _own(url: str) -> str:

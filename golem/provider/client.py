@@ -78,6 +78,8 @@ class NodeClient:
             )
             async with request as response:
                 data = await _read(response)
+                if response.status_code == 401:  # not our node, perhaps: find it anew
+                    self._url = ""
                 return _answer(response.status_code, data)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             url, self._url = self._url, ""

@@ -221,6 +221,19 @@ async def test_the_node_is_looked_for_again_when_it_is_away() -> None:
     assert await client.call("GET", "/me") == 1
 
 
+@mock_trio_test
+async def test_the_node_is_looked_for_again_when_another_one_answers() -> None:
+    urls = iter(["http://other", "http://ours"])
+
+    async def answer(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(401, text="Invalid application key") if request.url.host == "other" else httpx.Response(200, json=1)
+
+    client = NodeClient(lambda: next(urls), "secret-key", httpx.MockTransport(answer))
+    with pytest.raises(ApiError, match="401"):
+        await client.call("GET", "/me")
+    assert await client.call("GET", "/me") == 1
+
+
 # -- processes
 ACTIVITY = "ab" * 16
 SLEEPER = """
