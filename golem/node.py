@@ -47,7 +47,7 @@ from golem.gossip import Gossip
 from golem.gsb import Services
 from golem.identity import APP_KEYS, AUTOCONF, AppKeys, AskPassword, Identity, check_ours, open_identity, write_private
 from golem.interaction import Interactions
-from golem.net import NetConfig, Network, open_network
+from golem.net import NetConfig, Network, check_network, open_network
 from golem.ports import is_our_node, of_others
 from golem.registry import IMAGES, Registry
 from golem.router import Router
@@ -135,6 +135,12 @@ async def open_node(config: Config, ask_password: AskPassword | None = None) -> 
         lock_data_dir(config.data_dir, stack)
         if config.profile == "local" and not config.chain_url:
             make_folder(config.chain_dir, "chain")
+        net_config = NetConfig(data_dir=config.data_dir, listen=config.listen, bootstrap=config.bootstrap, mdns=config.mdns,
+                               network_name=config.network_name)  # fmt: skip
+        try:
+            check_network(net_config)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
         identity = await trio.to_thread.run_sync(open_identity, config, ask_password)
         app_keys = AppKeys(config.data_dir / APP_KEYS)
         if config.autoconf_app_key:
@@ -145,8 +151,6 @@ async def open_node(config: Config, ask_password: AskPassword | None = None) -> 
         older = compare_generations(config.data_dir)
         journal = Journal(str(config.data_dir / "node.db"), lambda: secrets.token_hex(8))
         stack.callback(journal.close)
-        net_config = NetConfig(data_dir=config.data_dir, listen=config.listen, bootstrap=config.bootstrap, mdns=config.mdns,
-                               network_name=config.network_name)  # fmt: skip
         try:
             network = await stack.enter_async_context(open_network(identity.secret(), net_config))
         except ValueError as error:

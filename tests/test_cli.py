@@ -293,6 +293,7 @@ def ended(process: subprocess.Popen[str], sign: int, timeout_s: float = 4.0) -> 
 ])  # fmt: skip
 def test_bad_flags(tmp_path: Path, flags: tuple[str, ...], expected: str) -> None:
     assert expected in refused(tmp_path, "--plain-key", "--api-url", "http://127.0.0.1:0", *flags, GOLEM_CHAIN_URL="")
+    assert not (tmp_path / "node" / "identity.key").exists(), "no key is made where nothing starts"
 
 
 @pytest.mark.parametrize(("name", "value"), [

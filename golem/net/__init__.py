@@ -3,7 +3,7 @@
 Cheap to import: py-libp2p itself is loaded in a thread by `open_network`.
 """
 
-from golem.net.network import Network, open_network
+from golem.net.network import Network, check_network, open_network
 from golem.net.types import (
     Busy,
     ListenError,
@@ -29,5 +29,6 @@ __all__ = [
     "Session",
     "Timing",
     "Unreachable",
+    "check_network",
     "open_network",
 ]

@@ -323,6 +323,13 @@ async def open_network(key: bytes, config: NetConfig) -> AsyncIterator[Network]:
         network.close()
 
 
+def check_network(config: NetConfig) -> None:
+    """Raise what `open_network` would raise for these settings: asked before a node makes its key."""
+    for multiaddr in config.bootstrap:
+        split_address(multiaddr)
+    _listen_addresses(config.listen)
+
+
 def _import_libp2p() -> None:
     import golem.net.discovery
     import golem.net.gossip
