@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from golem.config import VERSION
-from golem.identity import APP_KEYS, KEYSTORE, PLAIN_KEY
+from golem.identity import APP_KEYS, KEYSTORE, PLAIN_KEY, stored_node_id
 from protocol.types import timestamp_text
 
 FORMAT = 1
@@ -58,9 +58,12 @@ def write_backup(data_dir: Path, path: Path, node_id: str) -> dict[str, Any]:
                     shutil.copyfile(data_dir / name, Path(folder) / name)
                     names.append(name)
             about = {
-                "format": FORMAT, "version": VERSION, "nodeId": node_id or "(not running)", "at": timestamp_text(time.time()),
+                "format": FORMAT,
+                "version": VERSION,
+                "nodeId": node_id or stored_node_id(data_dir) or "(not running)",
+                "at": timestamp_text(time.time()),
                 "files": {name: _digest(Path(folder) / name) for name in names},
-            }  # fmt: skip
+            }
             _pack(Path(folder), names, about, part := Path(folder) / "part")
             os.link(part, path)  # unlike a rename, this never replaces what somebody else put there meanwhile
             _sync_folder(path.parent)
@@ -110,11 +113,16 @@ def _sync_folder(path: Path) -> None:
 def restore(data_dir: Path, path: Path) -> dict[str, Any]:
     """Put a backup into a data directory that no node uses; what is there is kept in a folder beside it.
 
+    A directory with the key of another node is left alone.
     Returns what the backup says of itself, and `kept`, the folder's name. Raises `BackupError`, and then changes nothing.
     """
     try:
         with tempfile.TemporaryDirectory(prefix=".restore.", dir=data_dir) as folder:
             about = _unpack(path, Path(folder))
+            there, comes = stored_node_id(data_dir), stored_node_id(Path(folder))
+            if there and comes and there != comes:
+                whose = f"{data_dir} is of the node {there}, and {path} of {comes}"
+                raise BackupError(f"{whose}: restore into another directory (golem --data-dir DIR restore ...)")
             _mark(Path(folder), about)
             kept = _keep(data_dir)
             for name in about["files"]:

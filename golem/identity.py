@@ -143,6 +143,16 @@ def _encrypted(config: Config, plain: Path, keystore: Path) -> Identity:
     return Identity(key, encrypted=True)
 
 
+def stored_node_id(data_dir: Path) -> str:
+    """Return whose key a data directory holds, as far as that can be read without a password; "" where it cannot."""
+    try:
+        if (data_dir / PLAIN_KEY).exists():
+            return Identity(parse_key(_read(data_dir / PLAIN_KEY)), encrypted=False).node_id
+        return "0x" + str(json.loads(_read(data_dir / KEYSTORE))["address"]).lower().removeprefix("0x")
+    except (IdentityError, ValueError, KeyError, TypeError):
+        return ""
+
+
 def save_encrypted(path: Path, key: bytes, password: str) -> None:
     """Write `key` as standard encrypted keystore JSON."""
     tame_imports()

@@ -22,6 +22,7 @@ from golem import backup
 from golem.backup import BackupError, bind_generations, compare_generations, restore, write_backup
 from golem.chain.store import OrdersTaken, Store, TransferBatch
 from golem.cli import main
+from golem.identity import Identity, save_encrypted, write_private
 from protocol.ledger import CreateAllocation, Done
 
 PAYEE = "0x" + "aa" * 20
@@ -104,6 +105,24 @@ async def test_what_was_there_is_kept(tmp_path: Path) -> None:
         }  # fmt: skip
     async with node_in_test(tmp_path) as node:
         assert allocations(node) == ["before"]
+
+
+@pytest.mark.parametrize("file", ["identity.key", "keystore.json"])
+@trio_test
+async def test_another_node_is_not_replaced(tmp_path: Path, file: str) -> None:
+    (tmp_path / "one").mkdir()
+    path = await taken(tmp_path / "one")
+    other = tmp_path / "other"
+    other.mkdir(mode=0o700)
+    key = bytes(31) + b"\x05"
+    if file == "identity.key":
+        write_private(other / file, key.hex())
+    else:
+        save_encrypted(other / file, key, "a long password")
+    node_id = Identity(key, encrypted=False).node_id
+    with pytest.raises(BackupError, match=f"is of the node {node_id}, and .* restore into another directory"):
+        restore(other, path)
+    assert os.listdir(other) == [file]
 
 
 @trio_test
