@@ -202,8 +202,8 @@ def _given_password(config: Config, ask_password: AskPassword | None, *, twice: 
     if ask_password:
         return ask_password("Choose a password for this node's new key" if twice else "Password of this node's key", twice)
     raise IdentityError(
-        "the key of this node needs a password: --password-file FILE, or GOLEM_PASSWORD in the environment, "
-        "or --plain-key to keep it unencrypted (for automation)"
+        "the key of this node needs a password: --password-file FILE, or GOLEM_PASSWORD in the environment"
+        + (", or --plain-key to keep it unencrypted (for automation)" if twice else "")
     )
 
 

@@ -254,7 +254,7 @@ def lock_data_dir(data_dir: Path, stack: AsyncExitStack) -> None:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        raise ConfigError(f"another node runs on {data_dir} (choose another with --data-dir)") from None
+        raise ConfigError(f"another node runs on {data_dir} (choose another with golem --data-dir DIR)") from None
 
 
 def step_log(data_dir: Path) -> Any:
@@ -290,7 +290,8 @@ def bind_api(config: Config) -> socket.socket:
         sock = _listening(host, port)
     except OSError as error:
         if not by_default or not is_our_node(host, port):
-            raise ConfigError(f"cannot serve REST on {host}:{port}: {error.strerror or error}{_whose(host, port)}") from None
+            advice = "" if isinstance(error, socket.gaierror) else _whose(host, port)
+            raise ConfigError(f"cannot serve REST on {host}:{port}: {error.strerror or error}{advice}") from None
         sock = _listening(host, 0)
     if port and (strangers := of_others(host, sock.getsockname()[1])):
         sock.close()

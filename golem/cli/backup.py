@@ -65,7 +65,7 @@ def _is_idle() -> bool:
 
     data_dir = config_of().data_dir
     if not (data_dir / "node.db").exists():
-        raise fail(f"there is no node in {data_dir} (name another directory with --data-dir)")
+        raise fail(f"there is no node in {data_dir} (name another directory with golem --data-dir DIR)")
     try:
         with ExitStack() as stack:
             lock_data_dir(data_dir, stack)

@@ -43,7 +43,7 @@ async def _ask(config: Config, command: str, args: dict[str, Any], timeout_s: fl
             return json.loads(await client.call("", f"cli:{command}", json.dumps(args).encode(), timeout_s))
     except (BusError, OSError):
         raise fail(
-            f"no node is running on {config.data_dir} (start one with `golem run`, or name another with --data-dir)"
+            f"no node is running on {config.data_dir} (start one with `golem run`, or name another with golem --data-dir DIR)"
         ) from None
     except RemoteError as error:
         raise fail(str(error)) from None

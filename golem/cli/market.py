@@ -45,6 +45,8 @@ def _reasons(reasons: list[dict[str, Any]]) -> None:
 def _overview(found: dict[str, Any]) -> None:
     counts = found["offers"]
     text(f"Offers known here: {counts['known']} (this node's own: {counts['own']}); matching: {counts['matching']}.")
+    if counts["own"]:
+        say("Offers and demands of one node never match: the other side is another node, on this machine or elsewhere.")
     for offer in found["nearest"]:
         text("", f"Offer {offer['offerId']} of {offer['providerId']}:")
         _reasons(offer["reasons"])

@@ -240,4 +240,4 @@ def _lock(data_dir: Path, stack: AsyncExitStack) -> None:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        raise AgentError(f"another provider agent runs on {data_dir} (choose another with --data-dir)") from None
+        raise AgentError(f"another provider agent runs on {data_dir} (choose another with golem --data-dir DIR)") from None
