@@ -13,9 +13,10 @@ from test_cli import golem, run_json, run_text, until
 from actors.wallet import Cycle
 from golem.localnet import LocalNet, LocalNode
 from protocol.codec import encode
-from protocol.wallet import CycleDue, TransferSent
+from protocol.negotiation import AgreementApproved
+from protocol.wallet import CycleDue
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(60)]
+pytestmark = pytest.mark.integration
 
 PLATFORM = "erc20-local-tglm"
 KEY = f"cycle/{PLATFORM}"
@@ -23,14 +24,14 @@ KEY = f"cycle/{PLATFORM}"
 
 @pytest.fixture(scope="module")
 def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalNode]:
-    """A node whose chain port spoke of a batch that never was, and whose disk spoiled a row."""
+    """A node whose ledger hears of an agreement in words that are no JSON, and whose disk spoiled a row."""
     net = LocalNet(tmp_path_factory.mktemp("sick"))
     try:
         node = trio.run(net.start_node, "sick")
         trio.run(node.process.stop)
         with sqlite3.connect(node.data_dir / "node.db") as db:
-            poison = encode(TransferSent("no-such-batch", "0x" + "ab" * 32))
-            link = ("chain", f"{node.node_id}/wallet")
+            poison = encode(AgreementApproved("no-such-deal", "Provider", "0x" + 40 * "1", node.node_id, "spoilt", "{}", 1.0, None))
+            link = ("negotiation", f"{node.node_id}/ledger")
             db.execute("insert into outbox values (?,?,1,9e9,'tracepoison',?)", (*link, poison))
             db.execute("insert into sent (actor, recipient, seq, epoch) values (?,?,1,'e')", link)
             db.execute("insert into mark values (?,?,'1-aa',1)", link)
@@ -48,12 +49,12 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalNode]:
 def test_status_names_what_waits_and_why(node: LocalNode) -> None:
     status = run_json(node, "status")
     [(number, actor, sender, error)] = status["quarantine"]
-    assert (actor, sender) == ("wallet", f"{node.node_id}/chain")
-    assert "no-such-batch" in error
+    assert (actor, sender) == ("ledger", f"{node.node_id}/negotiation")
+    assert "JSONDecodeError" in error
     assert [row[:2] for row in status["damagedRows"]] == [["wallet", KEY]]
     assert [timer[:2] for timer in status["timers"]] == [["wallet", f"timer {KEY}"]]
     text = run_text(node, "status")
-    for words in ("Messages set aside", "no-such-batch", "Stored rows that cannot be read", "Timers that could not be handled"):
+    for words in ("Messages set aside", "JSONDecodeError", "Stored rows that cannot be read", "Timers that could not be handled"):
         assert words in text
     problem = "problem: 1 messages are set aside (golem quarantine list)"
     until(lambda: problem in run_text(node, "status"), "the node says what is wrong")  # once its host is up
@@ -63,11 +64,11 @@ def test_status_names_what_waits_and_why(node: LocalNode) -> None:
 def test_a_message_is_shown_released_and_dropped(node: LocalNode) -> None:
     [one] = run_json(node, "quarantine", "list")
     shown = run_json(node, "quarantine", "show", str(one["number"]))
-    assert (shown["message"], shown["trace"]) == ("TransferSent", "tracepoison")
-    assert "no-such-batch" in shown["content"]
+    assert (shown["message"], shown["trace"]) == ("AgreementApproved", "tracepoison")
+    assert "no-such-deal" in shown["content"]
     refused = golem(node, "quarantine", "release", str(one["number"]))
     assert refused.exit_code == 1
-    assert "wallet failed on it again" in refused.stderr
+    assert "ledger failed on it again" in refused.stderr
     assert golem(node, "quarantine", "show", "4711").stderr == "Error: no message with number 4711 is in quarantine\n"
     assert golem(node, "quarantine", "drop", str(one["number"])).exit_code == 0
     assert "Nothing is set aside" in run_text(node, "quarantine", "list")

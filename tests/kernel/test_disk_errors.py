@@ -48,9 +48,10 @@ def reader() -> Reader:
 
 async def broken(db: sqlite3.Connection, what: str) -> None:
     """Run a node whose disk fails while it handles something."""
-    async with running(system_on(db, reader())) as system:
-        flaky = Flaky(db)
-        system.journal._reader = flaky  # type: ignore[assignment]
+    system, flaky = system_on(db, reader()), Flaky(db)
+    system.journal._reader = flaky  # type: ignore[assignment]
+    flaky.broken = what == "timer"  # one that is due already is handled at once
+    async with running(system):
         flaky.broken = True
         if what == "peer":
             await system.deliver(frame(1), "B")
