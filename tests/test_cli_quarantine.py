@@ -30,7 +30,8 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalNode]:
         node = trio.run(net.start_node, "sick")
         trio.run(node.process.stop)
         with sqlite3.connect(node.data_dir / "node.db") as db:
-            poison = encode(AgreementApproved("no-such-deal", "Provider", "0x" + 40 * "1", node.node_id, "spoilt", "{}", 1.0, None))
+            peer = "0x" + 40 * "1"
+            poison = encode(AgreementApproved("no-such-deal", "Provider", peer, node.node_id, "spoilt", "{}", 1.0, None))
             link = ("negotiation", f"{node.node_id}/ledger")
             db.execute("insert into outbox values (?,?,1,9e9,'tracepoison',?)", (*link, poison))
             db.execute("insert into sent (actor, recipient, seq, epoch) values (?,?,1,'e')", link)
