@@ -352,10 +352,13 @@ async def _once(act: Callable[[Gftp], Awaitable[Any]], stay: bool) -> None:
 
 def _run_once(act: Callable[[Gftp], Awaitable[Any]], stay: bool) -> None:
     """Run one command; its failure is a line on stderr and status 1."""
+    failure: BaseException | None = None
     try:
         trio.run(_once, act, stay)
-    except* (RpcError, BusError) as errors:
-        click.echo(f"gftp: {quoted(str(errors.exceptions[0]))}", err=True)
+    except* (RpcError, BusError) as errors:  # what is raised in here leaves in a group, in some versions of Python
+        failure = errors.exceptions[0]
+    if failure is not None:
+        click.echo(f"gftp: {quoted(str(failure))}", err=True)
         sys.exit(1)
 
 
