@@ -200,6 +200,10 @@ async def test_either_file_put_back_alone_is_noticed(tmp_path: Path) -> None:
             (data_dir / f"{name}{end}").unlink(missing_ok=True)
         (data_dir / name).write_bytes(content)
 
+    def held() -> str:
+        with closing(Store(data_dir / "chain.db", "chain/account")) as store:
+            return store.held()
+
     await live(expect="")
     await live(expect="")
     old = {name: kept(name) for name in ("node.db", "chain.db")}
@@ -207,10 +211,10 @@ async def test_either_file_put_back_alone_is_noticed(tmp_path: Path) -> None:
     put_back("node.db", old["node.db"])
     await live(expect="node.db")
     await live(expect="")
-    assert Store(data_dir / "chain.db", "chain/account").held() == ""  # no order is paid twice: nothing has to wait
+    assert held() == ""  # no order is paid twice: nothing has to wait
     put_back("chain.db", old["chain.db"])
     await live(expect="chain.db")
-    assert Store(data_dir / "chain.db", "chain/account").held() == "chain.db is older than node.db"
+    assert held() == "chain.db is older than node.db"
     await live(expect="")
     for name, content in old.items():  # both together
         put_back(name, content)
