@@ -458,7 +458,7 @@ def test_a_full_disk_ends_the_node(tmp_path: Path) -> None:
         finally:
             process.kill()
         assert process.returncode == 1
-        assert text.splitlines()[-1].endswith("cannot write the journal: database or disk is full")
+        assert text.splitlines()[-1] == "Error: cannot write the journal: database or disk is full"
         assert "Traceback" not in text
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=False)

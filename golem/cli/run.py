@@ -66,7 +66,7 @@ def run_command(debug: bool, no_mdns: bool, **flags: Any) -> None:
     for ours in ("golem", "actors"):
         logging.getLogger(ours).setLevel(logging.DEBUG if debug else logging.INFO)
     logging.getLogger("golem.http").setLevel(logging.WARNING)
-    from actors.kernel.journal import JournalError
+    from actors.kernel.journal import JournalClosed, JournalError
     from golem.identity import IdentityError
     from golem.net import NetError
     from golem.node import run_node
@@ -80,7 +80,8 @@ def run_command(debug: bool, no_mdns: bool, **flags: Any) -> None:
         known, rest = group.split((ConfigError, IdentityError, JournalError, NetError, OSError))
         if known is None or rest is not None:
             raise
-        raise fail("; ".join(_said(error, config.data_dir) for error in _flat(known))) from None
+        causes = known.split(JournalClosed)[1] or known  # who finds the journal closed says nothing of why
+        raise fail("; ".join(_said(error, config.data_dir) for error in _flat(causes))) from None
     except (ConfigError, IdentityError, JournalError, NetError, OSError) as error:
         raise fail(_said(error, config.data_dir)) from None
     except KeyboardInterrupt:
