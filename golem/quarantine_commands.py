@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from actors.kernel.journal import SetAside
 from actors.kernel.machine import ActorFailed, AskTimeout, Busy
+from actors.kernel.records import SetAside
 from golem.commands import command
 from protocol.types import Violation, timestamp_text
 

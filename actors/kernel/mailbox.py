@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Union
 
 import trio
 
-from actors.kernel.journal import KEPT_QUARANTINED, Commit, SetAside, Timer
 from actors.kernel.lineage import Lower, Position, Relink
 from actors.kernel.machine import ActorFailed, Busy, Machine, Port
+from actors.kernel.records import Commit, SetAside, Timer
+from actors.kernel.tables import KEPT_QUARANTINED
 from protocol.codec import MAX_UNDER_WAY, Decoder, Envelope
 from protocol.types import Message, PeerLost, Undelivered, Violation, node_of
 

@@ -19,9 +19,10 @@ from actors.kernel.answers import Answers
 from actors.kernel.complaints import Complaints
 from actors.kernel.courier import Courier
 from actors.kernel.feed import Feeds
-from actors.kernel.journal import Commit, Journal, JournalError, Posted, RowDamaged, SetAside
+from actors.kernel.journal import Journal
 from actors.kernel.lineage import FORK, Marks
 from actors.kernel.machine import (
+    MAX_DEADLINE_S,
     AskTimeout,
     Busy,
     Machine,
@@ -37,6 +38,7 @@ from actors.kernel.machine import (
 )
 from actors.kernel.mailbox import CAPACITY, RETIRED, Ask, LinkBatch, LinkBroken, Release
 from actors.kernel.port import PortActor
+from actors.kernel.records import Commit, JournalError, Posted, RowDamaged, SetAside
 from actors.kernel.row_view import RowView
 from actors.kernel.trace import Line, StepLog, step_line
 from protocol.codec import MAX_BODY_BYTES, MAX_TRACE_CHARS, Ack, Envelope, decode_batch, encode, encode_ack
@@ -76,6 +78,7 @@ class System:
         self.node, self.journal, self.transport = node, journal, transport
         self.new_trace, self.jitter, self.crash_point = new_trace, jitter, crash_point
         self.feeds = Feeds(journal)
+        journal.clock = self.now
         self._clock, self._publish, self._step_log = clock, publish, step_log
         self._last_now = 0.0
         self._sent: dict[tuple[str, str], int] = {}  # by ports and edges, not on disk yet; actors count their own
@@ -117,6 +120,7 @@ class System:
             nursery.start_soon(self.journal.run)
             for actor in self._actors.values():
                 nursery.start_soon(self._supervise, actor)
+            await self.forget_links()  # before anything is sent: a link that was silent for long begins anew
             nursery.start_soon(self.alarms.run)
             self._new_links.update(self.journal.links())
             task_status.started()
@@ -180,7 +184,7 @@ class System:
             if len(body) > MAX_BODY_BYTES:
                 raise ValueError(f"a message of {len(body)} bytes is over the limit of {MAX_BODY_BYTES}")
             seq = self._advance(commit.actor, recipient)
-            commit.outbox.append((recipient, Posted(seq, now + send.deadline_s, trace, body)))
+            commit.outbox.append((recipient, Posted(seq, now + min(send.deadline_s, MAX_DEADLINE_S), trace, body)))
 
     def _advance(self, sender: str, recipient: str) -> int:
         if (sender, recipient) not in self._sent:
@@ -272,19 +276,23 @@ class System:
         self.alarms.committed(commit)
         for recipient, seq in commit.expired:
             self.answers.expired(actor, recipient, seq)
+        for recipient in {r for r, _ in commit.expired} | {r for r, _, _ in commit.deferred}:
+            if courier := self._couriers.get((actor, recipient)):
+                courier.nudge()
         for mend in commit.relinked:
             self.answers.renumbered(actor, mend.recipient)
             if courier := self._couriers.get((actor, mend.recipient)):
                 courier.restart()
-        for feed in {name for name, _ in commit.events}.union(commit.dropped_feeds):
-            self.feeds.notify(feed)
+        if commit.events or commit.dropped_feeds:
+            for feed in {name for name, _ in commit.events}.union(commit.dropped_feeds):
+                self.feeds.notify(feed)
         for gossip in published:
             self._publish(gossip.topic, gossip.message)
 
-    def acknowledged(self, actor: str, recipient: str, seq: int) -> None:
+    def acknowledged(self, actor: str, recipient: str, seq: int, epoch: str) -> None:
         """A recipient has committed a link up to `seq`; the outbox forgets it with the next transaction."""
         self.answers.done(actor, recipient, seq)
-        self.journal.acknowledge(actor, recipient, seq)
+        self.journal.acknowledge(actor, recipient, seq, epoch)
 
     def heard(self, actor: str, recipient: str) -> None:
         """A recipient knows this process."""
@@ -391,6 +399,12 @@ class System:
         self._sent.pop((actor, lost.to), None)
         self.released(actor, commit, [])
 
+    async def forget_links(self) -> None:
+        """Forget links that have been silent for long."""
+        for link in await self.journal.forget_links(self.now()):
+            if courier := self._couriers.get(link):
+                courier.restart()  # nothing waits on it; whatever comes is numbered anew
+
     # -- tasks
     async def _carry(self, courier: Courier) -> None:
         link = (courier.actor, courier.recipient)
@@ -398,7 +412,7 @@ class System:
             await courier.run()
         finally:
             del self._couriers[link]
-        if self.journal.pending(*link, courier.acked, 1):  # posted between the last look and now
+        if courier.was_nudged and self.journal.pending(*link, courier.acked, 1):  # posted between the last look and now
             self._new_links.add(link)
             self._links_changed.set()
 
