@@ -132,6 +132,10 @@ class Actor(Mailbox):
         self._alarms[identity] = alarm
         self.ringing = True
 
+    def position(self, sender: str) -> Position:
+        """Return how far a link is read; where only violations came, that is in memory alone."""
+        return self._strangers.get(sender) or super().position(sender)
+
     # -- the loop
     async def run(self) -> None:
         """Serve the mailbox. A message that crashes the machine stops its link alone; whatever else fails is raised."""

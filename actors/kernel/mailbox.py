@@ -250,6 +250,10 @@ class Mailbox:
         self._set_aside.add(e.sender)
         return True
 
+    def position(self, sender: str) -> Position:
+        """Return how far a link is read, for who gets no answer from the actor itself."""
+        return self.system.journal.position(self.name, sender)
+
     def answer(self, link: LinkBatch) -> None:
         """Acknowledge a frame, now that all it says is committed."""
         self.name_refused(link)

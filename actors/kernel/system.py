@@ -16,7 +16,7 @@ import trio
 from actors.kernel.actor import Actor
 from actors.kernel.alarms import Alarms
 from actors.kernel.answers import Answers
-from actors.kernel.complaints import Complaints
+from actors.kernel.complaints import Complaints, Violators
 from actors.kernel.courier import Courier
 from actors.kernel.feed import Feeds
 from actors.kernel.journal import Journal
@@ -93,7 +93,8 @@ class System:
         self._links_changed = trio.Event()
         self.alarms, self.answers = Alarms(self), Answers()
         self.violations: deque[Line] = deque(maxlen=256)
-        self._complaints = Complaints()
+        self._complaints, self.violators = Complaints(), Violators()
+        self.went_back: OrderedDict[str, tuple[float, str]] = OrderedDict()  # peers that remember otherwise: when, and what
         self._damaged: dict[tuple[str, str], str] = {}  # (actor, key) -> why
 
     # -- wiring
@@ -146,6 +147,18 @@ class System:
         found = self._actors[actor]
         assert isinstance(found, Actor)
         return found.rows.again()
+
+    def listed(self, actor: str, prefix: str) -> tuple[list[tuple[str, Any]], list[str]]:
+        """Return (key, row) of an actor's rows whose key starts with `prefix`, and the keys of those that cannot be read.
+
+        For lists: one damaged row does not hide the others. It is named in the log and in what waits (`damaged`). Sums are
+        another matter: what is missing makes them wrong, so they read with `RowView.prefix`, which raises `RowDamaged`.
+        """
+        view, left_out = self.rows(actor), list[str]()
+        found = list(view.readable(prefix, left_out))
+        for error in view.damage:
+            self.log_damaged(actor, Meta(f"{self.node}/edge", self.now(), self.new_trace()), error)
+        return found, left_out
 
     async def ask(self, actor: str, message: Message, timeout_s: float = 10.0, trace: str | None = None) -> Message | None:
         """Give `message` to an actor of this process and return its reply, after what it changed is on disk.
@@ -211,7 +224,7 @@ class System:
             raise Violation(f"{actor.name} takes no mail from other nodes")
         link, quota = LinkBatch(batch), (node_of(peer), actor.name)
         crowded = self._taking.get(quota, 0) >= PEER_FRAMES or self._taking_bytes + len(frame) > TAKEN_BYTES
-        if crowded or self.answers.is_full(quota[0]):
+        if crowded or self.answers.is_full(quota[0]) or self.violators.waits(quota[0], self.now()):
             return await self._busy(actor.name, link)
         try:
             actor.offer(link)
@@ -233,7 +246,7 @@ class System:
 
     async def _busy(self, actor: str, link: LinkBatch) -> bytes:
         await trio.lowlevel.checkpoint()  # whoever comes again at once must not keep the others from running
-        link.stand(self.journal.position(actor, link.sender))
+        link.stand(self._actors[actor].position(link.sender))
         self._actors[actor].name_refused(link)
         return encode_ack(Ack(link.have, "busy", link.boots, link.refused))
 
@@ -311,6 +324,8 @@ class System:
     def log_violation(self, actor: str, meta: Meta, violation: Violation) -> None:
         line = Line(meta.now, meta.trace, actor, meta.sender, "", (str(violation)[:300],), "violation")
         self.violations.append(line)
+        if node_of(meta.sender) != self.node:
+            self.violators.broke(node_of(meta.sender), f"with {actor}: {violation}", meta.now)
         held = self._complaints.held_back(node_of(meta.sender), meta.now)
         if held is None:
             return
@@ -387,6 +402,11 @@ class System:
     def log_broken(self, actor: str, lost: PeerLost) -> None:
         words = "this node's journal is older than what it said to %s" if lost.here else "the journal of %s went back in time"
         log.error(words + ": messages %d to %d of %s are forgotten", lost.to, lost.first, lost.last, actor)
+        who = "this node forgot what it said to it" if lost.here else "it forgot what this node said to it"
+        self.went_back.pop(peer := node_of(lost.to), None)
+        self.went_back[peer] = self.now(), f"{who} ({actor}: messages {lost.first} to {lost.last})"
+        if len(self.went_back) > KEPT_OLDER:
+            self.went_back.popitem(last=False)
 
     async def link_broken(self, actor: str, broken: LinkBroken) -> None:
         """The sides of a link remember different things: have its sender told, and the link mended."""
