@@ -281,6 +281,47 @@ async def test_every_place_to_write_has_an_end(engine: LocalEngine, package: Pat
         await guest.works()
 
 
+NO_BYTES = {"proc", "sysfs", "devpts", "cgroup", "cgroup2", "devtmpfs", "mqueue"}  # what lies there are no files with content
+
+
+@pytest.mark.parametrize("kind", ["remapped", "plain"])
+def test_every_writable_mount_is_in_what_was_sold(request: pytest.FixtureRequest, package: Path, kind: str) -> None:
+    """Whatever an Engine mounts into a container: it takes no bytes, is memory of the guest, or lies on its storage."""
+    engine = request.getfixturevalue("engine" if kind == "remapped" else "plain_engine")
+
+    async def body() -> None:
+        async with open_guest(engine, package) as guest:
+            storage = os.stat(guest.deployment.volumes[0].host_dir).st_dev
+            status, output = await guest.attack("writable_mounts")
+            assert status.ok, output
+            found = {point: tuple(rest) for point, *rest in json.loads(output)}
+            assert {"/", "/vol", "/etc/hosts", "/etc/hostname", "/etc/resolv.conf"} <= found.keys()
+            for point, (form, device, written, error) in found.items():
+                if form == "tmpfs":
+                    assert written <= LIMITS.mem_bytes, (point, written)
+                elif form in NO_BYTES:
+                    assert not written or Path(point).is_char_device(), (point, written)
+                else:
+                    assert error == "ENOSPC", (point, found[point])
+                    assert written <= LIMITS.storage_bytes, (point, written)
+                    assert form == "overlay" or device == f"{os.major(storage)}:{os.minor(storage)}", (point, found[point])
+            assert guest.runtime.usage().storage_gib <= LIMITS.storage_gib
+            await guest.works()
+
+    trio.run(body)
+
+
+@trio_test
+async def test_names_of_the_machine_are_there(engine: LocalEngine, package: Path) -> None:
+    """What is ours in place of the Engine's own: names resolve, and the files can be written."""
+    with pytest.raises(RuntimeFault, match="a volume cannot be at /etc/hosts"):
+        async with open_guest(engine, package, volumes=(VolumeRequest("/etc/hosts"),)):
+            pass
+    async with open_guest(engine, package, volumes=(VolumeRequest("/etc"),)) as guest:
+        script = "hostname | cmp - /etc/hostname && grep -c localhost /etc/hosts && echo x >> /etc/hosts && cat /etc/resolv.conf"
+        assert await guest.run("/bin/sh", "-c", script) == (ExitStatus(0), "2\n# no network\n")
+
+
 @pytest.mark.parametrize(("attack", "folder", "least"), [("fill_hidden", "/opt", 40), ("many_files", "/vol", 1000)])
 def test_storage_without_names_or_bytes(engine: LocalEngine, package: Path, attack: str, folder: str, least: int) -> None:
     async def body() -> None:

@@ -40,7 +40,7 @@ TOOL_TIMEOUT_S = 60.0
 BUSY_S = 2.0  # how long an unmount waits for whoever still looks, before it is left to the kernel
 _MNT_DETACH, _UMOUNT_NOFOLLOW = 2, 8
 _MS_NOSUID, _MS_NODEV, _MS_BIND = 2, 4, 4096
-_IMAGE, _MOUNT, _LAYER = "storage.ext4", "storage", ".layer"
+_IMAGE, _MOUNT, _LAYER, _FILES = "storage.ext4", "storage", ".layer", ".files"
 # No journal and no write barriers: nothing of this outlives the activity, and a crash ends it. mke2fs need not zero
 # what a fresh file holds, and neither need the kernel behind its back (noinit_itable).
 _MKFS = ("mkfs.ext4", "-q", "-F", "-m", "0", "-O", "^has_journal", "-E", "nodiscard,lazy_itable_init=1")
@@ -89,6 +89,17 @@ class Storage:
     def directory(self, name: str) -> Path:
         """Return a fresh directory that every user of the guest may write; all of them share the size. Raises OSError."""
         return self._fresh(self._root / name)
+
+    def file(self, name: str, content: bytes) -> Path:
+        """Return a fresh file that the guest's root may write, with a start of ours; it shares the size. Raises OSError."""
+        folder = self._root / _FILES
+        if not folder.exists():
+            folder.mkdir()
+            _give(folder, 0, 0, 0o711)
+        path = folder / name
+        path.write_bytes(content)
+        _give(path, self.owner_id, self.owner_id, 0o644)
+        return path
 
     async def sized(self, name: str, size_bytes: int) -> Path:
         """Return a directory with a size of its own, set aside of the whole and counted as used from the start.

@@ -22,7 +22,7 @@ import re
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ import trio
 
 from golem.exeunit.engine.admin import Admin, EngineFacts, EngineGone, InUse, NoSuch, socket_path
 from golem.exeunit.engine.client import EngineClient
-from golem.exeunit.engine.container import Plan, clear_away, container_config, labels, lay_out
+from golem.exeunit.engine.container import NAME_FILES, Plan, clear_away, container_config, host_name, labels, lay_out, name_files
 from golem.exeunit.engine.images import FORMATS, EngineImage, obtain_image
 from golem.exeunit.engine.inside import Inside, look_inside
 from golem.exeunit.engine.leftovers import sweep
@@ -83,6 +83,7 @@ class _Deployed:
     image: EngineImage | None = None
     storage: Storage | None = None
     volume_names: tuple[str, ...] = ()
+    own_files: dict[str, Path] = field(default_factory=dict)  # by path inside
     name: str | None = None  # of the container
     watch: Watch | None = None
 
@@ -143,6 +144,11 @@ class VmRuntime:
                 ram_bytes=options.limits.mem_bytes,
             )
             requests = _volume_requests(deployed.image, options.volumes)
+            name = host_name(options.hostname, options.activity_id)
+            deployed.own_files = {
+                path: deployed.storage.file(path.rpartition("/")[2], content)
+                for path, content in name_files(name, options.hosts).items()
+            }
             volumes = [
                 await self._make_volume(deployed, deployed.storage, number, request)
                 for number, request in enumerate(requests)
@@ -196,6 +202,7 @@ class VmRuntime:
             hostname=options.hostname,
             hosts=options.hosts,
             mounts=dict(zip((one.container_path for one in volumes), deployed.volume_names, strict=True)),
+            own_files=deployed.own_files,
         )
         config = container_config(plan, deployed.facts)
         deployed.name = f"golem-{options.activity_id or 'none'}-{os.getpid()}-{next(_serials)}"
@@ -471,7 +478,7 @@ def _volume_requests(image: EngineImage, asked: Sequence[VolumeRequest]) -> list
     if len(found) > MAX_VOLUMES:
         raise RuntimeFault(f"too many volumes: {len(found)}, at most {MAX_VOLUMES}")
     for path in found:
-        if path == "/" or path.split("/")[1] in ("proc", "sys", "dev", ".golem"):
+        if path == "/" or path.split("/")[1] in ("proc", "sys", "dev", ".golem") or path in NAME_FILES:
             raise RuntimeFault(f"a volume cannot be at {path}")
     return list(found.values())
 
