@@ -15,7 +15,6 @@ import click
 
 from golem.cli.client import ask_node, call
 from golem.cli.output import console, done, fail, table, text, value, wants_json
-from golem.cli.watch import Watcher
 
 WATCH_S = 10.0
 
@@ -53,9 +52,11 @@ def activity_watch(activity_id: str) -> None:
 
     Commands, their output and the progress of transfers, from the beginning (as far as it is kept) until it ends.
     """
+    from golem.cli.watch import Watcher
+
     found = ask_node("activity_find", id=activity_id)
     after = -1
-    with Watcher(console, plain=not sys.stdout.isatty()) as watcher:
+    with Watcher(console(), plain=not sys.stdout.isatty()) as watcher:
         while True:
             news = ask_node("activity_watch", id=found["id"], after=after, wait_s=WATCH_S)
             for event in news["events"]:

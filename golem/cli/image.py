@@ -15,16 +15,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
 from golem.cli.client import ask_node
 from golem.cli.output import fail, say, table, text, value, wants_json
 from golem.docker_archive import ArchiveError, normalise
 from golem.outgoing import FileIdentity, identity_of
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 DEFAULT_HOST = "unix:///var/run/docker.sock"
 CHUNK_BYTES = 1 << 20
@@ -262,6 +263,9 @@ def _interrupts() -> Iterator[threading.Event]:
 @contextmanager
 def _bars() -> Iterator[Progress]:
     """Progress on standard error, for people at a terminal only."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=console, transient=True, disable=wants_json() or not console.is_terminal) as bars:
