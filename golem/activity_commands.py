@@ -98,9 +98,10 @@ async def activity_show(node: Node, args: dict[str, Any]) -> Any:
     """One activity, with its batches and the command that runs."""
     row = _named(node, args)
     batches = []
-    for _, batch in node.system.listed("activity", f"batch/{row.activity_id}/")[0]:
-        batches.append({"id": batch.batch_id, "commands": batch.size, "results": batch.have, "finished": batch.finished,
-                        "failed": _failure(node, batch)})  # fmt: skip
+    kept: list[BatchRow] = [one for _, one in node.system.listed("activity", f"batch/{row.activity_id}/")[0]]
+    for batch in sorted(kept, key=lambda one: (one.begun_at, one.batch_id)):
+        batches.append({"id": batch.batch_id, "begun": timestamp_text(batch.begun_at), "commands": batch.size,
+                        "results": batch.have, "finished": batch.finished, "failed": _failure(node, batch)})  # fmt: skip
     running = None
     if not row.ended and row.state != "New":
         try:

@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from golem.cli.client import ask_node, call
-from golem.cli.output import console, fail, nothing, table, text, value, wants_json
+from golem.cli.output import console, done, fail, table, text, value, wants_json
 
 WATCH_S = 10.0
 
@@ -122,7 +122,7 @@ def activity_destroy(activity_id: str, timeout_s: float) -> None:
     """End an activity (as its requestor)."""
     found = ask_node("activity_find", id=activity_id)
     call("DELETE", f"/activity-api/v1/activity/{found['id']}", timeout=timeout_s)
-    nothing()
+    done(f"Activity {found['id']} is ended.")
 
 
 def _age(seconds: float) -> str | float:

@@ -90,10 +90,9 @@ def _lines(found: Any, depth: int) -> list[str]:
     return lines
 
 
-def nothing() -> None:
-    """A command without output: `null` for machines."""
-    if wants_json():
-        text("null")
+def done(line: str) -> None:
+    """A command without a result: for people a line that says what is true now, `null` for machines."""
+    text("null" if wants_json() else line)
 
 
 def text(*lines: str) -> None:
