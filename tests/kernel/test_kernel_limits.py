@@ -18,6 +18,7 @@ from actors.kernel import journal as journal_module
 from actors.kernel import row_view as row_view_module
 from actors.kernel import system as system_module
 from actors.kernel import tables as tables_module
+from actors.kernel.complaints import LAST_WAIT_S
 from actors.kernel.feed import Feeds, next_head
 from actors.kernel.journal import Journal
 from actors.kernel.lineage import Position
@@ -662,6 +663,7 @@ async def test_strangers_who_only_break_the_protocol_leave_no_rows() -> None:
         for number in range(50):
             raw = await system.deliver(frame(1, sender=f"B/invented-{number}", body=b"\xc1"), "B")
             assert decode_ack(raw).have == 1
+            await trio.sleep(LAST_WAIT_S)  # before that it is not heard
         assert db.execute("select count(*) from inbox").fetchone() == (0,)
         raw = await system.deliver(frame(2, sender="B/invented-7", body=encode(Text("kept"))), "B")
         assert decode_ack(raw).have == 2
