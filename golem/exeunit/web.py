@@ -94,11 +94,11 @@ class _PinnedTransport(httpx.AsyncBaseTransport):
 
     def __init__(self, policy: TransferPolicy) -> None:
         self._policy = policy
-        self._inner = httpx.AsyncHTTPTransport()
+        context = httpx.create_ssl_context()
+        self._inner = httpx.AsyncHTTPTransport(verify=context)
         # Pools are keyed by address here: a connection kept alive could serve another name than it was made for.
         self._inner._pool = httpcore.AsyncConnectionPool(
-            ssl_context=httpx.create_ssl_context(trust_env=False), max_keepalive_connections=0,
-            network_backend=_CheckedBackend(policy),
+            ssl_context=context, max_keepalive_connections=0, network_backend=_CheckedBackend(policy)
         )  # fmt: skip
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
