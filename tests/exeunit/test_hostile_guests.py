@@ -400,6 +400,35 @@ async def test_nothing_survives_a_timeout(engine: LocalEngine, package: Path) ->
         await guest.works()
 
 
+@pytest.mark.parametrize("kind", ["remapped", "plain"])
+@pytest.mark.parametrize("way", ["command", "terminal"])
+def test_a_guest_in_the_engines_way_is_dead(
+    request: pytest.FixtureRequest, package: Path, kind: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who starts a program looks into the guest's /etc/passwd, and would wait there for good: nobody waits with it."""
+    engine = request.getfixturevalue("engine" if kind == "remapped" else "plain_engine")
+    monkeypatch.setattr("golem.exeunit.engine.program.START_TIMEOUT_S", 3.0)
+
+    async def body() -> None:
+        async with open_guest(engine, package) as guest, open_guest(engine, package) as other:
+            status, output = await guest.run("/bin/sh", "-c", "rm /etc/passwd && mkfifo /etc/passwd")
+            assert status.ok, output
+            with within(10), pytest.raises(RuntimeFault, match="begins no programs any more"):
+                if way == "command":
+                    await guest.run("/bin/true")
+                else:
+                    await guest.runtime.open_terminal((), env=None, tty=True, rows=24, cols=80)
+            with within(10):
+                assert "begins no programs" in await guest.runtime.failure()
+            with pytest.raises(RuntimeFault, match="begins no programs any more"):
+                await guest.run("/bin/true")
+            await other.works()
+            with within(5):
+                await guest.runtime.stop()
+
+    trio.run(body)
+
+
 # -- what is planted --------------------------------------------------------------------------------------------------
 
 
