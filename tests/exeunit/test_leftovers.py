@@ -165,9 +165,9 @@ def _await_stuck(init_pid: int) -> None:
     while time.monotonic() < deadline:
         for name in filter(str.isdigit, os.listdir("/proc")):
             with suppress(OSError):
-                if os.stat(f"/proc/{name}/ns/pid").st_ino == inside and Path(f"/proc/{name}/comm").read_text().startswith("runc"):
-                    if Path(f"/proc/{name}/wchan").read_text() in ("wait_for_partner", "fifo_open"):
-                        return
+                of_ours = os.stat(f"/proc/{name}/ns/pid").st_ino == inside
+                if of_ours and Path(f"/proc/{name}/wchan").read_text() in ("wait_for_partner", "fifo_open"):
+                    return
         time.sleep(0.02)
     raise AssertionError("the Engine's program has gone on")
 

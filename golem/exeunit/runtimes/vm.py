@@ -29,6 +29,7 @@ from typing import Any
 
 import trio
 
+from golem.exeunit.engine import accounts
 from golem.exeunit.engine.admin import Admin, EngineFacts, EngineGone, InUse, NoSuch, socket_path
 from golem.exeunit.engine.client import EngineClient
 from golem.exeunit.engine.container import NAME_FILES, Plan, clear_away, container_config, host_name, labels, lay_out, name_files
@@ -232,6 +233,8 @@ class VmRuntime:
                 deployed.storage.note_process(pid)
         except (OSError, MeterError) as error:
             raise RuntimeFault(f"the container cannot be measured: {error}") from None
+        if deployed.image.user:
+            await trio.to_thread.run_sync(_secure_accounts, pid, deployed)
         if deployed.storage is not None and not deployed.storage.holds(pid):
             self._layer = await open_layer(pid, upper_dir(inspected), partial(self._client.layer_bytes, deployed.name))
         if args:
@@ -481,6 +484,18 @@ class VmRuntime:
 
     async def sweep(self, work_root: Path) -> list[str]:
         return await sweep(self._admin, work_root)
+
+
+def _secure_accounts(pid: int, deployed: _Deployed) -> None:
+    """Errors: RuntimeFault for an image whose user is root by its own files: he could put anything in their place."""
+    assert deployed.image is not None
+    try:
+        if accounts.user_id(pid) == deployed.facts.root_id:
+            raise RuntimeFault(f"the image's user {deployed.image.user!r} is root by its /etc/passwd: let it say so (USER root)")
+        if os.geteuid() == 0:
+            accounts.secure(pid, deployed.facts.root_id)
+    except OSError as error:
+        raise RuntimeFault(f"the image's /etc/passwd and /etc/group cannot be kept from its user: {error}") from None
 
 
 def _digest(image: Path) -> str:
