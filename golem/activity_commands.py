@@ -99,9 +99,10 @@ async def activity_show(node: Node, args: dict[str, Any]) -> Any:
     row = _named(node, args)
     rows = node.system.rows("activity")
     batches = []
-    for _, batch in rows.prefix(f"batch/{row.activity_id}/"):
-        batches.append({"id": batch.batch_id, "commands": batch.size, "results": batch.have, "finished": batch.finished,
-                        "failed": _failure(node, batch)})  # fmt: skip
+    kept: list[BatchRow] = [one for _, one in rows.prefix(f"batch/{row.activity_id}/")]
+    for batch in sorted(kept, key=lambda one: (one.begun_at, one.batch_id)):
+        batches.append({"id": batch.batch_id, "begun": timestamp_text(batch.begun_at), "commands": batch.size,
+                        "results": batch.have, "finished": batch.finished, "failed": _failure(node, batch)})  # fmt: skip
     running = None
     if not row.ended and row.state != "New":
         try:

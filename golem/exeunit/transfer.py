@@ -33,7 +33,6 @@ from golem.exeunit.spool import (
     Write,
     redacted,
 )
-from golem.exeunit.web import Web
 from golem.outgoing import Outgoing
 
 __all__ = [
@@ -163,7 +162,7 @@ class Transfers:
         """`web`: the HTTP side, if not the ordinary one. `spool_dir`: for what is only passed on, where there is no volume."""
         self._spool_dir = spool_dir
         self.policy = policy
-        self._web = web or Web(policy)
+        self._web = web
         self._gftp = GftpRemote(gftp) if gftp is not None else None
         self._sleep = sleep
 
@@ -319,6 +318,10 @@ class Transfers:
 
     def _remote(self, location: Location) -> Remote:
         if location.scheme in ("http", "https"):
+            if self._web is None:
+                from golem.exeunit.web import Web  # an HTTP client, for which most exe-units have no use
+
+                self._web = Web(self.policy)
             return self._web
         if location.scheme == "gftp" and self._gftp is not None:
             return self._gftp

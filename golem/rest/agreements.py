@@ -125,7 +125,7 @@ def _reading(api: Blueprint, node: Node) -> None:
             and (before is None or agreement.created < before)
             and (session is None or agreement.app_session_id == session)
         ]
-        return respond_json([agreement_summary(agreement) for agreement in sorted(found, key=lambda one: one.created)])
+        return respond_json([agreement_summary(agreement, now) for agreement in sorted(found, key=lambda one: one.created)])
 
     @api.get("/agreements/<wanted>")
     async def get(wanted: str) -> Response:
