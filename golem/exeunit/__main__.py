@@ -131,7 +131,8 @@ def _parser() -> argparse.ArgumentParser:
         "--transfer-policy",
         choices=("public", "local"),
         default=os.environ.get("GOLEM_TRANSFER_POLICY", "public"),
-        help="whether transfers may reach private and loopback addresses (default: public ones only)",
+        help="whether transfers may reach loopback for requestors of this machine, and private addresses for those of its "
+        "networks (default: public addresses only)",
     )
     parser.add_argument(
         "--interaction",

@@ -9,7 +9,7 @@ import hashlib
 import os
 import re
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import trio
@@ -46,8 +46,19 @@ class TransferPolicy:
 
     @classmethod
     def local(cls, file_roots: Sequence[Path] = ()) -> TransferPolicy:
-        """For a marketplace on one machine or in one laboratory: loopback and private addresses as well."""
+        """For a marketplace on one machine or in one laboratory: loopback and private addresses as well.
+
+        Whose requestor is not there himself gets neither: see `for_requestor`.
+        """
         return cls(allow_loopback=True, allow_private=True, file_roots=tuple(file_roots))
+
+    def for_requestor(self, nearness: str) -> TransferPolicy:
+        """Return what of it a requestor gets: this machine's loopback is for this machine, its networks for who is on them."""
+        return replace(
+            self,
+            allow_loopback=self.allow_loopback and nearness == "machine",
+            allow_private=self.allow_private and nearness in ("machine", "network"),
+        )
 
 
 @dataclass(frozen=True)

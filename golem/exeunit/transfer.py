@@ -158,9 +158,13 @@ class Transfers:
         sleep: Callable[[float], Awaitable[None]] = trio.sleep,
         web: Remote | None = None,
         spool_dir: Path | None = None,
+        nearness: Callable[[], Awaitable[str]] | None = None,
     ) -> None:
-        """`web`: the HTTP side, if not the ordinary one. `spool_dir`: for what is only passed on, where there is no volume."""
-        self._spool_dir = spool_dir
+        """`web`: the HTTP side, if not the ordinary one. `spool_dir`: for what is only passed on, where there is no volume.
+
+        `nearness`: how near the requestor is, where the policy lets URLs lead to this machine or its networks.
+        """
+        self._spool_dir, self._nearness = spool_dir, nearness
         self.policy = policy
         self._web = web
         self._gftp = GftpRemote(gftp) if gftp is not None else None
@@ -321,7 +325,7 @@ class Transfers:
             if self._web is None:
                 from golem.exeunit.web import Web  # an HTTP client, for which most exe-units have no use
 
-                self._web = Web(self.policy)
+                self._web = Web(self.policy, self._nearness)
             return self._web
         if location.scheme == "gftp" and self._gftp is not None:
             return self._gftp

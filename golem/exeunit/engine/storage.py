@@ -26,7 +26,7 @@ from pathlib import Path
 import trio
 
 from golem.exeunit.runtimes.base import GIB, RuntimeFault
-from golem.exeunit.supervisor import own_mark
+from golem.exeunit.supervisor import mark_of, own_mark
 from golem.exeunit.usage import measure_tree, remove_tree
 
 log = logging.getLogger("golem.exeunit")
@@ -34,6 +34,7 @@ log = logging.getLogger("golem.exeunit")
 MIN_BYTES = 1 << 20  # the smallest file system that mke2fs makes sense of
 FOLDER = "storage"  # a storage folder's own name, by which `leftovers` looks for it
 MARK_FILE = "supervisor"  # in a storage folder: whose it is
+PROCESS_FILE = "process"  # beside the mark: the first process of the container
 SPARE_BYTES = 64 << 20  # what a node keeps of its disk for itself
 MAX_FILES = 100_000  # counted in plain directories before counting is given up
 TOOL_TIMEOUT_S = 60.0
@@ -85,6 +86,10 @@ class Storage:
                 log.warning("volumes without a hard limit: %s: %s", command[0], problem)
                 return False
         return True
+
+    def note_process(self, pid: int) -> None:
+        """Note the first process of the container, so that a sweep can end it without its Engine. Raises OSError."""
+        (self.folder / PROCESS_FILE).write_text(mark_of(pid))
 
     def directory(self, name: str) -> Path:
         """Return a fresh directory that every user of the guest may write; all of them share the size. Raises OSError."""
