@@ -4,7 +4,7 @@
     tx     signed -> sent -> mined -> confirmed (status 1, `depth` blocks deep) | failed (status 0)
            mined -> sent               its block was reorganised away
            sent -> nonce_lost          another transaction took the nonce, shown in a block and `depth` blocks deep
-           final -> sent               the chain lost its block after all: the same bytes again
+           final -> sent               the chain lost its block after all: see `golem.chain.lost`
 
 The rule that makes it exact: nonce and signed bytes are on disk before the first broadcast, and a transaction ends only
 when it is final. So whatever dies, the next step can at most send the identical bytes again, and recovery after a crash
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import trio
@@ -30,6 +31,7 @@ from golem.chain import faucet, token
 from golem.chain.draft import NO_FUNDS, Drafts, Unowed, Wait, WouldFail, held_back
 from golem.chain.evidence import Evidence, Payment, Shown, Story, Unclear, View, newest
 from golem.chain.genesis import check_genesis
+from golem.chain.lost import Lost
 from golem.chain.networks import Network
 from golem.chain.problem import Problem
 from golem.chain.rpc import Head, Receipt, Rpc, RpcError
@@ -80,6 +82,7 @@ class Engine:
         self.store = Store(db_path, f"{network.chain}/{key.address}")
         self.evidence = Evidence(rpc, network, key.address, self.store.made)
         self.drafts = Drafts(network, rpc, key, self.store, clock, checkpoint, vouch)
+        self.lost = Lost(network, self.store, self.evidence, self.drafts, key.address, clock)
         self._notify, self._clock, self._checkpoint = notify, clock, checkpoint
         self.turn = trio.Lock()  # one step, or one internal transaction, at a time
         self._wake = trio.Event()
@@ -89,6 +92,7 @@ class Engine:
         self._looks: dict[str, int] = {}  # what was found, and how often in a row
         self._refused: dict[str, tuple[float, Problem]] = {}  # batch that the token refuses -> when to try again
         self.unclear: dict[int, Unclear] = {}  # transaction that waits for a person -> what the RPCs say of it
+        self.unowed: dict[str, str] = {}  # batch that is not what is owed -> why
         self._gap = (-1, 0)  # a nonce before our first open one that nobody uses, and looks in a row that saw it
         self._told: dict[str, str] = {}  # batch id -> reason last said, so that each is said once
 
@@ -148,6 +152,7 @@ class Engine:
         async with self.turn:
             if self.store.open() or self.store.queued() or not self._reviewed:
                 await self._look(problems)
+            problems += self.lost.twice()
         if (more := len(problems) - MAX_PROBLEMS) > 0:
             problems.sort(key=lambda problem: bool(problem.batch_id))
             problems[MAX_PROBLEMS:] = [Problem("TxStuck", f"{more} more like these", self.address)]
@@ -161,8 +166,9 @@ class Engine:
                 return
             await self._check_chain(problems)
             views = await self.evidence.views()
-            complete = self._review(views, problems)
-            agreed = await self._advance(views, problems)
+            complete = await self._review(views)
+            agreed = await self._advance(views, problems, complete)
+            problems += self.lost.problem(not complete)
             if self.store.queued() and complete and agreed:
                 await self.evidence.one_chain(views)
                 self._mind_hold(views)
@@ -207,31 +213,19 @@ class Engine:
             found, self._checked = await check_genesis(self.evidence, self.rpc, self.store, self.network, self.address)
             problems += found
 
-    def _review(self, views: Sequence[View], problems: list[Problem]) -> bool:
-        """Has the chain still what was final? If it says that nonces of ours are free again (a reorganisation deeper than
-        `depth`, a dev chain that lost blocks in a power cut), the same bytes go out again, which cannot pay twice."""
-        count = max(view.count for view in views)
-        lost = self.store.final_from(count)
+    async def _review(self, views: Sequence[View]) -> bool:
+        """Has the chain still what was final? False while it seems not to, and is looked again."""
+        lost, since = await self.lost.find(views)
         if self._again("lost blocks", bool(lost)):
-            for tx in lost:
-                if tx.state == "confirmed":
-                    self.store.reopen(tx.id)
-                else:  # it paid nothing, was paid for by another one, and must not be mined now
-                    self.drafts.nothing(tx, views)
-                self.store.note(tx.id, "this node", f"the chain lost its block: its next nonce is {count}", self._clock())
-        self._reviewed = not self.store.final_from(count)
-        again = [tx for tx in self.store.open() if tx.reopened and tx.state != "mined"]
-        if again or not self._reviewed:
-            first = again[0].nonce if again else count
-            text = f"the chain has lost blocks that were final: our nonce {first} is free again; what was paid with it and "
-            text += "with later ones is sent again, byte for byte, and needs the coins for its fees"
-            problems.append(Problem("TxStuck", text, self.address))
+            self.lost.reopen(lost, since)
+            lost = []
+        self._reviewed = not lost
         return self._reviewed
 
     # -- transactions that are not final
 
-    async def _advance(self, views: Sequence[View], problems: list[Problem]) -> bool:
-        """False when RPCs contradict one another."""
+    async def _advance(self, views: Sequence[View], problems: list[Problem], complete: bool) -> bool:
+        """False when RPCs contradict one another. Nothing is sent unless the chain is `complete`."""
         open_txs = self.store.open()
         if not open_txs:
             return True
@@ -239,7 +233,7 @@ class Engine:
         agreed = True
         for tx in open_txs:
             try:
-                await self._advance_one(tx, views, problems)
+                await self._advance_one(self.store.tx(tx.id), views, problems, complete)
                 self._again(f"unclear {tx.id}", False)
                 self.unclear.pop(tx.id, None)
             except Unclear as unclear:
@@ -247,7 +241,7 @@ class Engine:
                 await self._tell_unclear(tx, unclear, problems)
         return agreed
 
-    async def _advance_one(self, tx: TxRow, views: Sequence[View], problems: list[Problem]) -> None:
+    async def _advance_one(self, tx: TxRow, views: Sequence[View], problems: list[Problem], complete: bool) -> None:
         count = max(view.count for view in views)
         shown = await self.evidence.receipts(views, self.store.hashes(tx))
         taken = not shown and count > tx.nonce
@@ -257,8 +251,8 @@ class Engine:
             await self._mined(tx, shown)
         elif taken:
             await self._nonce_taken(tx, views)
-        else:
-            await self._push(tx, newest(views), tx.nonce == count, problems)
+        elif complete:
+            await self._push(tx, views, tx.nonce == count, problems)
 
     async def _mind_gap(self, views: Sequence[View], first: int) -> None:
         """A foreign transaction before ours was reorganised away for good: nothing of ours can move until its nonce is
@@ -293,6 +287,10 @@ class Engine:
             said = [(each.view.name, "success" if each.receipt.succeeded else "failure") for each in shown]
             raise Unclear([Story(name, f"{word} of {tx.nonce}") for name, word in said], contradiction=True)
         await self.evidence.agreed(receipt.block, receipt.block_hash)
+        if receipt.succeeded and tx.void and receipt.hash in self._empties(tx):
+            await self.evidence.unpaid(self.payment(tx), receipt.block, receipt.block_hash)
+            self._gave_way(tx, receipt)
+            return
         if receipt.succeeded:
             # a token that says yes and moves nothing is no payment; nor is it a proof that nothing was moved
             if missing := shortfall(receipt, self.network, self.address, self.payees(tx)):
@@ -302,6 +300,23 @@ class Engine:
         if tx.kind == "pay":
             await self.evidence.unpaid(self.payment(tx), receipt.block, receipt.block_hash)
         self.end(tx, "failed", await self.drafts.cause(tx, receipt), receipt.gas_used, receipt.fee_wei)
+
+    def _empties(self, tx: TxRow) -> set[str]:
+        return {attempt.hash for attempt in self.store.attempts(tx.id) if attempt.empty}
+
+    def _gave_way(self, tx: TxRow, receipt: Receipt) -> None:
+        """An empty transaction took the nonce of one that must not pay. What others were told to be paid by it was paid by
+        an older one."""
+        row, payer = self.store.batch(tx.batch_id), self.lost.paid_by(tx.batch_id, tx.id)
+        if row and row.state == "confirmed" and payer:
+            self.store.mark_mined(tx.id, payer.block, payer.block_hash, payer.winner)
+            self.end(tx, "confirmed", f"paid by {payer.winner}", receipt.gas_used, receipt.fee_wei)
+        else:
+            self.end(tx, "nonce_lost", f"the empty {receipt.hash} took its nonce", receipt.gas_used, receipt.fee_wei)
+
+    def now(self) -> float:
+        """Seconds of the epoch."""
+        return self._clock()
 
     def payees(self, tx: TxRow) -> tuple[tuple[str, int], ...]:
         """Whom a payment owes how many wei; nobody for what is none."""
@@ -333,6 +348,7 @@ class Engine:
                 self.store.mark_mined(tx.id, use.block, use.block_hash, use.tx.hash)
             raise Unclear([Story(use.view.name, f"block {use.block} holds our {use.tx.hash}, and no RPC shows its receipt")])
         if self._again(f"taken {tx.id}"):
+            self.store.mark_taken(tx.id, use.block, use.block_hash)
             reason = f"another transaction of {self.address}, {use.tx.hash} in block {use.block}, took nonce {tx.nonce}"
             self.end(tx, "nonce_lost", reason)
 
@@ -341,11 +357,16 @@ class Engine:
         if self._again(f"taken {tx.id}", await self.evidence.used(views, tx.nonce)):
             self.end(tx, "nonce_lost", f"another transaction of {self.address} took nonce {tx.nonce}")
 
-    async def _push(self, tx: TxRow, head: Head, is_next: bool, problems: list[Problem]) -> None:
+    async def _push(self, tx: TxRow, views: Sequence[View], is_next: bool, problems: list[Problem]) -> None:
         """Not in a block: make sure that the network has it, and that it pays enough."""
         if tx.state == "mined":
             self.store.mark_sent(tx.id)  # reorganised away
+        if not self.lost.give_way(tx):
+            return
+        tx, head = self.store.tx(tx.id), newest(views)
         attempt = self.store.attempts(tx.id)[0]
+        if tx.void and not attempt.empty:
+            attempt = self.drafts.nothing(tx, views)
         too_cheap = head.base_fee + attempt.priority_fee > attempt.max_fee
         if not await self.rpc.knows(attempt.hash):
             too_cheap = await self._broadcast(tx, attempt, problems) or too_cheap
@@ -397,7 +418,7 @@ class Engine:
             problems.append(wait.problem)
             await self._tell_stuck(tx.batch_id, wait.problem.detail)
             return
-        attempt = Attempt(signed.hash, tx.id, signed.raw, max_fee, priority_fee, self._clock(), head.number, 0)
+        attempt = Attempt(signed.hash, tx.id, signed.raw, max_fee, priority_fee, self._clock(), head.number, 0, last.empty)
         self.store.add_attempt(attempt)
         self.store.note(tx.id, "this node", f"signed {signed.hash} with a higher fee", self._clock())
         await self._broadcast(tx, attempt, problems)
@@ -406,6 +427,8 @@ class Engine:
 
     async def _assign(self, views: Sequence[View], problems: list[Problem]) -> None:
         for row in self.store.queued():
+            if self._paid_already(row.batch, problems):
+                continue
             again_at, problem = self._refused.get(row.batch.batch_id, (0.0, None))
             if problem and self._clock() < again_at:
                 problems.append(problem)
@@ -416,8 +439,7 @@ class Engine:
                 await self._single_out(row.batch, wait, problems)
                 continue
             except Unowed as wait:  # our own fault, and of this one alone
-                problems.append(wait.problem)
-                await self._tell_stuck(row.batch.batch_id, wait.problem.detail)
+                await self._not_owed(row.batch.batch_id, wait.problem, problems)
                 continue
             except Wait as wait:
                 if wait.first is None:
@@ -427,7 +449,33 @@ class Engine:
                 await self._tell_stuck(row.batch.batch_id, wait.problem.detail)
                 return  # later batches must not overtake: the oldest is paid first
             self._refused.pop(row.batch.batch_id, None)
+            self.unowed.pop(row.batch.batch_id, None)
             await self._broadcast(self.store.tx(tx_id), self.store.attempts(tx_id)[0], problems)
+
+    async def _not_owed(self, batch_id: str, problem: Problem, problems: list[Problem]) -> None:
+        """Nothing is signed for it until that is mended, or a person takes it back."""
+        detail = f"{problem.detail}. If that is not mended, `golem payment decide {batch_id} --unpaid` takes it back: "
+        detail += "nothing was signed, and those of its orders that this node knows are gathered anew"
+        self.unowed[batch_id] = problem.detail
+        problems.append(replace(problem, detail=detail))
+        await self._tell_stuck(batch_id, problems[-1].detail)
+
+    def _paid_already(self, batch: TransferBatch, problems: list[Problem]) -> bool:
+        """What was signed for its orders before comes first: it may yet be mined, or was mined after all."""
+        if any(rival.void for rival in self.store.rivals(batch.batch_id)):
+            return True
+        if (payer := self.lost.paid_by(batch.batch_id)) is None:
+            return False
+        reason = f"payment {payer.batch_id}, which had failed, has paid orders of it after all: {payer.winner}"
+        if not self.store.txs_of_batch(batch.batch_id):
+            self.store.refuse(batch.batch_id, reason, ())
+        elif left := self.lost.unpaid(batch.batch_id, payer):  # it was told to be paid
+            text = f"payment {batch.batch_id}: {reason}, but not {', '.join(left[:5])}: see to these, and say "
+            text += f"`golem payment decide {batch.batch_id} --paid {payer.winner} --unseen`"
+            problems.append(Problem("TxStuck", text, self.address, batch_id=batch.batch_id))
+        else:
+            self.store.batch_paid(batch.batch_id)
+        return True
 
     async def _single_out(self, batch: TransferBatch, wait: WouldFail, problems: list[Problem]) -> None:
         """A payee to whom the token moves nothing holds up nobody else: the batch goes back, and names him."""
@@ -446,7 +494,7 @@ class Engine:
     # -- telling
 
     async def _tell(self, tx: TxRow, news: TransferNews) -> None:
-        if tx.batch_id:
+        if tx.batch_id and not tx.void:
             await self._notify(news)
 
     async def _tell_stuck(self, batch_id: str, reason: str) -> None:

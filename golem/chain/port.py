@@ -387,9 +387,10 @@ class Chain:
         """What this node and the RPCs said of a batch; None when the chain port never had it. See `golem.chain.desk`."""
         return desk.story(self._engines[self.networks.by_platform(platform).chain], batch_id)
 
-    async def decide(self, platform: str, batch_id: str, paid_by: str | None) -> str:
+    async def decide(self, platform: str, batch_id: str, paid_by: str | None, unseen: bool = False) -> str:
         """A person's word on a batch that the RPCs do not prove. ValueError, RpcError."""
-        return await desk.decide(self._engines[self.networks.by_platform(platform).chain], batch_id, paid_by)
+        engine = self._engines[self.networks.by_platform(platform).chain]
+        return await desk.decide(engine, batch_id, paid_by, unseen=unseen)
 
     def totals(self, platform: str) -> dict[str, Any]:
         """Reserved, outgoing and incoming sums of the ledger on one platform; see `golem.chain.totals`."""

@@ -124,9 +124,93 @@ async def test_what_stays_unclear_waits_for_a_person_who_is_shown_both_stories(l
         assert {seen["by"] for seen in told["transactions"][0]["seen"]} == {"this node", *HOSTS[:2]}
         with pytest.raises(ValueError, match="not a transaction hash"):
             await desk.decide(wallet.engine, "b1", "0x12")
-        assert "counts as paid" in await desk.decide(wallet.engine, "b1", tx_hash)
+        with pytest.raises(ValueError, match=r"does not know it.*add --unseen"):
+            await desk.decide(wallet.engine, "b1", tx_hash)
+        assert "counts as paid" in await desk.decide(wallet.engine, "b1", tx_hash, unseen=True)
         await wallet.engine.step()
         assert wallet.told(TransferConfirmed)[0].tx_hash == tx_hash
+        assert wallet.problems == []
+    assert lab.tokens(payee) == GLM
+
+
+@trio_test
+async def test_a_transaction_that_is_named_as_the_payment_has_to_be_one(lab: Lab, tmp_path: Path) -> None:
+    """Another program with our key took the nonce, and paid the payee: a person names its transaction, and others by mistake."""
+    key, payee, friend = lab.rich("named"), address_of("named payee"), address_of("named friend")
+    early = lab.do(key, lab.network.token, token.transfer_call(payee, GLM))["transactionHash"]
+    lab.mine(1)
+    wire = Blind(lab.url, key)
+    async with payer(lab, key, tmp_path / "chain.db", transport=wire, rpc_urls=urls(2)) as wallet:
+        await wallet.pay("b0", (payee, GLM))
+        other = (await wallet.until(TransferConfirmed)).tx_hash
+        await wallet.pay("b1", (payee, GLM))
+        await wallet.engine.step()
+        lab.call("anvil_dropAllTransactions")
+        paid = lab.do(key, lab.network.token, token.transfer_call(payee, GLM + 1))["transactionHash"]
+        less = lab.do(key, lab.network.token, token.transfer_call(payee, GLM - 1))["transactionHash"]
+        strange = lab.do(key, lab.network.token, token.transfer_call(friend, GLM))["transactionHash"]
+        failed = lab.do(key, lab.network.token, token.transfer_call(payee, 10**6 * GLM), gas=100_000)["transactionHash"]
+        await steps(wallet, 6)
+        refused = {
+            other: "is the transaction of payment b0", early: "older than the payment", less: f"{GLM - 1} of {GLM} wei",
+            strange: f"0 of {GLM} wei", failed: "has failed", "0x" + "12" * 32: "no RPC shows",
+        }  # fmt: skip
+        for tx_hash, words in refused.items():
+            with pytest.raises(ValueError, match=words):
+                await desk.decide(wallet.engine, "b1", tx_hash)
+        for tx_hash in (other, early, less, strange, failed):
+            with pytest.raises(ValueError, match=r"is the transaction|did not pay"):
+                await desk.decide(wallet.engine, "b1", tx_hash, unseen=True)
+        await wire.set(HOSTS[0], "null-both")
+        assert "in block" in await desk.decide(wallet.engine, "b1", paid), "one RPC that shows it is enough"
+        assert (await wallet.until(TransferConfirmed, number=2)).tx_hash == paid
+        with pytest.raises(ValueError, match="nothing to decide"):
+            await desk.decide(wallet.engine, "b1", paid)
+        assert wallet.problems == []
+
+
+@trio_test
+async def test_a_transaction_that_may_be_thrown_out_of_the_chain_is_no_payment_yet(lab: Lab, tmp_path: Path) -> None:
+    key, payee = lab.rich("young"), address_of("young payee")
+    wire = Blind(lab.url, key)
+    async with payer(lab, key, tmp_path / "chain.db", transport=wire, rpc_urls=urls(1)) as wallet:
+        await wallet.pay("b1", (payee, GLM))
+        await wallet.engine.step()
+        lab.call("anvil_dropAllTransactions")
+        paid = lab.do(key, lab.network.token, token.transfer_call(payee, GLM + 1))["transactionHash"]
+        await wire.set(HOSTS[0], "blank")
+        for _ in range(4):
+            await wallet.engine.step()
+        await wire.set(HOSTS[0], "")
+        with pytest.raises(ValueError, match="not final"):
+            await desk.decide(wallet.engine, "b1", paid)
+        lab.mine(5)
+        assert "in block" in await desk.decide(wallet.engine, "b1", paid)
+
+
+@trio_test
+async def test_a_batch_that_is_not_owed_is_taken_back_by_a_person(lab: Lab, tmp_path: Path) -> None:
+    """The wallet has forgotten some of its orders: nothing is signed, and `decide` is the way out."""
+
+    async def objection(batch_id: str, payees: Payees) -> str:
+        return "order o2 is not one of batch b1" if batch_id == "b1" else ""
+
+    key, payee = lab.rich("taken back"), address_of("taken back payee")
+    async with payer(lab, key, tmp_path / "chain.db", rpc_urls=(lab.url,), vouch=objection) as wallet:
+        await wallet.engine.submit(TransferBatch("b1", ((payee, 2 * GLM),), (("o1", "o2"),)))
+        with pytest.raises(ValueError, match="in no doubt"):
+            await desk.decide(wallet.engine, "b1", None)
+        await wallet.engine.step()
+        (problem,) = wallet.engine.problems()
+        for words in ("order o2 is not one of batch b1", "golem payment decide b1 --unpaid", "nothing was signed"):
+            assert words in problem.detail
+        with pytest.raises(ValueError, match="say --unpaid"):
+            await desk.decide(wallet.engine, "b1", "0x" + "12" * 32)
+        assert "taken back" in await desk.decide(wallet.engine, "b1", None)
+        failed = await wallet.until(TransferFailed)
+        assert (failed.batch_id, "a person took it back" in failed.reason) == ("b1", True)
+        await wallet.engine.submit(TransferBatch("b2", ((payee, GLM),), (("o1",),)))
+        await wallet.until(TransferConfirmed)
         assert wallet.problems == []
     assert lab.tokens(payee) == GLM
 
