@@ -73,7 +73,7 @@ async def status(node: Node, args: dict[str, Any]) -> Any:
         "nodeId": node.node_id, "apiUrl": node.api_url, "profile": node.config.profile, **chain,
         "dataDir": str(node.config.data_dir),
         "version": VERSION, "uptime_s": round(time.time() - node.started_at, 1), "sessions": len(node.network.sessions()),
-        "problem": node.health_problem(), **waiting(node),
+        "problem": node.health_problem() or node.chain.silence(), **waiting(node),
     }  # fmt: skip
 
 

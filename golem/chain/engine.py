@@ -122,6 +122,8 @@ class Engine:
         told = [Problem(FAULTS[fault.kind], fault.words, self.address, chain_id=chain_id) for fault in pool.faults()]
         told += [Problem("RpcError", words, self.address) for words in pool.contradictions()]
         said = " ".join(problem.detail for problem in self._problems)
+        silent = [(words, trouble) for words, trouble in pool.silent() if trouble not in said]
+        told += [Problem("RpcError", f"{words}: {trouble}", self.address) for words, trouble in silent]
         return (*self._problems, *(problem for problem in told if problem.detail not in said))
 
     async def run(self) -> None:
@@ -136,6 +138,8 @@ class Engine:
     def wake(self) -> None:
         """Have `run` take its next step now, and look whether the chain is still the one that it was."""
         self._checked = self._reviewed = False
+        for endpoint in self.rpc.pool.endpoints:
+            endpoint.genesis = ""
         self._wake.set()
 
     def close(self) -> None:
@@ -165,7 +169,9 @@ class Engine:
                 self._reviewed = True  # nothing was ever sent
                 return
             await self._check_chain(problems)
-            views = await self.evidence.views()
+            views = [view for view in await self.evidence.views() if view.witness.endpoint.genesis]
+            if not views:
+                raise RpcError(f"{self.network.name}: no RPC that answers has shown yet which chain it serves", "down")
             complete = await self._review(views)
             agreed = await self._advance(views, problems, complete)
             problems += self.lost.problem(not complete)
@@ -236,6 +242,10 @@ class Engine:
                 await self._advance_one(self.store.tx(tx.id), views, problems, complete)
                 self._again(f"unclear {tx.id}", False)
                 self.unclear.pop(tx.id, None)
+            except RpcError as error:
+                await self._not_told(tx.batch_id, error, problems)
+            except Unowed as wait:
+                problems.append(wait.problem)
             except Unclear as unclear:
                 agreed = agreed and not unclear.contradiction
                 await self._tell_unclear(tx, unclear, problems)
@@ -298,6 +308,9 @@ class Engine:
             self.end(tx, "confirmed", "", receipt.gas_used, receipt.fee_wei)
             return
         if tx.kind == "pay":
+            if self.evidence.is_young(receipt.block, view.head):
+                await self._tell_young(tx, f"transaction {receipt.hash} failed", receipt.block)
+                return
             await self.evidence.unpaid(self.payment(tx), receipt.block, receipt.block_hash)
         self.end(tx, "failed", await self.drafts.cause(tx, receipt), receipt.gas_used, receipt.fee_wei)
 
@@ -347,7 +360,9 @@ class Engine:
             if (tx.state, tx.block_hash, tx.winner) != ("mined", use.block_hash, use.tx.hash):
                 self.store.mark_mined(tx.id, use.block, use.block_hash, use.tx.hash)
             raise Unclear([Story(use.view.name, f"block {use.block} holds our {use.tx.hash}, and no RPC shows its receipt")])
-        if self._again(f"taken {tx.id}"):
+        if self.evidence.is_young(use.block, use.view.head):
+            await self._tell_young(tx, f"{use.tx.hash}, another transaction of {self.address}, took nonce {tx.nonce}", use.block)
+        elif self._again(f"taken {tx.id}"):
             self.store.mark_taken(tx.id, use.block, use.block_hash)
             reason = f"another transaction of {self.address}, {use.tx.hash} in block {use.block}, took nonce {tx.nonce}"
             self.end(tx, "nonce_lost", reason)
@@ -448,9 +463,15 @@ class Engine:
                     await self._broadcast(self.store.tx(wait.first), self.store.attempts(wait.first)[0], [])
                 await self._tell_stuck(row.batch.batch_id, wait.problem.detail)
                 return  # later batches must not overtake: the oldest is paid first
+            except RpcError as error:
+                await self._not_told(row.batch.batch_id, error, problems)
+                continue
             self._refused.pop(row.batch.batch_id, None)
             self.unowed.pop(row.batch.batch_id, None)
-            await self._broadcast(self.store.tx(tx_id), self.store.attempts(tx_id)[0], problems)
+            try:
+                await self._broadcast(self.store.tx(tx_id), self.store.attempts(tx_id)[0], problems)
+            except RpcError as error:
+                await self._not_told(row.batch.batch_id, error, problems)
 
     async def _not_owed(self, batch_id: str, problem: Problem, problems: list[Problem]) -> None:
         """Nothing is signed for it until that is mended, or a person takes it back."""
@@ -477,6 +498,15 @@ class Engine:
             self.store.batch_paid(batch.batch_id)
         return True
 
+    async def _not_told(self, batch_id: str, error: RpcError, problems: list[Problem]) -> None:
+        """What the RPCs do not say of one payment holds up no other, unless they say nothing at all: then RpcError."""
+        now = trio.current_time()
+        if error.kind != "answer" and all(each.rests_until > now or each.stranger for each in self.rpc.pool.endpoints):
+            raise error
+        if str(error) not in [problem.detail for problem in problems]:
+            problems.append(Problem("RpcError", str(error), self.address, batch_id=batch_id))
+        await self._tell_stuck(batch_id, str(error))
+
     async def _single_out(self, batch: TransferBatch, wait: WouldFail, problems: list[Problem]) -> None:
         """A payee to whom the token moves nothing holds up nobody else: the batch goes back, and names him."""
         refused = await self.drafts.refused(batch)
@@ -501,6 +531,13 @@ class Engine:
         if batch_id and self._told.get(batch_id) != reason:
             self._told[batch_id] = reason
             await self._notify(TransferDelayed(batch_id, reason))
+
+    async def _tell_young(self, tx: TxRow, what: str, block: int) -> None:
+        depth = max(self.network.depth, self.network.repeat_depth)
+        text = f"{what} in block {block}: it is paid anew when that is {depth} blocks deep, since a chain may lose younger ones"
+        self.store.note(tx.id, "this node", text, self._clock())
+        if not tx.void:
+            await self._tell_stuck(tx.batch_id, text)
 
     async def _tell_unclear(self, tx: TxRow, unclear: Unclear, problems: list[Problem]) -> None:
         """An unclear payment, once it is no mere moment: to the trace, to the problems and to its order."""

@@ -4,9 +4,11 @@ chain is the judge: never more than was owed.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 from blind import HOSTS, Blind
 from chain_support import GLM, GWEI, Lab, Payer, address_of, anvil, devchain, find_anvil, payer
@@ -326,3 +328,85 @@ async def test_a_payment_that_waits_says_the_same_once_and_its_trace_keeps_how_i
         seen = wallet.engine.store.seen(tx.id)
         assert len([each for each in seen if each.teller == HOSTS[0]]) == MAX_SEEN
         assert seen[0].text.startswith("signed")
+
+
+class Counting(Blind):
+    """Counts who is asked for the first block."""
+
+    first_blocks: list[str]
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        call = json.loads(request.content)
+        if (call["method"], call["params"][:1]) == ("eth_getBlockByNumber", ["0x0"]):
+            self.first_blocks.append(request.url.host)
+        return await super().handle_async_request(request)
+
+
+@trio_test
+async def test_a_silent_rpc_is_named_and_the_others_are_not_asked_again_which_chain_they_serve(lab: Lab, tmp_path: Path) -> None:
+    key, payees = lab.rich("silent"), [address_of(f"silent payee {i}") for i in range(3)]
+    wire = Counting(lab.url, key)
+    wire.first_blocks = []
+    await wire.set(HOSTS[1], "down")
+    async with payer(lab, key, tmp_path / "chain.db", transport=wire, rpc_urls=urls(2)) as wallet:
+        for number, payee in enumerate(payees):
+            await wallet.pay(f"b{number}", (payee, GLM))
+            await wallet.until(TransferConfirmed, number=number + 1)
+        assert wire.first_blocks.count(HOSTS[0]) == 1
+        (problem,) = wallet.engine.problems()
+        assert "rpc-b has not answered since this node started" in problem.detail
+        await wire.set(HOSTS[1], "")
+        wallet.engine.rpc.pool.endpoints[1].rests_until = 0
+        await wallet.pay("b4", (payees[0], GLM))
+        await wallet.until(TransferConfirmed, number=4)
+        assert wallet.problems == []
+        assert HOSTS[1] in wire.first_blocks
+
+
+class Mute(Blind):
+    """Talks nonsense about one transaction."""
+
+    nonsense = ""
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        call = json.loads(request.content)
+        if call["method"].startswith("eth_getTransaction") and call["params"][0] == self.nonsense:
+            return httpx.Response(200, json={"jsonrpc": "2.0", "id": call["id"], "result": "\x00"})
+        return await super().handle_async_request(request)
+
+
+@trio_test
+async def test_what_the_rpcs_do_not_say_of_one_payment_holds_up_no_other(lab: Lab, tmp_path: Path) -> None:
+    key, payees = lab.rich("mute"), [address_of(f"mute payee {i}") for i in range(3)]
+    wire = Mute(lab.url, key)
+    async with payer(lab, key, tmp_path / "chain.db", transport=wire, rpc_urls=urls(1)) as wallet:
+        for number in range(2):
+            await wallet.pay(f"b{number}", (payees[number], GLM))
+        await wallet.engine.step()
+        wire.nonsense, later = (event.tx_hash for event in wallet.told(TransferSent))
+        lab.call("anvil_dropAllTransactions")
+        await wallet.pay("b2", (payees[2], GLM))
+        await wallet.engine.step()
+        assert lab.call("eth_getTransactionByHash", later), "the second is sent again"
+        assert len(wallet.told(TransferSent)) == 3, "and the third is signed"
+        assert [problem.batch_id for problem in wallet.engine.problems()] == ["b0"]
+        wire.nonsense = ""
+        await wallet.until(TransferConfirmed, number=3)
+        assert wallet.problems == []
+    assert [lab.tokens(payee) for payee in payees] == [GLM] * 3
+
+
+@trio_test
+async def test_a_payment_that_failed_is_made_anew_only_when_its_block_is_deep(lab: Lab, tmp_path: Path) -> None:
+    key, payee = lab.rich("deep"), address_of("deep payee")
+    async with payer(lab, key, tmp_path / "chain.db", rpc_urls=(lab.url,), depth=2, repeat_depth=12) as wallet:
+        await wallet.pay("b1", (payee, GLM))
+        await wallet.engine.step()
+        lab.call("anvil_dropAllTransactions")
+        lab.do(key, address_of("elsewhere"), value=1, gas=21_000)
+        await steps(wallet, 8)
+        assert wallet.told(TransferFailed) == []
+        assert "paid anew when that is 12 blocks deep" in wallet.told(TransferDelayed)[-1].reason
+        assert wallet.problems == []
+        await steps(wallet, 8)
+        assert [event.batch_id for event in wallet.told(TransferFailed)] == ["b1"]
