@@ -252,6 +252,22 @@ async def test_a_dev_chain_that_does_not_answer(tmp_path: Path, monkeypatch: pyt
 
 
 @trio_test
+async def test_a_chain_that_is_not_reached_at_start_shows_in_the_status_of_the_node(tmp_path: Path) -> None:
+    async with one(tmp_path, chain_url=NOBODY) as agent, trio.open_nursery() as nursery:
+        nursery.start_soon(agent.node.chain.connect)
+        with within(20):
+            while not agent.node.network.is_up:
+                await trio.sleep(0.02)
+            while (problem := (await COMMANDS["status"](agent.node, {}))["problem"]) is None:
+                await trio.sleep(0.02)
+        assert "has not answered since this node started" in problem
+        assert NOBODY.removeprefix("http://") in problem
+        (listed,) = (await COMMANDS["payment_status"](agent.node, {}))["problems"]
+        assert NOBODY.removeprefix("http://") in listed
+        nursery.cancel_scope.cancel()
+
+
+@trio_test
 async def test_cycles_can_be_seen_and_set(tmp_path: Path) -> None:
     async with one(tmp_path) as agent:
         cycle = await agent.get(f"/batchCycle/{PLATFORM}")
