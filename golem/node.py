@@ -210,11 +210,16 @@ async def come_back(system: System, config: Config, older: str) -> None:
 
 
 async def forget_events(system: System, config: Config) -> None:
-    """Delete old events from the feeds, now and again and again: rows have timers of their own, events have not."""
+    """Delete old events from the feeds, forget silent links, give the room back, now and again and again.
+
+    Rows have timers of their own, events and links have not.
+    """
     while True:
         deleted = await system.journal.prune(system.now() - config.event_store_days * DAY_S)
         if deleted:
             log.info("deleted %d events older than %g days", deleted, config.event_store_days)
+        await system.forget_links()
+        await system.journal.give_back()
         await trio.sleep(config.cleanup_interval_s)
 
 

@@ -93,7 +93,7 @@ def offer_template(runtime_properties: dict[str, Any], allowed: frozenset[Intera
 
 
 def _run(args: argparse.Namespace) -> int:
-    from actors.kernel.journal import JournalError
+    from actors.kernel.records import JournalError
     from golem.exeunit.process import Settings, serve
     from golem.exeunit.sandbox.lockdown import limit_memory
     from golem.exeunit.spool import TransferPolicy

@@ -24,8 +24,9 @@ import msgspec
 import trio
 
 from actors.exeunit import ExeUnit, UnitRow
-from actors.kernel.journal import Journal, JournalError
+from actors.kernel.journal import Journal
 from actors.kernel.machine import AskTimeout, Busy
+from actors.kernel.records import JournalError
 from actors.kernel.system import System
 from golem.bus import BusClient
 from golem.exeunit.disk import DiskWatch
