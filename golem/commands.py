@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import trio
 
-from actors.kernel.journal import RowDamaged
+from actors.kernel.records import RowDamaged
 from golem.backup import BackupError, write_backup
 from golem.bus import BusPeer
 from golem.chain.networks import DRIVER, Network

@@ -22,6 +22,9 @@ WAITING = {
     "timers": ("Timers that could not be handled, and come again:", ["actor", "what", "error", "tries", "next try"]),
     "damagedRows": ("Stored rows that cannot be read; what needs them waits:", ["actor", "row", "why"]),
     "olderPeers": ("Peers that spoke from an older or copied journal, and were not heard:", ["peer", "what is amiss"]),
+    "wentBack": ("Disks that were lost or put back since this node started (agreements and payments are compared again):",
+                 ["when", "peer", "what is forgotten"]),
+    "violators": ("Peers that broke the protocol within the last hour:", ["peer", "how often, and what comes of it"]),
     "quarantine": ("Messages set aside, since they crashed their actor (golem quarantine --help):",
                    ["number", "actor", "sender", "error"]),
 }  # fmt: skip

@@ -81,8 +81,8 @@ def run(agent_dir: Path | None, name: str | None, subnet: str | None, node_url: 
     """
     import trio
 
-    from actors.kernel.journal import JournalError
     from actors.kernel.machine import ActorFailed, AskTimeout, NodeFailed
+    from actors.kernel.records import JournalError
     from golem.provider.agent import AgentError, run_agent
     from golem.provider.client import NodeError
     from golem.provider.environment import read_environment

@@ -66,7 +66,7 @@ def run_command(debug: bool, no_mdns: bool, **flags: Any) -> None:
     for ours in ("golem", "actors"):
         logging.getLogger(ours).setLevel(logging.DEBUG if debug else logging.INFO)
     logging.getLogger("golem.http").setLevel(logging.WARNING)
-    from actors.kernel.journal import JournalClosed, JournalError
+    from actors.kernel.records import JournalClosed, JournalError
     from golem.identity import IdentityError
     from golem.net import NetError
     from golem.node import run_node

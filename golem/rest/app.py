@@ -11,7 +11,7 @@ from quart import Request, Response, Websocket, g, has_websocket_context, reques
 from quart_trio import QuartTrio
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
-from actors.kernel.journal import RowDamaged
+from actors.kernel.records import RowDamaged
 from golem.config import VERSION
 from golem.hosts import is_of_this_machine
 from golem.rest.edge import BODY_LIMIT, ApiError, Caller, caller, respond_json

@@ -6,8 +6,8 @@ import json
 from typing import Any
 
 from actors.agreement_rows import Agreement, state_at
-from actors.kernel.journal import Event
 from actors.kernel.machine import Rows
+from actors.kernel.records import Event
 from actors.proposals import Proposal
 from protocol.codec import Decoder
 from protocol.market import SubscriptionEnded, read_subscription
