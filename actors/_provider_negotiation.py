@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from decimal import Decimal
 from typing import Any
 
@@ -98,13 +99,19 @@ def _reject(turn: Turn, row: RejectedRow, why: Rejected) -> None:
 
 
 def _remember(turn: Turn, row: RejectedRow) -> None:
-    """Keep a proposal for when there is room; the oldest goes, with the answer it waits for, where there are too many."""
-    others = sorted(turn.prefix("rejected/"), key=lambda pair: (pair[1].at, pair[0]))
-    for key, oldest in others[: max(0, len(others) + 1 - MAX_REJECTED)]:
-        turn.put(key, None)
-        if oldest.waits:
-            _reject(turn, oldest, Rejected("No capacity available.", False))
+    """Keep a proposal for when there is room.
+
+    Where there are too many, the oldest goes of who has most, with the answer that it waits for: nobody pushes others out.
+    """
     turn.put(f"rejected/{row.proposal_id}", row)
+    kept: list[RejectedRow] = [one for _, one in turn.prefix("rejected/")]
+    if len(kept) > MAX_REJECTED:
+        have = Counter(one.issuer for one in kept)
+        oldest = min(kept, key=lambda one: (-have[one.issuer], one.at, one.proposal_id))
+        turn.put(f"rejected/{oldest.proposal_id}", None)
+        if oldest.waits:
+            turn.unwake(f"patience/{oldest.proposal_id}")
+            _reject(turn, oldest, Rejected("No capacity available.", False))
 
 
 def renegotiate(turn: Turn) -> None:

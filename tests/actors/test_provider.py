@@ -363,6 +363,15 @@ def test_of_many_that_wait_the_oldest_is_rejected() -> None:
     assert len(list(agent.play.rows.prefix("rejected/"))) == MAX_REJECTED
 
 
+def test_who_asks_for_much_pushes_out_nobody_who_waits() -> None:
+    agent = Agent().begin().approved()
+    agent.propose("P-other", "0x" + "7" * 40)
+    for number in range(MAX_REJECTED + 50):
+        agent.propose(f"P-{number}", OTHER)
+    assert "P-other" not in [one.proposal_id for one in agent.rest(RejectProposal)]
+    assert agent.play.rows["rejected/P-other"].waits
+
+
 def test_what_was_rejected_for_lack_of_room_is_taken_up_when_there_is_room() -> None:
     agent = Agent().begin().approved()
     agent.propose("P-later", OTHER)
