@@ -72,8 +72,8 @@ class World:
         self.provider = self._system(PROVIDER, provider)
         self.requestor = self._system(REQUESTOR, requestor)
         self.calls = requestor.router.calls
-        self.files = FileServer(requestor.router)
-        self.provider_files = FileServer(provider.router)
+        self.files = FileServer(requestor.router, b"secret")
+        self.provider_files = FileServer(provider.router, b"secret")
         self.package_url = ""
 
     def _system(self, node_id: str, node: Node) -> System:
