@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from decimal import Decimal
 from typing import Any
 
 from msgspec.structs import replace
@@ -75,7 +74,10 @@ def _negotiate(turn: Turn, row: RejectedRow) -> Agreed | Rejected:
         return found
     if (no_place := places.judge(turn, row.issuer)) is not None:
         return no_place
-    judged = credit.judge(turn, row.issuer, json_object(row.demand), found.offer)
+    demand = json_object(row.demand)
+    if credit.rate_of(found.offer) > 0:
+        credit.ask_funds(turn, row.issuer, str(demand.get(PLATFORM)))
+    judged = credit.judge(turn, row.issuer, demand, found.offer)
     return judged if isinstance(judged, Rejected) else found
 
 
@@ -148,10 +150,12 @@ def agreement_arrived(turn: Turn, message: AgreementArrived) -> None:
     refusal = found if isinstance(found, Rejected) else None
     if refusal is None and not isinstance(found, Rejected) and found.changed:
         refusal = Rejected("Negotiations aren't finished.", False)
-    granted = Decimal(0)
+    granted = credit.Grant()
     if refusal is None:
         refusal = places.judge(turn, requestor)
     if refusal is None:
+        if credit.rate_of(offer) > 0:
+            credit.ask_funds(turn, requestor, str(demand.get(PLATFORM)))
         judged = credit.judge(turn, requestor, demand, offer)
         if isinstance(judged, Rejected):
             refusal = judged
@@ -166,8 +170,14 @@ def agreement_arrived(turn: Turn, message: AgreementArrived) -> None:
         turn.rest(RejectAgreement(agreement_id, reason(refusal.message, **{IS_FINAL: refusal.final})))
         turn.refuse(requestor, message.preset, f"agreement rejected: {refusal.message}", final=refusal.final)
         return
-    raw = credit.raw_credit(turn.config.terms, offer, str(demand.get(PLATFORM)))
-    row = replace(row, rate=credit.rate_of(offer), credit=amount_text(granted), raw_credit=amount_text(raw))
+    row = replace(
+        row,
+        rate=credit.rate_of(offer),
+        credit=amount_text(granted.added),
+        raw_credit=amount_text(granted.raw),
+        needed=amount_text(granted.needed),
+        unproven=amount_text(granted.unproven) if granted.unproven > 0 else "",
+    )
     turn.save(row)
     credit.begin(turn, row)
     turn.occupy(agreement_id, share_of(offer))
@@ -200,6 +210,8 @@ def _row(
         requestor=requestor,
         document=message.agreement,
         state=APPROVING,
+        platform=str(demand.get(PLATFORM)),
+        interval_agreed=whole_number(offer.get(INTERVAL)) is not None,
         at=turn.now,
         expires_at=expiration_s(demand) or turn.now,
         multi_activity=demand.get(MULTI_ACTIVITY) is True,

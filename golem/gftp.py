@@ -77,7 +77,7 @@ class Gftp:
 
     async def _on_connect(self) -> None:
         """The node may be a new one: tell it again."""
-        for name, (target, path, more) in list(self._published.items()):
+        for target, path, more in list(self._published.values()):
             with suppress(Unreachable, RemoteError):
                 await self._bus.call("", target, _encode([str(path), *more]))
 

@@ -80,6 +80,7 @@ class Stranger:
         self.rent_s = DAY_S
         self.count, self.owed, self.agreements, self.rejections = 0, Decimal(0), 0, []  # type: ignore[var-annotated]
         self.timeout_s: float | None = None
+        self.funds: str | None = "1000"  # what the chain says of its account; None: it does not answer
 
     def start(self) -> None:
         """Publish a demand and counter the offer."""
@@ -188,6 +189,9 @@ class CheatWorld:
         self.strangers: dict[str, Stranger] = {}
         self.units: dict[str, Unit] = {}
         self.owner: dict[str, str] = {}  # activity -> stranger
+        self.chain_s = 0.01  # until the chain has answered
+        self.held_units: set[str] = set()
+        self.ever_held, self.asked_funds = False, 0
         self.transfers: dict[tuple[str, str, str], Decimal] = {}
         self.approving: dict[str, float] = {}
         self.sending: dict[tuple[str, str], tuple[Any, float | None]] = {}
@@ -413,8 +417,12 @@ class CheatWorld:
                 self.agent.tell(agent.UnitRunning(activity_id, 7, 7))
                 ready = act.StateReported(activity_id, "Initialized", at=self.now)
                 self.plays["activity"].tell(ready, f"{PROVIDER}/exeunit:{activity_id}")
+            case agent.HoldUnit(activity_id, _, held):
+                (self.held_units.add if held else self.held_units.discard)(activity_id)
+                self.ever_held |= held
             case agent.StopUnit(activity_id) if self.units[activity_id].ended_at is None:
                 self.units[activity_id].ended_at = self.now
+                self.held_units.discard(activity_id)
                 self.agent.tell(agent.UnitExited(activity_id, 0))
 
     def _rest(self, message: Any) -> None:
@@ -444,6 +452,10 @@ class CheatWorld:
                 self.agent.tell(agent.ActivityClosed(activity_id, unit.usage(self.now) if unit else None))
             case agent.ReadUsage(activity_id):
                 self.agent.tell(agent.UsageRead(activity_id, self.units[activity_id].usage(self.now)))
+            case agent.AskFunds(requestor, platform):
+                known = agent.FundsKnown(requestor, platform, self.strangers[requestor].funds)
+                self.asked_funds += 1
+                self.later(self.chain_s, lambda: self.agent.tell(known))
             case agent.IssueNote():
                 self._issue_note(message)
             case agent.IssueInvoice():
