@@ -93,7 +93,7 @@ def note_due(turn: Turn, message: NoteDue) -> None:
     row = turn.agreement(activity.agreement_id) if activity else None
     if activity is None or row is None or activity.state not in BILLED_BY_INTERVAL:
         return
-    if turn.now - activity.billed_at > row.interval_s + _accept_s(turn, row):
+    if turn.now - activity.billed_at > row.interval_s + max(_accept_s(turn, row), SENDING_S):
         end_agreement(turn, row, NOT_ISSUED)  # whatever the cause: work that is not billed is work for nothing
         return
     credit.prove(turn, row)
