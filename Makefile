@@ -18,7 +18,7 @@ export PYTHON
 
 # Tests of one file stay with one worker: they share nodes and Engines.
 PYTEST = .venv/bin/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
-QUICK = tests/protocol tests/actors tests/kernel tests/provider $(wildcard tests/test_*.py)
+QUICK = tests/house tests/protocol tests/actors tests/kernel tests/provider $(wildcard tests/test_*.py)
 
 .PHONY: demo test quick lint bench setup clean
 

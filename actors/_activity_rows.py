@@ -53,6 +53,7 @@ class BatchRow(Message, frozen=True):
     have: int = 0
     finished: bool = False
     stored_bytes: int = 0
+    begun_at: float = 0.0
 
 
 class ResultRow(Message, frozen=True):

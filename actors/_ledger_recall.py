@@ -87,7 +87,7 @@ def tell_again(draft: MoneyDraft, me: str, timer: TellAgain) -> None:
 
 def recall(draft: MoneyDraft, me: str, command: Recall) -> None:
     """This node was restored from a backup: ask everybody we had to do with."""
-    for peer in [key.partition("/")[2] for key, _ in draft.prefix("told/")]:
+    for peer in [key.partition("/")[2] for key in (*[key for key, _ in draft.readable("told/")], *draft.left_out)]:
         draft.put(f"told/{peer}", Told(draft.now))
         draft.send(address(peer, "ledger"), AskAgain())
         _tell(draft, peer)
@@ -108,23 +108,23 @@ def _may_tell(draft: MoneyDraft, peer: str) -> bool:
 
 def _tell(draft: MoneyDraft, peer: str) -> None:
     """The payee's word on payments comes first: an acceptance that they cover is not ordered again. The payer's comes last:
-    what it pays was accepted before."""
+    what it pays was accepted before. What cannot be read is not told: the rest is."""
     to, since = address(peer, "ledger"), draft.now - TOLD_BACK_S
-    agreements = {row.agreement_id: row for _, row in draft.prefix("agreement/") if row.peer == peer}
+    agreements = {row.agreement_id: row for _, row in draft.readable("agreement/") if row.peer == peer}
     if not agreements:
         return
     payments = [
-        row for _, row in draft.prefix("payment/") if row.peer == peer and row.recorded_at >= since and row.signature
+        row for _, row in draft.readable("payment/") if row.peer == peer and row.recorded_at >= since and row.signature
     ]
     for row in payments:
         if row.role == PAYEE and row.state == VERIFIED:
             draft.send(to, Recalled(Document("payment", row.body, row.signature)))
-    notes = [row.last_debit_note_id for _, row in draft.prefix("activity/") if row.agreement_id in agreements]
+    notes = [row.last_debit_note_id for _, row in draft.readable("activity/") if row.agreement_id in agreements]
     keys = list(dict.fromkeys(f"{DEBIT_NOTE}/{note}" for note in (*_accepted_notes(draft, agreements), *notes) if note))
     keys += [f"{INVOICE}/{row.invoice_id}" for row in agreements.values() if row.invoice_id]
     for key in keys:
-        row = draft.row(PaymentDocument, key)
-        if row is not None and row.changed_at >= since and row.signature and not row.refused:
+        row = draft.sound(key)
+        if isinstance(row, PaymentDocument) and row.changed_at >= since and row.signature and not row.refused:
             _tell_document(draft, to, row)
     for payment in payments:
         if payment.role == PAYER:
@@ -134,7 +134,7 @@ def _tell(draft: MoneyDraft, peer: str) -> None:
 def _accepted_notes(draft: MoneyDraft, agreements: Container[str]) -> list[str]:
     """The highest accepted note of each activity: it is owed, although a later one may not be."""
     highest: dict[str, PaymentDocument] = {}
-    for _, row in draft.prefix(f"{DEBIT_NOTE}/"):
+    for _, row in draft.readable(f"{DEBIT_NOTE}/"):
         if row.acceptance and row.agreement_id in agreements:
             other = highest.get(row.activity_id)
             if other is None or Decimal(row.amount) > Decimal(other.amount):
@@ -194,7 +194,8 @@ def _acceptance(draft: MoneyDraft, document: Document, sender: str) -> None:
 
 
 def _not_paid(draft: MoneyDraft, agreement_id: str) -> Decimal:
-    """Return what is owed for an agreement, and neither paid nor ordered."""
+    """Return what is owed for an agreement, and neither paid nor ordered. An order that cannot be read may be for all of it:
+    then `RowDamaged` is raised, and the peer's word waits."""
     agreement = draft.row(Agreement, f"agreement/{agreement_id}")
     assert agreement is not None, agreement_id
     orders = [row for _, row in draft.prefix("order/") if isinstance(row, Order) and row.agreement_id == agreement_id]

@@ -23,7 +23,7 @@ from actors._provider_rows import (
 )
 from actors.draft import Draft
 from actors.kernel.machine import Rows, Send, Wake
-from protocol.provider import Capacity, Kept, ToProcesses, ToRest, task_key
+from protocol.provider import Capacity, Kept, ToProcesses, ToRest, port_of, task_key
 from protocol.types import Message, Violation
 
 MAX_REFUSALS = 20
@@ -132,7 +132,7 @@ class Turn(Draft):
         """Ask the port; what nothing else would bring back after a kill is kept until it is over."""
         if isinstance(message, Kept):
             self.put(f"task/{task_key(message)}", TaskRow(message, self.config.instance))
-        self.do(Send("rest", message))
+        self.do(Send(port_of(message), message))
 
     def processes(self, message: ToProcesses) -> None:
         self.do(Send("processes", message))

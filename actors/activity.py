@@ -138,7 +138,7 @@ class Activity:
             case DestroyActivity(activity_id):
                 return self._destroy(rows, activity_id, meta)
             case Exec():
-                return self._exec(rows, message)
+                return self._exec(rows, message, meta)
             case ActivityRequested():
                 return self._requested(rows, message, meta)
             case DestroyRequested(activity_id):
@@ -264,7 +264,7 @@ class Activity:
         changes.do(Reply(Done(activity_id)))
         return changes.step()
 
-    def _exec(self, rows: Rows, message: Exec) -> Step:
+    def _exec(self, rows: Rows, message: Exec, meta: Meta) -> Step:
         row: ActivityRow | None = rows.get(f"activity/{message.activity_id}")
         if row is None:
             return refuse("unknown", f"no such activity: {message.activity_id}")
@@ -283,8 +283,9 @@ class Activity:
             return refuse("bad_request", f"Bad request: {error}")
         waiting = msgspec.structs.replace(row, unfinished=(*row.unfinished, message.batch_id))
         run = RunBatch(message.activity_id, message.batch_id, message.script)
+        batch = BatchRow(message.batch_id, row.activity_id, size, begun_at=meta.now)
         return Step(
-            {f"activity/{row.activity_id}": waiting, key: BatchRow(message.batch_id, row.activity_id, size)},
+            {f"activity/{row.activity_id}": waiting, key: batch},
             [
                 Reply(Done(message.batch_id)),
                 Send(address(row.provider, f"exeunit:{row.activity_id}"), run, REQUEST_DEADLINE_S),

@@ -28,7 +28,7 @@ TOLD_BACK_S = 60 * 24 * 3600.0  # as in `_ledger_recall`
 
 def tell_again(draft: Draft, peer: str, now: float) -> None:
     """Repeat our last word on every agreement with a node that is open, or was not long ago."""
-    for _, agreement in list(draft.prefix("agreement/")):
+    for _, agreement in list(draft.readable("agreement/")):
         if agreement.counterpart == peer and (agreement.ended_at is None or agreement.ended_at > now - TOLD_BACK_S):
             message = _last_word(agreement)
             if message is not None:

@@ -43,7 +43,7 @@ def _named(node: Node, args: dict[str, Any]) -> ActivityRow:
     exact: ActivityRow | None = rows.get(f"activity/{wanted}")
     if exact is not None:
         return exact
-    found: list[ActivityRow] = [row for _, row in rows.prefix(f"activity/{wanted}")]
+    found: list[ActivityRow] = [row for _, row in node.system.listed("activity", f"activity/{wanted}")[0]]
     if not found:
         raise LookupError(f"no activity {wanted[:40]!r} (golem activity list shows them)")
     if len(found) > 1:
@@ -83,7 +83,7 @@ def _form(node: Node, row: ActivityRow) -> dict[str, Any]:
 @command
 async def activity_list(node: Node, args: dict[str, Any]) -> Any:
     """All activities of this node, the newest last."""
-    rows = [row for _, row in node.system.rows("activity").prefix("activity/")]
+    rows = [row for _, row in node.system.listed("activity", "activity/")[0]]
     return [_form(node, row) for row in sorted(rows, key=lambda row: row.created_at) if args.get("all") or not row.ended]
 
 
@@ -97,11 +97,11 @@ async def activity_find(node: Node, args: dict[str, Any]) -> Any:
 async def activity_show(node: Node, args: dict[str, Any]) -> Any:
     """One activity, with its batches and the command that runs."""
     row = _named(node, args)
-    rows = node.system.rows("activity")
     batches = []
-    for _, batch in rows.prefix(f"batch/{row.activity_id}/"):
-        batches.append({"id": batch.batch_id, "commands": batch.size, "results": batch.have, "finished": batch.finished,
-                        "failed": _failure(node, batch)})  # fmt: skip
+    kept: list[BatchRow] = [one for _, one in node.system.listed("activity", f"batch/{row.activity_id}/")[0]]
+    for batch in sorted(kept, key=lambda one: (one.begun_at, one.batch_id)):
+        batches.append({"id": batch.batch_id, "begun": timestamp_text(batch.begun_at), "commands": batch.size,
+                        "results": batch.have, "finished": batch.finished, "failed": _failure(node, batch)})  # fmt: skip
     running = None
     if not row.ended and row.state != "New":
         try:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import trio
 
-from actors.kernel.journal import RowDamaged
+from actors.kernel.records import RowDamaged
 from golem.backup import BackupError, write_backup
 from golem.bus import BusPeer
 from golem.chain.networks import DRIVER, Network
@@ -43,6 +43,7 @@ def command(function: Command) -> Command:
 def serve_commands(node: Node) -> None:
     """Answer the command line on the node's bus."""
     import golem.activity_commands  # they register their own
+    import golem.market_commands
     import golem.payment_commands
     import golem.quarantine_commands  # noqa: F401
 
@@ -68,7 +69,10 @@ async def status(node: Node, args: dict[str, Any]) -> Any:
     """What this node is and does."""
     from golem.quarantine_commands import waiting
 
-    chain = {"chainUrl": node.chain.dev_url} if node.config.profile == "local" else {}
+    chain: dict[str, Any] = {}
+    if node.config.profile == "local":
+        own = None if node.config.chain_url else str(node.config.chain_dir)
+        chain = {"chainUrl": node.chain.dev_url, "chainDir": own}
     return {
         "nodeId": node.node_id, "apiUrl": node.api_url, "profile": node.config.profile, **chain,
         "dataDir": str(node.config.data_dir),
@@ -174,7 +178,9 @@ async def net_sessions(node: Node, args: dict[str, Any]) -> Any:
 @command
 async def net_ping(node: Node, args: dict[str, Any]) -> Any:
     """Round-trip times, of one peer or of all with a session."""
-    targets = [node_id(args["id"])] if args.get("id") else [one.node_id for one in node.network.sessions()]
+    from golem.market_commands import peers, whole_id
+
+    targets = [node_id(whole_id(args["id"], peers(node)))] if args.get("id") else [one.node_id for one in node.network.sessions()]
     rows = []
     for target in targets:
         try:
@@ -187,13 +193,19 @@ async def net_ping(node: Node, args: dict[str, Any]) -> Any:
 @command
 async def net_connect(node: Node, args: dict[str, Any]) -> Any:
     """Open a session with a node id or multiaddr."""
-    return await node.network.connect(args["target"])
+    from golem.market_commands import peers, whole_id
+
+    return await node.network.connect(whole_id(args["target"], peers(node)))
 
 
 @command
 async def net_disconnect(node: Node, args: dict[str, Any]) -> Any:
     """Close the session with a node."""
-    await node.network.disconnect(node_id(args["id"]))
+    from golem.market_commands import peers, whole_id
+
+    wanted = node_id(whole_id(args["id"], peers(node)))
+    await node.network.disconnect(wanted)
+    return wanted
 
 
 # -- payments
@@ -263,8 +275,8 @@ async def payment_fund(node: Node, args: dict[str, Any]) -> Any:
 @command
 async def payment_init(node: Node, args: dict[str, Any]) -> Any:
     """Accounts need no registration here: every platform of the profile is ready. Unknown networks are refused."""
-    if args.get("network"):
-        node.chain.networks.by_name(args["network"])
+    network = node.chain.networks.by_name(args.get("network") or node.chain.default_network)
+    return {"network": network.name, "platform": network.platform, "token": network.symbol, "simulatedBy": network.simulated_by}
 
 
 # -- images

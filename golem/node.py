@@ -47,6 +47,7 @@ from golem.gossip import Gossip
 from golem.gsb import Services
 from golem.identity import APP_KEYS, AUTOCONF, AppKeys, AskPassword, Identity, check_ours, open_identity, write_private
 from golem.interaction import Interactions
+from golem.nearness import serve_nearness
 from golem.net import NetConfig, Network, check_network, open_network
 from golem.ports import is_our_node, of_others
 from golem.registry import IMAGES, Registry
@@ -179,6 +180,7 @@ async def open_node(config: Config, ask_password: AskPassword | None = None) -> 
         registry = await trio.to_thread.run_sync(open_registry, config, files)
         node = Node(config, identity, app_keys, router, system, network, bus, chain, files, registry)
         serve_commands(node)
+        serve_nearness(node)
         nursery = await stack.enter_async_context(trio.open_nursery())
         await nursery.start(bus.run)
         await nursery.start(system.run)
@@ -208,11 +210,16 @@ async def come_back(system: System, config: Config, older: str) -> None:
 
 
 async def forget_events(system: System, config: Config) -> None:
-    """Delete old events from the feeds, now and again and again: rows have timers of their own, events have not."""
+    """Delete old events from the feeds, forget silent links, give the room back, now and again and again.
+
+    Rows have timers of their own, events and links have not.
+    """
     while True:
         deleted = await system.journal.prune(system.now() - config.event_store_days * DAY_S)
         if deleted:
             log.info("deleted %d events older than %g days", deleted, config.event_store_days)
+        await system.forget_links()
+        await system.journal.give_back()
         await trio.sleep(config.cleanup_interval_s)
 
 

@@ -19,7 +19,8 @@ async def payment_trace(node: Node, args: dict[str, Any]) -> Any:
     wallet = node.system.rows("wallet")
     names = [wanted, f"{INVOICE}:{wanted}", f"{DEBIT_NOTE}:{wanted}"]
     orders = [row for name in names if (row := wallet.get(f"order/{name}")) is not None]
-    batches = [row for _, row in wallet.prefix("batch/") if _concerns(row, wanted, {order.order_id for order in orders})]
+    known, _ = node.system.listed("wallet", "batch/")
+    batches = [row for _, row in known if _concerns(row, wanted, {order.order_id for order in orders})]
     if not orders and not batches:
         raise ValueError(f"no debt of this node is known as {wanted[:80]}: name an invoice, debit note, order or batch")
     ledger = node.system.rows("ledger")

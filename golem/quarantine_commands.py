@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from actors.kernel.journal import SetAside
 from actors.kernel.machine import ActorFailed, AskTimeout, Busy
+from actors.kernel.records import SetAside
 from golem.commands import command
 from protocol.types import Violation, timestamp_text
 
@@ -84,5 +84,7 @@ def waiting(node: Node) -> dict[str, list[list[Any]]]:
         "timers": [[one.actor, one.what, one.error, one.times, timestamp_text(one.again)] for one in system.alarms.failing()],
         "damagedRows": [list(row) for row in system.damaged()],
         "olderPeers": [list(one) for one in system.older.items()],
+        "wentBack": [[timestamp_text(at), peer, what] for peer, (at, what) in system.went_back.items()],
+        "violators": [list(one) for one in system.violators.words(system.now())],
         "quarantine": [[one.number, one.actor, one.sender, one.error] for one in system.quarantined()],
     }

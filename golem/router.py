@@ -24,7 +24,7 @@ log = logging.getLogger("golem.router")
 
 MAIL, CALL = "mail", "call"
 EXEUNIT = "exeunit:"
-UNIT_CALLS = ("gftp:", EXEUNIT, "cli:status")  # what an exe-unit may ask for; other `cli:` calls give keys away
+UNIT_CALLS = ("gftp:", "unit:")  # what an exe-unit may ask of its own node; `cli:` calls give keys away
 MAIL_TIMEOUT_S = 10.0
 MAX_CALL_S = 60.0
 SPLICE_BYTES = 1 << 18
@@ -177,7 +177,7 @@ class Router:
 
     # -- calls and streams of the bus
     async def _call_from_bus(self, client: BusPeer, node: str, target: str, payload: bytes) -> bytes:
-        if client.name.startswith(EXEUNIT) and not target.startswith(UNIT_CALLS):
+        if client.name.startswith(EXEUNIT) and not (node in ("", self._me) and target.startswith(UNIT_CALLS)):
             raise RemoteError(f"not for exe-units: {target[:80]}")
         if node in ("", self._me):
             if (handler := self._local.get(target)) is not None:

@@ -481,8 +481,16 @@ ToRest = (
 )
 #: Messages to the port that nothing else would bring back after a kill: the machine keeps them until `TaskEnded`.
 Kept = CounterProposal | RejectProposal | RejectAgreement | ReadNote
+#: What anybody may cause, as often as he likes. It has a port of its own, so that no money waits behind it.
+Talk = CounterProposal | RejectProposal | RejectAgreement
+OfStrangers = Talk | AskFunds
 _IDS = ("preset", "offer_id", "proposal_id", "agreement_id", "activity_id", "number", "serial", "deadline", "note_id",
         "requestor", "platform")  # fmt: skip
+
+
+def port_of(message: ToRest) -> str:
+    """Return the port that a message goes to."""
+    return "proposals" if isinstance(message, OfStrangers) else "rest"
 
 
 def task_key(message: Message) -> str:

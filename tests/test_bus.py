@@ -176,16 +176,16 @@ async def test_a_client_outlives_a_restart_of_the_node(tmp_path: Path) -> None:
         for life in (b"1", b"2"):
             async with trio.open_nursery() as node:
                 bus = Bus(tmp_path / "a.sock", A)
-                Router(A, Wire(A, {}, node), bus).serve_local("cli:status", status)
+                Router(A, Wire(A, {}, node), bus).serve_local("unit:status", status)
                 await node.start(bus.run)
                 with within(5):
                     await client.wait_connected()
-                assert await client.call("", "cli:status", life) == life
+                assert await client.call("", "unit:status", life) == life
                 node.cancel_scope.cancel()
             await trio.testing.wait_all_tasks_blocked(0.01)
             assert not client.connected
             with pytest.raises(Unreachable):
-                await client.call("", "cli:status", b"")
+                await client.call("", "unit:status", b"")
         nursery.cancel_scope.cancel()
 
 

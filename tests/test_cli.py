@@ -167,6 +167,98 @@ def test_market_and_trace(alice: LocalNode) -> None:
     assert "PublishDemand" in story
     assert "SubscriptionOpened" in story
     assert run_json(alice, "market", "agreements", "list") == []
+    assert run_text(alice, "market", "agreements", "list") == "No agreements.\n"
+
+
+def subscribe(node: LocalNode, kind: str, properties: dict[str, Any], constraints: str = "()") -> str:
+    import httpx
+
+    body = {"properties": properties, "constraints": constraints}
+    headers = {"Authorization": f"Bearer {node.app_key}"}
+    answer = httpx.post(f"{node.api_url}/market-api/v1/{kind}s", json=body, headers=headers)
+    assert answer.status_code == 201, answer.text
+    return str(answer.json())
+
+
+def test_what_is_on_the_market(market: tuple[LocalNode, LocalNode]) -> None:
+    alice, bob = market
+    prices = {"golem.com.usage.vector": ["golem.usage.cpu_sec"], "golem.com.pricing.model.linear.coeffs": [0.5, 2]}
+    offer = {"golem.runtime.name": "abacus", "golem.inf.mem.gib": 4, "golem.node.id.name": "b\x1b[2Job", **prices}
+    of_bob = subscribe(bob, "offer", offer)
+    of_alice = subscribe(alice, "offer", {"golem.runtime.name": "pebbles", "golem.node.debug.subnet": "beach"})
+    demand = subscribe(alice, "demand", {"golem.node.debug.subnet": "beach"}, "(golem.runtime.name=abacus)")
+
+    def offers(*filters: str) -> list[str]:
+        return [row["id"] for row in run_json(alice, "market", "offers", *filters)]
+
+    until(lambda: of_bob in offers(), "the offer of the other node arrives")
+    assert set(offers()) >= {of_bob, of_alice}
+    assert of_bob not in offers("--own")
+    assert of_alice not in offers("--others")
+    assert offers("--runtime", "abacus") == [of_bob] == offers("--provider", bob.node_id[:8], "--runtime", "abacus")
+    assert offers("--subnet", "beach") == [of_alice]
+    assert offers("--constraints", "(golem.inf.mem.gib>=4)") == [of_bob]
+    assert f"The newest 1 of {len(offers())}" in run_text(alice, "market", "offers", "--limit", "1")
+    row = next(row for row in run_json(alice, "market", "offers") if row["id"] == of_bob)
+    assert (row["owner"], row["own"], row["runtime"]) == (bob.node_id, False, "abacus")
+    assert row["prices"] == {"golem.usage.cpu_sec": 0.5, "start": 2}
+    shown = run_text(alice, "market", "offers", "--runtime", "abacus")
+    assert "cpu_sec 0.5, start 2" in shown
+    assert "\x1b" not in shown
+    assert [row["id"] for row in run_json(alice, "market", "demands")][-1] == demand
+    assert demand[:12] in run_text(alice, "market", "demands")
+    assert of_bob in run_json(alice, "market", "show", "offer", of_bob[:12]).values()
+
+    # ids by their first digits
+    assert run_text(alice, "market", "explain", demand[:12], of_bob[:12]).splitlines() == ["They match."]
+    assert "matching: 1" in run_text(alice, "market", "explain", demand[:14].upper())
+    refused = golem(alice, "market", "explain", "")
+    assert (refused.exit_code, refused.stdout) == (1, "")
+    for _ in range(15):  # with the two there are, two begin with the same of sixteen digits
+        subscribe(alice, "offer", {})
+    first = next(one for one in "0123456789abcdef" if sum(each.startswith(one) for each in offers()) > 1)
+    ambiguous = golem(alice, "market", "show", "offer", first)
+    assert (ambiguous.exit_code, ambiguous.stdout) == (1, "")
+    assert "ids: " in ambiguous.stderr
+    assert "give more of it" in ambiguous.stderr
+    assert run_json(alice, "net", "ping", bob.node_id[:10])[0]["nodeId"] == bob.node_id
+
+
+def test_errors_for_programs_are_json(alice: LocalNode, tmp_path: Path) -> None:
+    for line, status, words in (
+        (("payment", "status", "--network", "nope"), 1, "unknown network 'nope'"),
+        (("market", "agreements", "get", "--id", "xx"), 1, "Invalid agreement id"),
+        (("payment", "status", "--nope"), 2, "No such option"),
+        (("nothing",), 2, "No such command"), (("payment", "trace"), 2, "Missing argument"),
+    ):
+        for arguments in (["--json", "-d", str(alice.data_dir), *line], ["-d", str(alice.data_dir), *line, "--json"]):
+            result = CliRunner().invoke(main, arguments)
+            assert (result.exit_code, result.stdout) == (status, ""), arguments
+            found = json.loads(result.stderr)
+            assert (found["status"], words in found["message"]) == (status, True), found
+    without = CliRunner().invoke(main, ["--json", "-d", str(tmp_path), "status"])
+    assert json.loads(without.stderr)["message"].startswith("no node is running")
+    assert CliRunner().invoke(main, ["-d", str(tmp_path), "status"]).stderr.startswith("Error: no node is running")
+
+
+def test_what_succeeds_says_what_is_true_now(market: tuple[LocalNode, LocalNode]) -> None:
+    alice, bob = market
+    assert "can pay and be paid on hoodi" in run_text(alice, "payment", "init")
+    run_text(alice, "app-key", "create", "short-lived")
+    assert "'short-lived' is deleted" in run_text(alice, "app-key", "drop", "short-lived")
+    assert bob.node_id in run_text(alice, "net", "disconnect", bob.node_id[:12])
+    assert run_json(alice, "net", "connect", bob.node_id)["identities"] == [bob.node_id]
+
+
+def test_stopping_the_chain_beside_a_running_node(alice: LocalNode) -> None:
+    folder = Path(run_json(alice, "status")["chainDir"])
+    said = run_text(alice, "chain", "stop", "--chain-dir", str(folder))
+    assert "is stopped; its blocks stay" in said
+    assert f"The node on {alice.data_dir} runs and starts it again within" in said
+    assert "golem service shutdown" in said
+    until(lambda: (folder / "chain.json").exists(), "the node starts the chain again", 30)
+    other = run_text(alice, "chain", "stop", "--chain-dir", str(alice.data_dir / "no-chain"))
+    assert other.splitlines() == [f"No dev chain was running in {alice.data_dir / 'no-chain'}."]
 
 
 def test_about_the_program(alice: LocalNode) -> None:

@@ -121,6 +121,11 @@ async def test_what_there_is(tmp_path: Path) -> None:
         assert b"Provider" in (await golem(w.p, "list")).stdout
         shown = await golem(w.r, "show", w.activity_id[:3], as_json=True)
         assert [batch["commands"] for batch in shown["batches"]] == [2]
+        for _ in range(6):
+            await w.execute({"run": {"entry_point": "/bin/true", "args": []}})
+        shown = await golem(w.r, "show", w.activity_id, as_json=True)
+        assert [batch["id"] for batch in shown["batches"]] == w.batches, "in the order in which they were sent"
+        assert [batch["begun"] for batch in shown["batches"]] == sorted(batch["begun"] for batch in shown["batches"])
         refused = await golem(w.r, "show", "2")
         assert (refused.returncode, b"no activity '2'" in refused.stderr) == (1, True)
         refused = await golem(w.p, "destroy", "1")
@@ -133,7 +138,7 @@ async def test_what_there_is(tmp_path: Path) -> None:
 
         w.nursery.start_soon(agent)
         ended = await golem(w.r, "destroy", "1")
-        assert (ended.returncode, ended.stdout) == (0, b""), ended.stderr
+        assert (ended.returncode, ended.stdout) == (0, f"Activity {w.activity_id} is ended.\n".encode()), ended.stderr
         assert await golem(w.r, "list", as_json=True) == []
         assert len(await golem(w.r, "list", "--all", as_json=True)) == 1
         refused = await golem(w.r, "exec", "1", "--", "ls")

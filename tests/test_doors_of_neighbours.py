@@ -154,10 +154,14 @@ async def test_an_exe_unit_reaches_no_keys(tmp_path: Path) -> None:
         assert stat.S_IMODE(node.config.units_path.stat().st_mode) == 0o600
         for path in (node.config.bus_path, node.config.units_path):
             async with open_client(path, "exeunit:" + "a" * 32, "exe-unit") as unit:
-                for target in ("cli:rest_access", "cli:app_key_create", "cli:shutdown", "market", "exeunit-x", ""):
+                for target in ("cli:status", "cli:rest_access", "cli:shutdown", "market", "exeunit:" + "b" * 32, "exeunit-x", ""):
                     for where in ("", node.node_id, "0x" + "b" * 40):
                         with pytest.raises(RemoteError, match="not for exe-units"):
                             await unit.call(where, target, b"{}", 5)
+                with pytest.raises(RemoteError, match="not for exe-units"):
+                    await unit.call("0x" + "b" * 40, "unit:nearness", b"", 5)
+                assert await unit.call("", "unit:nearness", ("0x" + "b" * 40).encode(), 5) == b"far"
+                assert await unit.call("", "unit:nearness", node.node_id.encode(), 5) == b"machine"
         for name in ("cli:x", "gftp:x", "x"):
             with pytest.raises(BusError, match="for exe-units"):
                 async with open_client(node.config.units_path, name, "cli") as client:

@@ -66,8 +66,8 @@ def test_the_node_is_set_up_where_compilers_fail_and_nothing_may_be_installed(tm
     traps.mkdir()
     for name in FORBIDDEN:
         script(traps / name, f'echo "$0 $*" >>{called}; exit 1\n')
-    with (traps / "apt-get").open("r+") as trap:  # Debian's pip may be fetched; nothing may be installed
-        trap.write('#!/bin/sh\n[ "$2" = download ] && exec /usr/bin/apt-get "$@"\n' + trap.read().removeprefix("#!/bin/sh\n"))
+    trap = (traps / "apt-get").read_text().removeprefix("#!/bin/sh\n")  # Debian's pip may be fetched; nothing may be installed
+    script(traps / "apt-get", f'[ "$4" = download ] && exec /usr/bin/apt-get "$@"\n{trap}')
     done = setup(clone, "node", CC="/bin/false", CXX="/bin/false", PATH=f"{traps}:/usr/bin:/bin")
     assert done.returncode == 0, done.stderr
     assert done.stderr == "setup: making .venv (a few minutes the first time)\n"
@@ -89,7 +89,7 @@ def test_debians_python_without_ensurepip(tmp_path: Path, clone: Path, pip: bool
         (hidden / f"{name}.py").write_text("raise ImportError('hidden by a test')")
     traps = tmp_path / "traps"
     traps.mkdir()
-    script(traps / "apt-get", "exit 1\n")
+    script(traps / "apt-get", "echo 'E: no network' >&2; exit 1\n")
     if pip and subprocess.run([PYTHON, "-m", "pip", "--version"], capture_output=True).returncode:
         pytest.skip("this Python has no pip of its own: apt-get install python3-pip")
     done = setup(clone, "vyper", PYTHONPATH=str(hidden), PATH=f"{traps}:{os.environ['PATH']}")
@@ -97,7 +97,7 @@ def test_debians_python_without_ensurepip(tmp_path: Path, clone: Path, pip: bool
         assert (done.returncode, done.stderr) == (0, "setup: making .venv-vyper (a few minutes the first time)\n")
     else:
         assert done.returncode == 1
-        assert done.stderr.endswith("type: sudo apt-get install python3-venv\n")
+        assert done.stderr.endswith("(E: no network); type: sudo apt-get install python3-venv\n")
         assert not (clone / ".venv-vyper/.made-from").exists()
 
 

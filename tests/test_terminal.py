@@ -78,8 +78,8 @@ def test_what_commands_print_with(capsys: pytest.CaptureFixture[str]) -> None:
 # -- what the running node answers, through the bus, command by command
 COMMANDS: list[list[str]] = [
     ["status"], ["id", "show"], ["id", "list"], ["app-key", "list"], ["app-key", "show", "x"], ["net", "status"],
-    ["net", "sessions"], ["net", "ping"], ["net", "ping", "x"], ["net", "connect", "x"], ["market", "agreements"],
-    ["market", "explain", "x"],
+    ["net", "sessions"], ["net", "ping"], ["net", "ping", "x"], ["net", "connect", "x"], ["market", "agreements", "list"],
+    ["market", "offers"], ["market", "demands"], ["market", "show", "offer", "x"], ["market", "explain", "x"],
     ["market", "explain", "x", "y"], ["payment", "accounts"], ["payment", "driver", "list"], ["payment", "fund"],
     ["payment", "init"], ["payment", "status"], ["activity", "list"], ["activity", "show", "x"], ["activity", "watch", "x"],
     ["activity", "destroy", "x"], ["image", "list"], ["image", "show", "x"], ["image", "remove", "x"],

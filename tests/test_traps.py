@@ -216,9 +216,9 @@ def test_the_file_sets_documented_names_alone(traps: Traps) -> None:
     assert "NODE_NAME" in dot_env().given
 
 
-def test_the_file_sets_what_the_readme_lists(traps: Traps) -> None:
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    listed = readme.partition("and these variables (also in")[2].partition("Others are ignored")[0]
+def test_the_file_sets_what_the_documents_list(traps: Traps) -> None:
+    page = (Path(__file__).parents[1] / "docs/operate.md").read_text()
+    listed = page.partition("and these variables (also in")[2].partition("Others are ignored")[0]
     names = set(re.findall(r"`([A-Z]+(?:_[A-Z]+)+|SUBNET)`", listed))
     assert len(names) > 25, names
     traps.write_env(dict.fromkeys(names, "1"))

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, get_args
 import trio
 
 from actors.kernel.feed import next_head
-from actors.kernel.journal import Commit, Event, JournalError, Posted, RowDamaged, Timer
 from actors.kernel.lineage import Lower, Position
 from actors.kernel.machine import (
+    MAX_DEADLINE_S,
     ActorFailed,
     DropFeed,
     Effect,
@@ -54,6 +54,7 @@ from actors.kernel.mailbox import (
     fresh,
     key_of,
 )
+from actors.kernel.records import Commit, Event, JournalError, Posted, RowDamaged, Timer
 from actors.kernel.row_view import MAX_ROW_BYTES, RowView, row_decoder
 from protocol.codec import MAX_BODY_BYTES, Envelope, encode
 from protocol.types import Message, PeerLost, Undelivered, Violation, node_of
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
     from actors.kernel.system import System
 
 CACHED_LINKS = 4096
+ON_FEEDS = (Emit, DropFeed)
 
 
 @dataclass(slots=True)
@@ -129,6 +131,10 @@ class Actor(Mailbox):
                 pass  # a full mailbox wakes the actor as well
         self._alarms[identity] = alarm
         self.ringing = True
+
+    def position(self, sender: str) -> Position:
+        """Return how far a link is read; where only violations came, that is in memory alone."""
+        return self._strangers.get(sender) or super().position(sender)
 
     # -- the loop
     async def run(self) -> None:
@@ -356,17 +362,23 @@ class Actor(Mailbox):
         while self.rows.damage:
             self.system.log_damaged(self.name, meta, self.rows.damage.pop())
         check_step(step)
-        rows = {key: None if row is None else encode(row) for key, row in step.rows.items()}
+        rows: dict[str, bytes | None] = {}
         for key, row in step.rows.items():
-            if row is not None and type(row) not in self._row_types:
+            if row is None:
+                rows[key] = None
+                continue
+            if type(row) not in self._row_types:
                 raise TypeError(f"row {key[:80]} is a {type(row).__name__}, which {self.name} could not read again")
-            if len(rows[key] or b"") > MAX_ROW_BYTES:
+            rows[key] = body = encode(row)
+            if len(body) > MAX_ROW_BYTES:
                 raise ValueError(f"row {key[:80]} is over the limit of {MAX_ROW_BYTES} bytes")
-        bodies = [encode(getattr(effect, "message", None)) for effect in step.effects]
-        for effect, body in zip(step.effects, bodies, strict=True):
+        bodies = []
+        for effect in step.effects:
+            body = encode(getattr(effect, "message", None))
             if len(body) > MAX_BODY_BYTES:
                 raise ValueError(f"{type(effect).__name__} of {len(body)} bytes is over the limit of {MAX_BODY_BYTES}")
-            if isinstance(effect, Emit | DropFeed):
+            bodies.append(body)
+            if isinstance(effect, ON_FEEDS):
                 self.system.feeds.claim(self.name, effect.feed)
         return Decided(step, rows, bodies)
 
@@ -383,7 +395,7 @@ class Actor(Mailbox):
             case Send(to, _, deadline_s):
                 recipient = to if "/" in to else f"{self.system.node}/{to}"
                 seq = batch.sent[recipient] = self._last_sent(recipient, batch) + 1
-                commit.outbox.append((recipient, Posted(seq, meta.now + deadline_s, meta.trace, body)))
+                commit.outbox.append((recipient, Posted(seq, meta.now + min(deadline_s, MAX_DEADLINE_S), meta.trace, body)))
                 batch.posted_bytes += len(body)
                 if node_of(recipient) == node_of(meta.sender) != self.system.node:
                     batch.answers.append((recipient, seq, len(body)))

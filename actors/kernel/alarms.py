@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from actors.kernel.journal import ALARMS_AT_ONCE, Commit
+from actors.kernel.journal import ALARMS_AT_ONCE
 from actors.kernel.mailbox import DeadlinePassed, TimerDue
+from actors.kernel.records import Commit
 
 if TYPE_CHECKING:
     from actors.kernel.system import System
@@ -81,7 +82,9 @@ class Alarms:
         elif actor is None:  # a port hears nothing of it, it repeats itself; or an actor of a former version
             keys, expired = [timer.key for timer in journal.due(name, now)], journal.overdue(name, now)
             if keys or expired:
-                await journal.commit(Commit(name, expired=expired, timers=dict.fromkeys(keys)))
+                commit = Commit(name, expired=expired, timers=dict.fromkeys(keys))
+                await journal.commit(commit)
+                self._system.released(name, commit, [])
                 self._changed.set()
 
     def committed(self, commit: Commit) -> None:

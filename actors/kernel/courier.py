@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from actors.kernel.journal import Posted
 from actors.kernel.lineage import Lower, Marks, Relink, agreed, boot_at
 from actors.kernel.machine import LinkDown
 from actors.kernel.mailbox import RETIRED, LinkBroken
+from actors.kernel.records import Posted
 from protocol.codec import MAX_BATCH, MAX_UNDER_WAY, Ack, Envelope, decode_ack, encode_batch
 from protocol.types import PeerLost, Violation, node_of
 
@@ -39,9 +39,7 @@ class Courier:
 
     def __init__(self, system: System, actor: str, recipient: str) -> None:
         self.system, self.actor, self.recipient = system, actor, recipient
-        self.acked = system.journal.acked(actor, recipient)  # committed by the recipient up to here
-        self._next = self.acked  # sent up to here
-        self._epoch, self._known_marks = "", Marks()
+        self._begin()
         self._broken: LinkBroken | None = None
         self._twice = False
         self._asks = False  # where the recipient stands, though there may be nothing to deliver
@@ -51,8 +49,22 @@ class Courier:
         self._news = trio.Event()
         self.trouble = ""  # why the link does not move, for people
 
+    def _begin(self) -> None:
+        """Look where the link stands."""
+        found = self.system.journal.standing(self.actor, self.recipient)
+        self._epoch, self.acked, self._known_marks = found  # the recipient has committed up to `acked`
+        self._next = self._highest = self.acked  # sent up to here, and before the last return to `acked`
+        self._all_marks = False  # that of this start is among them
+        self._dry = False  # nothing waited behind `_next` at the last look
+
+    @property
+    def was_nudged(self) -> bool:
+        """Return whether there may be news since the courier looked last."""
+        return self._news.is_set()
+
     def nudge(self) -> None:
         """There may be more to deliver, or the peer may be back."""
+        self._dry = False
         self._news.set()
 
     def hurry(self) -> None:
@@ -68,8 +80,7 @@ class Courier:
     def restart(self) -> None:
         """The link is mended."""
         self._broken, self.trouble = None, ""
-        self.acked = self._next = self.system.journal.acked(self.actor, self.recipient)
-        self._epoch, self._known_marks = "", ()
+        self._begin()
         self._back_off()  # a peer that says so again and again must not keep us busy
         self._news.set()
 
@@ -88,14 +99,16 @@ class Courier:
                     with trio.move_on_at(self._not_before):
                         await self._news.wait()
                     continue
-                if self._may_go and self._frames < FRAMES and self._next - self.acked < WINDOW and (batch := self._gather()):
+                gathers = self._may_go and not self._dry and self._frames < FRAMES and self._next - self.acked < WINDOW
+                if gathers and (batch := self._gather()):
                     self._frames += 1
                     self._next = batch[-1].seq
+                    self._highest = max(self._highest, self._next)
                     nursery.start_soon(self._exchange, batch)
                 elif self._asks and self._may_go and not self._frames:
                     self._frames += 1
                     nursery.start_soon(self._exchange, self._question())
-                elif not self._frames and not self._pending(self.acked, 1):
+                elif not self._frames and (self._dry or not self._pending(self.acked, 1)):
                     return
                 else:
                     await self._news.wait()
@@ -106,9 +119,11 @@ class Courier:
 
     def _marks(self) -> Marks:
         """Return which starts numbered the link's messages. Once this one is among them, nothing is added."""
-        if not self._known_marks or not self._known_marks[-1].endswith(f":{self.system.journal.boot}"):
-            self._known_marks = self.system.journal.marks(self.actor, self.recipient)
-            self._epoch = self.system.journal.outgoing(self.actor, self.recipient).epoch
+        if not self._all_marks:
+            ours = f":{self.system.journal.boot}"
+            if not self._known_marks or not self._known_marks[-1].endswith(ours):
+                self._known_marks = self.system.journal.marks(self.actor, self.recipient)
+            self._all_marks = bool(self._known_marks) and self._known_marks[-1].endswith(ours)
         return self._known_marks
 
     def _pending(self, after: int, limit: int) -> list[Posted]:
@@ -123,9 +138,15 @@ class Courier:
         # The first message that is not acknowledged comes behind the last one that is: those between were given up.
         marks, before = self._marks(), self._next
         after_boot = boot_at(marks, before)
-        for posted in self._pending(self._next, room):
+        now, waiting = self.system.now(), self._pending(self._next, room)
+        self._dry = len(waiting) < room
+        for posted in waiting:
+            if posted.deadline <= now:
+                self._dry = False
+                break  # its sender is about to hear that it is given up; what follows may not pass it
             size += len(posted.body)
             if batch and size > FRAME_BYTES:
+                self._dry = False
                 break
             boot = boot_at(marks, posted.seq)
             batch.append(
@@ -170,19 +191,19 @@ class Courier:
             return
         self._asks = self._asks and ack is None
         if ack is not None and self._is_doubtful(ack, acked_before):
-            self._next = self.acked
+            self._next, self._dry = self.acked, False
         elif ack is not None:
             have = self._have(ack)
             if have > self.acked:
                 self.acked = have
-                self.system.acknowledged(self.actor, self.recipient, have)
+                self.system.acknowledged(self.actor, self.recipient, have, self._epoch)
                 self.system.heard(self.actor, self.recipient)
                 self._next = max(self._next, have)
                 self._backoff_s = FIRST_BACKOFF_S
             self.trouble = "" if have >= last else SET_ASIDE if have < ack.have else ack.note or "no progress"
             if have >= last:
                 return
-        self._next = self.acked
+        self._next, self._dry = self.acked, False
         if ack is not None and ack.note == "gap" and self.acked > acked_before:
             return  # frames overtook one another, but the link moves: no reason to wait
         self._back_off()
@@ -201,9 +222,12 @@ class Courier:
             return ack.have
         self.system.alarms.refused(self.actor, self.recipient, owed, SET_ASIDE)
         return min(owed) - 1
+
     def _is_doubtful(self, ack: Ack, acked_before: int) -> bool:
         """Return whether the peer remembers this link otherwise than we do. Then the link stops, and says why."""
-        marks, sent = self._marks(), self.system.journal.last_sent(self.actor, self.recipient)
+        marks, sent = self._marks(), self._highest
+        if ack.have > sent:  # a courier before this one may have sent more
+            sent = self.system.journal.last_sent(self.actor, self.recipient)
         is_ours = ack.have <= sent and (ack.have < self.acked or boot_at(marks, ack.have) == boot_at(ack.boots, ack.have))
         if ack.note == RETIRED or not is_ours:
             both = agreed(marks, ack.boots, self.acked, min(ack.have, sent))

@@ -7,7 +7,8 @@ from collections import OrderedDict
 
 import trio
 
-from actors.kernel.journal import Commit, Event, Journal
+from actors.kernel.journal import Journal
+from actors.kernel.records import Commit, Event
 
 MICROSECOND = 1e-6
 REMEMBERED_OWNERS = 4096  # feeds whose owner is checked; the check finds bugs, nothing rests on it
@@ -26,10 +27,12 @@ class Feeds:
     # -- reading
     def read(self, feed: str, after_seq: int = 0, limit: int = 100) -> list[Event]:
         """Return at most `limit` committed events behind sequence number `after_seq`."""
+        self._journal.look()
         return self._journal.events(feed, after_seq, limit)
 
     def read_after(self, feed: str, after_at: float, limit: int = 100) -> list[Event]:
         """Return at most `limit` committed events strictly later than `after_at` (seconds since the epoch)."""
+        self._journal.look()
         return self._journal.events_after(feed, after_at, limit)
 
     def watch(self, *feeds: str) -> trio.Event:
@@ -61,21 +64,21 @@ class Feeds:
             while True:
                 event = self.watch(feed)
                 try:
-                    if self.read(feed, after_seq, 1):
+                    if self._journal.events(feed, after_seq, 1):
                         return True
                     if self.closed:
                         return False
                     await event.wait()
                 finally:
                     self.unwatch(event, feed)
-        return bool(self.read(feed, after_seq, 1))
+        return bool(self._journal.events(feed, after_seq, 1))
 
     async def take(self, feed: str, limit: int = 100) -> list[Event]:
         """Read and delete the first events of a feed, durably: each event is handed out once."""
         lock = self._taking.setdefault(feed, trio.Lock())
         try:
             async with lock:
-                events = self.read(feed, 0, limit)
+                events = self._journal.events(feed, 0, limit)
                 if events:
                     # Deleted and delivered, or neither: a commit under way is not cancelled, and no checkpoint follows it.
                     await self._journal.commit(Commit("", taken=[(feed, event.seq) for event in events]))

@@ -18,6 +18,7 @@ from protocol.types import Message
 MAX_NAME_CHARS = 1000  # of a row, a timer, a feed
 #: How long a `Send` waits for its acknowledgement unless it says otherwise (seconds).
 DEFAULT_DEADLINE_S = 7 * 24 * 3600.0
+MAX_DEADLINE_S = 30 * 24 * 3600.0  # longer ones are cut: what is older than that is never sent (see `tables.py`)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Union
 
 import trio
 
-from actors.kernel.journal import KEPT_QUARANTINED, Commit, SetAside, Timer
 from actors.kernel.lineage import Lower, Position, Relink
 from actors.kernel.machine import ActorFailed, Busy, Machine, Port
+from actors.kernel.records import Commit, SetAside, Timer
+from actors.kernel.tables import KEPT_QUARANTINED
 from protocol.codec import MAX_UNDER_WAY, Decoder, Envelope
 from protocol.types import Message, PeerLost, Undelivered, Violation, node_of
 
@@ -248,6 +249,10 @@ class Mailbox:
             self._set_aside = set(self.system.journal.senders_set_aside(self.name))
         self._set_aside.add(e.sender)
         return True
+
+    def position(self, sender: str) -> Position:
+        """Return how far a link is read, for who gets no answer from the actor itself."""
+        return self.system.journal.position(self.name, sender)
 
     def answer(self, link: LinkBatch) -> None:
         """Acknowledge a frame, now that all it says is committed."""

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from actors.kernel.journal import Commit, JournalError, RowDamaged
 from actors.kernel.lineage import Position
 from actors.kernel.machine import ActorFailed, AskTimeout, Busy, LinkDown, Meta, Port
 from actors.kernel.mailbox import CAPACITY, RETIRED, Ask, Delivery, LinkBatch, Mailbox, Outcome, Release, fresh
+from actors.kernel.records import Commit, JournalError, RowDamaged
 from protocol.codec import Envelope
 from protocol.types import Violation, node_of
 

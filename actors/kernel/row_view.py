@@ -6,7 +6,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from actors.kernel.journal import Journal, RowDamaged, unsealed
+from actors.kernel.journal import Journal
+from actors.kernel.records import RowDamaged, unsealed
 from protocol.codec import Decoder
 from protocol.types import Message, Violation
 
@@ -22,8 +23,8 @@ def row_decoder(rows: Any) -> Callable[[bytes], Any]:
 class RowView:
     """An actor's rows: committed ones read through a bounded cache, uncommitted ones on top."""
 
-    def __init__(self, journal: Journal, actor: str, decode: Callable[[bytes], Any]) -> None:
-        self._journal, self._actor, self._decode = journal, actor, decode
+    def __init__(self, journal: Journal, actor: str, decode: Callable[[bytes], Any], looks: bool = False) -> None:
+        self._journal, self._actor, self._decode, self._looks = journal, actor, decode, looks
         self._cache: OrderedDict[str, Any] = OrderedDict()
         self.changed: dict[str, Message | None] = {}
         self.damage: list[RowDamaged] = []  # rows that a step left out
@@ -35,6 +36,8 @@ class RowView:
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
+        if self._looks:
+            self._journal.look()
         body = self._journal.row(self._actor, key)
         return default if body is None else self._remember(key, self.read(key, body), len(body))
 
@@ -46,8 +49,8 @@ class RowView:
             raise RowDamaged(self._actor, key, str(error)) from None
 
     def again(self) -> RowView:
-        """Return a view of what is committed, for another reader."""
-        return RowView(self._journal, self._actor, self._decode)
+        """Return a view of what is committed, for another reader: between two checkpoints it sees one state."""
+        return RowView(self._journal, self._actor, self._decode, looks=True)
 
     def __getitem__(self, key: str) -> Any:
         row = self.get(key)
@@ -68,6 +71,8 @@ class RowView:
     def _scan(self, prefix: str, left_out: list[str] | None) -> Iterator[tuple[str, Any]]:
         changed = sorted(key for key in self.changed if key.startswith(prefix))
         at = 0
+        if self._looks:
+            self._journal.look()
         for key, body in self._journal.rows(self._actor, prefix):
             while at < len(changed) and changed[at] < key:
                 if (row := self.changed[changed[at]]) is not None:

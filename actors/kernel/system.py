@@ -16,12 +16,13 @@ import trio
 from actors.kernel.actor import Actor
 from actors.kernel.alarms import Alarms
 from actors.kernel.answers import Answers
-from actors.kernel.complaints import Complaints
+from actors.kernel.complaints import Complaints, Violators
 from actors.kernel.courier import Courier
 from actors.kernel.feed import Feeds
-from actors.kernel.journal import Commit, Journal, JournalError, Posted, RowDamaged, SetAside
+from actors.kernel.journal import Journal
 from actors.kernel.lineage import FORK, Marks
 from actors.kernel.machine import (
+    MAX_DEADLINE_S,
     AskTimeout,
     Busy,
     Machine,
@@ -37,6 +38,7 @@ from actors.kernel.machine import (
 )
 from actors.kernel.mailbox import CAPACITY, RETIRED, Ask, LinkBatch, LinkBroken, Release
 from actors.kernel.port import PortActor
+from actors.kernel.records import Commit, JournalError, Posted, RowDamaged, SetAside
 from actors.kernel.row_view import RowView
 from actors.kernel.trace import Line, StepLog, step_line
 from protocol.codec import MAX_BODY_BYTES, MAX_TRACE_CHARS, Ack, Envelope, decode_batch, encode, encode_ack
@@ -76,6 +78,7 @@ class System:
         self.node, self.journal, self.transport = node, journal, transport
         self.new_trace, self.jitter, self.crash_point = new_trace, jitter, crash_point
         self.feeds = Feeds(journal)
+        journal.clock = self.now
         self._clock, self._publish, self._step_log = clock, publish, step_log
         self._last_now = 0.0
         self._sent: dict[tuple[str, str], int] = {}  # by ports and edges, not on disk yet; actors count their own
@@ -90,7 +93,8 @@ class System:
         self._links_changed = trio.Event()
         self.alarms, self.answers = Alarms(self), Answers()
         self.violations: deque[Line] = deque(maxlen=256)
-        self._complaints = Complaints()
+        self._complaints, self.violators = Complaints(), Violators()
+        self.went_back: OrderedDict[str, tuple[float, str]] = OrderedDict()  # peers that remember otherwise: when, and what
         self._damaged: dict[tuple[str, str], str] = {}  # (actor, key) -> why
 
     # -- wiring
@@ -117,6 +121,7 @@ class System:
             nursery.start_soon(self.journal.run)
             for actor in self._actors.values():
                 nursery.start_soon(self._supervise, actor)
+            await self.forget_links()  # before anything is sent: a link that was silent for long begins anew
             nursery.start_soon(self.alarms.run)
             self._new_links.update(self.journal.links())
             task_status.started()
@@ -142,6 +147,18 @@ class System:
         found = self._actors[actor]
         assert isinstance(found, Actor)
         return found.rows.again()
+
+    def listed(self, actor: str, prefix: str) -> tuple[list[tuple[str, Any]], list[str]]:
+        """Return (key, row) of an actor's rows whose key starts with `prefix`, and the keys of those that cannot be read.
+
+        For lists: one damaged row does not hide the others. It is named in the log and in what waits (`damaged`). Sums are
+        another matter: what is missing makes them wrong, so they read with `RowView.prefix`, which raises `RowDamaged`.
+        """
+        view, left_out = self.rows(actor), list[str]()
+        found = list(view.readable(prefix, left_out))
+        for error in view.damage:
+            self.log_damaged(actor, Meta(f"{self.node}/edge", self.now(), self.new_trace()), error)
+        return found, left_out
 
     async def ask(self, actor: str, message: Message, timeout_s: float = 10.0, trace: str | None = None) -> Message | None:
         """Give `message` to an actor of this process and return its reply, after what it changed is on disk.
@@ -180,7 +197,7 @@ class System:
             if len(body) > MAX_BODY_BYTES:
                 raise ValueError(f"a message of {len(body)} bytes is over the limit of {MAX_BODY_BYTES}")
             seq = self._advance(commit.actor, recipient)
-            commit.outbox.append((recipient, Posted(seq, now + send.deadline_s, trace, body)))
+            commit.outbox.append((recipient, Posted(seq, now + min(send.deadline_s, MAX_DEADLINE_S), trace, body)))
 
     def _advance(self, sender: str, recipient: str) -> int:
         if (sender, recipient) not in self._sent:
@@ -207,7 +224,7 @@ class System:
             raise Violation(f"{actor.name} takes no mail from other nodes")
         link, quota = LinkBatch(batch), (node_of(peer), actor.name)
         crowded = self._taking.get(quota, 0) >= PEER_FRAMES or self._taking_bytes + len(frame) > TAKEN_BYTES
-        if crowded or self.answers.is_full(quota[0]):
+        if crowded or self.answers.is_full(quota[0]) or self.violators.waits(quota[0], self.now()):
             return await self._busy(actor.name, link)
         try:
             actor.offer(link)
@@ -229,7 +246,7 @@ class System:
 
     async def _busy(self, actor: str, link: LinkBatch) -> bytes:
         await trio.lowlevel.checkpoint()  # whoever comes again at once must not keep the others from running
-        link.stand(self.journal.position(actor, link.sender))
+        link.stand(self._actors[actor].position(link.sender))
         self._actors[actor].name_refused(link)
         return encode_ack(Ack(link.have, "busy", link.boots, link.refused))
 
@@ -272,19 +289,23 @@ class System:
         self.alarms.committed(commit)
         for recipient, seq in commit.expired:
             self.answers.expired(actor, recipient, seq)
+        for recipient in {r for r, _ in commit.expired} | {r for r, _, _ in commit.deferred}:
+            if courier := self._couriers.get((actor, recipient)):
+                courier.nudge()
         for mend in commit.relinked:
             self.answers.renumbered(actor, mend.recipient)
             if courier := self._couriers.get((actor, mend.recipient)):
                 courier.restart()
-        for feed in {name for name, _ in commit.events}.union(commit.dropped_feeds):
-            self.feeds.notify(feed)
+        if commit.events or commit.dropped_feeds:
+            for feed in {name for name, _ in commit.events}.union(commit.dropped_feeds):
+                self.feeds.notify(feed)
         for gossip in published:
             self._publish(gossip.topic, gossip.message)
 
-    def acknowledged(self, actor: str, recipient: str, seq: int) -> None:
+    def acknowledged(self, actor: str, recipient: str, seq: int, epoch: str) -> None:
         """A recipient has committed a link up to `seq`; the outbox forgets it with the next transaction."""
         self.answers.done(actor, recipient, seq)
-        self.journal.acknowledge(actor, recipient, seq)
+        self.journal.acknowledge(actor, recipient, seq, epoch)
 
     def heard(self, actor: str, recipient: str) -> None:
         """A recipient knows this process."""
@@ -303,6 +324,8 @@ class System:
     def log_violation(self, actor: str, meta: Meta, violation: Violation) -> None:
         line = Line(meta.now, meta.trace, actor, meta.sender, "", (str(violation)[:300],), "violation")
         self.violations.append(line)
+        if node_of(meta.sender) != self.node:
+            self.violators.broke(node_of(meta.sender), f"with {actor}: {violation}", meta.now)
         held = self._complaints.held_back(node_of(meta.sender), meta.now)
         if held is None:
             return
@@ -379,6 +402,11 @@ class System:
     def log_broken(self, actor: str, lost: PeerLost) -> None:
         words = "this node's journal is older than what it said to %s" if lost.here else "the journal of %s went back in time"
         log.error(words + ": messages %d to %d of %s are forgotten", lost.to, lost.first, lost.last, actor)
+        who = "this node forgot what it said to it" if lost.here else "it forgot what this node said to it"
+        self.went_back.pop(peer := node_of(lost.to), None)
+        self.went_back[peer] = self.now(), f"{who} ({actor}: messages {lost.first} to {lost.last})"
+        if len(self.went_back) > KEPT_OLDER:
+            self.went_back.popitem(last=False)
 
     async def link_broken(self, actor: str, broken: LinkBroken) -> None:
         """The sides of a link remember different things: have its sender told, and the link mended."""
@@ -391,6 +419,12 @@ class System:
         self._sent.pop((actor, lost.to), None)
         self.released(actor, commit, [])
 
+    async def forget_links(self) -> None:
+        """Forget links that have been silent for long."""
+        for link in await self.journal.forget_links(self.now()):
+            if courier := self._couriers.get(link):
+                courier.restart()  # nothing waits on it; whatever comes is numbered anew
+
     # -- tasks
     async def _carry(self, courier: Courier) -> None:
         link = (courier.actor, courier.recipient)
@@ -398,7 +432,7 @@ class System:
             await courier.run()
         finally:
             del self._couriers[link]
-        if self.journal.pending(*link, courier.acked, 1):  # posted between the last look and now
+        if courier.was_nudged and self.journal.pending(*link, courier.acked, 1):  # posted between the last look and now
             self._new_links.add(link)
             self._links_changed.set()
 

@@ -13,7 +13,7 @@ from typing import Any
 import trio
 
 from actors import ledger
-from actors.kernel.journal import RowDamaged
+from actors.kernel.records import RowDamaged
 from actors.kernel.system import System
 from actors.wallet import BATCHED, PAID, Batch, PayOrder
 from golem.chain.networks import Network, Networks

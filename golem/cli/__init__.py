@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import click
 from golem.cli.client import ask_node
 from golem.cli.output import table, text, value, wants_json
 from golem.config import VERSION
+from golem.printing import quoted
 
 #: What `golem status` says of things that wait: name in the answer, title, columns.
 WAITING = {
@@ -18,13 +22,51 @@ WAITING = {
     "timers": ("Timers that could not be handled, and come again:", ["actor", "what", "error", "tries", "next try"]),
     "damagedRows": ("Stored rows that cannot be read; what needs them waits:", ["actor", "row", "why"]),
     "olderPeers": ("Peers that spoke from an older or copied journal, and were not heard:", ["peer", "what is amiss"]),
+    "wentBack": ("Disks that were lost or put back since this node started (agreements and payments are compared again):",
+                 ["when", "peer", "what is forgotten"]),
+    "violators": ("Peers that broke the protocol within the last hour:", ["peer", "how often, and what comes of it"]),
     "quarantine": ("Messages set aside, since they crashed their actor (golem quarantine --help):",
                    ["number", "actor", "sender", "error"]),
 }  # fmt: skip
 HELP = {"help_option_names": ["-h", "--help"]}
 
 
-@click.group(context_settings=HELP)
+class _Failure(click.ClickException):
+    """An error as programs read it: one line of JSON on standard error, like the REST API's bodies."""
+
+    def __init__(self, error: click.ClickException) -> None:
+        super().__init__(error.format_message())
+        self.exit_code = error.exit_code
+
+    def show(self, file: Any = None) -> None:
+        click.echo(json.dumps({"message": quoted(self.message), "status": self.exit_code}), err=True, file=file)
+
+
+class _Commands(click.Group):
+    """The root of all commands. With `--json` an error is JSON, too."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        with _failing(lambda: "--json" in args):
+            return super().parse_args(ctx, [*args])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        words = [*ctx._protected_args, *ctx.args]  # of a command that cannot be read its own `--json` counts as well
+        asked = "--json" in words[: words.index("--") if "--" in words else len(words)]
+        with _failing(lambda: asked or bool(ctx.params.get("as_json"))):
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _failing(as_json: Callable[[], bool]) -> Iterator[None]:
+    try:
+        yield
+    except click.ClickException as error:
+        if not as_json():
+            raise
+        raise _Failure(error) from None
+
+
+@click.group(cls=_Commands, context_settings=HELP)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
 @click.option("-d", "--data-dir", "--datadir", "datadir", metavar="DIR", help="Where the node keeps its state. [GOLEM_DATA_DIR]")
 @click.option("-g", "--gsb-url", hidden=True, help="Accepted for scripts; the bus is a socket in the data directory.")
@@ -70,7 +112,8 @@ def _json_anywhere(command: click.Command) -> None:
     for one in command.commands.values() if isinstance(command, click.Group) else ():
         if any("--json" in parameter.opts for parameter in one.params):  # a command with two names
             continue
-        one.params.append(click.Option(["--json"], is_flag=True, hidden=True, expose_value=False, callback=ask_for_json))
+        option = click.Option(["--json"], is_flag=True, hidden=True, expose_value=False, is_eager=True, callback=ask_for_json)
+        one.params.append(option)
         _json_anywhere(one)
 
 

@@ -14,8 +14,7 @@ from typing import Any
 import click
 
 from golem.cli.client import ask_node, call
-from golem.cli.output import console, fail, nothing, table, text, value, wants_json
-from golem.cli.watch import Watcher
+from golem.cli.output import console, done, fail, table, text, value, wants_json
 
 WATCH_S = 10.0
 
@@ -53,9 +52,11 @@ def activity_watch(activity_id: str) -> None:
 
     Commands, their output and the progress of transfers, from the beginning (as far as it is kept) until it ends.
     """
+    from golem.cli.watch import Watcher
+
     found = ask_node("activity_find", id=activity_id)
     after = -1
-    with Watcher(console, plain=not sys.stdout.isatty()) as watcher:
+    with Watcher(console(), plain=not sys.stdout.isatty()) as watcher:
         while True:
             news = ask_node("activity_watch", id=found["id"], after=after, wait_s=WATCH_S)
             for event in news["events"]:
@@ -121,7 +122,7 @@ def activity_destroy(activity_id: str, timeout_s: float) -> None:
     """End an activity (as its requestor)."""
     found = ask_node("activity_find", id=activity_id)
     call("DELETE", f"/activity-api/v1/activity/{found['id']}", timeout=timeout_s)
-    nothing()
+    done(f"Activity {found['id']} is ended.")
 
 
 def _age(seconds: float) -> str | float:

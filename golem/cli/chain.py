@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ipaddress
 import sqlite3
+from contextlib import ExitStack
 from pathlib import Path
 
 import click
 
-from golem.cli.client import config_of
-from golem.cli.output import fail
+from golem.cli.client import ask_node, config_of
+from golem.cli.output import fail, text, value, wants_json
+from golem.config import Config
 
 
 @click.group()
@@ -48,17 +50,47 @@ def run(chain_dir: Path | None, host: str, port: int | None) -> None:  # fmt: sk
 @chain.command("stop")
 @click.option("--chain-dir", type=click.Path(path_type=Path))
 def stop(chain_dir: Path | None) -> None:
-    """Stop the dev chain of this machine; its blocks stay."""
+    """Stop the dev chain of this machine; its blocks stay.
+
+    Running nodes that use it start it again within seconds, and what they pay meanwhile waits: stop them first to keep it down.
+    """
     import trio
 
     from golem.chain.devchain import DevChainError, stop_devchain
+    from golem.chain.port import DEVCHAIN_LOOK_S
 
-    folder = config_of(chain_dir=chain_dir).chain_dir
+    config = config_of(chain_dir=chain_dir)
+    folder = config.chain_dir
     try:
         stopped = trio.run(stop_devchain, folder) if folder.is_dir() else False
     except (DevChainError, OSError) as error:
         raise fail(str(error)) from None
-    click.echo("The dev chain is stopped." if stopped else "No dev chain was running.")
+    runs = _user(config)
+    if wants_json():
+        value({"stopped": stopped, "chainDir": str(folder), "startedAgainBy": runs})
+        return
+    text(f"The dev chain in {folder} is stopped; its blocks stay." if stopped else f"No dev chain was running in {folder}.")
+    if runs:
+        text(f"The node on {runs} runs and starts it again within {DEVCHAIN_LOOK_S:g} s; what it pays until then waits. "
+             "To keep the chain down stop the node first: golem service shutdown")  # fmt: skip
+    elif stopped:
+        text("A node of another data directory that uses it and runs starts it again.")
+
+
+def _user(config: Config) -> str:
+    """Return the data directory if a node runs there and keeps this chain, else ""."""
+    from golem.config import ConfigError
+    from golem.node import lock_data_dir
+
+    if not config.data_dir.is_dir():
+        return ""
+    try:
+        with ExitStack() as stack:
+            lock_data_dir(config.data_dir, stack)
+            return ""
+    except ConfigError:
+        found = ask_node("status")
+    return str(config.data_dir) if Path(found.get("chainDir") or "") == config.chain_dir else ""
 
 
 def register(main: click.Group) -> None:

@@ -27,7 +27,8 @@ def ask_node(command: str, timeout_s: float = 60.0, **args: Any) -> Any:
     """Return the running node's answer to `command`. Ends the command with a plain message when there is none."""
     config = config_of()
     try:
-        return trio.run(partial(_ask, config, command, args, timeout_s))
+        # at checkpoints only: elsewhere, in a callback of the interpreter for one, an exception would be lost
+        return trio.run(partial(_ask, config, command, args, timeout_s), restrict_keyboard_interrupt_to_checkpoints=True)
     except BaseExceptionGroup as group:  # Ctrl-C inside a nursery
         if group.subgroup(KeyboardInterrupt) is None:
             raise

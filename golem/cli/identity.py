@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from golem.cli.client import ask_node
-from golem.cli.output import nothing, table, text, value, wants_json
+from golem.cli.output import done, table, text, value, wants_json
 
 
 @click.group("id")
@@ -70,7 +70,7 @@ def app_key_show(name: str, node_id: str | None) -> None:
 def app_key_drop(name: str, node_id: str | None) -> None:
     """Delete an app-key."""
     ask_node("app_key_drop", name=name)
-    nothing()
+    done(f"The app-key {name!r} is deleted: agents that have it are refused from now on.")
 
 
 def register(main: click.Group) -> None:

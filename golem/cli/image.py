@@ -9,20 +9,23 @@ import errno
 import os
 import re
 import secrets
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
 from golem.cli.client import ask_node
 from golem.cli.output import fail, say, table, text, value, wants_json
 from golem.docker_archive import ArchiveError, normalise
 from golem.outgoing import FileIdentity, identity_of
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 DEFAULT_HOST = "unix:///var/run/docker.sock"
 CHUNK_BYTES = 1 << 20
@@ -215,24 +218,54 @@ def _store(
     """Have the node take in a file; returns what it says of the image. Ctrl-C calls it off."""
     number = secrets.token_hex(8)
     bar: TaskID = bars.add_task("storing", total=None)
+    with _interrupts() as pressed:
+        try:
+            ask_node("image_push", push=number, path=str(path), tags=tags, aliases=aliases, format=kind, source=source,
+                     identity=identity)  # fmt: skip
+            while not pressed.is_set():
+                state = ask_node("image_progress", push=number, wait_s=POLL_S)
+                bars.update(bar, completed=state["done"], total=state["total"] or None)
+                if state["image"] is not None and not pressed.is_set():
+                    found: dict[str, Any] = state["image"]
+                    return found
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            said = "called off: nothing was stored" if ask_node("image_cancel", push=number) else "too late: the image is stored"
+            say(said)
+            raise
+
+
+@contextmanager
+def _interrupts() -> Iterator[threading.Event]:
+    """Yield what is set by the first Ctrl-C; a second one raises as usual.
+
+    An exception would be lost where it is raised while Python calls back from within (a weak reference's end, say): one
+    push in ten at its start went on to its end, whatever was pressed.
+    """
+    pressed = threading.Event()
+
+    def hear(number: int, frame: Any) -> None:
+        if pressed.is_set():
+            raise KeyboardInterrupt
+        pressed.set()
+
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield pressed  # somebody else hears it
+        return
+    signal.signal(signal.SIGINT, hear)
     try:
-        ask_node(
-            "image_push", push=number, path=str(path), tags=tags, aliases=aliases, format=kind, source=source, identity=identity
-        )
-        while True:
-            state = ask_node("image_progress", push=number, wait_s=POLL_S)
-            bars.update(bar, completed=state["done"], total=state["total"] or None)
-            if state["image"] is not None:
-                found: dict[str, Any] = state["image"]
-                return found
-    except KeyboardInterrupt:
-        say("called off: nothing was stored" if ask_node("image_cancel", push=number) else "too late: the image is stored")
-        raise
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextmanager
 def _bars() -> Iterator[Progress]:
     """Progress on standard error, for people at a terminal only."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=console, transient=True, disable=wants_json() or not console.is_terminal) as bars:

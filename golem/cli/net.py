@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from golem.cli.client import ask_node
-from golem.cli.output import nothing, table, value
+from golem.cli.output import done, table, value
 
 NO_SESSIONS = "No sessions. Nodes on a LAN find each other; beyond it: golem net connect MULTIADDR"
 
@@ -52,8 +52,7 @@ def net_connect(target: str, keep_alive: bool) -> None:
 @click.argument("node_id")
 def net_disconnect(node_id: str) -> None:
     """Close the session with a node."""
-    ask_node("net_disconnect", id=node_id)
-    nothing()
+    done(f"There is no session with {ask_node('net_disconnect', id=node_id)}, and none is opened until somebody asks for it.")
 
 
 def register(main: click.Group) -> None:

@@ -9,18 +9,24 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import click
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from golem.printing import printable as printable
 from golem.printing import quoted
 
-console = Console(soft_wrap=True, highlight=False)
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@cache
+def console() -> Console:
+    """Return the terminal to print tables on. (rich is imported where something is drawn: it takes longer than most commands.)"""
+    from rich.console import Console
+
+    return Console(soft_wrap=True, highlight=False)
 
 
 def wants_json() -> bool:
@@ -37,18 +43,23 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], note: str = "")
     if note and not rows:
         text(note)
         return
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     view = Table(*columns, box=SIMPLE_HEAD, pad_edge=False, header_style="bold", show_header=any(columns))
     for row in rows:
         view.add_row(*(Text("" if cell is None else quoted(str(cell))) for cell in row))
     if sys.stdout.isatty():
-        console.print(view)
+        console().print(view)
     else:  # a pipe has no width: never cut or wrap what a script reads
         wide = Console(width=400, highlight=False, color_system=None)
         with wide.capture() as captured:
             wide.print(view)
         text(*(line.rstrip() for line in captured.get().splitlines() if line.strip()))
     if note:
-        console.print(quoted(note), style="dim", markup=False)
+        console().print(quoted(note), style="dim", markup=False)
 
 
 def value(found: Any) -> None:
@@ -79,10 +90,9 @@ def _lines(found: Any, depth: int) -> list[str]:
     return lines
 
 
-def nothing() -> None:
-    """A command without output: `null` for machines."""
-    if wants_json():
-        text("null")
+def done(line: str) -> None:
+    """A command without a result: for people a line that says what is true now, `null` for machines."""
+    text("null" if wants_json() else line)
 
 
 def text(*lines: str) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from typing import Any
+from urllib.parse import quote
 
 import click
 
 from golem.cli.client import ask_node, get
-from golem.cli.output import nothing, say, table, text, value, wants_json
+from golem.cli.output import done, say, table, text, value, wants_json
 
 
 def _network_options(function: Any) -> Any:
@@ -48,8 +49,9 @@ def init(network: str | None, **_: Any) -> None:
 
     Every platform of the profile is ready by itself: nothing has to be set up.
     """
-    ask_node("payment_init", network=network)
-    nothing()
+    found = ask_node("payment_init", network=network)
+    done(f"This node can pay and be paid on {found['network']}, as {found['platform']}: nothing has to be set up. "
+         f"golem payment fund gets test {found['token']}.")  # fmt: skip
 
 
 @payment.command("resume")
@@ -98,7 +100,7 @@ def trace(debt: str) -> None:
     Name an invoice, debit note, order, batch or transaction. You see its orders and batches, each signed transaction, and
     what this node and every RPC said of it, and when.
     """
-    found = ask_node("payment_trace", id=debt)
+    found = ask_node("payment_trace", id=ask_node("whole", kind="debt", id=debt))
     if wants_json():
         value(found)
         return
@@ -134,7 +136,7 @@ def decide(batch: str, paid_by: str | None, unpaid: bool) -> None:
     """
     if unpaid == (paid_by is not None):
         raise click.UsageError("say either --paid TRANSACTION or --unpaid")
-    said = ask_node("payment_decide", batch=batch, paid_by=paid_by)
+    said = ask_node("payment_decide", batch=ask_node("whole", kind="payment", id=batch), paid_by=paid_by)
     if wants_json():
         value(said)
         return
@@ -171,7 +173,8 @@ def explain(document_id: str) -> None:
 
     ID is a debit note, an invoice or an agreement: price, usage, what this node's clock allows, and what it refused.
     """
-    value(get(f"/payment-api/v1/explain/{document_id}"))
+    whole = ask_node("whole", kind="bill", id=document_id)
+    value(get(f"/payment-api/v1/explain/{quote(whole, safe='')}"))
 
 
 @payment.command("accounts")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from golem.cli.client import ask_node, config_of
-from golem.cli.output import fail, nothing, table, text, value, wants_json
+from golem.cli.output import done, fail, table, text, value, wants_json
 from golem.dotenv_file import dot_env, load_environment
 from golem.printing import set_up_logs
 
@@ -81,8 +81,8 @@ def run(agent_dir: Path | None, name: str | None, subnet: str | None, node_url: 
     """
     import trio
 
-    from actors.kernel.journal import JournalError
     from actors.kernel.machine import ActorFailed, AskTimeout, NodeFailed
+    from actors.kernel.records import JournalError
     from golem.provider.agent import AgentError, run_agent
     from golem.provider.client import NodeError
     from golem.provider.environment import kept_settings, read_environment
@@ -312,17 +312,39 @@ def _presets(folder: Path) -> Presets:
         raise fail(str(error)) from None
 
 
-def _change(given: Path | None, change: Any) -> None:
-    """Replace the presets by what `change` makes of them."""
+def _change(given: Path | None, change: Callable[[Presets], Presets], name: str) -> None:
+    """Replace the presets by what `change` makes of them, and say how the one of this name is now."""
     from golem.provider.presets import save_presets
     from golem.provider.settings import SettingsError
 
     folder = _agent_dir(given)
     try:
-        save_presets(folder, change(_presets(folder)))
+        found = change(_presets(folder))
+        save_presets(folder, found)
     except SettingsError as error:
         raise fail(str(error)) from None
-    nothing()
+    one = next((one for one in found.all if one.name == name), None)
+    if one is None:
+        done(f"There is no preset {name!r} any more.")
+        return
+    active = "an agent that runs offers it" if name in found.active else f"not offered: golem provider preset activate {name}"
+    prices = f"GLM a unit: {_prices(one)}, once at the start: {_plain(one.initial_price)}"
+    done(f"Preset {name!r} sells {one.runtime}; {prices} ({active}).")
+
+
+def _prices(one: Preset) -> str:
+    return ", ".join(f"{counter.removeprefix('golem.usage.')} {_plain(price)}" for counter, price in sorted(one.coeffs.items()))
+
+
+def _check_runtime(folder: Path, runtime: str) -> None:
+    """Raises `SettingsError` for a runtime that this provider does not have."""
+    from golem.provider.environment import read_environment
+    from golem.provider.runtimes import catalogue, runtime_names, search_places
+    from golem.provider.settings import SettingsError
+
+    known = [*runtime_names(), *catalogue(search_places(read_environment(load_environment()).exe_unit_path, folder)).runtimes]
+    if runtime not in known:  # one that is known and does not work is another matter, which `exe-unit list` tells
+        raise SettingsError(f"unknown runtime {runtime!r}: this provider has {', '.join(known)} (golem provider exe-unit list)")
 
 
 @preset.command("list")
@@ -338,8 +360,7 @@ def preset_list(agent_dir: Path | None) -> None:
         value([preset_json(one) | {"active": one.name in found.active, "offered": offered(one)} for one in found.all])
         return
     rows = [
-        [one.name, one.runtime, _cell(one.name in found.active), offered(one), _plain(one.initial_price),
-         ", ".join(f"{counter.removeprefix('golem.usage.')} {_plain(price)}" for counter, price in sorted(one.coeffs.items()))]
+        [one.name, one.runtime, _cell(one.name in found.active), offered(one), _plain(one.initial_price), _prices(one)]
         for one in found.all
     ]  # fmt: skip
     table(["name", "runtime", "active", "offered", "start price", "prices per unit (GLM)"], rows)
@@ -408,10 +429,11 @@ def preset_create(
         new = check_name(name or preset_name)
         if any(one.name == new for one in found.all):
             raise SettingsError(f"there is a preset {new!r} already; change it with `preset update`")
-        base = Preset(new, check_name(runtime), {} if prices else default_preset(runtime).coeffs)
+        _check_runtime(_agent_dir(agent_dir), check_name(runtime))
+        base = Preset(new, runtime, {} if prices else default_preset(runtime).coeffs)
         return found.with_preset(_priced(base, prices))
 
-    _change(agent_dir, change)
+    _change(agent_dir, change, name or preset_name or "")
 
 
 @preset.command("update")
@@ -429,10 +451,12 @@ def preset_update(
 
     def change(found: Presets) -> Presets:
         one = found.named(name or preset_name or "")
-        one = replace(one, runtime=check_name(runtime)) if runtime else one
+        if runtime:
+            _check_runtime(_agent_dir(agent_dir), check_name(runtime))
+            one = replace(one, runtime=runtime)
         return found.with_preset(_priced(one, prices))
 
-    _change(agent_dir, change)
+    _change(agent_dir, change, name or preset_name or "")
 
 
 @preset.command("remove")
@@ -440,7 +464,7 @@ def preset_update(
 @_data_dir_option
 def preset_remove(name: str, agent_dir: Path | None) -> None:
     """Delete a preset."""
-    _change(agent_dir, lambda found: found.without(name))
+    _change(agent_dir, lambda found: found.without(name), name)
 
 
 @preset.command("activate")
@@ -448,7 +472,7 @@ def preset_remove(name: str, agent_dir: Path | None) -> None:
 @_data_dir_option
 def preset_activate(name: str, agent_dir: Path | None) -> None:
     """Offer a preset."""
-    _change(agent_dir, lambda found: found.activated(name, True))
+    _change(agent_dir, lambda found: found.activated(name, True), name)
 
 
 @preset.command("deactivate")
@@ -456,7 +480,7 @@ def preset_activate(name: str, agent_dir: Path | None) -> None:
 @_data_dir_option
 def preset_deactivate(name: str, agent_dir: Path | None) -> None:
     """Offer a preset no more."""
-    _change(agent_dir, lambda found: found.activated(name, False))
+    _change(agent_dir, lambda found: found.activated(name, False), name)
 
 
 def register(main: click.Group) -> None:

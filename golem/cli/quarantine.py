@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from golem.cli.client import ask_node
-from golem.cli.output import nothing, table, value
+from golem.cli.output import done, table, value
 
 EMPTY = "Nothing is set aside."
 NUMBER = click.argument("number", type=click.IntRange(min=1))
@@ -39,7 +39,7 @@ def quarantine_show(number: int) -> None:
 def quarantine_release(number: int) -> None:
     """Have its actor handle it after all; it stays when that fails again."""
     ask_node("quarantine_release", number=number)
-    nothing()
+    done(f"Message {number} was handled.")
 
 
 @quarantine.command("drop")
@@ -47,7 +47,7 @@ def quarantine_release(number: int) -> None:
 def quarantine_drop(number: int) -> None:
     """Forget it."""
     ask_node("quarantine_drop", number=number)
-    nothing()
+    done(f"Message {number} is forgotten.")
 
 
 def register(main: click.Group) -> None:

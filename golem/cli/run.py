@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from golem.cli.client import ask_node, config_of
-from golem.cli.output import fail, nothing, say
+from golem.cli.output import done, fail, say
 from golem.dotenv_file import dot_env
 from golem.hosts import is_this_machine
 from golem.printing import set_up_logs
@@ -66,7 +66,7 @@ def run_command(debug: bool, no_mdns: bool, **flags: Any) -> None:
     for ours in ("golem", "actors"):
         logging.getLogger(ours).setLevel(logging.DEBUG if debug else logging.INFO)
     logging.getLogger("golem.http").setLevel(logging.WARNING)
-    from actors.kernel.journal import JournalClosed, JournalError
+    from actors.kernel.records import JournalClosed, JournalError
     from golem.identity import IdentityError
     from golem.net import NetError
     from golem.node import run_node
@@ -139,7 +139,7 @@ service.command("run")(_run_options(run_command))
 def service_shutdown(gracefully: bool) -> None:
     """Stop the running node."""
     ask_node("shutdown")
-    nothing()
+    done("The node is told to stop: it ends what it has begun.")
 
 
 def register(main: click.Group) -> None:

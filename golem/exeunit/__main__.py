@@ -93,7 +93,7 @@ def offer_template(runtime_properties: dict[str, Any], allowed: frozenset[Intera
 
 
 def _run(args: argparse.Namespace) -> int:
-    from actors.kernel.journal import JournalError
+    from actors.kernel.records import JournalError
     from golem.exeunit.process import Settings, serve
     from golem.exeunit.sandbox.lockdown import limit_memory
     from golem.exeunit.spool import TransferPolicy
@@ -131,7 +131,8 @@ def _parser() -> argparse.ArgumentParser:
         "--transfer-policy",
         choices=("public", "local"),
         default=os.environ.get("GOLEM_TRANSFER_POLICY", "public"),
-        help="whether transfers may reach private and loopback addresses (default: public ones only)",
+        help="whether transfers may reach loopback for requestors of this machine, and private addresses for those of its "
+        "networks (default: public addresses only)",
     )
     parser.add_argument(
         "--interaction",

@@ -18,6 +18,7 @@ from types import TracebackType
 
 _NR_OPENAT2 = 437  # on every architecture
 _RESOLVE = 0x08 | 0x04 | 0x02 | 0x01  # BENEATH, NO_SYMLINKS, NO_MAGICLINKS, NO_XDEV
+_IN_ROOT = 0x10 | 0x02  # IN_ROOT, NO_MAGICLINKS
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -26,13 +27,24 @@ def open_beneath(root_fd: int, path: str, flags: int, mode: int = 0) -> int:
 
     Errors: OSError; ELOOP is told as a symlink in the way, EXDEV as leading out of the volume.
     """
-    how = struct.pack("<QQQ", flags | os.O_CLOEXEC | os.O_NOFOLLOW, mode, _RESOLVE)
+    try:
+        return _openat2(root_fd, path, flags | os.O_NOFOLLOW, mode, _RESOLVE)
+    except OSError as error:
+        texts = {errno.ELOOP: "a symbolic link is in the way", errno.EXDEV: "the path leads out of the volume"}
+        raise OSError(error.errno, texts.get(error.errno or 0, str(error.strerror))) from None
+
+
+def open_in_root(root_fd: int, path: str, flags: int) -> int:
+    """Descriptor of `path` where an open directory is the root, for links, too. Raises OSError."""
+    return _openat2(root_fd, path, flags, 0, _IN_ROOT)
+
+
+def _openat2(root_fd: int, path: str, flags: int, mode: int, resolve: int) -> int:
+    how = struct.pack("<QQQ", flags | os.O_CLOEXEC, mode, resolve)
     descriptor = int(_libc.syscall(_NR_OPENAT2, root_fd, os.fsencode(path), how, ctypes.c_size_t(len(how))))
-    if descriptor >= 0:
-        return descriptor
-    code = ctypes.get_errno()
-    texts = {errno.ELOOP: "a symbolic link is in the way", errno.EXDEV: "the path leads out of the volume"}
-    raise OSError(code, texts.get(code, os.strerror(code)))
+    if descriptor < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return descriptor
 
 
 def _open_root(root: Path) -> int:

@@ -1,9 +1,10 @@
 """Task packages: downloaded once into a cache by digest, kept while in use, told apart by content.
 
 The cache directory is shared by all exe-units of a provider. Files arrive by rename after their digest is checked; half a
-download is kept and gone on with where its failure may pass. Locks are `flock`s, so they end with their process: a user
-of an image holds a shared lock on it, a downloader an exclusive one on the part file; eviction takes the least recently
-used images (by access time, which is set at every use) that nobody holds.
+download is kept and gone on with where its failure may pass. Room is set aside for all of it as soon as its length is
+known. Locks are `flock`s, so they end with their process: a user of an image holds a shared lock on it, a downloader an
+exclusive one on the part file; eviction takes the least recently used images (by access time, which is set at every use)
+that nobody holds.
 
 A file's size, modification time and inode are noted when its digest is found right, in an extended attribute, together
 with its format. While they are the same, a file is hashed again once a day and not at every deploy; where there are no
@@ -18,8 +19,10 @@ import fcntl
 import gzip
 import hashlib
 import json
+import math
 import os
 import re
+import secrets
 import shutil
 import time
 import zlib
@@ -35,6 +38,7 @@ import trio
 from golem.exeunit.runtimes.base import ImageFormat
 from golem.exeunit.spool import Progress, TransferError
 from golem.exeunit.transfer import Digest, Location, Notice, Transfers, parse_location
+from golem.reserve import give_back
 
 CACHE_HIT = "Deployed image from cache"
 DOWNLOAD_POLL_S = 0.2
@@ -45,6 +49,8 @@ CHECKED_FOR_S = 24 * 3600.0
 HASHED_AT_ONCE_BYTES = 64 << 20
 MIN_FREE_BYTES = 1 << 30  # of the disk, left free by the cache
 NOTE = "user.golem.checked"
+SOURCE = "user.golem.source"  # of a part file: which URL fills it
+WAIT_S = 5.0  # for a download of others that does not go on
 _PART_OF_ARCHIVE = re.compile(r"blobs/sha(256|512)/|[0-9a-f]{64}/(layer\.tar|json|VERSION)\Z|oci-layout\Z")
 _ARCHIVE_MARKS = {"manifest.json": ImageFormat.DOCKER_ARCHIVE, "index.json": ImageFormat.OCI_ARCHIVE}
 
@@ -172,9 +178,13 @@ class ImageStore:
         return None
 
     async def _download(self, location: Location, name: str, progress: Progress | None, notice: Notice | None) -> int:
-        """Fetch an image, or wait for another exe-unit that is fetching it; returns the held descriptor."""
-        part = self._directory / f"{name}.part"
-        waits = False
+        """Fetch an image, or wait for another exe-unit that is fetching it; returns the held descriptor.
+
+        Whose source is another one waits for `WAIT_S` only, whose is the same as long as something comes: nobody can keep
+        an image from others by a slow source of his own.
+        """
+        part, source = self._directory / f"{name}.part", hashlib.sha256(location.rest.encode("utf-8", "replace")).digest()
+        since, seen = math.inf, -1
         while True:
             descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             try:
@@ -183,35 +193,92 @@ class ImageStore:
                     if held is not None:  # the other one finished meanwhile
                         part.unlink()
                         return held
-                    await self._fill(location, part, descriptor, progress, notice)
-                    os.rename(part, self._directory / name)
-                    fcntl.flock(descriptor, fcntl.LOCK_SH)
-                    held = os.dup(descriptor)  # the lock lives on in the copy
-                    self._evict()
-                    return held
+                    with suppress(OSError):  # a file system without extended attributes
+                        os.setxattr(descriptor, SOURCE, source)
+                    return await self._bring(location, name, part, descriptor, progress, notice)
+                size = os.fstat(descriptor).st_size if _source_of(descriptor) == source else seen
             finally:
                 os.close(descriptor)
-            if not waits and notice is not None:
+            if (held := self._hold(name)) is not None:
+                return held
+            if since == math.inf and notice is not None:
                 notice("Waiting for the image: another activity is downloading it")
-            waits = True
+            if size > seen or since == math.inf:
+                seen, since = size, trio.current_time()
+            if trio.current_time() - since >= WAIT_S:
+                return await self._race(location, name, progress, notice)
             await trio.sleep(DOWNLOAD_POLL_S)
+
+    async def _bring(
+        self, location: Location, name: str, part: Path, descriptor: int, progress: Progress | None, notice: Notice | None
+    ) -> int:
+        """Download into a part file that is locked here, and have it take its place; returns the held descriptor."""
+        await self._fill(location, part, descriptor, progress, notice)
+        held = self._hold(name)
+        if held is not None:  # another one was first
+            part.unlink()
+            return held
+        os.rename(part, self._directory / name)
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        held = os.dup(descriptor)  # the lock lives on in the copy
+        self._evict()
+        return held
+
+    async def _race(self, location: Location, name: str, progress: Progress | None, notice: Notice | None) -> int:
+        """Download beside another one that is slow; the first right file counts. Returns the held descriptor."""
+        if notice is not None:
+            notice("The other download is slow: getting the image here, too")
+        part = self._directory / f"{name}.{secrets.token_hex(8)}.part"
+        descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        held: int | None = None
+        failure: TransferError | None = None
+
+        async def watch(scope: trio.CancelScope) -> None:
+            nonlocal held
+            while held is None:
+                await trio.sleep(DOWNLOAD_POLL_S)
+                held = held if held is not None else self._hold(name)
+            scope.cancel()
+
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(watch, nursery.cancel_scope)
+                try:
+                    own = await self._bring(location, name, part, descriptor, progress, notice)
+                    if held is None:
+                        held = own
+                    else:
+                        os.close(own)
+                except TransferError as error:
+                    failure = error
+                nursery.cancel_scope.cancel()
+        finally:
+            os.close(descriptor)
+            part.unlink(missing_ok=True)  # nobody goes on with it
+        if held is not None:
+            return held
+        assert failure is not None
+        raise failure
 
     async def _fill(
         self, location: Location, part: Path, descriptor: int, progress: Progress | None, notice: Notice | None
     ) -> None:
         """Download into the part file, on from what it holds."""
         self._evict()
-        room = self._free_bytes(self._directory) - MIN_FREE_BYTES + os.fstat(descriptor).st_size
+        status = os.fstat(descriptor)
+        room = self._free_bytes(self._directory) - MIN_FREE_BYTES + max(status.st_size, status.st_blocks * 512)
         most = min(self._max_image_bytes, max(room, 0))
         try:
             await self._transfers.fetch(
-                location, descriptor, max_bytes=most, resume=True, progress=progress, notice=notice
+                location, descriptor, max_bytes=most, resume=True, progress=progress, notice=notice, spare_bytes=MIN_FREE_BYTES
             )
             os.fsync(descriptor)
         except BaseException as error:  # also when cancelled: the next one goes on from here
+            give_back(descriptor)
             refused = isinstance(error, TransferError) and not error.passing
             if refused or not os.fstat(descriptor).st_size:
-                part.unlink()
+                part.unlink(missing_ok=True)
             if refused and most < self._max_image_bytes:
                 raise TransferError(f"{error} (this provider has disk space for {most} bytes)") from None
             raise
@@ -240,6 +307,14 @@ class ImageStore:
                     total -= size
             finally:
                 os.close(descriptor)
+
+
+def _source_of(descriptor: int) -> bytes:
+    """Return the mark of the URL from which a part file is filled, b"" where there is none."""
+    try:
+        return os.getxattr(descriptor, SOURCE)
+    except OSError:
+        return b""
 
 
 def _lock_now(descriptor: int, path: Path) -> bool:

@@ -24,8 +24,9 @@ import msgspec
 import trio
 
 from actors.exeunit import ExeUnit, UnitRow
-from actors.kernel.journal import Journal, JournalError
+from actors.kernel.journal import Journal
 from actors.kernel.machine import AskTimeout, Busy
+from actors.kernel.records import JournalError
 from actors.kernel.system import System
 from golem.bus import BusClient
 from golem.exeunit.disk import DiskWatch
@@ -41,7 +42,7 @@ from golem.exeunit.work import RuntimePort
 from golem.gftp_peer import GftpPeer
 from golem.gftp_wire import FileFault
 from golem.interaction_wire import BACK
-from golem.net.types import RemoteError
+from golem.net.types import RemoteError, Unreachable
 from golem.outgoing import Outgoing
 from protocol.codec import decode_batch
 from protocol.exeunit import ShutDown, UnitStarted, UsageMeasured
@@ -58,6 +59,7 @@ IMAGE_BYTES = 8 << 30
 DESTROYED, LIMIT, EXPIRED, LOST = "destroyed", "Usage limit exceeded", "Agreement expired", "Runtime lost"
 DISK = "Disk full"
 MAX_CALL_BYTES = 4096
+NEARNESS = "unit:nearness"  # see golem/nearness.py
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,9 @@ class Unit:
             terms.provider, journal, self.client, clock=time.time, new_trace=lambda: secrets.token_hex(6),
             jitter=lambda: random.uniform(0.8, 1.2),
         )  # fmt: skip
-        transfers = Transfers(settings.policy, BusGftp(settings.bus), spool_dir=settings.work_dir)
+        transfers = Transfers(
+            settings.policy, BusGftp(settings.bus), spool_dir=settings.work_dir, nearness=self._nearness
+        )  # fmt: skip
         images = ImageStore(settings.cache_dir / "images", transfers, CACHE_BYTES, IMAGE_BYTES)
         self.port = RuntimePort(self.name, terms, settings.work_dir, runtime, transfers, images, self.live)
         self.system.add(ExeUnit(settings.activity_id, terms.requestor, terms.provider))
@@ -128,6 +132,14 @@ class Unit:
         self._reason: tuple[str, str | None] = (DESTROYED, None)
 
     # -- the bus
+    async def _nearness(self) -> str:
+        """Ask our node how near the requestor is. Where it cannot tell, far."""
+        try:
+            return (await self.client.call("", NEARNESS, self.terms.requestor.encode())).decode("ascii", "replace")
+        except (Unreachable, RemoteError) as error:
+            log.warning("nobody says how near the requestor is: %s", error)
+            return "far"
+
     async def _deliver(self, frame: bytes) -> bytes:
         # the node has checked that the sender is who it says
         return await self.system.deliver(frame, decode_batch(frame)[0].sender)

@@ -9,10 +9,12 @@ import hashlib
 import os
 import re
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import trio
+
+from golem.reserve import NoRoom, check, free_at, reserve
 
 Progress = Callable[[int, int | None], None]
 Write = Callable[[bytes], Awaitable[None]]
@@ -46,8 +48,19 @@ class TransferPolicy:
 
     @classmethod
     def local(cls, file_roots: Sequence[Path] = ()) -> TransferPolicy:
-        """For a marketplace on one machine or in one laboratory: loopback and private addresses as well."""
+        """For a marketplace on one machine or in one laboratory: loopback and private addresses as well.
+
+        Whose requestor is not there himself gets neither: see `for_requestor`.
+        """
         return cls(allow_loopback=True, allow_private=True, file_roots=tuple(file_roots))
+
+    def for_requestor(self, nearness: str) -> TransferPolicy:
+        """Return what of it a requestor gets: this machine's loopback is for this machine, its networks for who is on them."""
+        return replace(
+            self,
+            allow_loopback=self.allow_loopback and nearness == "machine",
+            allow_private=self.allow_private and nearness in ("machine", "network"),
+        )
 
 
 @dataclass(frozen=True)
@@ -77,8 +90,12 @@ class Spool:
     Bytes are gathered into blocks, which a thread stores and hashes. `flush` before the file is used.
     """
 
-    def __init__(self, descriptor: int, max_bytes: int, digest: Digest | None, progress: Progress | None) -> None:
-        self._descriptor = descriptor
+    def __init__(
+        self, descriptor: int, max_bytes: int, digest: Digest | None, progress: Progress | None, spare_bytes: int = 0
+    ) -> None:
+        """`spare_bytes` stay free on the disk, if not 0: room is set aside once the source has said how long it is."""
+        self._descriptor, self._spare_bytes = descriptor, spare_bytes
+        self._reserved_for = -1  # the length for which there is room
         self._max_bytes = max_bytes
         self._progress = progress
         self._hash = digest.new() if digest else None
@@ -100,6 +117,7 @@ class Spool:
     def restart(self) -> None:
         """Forget what came so far."""
         os.ftruncate(self._descriptor, 0)
+        self._reserved_for = -1
         os.lseek(self._descriptor, 0, os.SEEK_SET)
         self._held.clear()
         self.size, self._hash = 0, self.digest.new() if self.digest else None
@@ -149,12 +167,26 @@ class Spool:
     def _store(self, block: bytes | bytearray) -> None:
         view = memoryview(block)
         try:
+            if self._spare_bytes:
+                self._have_room(len(block))
             while view:
                 view = view[os.write(self._descriptor, view) :]
+        except NoRoom as error:
+            raise TransferError(f"cannot store the file: {error}") from None
         except OSError as error:
             raise TransferError(f"cannot store the file: {error.strerror}") from None
         if self._hash is not None:
             self._hash.update(block)
+
+    def _have_room(self, size: int) -> None:
+        """Raises `NoRoom` where the next `size` bytes would take what is to stay free."""
+        at = os.lseek(self._descriptor, 0, os.SEEK_CUR)
+        if self.total is not None and at + size <= self.total:
+            if self._reserved_for != self.total and reserve(self._descriptor, self.total, self._spare_bytes):
+                self._reserved_for = self.total
+            if self._reserved_for == self.total:
+                return
+        check(free_at(self._descriptor), size, self._spare_bytes)
 
     async def finish(self) -> None:
         """All is there: store it, and check its hash.

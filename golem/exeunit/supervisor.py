@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import os
 import re
+import signal
+from contextlib import suppress
 from pathlib import Path
 
 HOLD = "hold"  # a file in the activity's folder: as long as it is there the exe-unit starts no new command
@@ -18,7 +20,28 @@ _MARK = re.compile(r"(\d{1,10}):(\d{1,20}):(\d{1,20})\s*\Z")
 
 def own_mark() -> str:
     """Return the mark of this process."""
-    return f"{os.getpid()}:{start_ticks(os.getpid())}:{_namespace()}"
+    return mark_of(os.getpid())
+
+
+def mark_of(pid: int) -> str:
+    """Return the mark of a process that is seen from here."""
+    return f"{pid}:{start_ticks(pid)}:{_namespace()}"
+
+
+def kill_marked(mark: str) -> bool:
+    """Kill the process that bears a mark, and no other; return whether it was there."""
+    match = _MARK.match(mark)
+    if match is None or int(match[3]) != _namespace():
+        return False
+    with suppress(OSError):
+        descriptor = os.pidfd_open(int(match[1]))
+        try:  # the number is held now: if it is the right one, it stays so
+            if start_ticks(int(match[1])) == int(match[2]) != 0:
+                signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+                return True
+        finally:
+            os.close(descriptor)
+    return False
 
 
 def is_dead(mark: str) -> bool:

@@ -33,7 +33,6 @@ from golem.exeunit.spool import (
     Write,
     redacted,
 )
-from golem.exeunit.web import Web
 from golem.outgoing import Outgoing
 
 __all__ = [
@@ -159,11 +158,15 @@ class Transfers:
         sleep: Callable[[float], Awaitable[None]] = trio.sleep,
         web: Remote | None = None,
         spool_dir: Path | None = None,
+        nearness: Callable[[], Awaitable[str]] | None = None,
     ) -> None:
-        """`web`: the HTTP side, if not the ordinary one. `spool_dir`: for what is only passed on, where there is no volume."""
-        self._spool_dir = spool_dir
+        """`web`: the HTTP side, if not the ordinary one. `spool_dir`: for what is only passed on, where there is no volume.
+
+        `nearness`: how near the requestor is, where the policy lets URLs lead to this machine or its networks.
+        """
+        self._spool_dir, self._nearness = spool_dir, nearness
         self.policy = policy
-        self._web = web or Web(policy)
+        self._web = web
         self._gftp = GftpRemote(gftp) if gftp is not None else None
         self._sleep = sleep
 
@@ -205,14 +208,16 @@ class Transfers:
         resume: bool = False,
         progress: Progress | None = None,
         notice: Notice | None = None,
+        spare_bytes: int = 0,
     ) -> int:
         """Bring a remote or `file:` location into an open, readable and writable file; returns its size.
 
         The hash is checked. `resume`: the file may hold the beginning already, from a fetch of the same location (with a
-        hash) that failed or was cancelled; a beginning that turns out not to fit is fetched anew.
+        hash) that failed or was cancelled; a beginning that turns out not to fit is fetched anew. `spare_bytes` of the disk
+        stay free.
         Errors: TransferError; of which HashMismatch says that the file is of no use.
         """
-        spool = Spool(descriptor, min(max_bytes, self.policy.max_bytes), _digest_of(location), progress)
+        spool = Spool(descriptor, min(max_bytes, self.policy.max_bytes), _digest_of(location), progress, spare_bytes)
         with trio.move_on_after(self.policy.max_time_s) as scope:
             if resume and location.digest is not None and location.scheme != "file":
                 await spool.take_up()
@@ -319,6 +324,10 @@ class Transfers:
 
     def _remote(self, location: Location) -> Remote:
         if location.scheme in ("http", "https"):
+            if self._web is None:
+                from golem.exeunit.web import Web  # an HTTP client, for which most exe-units have no use
+
+                self._web = Web(self.policy, self._nearness)
             return self._web
         if location.scheme == "gftp" and self._gftp is not None:
             return self._gftp

@@ -10,10 +10,12 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from http import HTTPStatus
+from typing import Any
 
+import httpcore
 import httpx
 import trio
 
@@ -23,6 +25,8 @@ from golem.outgoing import Outgoing
 
 CONNECT_TIMEOUT_S = 15.0
 IDLE_TIMEOUT_S = 60.0
+HEAD_S = 120.0  # from the first connection to the head of the last answer, and from the end of an upload to its answer
+PACE_S, LEAST_BYTES = 60.0, 64 << 10  # a body moves so many bytes in so many seconds, and its last ones end in them
 _PASSING = {408, 425, 429, 500, 502, 503, 504}
 # IPv6 networks whose addresses end in an IPv4 address: mapped, compatible, translated, NAT64
 _WITH_IPV4 = [ipaddress.ip_network(text) for text in ("::ffff:0:0/96", "::/96", "::ffff:0:0:0/96", "64:ff9b::/96")]
@@ -55,13 +59,47 @@ def refusal(address: str, policy: TransferPolicy) -> str | None:
     return None
 
 
+class _CheckedBackend(httpcore.AsyncNetworkBackend):
+    """Makes connections, and looks at both ends of each before a byte is sent.
+
+    Between the look at an address and the connection this machine may have taken it, or have been led to itself.
+    """
+
+    def __init__(self, policy: TransferPolicy) -> None:
+        self._policy = policy
+        self._inner = httpcore.TrioBackend()
+
+    async def connect_tcp(
+        self, host: str, port: int, timeout: float | None = None, local_address: str | None = None, socket_options: Any = None
+    ) -> httpcore.AsyncNetworkStream:
+        stream = await self._inner.connect_tcp(host, port, timeout, local_address, socket_options)
+        ours, theirs = stream.get_extra_info("client_addr"), stream.get_extra_info("server_addr")
+        reason = refusal(theirs[0], self._policy)
+        if ours[:2] == theirs[:2]:
+            reason = "itself the other end of its connection"
+        elif ours[0] == theirs[0] and not self._policy.allow_loopback:
+            reason = "an address of this machine"
+        if reason is not None:
+            with trio.CancelScope(shield=True):
+                await stream.aclose()
+            raise TransferError(f"{host} is {reason}, which this provider does not let transfers reach")
+        return stream
+
+    async def sleep(self, seconds: float) -> None:
+        await trio.sleep(seconds)
+
+
 class _PinnedTransport(httpx.AsyncBaseTransport):
     """Resolves, checks, and connects to the address that was checked."""
 
     def __init__(self, policy: TransferPolicy) -> None:
         self._policy = policy
+        context = httpx.create_ssl_context()
+        self._inner = httpx.AsyncHTTPTransport(verify=context)
         # Pools are keyed by address here: a connection kept alive could serve another name than it was made for.
-        self._inner = httpx.AsyncHTTPTransport(limits=httpx.Limits(max_keepalive_connections=0))
+        self._inner._pool = httpcore.AsyncConnectionPool(
+            ssl_context=context, max_keepalive_connections=0, network_backend=_CheckedBackend(policy)
+        )  # fmt: skip
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         host = request.url.host
@@ -94,14 +132,18 @@ class _PinnedTransport(httpx.AsyncBaseTransport):
 class Web:
     """Downloads and uploads over HTTP; see `transfer.Remote`."""
 
-    def __init__(self, policy: TransferPolicy) -> None:
-        self._policy = policy
+    def __init__(self, policy: TransferPolicy, nearness: Callable[[], Awaitable[str]] | None = None) -> None:
+        """`nearness` tells how near the requestor is, each time that it matters: see `TransferPolicy.for_requestor`."""
+        self._policy, self._nearness = policy, nearness
 
-    def _client(self) -> httpx.AsyncClient:
+    async def _client(self) -> httpx.AsyncClient:
+        policy = self._policy
+        if self._nearness is not None and (policy.allow_loopback or policy.allow_private):
+            policy = policy.for_requestor(await self._nearness())
         return httpx.AsyncClient(
-            transport=_PinnedTransport(self._policy),
+            transport=_PinnedTransport(policy),
             timeout=httpx.Timeout(IDLE_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
-            max_redirects=self._policy.max_redirects,
+            max_redirects=policy.max_redirects,
             trust_env=False,
             headers={"Accept-Encoding": "identity", "User-Agent": "golem-exe-unit"},
         )
@@ -111,7 +153,7 @@ class Web:
         if spool.size and (spool.validator or spool.digest):  # without either, two versions might be mixed
             headers = {"Range": f"bytes={spool.size}-"} | ({"If-Range": spool.validator} if spool.validator else {})
         try:
-            async with self._client() as client:
+            async with await self._client() as client, _in_time(url, "GET") as pace:
                 async with _follow(client, client.build_request("GET", url, headers=headers)) as response:
                     if response.status_code == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and headers:
                         if response.headers.get("Content-Range", "") == f"bytes */{spool.size}":
@@ -126,8 +168,10 @@ class Web:
                             raise TransferError(f"{redacted(url)}: the server sent another range", passing=True)
                     spool.expect(_total(response, offset))
                     spool.validator = _validator(response)
+                    pace.begin()
                     async for chunk in response.aiter_raw():
                         await spool.write(chunk)
+                        pace.moved(len(chunk))
                     if spool.total is not None and spool.size != spool.total:
                         raise TransferError(f"{redacted(url)}: got {spool.size} bytes of {spool.total}", passing=True)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
@@ -143,18 +187,54 @@ class Web:
                 if not block:
                     raise TransferError("the file became shorter while it was sent")
                 for at in range(0, len(block), CHUNK_BYTES):
+                    pace.moved(len(block[at : at + CHUNK_BYTES]))
                     yield block[at : at + CHUNK_BYTES]
                 sent += len(block)
                 if progress is not None:
                     progress(sent, size)
+            pace.begin(HEAD_S)
 
         headers = {"Content-Length": str(size), "Content-Type": "application/octet-stream"}
         try:
-            async with self._client() as client:
+            async with await self._client() as client, _in_time(url, "PUT") as pace:
                 async with client.stream("PUT", url, content=body(), headers=headers) as response:
                     _check_status("PUT", url, response)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise _translated("PUT", url, error) from None
+
+
+class _Pace:
+    """Ends a transfer of which less than `LEAST_BYTES` move in `PACE_S`: by a byte a minute a server would hold it for hours."""
+
+    def __init__(self) -> None:
+        self.scope = trio.CancelScope(deadline=trio.current_time() + HEAD_S)
+        self._moved, self._window_s = 0, HEAD_S
+
+    def begin(self, window_s: float | None = None) -> None:
+        """Count anew from now on."""
+        self._moved, self._window_s = 0, PACE_S if window_s is None else window_s
+        self.scope.deadline = trio.current_time() + self._window_s
+
+    def moved(self, size: int) -> None:
+        self._moved += size
+        if self._moved >= LEAST_BYTES:
+            self.begin()
+
+    @property
+    def text(self) -> str:
+        if self._window_s == HEAD_S:
+            return f"no answer within {HEAD_S:g} s"
+        return f"too slow: {self._moved} bytes in {PACE_S:g} s, at least {LEAST_BYTES} are expected"
+
+
+@asynccontextmanager
+async def _in_time(url: str, method: str) -> AsyncIterator[_Pace]:
+    """Yield the pace of a transfer. Raises `TransferError` where it is too slow."""
+    pace = _Pace()
+    with pace.scope:
+        yield pace
+    if pace.scope.cancelled_caught:
+        raise TransferError(f"{method} {redacted(url)}: {pace.text}", passing=True)
 
 
 @asynccontextmanager

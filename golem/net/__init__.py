@@ -1,9 +1,11 @@
 """The peer-to-peer network: requests, bulk streams, gossip and discovery between nodes, over libp2p.
 
-Cheap to import: py-libp2p itself is loaded in a thread by `open_network`.
+Cheap to import: py-libp2p itself is loaded in a thread by `open_network`, and what only a node needs when it is asked for
+(commands and exe-units need the types).
 """
 
-from golem.net.network import Network, check_network, open_network
+from typing import TYPE_CHECKING, Any
+
 from golem.net.types import (
     Busy,
     ListenError,
@@ -16,6 +18,9 @@ from golem.net.types import (
     Timing,
     Unreachable,
 )
+
+if TYPE_CHECKING:
+    from golem.net.network import Network, check_network, open_network
 
 __all__ = [
     "Busy",
@@ -32,3 +37,11 @@ __all__ = [
     "check_network",
     "open_network",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in ("Network", "check_network", "open_network"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from golem.net import network
+
+    return getattr(network, name)

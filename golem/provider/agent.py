@@ -36,7 +36,7 @@ from golem.provider.client import MARKET, ApiError, NodeAway, NodeClient, NodeEr
 from golem.provider.leftovers import Leftovers
 from golem.provider.offering import AgentError, Offering
 from golem.provider.polls import FEEDS, follow
-from golem.provider.port import RestPort
+from golem.provider.port import ProposalPort, RestPort
 from golem.provider.processes import Processes
 from golem.provider.settings import JOURNAL, LOCK, Settings, SettingsError, read_json
 from golem.provider.status import write_status
@@ -79,6 +79,7 @@ async def run_agent(settings: Settings) -> None:
             system, settings.data_dir, partial(_bus_path, settings), offering.units, leftovers, offering.doubt
         )
         system.add_port(port)
+        system.add_port(ProposalPort(port))
         system.add_port(processes)
         nursery = await stack.enter_async_context(trio.open_nursery())
         signals = stack.enter_context(trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT))

@@ -1,7 +1,8 @@
 """Port `rest` of the provider agent: does at the node what the machine decided, and tells how it went.
 
 Each message is worked on in a task of its own, so that a slow requestor holds nobody up; a message that comes again while
-its task runs is ignored. What must not happen twice (debit notes, invoices) is looked for at the node first whenever the
+its task runs is ignored. Proposals come to port `proposals`, which hands them on: their link is another one, so that no
+debit note waits behind them. What must not happen twice (debit notes, invoices) is looked for at the node first whenever the
 message comes from an earlier run of the agent, or after an answer that got lost.
 """
 
@@ -40,6 +41,7 @@ from protocol.provider import (
     NoteRead,
     NoteSent,
     OfferPublished,
+    OfStrangers,
     PublishOffer,
     ReadNote,
     ReadUsage,
@@ -47,6 +49,7 @@ from protocol.provider import (
     RejectProposal,
     SendInvoice,
     SendNote,
+    Talk,
     TaskEnded,
     TerminateAgreement,
     TerminationEnded,
@@ -62,7 +65,6 @@ from protocol.types import amount as parse_amount
 log = logging.getLogger("golem.provider")
 
 MAX_PROPOSALS, MAX_WAITING = 256, 4096  # answered at the same time; those and the ones that wait for it
-PROPOSALS = (CounterProposal, RejectProposal, RejectAgreement)
 TERMINATE_FIRST_S, TERMINATE_LAST_S = 5.0, 3600.0
 ISSUE_LAST_S = 5.0
 FINAL_USAGE_S = 60.0  # patience for the last usage of an activity
@@ -128,7 +130,7 @@ class RestPort:
         key = task_key(message)
         if key in self._running:
             return ()
-        if isinstance(message, PROPOSALS):  # anybody may cause these; all else is bounded by our agreements
+        if isinstance(message, Talk):  # anybody may cause these; all else is bounded by our agreements
             if self._negotiating >= MAX_WAITING:
                 log.warning("%s is not done: %d others wait", key[:40], self._negotiating)
                 return [Send("provider", TaskEnded(key))]
@@ -144,14 +146,14 @@ class RestPort:
     async def _work(self, key: str, message: ToRest, trace: str) -> None:
         """Do a task and tell its outcome. Where the agent is killed meanwhile, its machine brings the task back."""
         try:
-            async with self._room if isinstance(message, PROPOSALS) else nullcontext():  # they hold up one another alone
+            async with self._room if isinstance(message, Talk) else nullcontext():  # they hold up one another alone
                 outcome = await self._outcome(key, message)
             facts = [outcome, TaskEnded(key) if isinstance(message, Kept) else None]
             if sends := [Send("provider", fact) for fact in facts if fact is not None]:
                 await self._system.post(self.name, sends, trace)
         finally:
             self._running.discard(key)
-            self._negotiating -= isinstance(message, PROPOSALS)
+            self._negotiating -= isinstance(message, Talk)
             self._asking -= isinstance(message, AskFunds)
 
     async def _outcome(self, key: str, message: ToRest) -> Message | None:
@@ -377,6 +379,21 @@ class RestPort:
             return InvoiceSent(message.agreement_id, str(error), error.highest_amount)
         log.info("invoice of agreement %s is sent", message.agreement_id[:12])
         return InvoiceSent(message.agreement_id)
+
+
+class ProposalPort:
+    """The port for what strangers cause; `RestPort` does it."""
+
+    name = "proposals"
+    local = OfStrangers
+    peer = None
+
+    def __init__(self, rest: RestPort) -> None:
+        self._rest = rest
+
+    async def handle(self, message: ToRest, meta: Meta) -> Sequence[Send]:
+        """Take a message on."""
+        return await self._rest.handle(message, meta)
 
 
 def _usage(answer: Any) -> list[float] | None:

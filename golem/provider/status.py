@@ -29,9 +29,9 @@ def status_of(
     """Return what `golem provider status` shows, read from the machine's rows; `runtimes` as reported, `serves`: whom."""
     rows = system.rows("provider")
     agent = rows.get("agent")
-    agreements = [row for _, row in rows.prefix("agreement/")]
-    activities = [row for _, row in rows.prefix("activity/")]
-    notes = [row for _, row in rows.prefix("note/")]
+    agreements, activities, notes, offers = (
+        [row for _, row in system.listed("provider", prefix)[0]] for prefix in ("agreement/", "activity/", "note/", "offer/")
+    )
     refusals = rows.get("refusals")
     unpaid = [
         {"document": note.note_id, "kind": "debit note", "agreement": _agreement_of(activities, note.activity_id),
@@ -47,7 +47,7 @@ def status_of(
         "serves": serves, "runtimes": runtimes,
         "offers": [
             {"preset": row.preset, "offer": row.offer_id, "state": "published" if row.offer_id else "being published"}
-            for _, row in rows.prefix("offer/")
+            for row in offers
         ],
         "agreements": [
             {"agreement": row.agreement_id, "requestor": row.requestor, "state": row.state, "activities": len(row.activities),

@@ -19,6 +19,7 @@ from golem.rest.edge import (
     ApiError,
     ask,
     json_body,
+    listed,
     member,
     null,
     object_body,
@@ -208,7 +209,7 @@ def _reads(api: Blueprint, node: Node) -> None:
         rows = node.system.rows("activity")
         named = query_text("agreementId")
         if named is None:
-            return respond_json([row.activity_id for _, row in rows.prefix("activity/")])
+            return respond_json([row.activity_id for row in listed(node, "activity", "activity/")])
         match = _AGREEMENT_ID.match(named)
         agreement: AgreementRow | None = rows.get(f"agreement/{match[1]}") if match else None
         return respond_json(list(agreement.activities) if agreement else [])

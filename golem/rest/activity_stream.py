@@ -170,7 +170,7 @@ async def _monitor(node: Node) -> AsyncIterator[str]:
     while not node.system.feeds.closed:
         rows = node.system.rows("activity")
         shown = []
-        for _, row in rows.prefix("activity/"):
+        for _, row in node.system.listed("activity", "activity/")[0]:
             if row.role != "Provider" or row.ended:
                 continue
             agreement = rows.get(f"agreement/{row.agreement_id}")

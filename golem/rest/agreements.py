@@ -14,6 +14,7 @@ from golem.rest.edge import (
     ask,
     empty,
     json_body,
+    listed,
     member,
     no_content,
     object_body,
@@ -111,7 +112,7 @@ def session_id() -> str | None:
 # -- reading
 def _reading(api: Blueprint, node: Node) -> None:
     @api.get("/agreements")
-    async def listed() -> Response:
+    async def listing() -> Response:
         state, session = query_text("state"), session_id()
         after, before = query_time("afterDate"), query_time("beforeDate")
         if state and state not in STATES:
@@ -119,13 +120,13 @@ def _reading(api: Blueprint, node: Node) -> None:
         now = node.clock()
         found = [
             agreement
-            for _, agreement in node.system.rows("negotiation").prefix("agreement/")
+            for agreement in listed(node, "negotiation", "agreement/")
             if (not state or state_at(agreement, now) == state)
             and (after is None or agreement.created > after)
             and (before is None or agreement.created < before)
             and (session is None or agreement.app_session_id == session)
         ]
-        return respond_json([agreement_summary(agreement) for agreement in sorted(found, key=lambda one: one.created)])
+        return respond_json([agreement_summary(agreement, now) for agreement in sorted(found, key=lambda one: one.created)])
 
     @api.get("/agreements/<wanted>")
     async def get(wanted: str) -> Response:

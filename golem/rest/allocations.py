@@ -17,6 +17,7 @@ from golem.rest.edge import (
     ask,
     caller,
     created,
+    listed,
     member,
     null,
     query_int,
@@ -67,7 +68,7 @@ def routes(api: Blueprint, node: Node) -> None:
     async def listing() -> Response:
         after = query_time("afterTimestamp")
         limit = query_int("maxItems", MAX_ITEMS, 1, MAX_ITEMS)
-        rows = [row for _, row in node.system.rows("ledger").prefix("allocation/") if row.released_at is None]
+        rows = [row for row in listed(node, "ledger", "allocation/") if row.released_at is None]
         rows = [row for row in rows if after is None or row.timeout_at > after]  # compared with the timeout, as ever
         return respond_json([render(row) for row in sorted(rows, key=lambda row: row.created_at)[:limit]])
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from quart import Request, Response, Websocket, g, has_websocket_context, request, websocket
 from quart_trio import QuartTrio
-from werkzeug.exceptions import HTTPException
+from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
-from actors.kernel.journal import RowDamaged
+from actors.kernel.records import RowDamaged
 from golem.config import VERSION
 from golem.hosts import is_of_this_machine
 from golem.rest.edge import BODY_LIMIT, ApiError, Caller, caller, respond_json
@@ -89,10 +89,10 @@ def admit(node: Node, authorization: str, token: str, path: str) -> Caller | Res
     if scheme.lower() != "bearer" or not key:
         key = token  # browsers can set no header of a websocket
     if not key:
-        return Response("Missing application key", status=401, content_type="text/plain; charset=utf-8")
+        return ApiError(401, "Missing application key").response()
     found = node.app_keys.find(key.strip())
     if found is None:
-        return Response("Invalid application key", status=401, content_type="text/plain; charset=utf-8")
+        return ApiError(401, "Invalid application key").response()
     if found.identity != node.node_id and path not in OWN_PATHS:  # a key from before the node's identity was changed
         text = f"app-key {found.name!r} acts for {found.identity}; all objects here belong to {node.node_id}"
         return ApiError(403, text).response()
@@ -132,8 +132,13 @@ def _errors(app: QuartTrio) -> None:
     @app.errorhandler(HTTPException)
     async def http_error(error: HTTPException) -> Response:
         asked = websocket if has_websocket_context() else request
-        text = f"no such endpoint: {asked.method} {asked.path[:200]}" if error.code == 404 else error.description
-        return ApiError(error.code or 500, text).response()
+        text = error.description
+        if error.code == 404:
+            text = f"no such endpoint: {asked.method} {asked.path[:200]}"
+        answer = ApiError(error.code or 500, text).response()
+        if isinstance(error, MethodNotAllowed) and error.valid_methods:
+            answer.headers["Allow"] = ", ".join(sorted(error.valid_methods))
+        return answer
 
     @app.errorhandler(RowDamaged)
     async def damaged(error: RowDamaged) -> Response:

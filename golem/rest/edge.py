@@ -7,9 +7,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import quote
 
 import trio
-from quart import Response, g, request
+from quart import Response, after_this_request, g, request
+from quart.typing import ResponseTypes
 from werkzeug.exceptions import RequestEntityTooLarge
 
 from actors.kernel.machine import ActorFailed, AskTimeout, Busy
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
 BODY_LIMIT = 4 * 1024 * 1024
 MAX_TIMEOUT_S = 3600.0
+DAMAGED = "X-Damaged-Rows"  # left out of a list, since they cannot be read (`golem status` says why)
+MAX_NAMED, MAX_NAMED_CHARS = 20, 2000
 T = TypeVar("T")
 
 REFUSAL_STATUS = {
@@ -56,6 +60,21 @@ class Caller:
     name: str
     role: str
     allow_origins: tuple[str, ...] = field(default=())
+
+
+def listed(node: Node, actor: str, prefix: str) -> list[Any]:
+    """Return an actor's rows for a list; those that cannot be read are left out, and the answer names them in a header."""
+    found, damaged = node.system.listed(actor, prefix)
+    if damaged:
+        names = ", ".join(f"{actor}/{key}" for key in damaged[:MAX_NAMED])[:MAX_NAMED_CHARS]
+
+        @after_this_request
+        async def name_them(response: ResponseTypes) -> ResponseTypes:
+            if isinstance(response, Response):
+                response.headers[DAMAGED] = quote(names, safe="/, :-._~")
+            return response
+
+    return [row for _, row in found]
 
 
 def caller() -> Caller:

@@ -102,7 +102,7 @@ async def _overview(node: Node, demand_id: str, demand: Subscription) -> dict[st
     nearest: list[tuple[int, str, list[dict[str, Any]], str]] = []
     for shard in range(256):  # part by part: a large market must not hold up the node
         await trio.lowlevel.checkpoint()
-        for _, row in node.system.rows("market").prefix(f"offer/{shard:02x}"):
+        for _, row in node.system.listed("market", f"offer/{shard:02x}")[0]:
             offer = read_subscription(row.document.body)
             counts["known"] += 1
             if offer.owner == node.node_id:

@@ -16,6 +16,7 @@ from golem.rest.edge import (
     ask,
     created,
     json_body,
+    listed,
     member,
     no_content,
     object_body,
@@ -93,7 +94,7 @@ def _subscriptions(api: Blueprint, node: Node, kind: str) -> None:
             known = rows.get("own")
             found = [rows.get(f"offer/{offer_id}") for offer_id in (known.offers if known else ())]
         else:
-            found = [row for _, row in rows.prefix("demand/")]
+            found = listed(node, "market", "demand/")
         return respond_json([subscription_form(row.document) for row in found if row and row.expires > now])
 
     async def withdraw(wanted: str) -> Response:

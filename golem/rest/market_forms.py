@@ -6,8 +6,8 @@ import json
 from typing import Any
 
 from actors.agreement_rows import Agreement, state_at
-from actors.kernel.journal import Event
 from actors.kernel.machine import Rows
+from actors.kernel.records import Event
 from actors.proposals import Proposal
 from protocol.codec import Decoder
 from protocol.market import SubscriptionEnded, read_subscription
@@ -25,6 +25,7 @@ from protocol.negotiation import (
     SubscriptionEvents,
 )
 from protocol.signing import Document
+from protocol.terms import flatten
 from protocol.types import timestamp_text
 
 decode_subscription_event = Decoder[SubscriptionEvents](SubscriptionEvents)
@@ -141,12 +142,21 @@ def agreement_event_form(at: float, message: AgreementEvents) -> dict[str, Any] 
             return None
 
 
-def agreement_summary(agreement: Agreement) -> dict[str, Any]:
-    """Return an agreement's line in the list of agreements."""
+def agreement_summary(agreement: Agreement, now: float) -> dict[str, Any]:
+    """Return an agreement's line in the list of agreements. `state`, `peerId`, `runtime` and `validTo` are ours."""
     approved = agreement.approved_at
     return {
         "id": agreement.agreement_id,
         "timestamp": timestamp_text(agreement.created),
         "approvedDate": None if approved is None else timestamp_text(approved),
         "role": "Requestor" if agreement.role == REQUESTOR else "Provider",
+        "state": state_at(agreement, now),
+        "peerId": agreement.counterpart,
+        "runtime": _runtime(agreement),
+        "validTo": timestamp_text(agreement.valid_to),
     }
+
+
+def _runtime(agreement: Agreement) -> str:
+    found = flatten(json.loads(agreement.body)["offer"]["properties"]).get("golem.runtime.name")
+    return found if isinstance(found, str) else ""

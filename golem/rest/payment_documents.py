@@ -15,6 +15,7 @@ from golem.rest.edge import (
     ApiError,
     ask,
     created,
+    listed,
     member,
     null,
     object_body,
@@ -96,7 +97,7 @@ def _reading(api: Blueprint, node: Node, kind: Kind) -> None:
     async def listing() -> Response:
         after = query_time("afterTimestamp")
         limit = query_int("maxItems", MAX_ITEMS, 1, MAX_ITEMS)
-        found = [(_issued(row), row) for _, row in node.system.rows("ledger").prefix(f"{kind.kind}/")]
+        found = [(_issued(row), row) for row in listed(node, "ledger", f"{kind.kind}/")]
         found = [(at, row) for at, row in found if after is None or at > after]
         found.sort(key=lambda pair: (pair[0], pair[1].document_id))
         return respond_json([render(row) for _, row in found[:limit]])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from quart import request
 
 from actors.ledger import Activity, Order, Payment
-from golem.rest.edge import ApiError, member, object_body
+from golem.rest.edge import ApiError, listed, member, object_body
 from protocol.types import amount, timestamp, timestamp_text
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def payments_of(node: Node, agreement_id: str) -> list[Payment]:
         return activity is not None and activity.agreement_id == agreement_id
 
     found = []
-    for _, row in rows.prefix("payment/"):
+    for row in listed(node, "ledger", "payment/"):
         body = json.loads(row.body)
         if any(part["agreementId"] == agreement_id for part in body["agreementPayments"]) or any(
             belongs(part["activityId"]) for part in body["activityPayments"]

@@ -8,7 +8,7 @@ from quart import Blueprint, Response
 
 from actors.ledger import Activity, Agreement, Order
 from actors.wallet import Batch
-from golem.rest.edge import ApiError, query_int, respond_json
+from golem.rest.edge import ApiError, listed, query_int, respond_json
 from golem.rest.payment_forms import MAX_ITEMS
 from protocol.types import timestamp_text
 
@@ -21,7 +21,7 @@ def routes(api: Blueprint, node: Node) -> None:
 
     def rows(actor: str, prefix: str) -> list[Any]:
         limit = query_int("maxItems", MAX_ITEMS, 1, MAX_ITEMS)
-        return [row for _, row in node.system.rows(actor).prefix(prefix)][-limit:]
+        return listed(node, actor, prefix)[-limit:]
 
     def one(actor: str, key: str) -> Any:
         row = node.system.rows(actor).get(key)

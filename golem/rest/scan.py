@@ -15,6 +15,7 @@ from golem.rest.edge import (
     ask,
     caller,
     created,
+    listed,
     member,
     no_content,
     object_body,
@@ -107,7 +108,7 @@ def _offers_of(node: Node, owner: str, constraints: str) -> list[dict[str, Any]]
     test = compile_constraint(constraints)
     forms = [
         subscription_form(row.document)
-        for _, row in node.system.rows("market").prefix("offer/")
+        for row in listed(node, "market", "offer/")
         if row.owner == owner and row.expires > node.clock()
     ]
     return [form for form in forms if test.evaluate(form["properties"])]

@@ -237,8 +237,8 @@ class Agent:
         self.play.tell(message)
 
     def rest(self, kind: type) -> list[Any]:
-        """Take what port `rest` was told of this kind."""
-        return self._take("rest", kind)
+        """Take what port `rest`, or `proposals`, was told of this kind."""
+        return self._take("rest", kind) + self._take("proposals", kind)
 
     def processes(self, kind: type) -> list[Any]:
         return self._take("processes", kind)

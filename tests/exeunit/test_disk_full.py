@@ -17,7 +17,7 @@ from patience import patience, within
 from test_exeunit_process import ACTIVITY, Stub, World, run, stub_world
 from wire import two_nodes
 
-from actors.kernel.journal import JournalError
+from actors.kernel.records import JournalError
 from golem.exeunit.disk import FLOOR_BYTES, LOW_LOOKS, NAME, RESERVE_BYTES, DiskWatch, free_bytes
 from golem.exeunit.engine.storage import unmount_all
 from golem.local_engine import LocalEngine

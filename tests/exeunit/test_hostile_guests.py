@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import trio
 from engine import busybox_tar, engine_for_tests, python_tar
-from foreign_images import docker_archive, image_json
+from foreign_images import docker_archive, entry, image_json, tar
 from hostile_guest import ATTACKS
 from patience import patience, within
 from support import trio_test
@@ -281,6 +281,47 @@ async def test_every_place_to_write_has_an_end(engine: LocalEngine, package: Pat
         await guest.works()
 
 
+NO_BYTES = {"proc", "sysfs", "devpts", "cgroup", "cgroup2", "devtmpfs", "mqueue"}  # what lies there are no files with content
+
+
+@pytest.mark.parametrize("kind", ["remapped", "plain"])
+def test_every_writable_mount_is_in_what_was_sold(request: pytest.FixtureRequest, package: Path, kind: str) -> None:
+    """Whatever an Engine mounts into a container: it takes no bytes, is memory of the guest, or lies on its storage."""
+    engine = request.getfixturevalue("engine" if kind == "remapped" else "plain_engine")
+
+    async def body() -> None:
+        async with open_guest(engine, package) as guest:
+            storage = os.stat(guest.deployment.volumes[0].host_dir).st_dev
+            status, output = await guest.attack("writable_mounts")
+            assert status.ok, output
+            found = {point: tuple(rest) for point, *rest in json.loads(output)}
+            assert {"/", "/vol", "/etc/hosts", "/etc/hostname", "/etc/resolv.conf"} <= found.keys()
+            for point, (form, device, written, error) in found.items():
+                if form == "tmpfs":
+                    assert written <= LIMITS.mem_bytes, (point, written)
+                elif form in NO_BYTES:
+                    assert not written or Path(point).is_char_device(), (point, written)
+                else:
+                    assert error == "ENOSPC", (point, found[point])
+                    assert written <= LIMITS.storage_bytes, (point, written)
+                    assert form == "overlay" or device == f"{os.major(storage)}:{os.minor(storage)}", (point, found[point])
+            assert guest.runtime.usage().storage_gib <= LIMITS.storage_gib
+            await guest.works()
+
+    trio.run(body)
+
+
+@trio_test
+async def test_names_of_the_machine_are_there(engine: LocalEngine, package: Path) -> None:
+    """What is ours in place of the Engine's own: names resolve, and the files can be written."""
+    with pytest.raises(RuntimeFault, match="a volume cannot be at /etc/hosts"):
+        async with open_guest(engine, package, volumes=(VolumeRequest("/etc/hosts"),)):
+            pass
+    async with open_guest(engine, package, volumes=(VolumeRequest("/etc"),)) as guest:
+        script = "hostname | cmp - /etc/hostname && grep -c localhost /etc/hosts && echo x >> /etc/hosts && cat /etc/resolv.conf"
+        assert await guest.run("/bin/sh", "-c", script) == (ExitStatus(0), "2\n# no network\n")
+
+
 @pytest.mark.parametrize(("attack", "folder", "least"), [("fill_hidden", "/opt", 40), ("many_files", "/vol", 1000)])
 def test_storage_without_names_or_bytes(engine: LocalEngine, package: Path, attack: str, folder: str, least: int) -> None:
     async def body() -> None:
@@ -357,6 +398,91 @@ async def test_nothing_survives_a_timeout(engine: LocalEngine, package: Path) ->
         await trio.sleep(0.3)
         assert beat.read_text() == last, "a process in a session of its own, deaf to signals, is gone, too"
         await guest.works()
+
+
+@pytest.mark.parametrize("kind", ["remapped", "plain"])
+@pytest.mark.parametrize("way", ["command", "terminal"])
+def test_a_guest_in_the_engines_way_is_dead(
+    request: pytest.FixtureRequest, package: Path, kind: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who starts a program looks into the guest's /etc/passwd, and would wait there for good: nobody waits with it."""
+    engine = request.getfixturevalue("engine" if kind == "remapped" else "plain_engine")
+    monkeypatch.setattr("golem.exeunit.engine.program.START_TIMEOUT_S", 3.0)
+
+    async def body() -> None:
+        async with open_guest(engine, package) as guest, open_guest(engine, package) as other:
+            status, output = await guest.run("/bin/sh", "-c", "rm /etc/passwd && mkfifo /etc/passwd")
+            assert status.ok, output
+
+            async def begin() -> None:
+                if way == "command":
+                    await guest.run("/bin/true")
+                else:
+                    await guest.runtime.open_terminal((), env=None, tty=True, rows=24, cols=80)
+
+            with within(10), pytest.raises(RuntimeFault, match="begins no programs any more"):
+                await begin()
+            with within(10):
+                assert "begins no programs" in await guest.runtime.failure()
+            with pytest.raises(RuntimeFault, match="begins no programs any more"):
+                await guest.run("/bin/true")
+            await other.works()
+            with within(5):
+                await guest.runtime.stop()
+
+    trio.run(body)
+
+
+HELD = """
+mv /etc /away && mkdir /etc; rm -f /etc/passwd; mkfifo /etc/passwd
+mv -f /var/other /etc/passwd; ln -sf /dev/zero /etc/group; echo x > /etc/passwd
+"""
+
+
+@pytest.mark.parametrize("kind", ["remapped", "plain"])
+@pytest.mark.parametrize("form", ["plain", "all his", "links", "nothing"])
+def test_files_of_users_are_kept_from_the_user(request: pytest.FixtureRequest, tmp_path: Path, kind: str, form: str) -> None:
+    """The Engine reads them at each command of an image with a user, whatever stands there."""
+    engine = request.getfixturevalue("engine" if kind == "remapped" else "plain_engine")
+    owner, both = 0 if form == "plain" else 1000, ("passwd", "group")
+    changed = {
+        "links": [entry(f"etc/{name}", type=tarfile.SYMTYPE, linkname=f"../var/{name}") for name in both],
+        "nothing": [entry(f"etc/.wh.{name}", b"") for name in both],
+    }
+    own = tar(
+        *(entry(name, type=tarfile.DIRTYPE, uid=owner, gid=owner, mode=0o775) for name in ("./", "etc", "var")),
+        *(entry(f"var/{name}", b"guest:x:1000:1000::/:\n", uid=owner) for name in ("other", *both)),
+        *changed.get(form, ()),
+    )
+    layers = [busybox_tar(), own]
+    config = {"Env": ["PATH=/bin"], "User": "guest" if form in ("plain", "all his") else "1000"}
+    (tmp_path / "package.tar").write_bytes(docker_archive(layers, image_json(layers, config)))
+
+    async def body() -> None:
+        async with open_guest(engine, tmp_path / "package.tar", volumes=()) as guest:
+            _, said = await guest.run("/bin/sh", "-c", HELD)
+            status, after = await guest.run("/bin/stat", "-c", "%F %u", "/etc/passwd", "/etc/group")
+            kinds = ["regular empty file 0" if form == "nothing" else "regular file 0"] * 2
+            assert (after.splitlines(), status.ok) == (kinds, True), said
+            assert (await guest.run("/bin/id", "-u"))[1] == "1000\n"
+            assert not (await guest.run("/bin/ls", "-d", "/away"))[0].ok
+            if form == "all his":  # what was his folder is one to make names in, still
+                assert (await guest.run("/bin/sh", "-c", "echo y > /etc/mine && rm /etc/mine"))[0].ok
+            await guest.works()
+
+    trio.run(body)
+
+
+def test_a_user_who_is_root_by_his_own_files_is_refused(engine: LocalEngine, tmp_path: Path) -> None:
+    layers = [busybox_tar(), tar(entry("etc/passwd", b"guest:x:0:0::/:/bin/sh\n"))]
+    (tmp_path / "package.tar").write_bytes(docker_archive(layers, image_json(layers, {"User": "guest"})))
+
+    async def body() -> None:
+        async with open_guest(engine, tmp_path / "package.tar"):
+            pass
+
+    with pytest.raises(RuntimeFault, match="'guest' is root by its /etc/passwd"):
+        trio.run(body)
 
 
 # -- what is planted --------------------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ from golem.local_engine import LocalEngine
 FILE = entry("a", b"content")
 LAYER = tar(FILE)
 ZEROS = bytes(16 << 20)
+USERS = b"a\n" * (1 << 19) + b"a"
 END = bytes(1024)
 
 
@@ -125,6 +126,12 @@ ROOTFS: dict[str, tuple[bytes, str]] = {
     "headers-without-end": (pax(record(b"comment", b"x"), flag=b"g") * 9 + PLAIN + END, "too many header extensions"),
     "long-name-megabyte": (raw_header(b"l", b"L", b"%011o\0" % (1 << 20)) + bytes(1 << 20) + END, "a name of 1048576 bytes"),
     "owner": (pax(record(b"gid", str(1 << 32).encode())) + PLAIN + END, "an owner out of range"),
+    # what the Engine itself reads whole
+    "users": (tar(entry("etc/passwd", USERS)), "/etc/passwd .* has 1048577 bytes, at most 1048576"),
+    "groups-by-link": (tar(entry("x/y", USERS), link("etc/group", "../../z"), link("z", "/x/./y")), "/etc/group .'x/y'. has"),
+    "users-by-folder": (tar(entry("x/passwd", USERS), link("etc", "x")), "/etc/passwd .'x/passwd'. has"),
+    "users-by-hard-link": (tar(entry("x", USERS), hard("etc/passwd", "x")), "/etc/passwd .* has"),
+    "users-by-both": (tar(entry("x", USERS), link("l", "/x"), hard("etc/passwd", "l")), "/etc/passwd .'x'. has"),
     # too much
     "members": (b"".join(raw_header(b"d%d" % n, b"5") for n in range(20_001)) + END, "more than 20000 files"),
     "gzip-bomb": (gzip.compress(tar(entry("z", ZEROS)), 9), "a compression bomb: "),
@@ -389,6 +396,24 @@ def test_gvmi_of_holes(tmp_path: Path) -> None:
         file.truncate(100 << 20)
     data = foreign.mksquashfs(tmp_path / "tree", tmp_path / "s", "gzip", "-b", "1M")
     refused(tmp_path, gvmi(data, {}), "GVMI", "unpacks to more than")
+
+
+@pytest.mark.parametrize(
+    ("above", "large"),
+    [
+        (tar(entry("etc/passwd", b"x")), False), (tar(entry("etc/.wh.passwd", b"")), False),
+        (tar(entry("etc/.wh..wh..opq", b"")), False), (tar(entry(".wh.etc", b"")), False), (tar(entry(".wh.x", b"")), False),
+        (tar(entry("x/.wh..wh..opq", b""), entry("x/y", USERS)), True), (tar(entry("etc/hosts", b"x")), True),
+        (tar(link("etc/passwd", "group")), False), (tar(link("etc/passwd", "/x/y")), True),
+    ],
+)  # fmt: skip
+def test_users_of_several_layers(tmp_path: Path, above: bytes, large: bool) -> None:
+    """What counts is what an Engine sees when all layers lie over each other."""
+    data = docker_archive([tar(entry("x/y", USERS), link("etc/passwd", "../x/y")), above])
+    if large:
+        refused(tmp_path, data, "DOCKER_ARCHIVE", "/etc/passwd .'x/y'. has 1048577 bytes")
+    else:
+        foreign.convert(data, "DOCKER_ARCHIVE", tmp_path)
 
 
 # -- what no list foresees

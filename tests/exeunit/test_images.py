@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import shutil
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
 import pytest
 import trio
 import wat_modules as wat
-from patience import within
+from patience import patience, within
 from support import trio_test
 
 from golem.exeunit.images import CACHE_HIT, MIN_FREE_BYTES, NOTE, ImageStore, detect_format
@@ -130,6 +133,176 @@ async def test_two_at_once_download_once(tmp_path: Path) -> None:
     assert web.downloads == 1
     assert len(found) == 2
     assert notices == ["Waiting for the image: another activity is downloading it"]
+
+
+class ManySources:
+    """What each URL does: `slow` sends a byte and no more, `steady` some each moment until `go`, `good` all at once."""
+
+    def __init__(self, content: bytes) -> None:
+        self.content, self.go, self.asked = content, trio.Event(), list[str]()
+        self.sent = trio.Event()
+
+    async def download(self, url: str, spool: Spool) -> None:
+        self.asked.append(url)
+        if "good" in url:
+            await spool.write(self.content[spool.size :])
+            return
+        await spool.write(self.content[spool.size : spool.size + 1])
+        await spool.flush()
+        self.sent.set()
+        if "slow" in url:
+            await self.go.wait()
+        while not self.go.is_set():
+            await spool.write(self.content[spool.size : spool.size + 1])
+            await spool.flush()
+            await trio.sleep(0.02)
+        await spool.write(self.content[spool.size :])
+
+    async def upload(self, *args: object) -> None:
+        raise AssertionError("nothing is uploaded here")
+
+
+SHARED = wat.TRAP + b"\0\x02\x01x" * 300  # WebAssembly with sections that nobody reads
+
+
+def shared_store(tmp_path: Path, web: ManySources) -> ImageStore:
+    return ImageStore(tmp_path / "cache", Transfers(TransferPolicy(), web=web), 1 << 20, 1 << 20)
+
+
+def at(url: str) -> str:
+    return f"hash:sha3:{hashlib.sha3_256(SHARED).hexdigest()}:{url}"
+
+
+@pytest.mark.parametrize("first", ["http://slow/x", "http://steady/x"])
+@trio_test
+async def test_a_slow_source_blocks_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str) -> None:
+    monkeypatch.setattr("golem.exeunit.images.WAIT_S", 0.2)
+    web, notices = ManySources(SHARED), list[str]()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(shared_store(tmp_path, web).obtain, at(first), ALL)
+        await web.sent.wait()
+        with within(10):
+            image = await shared_store(tmp_path, web).obtain(at("http://good/x"), ALL, notice=notices.append)
+            with image:
+                assert image.path.read_bytes() == SHARED
+                assert not web.go.is_set()
+        assert notices[-1] == "The other download is slow: getting the image here, too"
+        with within(10):  # and whoever comes now has it at once
+            again = await shared_store(tmp_path, web).obtain(at("http://slow/another"), ALL)
+            assert again.cached
+            again.close()
+        web.go.set()  # the first one ends as well, and uses what is there
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [f"sha3-256-{hashlib.sha3_256(SHARED).hexdigest()}"]
+
+
+@trio_test
+async def test_the_first_right_file_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("golem.exeunit.images.WAIT_S", 0.2)
+    web, done = ManySources(SHARED), 0
+
+    async def obtain(url: str) -> None:
+        nonlocal done
+        with await shared_store(tmp_path, web).obtain(at(url), ALL) as image:
+            assert image.path.read_bytes() == SHARED
+            done += 1
+
+    class Late(ManySources):
+        async def download(self, url: str, spool: Spool) -> None:
+            self.asked.append(url)
+            await trio.sleep_forever()
+
+    late = Late(SHARED)
+    with within(10):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(obtain, "http://slow/x")
+            await web.sent.wait()
+            nursery.start_soon(shared_store(tmp_path, late).obtain, at("http://never/x"), ALL)
+            while not late.asked:
+                await trio.sleep(0.02)
+            web.go.set()  # it was slow, and is the first all the same: the one that never ends takes its file
+    assert (done, late.asked) == (1, ["http://never/x"])
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+@trio_test
+async def test_the_same_source_is_asked_once_as_long_as_it_sends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("golem.exeunit.images.WAIT_S", 1.0)
+    monkeypatch.setattr("golem.exeunit.images.DOWNLOAD_POLL_S", 0.02)
+    web = ManySources(SHARED)
+    with within(20):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(shared_store(tmp_path, web).obtain, at("http://steady/x"), ALL)
+            await web.sent.wait()
+            for _ in range(3):
+                nursery.start_soon(shared_store(tmp_path, web).obtain, at("http://steady/x"), ALL)
+            await trio.sleep(2.5)
+            assert web.asked == ["http://steady/x"]
+            web.go.set()
+
+
+FULL = """
+import hashlib, os, subprocess, sys, trio
+sys.path.insert(0, sys.argv[1])
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", sys.argv[2]], check=True)
+from pathlib import Path
+from golem.exeunit import images
+from golem.exeunit.runtimes.base import ImageFormat
+from golem.exeunit.spool import TransferError, TransferPolicy
+from golem.exeunit.transfer import Transfers
+images.MIN_FREE_BYTES = SPARE = 16 << 20
+SIZE, lowest, told, have = 9 << 20, 1 << 60, [], []
+
+class Web:
+    async def download(self, url, spool):
+        content = int(url[-3:]).to_bytes(2, "big") * (SIZE // 2)
+        if sys.argv[3] == "told":
+            spool.expect(SIZE)
+        while spool.size < SIZE:
+            await spool.write(content[spool.size : spool.size + (1 << 20)])
+            await trio.sleep(0.001)
+
+async def obtain(number):
+    global lowest
+    digest = hashlib.sha3_256(number.to_bytes(2, "big") * (SIZE // 2)).hexdigest()
+    store = images.ImageStore(Path(sys.argv[2]) / "c", Transfers(TransferPolicy(), web=Web()), 1 << 30, 1 << 30)
+    try:
+        have.append(await store.obtain(f"hash:sha3:{digest}:http://h/{number:03}", frozenset(ImageFormat)))
+    except TransferError as error:
+        told.append(str(error))
+
+async def watch():
+    global lowest
+    while True:
+        found = os.statvfs(sys.argv[2])
+        lowest = min(lowest, found.f_bavail * found.f_frsize)
+        await trio.sleep(0.001)
+
+async def main():
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watch)
+        async with trio.open_nursery() as many:
+            for number in range(40):
+                many.start_soon(obtain, number)
+        nursery.cancel_scope.cancel()
+
+trio.run(main)
+assert lowest >= SPARE, lowest
+assert len(have) + len(told) == 40
+assert all("do not fit" in one or "too large" in one for one in told), set(told)
+print(len(have))
+"""
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("unshare") is None, reason="needs root and unshare")
+@pytest.mark.parametrize("length", ["told", "unknown"])
+def test_many_downloads_at_once_leave_what_is_to_stay_free(tmp_path: Path, length: str) -> None:
+    (tmp_path / "disk").mkdir()
+    line = ["unshare", "-m", sys.executable, "-c", FULL, str(Path(__file__).parents[2]), str(tmp_path / "disk"), length]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=patience(30))
+    assert done.returncode == 0, done.stderr
+    if length == "told":
+        assert 3 <= int(done.stdout) <= 5, "48 MiB are there to be taken, 9 MiB each"
 
 
 @trio_test

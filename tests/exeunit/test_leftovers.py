@@ -6,9 +6,10 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,9 @@ from support import trio_test
 
 from golem.exeunit.engine.admin import Admin, socket_path
 from golem.exeunit.engine.leftovers import SUPERVISOR_LABEL, sweep
-from golem.exeunit.engine.storage import MARK_FILE, unmount
+from golem.exeunit.engine.storage import MARK_FILE, PROCESS_FILE, unmount
 from golem.exeunit.runtimes.base import RuntimeFault
+from golem.exeunit.runtimes.vm import VmRuntime
 from golem.exeunit.supervisor import is_dead, own_mark
 from golem.local_engine import LocalEngine
 
@@ -42,18 +44,24 @@ async def main(host, folder, package, activity):
     async def started(side, chunk):
         print(chunk.decode(), end="", flush=True)
 
-    await runtime.run("/bin/sh", ["-c", "echo x > /a/file; echo x > /file; echo up; sleep 1000"], started)
+    await runtime.run("/bin/sh", ["-c", "echo x > /a/file; echo x > /file; SCRIPT"], started)
+    await runtime.run("/bin/true", [], started)
 
 trio.run(main, *sys.argv[1:])
 """
+STUCK = "rm /etc/passwd; mkfifo /etc/passwd; echo up"  # where whoever starts a program in the container looks, and waits
 
 
 @contextmanager
-def supervisor(engine: LocalEngine, package: Path, folder: Path, activity: str) -> Iterator[subprocess.Popen[str]]:
+def supervisor(
+    engine: LocalEngine, package: Path, folder: Path, activity: str, script: str = "echo up; sleep 1000"
+) -> Iterator[subprocess.Popen[str]]:
     """Run one until the block ends, and be sure that its container is up."""
     folder.mkdir(parents=True)
     process = subprocess.Popen(
-        [sys.executable, "-c", SUPERVISOR, engine.host, folder, package, activity], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", SUPERVISOR.replace("SCRIPT", script), engine.host, folder, package, activity],
+        stdout=subprocess.PIPE,
+        text=True,
     )
     try:
         assert process.stdout is not None
@@ -129,6 +137,39 @@ def test_nothing_is_left_of_a_killed_unit(engine: LocalEngine, work_root: Path, 
         living.wait()
         trio.run(sweep, control, work_root)
     assert traces(engine, work_root) == clean
+
+
+@pytest.mark.root
+@pytest.mark.integration
+def test_a_guest_in_the_engines_way_is_swept_and_offers_stay(
+    engine: LocalEngine, work_root: Path, package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Engine waits in the container for good, and nobody looks after it: neither self-test nor sweep wait with it."""
+    monkeypatch.setenv("DOCKER_HOST", engine.host)
+    clean = traces(engine, work_root)
+    with supervisor(engine, package, work_root / "a" / "1", uuid.uuid4().hex, STUCK) as dead:
+        _await_stuck(int((work_root / "a" / "1" / "storage" / PROCESS_FILE).read_text().split(":")[0]))
+        dead.kill()
+        dead.wait()
+        began = time.monotonic()
+        assert trio.run(VmRuntime(work_root / "cache").self_test) is None
+        removed = trio.run(sweep, Admin(socket_path(engine.host)), work_root)
+        assert time.monotonic() - began < patience(10)
+        assert any("killed the container" in line for line in removed), removed
+    assert traces(engine, work_root) == clean
+
+
+def _await_stuck(init_pid: int) -> None:
+    """Wait until the Engine's own program is in the container, between its start and that of what it was to begin."""
+    inside, deadline = os.stat(f"/proc/{init_pid}/ns/pid").st_ino, time.monotonic() + patience(5)
+    while time.monotonic() < deadline:
+        for name in filter(str.isdigit, os.listdir("/proc")):
+            with suppress(OSError):
+                of_ours = os.stat(f"/proc/{name}/ns/pid").st_ino == inside
+                if of_ours and Path(f"/proc/{name}/wchan").read_text() in ("wait_for_partner", "fifo_open"):
+                    return
+        time.sleep(0.02)
+    raise AssertionError("the Engine's program has gone on")
 
 
 @pytest.mark.root

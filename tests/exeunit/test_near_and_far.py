@@ -8,21 +8,29 @@ import json
 import os
 import resource
 import shutil
+import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import httpcore
+import psutil
 import pytest
 import trio
+import trio.lowlevel
+from patience import within as fail_after
 from support import trio_test
 
 from golem.exeunit.nearby import is_neighbour, is_own, links
 from golem.exeunit.runtimes.process_tree import Tree
 from golem.exeunit.sandbox.lockdown import limit_memory
 from golem.exeunit.spool import Spool, TransferError, TransferPolicy
-from golem.exeunit.transfer import Transfers
-from golem.exeunit.web import Web, refusal
+from golem.exeunit.transfer import Transfers, parse_location
+from golem.exeunit.web import Web, _CheckedBackend, refusal
+from golem.nearness import nearness
+from golem.outgoing import Outgoing
 
 BOMB = gzip.compress(b"\0" * (8 << 20)) * 200  # 1.6 GB of nothing
 LOCAL = TransferPolicy.local()
@@ -160,6 +168,155 @@ def test_public_addresses_of_this_machine_and_its_neighbours_are_not_far_away() 
     for one in far:
         assert found["public"][one] is None, one
     assert set(found["local"].values()) == {None}
+
+
+@trio_test
+async def test_both_ends_of_a_connection_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An address may become one of ours after the look at it: nothing is sent into such a connection."""
+    came: list[bytes] = []
+
+    async def serve(stream: trio.SocketStream) -> None:
+        came.append(await stream.receive_some())
+
+    monkeypatch.setattr("golem.exeunit.web.refusal", lambda address, policy: None)
+    async with trio.open_nursery() as nursery:
+        listeners: list[Any] = await nursery.start(trio.serve_tcp, serve, 0)
+        port = listeners[0].socket.getsockname()[1]
+        with (tmp_path / "file").open("w+b") as file, pytest.raises(TransferError, match="an address of this machine"):
+            await Web(TransferPolicy()).download(f"http://127.0.0.1:{port}/", Spool(file.fileno(), 1 << 20, None, None))
+        with fail_after(20):
+            while not came:
+                await trio.sleep(0.01)
+        nursery.cancel_scope.cancel()
+    assert came == [b""]
+
+
+@trio_test
+async def test_a_connection_to_itself(tmp_path: Path) -> None:
+    """TCP meets itself where both ends choose the same port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    backend = _CheckedBackend(LOCAL)
+
+    class Itself:
+        async def connect_tcp(self, *_: Any) -> httpcore.AsyncNetworkStream:
+            options = [(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)]
+            bound = trio.socket.socket()
+            for option in options:
+                bound.setsockopt(*option)
+            await bound.bind(("127.0.0.1", port))
+            await bound.connect(("127.0.0.1", port))
+            return Stream(trio.SocketStream(bound))
+
+    class Stream(httpcore.AsyncNetworkStream):
+        def __init__(self, inner: trio.SocketStream) -> None:
+            self.inner = inner
+
+        def get_extra_info(self, info: str) -> Any:
+            return self.inner.socket.getsockname() if info == "client_addr" else self.inner.socket.getpeername()
+
+        async def aclose(self) -> None:
+            await self.inner.aclose()
+
+    backend._inner = Itself()  # type: ignore[assignment]
+    with pytest.raises(TransferError, match="the other end of its connection"):
+        await backend.connect_tcp("127.0.0.1", port)
+
+
+@pytest.mark.parametrize(("nearness", "reached"), [("machine", True), ("network", False), ("far", False), ("anything", False)])
+@trio_test
+async def test_loopback_is_for_requestors_of_this_machine(tmp_path: Path, nearness: str, reached: bool) -> None:
+    asked = 0
+
+    async def near() -> str:
+        nonlocal asked
+        asked += 1
+        return nearness
+
+    async def serve(stream: trio.SocketStream) -> None:
+        await stream.receive_some()
+        await stream.send_all(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\nConnection: close\r\n\r\nfile")
+        await stream.aclose()
+
+    async with trio.open_nursery() as nursery:
+        listeners: list[Any] = await nursery.start(trio.serve_tcp, serve, 0)
+        url = f"http://127.0.0.1:{listeners[0].socket.getsockname()[1]}/"
+        for policy, works in ((LOCAL, reached), (TransferPolicy(), False)):
+            transfers = Transfers(policy, nearness=near)
+            with (tmp_path / "file").open("w+b") as file:
+                refused = nullcontext() if works else pytest.raises(TransferError, match="a loopback address")
+                with refused:
+                    assert await transfers.fetch(parse_location(url), file.fileno(), max_bytes=100) == 4
+        nursery.cancel_scope.cancel()
+    assert asked == 1, "only the policy that could let it through asks"
+
+
+def test_what_the_local_policy_gives_to_whom() -> None:
+    found = {word: LOCAL.for_requestor(word) for word in ("machine", "network", "far", "")}
+    assert [(one.allow_loopback, one.allow_private) for one in found.values()] == [
+        (True, True), (False, True), (False, False), (False, False),
+    ]  # fmt: skip
+    assert not TransferPolicy().for_requestor("machine").allow_private
+
+
+def test_how_near_a_session_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("golem.nearness.is_neighbour", lambda ip: ip in ipaddress.ip_network("198.51.100.0/24"))
+    assert nearness("/ip4/198.51.100.7/tcp/1") == nearness("/ip6/::ffff:198.51.100.7/tcp/1") == "network"
+    assert nearness("/ip4/127.0.0.1/tcp/1") == nearness("/ip6/::1/tcp/1") == nearness("/ip6/::ffff:127.0.0.1/tcp/1") == "machine"
+    own = next(
+        entry.address for entries in psutil.net_if_addrs().values() for entry in entries if entry.family == socket.AF_INET
+    )
+    assert nearness(f"/ip4/{own}/tcp/1") == "machine"
+    for far in ("/ip4/203.0.113.9/tcp/1", "/ip4/10.255.255.1/tcp/1", "", "nonsense", "/dns4/localhost/tcp/1"):
+        assert nearness(far) == "far", far
+
+
+@trio_test
+async def test_a_body_that_drips_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a server that sends a byte now and then, and of one that takes no more, in either direction."""
+    monkeypatch.setattr("golem.exeunit.web.PACE_S", 0.5)
+
+    async def drip(stream: trio.SocketStream) -> None:
+        head = await stream.receive_some()
+        try:
+            if head.startswith(b"PUT"):
+                while True:
+                    await stream.receive_some(1)
+                    await trio.sleep(0.05)
+            await stream.send_all(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
+            while True:
+                await stream.send_all(b"x")
+                await trio.sleep(0.05)
+        except trio.BrokenResourceError:
+            pass
+
+    async with trio.open_nursery() as nursery:
+        listeners: list[Any] = await nursery.start(trio.serve_tcp, drip, 0)
+        url = f"http://127.0.0.1:{listeners[0].socket.getsockname()[1]}/x"
+        with (tmp_path / "file").open("w+b") as file, fail_after(30):
+            with pytest.raises(TransferError, match=r"too slow: \d+ bytes in 0.5 s, at least 65536 are expected") as caught:
+                await Web(LOCAL).download(url, Spool(file.fileno(), 1 << 20, None, None))
+            assert caught.value.passing
+            file.truncate(64 << 20)
+            with pytest.raises(TransferError, match="too slow"):
+                await Web(LOCAL).upload(url, Outgoing(file.fileno(), 64 << 20), None)
+            monkeypatch.setattr("golem.exeunit.web.HEAD_S", 0.3)
+            silent: list[Any] = await nursery.start(trio.serve_tcp, drip_head, 0)
+            url = f"http://127.0.0.1:{silent[0].socket.getsockname()[1]}/x"
+            with pytest.raises(TransferError, match=r"no answer within 0.3 s"):
+                await Web(LOCAL).download(url, Spool(file.fileno(), 1 << 20, None, None))
+        nursery.cancel_scope.cancel()
+
+
+async def drip_head(stream: trio.SocketStream) -> None:
+    try:
+        await stream.send_all(b"HTTP/1.1 200 OK\r\n")
+        while True:
+            await stream.send_all(b"X: y\r\n")
+            await trio.sleep(0.05)
+    except trio.BrokenResourceError:
+        pass
 
 
 def test_what_is_ours_is_known_without_asking_anybody() -> None:

@@ -524,12 +524,15 @@ def test_works_for_a_plain_user(tmp_path: Path) -> None:
     top = Path(__file__).parents[2]
     code = f"""
     import ctypes, os, sys
-    assert ctypes.CDLL(None).unshare(0x10000000) == 0
+    if ctypes.CDLL(None).unshare(0x10000000):
+        sys.exit(77)
     assert os.geteuid() != 0
     sys.path.insert(0, {str(top)!r})
     """
     code = textwrap.dedent(code) + textwrap.dedent(PLAIN_USER)
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=patience(60))
+    if done.returncode == 77:
+        pytest.skip("no user namespace can be made here (a chroot, or a container that forbids it)")
     assert (done.stdout, done.stderr) == ("None\nstdout hello\nTrue True False\n", "")
 
 

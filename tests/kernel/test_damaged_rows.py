@@ -9,8 +9,10 @@ import trio
 from support import mock_trio_test
 from test_kernel_limits import Do, Doer, Text, disk, frame, running, system_on
 
-from actors.kernel.journal import MIGRATIONS, Journal, RowDamaged, sealed
+from actors.kernel.journal import Journal
 from actors.kernel.machine import NOTHING, ActorFailed, Emit, Meta, Rows, Step, Wake
+from actors.kernel.records import RowDamaged, sealed
+from actors.kernel.tables import MIGRATIONS
 from protocol.codec import decode_ack, encode
 
 

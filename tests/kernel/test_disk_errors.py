@@ -10,8 +10,8 @@ import trio
 from support import mock_trio_test
 from test_kernel_limits import Do, Doer, Text, disk, frame, running, system_on
 
-from actors.kernel.journal import JournalError
 from actors.kernel.machine import Emit, Meta, Rows, Step, Wake
+from actors.kernel.records import JournalError
 from protocol.codec import decode_ack
 
 

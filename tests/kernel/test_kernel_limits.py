@@ -17,8 +17,11 @@ from support import mock_trio_test, trio_test
 from actors.kernel import journal as journal_module
 from actors.kernel import row_view as row_view_module
 from actors.kernel import system as system_module
+from actors.kernel import tables as tables_module
+from actors.kernel.complaints import LAST_WAIT_S
 from actors.kernel.feed import Feeds, next_head
-from actors.kernel.journal import Commit, Journal, JournalClosed, JournalError, Position
+from actors.kernel.journal import Journal
+from actors.kernel.lineage import Position
 from actors.kernel.machine import (
     NOTHING,
     ActorFailed,
@@ -36,6 +39,7 @@ from actors.kernel.machine import (
     Wake,
 )
 from actors.kernel.mailbox import LinkBatch
+from actors.kernel.records import Commit, JournalClosed, JournalError
 from actors.kernel.system import System
 from protocol.codec import MAX_BODY_BYTES, Ack, Envelope, decode_ack, encode, encode_ack, encode_batch
 from protocol.types import Message, Undelivered, Violation
@@ -475,7 +479,7 @@ async def test_a_prefix_read_half_way_holds_nothing_open(monkeypatch: pytest.Mon
 def test_a_journal_of_a_newer_version_is_refused(tmp_path: Path) -> None:
     Journal(f"{tmp_path}/node.db", lambda: "e").close()
     with sqlite3.connect(tmp_path / "node.db") as db:
-        db.execute(f"pragma user_version={len(journal_module.MIGRATIONS) + 1}")
+        db.execute(f"pragma user_version={len(tables_module.MIGRATIONS) + 1}")
     with pytest.raises(JournalError, match="newer version"):
         Journal(f"{tmp_path}/node.db", lambda: "e")
 
@@ -622,7 +626,7 @@ async def test_timers_of_actors_that_are_gone_do_not_stay() -> None:
 def test_old_events_are_forgotten_while_others_write(
     tmp_path: Path, threads: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(journal_module, "PRUNED_AT_ONCE", 3)
+    monkeypatch.setattr(tables_module, "PRUNED_AT_ONCE", 3)
     now = [0.0]
 
     async def body() -> None:
@@ -659,6 +663,7 @@ async def test_strangers_who_only_break_the_protocol_leave_no_rows() -> None:
         for number in range(50):
             raw = await system.deliver(frame(1, sender=f"B/invented-{number}", body=b"\xc1"), "B")
             assert decode_ack(raw).have == 1
+            await trio.sleep(LAST_WAIT_S)  # before that it is not heard
         assert db.execute("select count(*) from inbox").fetchone() == (0,)
         raw = await system.deliver(frame(2, sender="B/invented-7", body=encode(Text("kept"))), "B")
         assert decode_ack(raw).have == 2

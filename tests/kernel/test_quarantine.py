@@ -222,9 +222,9 @@ async def test_what_a_port_set_aside_is_released_or_discarded() -> None:
 
 @mock_trio_test
 async def test_strangers_cannot_push_our_own_out_of_the_quarantine(monkeypatch: pytest.MonkeyPatch) -> None:
-    from actors.kernel import journal as journal_module
+    from actors.kernel import tables as tables_module
 
-    monkeypatch.setattr(journal_module, "KEPT_QUARANTINED", 5)
+    monkeypatch.setattr(tables_module, "KEPT_QUARANTINED", 5)
 
     class Fragile(Doer):
         def handle(self, rows: Rows, message: Any, meta: Meta) -> Step:

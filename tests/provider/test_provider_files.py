@@ -71,7 +71,31 @@ def test_presets_by_command(tmp_path: Path) -> None:
     assert cli(tmp_path, "preset", "remove", "wasmtime").exit_code == 0
     refused = cli(tmp_path, "preset", "activate", "wasmtime")
     assert refused.exit_code == 1
-    assert "no preset named 'wasmtime'" in refused.output
+    assert "no preset named 'wasmtime'" in json.loads(refused.stderr)["message"]
+
+
+def test_a_preset_sells_what_there_is(tmp_path: Path) -> None:
+    for line in (["create", "mine", "--exe-unit", "nonsense"], ["update", "wasmtime", "--exe-unit", "nonsense"]):
+        refused = cli(tmp_path, "preset", *line)
+        assert refused.exit_code == 1
+        assert "unknown runtime 'nonsense': this provider has wasmtime, vm" in json.loads(refused.stderr)["message"]
+    assert [one["name"] for one in json.loads(cli(tmp_path, "preset", "list").output)] == ["wasmtime", "vm"]
+
+
+def test_changed_presets_say_how_they_are_now(tmp_path: Path) -> None:
+    def said(*line: str) -> str:
+        result = CliRunner().invoke(main, ["-d", str(tmp_path), "provider", "preset", *line], catch_exceptions=False)
+        assert (result.exit_code, result.stdout.count("\n")) == (0, 1), result.output
+        return result.stdout.strip()
+
+    sells = "Preset 'fast' sells wasmtime; GLM a unit: cpu_sec 0.002, once at the start: 0.1"
+    assert said("create", "fast", "--price", "CPU=0.002", "--price", "Init price=0.1") == (
+        f"{sells} (not offered: golem provider preset activate fast)."
+    )
+    assert said("activate", "fast") == f"{sells} (an agent that runs offers it)."
+    assert "cpu_sec 0.003" in said("update", "fast", "--price", "CPU=0.003")
+    assert "not offered" in said("deactivate", "fast")
+    assert said("remove", "fast") == "There is no preset 'fast' any more."
 
 
 def test_a_presets_file_of_an_older_version_gets_vm_once(tmp_path: Path) -> None:

@@ -241,7 +241,8 @@ async def test_the_node_is_looked_for_again_when_another_one_answers() -> None:
     urls = iter(["http://other", "http://ours"])
 
     async def answer(request: httpx.Request) -> httpx.Response:
-        return httpx.Response(401, text="Invalid application key") if request.url.host == "other" else httpx.Response(200, json=1)
+        refused = request.url.host == "other"
+        return httpx.Response(401, json={"message": "Invalid application key"}) if refused else httpx.Response(200, json=1)
 
     client = NodeClient(lambda: next(urls), "secret-key", httpx.MockTransport(answer))
     with pytest.raises(ApiError, match="401"):

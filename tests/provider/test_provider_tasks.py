@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sqlite3
+from itertools import count
 from typing import Any
 
 import httpx
@@ -12,8 +14,13 @@ from test_provider_port import META, Node, Outbox
 
 from actors._provider_rows import TaskRow
 from actors._provider_turn import ProviderConfig
+from actors.kernel.journal import Journal
+from actors.kernel.machine import Emit, Meta, Rows, Send, Step
+from actors.kernel.records import Commit
+from actors.kernel.system import System
 from actors.provider import Provider
-from golem.provider.port import MAX_PROPOSALS, RestPort
+from golem.provider.agent import NoTransport
+from golem.provider.port import MAX_PROPOSALS, ProposalPort, RestPort
 from protocol.provider import (
     AgentStarted,
     Capacity,
@@ -24,8 +31,10 @@ from protocol.provider import (
     RejectProposal,
     SendNote,
     TaskEnded,
+    port_of,
     task_key,
 )
+from protocol.types import Message
 
 KEPT = (
     CounterProposal("o1", "p1", "{}", "()"),
@@ -40,13 +49,15 @@ def test_what_was_asked_of_the_port_is_asked_again_at_start_until_it_is_over() -
     for message in KEPT:
         play.rows[f"task/{task_key(message)}"] = TaskRow(message, "run-1")
     play.ask(AgentStarted("session", (), Capacity()))
-    assert [one for one in play.sent("rest") if isinstance(one, KEPT_TYPES)] == sorted(KEPT, key=task_key)
+    asked = [one for port in ("proposals", "rest") for one in play.sent(port) if isinstance(one, KEPT_TYPES)]
+    assert sorted(asked, key=task_key) == sorted(KEPT, key=task_key)
     for message in KEPT:
         play.tell(TaskEnded(task_key(message)), "agent/rest")
     assert not [key for key in play.rows if key.startswith("task/")]
-    play.take_sent("rest")
+    for port in ("proposals", "rest"):
+        play.take_sent(port)
     play.ask(AgentStarted("session", (), Capacity()))
-    assert not [one for one in play.sent("rest") if isinstance(one, KEPT_TYPES)]
+    assert not [one for port in ("proposals", "rest") for one in play.sent(port) if isinstance(one, KEPT_TYPES)]
 
 
 KEPT_TYPES = tuple(type(one) for one in KEPT)
@@ -75,6 +86,66 @@ async def test_a_debit_note_leaves_though_hundreds_of_proposals_wait() -> None:
         ended = {await outbox.receive.receive() for _ in range(3 * MAX_PROPOSALS)}
         assert all(isinstance(one, TaskEnded) for one in ended)
         assert len(ended) == 3 * MAX_PROPOSALS
+        nursery.cancel_scope.cancel()
+
+
+class Flood(Message, frozen=True):
+    """A command: send so many counter-proposals, then a debit note."""
+
+    proposals: int
+
+
+class Mouth:
+    """A machine that sends as the provider's does."""
+
+    name = "provider"
+    local = Flood | NoteSent | TaskEnded
+    peer = None
+    rows = Flood
+
+    def handle(self, rows: Rows, message: Any, meta: Meta) -> Step:
+        if not isinstance(message, Flood):
+            return Step({}, [Emit("told", message)])
+        talk = [CounterProposal("o1", f"p{number}", "{}", "()") for number in range(message.proposals)]
+        return Step({}, [Send(port_of(one), one) for one in (*talk, SendNote("x1", 1, "n1", 2e9))])
+
+
+class SlowJournal(Journal):
+    """A disk that takes 20 ms for a transaction."""
+
+    async def _store(self, commits: list[Commit], acks: Any) -> None:
+        await trio.sleep(0.02)
+        await super()._store(commits, acks)
+
+
+@mock_trio_test
+async def test_a_debit_note_behind_600_proposals_is_sent_at_once() -> None:
+    """The port commits message by message: on one link the note would wait for 600 transactions."""
+    node, sent_at = Node(), list[float]()
+
+    async def handle(request: Any) -> Any:
+        if "/debitNotes/" in request.url.path:
+            sent_at.append(trio.current_time())
+        return httpx.Response(200, json="new")
+
+    node.handle = handle  # type: ignore[method-assign]
+    journal = SlowJournal.over(sqlite3.connect(":memory:", isolation_level=None), lambda: "e" * 16)
+    numbers = count()
+    system = System("agent", journal, NoTransport(), clock=trio.current_time, new_trace=lambda: f"t{next(numbers)}")
+    port = RestPort(node.client(), system, "run-1")
+    system.add(Mouth())
+    system.add_port(port)
+    system.add_port(ProposalPort(port))
+    async with trio.open_nursery() as nursery:
+        await nursery.start(port.run)
+        await nursery.start(system.run)
+        await system.ask("provider", Flood(600), timeout_s=60)
+        began = trio.current_time()
+        with trio.move_on_after(60):
+            while not sent_at:
+                await trio.sleep(0.01)
+        assert sent_at, "it waits behind proposals"
+        assert sent_at[0] - began < 2, "it waits behind proposals"
         nursery.cancel_scope.cancel()
 
 

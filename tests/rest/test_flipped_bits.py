@@ -14,7 +14,7 @@ import trio
 from support import tell, trio_test
 from test_rpcs_away import get, node_on
 
-from actors.kernel.journal import sealed, unsealed
+from actors.kernel.records import sealed, unsealed
 from actors.ledger import acceptance_of
 from golem.chain.devchain import ensure_devchain, stop_devchain
 from golem.node import Node

@@ -187,7 +187,7 @@ async def test_a_page_does_not_learn_the_key(tmp_path: Path) -> None:
         async with httpx.AsyncClient(base_url=w.r.api_url) as bare:  # the ticket opens nothing else
             for other in (f"{w.path}/state", f"/activity-api/v1/activity/{'2' * 32}/proxy-http/{s.port}/x", "/me"):
                 assert (await bare.get(f"{other}?authToken={ticket}")).status_code == 401
-        assert await rejected(shell_url(w, key=ticket)) == (401, "Invalid application key")
+        assert await rejected(shell_url(w, key=ticket)) == (401, '{"message": "Invalid application key"}')
         older = {"Authorization": "", "Accept": "text/html"}
         assert (await http.get(f"{s.port}/x?authToken={APP_KEY}", headers=older)).status_code == 307
         assert (await http.get(f"{s.port}/away", headers={"Sec-Fetch-Site": "none"})).headers.get("set-cookie") is None

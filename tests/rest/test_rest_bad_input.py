@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import trio
 from node_in_test import HEADERS, rest_in_test
 from patience import patience
@@ -62,11 +63,11 @@ async def test_every_endpoint_wants_a_key(tmp_path: Path) -> None:
             if rule.startswith(OPEN):
                 continue
             status, body, kind = await answer(client, method, fill(rule, "nonsense"))
-            assert (status, body) == (401, b"Missing application key"), (method, rule)
-            assert kind.startswith("text/plain")
+            assert (status, json.loads(body)) == (401, {"message": "Missing application key"}), (method, rule)
+            assert kind == "application/json"  # yapapi reads the message of each error so
             bad = {"Authorization": "Bearer 00000000000000000000000000000000"}
             status, body, _ = await answer(client, method, fill(rule, "nonsense"), headers=bad)
-            assert (status, body) == (401, b"Invalid application key"), (method, rule)
+            assert (status, json.loads(body)) == (401, {"message": "Invalid application key"}), (method, rule)
 
 
 @trio_test
@@ -96,7 +97,8 @@ async def test_no_input_is_our_fault(tmp_path: Path) -> None:
                     status, text, kind = await answer(client, method, path, data=body, headers=HEADERS)
                     where = (method, path, body[:60], status, text[:300])
                     assert status < 500 or (status == 501 and b"message" in text) or _unknown_activity(rule, text), where
-                    if status >= 400 and "json" in kind:
+                    if status >= 400:
+                        assert kind in ("application/json", "application/problem+json"), where
                         assert "message" in json.loads(text), where
 
 
@@ -124,3 +126,36 @@ async def test_an_endpoint_that_is_none(tmp_path: Path) -> None:
         status, text, _ = await answer(client, "POST", "/market-api/v1/demands", headers=HEADERS, data=b"x" * (5 << 20))
         assert status == 413
         assert "message" in json.loads(text)
+
+
+@trio_test
+async def test_errors_of_every_part_are_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What no endpoint says itself: an unknown path, a wrong method, a body too long, and a bug of ours."""
+    async with rest_in_test(tmp_path) as (node, client):
+        rules: dict[str, set[str]] = {}
+        for method, rule in endpoints(client.app):
+            rules.setdefault(rule, set()).add(method)
+        roots = sorted({"/".join(rule.split("/")[:3]) for rule in rules if rule.count("/") > 2})
+        assert len(roots) > 5
+        for root in roots:
+            status, text, kind = await answer(client, "GET", f"{root}/no/such/thing/there", headers=HEADERS)
+            assert (status, kind) == (404, "application/json"), root
+            assert json.loads(text)["message"].startswith(("no such endpoint", "this node has no image")), root
+        for rule, methods in rules.items():
+            response = await client.open(fill(rule, "nonsense"), method="PATCH", headers=HEADERS)
+            text = await response.get_data()
+            assert (response.status_code, response.headers["Content-Type"]) == (405, "application/json"), (rule, text)
+            assert json.loads(text)["message"]
+            assert methods <= set(response.headers["Allow"].split(", ")), rule
+        for rule, methods in rules.items():
+            for method in methods & {"POST", "PUT"}:
+                where = f"{fill(rule, 'nonsense')}?timeout=0"
+                status, text, kind = await answer(client, method, where, headers=HEADERS, data=b"x" * (5 << 20))
+                assert (status < 400) or ("json" in kind and "message" in json.loads(text)), (rule, status, text[:200])
+        monkeypatch.setattr(type(node.app_keys), "find", lambda *_: 1 / 0)
+        for root in roots:
+            if f"{root}/".startswith(OPEN):
+                continue
+            status, text, kind = await answer(client, "GET", f"{root}/x", headers=HEADERS)
+            assert (status, kind) == (500, "application/json"), root
+            assert json.loads(text)["message"].startswith("internal error (trace "), root

@@ -397,7 +397,10 @@ async def test_an_agreement_from_create_to_terminate(tmp_path: Path) -> None:
             status, (line,) = await agent.get("/agreements?state=Approved&afterDate=2016-11-11T15:12:00Z")
             assert line == {
                 "id": agreement_id, "timestamp": approved["timestamp"], "approvedDate": approved["approvedDate"], "role": role,
+                "state": "Approved", "peerId": line["peerId"], "runtime": line["runtime"], "validTo": approved["validTo"],
             }  # fmt: skip
+            peer = approved["offer"]["providerId"] if role == "Requestor" else approved["demand"]["requestorId"]
+            assert (line["peerId"], line["runtime"]) == (peer, approved["offer"]["properties"].get("golem.runtime.name", ""))
         reason = {"message": "Finished", "golem.requestor.code": "Success"}
         assert await r.post(f"{path}/terminate", reason) == (200, None)
         assert (await r.post(f"{path}/terminate", reason))[0] == 410

@@ -29,7 +29,7 @@ from sim_machines import (
     Transfer,
 )
 
-from actors.kernel.journal import unsealed
+from actors.kernel.records import unsealed
 from protocol.codec import Decoder
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from money import PLATFORM
 
 from actors.activity import ActivityRow, BatchRow
 from actors.agreement_rows import OPEN, Agreement, lapsed
-from actors.kernel.journal import JournalError
 from actors.kernel.machine import ActorFailed, AskTimeout, Busy
+from actors.kernel.records import JournalError
 from actors.ledger import Allocation, PaymentDocument, acceptance_of
 from actors.proposals import Proposal
 from actors.wallet import PayOrder

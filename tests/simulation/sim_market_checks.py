@@ -10,7 +10,7 @@ from sim_world import Broken
 
 from actors.activity import Activity, ActivityRow, BatchRow, ResultRow
 from actors.agreement_rows import Agreement
-from actors.kernel.journal import unsealed
+from actors.kernel.records import unsealed
 from actors.ledger import Agreement as Terms
 from actors.ledger import Allocation, Ledger, Order, Payment, PaymentDocument, total_of
 from actors.market import Market

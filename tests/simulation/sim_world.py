@@ -35,8 +35,9 @@ from sim_machines import (
     SetAlarms,
 )
 
-from actors.kernel.journal import Commit, Journal, JournalError
+from actors.kernel.journal import Journal
 from actors.kernel.machine import ActorFailed, AskTimeout, Busy, LinkDown, NodeFailed, Publish, Send
+from actors.kernel.records import Commit, JournalError
 from actors.kernel.system import System
 from protocol.codec import decode_ack
 from protocol.types import Message, Violation
@@ -142,10 +143,10 @@ class SimSystem(System):
 
     host: Host
 
-    def acknowledged(self, actor: str, recipient: str, seq: int) -> None:
+    def acknowledged(self, actor: str, recipient: str, seq: int, epoch: str) -> None:
         known = self.host.acked
         known[actor, recipient] = max(seq, known.get((actor, recipient), 0))
-        super().acknowledged(actor, recipient, seq)
+        super().acknowledged(actor, recipient, seq, epoch)
 
     def log_twice(self, recipient: str) -> None:
         raise Broken(f"{self.host.name} is told by {recipient} that it runs twice, and it does not")

@@ -30,6 +30,7 @@ DEFAULT_HOST = "unix:///var/run/docker.sock"
 MAX_CALLS = 4  # at once
 CALL_TIMEOUT_S = 30.0
 IMAGE_TIMEOUT_S = 600.0  # between two answers of the Engine while it takes in an image
+REMOVE_POLL_S = 0.1
 MAX_ERROR_CHARS = 500
 _CHUNK_BYTES = 1 << 20
 OLDEST_API = "1.41"  # of Docker 20.10; spoken with every Engine that still does
@@ -89,6 +90,7 @@ class Admin:
     def __init__(self, path: Path) -> None:
         """`path`: the Engine's socket, see `socket_path`."""
         self.path = path
+        self.abandons = False  # whether every call that is cancelled is left behind in its thread: it may never return
         self._idle: list[APIClient] = []
         self._limiter = trio.CapacityLimiter(MAX_CALLS)
         self.api: str | None = None  # what is spoken with this Engine, once it has been asked
@@ -99,7 +101,7 @@ class Admin:
         """Run `work` in a thread. `abandon`: when cancelled, leave it behind, as what it makes does no harm."""
         try:
             return await trio.to_thread.run_sync(
-                self._in_thread, work, timeout_s, limiter=self._limiter, abandon_on_cancel=abandon
+                self._in_thread, work, timeout_s, limiter=self._limiter, abandon_on_cancel=abandon or self.abandons
             )
         except InterruptedError:
             await trio.lowlevel.checkpoint_if_cancelled()  # most likely why it was interrupted
@@ -261,7 +263,12 @@ class Admin:
 
     async def remove_container(self, name: str) -> None:
         """Kill and remove a container and its anonymous volumes; one that is not there is no error."""
-        await self._gone(lambda client: client.remove_container(name, v=True, force=True))
+        while True:
+            try:
+                await self._gone(lambda client: client.remove_container(name, v=True, force=True))
+                return
+            except InUse:  # somebody else is removing it: until that is done it is there
+                await trio.sleep(REMOVE_POLL_S)
 
     async def _gone(self, work: Callable[[APIClient], object]) -> None:
         try:

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from golem.exeunit.engine.accounts import Accounts
 from golem.exeunit.engine.config import check_platform, image_config, read_json, text_of
 from golem.exeunit.engine.inflate import CHUNK_BYTES, GZIP_MAGIC, BadImage, Part, Ratio, Source, inflated
 from golem.exeunit.engine.squashfs import Squashfs, read_metadata
@@ -145,14 +146,18 @@ def is_own(descriptor: int, size: int, tag: str, layers: int) -> bool:
     return whole and size == at + 2 * BLOCK_BYTES and not any(os.pread(descriptor, 2 * BLOCK_BYTES, at))
 
 
-def copy_layer(source: Source, what: str, names: Names, layer: TarWriter, budget: Budget) -> None:
+def copy_layer(
+    source: Source, what: str, names: Names, layer: TarWriter, budget: Budget, accounts: Accounts
+) -> None:
     """Copy the members of a tar into a layer. Errors: BadImage."""
+    accounts.next_layer()
     reader = TarReader(source, what)
     while (member := reader.next()) is not None:
         budget.take(member)
         plain = names.admit(member)
         if plain is None:
             continue
+        accounts.see(plain)
         layer.add(plain)
         if plain.size:
             while chunk := reader.read(CHUNK_BYTES):
@@ -169,8 +174,9 @@ def convert_rootfs(package: Package, output: Output) -> None:
     """Convert a tar of a root file system, plain or compressed; it has no configuration. Errors: BadImage."""
     part = Part(package.descriptor, 0, package.size, _counting(package.size, package.progress))
     source = inflated(part, "the archive", package.limits.bomb)
-    names, budget = Names("the archive", whiteouts=False), Budget(package.limits)
-    output.add_layer(lambda layer: copy_layer(source, "the archive", names, layer, budget))
+    names, budget, accounts = Names("the archive", whiteouts=False), Budget(package.limits), Accounts()
+    output.add_layer(lambda layer: copy_layer(source, "the archive", names, layer, budget, accounts))
+    accounts.check()
     output.finish(image_config({}, package.machine))
 
 
@@ -180,6 +186,7 @@ def convert_gvmi(package: Package, output: Output) -> None:
     config = image_config(given, package.machine)
     files = Squashfs(package.descriptor, squashfs_bytes, package.limits.members)
     names, budget, bomb = Names("the squashfs", whiteouts=False), Budget(package.limits), package.limits.bomb
+    accounts = Accounts()
 
     def fill(layer: TarWriter) -> None:
         for number, (member, content) in enumerate(files.members()):
@@ -189,12 +196,14 @@ def convert_gvmi(package: Package, output: Output) -> None:
             plain = names.admit(member)
             if plain is None:
                 continue
+            accounts.see(plain)
             layer.add(plain)
             for chunk in content():
                 layer.write(chunk)
             layer.end_file(plain.size)
 
     output.add_layer(fill)
+    accounts.check()
     output.finish(config)
 
 
@@ -317,13 +326,14 @@ def convert_blobs(package: Package, output: Output) -> None:
         raise BadImage("the image's configuration does not name as many layers as there are")
     total = sum(blobs.find(layer.name)[1] for layer in layers)
     count = _counting(total, lambda share: package.progress(begun + share * (1 - begun)))
-    budget = Budget(limits)
+    budget, accounts = Budget(limits), Accounts()
     for number, (layer, diff_id) in enumerate(zip(layers, diff_ids, strict=True), 1):
         what = f"layer {number}"
         source = _Layer(blobs, layer, what, text_of(diff_id, f"{what}: digest"), limits, count)
         names = Names(what, whiteouts=True)
-        output.add_layer(lambda writer: copy_layer(source, what, names, writer, budget))  # noqa: B023 (called at once)
+        output.add_layer(lambda writer: copy_layer(source, what, names, writer, budget, accounts))  # noqa: B023 (called at once)
         source.check()
+    accounts.check()
     output.finish(config)
 
 

@@ -115,6 +115,8 @@ def _path(path: Any, what: str) -> str:
 
 
 def _user(user: Any) -> str:
+    if isinstance(user, str) and re.fullmatch(r"(root|0+)(:.*)?", user):
+        return ""  # which is root, too, and no names have to be looked up in the guest's files at each command
     if not isinstance(user, str) or not re.fullmatch(r"[A-Za-z0-9_.$-]{0,64}(:[A-Za-z0-9_.$-]{1,64})?", user):
         raise BadImage(f"User: {str(user)[:100]!r} is no user or user:group")
     return user

@@ -30,13 +30,22 @@ MIN_MEM_BYTES = 6 << 20  # what the Engine asks for
 OPEN_FILES = 16_384
 SHARED_MEMORY_BYTES = 64 << 20  # of /dev/shm, counted as the activity's memory
 MAX_HOSTS = 256
+NAME_FILES = ("/etc/hosts", "/etc/hostname", "/etc/resolv.conf")
+_HOSTS = (
+    "127.0.0.1\tlocalhost", "::1\tlocalhost ip6-localhost ip6-loopback", "fe00::0\tip6-localnet",
+    "ff00::0\tip6-mcastprefix", "ff02::1\tip6-allnodes", "ff02::2\tip6-allrouters",
+)  # fmt: skip
 _INIT_FILE, _PROFILE_FILE = "init", "seccomp.json"
 _HOST_NAME = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)(\.(?!-)[A-Za-z0-9_-]{1,63}(?<!-))*")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A container to be. `folder`: as `lay_out` left it. `mounts`: name of the Engine's volume by path inside."""
+    """A container to be. `folder`: as `lay_out` left it. `mounts`: name of the Engine's volume by path inside.
+
+    `own_files`: files of ours that the guest may write, by path inside (`name_files`): instead of the Engine's own, which
+    lie outside every limit.
+    """
 
     image: str
     activity_id: str
@@ -46,6 +55,19 @@ class Plan:
     hostname: str | None = None
     hosts: Mapping[str, str] = field(default_factory=dict)
     mounts: Mapping[str, str] = field(default_factory=dict)
+    own_files: Mapping[str, Path] = field(default_factory=dict)
+
+
+def host_name(wished: str | None, activity_id: str) -> str:
+    """Return a container's host name. Errors: RuntimeFault for a wish that is none."""
+    return _host_name(wished) if wished is not None else activity_id[:12] or "golem"
+
+
+def name_files(name: str, hosts: Mapping[str, str]) -> dict[str, bytes]:
+    """Return the files by which programs find names, by path inside. Errors: RuntimeFault, as `container_config`."""
+    lines = [*_HOSTS, *(f"{address}\t{other}" for other, address in _host_entries(hosts)), f"127.0.1.1\t{name}"]
+    contents = "".join(f"{line}\n" for line in lines), f"{name}\n", "# no network\n"
+    return dict(zip(NAME_FILES, map(str.encode, contents), strict=True))
 
 
 def lay_out(folder: Path, facts: EngineFacts) -> None:
@@ -77,10 +99,9 @@ def container_config(plan: Plan, facts: EngineFacts) -> dict[str, Any]:
         "Labels": labels(plan.activity_id),
         "Healthcheck": {"Test": ["NONE"]},
         "StopSignal": "SIGTERM",
+        "Hostname": host_name(plan.hostname, plan.activity_id),
         "HostConfig": _host_config(plan, facts),
     }
-    if plan.hostname is not None:
-        config["Hostname"] = _host_name(plan.hostname)
     return config
 
 
@@ -90,6 +111,7 @@ def _host_config(plan: Plan, facts: EngineFacts) -> dict[str, Any]:
         {"Type": "bind", "Source": str(plan.folder / _INIT_FILE), "Target": INIT_PATH, "ReadOnly": True}
     ]
     mounts += [{"Type": "volume", "Source": name, "Target": path} for path, name in plan.mounts.items()]
+    mounts += [{"Type": "bind", "Source": str(file), "Target": path} for path, file in plan.own_files.items()]
     host = {
         "NetworkMode": "none",
         "IpcMode": "private",
@@ -106,7 +128,7 @@ def _host_config(plan: Plan, facts: EngineFacts) -> dict[str, Any]:
             {"Name": "nofile", "Soft": OPEN_FILES, "Hard": OPEN_FILES},
         ],
         "ShmSize": min(SHARED_MEMORY_BYTES, memory),
-        "ExtraHosts": _extra_hosts(plan.hosts),
+        "ExtraHosts": [f"{name}:{address}" for name, address in _host_entries(plan.hosts)],
         "RestartPolicy": {"Name": "no"},
         "LogConfig": {"Type": "none", "Config": {}},
         "Mounts": mounts,
@@ -123,7 +145,7 @@ def _host_name(name: str) -> str:
     return name
 
 
-def _extra_hosts(hosts: Mapping[str, str]) -> list[str]:
+def _host_entries(hosts: Mapping[str, str]) -> list[tuple[str, str]]:
     if len(hosts) > MAX_HOSTS:
         raise RuntimeFault(f"too many hosts: {len(hosts)}, at most {MAX_HOSTS}")
     found = []
@@ -131,7 +153,7 @@ def _extra_hosts(hosts: Mapping[str, str]) -> list[str]:
         if len(name) > 253 or _HOST_NAME.fullmatch(name) is None:
             raise RuntimeFault(f"not a host name: {name[:100]!r}")
         try:
-            found.append(f"{name}:{ipaddress.ip_address(address)}")
+            found.append((name, str(ipaddress.ip_address(address))))
         except ValueError:
             raise RuntimeFault(f"not an address: {address[:100]!r}") from None
     return found

@@ -18,9 +18,9 @@ from pathlib import Path
 import trio
 
 from golem.exeunit.engine.admin import Admin
-from golem.exeunit.engine.storage import FOLDER, MARK_FILE, remove_folder, unmount_all
+from golem.exeunit.engine.storage import FOLDER, MARK_FILE, PROCESS_FILE, remove_folder, unmount_all
 from golem.exeunit.runtimes.base import RuntimeFault
-from golem.exeunit.supervisor import is_dead
+from golem.exeunit.supervisor import is_dead, kill_marked
 
 log = logging.getLogger("golem.exeunit")
 
@@ -28,6 +28,7 @@ SUPERVISOR_LABEL = "golem.supervisor"
 MAX_DEPTH = 4  # of a storage folder below the work root: agreement, activity, deployment, itself; guests write deeper
 MAX_MARK_BYTES = 200
 MAX_FOLDERS = 10_000
+ENGINE_S = 10.0  # for each thing that the Engine is to remove
 
 
 async def sweep(admin: Admin, work_root: Path) -> list[str]:
@@ -38,6 +39,8 @@ async def sweep(admin: Admin, work_root: Path) -> list[str]:
     """
     removed: list[str] = []
     problems: list[str] = []
+    # An Engine that waits for something in a container can remove it only when nothing runs there any more.
+    await trio.to_thread.run_sync(_kill_containers, work_root.resolve(), removed)
     try:
         await _sweep_engine(admin, removed, problems)
     except RuntimeFault as fault:
@@ -55,18 +58,27 @@ async def _sweep_engine(admin: Admin, removed: list[str], problems: list[str]) -
         name = str((entry.get("Names") or [entry["Id"]])[0]).lstrip("/")
         if is_dead(entry["Labels"][SUPERVISOR_LABEL]):
             try:
-                await admin.remove_container(entry["Id"])
+                with trio.fail_after(ENGINE_S):
+                    await admin.remove_container(entry["Id"])
                 removed.append(f"removed container {name}")
-            except RuntimeFault as fault:
-                problems.append(f"container {name}: {fault}")
+            except (RuntimeFault, trio.TooSlowError) as fault:
+                problems.append(f"container {name}: {str(fault) or 'no answer in time'}")
     for entry in await admin.volumes(SUPERVISOR_LABEL):
         name = str(entry["Name"])
         if is_dead((entry.get("Labels") or {}).get(SUPERVISOR_LABEL, "")):
             try:
-                await admin.remove_volume(name)
+                with trio.fail_after(ENGINE_S):
+                    await admin.remove_volume(name)
                 removed.append(f"removed volume {name}")
-            except RuntimeFault as fault:
-                problems.append(f"volume {name}: {fault}")
+            except (RuntimeFault, trio.TooSlowError) as fault:
+                problems.append(f"volume {name}: {str(fault) or 'no answer in time'}")
+
+
+def _kill_containers(work_root: Path, removed: list[str]) -> None:
+    """Kill the first process, and so all, of each container whose exe-unit is gone."""
+    for folder in list(_dead_folders(work_root)):
+        if kill_marked(_read(folder / PROCESS_FILE)):
+            removed.append(f"killed the container of {folder}")
 
 
 def _sweep_storage(work_root: Path, removed: list[str], problems: list[str]) -> None:
@@ -89,16 +101,16 @@ def _dead_folders(work_root: Path) -> Iterator[Path]:
         folder, depth = waiting.pop()
         seen += 1
         if folder.name == FOLDER and depth:
-            if is_dead(_mark(folder)):
+            if is_dead(_read(folder / MARK_FILE)):
                 yield folder
         elif depth < MAX_DEPTH:
             waiting += [(inner, depth + 1) for inner in _folders(folder)]
 
 
-def _mark(folder: Path) -> str:
+def _read(path: Path) -> str:
     """Return what a storage folder says of itself, "" if nothing."""
     try:
-        descriptor = os.open(folder / MARK_FILE, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return ""
     try:

@@ -19,8 +19,15 @@ from golem.exeunit.runtimes.base import ExitStatus, RuntimeFault, Side
 FIRST_LOOK_S, SLOWEST_LOOK_S = 0.1, 1.0  # between questions to the Engine
 QUIET_S = 0.3  # of silence after the end of a program whose streams another one holds
 DRAIN_S = 3.0  # no longer than that, even if the other one goes on writing
-START_TIMEOUT_S = 5.0
+START_TIMEOUT_S = 10.0  # an Engine that has begun no program by then waits for what the guest has put in its way
 _NOT_STARTED = b"OCI runtime exec failed: "  # how Engines say, as output, that there is no program
+
+
+class NeverBegun(RuntimeFault):
+    """The Engine was told to start a program, and after a long while there is none: the container is as good as dead."""
+
+    def __init__(self) -> None:
+        super().__init__(f"the container begins no programs any more (none within {START_TIMEOUT_S:g} s)")
 
 
 class Program:
@@ -32,6 +39,7 @@ class Program:
         self._client, self._stream, self._on_left = client, stream, on_left
         self._look_s = FIRST_LOOK_S
         self._look_at = trio.current_time() + FIRST_LOOK_S
+        self._begins_until: float | None = trio.current_time() + START_TIMEOUT_S  # None: it has begun
         self._ended: ExecState | None = None
         self._deadline = float("inf")  # to drain until, once it has ended
         self._first = True
@@ -57,7 +65,7 @@ class Program:
                 return None
 
     async def _look(self) -> None:
-        state = await self._client.inspect_exec(self.id)
+        state = await self._state()
         self._look_s = min(SLOWEST_LOOK_S, 2 * self._look_s)
         self._look_at = trio.current_time() + self._look_s
         if not state.running and state.exit_code is not None:
@@ -66,11 +74,20 @@ class Program:
             if self._on_left is not None:
                 self._on_left()
 
+    async def _state(self) -> ExecState:
+        """Ask how it is. Errors: NeverBegun, as of all that asks."""
+        state = await self._client.inspect_exec(self.id)
+        if state.pid or state.exit_code is not None:
+            self._begins_until = None
+        elif self._begins_until is not None and trio.current_time() > self._begins_until:
+            raise NeverBegun
+        return state
+
     async def exit_code(self) -> int:
         """Wait for the end of the process; to be called when there is no more output. Errors: RuntimeFault."""
         pause_s = 0.0
         while self._ended is None:
-            state = await self._client.inspect_exec(self.id)
+            state = await self._state()
             if not state.running and state.exit_code is not None:
                 self._ended = state
             else:
@@ -122,13 +139,12 @@ class EngineTerminal:
 
     async def begin(self, rows: int, cols: int) -> None:
         """Wait until the program is there (or has ended), and set the size of its terminal. Errors: RuntimeFault."""
-        with trio.move_on_after(START_TIMEOUT_S):
-            while True:
-                state = await self._client.inspect_exec(self.id)
-                self.pid = state.pid or None
-                if self.pid is not None or state.exit_code is not None:
-                    break
-                await trio.sleep(0.005)
+        while self.pid is None:
+            state = await self._program._state()
+            self.pid = state.pid or None
+            if state.exit_code is not None:
+                break
+            await trio.sleep(0.005)
         await self.resize(rows, cols)
 
     async def drop(self) -> None:

@@ -26,7 +26,7 @@ from pathlib import Path
 import trio
 
 from golem.exeunit.runtimes.base import GIB, RuntimeFault
-from golem.exeunit.supervisor import own_mark
+from golem.exeunit.supervisor import mark_of, own_mark
 from golem.exeunit.usage import measure_tree, remove_tree
 
 log = logging.getLogger("golem.exeunit")
@@ -34,13 +34,14 @@ log = logging.getLogger("golem.exeunit")
 MIN_BYTES = 1 << 20  # the smallest file system that mke2fs makes sense of
 FOLDER = "storage"  # a storage folder's own name, by which `leftovers` looks for it
 MARK_FILE = "supervisor"  # in a storage folder: whose it is
+PROCESS_FILE = "process"  # beside the mark: the first process of the container
 SPARE_BYTES = 64 << 20  # what a node keeps of its disk for itself
 MAX_FILES = 100_000  # counted in plain directories before counting is given up
 TOOL_TIMEOUT_S = 60.0
 BUSY_S = 2.0  # how long an unmount waits for whoever still looks, before it is left to the kernel
 _MNT_DETACH, _UMOUNT_NOFOLLOW = 2, 8
 _MS_NOSUID, _MS_NODEV, _MS_BIND = 2, 4, 4096
-_IMAGE, _MOUNT, _LAYER = "storage.ext4", "storage", ".layer"
+_IMAGE, _MOUNT, _LAYER, _FILES = "storage.ext4", "storage", ".layer", ".files"
 # No journal and no write barriers: nothing of this outlives the activity, and a crash ends it. mke2fs need not zero
 # what a fresh file holds, and neither need the kernel behind its back (noinit_itable).
 _MKFS = ("mkfs.ext4", "-q", "-F", "-m", "0", "-O", "^has_journal", "-E", "nodiscard,lazy_itable_init=1")
@@ -86,9 +87,24 @@ class Storage:
                 return False
         return True
 
+    def note_process(self, pid: int) -> None:
+        """Note the first process of the container, so that a sweep can end it without its Engine. Raises OSError."""
+        (self.folder / PROCESS_FILE).write_text(mark_of(pid))
+
     def directory(self, name: str) -> Path:
         """Return a fresh directory that every user of the guest may write; all of them share the size. Raises OSError."""
         return self._fresh(self._root / name)
+
+    def file(self, name: str, content: bytes) -> Path:
+        """Return a fresh file that the guest's root may write, with a start of ours; it shares the size. Raises OSError."""
+        folder = self._root / _FILES
+        if not folder.exists():
+            folder.mkdir()
+            _give(folder, 0, 0, 0o711)
+        path = folder / name
+        path.write_bytes(content)
+        _give(path, self.owner_id, self.owner_id, 0o644)
+        return path
 
     async def sized(self, name: str, size_bytes: int) -> Path:
         """Return a directory with a size of its own, set aside of the whole and counted as used from the start.

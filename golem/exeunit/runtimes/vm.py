@@ -22,22 +22,23 @@ import re
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import trio
 
+from golem.exeunit.engine import accounts
 from golem.exeunit.engine.admin import Admin, EngineFacts, EngineGone, InUse, NoSuch, socket_path
 from golem.exeunit.engine.client import EngineClient
-from golem.exeunit.engine.container import Plan, clear_away, container_config, labels, lay_out
+from golem.exeunit.engine.container import NAME_FILES, Plan, clear_away, container_config, host_name, labels, lay_out, name_files
 from golem.exeunit.engine.images import FORMATS, EngineImage, obtain_image
 from golem.exeunit.engine.inside import Inside, look_inside
 from golem.exeunit.engine.leftovers import sweep
 from golem.exeunit.engine.meter import Layer, Meter, MeterError, open_layer, upper_dir
 from golem.exeunit.engine.processes import ContainerProcesses
-from golem.exeunit.engine.program import EngineTerminal, Program
+from golem.exeunit.engine.program import START_TIMEOUT_S, EngineTerminal, NeverBegun, Program
 from golem.exeunit.engine.storage import FOLDER, Storage, open_storage
 from golem.exeunit.engine.watch import Watch
 from golem.exeunit.runtimes.base import (
@@ -83,6 +84,7 @@ class _Deployed:
     image: EngineImage | None = None
     storage: Storage | None = None
     volume_names: tuple[str, ...] = ()
+    own_files: dict[str, Path] = field(default_factory=dict)  # by path inside
     name: str | None = None  # of the container
     watch: Watch | None = None
 
@@ -143,6 +145,11 @@ class VmRuntime:
                 ram_bytes=options.limits.mem_bytes,
             )
             requests = _volume_requests(deployed.image, options.volumes)
+            name = host_name(options.hostname, options.activity_id)
+            deployed.own_files = {
+                path: deployed.storage.file(path.rpartition("/")[2], content)
+                for path, content in name_files(name, options.hosts).items()
+            }
             volumes = [
                 await self._make_volume(deployed, deployed.storage, number, request)
                 for number, request in enumerate(requests)
@@ -196,6 +203,7 @@ class VmRuntime:
             hostname=options.hostname,
             hosts=options.hosts,
             mounts=dict(zip((one.container_path for one in volumes), deployed.volume_names, strict=True)),
+            own_files=deployed.own_files,
         )
         config = container_config(plan, deployed.facts)
         deployed.name = f"golem-{options.activity_id or 'none'}-{os.getpid()}-{next(_serials)}"
@@ -221,14 +229,21 @@ class VmRuntime:
             if int((await self._client.inspect(deployed.name))["State"]["Pid"]) != pid or not pid:
                 raise RuntimeFault("the container ended at once")
             self._meter = Meter(pid)
+            if deployed.storage is not None:
+                deployed.storage.note_process(pid)
         except (OSError, MeterError) as error:
             raise RuntimeFault(f"the container cannot be measured: {error}") from None
+        if deployed.image.user:
+            await trio.to_thread.run_sync(_secure_accounts, pid, deployed)
         if deployed.storage is not None and not deployed.storage.holds(pid):
             self._layer = await open_layer(pid, upper_dir(inspected), partial(self._client.layer_bytes, deployed.name))
         if args:
             command = [*deployed.image.entrypoint, *args]
-            exec_id = await self._client.create_exec(deployed.name, command, attached=False)
-            await self._client.start_exec_detached(exec_id)
+            with trio.move_on_after(START_TIMEOUT_S) as scope:
+                exec_id = await self._client.create_exec(deployed.name, command, attached=False)
+                await self._client.start_exec_detached(exec_id)
+            if scope.cancelled_caught:
+                raise self._dead(NeverBegun())
 
     async def run(
         self, entry_point: str, args: Sequence[str], output: OutputSink, env: Mapping[str, str] | None = None
@@ -256,6 +271,8 @@ class VmRuntime:
                     status = await self._attend(program, output, deployed.options.limits)
                     if not program.ended:
                         await kill(exec_id)
+            except NeverBegun as fault:
+                raise self._dead(fault) from None
             except BaseException:  # also when cancelled: a command that nobody waits for does not run on
                 await kill(exec_id)
                 raise
@@ -305,13 +322,14 @@ class VmRuntime:
         with trio.CancelScope(shield=True):  # nobody else would do it later
             with trio.move_on_after(MEASURE_TIMEOUT_S):
                 await self._measure(deployed)
+            if inside is not None:
+                inside.kill()  # nothing runs on, also where the Engine has lost it, is gone, or waits for the guest
             try:
                 with trio.fail_after(REMOVE_TIMEOUT_S):
                     await self._remove(deployed)
             except (RuntimeFault, trio.TooSlowError) as fault:
                 log.error("container %s is left to be swept: %s", deployed.name, str(fault) or "no answer in time")
             if inside is not None:
-                inside.kill()  # nothing runs on, also where the Engine has lost it or is gone
                 inside.close()
             try:
                 if deployed.storage is not None:
@@ -403,6 +421,14 @@ class VmRuntime:
                     return
                 await trio.sleep(0.01)
 
+    def _dead(self, fault: NeverBegun) -> NeverBegun:
+        """Give up a container in whose way its Engine stands: the first process is killed, and so all of them."""
+        if self._deployed is not None and self._deployed.watch is not None:
+            self._deployed.watch.death = self._deployed.watch.death or str(fault)
+        if self._inside is not None:
+            self._inside.kill()
+        return fault
+
     def _terminal_pids(self) -> list[int]:
         return [terminal.pid for terminal in self._terminals if terminal.pid is not None]
 
@@ -434,6 +460,10 @@ class VmRuntime:
         self._terminals.add(terminal)
         try:
             await terminal.begin(rows, cols)
+        except NeverBegun as fault:
+            self._dead(fault)
+            await terminal.aclose()
+            raise
         except BaseException:
             await terminal.aclose()
             raise
@@ -456,6 +486,18 @@ class VmRuntime:
         return await sweep(self._admin, work_root)
 
 
+def _secure_accounts(pid: int, deployed: _Deployed) -> None:
+    """Errors: RuntimeFault for an image whose user is root by its own files: he could put anything in their place."""
+    assert deployed.image is not None
+    try:
+        if accounts.user_id(pid) == deployed.facts.root_id:
+            raise RuntimeFault(f"the image's user {deployed.image.user!r} is root by its /etc/passwd: let it say so (USER root)")
+        if os.geteuid() == 0:
+            accounts.secure(pid, deployed.facts.root_id)
+    except OSError as error:
+        raise RuntimeFault(f"the image's /etc/passwd and /etc/group cannot be kept from its user: {error}") from None
+
+
 def _digest(image: Path) -> str:
     """Return the digest that a cached package is named by, else the SHA3-224 of the file."""
     match = re.fullmatch(r"sha3-\d{3}-([0-9a-f]{56,128})", image.name)
@@ -471,7 +513,7 @@ def _volume_requests(image: EngineImage, asked: Sequence[VolumeRequest]) -> list
     if len(found) > MAX_VOLUMES:
         raise RuntimeFault(f"too many volumes: {len(found)}, at most {MAX_VOLUMES}")
     for path in found:
-        if path == "/" or path.split("/")[1] in ("proc", "sys", "dev", ".golem"):
+        if path == "/" or path.split("/")[1] in ("proc", "sys", "dev", ".golem") or path in NAME_FILES:
             raise RuntimeFault(f"a volume cannot be at {path}")
     return list(found.values())
 

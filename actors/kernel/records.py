@@ -1,0 +1,114 @@
+"""What is written into a journal and read out of it, and what may be wrong with that."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from zlib import crc32
+
+from actors.kernel.lineage import Lower, Position, Relink
+
+SEAL_BYTES = 4
+
+
+class JournalError(Exception):
+    """The journal cannot be opened or written; the process must end rather than forget."""
+
+
+class JournalClosed(JournalError):
+    """The journal's process has ended, or is about to."""
+
+
+def sealed(actor: str, key: str, body: bytes) -> bytes:
+    """Return a row as it is stored: with a checksum over it and its place, so that a flipped bit is not read as a row."""
+    return body + crc32(f"{actor}\0{key}\0".encode() + body).to_bytes(SEAL_BYTES, "big")
+
+
+def unsealed(actor: str, key: str, stored: bytes) -> bytes:
+    """Return the row out of what is stored. Raises `RowDamaged`."""
+    body = stored[:-SEAL_BYTES]
+    if sealed(actor, key, body) != stored:
+        raise RowDamaged(actor, key, "its checksum is wrong")
+    return body
+
+
+class RowDamaged(Exception):
+    """A stored row cannot be read: our own disk's fault, or a newer version's row, and never the sender's.
+
+    Nothing is dropped for it: whatever needs the row waits until it can be read, and the row is named.
+    """
+
+    def __init__(self, actor: str, key: str, reason: str) -> None:
+        super().__init__(f"row {key} of {actor} cannot be read: {reason}")
+        self.actor, self.key, self.reason = actor, key, reason
+
+
+@dataclass(frozen=True, slots=True)
+class Posted:
+    """A message in the outbox."""
+
+    seq: int
+    deadline: float
+    trace: str
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Timer:
+    """A durable timer of an actor."""
+
+    actor: str
+    key: str
+    at: float
+    trace: str
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """An entry of a feed. `seq` counts from 1; `at` (seconds since the epoch) rises strictly inside a feed."""
+
+    seq: int
+    at: float
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SetAside:
+    """A message in quarantine: it crashed its actor again and again. Its sender was told, or will be."""
+
+    at: float
+    sender: str
+    epoch: str
+    seq: int
+    trace: str
+    error: str
+    body: bytes
+    local: bool  # from this node itself
+    actor: str = ""
+    number: int = 0
+
+
+@dataclass(slots=True)
+class Commit:
+    """What one actor wants written at once."""
+
+    actor: str
+    rows: dict[str, bytes | None] = field(default_factory=dict)
+    inbox: dict[str, Position] = field(default_factory=dict)
+    outbox: list[tuple[str, Posted]] = field(default_factory=list)
+    expired: list[tuple[str, int]] = field(default_factory=list)
+    deferred: list[tuple[str, int, float]] = field(default_factory=list)  # deadlines that come again later
+    events: list[tuple[str, Event]] = field(default_factory=list)
+    dropped_feeds: list[str] = field(default_factory=list)
+    taken: list[tuple[str, int]] = field(default_factory=list)
+    timers: dict[str, Timer | None] = field(default_factory=dict)
+    quarantined: list[SetAside] = field(default_factory=list)
+    released: list[int] = field(default_factory=list)  # numbers of messages that left the quarantine
+    relinked: list[Relink | Lower] = field(default_factory=list)
+    at: float = 0.0  # by the journal's clock, when it is written
+
+    def __bool__(self) -> bool:
+        return bool(
+            self.rows or self.inbox or self.outbox or self.expired or self.events or self.dropped_feeds or self.taken
+            or self.timers or self.quarantined or self.deferred or self.released or self.relinked
+        )  # fmt: skip
