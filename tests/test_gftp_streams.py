@@ -302,7 +302,7 @@ async def test_what_a_slot_has_taken_stays(tmp_path: Path) -> None:
             assert (status.st_ino, status.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
             assert at.parts() == []
             if not life:  # the next node knows it, too
-                at.files = FileServer(at.a.router)
+                at.files = FileServer(at.a.router, b"secret")
                 await at.publisher._on_connect()
                 async with outgoing(CONTENT) as file:
                     assert await at.peer().upload(url, file) == SIZE
