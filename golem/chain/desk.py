@@ -55,7 +55,8 @@ async def decide(engine: Engine, batch_id: str, tx_hash: str | None, *, unseen: 
         row = engine.store.batch(batch_id)
         if row is None:
             raise ValueError(f"no payment {batch_id[:64]} is known here")
-        tx = next((tx for tx in engine.store.open() if tx.batch_id == batch_id and not tx.void), None)
+        txs = [tx for tx in engine.store.open() if tx.batch_id == batch_id and (not tx.void or tx.id in engine.unclear)]
+        tx = next(iter(txs), None)
         if twice := [newer for _, newer in engine.store.doubled() if newer.batch_id == batch_id]:
             words = _known(engine, twice[0], tx_hash)
         elif row.state == "queued":

@@ -52,6 +52,7 @@ from protocol.wallet import (
 STUCK_BLOCKS = 6  # blocks that passed a well-paid transaction by, before it gets a higher fee
 PATIENT_LOOKS = 3  # in a row that must find the same before a nonce is given up or filled, or a person is bothered
 MAX_PROBLEMS = 100  # told at once
+MAY_COME = "the chain has lost blocks: what was signed for its orders before may yet be mined, and is used up first"
 
 TOO_LOW = ("nonce too low", "nonce is too low")
 UNDERPRICED = ("underpriced", "less than block base fee", "fee too low", "fee cap less than")
@@ -377,6 +378,7 @@ class Engine:
         if tx.state == "mined":
             self.store.mark_sent(tx.id)  # reorganised away
         if not self.lost.give_way(tx):
+            await self._tell_stuck(tx.batch_id, MAY_COME)
             return
         tx, head = self.store.tx(tx.id), newest(views)
         attempt = self.store.attempts(tx.id)[0]
@@ -442,7 +444,7 @@ class Engine:
 
     async def _assign(self, views: Sequence[View], problems: list[Problem]) -> None:
         for row in self.store.queued():
-            if self._paid_already(row.batch, problems):
+            if await self._paid_already(row.batch, problems):
                 continue
             again_at, problem = self._refused.get(row.batch.batch_id, (0.0, None))
             if problem and self._clock() < again_at:
@@ -481,9 +483,10 @@ class Engine:
         problems.append(replace(problem, detail=detail))
         await self._tell_stuck(batch_id, problems[-1].detail)
 
-    def _paid_already(self, batch: TransferBatch, problems: list[Problem]) -> bool:
+    async def _paid_already(self, batch: TransferBatch, problems: list[Problem]) -> bool:
         """What was signed for its orders before comes first: it may yet be mined, or was mined after all."""
         if any(rival.void for rival in self.store.rivals(batch.batch_id)):
+            await self._tell_stuck(batch.batch_id, MAY_COME)
             return True
         if (payer := self.lost.paid_by(batch.batch_id)) is None:
             return False

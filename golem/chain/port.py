@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("golem.chain")
 
 UNSTARTED = "http://127.0.0.1:9"  # stands for the dev chain until it is up: nothing listens on the discard port
-UNKNOWN_S = 1800.0  # a claimed transaction that our node has not heard of for so long does not exist
+UNKNOWN_S = 1800.0  # a claimed transaction that no RPC has heard of for so long, while all answered, does not exist
 CHECK_FIRST_S, CHECK_LAST_S = 5.0, 300.0  # between looks at endpoints that were not right at start, and at all of them
 TROUBLE_S = 60.0  # between looks while one does not answer
 PATIENCE_S = 5.0  # for a balance, where one is known from before
@@ -108,6 +108,7 @@ class Chain:
         self._claims = Claims(config.data_dir / "chain.db")
         self._purses = Purses(config.data_dir / "chain.db")
         self._claimed, self._turns = trio.Event(), Turns()
+        self._unknown: dict[str, float] = {}  # claim -> since when all RPCs have answered that they know of no such thing
         self._up = trio.Event()
         self._rpcs: dict[str, Rpc] = {}
         self._engines: dict[str, Engine] = {}
@@ -241,6 +242,8 @@ class Chain:
             self._claimed = trio.Event()
             # those that were taken under another profile wait until that is back
             claims = [claim for claim in self._claims.all() if claim.platform in self.networks.platforms]
+            open_ids = {claim.claim_id for claim in claims}
+            self._unknown = {claim_id: at for claim_id, at in self._unknown.items() if claim_id in open_ids}
             found = self._turns.next(claims, trio.current_time())
             if isinstance(found, Claim):
                 await self._verify(found)
@@ -262,9 +265,11 @@ class Chain:
         )
         answer: Message
         if isinstance(found, NotYet):
-            age_s = self._clock() - claim.created
-            if not found.unknown or age_s < UNKNOWN_S:
-                self._turns.rest(claim, trio.current_time(), network.poll_s, age_s)
+            age_s, now = self._clock() - claim.created, trio.current_time()
+            # a night in which nobody asked, or an RPC was silent, says nothing
+            since = self._unknown.setdefault(claim.claim_id, now) if found.unknown else self._unknown.pop(claim.claim_id, now)
+            if not found.unknown or now - since < UNKNOWN_S:
+                self._turns.rest(claim, now, network.poll_s, age_s)
                 return
             answer = TransferRejected(claim.claim_id, found.reason)
         elif isinstance(found, Rejected):
@@ -273,6 +278,7 @@ class Chain:
             answer = TransferVerified(claim.claim_id, claim.tx_hash)
         await self._system.post(self.name, [Send("ledger", answer)])
         self._claims.remove(claim.claim_id)
+        self._unknown.pop(claim.claim_id, None)
 
     # -- for REST and command line; networks by name, NotServed for an unknown one
 
