@@ -190,6 +190,8 @@ async def measure(size: int, rounds: int) -> dict[str, list[float]]:
                 for label, (move, result) in moves.items():
                     if result is not None:
                         result.unlink(missing_ok=True)  # else its removal is measured as well
+                    if label.endswith("upload"):  # a slot takes one file
+                        slot |= await publisher.gftp("receive", output_file=str(folder / "received"))
                     rate = await timed(move, size)
                     if result is not None and await trio.to_thread.run_sync(digest_of, result) != wanted:
                         raise RuntimeError(f"{label}: another content")

@@ -9,11 +9,14 @@ Whoever knows a name may use it: names are hashes of content or random.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import secrets
 import stat
 import string
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,6 +38,8 @@ from golem.gftp_wire import (
 )
 from golem.net.types import RemoteError
 from golem.outgoing import FileIdentity, identity_of
+from golem.reserve import NoRoom, free_at, reserve
+from golem.reserve import check as check_room
 from golem.router import Router
 from golem.uploads import Upload
 
@@ -43,6 +48,8 @@ log = logging.getLogger("golem.files")
 SLOT_NAME_LENGTH = 65
 MAX_PUBLISHED = 100_000
 MAX_UPLOAD_BYTES = 1 << 40
+SPARE_BYTES = 64 << 20  # of the disk, which uploads leave free
+FILLED = "user.golem.filled"  # extended attribute of what came by a slot
 MAX_LEFT_BYTES = 8 << 30  # of an upload from before this node began that are hashed again, while its sender waits
 KEEP_S = 300.0  # an upload that broke off, for its sender to come back
 DRAIN_S = 2.0  # for a sender to notice that we said no
@@ -132,13 +139,22 @@ class FileSource:
             raise FileFault("ReadError", f"{self.path} changed after it was published")
 
 
+@dataclass(frozen=True)
+class Filled:
+    """What a slot has taken: it takes nothing else, and this once more without a byte of it."""
+
+    size: int
+    hash_name: str
+    digest: str
+
+
 class FileSink:
     """A slot: bytes go to a file beside the target, which takes its place at the end."""
 
     hash_name = "sha256"  # several times faster than SHA-3 on today's processors, and both ends have to hash
 
-    def __init__(self, path: Path, slot: str = "") -> None:
-        """`slot` is its name, by which a file that an earlier process left is found again.
+    def __init__(self, path: Path, slot: str = "", max_bytes: int = MAX_UPLOAD_BYTES) -> None:
+        """`slot` is its name, by which a file that an earlier process left is found again; `max_bytes`: of what is taken.
 
         Raises `FileFault` if there is no such directory, or something other than a file is there.
         """
@@ -146,13 +162,32 @@ class FileSink:
             raise FileFault("WriteError", f"no such directory: {path.parent}")
         if path.exists() and not path.is_file():
             raise FileFault("WriteError", f"not a regular file: {path}")
-        self.path = path
+        self.path, self._max_bytes = path, max_bytes
+        self._mark = hashlib.sha256(slot.encode()).hexdigest()[:32]
         self._part = path.with_name(part_name(path.name, slot or secrets.token_hex(8)))
         self._descriptor = -1
+        self._reserved = 0  # bytes for which there is room
+
+    def check(self, size: int) -> None:
+        """Raises `FileFault` for an upload that is not taken because of its size."""
+        if size > self._max_bytes:
+            raise FileFault("WriteError", f"too large: {size} bytes, and this slot takes {self._max_bytes}")
+
+    async def reserve(self, size: int) -> None:
+        """Set room aside for all of an upload that has begun."""
+        await trio.to_thread.run_sync(self._reserve, size)
+
+    def _reserve(self, size: int) -> None:
+        try:
+            self._reserved = size if reserve(self._descriptor, size, SPARE_BYTES) else 0
+        except NoRoom as error:
+            raise FileFault("WriteError", f"cannot write {self.path}: {error}") from None
+        except OSError as error:
+            raise FileFault("WriteError", f"cannot write {self.path}: {error.strerror}") from None
 
     async def begin(self) -> None:
         self._close()
-        self._descriptor = self._open(os.O_CREAT | os.O_TRUNC)
+        self._descriptor, self._reserved = self._open(os.O_CREAT | os.O_TRUNC), 0
 
     def _open(self, flags: int) -> int:
         try:
@@ -189,18 +224,33 @@ class FileSink:
     def _write(self, offset: int, content: bytes) -> None:
         view = memoryview(content)
         try:
+            if offset + len(content) > self._reserved:
+                check_room(free_at(self._descriptor), len(content), SPARE_BYTES)
             while view:
                 written = os.pwrite(self._descriptor, view, offset)
                 view, offset = view[written:], offset + written
+        except NoRoom as error:
+            raise FileFault("WriteError", f"cannot write {self.path}: {error}") from None
         except OSError as error:
             raise FileFault("WriteError", f"cannot write {self.path}: {error.strerror}") from None
 
     async def finish(self, digest: str) -> None:
+        with suppress(OSError):  # a file system without extended attributes: then a later node knows less
+            size = os.fstat(self._descriptor).st_size
+            os.setxattr(self._descriptor, FILLED, json.dumps([self._mark, size, self.hash_name, digest]).encode())
         self._close()
         try:
             os.replace(self._part, self.path)
         except OSError as error:
             raise FileFault("WriteError", f"cannot write {self.path}: {error.strerror}") from None
+
+    def filled(self) -> Filled | None:
+        """Return what an upload into this slot left where it leads, None if there was none, as far as that is known."""
+        try:
+            mark, size, hash_name, digest = json.loads(os.getxattr(self.path, FILLED))
+            return Filled(int(size), str(hash_name), str(digest)) if mark == self._mark else None
+        except (OSError, ValueError, TypeError):
+            return None
 
     async def abort(self) -> None:
         self._close()
@@ -221,6 +271,7 @@ class _Publish(msgspec.Struct, frozen=True, array_like=True):
 class _Receive(msgspec.Struct, frozen=True, array_like=True):
     path: str
     name: str = ""  # of a slot that a node before this one gave out
+    max_bytes: int = MAX_UPLOAD_BYTES
 
 
 class _Close(msgspec.Struct, frozen=True, array_like=True):
@@ -233,6 +284,7 @@ class FileServer:
     def __init__(self, router: Router) -> None:
         self._entries: dict[str, dict[Any, Source | Sink]] = {}
         self._uploads: dict[str, Upload] = {}  # under way, or kept for their sender to come back
+        self._filled: dict[str, Filled] = {}  # slots that have what they waited for
         router.serve_stream(STREAM, self.serve)
         router.serve_local("gftp:publish", self._publish)
         router.serve_local("gftp:receive", self._receive)
@@ -252,6 +304,7 @@ class FileServer:
         found = owners.pop(owner, None) is not None
         if not owners:
             self._entries.pop(name, None)
+            self._filled.pop(name, None)
             if (upload := self._uploads.get(name)) is not None and upload.over.is_set():
                 upload.settled.set()  # nobody waits for the rest
         return found
@@ -283,9 +336,12 @@ class FileServer:
         if len(name) != SLOT_NAME_LENGTH or not set(name) <= set(_ALPHANUMERICS):
             raise RemoteError("not the name of a slot")
         try:
-            self.offer(name, FileSink(_absolute(request.path), name), client)
+            sink = FileSink(_absolute(request.path), name, request.max_bytes)
+            self.offer(name, sink, client)
         except FileFault as fault:
             raise RemoteError(str(fault)) from None
+        if request.name and name not in self._filled and (filled := sink.filled()) is not None:
+            self._filled[name] = filled
         return name.encode()
 
     async def _close(self, client: BusPeer, payload: bytes) -> bytes:
@@ -326,6 +382,8 @@ class FileServer:
             case ["get", str() as name, int() as offset, int() as size] if offset >= 0 and size >= 0:
                 await self._send(self._source(name), offset, size, stream)
             case ["put", str() as name, int() as size] if 0 <= size <= MAX_UPLOAD_BYTES:
+                if isinstance(sink := self._sink(name), FileSink):
+                    sink.check(size)
                 await self._take(Upload(sender, self._sink(name), size), name, reader, stream)
             case ["join", str() as key]:
                 found = [one for one in self._uploads.values() if (one.key, one.sender) == (key, sender)]
@@ -392,6 +450,9 @@ class FileServer:
         while (former := self._uploads.get(name)) is not None and not former.over.is_set():
             former.stop()  # its sender has come back: what broke off does not hold the slot
             await former.over.wait()
+        if (filled := self._filled.get(name)) is not None:
+            await _once_more(filled, upload.size, reader, stream)
+            return
         former = self._uploads.pop(name, None)
         self._uploads[name] = upload
         try:
@@ -403,6 +464,8 @@ class FileServer:
             raise
         finally:
             upload.over.set()
+        if isinstance(upload.sink, FileSink) and name in self._entries:
+            self._filled[name] = Filled(upload.size, upload.hash_name, upload.hash.hexdigest())
         self._uploads.pop(name, None)
         await send_header(stream, ["ok", upload.size])
 
@@ -430,6 +493,20 @@ class FileServer:
         if self._uploads.get(name) is upload:
             del self._uploads[name]
             await upload.sink.abort()
+
+
+async def _once_more(filled: Filled, size: int, reader: Reader, stream: Any) -> None:
+    """Answer the sender of what a slot has already, whose first answer was lost; and nobody else. Raises `FileFault`."""
+    if size == filled.size:
+        await send_header(stream, ["ok", filled.size, filled.digest, filled.hash_name, secrets.token_hex(16)])
+        match await read_header(reader):
+            case ["from", int() as start] if start == size and not (await reader.block())[1]:
+                if await reader.exactly(64) == filled.digest.encode():
+                    await send_header(stream, ["ok", size])
+                    return
+            case None:
+                raise FileFault("ReadError", "the stream ended early", passing=True)
+    raise FileFault("WriteError", "this slot has taken a file already, and takes no other one")
 
 
 def _decode(payload: bytes, kind: type[Any]) -> Any:

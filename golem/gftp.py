@@ -116,11 +116,12 @@ class Gftp:
             done.append(await self._call(CLOSE, name))
         return done
 
-    async def receive(self, output_file: str) -> dict[str, str]:
-        """Open a slot that others upload into."""
+    async def receive(self, output_file: str, max_bytes: int | None = None) -> dict[str, str]:
+        """Open a slot that others upload one file into, of `max_bytes` at most."""
         path = _absolute(output_file)
-        name = await self._call(RECEIVE, str(path))
-        self._published[name] = (RECEIVE, path, ())
+        more = () if max_bytes is None else (max_bytes,)
+        name = await self._call(RECEIVE, str(path), "", *more)
+        self._published[name] = (RECEIVE, path, more)
         return {"file": output_file, "url": f"gftp://{self._bus.node_id}/{name}"}
 
     async def download(self, url: str, output_file: str) -> dict[str, str]:
@@ -280,6 +281,10 @@ class Server:
             if not isinstance(value, kind) or not all(isinstance(text, str) and "\0" not in text for text in texts):
                 raise RpcError(INVALID_PARAMS, f"{method} needs {name}: {'texts' if kind is list else 'a text'}")
             arguments[name] = value
+        if method == "receive" and (most := params.get("max_bytes")) is not None:
+            if not isinstance(most, int) or isinstance(most, bool) or most < 0:
+                raise RpcError(INVALID_PARAMS, "receive takes max_bytes: a number of bytes")
+            arguments["max_bytes"] = most
         return await call(**arguments)
 
 
@@ -391,9 +396,10 @@ def download_command(url: str, output_file: str) -> None:
 
 @main.command("receive")
 @click.argument("output_file")
-def receive_command(output_file: str) -> None:
-    """Open a slot for uploads into OUTPUT_FILE until interrupted."""
-    _run_once(lambda gftp: gftp.receive(output_file), stay=True)
+@click.option("--max-bytes", type=click.IntRange(0), help="Of what is taken. [what the disk has room for]")
+def receive_command(output_file: str, max_bytes: int | None) -> None:
+    """Open a slot for an upload into OUTPUT_FILE until interrupted."""
+    _run_once(lambda gftp: gftp.receive(output_file, max_bytes), stay=True)
 
 
 @main.command("upload")

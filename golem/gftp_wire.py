@@ -10,6 +10,7 @@ Headers are MessagePack arrays behind their length (four bytes, big-endian, at m
         ["from", offset]            offset is `kept` when the digest fits the sender's file, else 0; then blocks, an end
                                     mark, and the 64 hex digits of the digest of the whole  -> ["ok", size]
     ["join", key]                   another stream that brings blocks to the same upload, and an end mark
+                                    A slot that has its file takes it once more without its bytes, and no other one
     any                          -> ["error", variant, text]   variant: ReadError WriteError InternalError IntegrityError
 
 A block is its offset (8 bytes), its length (4 bytes, big-endian) and its bytes; the end mark has length 0. A stream takes

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import trio
 
@@ -16,6 +16,14 @@ from golem.gftp_wire import BLOCK_BYTES, Assembly, FileFault, Reader, read_heade
 
 AHEAD_BYTES = 4 << 20  # of blocks that wait for their turn, or for the disk
 MAX_STREAMS = 16  # that bring one upload
+
+
+@runtime_checkable
+class Reserving(Protocol):
+    """A sink with a disk behind it."""
+
+    async def reserve(self, size: int) -> None:
+        """Set room aside for all of an upload that has begun. Failures are `FileFault`."""
 
 
 class Upload:
@@ -70,6 +78,8 @@ class Upload:
             self.lost = True  # unless it goes well
             await self.sink.begin()
             self.lost = False
+        if isinstance(self.sink, Reserving):
+            await self.sink.reserve(self.size)
         self._blocks = Assembly(start, AHEAD_BYTES)
         self._started.set()
 

@@ -105,8 +105,10 @@ async def test_receive_and_upload(tmp_path: Path) -> None:
         assert name.isalnum()
         await send(peer, slot["url"], content(300_000))
         assert (tmp_path / "out").read_bytes() == content(300_000)
-        await send(peer, slot["url"], b"")  # a slot may be filled again
-        assert (tmp_path / "out").read_bytes() == b""
+        await send(peer, slot["url"], content(300_000))  # whose answer was lost asks again
+        with pytest.raises(FileFault, match="has taken a file already"):
+            await send(peer, slot["url"], b"")
+        assert (tmp_path / "out").read_bytes() == content(300_000)
         with pytest.raises(FileFault, match="cannot be read"):
             await fetch(peer, slot["url"])
         assert leftovers(tmp_path) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -244,8 +245,9 @@ async def test_an_upload_goes_on_where_it_broke(tmp_path: Path, streams: int) ->
 async def test_another_content_does_not_go_on_with_the_former(tmp_path: Path) -> None:
     other = random.Random(2).randbytes(SIZE)
     async with place(tmp_path) as here, outgoing(CONTENT) as file, outgoing(other) as second, outgoing(b"short") as third:
-        url, peer = await here.slot(), here.peer()
+        peer = here.peer()
         for content, next_file in ((other, second), (b"short", third)):
+            url = await here.slot()
             here.line.cuts = [8 << 20]
             with pytest.raises(FileFault):
                 await peer.upload(url, file)
@@ -275,6 +277,95 @@ async def test_a_slot_and_its_half_upload_outlive_the_node(tmp_path: Path) -> No
         assert file.kept >= 6 << 20
         assert (tmp_path / "out").read_bytes() == CONTENT
         assert here.parts() == []
+
+
+@trio_test
+async def test_what_a_slot_has_taken_stays(tmp_path: Path) -> None:
+    """A sender whose answer was lost is told that all is there; the file is not written again, and no other one comes."""
+    async with place(tmp_path) as at:
+        url, other = await at.slot(), bytes(SIZE)
+        async with outgoing(CONTENT) as file:
+            await at.peer().upload(url, file)
+        before = (tmp_path / "out").stat()
+        carried = at.line.carried
+        async with outgoing(CONTENT) as file:
+            assert await at.peer().upload(url, file) == SIZE
+        assert at.line.carried - carried < 2_000, "no byte of it came again"
+        for life in range(2):
+            for content in (other, CONTENT[:-1], CONTENT + b"x", b""):
+                async with outgoing(content) as file:
+                    with pytest.raises(FileFault, match="has taken a file already") as caught:
+                        await at.peer().upload(url, file)
+                    assert not caught.value.passing
+            assert (tmp_path / "out").read_bytes() == CONTENT
+            status = (tmp_path / "out").stat()
+            assert (status.st_ino, status.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+            assert at.parts() == []
+            if not life:  # the next node knows it, too
+                at.files = FileServer(at.a.router)
+                await at.publisher._on_connect()
+                async with outgoing(CONTENT) as file:
+                    assert await at.peer().upload(url, file) == SIZE
+        (tmp_path / "out").unlink()  # its owner took it away: that opens nothing
+        async with outgoing(other) as file:
+            with pytest.raises(FileFault, match="has taken a file already"):
+                await at.peer().upload(url, file)
+
+
+@trio_test
+async def test_a_slot_takes_what_there_is_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with place(tmp_path) as at:
+        url = (await at.publisher.receive(str(tmp_path / "out"), 1000))["url"]
+        async with outgoing(bytes(1001)) as file:
+            with pytest.raises(FileFault, match="too large: 1001 bytes, and this slot takes 1000"):
+                await at.peer().upload(url, file)
+        async with outgoing(bytes(1000)) as file:
+            await at.peer().upload(url, file)
+        free = free_of(tmp_path)
+        monkeypatch.setattr("golem.files.SPARE_BYTES", free)  # there is nothing to be had
+        url = await at.slot()
+        async with outgoing(CONTENT) as file:
+            with pytest.raises(FileFault, match="do not fit"):
+                await at.peer().upload(url, file)
+        await until(lambda: at.parts() == [])
+        await _put_too_much(at, url, 1 << 39)  # of a length that no disk here has
+        await until(lambda: at.parts() == [])
+        assert abs(free - free_of(tmp_path)) < (1 << 30)
+
+
+def free_of(folder: Path) -> int:
+    found = os.statvfs(folder)
+    return found.f_bavail * found.f_frsize
+
+
+async def _put_too_much(at: Place, url: str, size: int) -> None:
+    stream = await at.b.router.open_stream(A, "gftp")
+    reader = Reader(stream)
+    await send_header(stream, ["put", url.rpartition("/")[2], size])
+    await read_header(reader)
+    await send_header(stream, ["from", 0])
+    answer = await read_header(reader)
+    assert answer is not None
+    assert answer[:2] == ["error", "WriteError"]
+    assert "do not fit" in answer[2]
+    await stream.aclose()
+
+
+@trio_test
+async def test_room_of_an_upload_is_set_aside(tmp_path: Path) -> None:
+    """Of many that begin at once the next one sees what the others will need."""
+    async with place(tmp_path) as at:
+        url = await at.slot()
+        stream = await at.b.router.open_stream(A, "gftp")
+        reader = Reader(stream)
+        await send_header(stream, ["put", url.rpartition("/")[2], 32 << 20])
+        await read_header(reader)
+        await send_header(stream, ["from", 0])
+        await send_block(stream, 0, bytes(BLOCK_BYTES))
+        await until(lambda: bool(at.parts()) and (tmp_path / at.parts()[0]).stat().st_size == BLOCK_BYTES)
+        if os.statvfs(tmp_path).f_bavail:
+            assert (tmp_path / at.parts()[0]).stat().st_blocks * 512 >= 32 << 20
+        await stream.aclose()
 
 
 @trio_test

@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import subprocess
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ TEST_INTERVAL_S = 60.0
 RETRY_S = 5.0  # after a first failure of a runtime that worked
 DOUBT_S = 10.0  # between tests of a runtime whose exe-units end badly: its requestors can bring that about too
 VERSION = "golem.runtime.version"
+MAX_TOLD = 100
+_TOLD: set[tuple[str, str]] = set()
 NOT_TESTED = "not tested yet"
 
 
@@ -97,9 +99,19 @@ async def exe_unit(command: str, runtime: str, units: ExeUnits, timeout_s: float
         )  # fmt: skip
         said = done.stderr.decode("utf-8", "replace").strip().splitlines()
         if done.returncode == 0:
+            _tell(runtime, said)
             return None, done.stdout.decode("utf-8", "replace")
         return (said[-1] if said else f"status {done.returncode}").removeprefix("exe-unit: ")[:500], ""
     return f"no answer to `{command}` within {timeout_s:g} s", ""
+
+
+def _tell(runtime: str, said: Sequence[str]) -> None:
+    """Log what an exe-unit warns of, each of it once."""
+    for line in said:
+        warning = line.partition(" WARNING ")[2].partition(" ")[2]
+        if warning and (runtime, warning) not in _TOLD and len(_TOLD) < MAX_TOLD:
+            _TOLD.add((runtime, warning))
+            log.warning("runtime %s: %s", runtime, warning[:500])
 
 
 class Runtimes:

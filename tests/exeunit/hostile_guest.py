@@ -20,7 +20,7 @@ import time
 X86 = os.uname().machine == "x86_64"
 NR = {
     "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41), "chroot": (161, 51), "unshare": (272, 97),
-    "setns": (308, 268), "sethostname": (170, 161), "settimeofday": (164, 170), "clock_settime": (227, 112),
+    "io_setup": (206, 0), "setns": (308, 268), "sethostname": (170, 161), "settimeofday": (164, 170), "clock_settime": (227, 112),
     "reboot": (169, 142), "swapon": (167, 224), "init_module": (175, 105), "finit_module": (313, 273),
     "kexec_load": (246, 104), "ptrace": (101, 117), "process_vm_readv": (310, 270), "kcmp": (312, 272), "bpf": (321, 280),
     "perf_event_open": (298, 241), "userfaultfd": (323, 282), "keyctl": (250, 219), "add_key": (248, 217),
@@ -153,7 +153,7 @@ CALLS = {
     "name_to_handle_at": (-100, b"/\0", bytes(256), bytes(8), 0), "fanotify_init": (0, 0), "open_tree": (-100, b"/\0", 1),
     "move_mount": (-100, b"/tmp\0", -100, b"/mnt\0", 0), "fsopen": (b"tmpfs\0", 0), "pidfd_getfd": (0, 0, 0),
     "mount_setattr": (-100, b"/\0", 0, bytes(32), 32), "vmsplice": (0, 0, 0, 0), "process_madvise": (0, 0, 0, 0, 0),
-    "clone3": (bytes(88), 88), "statmount": (bytes(32), bytes(512), 512, 0),
+    "io_setup": (1, bytes(8)), "clone3": (bytes(88), 88), "statmount": (bytes(32), bytes(512), 512, 0),
 }  # fmt: skip
 X86_CALLS = {"iopl": (3,), "ioperm": (0, 1, 1), "modify_ldt": (0, bytes(64), 64), "uselib": (b"/tmp\0",)}
 
@@ -292,6 +292,47 @@ def writable_mounts():
             pass
         said.append((point, kind, device, written, error))
     print(json.dumps(said))
+
+
+def queue(name):
+    """Make a message queue that lives as long as this process."""
+    found = libc.mq_open(name, os.O_CREAT | os.O_RDWR, 0o600, None)
+    code = ctypes.get_errno()
+    libc.mq_unlink(name)
+    ctypes.set_errno(code)
+    return found
+
+
+TABLES = {  # ways to take one more of what the whole machine shares
+    "inotify": lambda: libc.inotify_init1(0),
+    "ptys": lambda: os.open("/dev/ptmx", os.O_RDWR | os.O_NOCTTY),
+    "aio": lambda: libc.syscall(206 if X86 else 0, 64, ctypes.byref(ctypes.c_ulong(0))),
+    "timers": lambda: libc.syscall(222 if X86 else 107, 1, None, ctypes.byref(ctypes.c_int(0))),
+    "queues": lambda: queue(f"/golem-{os.getpid()}-{time.monotonic_ns()}".encode()),
+}
+
+
+def take(name, most):
+    """Take from a table until it gives no more; how many there were, and how it ended."""
+    for count in range(most):
+        try:
+            if TABLES[name]() < 0:
+                return [count, errno.errorcode[ctypes.get_errno()]]
+        except OSError as error:
+            return [count, errno.errorcode[error.errno]]
+    return [most, None]
+
+
+def greedy():
+    """Take all there is of every table, say how much that was, and keep it."""
+    found = {name: take(name, 150_000) for name in TABLES}
+    print(json.dumps(found), flush=True)
+    time.sleep(1000)
+
+
+def modest():
+    """Take a few of each, as many a program does; how many there were."""
+    print(json.dumps({name: take(name, 1 if name == "queues" else 4) for name in TABLES}))
 
 
 def fill_hidden(folder):

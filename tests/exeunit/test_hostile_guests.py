@@ -6,6 +6,8 @@ import io
 import json
 import os
 import socket
+import subprocess
+import sys
 import tarfile
 import tempfile
 import time
@@ -483,6 +485,62 @@ def test_a_user_who_is_root_by_his_own_files_is_refused(engine: LocalEngine, tmp
 
     with pytest.raises(RuntimeFault, match="'guest' is root by its /etc/passwd"):
         trio.run(body)
+
+
+@pytest.mark.parametrize("kind", ["remapped", "plain"])
+def test_tables_of_the_kernel_are_shared_out(request: pytest.FixtureRequest, package: Path, kind: str) -> None:
+    """While one guest holds all it can get, another one and this machine get what ordinary programs take."""
+    engine = request.getfixturevalue("engine" if kind == "remapped" else "plain_engine")
+    taken: dict[str, tuple[int, str]] = {}
+
+    def modest_here() -> dict[str, tuple[int, str]]:
+        said = subprocess.run([sys.executable, "-I", "-c", PROGRAM, "modest"], check=True, capture_output=True).stdout
+        found: dict[str, tuple[int, str]] = json.loads(said)
+        return found
+
+    async def hold(guest: Guest, task_status: trio.TaskStatus[None]) -> None:
+        async def keep(side: Side, chunk: bytes) -> None:
+            taken.update(json.loads(chunk))
+            task_status.started()
+
+        await guest.runtime.run(PYTHON, ["-I", "-S", "-c", PROGRAM, "greedy"], keep)
+
+    async def body() -> None:
+        before = modest_here()
+        async with open_guest(engine, package) as greedy, open_guest(engine, package) as other, trio.open_nursery() as nursery:
+            with within(20):
+                await nursery.start(hold, greedy)
+            assert modest_here() == before == {"inotify": [4, None], "ptys": [4, None], "aio": [4, None], "timers": [4, None],
+                                               "queues": [1, None]}  # fmt: skip
+            status, output = await other.attack("modest")
+            assert status.ok, output
+            found = json.loads(output)
+            assert found["aio"] == [0, "ENOSYS"]
+            assert found["ptys"] == [4, None]
+            if kind == "remapped":  # elsewhere its users are those of the machine, and the limits are of all guests together
+                assert {name: found[name] for name in ("inotify", "timers", "queues")} == {
+                    "inotify": [4, None], "timers": [4, None], "queues": [1, None],
+                }  # fmt: skip
+            await other.works()
+            nursery.cancel_scope.cancel()
+        assert taken["ptys"][0] <= 64, taken
+        assert taken["inotify"][0] == (32 if kind == "remapped" else 0), taken
+        assert (taken["timers"][0] <= 4096, taken["queues"][0] <= 1, taken["aio"][0]) == (True, True, 0), taken
+
+    trio.run(body)
+
+
+@pytest.mark.parametrize(("pattern", "told"), [("|/usr/lib/keeper %P %s", True), ("core", False), ("/var/core.%p", False)])
+@trio_test
+async def test_the_self_test_says_where_crashes_start_a_program_of_the_machine(
+    engine: LocalEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture, pattern: str, told: bool,
+) -> None:
+    monkeypatch.setenv("DOCKER_HOST", engine.host)
+    (tmp_path / "pattern").write_text(pattern + "\n")
+    monkeypatch.setattr("golem.exeunit.engine.kernel_tables.CORE_PATTERN", tmp_path / "pattern")
+    assert await make_runtime("vm", tmp_path / "cache").self_test() is None
+    assert ("crashes in containers start /usr/lib/keeper on this machine" in caplog.text) == told
 
 
 # -- what is planted --------------------------------------------------------------------------------------------------

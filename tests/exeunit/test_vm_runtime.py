@@ -518,7 +518,7 @@ async def test_self_test_says_why_not(engine: LocalEngine, tmp_path: Path) -> No
 @trio_test
 async def test_self_test_notices_an_open_door(engine: LocalEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     everything = json.dumps({"defaultAction": "SCMP_ACT_ALLOW", "archMap": [], "syscalls": []})
-    monkeypatch.setattr("golem.exeunit.engine.container.profile", lambda: everything)
+    monkeypatch.setattr("golem.exeunit.engine.container.profile", lambda inotify: everything)
     problem = await VmRuntime(tmp_path, engine.host).self_test()
     assert problem is not None
     assert "AF_VSOCK" in problem or "io_uring" in problem or "i386" in problem

@@ -100,7 +100,8 @@ async def test_200_mb_both_ways_through_nodes_that_die(tmp_path: Path, monkeypat
                 await move("container:/v/file", slot["url"], back)
                 assert back.lost() < 32 << 20  # what was on its way, and not the third that had arrived
                 own = Breaker(provider, nursery)
+                slot = await publisher.receive(str(tmp_path / "again"))  # a slot takes one file
                 await move("container:/v/file", slot["url"], own)
                 assert own.lost() < 32 << 20
-            assert sha256(volume / "file") == sha256(tmp_path / "back") == sha256(source)
+            assert sha256(volume / "file") == sha256(tmp_path / "back") == sha256(tmp_path / "again") == sha256(source)
             assert [path.name for path in tmp_path.iterdir() if path.suffix == ".part"] == []

@@ -17,6 +17,7 @@ from typing import Any
 
 from golem.exeunit.engine.admin import EngineFacts
 from golem.exeunit.engine.init_program import init_program
+from golem.exeunit.engine.kernel_tables import has_inotify
 from golem.exeunit.engine.leftovers import SUPERVISOR_LABEL
 from golem.exeunit.engine.seccomp_profile import profile
 from golem.exeunit.runtimes.base import Limits, RuntimeFault
@@ -28,6 +29,8 @@ PROCESSES = 512
 OOM_SCORE = 500  # a machine that is short of memory takes guests first, not the node
 MIN_MEM_BYTES = 6 << 20  # what the Engine asks for
 OPEN_FILES = 16_384
+PENDING_SIGNALS = 4096  # and timers; those of all guests are counted together with root's
+QUEUE_BYTES = 96 << 10  # of POSIX message queues: one as large as they are by default
 SHARED_MEMORY_BYTES = 64 << 20  # of /dev/shm, counted as the activity's memory
 MAX_HOSTS = 256
 NAME_FILES = ("/etc/hosts", "/etc/hostname", "/etc/resolv.conf")
@@ -75,7 +78,7 @@ def lay_out(folder: Path, facts: EngineFacts) -> None:
     (folder / _INIT_FILE).write_bytes(init_program())
     (folder / _INIT_FILE).chmod(0o755)
     if facts.podman:
-        (folder / _PROFILE_FILE).write_text(profile())
+        (folder / _PROFILE_FILE).write_text(profile(has_inotify(facts.root_id)))
 
 
 def clear_away(folder: Path) -> None:
@@ -122,10 +125,12 @@ def _host_config(plan: Plan, facts: EngineFacts) -> dict[str, Any]:
         "OomScoreAdj": OOM_SCORE,
         "CapDrop": ["ALL"],
         "Privileged": False,
-        "SecurityOpt": ["no-new-privileges", f"seccomp={profile()}"],
+        "SecurityOpt": ["no-new-privileges", f"seccomp={profile(has_inotify(facts.root_id))}"],
         "Ulimits": [
             {"Name": "core", "Soft": 0, "Hard": 0},
             {"Name": "nofile", "Soft": OPEN_FILES, "Hard": OPEN_FILES},
+            {"Name": "sigpending", "Soft": PENDING_SIGNALS, "Hard": PENDING_SIGNALS},
+            {"Name": "msgqueue", "Soft": QUEUE_BYTES, "Hard": QUEUE_BYTES},
         ],
         "ShmSize": min(SHARED_MEMORY_BYTES, memory),
         "ExtraHosts": [f"{name}:{address}" for name, address in _host_entries(plan.hosts)],
@@ -133,6 +138,8 @@ def _host_config(plan: Plan, facts: EngineFacts) -> dict[str, Any]:
         "LogConfig": {"Type": "none", "Config": {}},
         "Mounts": mounts,
     }
+    if facts.cgroups == "1" and not facts.podman:
+        host["KernelMemoryTCP"] = memory  # later versions count buffers of sockets as any memory
     if facts.podman:
         host["LogConfig"] = {}  # it has no driver called none
         host["SecurityOpt"] = ["no-new-privileges", f"seccomp={plan.folder / _PROFILE_FILE}"]  # it wants a file

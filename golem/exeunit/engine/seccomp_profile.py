@@ -27,8 +27,7 @@ _FILES = """
     dup3 pipe pipe2 ioctl sendfile copy_file_range splice tee cachestat
     getxattr lgetxattr fgetxattr getxattrat setxattr lsetxattr fsetxattr setxattrat listxattr llistxattr flistxattr
     listxattrat removexattr lremovexattr fremovexattr removexattrat
-    inotify_init inotify_init1 inotify_add_watch inotify_rm_watch
-    io_setup io_submit io_getevents io_pgetevents io_cancel io_destroy
+    inotify_add_watch inotify_rm_watch
 """
 _MEMORY = """
     brk mmap munmap mremap mprotect madvise mincore msync mlock mlock2 munlock mlockall munlockall memfd_create
@@ -60,7 +59,10 @@ _SOCKETS = """
     sendto recvfrom sendmsg recvmsg sendmmsg recvmmsg
 """
 
-_EPERM, _ENOSYS = 1, 38
+_INOTIFY = ["inotify_init", "inotify_init1"]
+_NO_AIO = ["io_setup", "io_submit", "io_getevents", "io_pgetevents", "io_cancel", "io_destroy"]  # one table for the machine
+
+_EPERM, _EMFILE, _ENOSYS = 1, 24, 38
 _AF_UNIX, _AF_INET, _AF_INET6, _AF_NETLINK = 1, 2, 10, 16
 _SOCK_TYPES = 1, 2, 3  # stream, datagram, raw (which asks for a capability; ping with NET_RAW)
 _SOCK_TYPE_MASK = 0xF  # the rest of the argument are flags
@@ -73,8 +75,11 @@ _PERSONALITIES = 0, 0x8, 0x20000, 0x20008, 0x40000, 0xFFFFFFFF  # Linux, uname 2
 
 
 @cache
-def profile() -> str:
-    """Return the profile as JSON, for the container option `seccomp=<this>`."""
+def profile(inotify: bool = True) -> str:
+    """Return the profile as JSON, for the container option `seccomp=<this>`.
+
+    Without `inotify` there are, as programs are told, no more instances of it.
+    """
     names = " ".join((_FILES, _MEMORY, _PROCESSES, _SIGNALS_AND_TIME, _SOCKETS)).split()
     document = {
         "defaultAction": "SCMP_ACT_ERRNO",
@@ -86,6 +91,8 @@ def profile() -> str:
         "syscalls": [
             _allow(names),
             *_conditions(),
+            _allow(_INOTIFY) if inotify else {"names": _INOTIFY, "action": "SCMP_ACT_ERRNO", "errnoRet": _EMFILE},
+            {"names": _NO_AIO, "action": "SCMP_ACT_ERRNO", "errnoRet": _ENOSYS},
             # C libraries turn to clone(2), whose flags can be seen here, when they are told that there is no clone3.
             {"names": ["clone3"], "action": "SCMP_ACT_ERRNO", "errnoRet": _ENOSYS},
         ],

@@ -32,6 +32,7 @@ from golem.exeunit.engine.init_program import (
     probe_program,
     supported,
 )
+from golem.exeunit.engine.kernel_tables import bound, piped_cores
 from golem.exeunit.engine.meter import Meter, MeterError
 from golem.exeunit.engine.program import Program
 from golem.exeunit.runtimes.base import Limits, RuntimeFault
@@ -59,6 +60,8 @@ async def self_test(admin: Admin, client: EngineClient) -> str | None:
         with trio.fail_after(TIMEOUT_S):
             facts = await admin.facts()
             log.info("%s", facts.text)
+            if (handler := piped_cores()) is not None:
+                log.warning("kernel.core_pattern is a pipe: crashes in containers start %s on this machine", handler)
             client.api = admin.api or client.api
             return _unfit(facts) or await _try_container(admin, client, facts)
     except RuntimeFault as fault:
@@ -113,13 +116,14 @@ async def _probe(client: EngineClient, name: str, facts: EngineFacts) -> str | N
         return f"containers of this Engine can reach {_OPEN[code]}, although our filter forbids it: {facts.text}"
     if code not in (PROBE_CLOSED, _SYSTEM_CALL_FILTERED):
         return f"the test program in a container ended with exit code {code}"
-    return await _check_process(client, name)
+    return await _check_process(client, name, facts)
 
 
-async def _check_process(client: EngineClient, name: str) -> str | None:
+async def _check_process(client: EngineClient, name: str, engine: EngineFacts) -> str | None:
     """Look at the container's first process from outside: what the kernel says of it counts."""
     pid = int((await client.inspect(name))["State"]["Pid"])
     try:
+        await bound(pid, engine.root_id)
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
         Meter(pid)
     except (OSError, MeterError) as error:

@@ -29,7 +29,7 @@ from typing import Any
 
 import trio
 
-from golem.exeunit.engine import accounts
+from golem.exeunit.engine import accounts, kernel_tables
 from golem.exeunit.engine.admin import Admin, EngineFacts, EngineGone, InUse, NoSuch, socket_path
 from golem.exeunit.engine.client import EngineClient
 from golem.exeunit.engine.container import NAME_FILES, Plan, clear_away, container_config, host_name, labels, lay_out, name_files
@@ -231,8 +231,9 @@ class VmRuntime:
             self._meter = Meter(pid)
             if deployed.storage is not None:
                 deployed.storage.note_process(pid)
+            await kernel_tables.bound(pid, deployed.facts.root_id)
         except (OSError, MeterError) as error:
-            raise RuntimeFault(f"the container cannot be measured: {error}") from None
+            raise RuntimeFault(f"the container cannot be measured and bounded: {error}") from None
         if deployed.image.user:
             await trio.to_thread.run_sync(_secure_accounts, pid, deployed)
         if deployed.storage is not None and not deployed.storage.holds(pid):
