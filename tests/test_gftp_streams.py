@@ -88,7 +88,7 @@ class Place:
 
     def __init__(self, folder: Path, a: Any, b: Any, nursery: trio.Nursery) -> None:
         self.folder, self.a, self.b, self.nursery = folder, a, b, nursery
-        self.files = FileServer(a.router)
+        self.files = FileServer(a.router, b"secret")
         self.line = Line(b.router._network)
         self.publisher = Gftp(folder / "a.sock")
 
@@ -266,7 +266,7 @@ async def test_a_slot_and_its_half_upload_outlive_the_node(tmp_path: Path) -> No
             await here.peer().upload(url, file)
         await until(lambda: all(upload.over.is_set() for upload in here.files._uploads.values()))
         # a new node knows nothing but what its tools tell it again
-        here.files = FileServer(here.a.router)
+        here.files = FileServer(here.a.router, b"secret")
         peer = here.peer()
         peer._met[url] = None
         with pytest.raises(FileFault, match="no such file") as caught:
@@ -302,7 +302,7 @@ async def test_what_a_slot_has_taken_stays(tmp_path: Path) -> None:
             assert (status.st_ino, status.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
             assert at.parts() == []
             if not life:  # the next node knows it, too
-                at.files = FileServer(at.a.router)
+                at.files = FileServer(at.a.router, b"secret")
                 await at.publisher._on_connect()
                 async with outgoing(CONTENT) as file:
                     assert await at.peer().upload(url, file) == SIZE
