@@ -42,7 +42,7 @@ from golem.gftp_wire import (
 )
 from golem.net.types import RemoteError
 from golem.outgoing import FileIdentity, identity_of
-from golem.reserve import NoRoom, free_at, reserve
+from golem.reserve import NoRoom, free_at, give_back, reserve
 from golem.reserve import check as check_room
 from golem.router import Router
 from golem.uploads import Upload
@@ -53,7 +53,7 @@ SLOT_NAME_LENGTH = 65
 CODE_CHARS = 32
 MAX_PUBLISHED = 100_000
 MAX_UPLOAD_BYTES = 1 << 40
-SPARE_BYTES = 64 << 20  # of the disk, which uploads leave free
+SPARE_BYTES = 256 << 20  # of the disk, which uploads leave free
 FILLED = "user.golem.filled"  # extended attribute of what came by a slot
 MAX_LEFT_BYTES = 8 << 30  # of an upload from before this node began that are hashed again, while its sender waits
 KEEP_S = 300.0  # an upload that broke off, for its sender to come back
@@ -249,6 +249,12 @@ class FileSink:
             os.replace(self._part, self.path)
         except OSError as error:
             raise FileFault("WriteError", f"cannot write {self.path}: {error.strerror}") from None
+
+    def release(self) -> None:
+        """Free what is set aside for bytes that do not come for now."""
+        if self._descriptor >= 0:
+            self._reserved = 0
+            give_back(self._descriptor)
 
     def filled(self) -> Filled | None:
         """Return what an upload into this slot left where it leads, None if there was none, as far as that is known."""
@@ -501,6 +507,8 @@ class FileServer:
         if upload is None or not upload.over.is_set():
             return
         if upload.written and not upload.lost and name in self._entries:
+            if isinstance(upload.sink, FileSink):
+                upload.sink.release()  # room is for who sends
             with trio.move_on_after(KEEP_S):
                 await upload.settled.wait()
         if self._uploads.get(name) is upload:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from cheat_world import ACCEPT, ADDRESS, DAY_S, INTERVAL, SECOND, TIMEOUT, Cheat, CheatWorld
 from msgspec.structs import replace
+from sim_seeds import share
 
 from actors import _provider_credit, provider
 from actors._provider_negotiators import Terms
@@ -445,7 +446,7 @@ def search(seed: int) -> None:
 @pytest.mark.timeout(1200)
 def test_no_message_of_a_stranger_takes_more_than_the_figures(chunk: int) -> None:
     only = os.environ.get("SIM_SEED")
-    for seed in [int(only)] * (chunk == 0) if only else range(chunk, SEEDS, CHUNKS):
+    for seed in [int(only)] * (chunk == 0) if only else share(range(chunk, SEEDS, CHUNKS)):
         try:
             search(seed)
         except BaseException:
