@@ -152,13 +152,13 @@ def over(pricing: Pricing, total: Decimal, most: Decimal, subject: str) -> str:
 
 
 def calculation(pricing: Pricing, usage: Sequence[float] | None, age: float) -> dict[str, Any]:
-    """Return the calculation for people."""
+    """Return the calculation for people. Without a usage vector it has ceilings alone: nothing was counted by them."""
     return {
         "ageSec": round(age, 3),
         "threads": pricing.threads,
         "startPrice": pricing.coeffs[-1] if pricing.coeffs else 0.0,
         "counters": [
-            {"counter": counter, "price": price, "counts": value, "ceiling": most}
+            {"counter": counter, "price": price, "ceiling": most} | ({} if usage is None else {"usageThatCounts": value})
             for counter, price, value, most in explained(pricing, usage, age)
         ],
         "costCap": pricing.cost_cap,

@@ -77,7 +77,7 @@ async def status(node: Node, args: dict[str, Any]) -> Any:
         "nodeId": node.node_id, "apiUrl": node.api_url, "profile": node.config.profile, **chain,
         "dataDir": str(node.config.data_dir),
         "version": VERSION, "uptime_s": round(time.time() - node.started_at, 1), "sessions": len(node.network.sessions()),
-        "problem": node.health_problem(), **waiting(node),
+        "problem": node.health_problem() or node.chain.silence(), **waiting(node),
     }  # fmt: skip
 
 
@@ -233,7 +233,8 @@ async def payment_status(node: Node, args: dict[str, Any]) -> Any:
     purse, trouble = await _purse(node, network)
     head = await node.chain.head(network.name) if not trouble else None
     chain = {"chain": await node.chain.local_chain(), "chainUrl": node.chain.dev_url} if network.simulated_by and head else {}
-    problems = [f"{problem.kind}: {problem.detail}" for problem in node.chain.problems(network.name)]
+    found = [problem for problem in node.chain.problems(network.name) if not _is_said(problem.detail, trouble)]
+    problems = [f"{problem.kind}: {problem.detail}" for problem in found]
     if trouble and not any(problem.partition(": ")[2] in trouble for problem in problems):
         problems.append(f"RpcError: {trouble}")
     return {
@@ -244,6 +245,12 @@ async def payment_status(node: Node, args: dict[str, Any]) -> Any:
         "block_number": head.number if head else None,
         "block_datetime": timestamp_text(head.timestamp) if head else None, "address": node.node_id, "problems": problems,
     }  # fmt: skip
+
+
+def _is_said(detail: str, trouble: str) -> bool:
+    """Is an endpoint's silence told by `trouble` already, which has more to say?"""
+    _, silent, why = detail.partition(" has not answered ")
+    return bool(silent) and why.partition(": ")[2] in trouble
 
 
 @command

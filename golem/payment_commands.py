@@ -53,4 +53,4 @@ async def payment_decide(node: Node, args: dict[str, Any]) -> Any:
     row = node.system.rows("wallet").get(f"batch/{args['batch']}")
     if row is None:
         raise ValueError(f"no payment {str(args['batch'])[:64]} is known here")
-    return await node.chain.decide(row.platform, row.batch_id, args["paid_by"])
+    return await node.chain.decide(row.platform, row.batch_id, args["paid_by"], bool(args.get("unseen")))

@@ -125,29 +125,37 @@ class Drafts:
             return f"transaction {receipt.hash} failed: {error}"
         return f"transaction {receipt.hash} was reverted"
 
-    def nothing(self, tx: TxRow, views: Sequence[View]) -> None:
-        """Sign an empty transaction with the nonce of one that must not be mined any more, at a higher fee."""
+    def nothing(self, tx: TxRow, views: Sequence[View]) -> Attempt:
+        """An empty transaction with the nonce of one that must not be mined any more, at a higher fee. `Unowed`."""
         last = self._store.attempts(tx.id)[0]
         priority_fee = last.priority_fee * 9 // 8 + 1
         max_fee = max(last.max_fee * 9 // 8 + 1, 2 * newest(views).base_fee + priority_fee)
         self._check_same(tx, last)
-        signed = self._sign(tx.nonce, FILL_GAS, max_fee, priority_fee, self._address, b"")
+        signed = self._empty(tx.nonce, max_fee, priority_fee)
         oldest = min(view.head.number for view in views)
-        attempt = Attempt(signed.hash, tx.id, signed.raw, max_fee, priority_fee, self._clock(), oldest, 0)
-        self._store.replace_by_nothing(tx.id, self._address, attempt)
+        attempt = Attempt(signed.hash, tx.id, signed.raw, max_fee, priority_fee, self._clock(), oldest, 0, empty=True)
+        self._store.add_attempt(attempt)
+        self._store.note(tx.id, "this node", f"signed the empty {signed.hash} with nonce {tx.nonce}", self._clock())
+        return attempt
 
     async def again(self, tx: TxRow, last: Attempt, max_fee: int, priority_fee: int) -> Signed:
         """The same once more, with other fees. `Unowed`."""
         self._check_same(tx, last)
+        if last.empty:
+            return self._empty(tx.nonce, max_fee, priority_fee)
         if tx.kind == "pay":
             await self._check_owed(tx.batch_id, tx.recipient, tx.data)
         return self._sign(tx.nonce, tx.gas, max_fee, priority_fee, tx.recipient, tx.data)
 
+    def _empty(self, nonce: int, max_fee: int, priority_fee: int) -> Signed:
+        return self._sign(nonce, FILL_GAS, max_fee, priority_fee, self._address, b"")
+
     def _check_same(self, tx: TxRow, last: Attempt) -> None:
         """What was signed before tells what the row said then, for a signature follows from the fields: if it were with
         another nonce, or to another payee, both could be mined."""
+        fees = last.max_fee, last.priority_fee
         try:
-            raw = self._sign(tx.nonce, tx.gas, last.max_fee, last.priority_fee, tx.recipient, tx.data).raw
+            raw = (self._empty(tx.nonce, *fees) if last.empty else self._sign(tx.nonce, tx.gas, *fees, tx.recipient, tx.data)).raw
         except ValueError:
             raw = b""
         if raw != last.raw:

@@ -4,7 +4,7 @@
     tx     signed -> sent -> mined -> confirmed (status 1, `depth` blocks deep) | failed (status 0)
            mined -> sent               its block was reorganised away
            sent -> nonce_lost          another transaction took the nonce, shown in a block and `depth` blocks deep
-           final -> sent               the chain lost its block after all: the same bytes again
+           final -> sent               the chain lost its block after all: see `golem.chain.lost`
 
 The rule that makes it exact: nonce and signed bytes are on disk before the first broadcast, and a transaction ends only
 when it is final. So whatever dies, the next step can at most send the identical bytes again, and recovery after a crash
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import trio
@@ -30,6 +31,7 @@ from golem.chain import faucet, token
 from golem.chain.draft import NO_FUNDS, Drafts, Unowed, Wait, WouldFail, held_back
 from golem.chain.evidence import Evidence, Payment, Shown, Story, Unclear, View, newest
 from golem.chain.genesis import check_genesis
+from golem.chain.lost import Lost
 from golem.chain.networks import Network
 from golem.chain.problem import Problem
 from golem.chain.rpc import Head, Receipt, Rpc, RpcError
@@ -50,6 +52,7 @@ from protocol.wallet import (
 STUCK_BLOCKS = 6  # blocks that passed a well-paid transaction by, before it gets a higher fee
 PATIENT_LOOKS = 3  # in a row that must find the same before a nonce is given up or filled, or a person is bothered
 MAX_PROBLEMS = 100  # told at once
+MAY_COME = "the chain has lost blocks: what was signed for its orders before may yet be mined, and is used up first"
 
 TOO_LOW = ("nonce too low", "nonce is too low")
 UNDERPRICED = ("underpriced", "less than block base fee", "fee too low", "fee cap less than")
@@ -80,6 +83,7 @@ class Engine:
         self.store = Store(db_path, f"{network.chain}/{key.address}")
         self.evidence = Evidence(rpc, network, key.address, self.store.made)
         self.drafts = Drafts(network, rpc, key, self.store, clock, checkpoint, vouch)
+        self.lost = Lost(network, self.store, self.evidence, self.drafts, key.address, clock)
         self._notify, self._clock, self._checkpoint = notify, clock, checkpoint
         self.turn = trio.Lock()  # one step, or one internal transaction, at a time
         self._wake = trio.Event()
@@ -89,6 +93,7 @@ class Engine:
         self._looks: dict[str, int] = {}  # what was found, and how often in a row
         self._refused: dict[str, tuple[float, Problem]] = {}  # batch that the token refuses -> when to try again
         self.unclear: dict[int, Unclear] = {}  # transaction that waits for a person -> what the RPCs say of it
+        self.unowed: dict[str, str] = {}  # batch that is not what is owed -> why
         self._gap = (-1, 0)  # a nonce before our first open one that nobody uses, and looks in a row that saw it
         self._told: dict[str, str] = {}  # batch id -> reason last said, so that each is said once
 
@@ -118,6 +123,8 @@ class Engine:
         told = [Problem(FAULTS[fault.kind], fault.words, self.address, chain_id=chain_id) for fault in pool.faults()]
         told += [Problem("RpcError", words, self.address) for words in pool.contradictions()]
         said = " ".join(problem.detail for problem in self._problems)
+        silent = [(words, trouble) for words, trouble in pool.silent() if trouble not in said]
+        told += [Problem("RpcError", f"{words}: {trouble}", self.address) for words, trouble in silent]
         return (*self._problems, *(problem for problem in told if problem.detail not in said))
 
     async def run(self) -> None:
@@ -132,6 +139,8 @@ class Engine:
     def wake(self) -> None:
         """Have `run` take its next step now, and look whether the chain is still the one that it was."""
         self._checked = self._reviewed = False
+        for endpoint in self.rpc.pool.endpoints:
+            endpoint.genesis = ""
         self._wake.set()
 
     def close(self) -> None:
@@ -148,6 +157,7 @@ class Engine:
         async with self.turn:
             if self.store.open() or self.store.queued() or not self._reviewed:
                 await self._look(problems)
+            problems += self.lost.twice()
         if (more := len(problems) - MAX_PROBLEMS) > 0:
             problems.sort(key=lambda problem: bool(problem.batch_id))
             problems[MAX_PROBLEMS:] = [Problem("TxStuck", f"{more} more like these", self.address)]
@@ -160,9 +170,12 @@ class Engine:
                 self._reviewed = True  # nothing was ever sent
                 return
             await self._check_chain(problems)
-            views = await self.evidence.views()
-            complete = self._review(views, problems)
-            agreed = await self._advance(views, problems)
+            views = [view for view in await self.evidence.views() if view.witness.endpoint.genesis]
+            if not views:
+                raise RpcError(f"{self.network.name}: no RPC that answers has shown yet which chain it serves", "down")
+            complete = await self._review(views)
+            agreed = await self._advance(views, problems, complete)
+            problems += self.lost.problem(not complete)
             if self.store.queued() and complete and agreed:
                 await self.evidence.one_chain(views)
                 self._mind_hold(views)
@@ -207,31 +220,19 @@ class Engine:
             found, self._checked = await check_genesis(self.evidence, self.rpc, self.store, self.network, self.address)
             problems += found
 
-    def _review(self, views: Sequence[View], problems: list[Problem]) -> bool:
-        """Has the chain still what was final? If it says that nonces of ours are free again (a reorganisation deeper than
-        `depth`, a dev chain that lost blocks in a power cut), the same bytes go out again, which cannot pay twice."""
-        count = max(view.count for view in views)
-        lost = self.store.final_from(count)
+    async def _review(self, views: Sequence[View]) -> bool:
+        """Has the chain still what was final? False while it seems not to, and is looked again."""
+        lost, since = await self.lost.find(views)
         if self._again("lost blocks", bool(lost)):
-            for tx in lost:
-                if tx.state == "confirmed":
-                    self.store.reopen(tx.id)
-                else:  # it paid nothing, was paid for by another one, and must not be mined now
-                    self.drafts.nothing(tx, views)
-                self.store.note(tx.id, "this node", f"the chain lost its block: its next nonce is {count}", self._clock())
-        self._reviewed = not self.store.final_from(count)
-        again = [tx for tx in self.store.open() if tx.reopened and tx.state != "mined"]
-        if again or not self._reviewed:
-            first = again[0].nonce if again else count
-            text = f"the chain has lost blocks that were final: our nonce {first} is free again; what was paid with it and "
-            text += "with later ones is sent again, byte for byte, and needs the coins for its fees"
-            problems.append(Problem("TxStuck", text, self.address))
+            self.lost.reopen(lost, since)
+            lost = []
+        self._reviewed = not lost
         return self._reviewed
 
     # -- transactions that are not final
 
-    async def _advance(self, views: Sequence[View], problems: list[Problem]) -> bool:
-        """False when RPCs contradict one another."""
+    async def _advance(self, views: Sequence[View], problems: list[Problem], complete: bool) -> bool:
+        """False when RPCs contradict one another. Nothing is sent unless the chain is `complete`."""
         open_txs = self.store.open()
         if not open_txs:
             return True
@@ -239,15 +240,19 @@ class Engine:
         agreed = True
         for tx in open_txs:
             try:
-                await self._advance_one(tx, views, problems)
+                await self._advance_one(self.store.tx(tx.id), views, problems, complete)
                 self._again(f"unclear {tx.id}", False)
                 self.unclear.pop(tx.id, None)
+            except RpcError as error:
+                await self._not_told(tx.batch_id, error, problems)
+            except Unowed as wait:
+                problems.append(wait.problem)
             except Unclear as unclear:
                 agreed = agreed and not unclear.contradiction
                 await self._tell_unclear(tx, unclear, problems)
         return agreed
 
-    async def _advance_one(self, tx: TxRow, views: Sequence[View], problems: list[Problem]) -> None:
+    async def _advance_one(self, tx: TxRow, views: Sequence[View], problems: list[Problem], complete: bool) -> None:
         count = max(view.count for view in views)
         shown = await self.evidence.receipts(views, self.store.hashes(tx))
         taken = not shown and count > tx.nonce
@@ -257,8 +262,8 @@ class Engine:
             await self._mined(tx, shown)
         elif taken:
             await self._nonce_taken(tx, views)
-        else:
-            await self._push(tx, newest(views), tx.nonce == count, problems)
+        elif complete:
+            await self._push(tx, views, tx.nonce == count, problems)
 
     async def _mind_gap(self, views: Sequence[View], first: int) -> None:
         """A foreign transaction before ours was reorganised away for good: nothing of ours can move until its nonce is
@@ -293,6 +298,10 @@ class Engine:
             said = [(each.view.name, "success" if each.receipt.succeeded else "failure") for each in shown]
             raise Unclear([Story(name, f"{word} of {tx.nonce}") for name, word in said], contradiction=True)
         await self.evidence.agreed(receipt.block, receipt.block_hash)
+        if receipt.succeeded and tx.void and receipt.hash in self._empties(tx):
+            await self.evidence.unpaid(self.payment(tx), receipt.block, receipt.block_hash)
+            self._gave_way(tx, receipt)
+            return
         if receipt.succeeded:
             # a token that says yes and moves nothing is no payment; nor is it a proof that nothing was moved
             if missing := shortfall(receipt, self.network, self.address, self.payees(tx)):
@@ -300,8 +309,28 @@ class Engine:
             self.end(tx, "confirmed", "", receipt.gas_used, receipt.fee_wei)
             return
         if tx.kind == "pay":
+            if self.evidence.is_young(receipt.block, view.head):
+                await self._tell_young(tx, f"transaction {receipt.hash} failed", receipt.block)
+                return
             await self.evidence.unpaid(self.payment(tx), receipt.block, receipt.block_hash)
         self.end(tx, "failed", await self.drafts.cause(tx, receipt), receipt.gas_used, receipt.fee_wei)
+
+    def _empties(self, tx: TxRow) -> set[str]:
+        return {attempt.hash for attempt in self.store.attempts(tx.id) if attempt.empty}
+
+    def _gave_way(self, tx: TxRow, receipt: Receipt) -> None:
+        """An empty transaction took the nonce of one that must not pay. What others were told to be paid by it was paid by
+        an older one."""
+        row, payer = self.store.batch(tx.batch_id), self.lost.paid_by(tx.batch_id, tx.id)
+        if row and row.state == "confirmed" and payer:
+            self.store.mark_mined(tx.id, payer.block, payer.block_hash, payer.winner)
+            self.end(tx, "confirmed", f"paid by {payer.winner}", receipt.gas_used, receipt.fee_wei)
+        else:
+            self.end(tx, "nonce_lost", f"the empty {receipt.hash} took its nonce", receipt.gas_used, receipt.fee_wei)
+
+    def now(self) -> float:
+        """Seconds of the epoch."""
+        return self._clock()
 
     def payees(self, tx: TxRow) -> tuple[tuple[str, int], ...]:
         """Whom a payment owes how many wei; nobody for what is none."""
@@ -332,7 +361,10 @@ class Engine:
             if (tx.state, tx.block_hash, tx.winner) != ("mined", use.block_hash, use.tx.hash):
                 self.store.mark_mined(tx.id, use.block, use.block_hash, use.tx.hash)
             raise Unclear([Story(use.view.name, f"block {use.block} holds our {use.tx.hash}, and no RPC shows its receipt")])
-        if self._again(f"taken {tx.id}"):
+        if self.evidence.is_young(use.block, use.view.head):
+            await self._tell_young(tx, f"{use.tx.hash}, another transaction of {self.address}, took nonce {tx.nonce}", use.block)
+        elif self._again(f"taken {tx.id}"):
+            self.store.mark_taken(tx.id, use.block, use.block_hash)
             reason = f"another transaction of {self.address}, {use.tx.hash} in block {use.block}, took nonce {tx.nonce}"
             self.end(tx, "nonce_lost", reason)
 
@@ -341,11 +373,17 @@ class Engine:
         if self._again(f"taken {tx.id}", await self.evidence.used(views, tx.nonce)):
             self.end(tx, "nonce_lost", f"another transaction of {self.address} took nonce {tx.nonce}")
 
-    async def _push(self, tx: TxRow, head: Head, is_next: bool, problems: list[Problem]) -> None:
+    async def _push(self, tx: TxRow, views: Sequence[View], is_next: bool, problems: list[Problem]) -> None:
         """Not in a block: make sure that the network has it, and that it pays enough."""
         if tx.state == "mined":
             self.store.mark_sent(tx.id)  # reorganised away
+        if not self.lost.give_way(tx):
+            await self._tell_stuck(tx.batch_id, MAY_COME)
+            return
+        tx, head = self.store.tx(tx.id), newest(views)
         attempt = self.store.attempts(tx.id)[0]
+        if tx.void and not attempt.empty:
+            attempt = self.drafts.nothing(tx, views)
         too_cheap = head.base_fee + attempt.priority_fee > attempt.max_fee
         if not await self.rpc.knows(attempt.hash):
             too_cheap = await self._broadcast(tx, attempt, problems) or too_cheap
@@ -397,7 +435,7 @@ class Engine:
             problems.append(wait.problem)
             await self._tell_stuck(tx.batch_id, wait.problem.detail)
             return
-        attempt = Attempt(signed.hash, tx.id, signed.raw, max_fee, priority_fee, self._clock(), head.number, 0)
+        attempt = Attempt(signed.hash, tx.id, signed.raw, max_fee, priority_fee, self._clock(), head.number, 0, last.empty)
         self.store.add_attempt(attempt)
         self.store.note(tx.id, "this node", f"signed {signed.hash} with a higher fee", self._clock())
         await self._broadcast(tx, attempt, problems)
@@ -406,6 +444,8 @@ class Engine:
 
     async def _assign(self, views: Sequence[View], problems: list[Problem]) -> None:
         for row in self.store.queued():
+            if await self._paid_already(row.batch, problems):
+                continue
             again_at, problem = self._refused.get(row.batch.batch_id, (0.0, None))
             if problem and self._clock() < again_at:
                 problems.append(problem)
@@ -416,8 +456,7 @@ class Engine:
                 await self._single_out(row.batch, wait, problems)
                 continue
             except Unowed as wait:  # our own fault, and of this one alone
-                problems.append(wait.problem)
-                await self._tell_stuck(row.batch.batch_id, wait.problem.detail)
+                await self._not_owed(row.batch.batch_id, wait.problem, problems)
                 continue
             except Wait as wait:
                 if wait.first is None:
@@ -426,8 +465,50 @@ class Engine:
                     await self._broadcast(self.store.tx(wait.first), self.store.attempts(wait.first)[0], [])
                 await self._tell_stuck(row.batch.batch_id, wait.problem.detail)
                 return  # later batches must not overtake: the oldest is paid first
+            except RpcError as error:
+                await self._not_told(row.batch.batch_id, error, problems)
+                continue
             self._refused.pop(row.batch.batch_id, None)
-            await self._broadcast(self.store.tx(tx_id), self.store.attempts(tx_id)[0], problems)
+            self.unowed.pop(row.batch.batch_id, None)
+            try:
+                await self._broadcast(self.store.tx(tx_id), self.store.attempts(tx_id)[0], problems)
+            except RpcError as error:
+                await self._not_told(row.batch.batch_id, error, problems)
+
+    async def _not_owed(self, batch_id: str, problem: Problem, problems: list[Problem]) -> None:
+        """Nothing is signed for it until that is mended, or a person takes it back."""
+        detail = f"{problem.detail}. If that is not mended, `golem payment decide {batch_id} --unpaid` takes it back: "
+        detail += "nothing was signed, and those of its orders that this node knows are gathered anew"
+        self.unowed[batch_id] = problem.detail
+        problems.append(replace(problem, detail=detail))
+        await self._tell_stuck(batch_id, problems[-1].detail)
+
+    async def _paid_already(self, batch: TransferBatch, problems: list[Problem]) -> bool:
+        """What was signed for its orders before comes first: it may yet be mined, or was mined after all."""
+        if any(rival.void for rival in self.store.rivals(batch.batch_id)):
+            await self._tell_stuck(batch.batch_id, MAY_COME)
+            return True
+        if (payer := self.lost.paid_by(batch.batch_id)) is None:
+            return False
+        reason = f"payment {payer.batch_id}, which had failed, has paid orders of it after all: {payer.winner}"
+        if not self.store.txs_of_batch(batch.batch_id):
+            self.store.refuse(batch.batch_id, reason, ())
+        elif left := self.lost.unpaid(batch.batch_id, payer):  # it was told to be paid
+            text = f"payment {batch.batch_id}: {reason}, but not {', '.join(left[:5])}: see to these, and say "
+            text += f"`golem payment decide {batch.batch_id} --paid {payer.winner} --unseen`"
+            problems.append(Problem("TxStuck", text, self.address, batch_id=batch.batch_id))
+        else:
+            self.store.batch_paid(batch.batch_id)
+        return True
+
+    async def _not_told(self, batch_id: str, error: RpcError, problems: list[Problem]) -> None:
+        """What the RPCs do not say of one payment holds up no other, unless they say nothing at all: then RpcError."""
+        now = trio.current_time()
+        if error.kind != "answer" and all(each.rests_until > now or each.stranger for each in self.rpc.pool.endpoints):
+            raise error
+        if str(error) not in [problem.detail for problem in problems]:
+            problems.append(Problem("RpcError", str(error), self.address, batch_id=batch_id))
+        await self._tell_stuck(batch_id, str(error))
 
     async def _single_out(self, batch: TransferBatch, wait: WouldFail, problems: list[Problem]) -> None:
         """A payee to whom the token moves nothing holds up nobody else: the batch goes back, and names him."""
@@ -446,13 +527,20 @@ class Engine:
     # -- telling
 
     async def _tell(self, tx: TxRow, news: TransferNews) -> None:
-        if tx.batch_id:
+        if tx.batch_id and not tx.void:
             await self._notify(news)
 
     async def _tell_stuck(self, batch_id: str, reason: str) -> None:
         if batch_id and self._told.get(batch_id) != reason:
             self._told[batch_id] = reason
             await self._notify(TransferDelayed(batch_id, reason))
+
+    async def _tell_young(self, tx: TxRow, what: str, block: int) -> None:
+        depth = max(self.network.depth, self.network.repeat_depth)
+        text = f"{what} in block {block}: it is paid anew when that is {depth} blocks deep, since a chain may lose younger ones"
+        self.store.note(tx.id, "this node", text, self._clock())
+        if not tx.void:
+            await self._tell_stuck(tx.batch_id, text)
 
     async def _tell_unclear(self, tx: TxRow, unclear: Unclear, problems: list[Problem]) -> None:
         """An unclear payment, once it is no mere moment: to the trace, to the problems and to its order."""

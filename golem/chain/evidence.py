@@ -4,7 +4,7 @@ An RPC may lag, prune, be balanced over several nodes, sit on a fork or be a lia
 A payment is sent anew only when all of this holds:
 
   the transaction that took its nonce was shown in a block body, signed by our key and not paying the same thing;
-  every RPC of the pool answers, stands `depth` blocks above that block, and has the same block there;
+  every RPC of the pool answers, stands `repeat_depth` blocks above that block, and has the same block there;
   no RPC shows ours in a block, in whatever form, and none has a Transfer of the token to the payee that nobody accounts for.
 
 Everything else is `Unclear`, with what each RPC said: it waits, for the RPCs to agree or for a person to decide.
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import trio
 
@@ -27,7 +27,9 @@ from golem.chain.signer import address_bytes
 
 T = TypeVar("T")
 SCAN_BLOCKS = 64  # bodies looked through in one step, where an RPC does not know the account's past counts
-LOG_BLOCKS = 1000  # asked for in one request: what public RPCs allow
+LOG_BLOCKS = 1000  # asked for in one request: what most public RPCs allow
+LEAST_LOG_BLOCKS = 5  # in one request: an RPC that refuses these as well refuses for another reason
+MAX_LOG_REQUESTS = 500
 TOLD = 5  # transactions named of many
 MAX_LOG_BLOCKS = 200_000  # a payment that waited longer than this is left to a person
 
@@ -90,16 +92,31 @@ class Witness:
         """Hashes of the transactions that moved tokens from payer to one of the payees, and their blocks."""
         found: dict[str, int] = {}
         words = ["0x" + address_bytes(each).rjust(32, b"\0").hex() for each in (payer, *payees)]
-        topics = [TRANSFER_TOPIC, words[0], words[1:]]
-        for start in range(first, last + 1, LOG_BLOCKS):
-            span = {"fromBlock": hex(start), "toBlock": hex(min(start + LOG_BLOCKS - 1, last))}
-            wanted = [{**span, "address": network.token, "topics": topics}]
-            logs = await self.ask(lambda wanted=wanted: self._rpc.pool.call("eth_getLogs", wanted))  # type: ignore[misc]
+        wanted = {"address": network.token, "topics": [TRANSFER_TOPIC, words[0], words[1:]]}
+        start, span, requests = first, self.endpoint.log_span or LOG_BLOCKS, 0
+        while start <= last:
+            end = min(start + span - 1, last)
+            requests += 1
+            if requests > MAX_LOG_REQUESTS:
+                raise RpcError(f"{self.name}: {last - first + 1} blocks of logs take more than {MAX_LOG_REQUESTS} requests")
+            try:
+                logs = await self._logs({**wanted, "fromBlock": hex(start), "toBlock": hex(end)})
+            except RpcError as error:
+                span = min(span, end - start + 1) // 2
+                if error.kind != "answer" or span < LEAST_LOG_BLOCKS:
+                    raise
+                continue  # providers take few blocks at once, and call that by all sorts of names
+            if span < LOG_BLOCKS:
+                self.endpoint.log_span = span
             try:
                 found |= {str(log["transactionHash"]).lower()[:HASH_CHARS]: int(log["blockNumber"], 16) for log in logs}
             except NONSENSE as error:
                 raise RpcError(f"{self.name}: its logs are none", "down") from error
+            start = end + 1
         return found
+
+    async def _logs(self, wanted: dict[str, Any]) -> Any:
+        return await self.ask(lambda: self._rpc.pool.call("eth_getLogs", [wanted]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +215,8 @@ class Evidence:
     async def _our_view(self, witness: Witness) -> View:
         if witness.endpoint.stranger:
             raise RpcError("it serves another chain of the same id", "chain_id")
+        if not witness.endpoint.genesis:
+            raise RpcError("it has not shown yet which chain it serves", "down")
         return await self._view(witness)
 
     async def receipts(self, views: Sequence[View], hashes: Sequence[str]) -> list[Shown]:
@@ -258,7 +277,8 @@ class Evidence:
     # -- conclusions
 
     async def user(self, payment: Payment) -> Use:
-        """What took the nonce of a payment: ours, or a transaction that proves that ours never will be mined. Unclear."""
+        """What took the nonce of a payment: ours, or a transaction that proves that ours never will be mined; unless its block
+        `is_young`. Unclear."""
         answers, silent = await self.each(self.witnesses(), self._our_view)
         views = [view for _, view in answers]
         stories = [Story(witness.name, f"does not say: {error}") for witness, error in silent]
@@ -277,8 +297,14 @@ class Evidence:
             return mine[0]
         if not uses or not uses[0].tx.proven:
             raise Unclear(stories)
+        if self.is_young(uses[0].block, newest(views)):
+            return uses[0]
         await self.unpaid(payment, uses[0].block, uses[0].block_hash)
         return uses[0]
+
+    def is_young(self, block: int, head: Head) -> bool:
+        """May the chain yet lose this block, as far as paying anew is concerned?"""
+        return head.number - block < max(self._network.depth, self._network.repeat_depth)
 
     async def unpaid(self, payment: Payment, block: int, block_hash: str) -> None:
         """All RPCs have this block, deep enough, and none knows of money that reached the payees. Unclear otherwise."""
@@ -297,7 +323,7 @@ class Evidence:
         stories += [Story(witness.name, f"does not say: {error}") for witness, error in silent]
         for witness, (view, seen, moved) in answers:
             strange = [tx_hash for tx_hash in moved if tx_hash in payment.hashes or not self._ours(tx_hash)]
-            if view.head.number < block + self._network.depth or seen is None:
+            if self.is_young(block, view.head) or seen is None:
                 stories.append(Story(witness.name, f"stands at block {view.head.number} only"))
             elif seen != block_hash:
                 contradiction = True

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import trio
+
 from golem.chain.draft import Wait
-from golem.chain.evidence import Evidence, Story, Unclear, silence
+from golem.chain.evidence import Evidence, Story, Unclear, Witness, silence
 from golem.chain.networks import Network
 from golem.chain.problem import Problem
-from golem.chain.rpc import Rpc
+from golem.chain.rpc import Rpc, RpcError
 from golem.chain.store import Store
 
 
@@ -16,7 +18,7 @@ async def check_genesis(
     """Is this the chain that our rows are about? RPCs that serve another one are not used; their problems, and whether
     all is well for good. `Wait` when nobody serves ours, `Unclear` or RpcError when nobody can tell.
     """
-    said, silent = await evidence.each(evidence.witnesses(), lambda each: each.ask(rpc.genesis_hash))
+    said, silent = await _asked(evidence, rpc)
     if not said:
         raise silence(network, silent)
     stories = [Story(witness.name, f"genesis {genesis[:18]}...") for witness, genesis in said]
@@ -42,3 +44,16 @@ async def check_genesis(
         raise Wait(Problem("InvalidChainId", text, address, chain_id=network.chain_id))
     store.change_chain(network.chain, min(hashes))  # play money of a chain that is gone: begin again
     return [], True
+
+
+async def _asked(evidence: Evidence, rpc: Rpc) -> tuple[list[tuple[Witness, str]], list[tuple[Witness, RpcError]]]:
+    """What each RPC says; one that has not failed since it said so is not asked again, one that rests is left alone."""
+    witnesses, now = evidence.witnesses(), trio.current_time()
+    known = [each for each in witnesses if each.endpoint.genesis and not each.endpoint.stranger]
+    others = [each for each in witnesses if each not in known]
+    awake = [each for each in others if each.endpoint.rests_until <= now] or ([] if known else others)
+    said, silent = await evidence.each(awake, lambda each: each.ask(rpc.genesis_hash))
+    for witness, genesis in said:
+        witness.endpoint.genesis = genesis
+    resting = [(each, RpcError(each.endpoint.trouble, "down")) for each in others if each not in awake]
+    return [*((each, each.endpoint.genesis) for each in known), *said], [*silent, *resting]

@@ -31,6 +31,10 @@ _ADDRESS = re.compile(r"0x[0-9a-fA-F]{40}\Z")
 FeeModel = Literal["eth", "op", "zk"]
 
 
+class NotServed(KeyError):
+    """This node, as it was started, has no such network, platform or key."""
+
+
 class Platform(NamedTuple):
     """The three parts of a platform string, all lower case."""
 
@@ -70,6 +74,7 @@ class Network:
     multi_transfer: str | None = None
     fee_model: FeeModel = "eth"
     depth: int = 3
+    repeat_depth: int = 96  # over a payment that failed, or lost its nonce, before it is made anew: what no chain loses
     fee_cap: int = 500 * GWEI
     priority_fee: int = GWEI
     mint: str | None = None  # contract whose create() mints test tokens
@@ -116,6 +121,7 @@ PUBLIC = (
         "POL",
         multi_transfer="0x50100d4faf5f3b09987dea36dc2eddd57a3e561b",
         depth=5,
+        repeat_depth=300,
         fee_cap=5_000 * GWEI,
         priority_fee=30 * GWEI,
         explorer="https://polygonscan.com/tx/{tx}",
@@ -144,6 +150,7 @@ PUBLIC = (
         ("https://polygon-amoy-bor-rpc.publicnode.com", "https://rpc-amoy.polygon.technology"),
         "0x2b60e60d3fb0b36a7ccb388f9e71570da4c4594f",
         coin="POL",
+        repeat_depth=300,
         multi_transfer="0xa0a51642a594763d78091bf03ee6bf8e8d663bba",
         mint="0xf29ff8a13211ac33861986e407190ae5c773d53c",
         priority_fee=30 * GWEI,
@@ -168,6 +175,7 @@ def local_rows(dev_url: str, simulated_by: str = SIMULATED) -> tuple[Network, ..
         TOKEN_ADDRESS,
         multi_transfer=MULTI_TRANSFER_ADDRESS,
         depth=2,
+        repeat_depth=2,
         mint=TOKEN_ADDRESS,
         dev_faucet=True,
         poll_s=0.3,
@@ -195,16 +203,16 @@ class Networks:
         self._platforms = {row.platform: row for row in self.rows.values()}
 
     def by_name(self, name: str) -> Network:
-        """KeyError names the known ones."""
+        """NotServed names the known ones."""
         if name not in self.rows:
-            raise KeyError(f"unknown network {name[:40]!r}; known: {', '.join(self.rows)}")
+            raise NotServed(f"unknown network {name[:40]!r}; known: {', '.join(self.rows)}")
         return self.rows[name]
 
     def by_platform(self, platform: str) -> Network:
-        """ValueError when it is no platform string, KeyError when this node does not serve it."""
+        """ValueError when it is no platform string, NotServed when this node does not serve it."""
         parsed = parse_platform(platform)
         if platform not in self._platforms:
-            raise KeyError(f"payment platform {parsed} is not served; served: {', '.join(self._platforms)}")
+            raise NotServed(f"payment platform {parsed} is not served; served: {', '.join(self._platforms)}")
         return self._platforms[platform]
 
     @property
@@ -257,7 +265,7 @@ def read_rows(path: Path) -> list[Network]:
         if wrong:
             raise ValueError(f"{path}, row {number}: the value of {wrong[0]} is of another type than expected")
         row = Network(**{**item, "rpc_urls": tuple(map(str, item["rpc_urls"]))})
-        if row.fee_model not in FEE_MODELS or not isinstance(row.chain_id, int) or row.depth < 0:
+        if row.fee_model not in FEE_MODELS or not isinstance(row.chain_id, int) or min(row.depth, row.repeat_depth) < 0:
             raise ValueError(f"{path}, row {number}: fee_model is one of {FEE_MODELS}, chain_id and depth are numbers")
         parse_platform(row.platform)
         for address in (row.token, row.multi_transfer, row.mint):

@@ -28,6 +28,8 @@ SURVEY_S = 30.0  # heads are compared this often when there are several endpoint
 BUSY_CODES = (-32005, 429)  # rate limits: no answer to the question, and somebody else may have one
 BUSY_WORDS = ("rate limit", "too many requests")
 HAVE_IT = ("already known", "already imported", "known transaction")  # a refusal of a transaction which is none
+RANGE_WORDS = ("range", "results", "logs", "block limit")  # a request that is too wide: the question's fault, not the hour's
+SILENT_S = 120.0  # an endpoint that has not answered for so long is named
 CONTRADICTION_S = 600.0  # so long two endpoints that contradicted each other are shown
 
 Kind = Literal["down", "chain_id", "token", "answer"]
@@ -60,6 +62,10 @@ class Endpoint:
         self.failures = 0
         self.rests_until = 0.0
         self.trouble = ""
+        self.silent_since: float | None = None  # its first failure since it last answered
+        self.silent_s = 0.0  # and how long after it the last one was
+        self.genesis = ""  # as it said since it last failed
+        self.log_span = 0  # blocks that it takes in one request for logs, where that is known to be few
         self.stranger = False  # it serves another chain of the same id: nothing is asked of it but whether it still does
 
     @property
@@ -70,10 +76,14 @@ class Endpoint:
         first, longest = BACKOFF_S
         self.rests_until = trio.current_time() + min(first * 2**self.failures, longest)
         self.failures = min(self.failures + 1, 20)
-        self.trouble = trouble
+        self.trouble, self.genesis = trouble, ""
+        now = trio.current_time()
+        self.silent_since = now if self.silent_since is None else self.silent_since
+        self.silent_s = now - self.silent_since
 
     def worked(self) -> None:
         self.failures, self.rests_until, self.trouble = 0, 0.0, ""
+        self.silent_since, self.silent_s = None, 0.0
 
 
 class Answer(NamedTuple):
@@ -195,7 +205,8 @@ class Pool:
         if (error_object := answer.get("error")) is None:
             return Answer(host, answer.get("result"), None)
         code, message, data = _error_parts(error_object)
-        if code in BUSY_CODES or any(words in message.lower() for words in BUSY_WORDS):
+        busy = code in BUSY_CODES and not any(words in message.lower() for words in RANGE_WORDS)
+        if busy or any(words in message.lower() for words in BUSY_WORDS):
             endpoint.failed(message)
             return Answer(host, None, RpcError(f"{host}: {message}", "down"))
         return Answer(host, None, RpcError(message, "answer", code, data))
@@ -244,6 +255,22 @@ class Pool:
         found = [(endpoint.host, endpoint.fault) for endpoint in self.endpoints if endpoint.fault is not None]
         return [Fault(fault.kind, f"{host} {fault.words}") for host, fault in found]
 
+    def troubled(self) -> bool:
+        """Has one not answered when it was last asked?"""
+        return any(endpoint.silent_since is not None for endpoint in self.endpoints)
+
+    def silent(self) -> list[tuple[str, str]]:
+        """Endpoints that do not answer, since the start or for minutes: words, and what was the matter last."""
+        found = []
+        for endpoint in self.endpoints:
+            if endpoint.silent_since is None or endpoint.fault is not None:
+                continue
+            if endpoint.silent_s >= SILENT_S:
+                found.append((f"{endpoint.host} has not answered for {endpoint.silent_s / 60:.0f} minutes", endpoint.trouble))
+            elif not endpoint.is_right:
+                found.append((f"{endpoint.host} has not answered since this node started", endpoint.trouble))
+        return found
+
     async def check(self) -> bool:
         """Look at every endpoint; False while one has not answered or does not serve this network."""
         async with trio.open_nursery() as nursery:
@@ -265,6 +292,7 @@ class Pool:
             await self._check_chain(endpoint)
             answer = await self._post(endpoint, "eth_blockNumber", ())
             endpoint.head = _quantity(answer.get("result"), endpoint)
+            endpoint.worked()
         except RpcError:
             endpoint.head = 0  # unknown; its rest ranks it last already
 

@@ -26,7 +26,7 @@ from golem.chain import networks as table
 from golem.chain.claims import Claim, Claims, Turns
 from golem.chain.devchain import DevChainError, ensure_devchain
 from golem.chain.engine import FAULTS, Engine
-from golem.chain.networks import DRIVER, SIMULATED, Network, Networks
+from golem.chain.networks import DRIVER, SIMULATED, Network, Networks, NotServed
 from golem.chain.problem import Problem
 from golem.chain.purse import MAX_AGE_S, Held, Purses
 from golem.chain.rpc import Head, Rpc, RpcError
@@ -54,8 +54,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("golem.chain")
 
 UNSTARTED = "http://127.0.0.1:9"  # stands for the dev chain until it is up: nothing listens on the discard port
-UNKNOWN_S = 1800.0  # a claimed transaction that our node has not heard of for so long does not exist
-CHECK_FIRST_S, CHECK_LAST_S = 5.0, 300.0  # between looks at endpoints that were not right at start
+UNKNOWN_S = 1800.0  # a claimed transaction that no RPC has heard of for so long, while all answered, does not exist
+CHECK_FIRST_S, CHECK_LAST_S = 5.0, 300.0  # between looks at endpoints that were not right at start, and at all of them
+TROUBLE_S = 60.0  # between looks while one does not answer
 PATIENCE_S = 5.0  # for a balance, where one is known from before
 DEVCHAIN_LOOK_S = 5.0
 DEVCHAIN_IDLE_S = 900.0  # it ends so long after the last node that looked; its blocks stay
@@ -107,6 +108,7 @@ class Chain:
         self._claims = Claims(config.data_dir / "chain.db")
         self._purses = Purses(config.data_dir / "chain.db")
         self._claimed, self._turns = trio.Event(), Turns()
+        self._unknown: dict[str, float] = {}  # claim -> since when all RPCs have answered that they know of no such thing
         self._up = trio.Event()
         self._rpcs: dict[str, Rpc] = {}
         self._engines: dict[str, Engine] = {}
@@ -140,20 +142,23 @@ class Chain:
         self._purses.close()
 
     async def _check(self, row: Network) -> None:
-        """See at start whether each endpoint serves its network, and what we hold there; again until it is so."""
+        """See at start whether each endpoint serves its network, and what we hold there; again until it is so. From then on
+        now and then whether they answer, so that one that is gone is named before it is needed."""
         await self._up.wait()
-        rpc, pause_s = self._rpcs[row.chain], CHECK_FIRST_S
+        rpc, pause_s, is_held = self._rpcs[row.chain], CHECK_FIRST_S, False
         while True:
             before = rpc.pool.faults()
             is_right = await rpc.pool.check()
             for fault in set(rpc.pool.faults()) - set(before):
                 log.error("%s: %s", row.name, fault.words)
             with suppress(RpcError):
-                await self.balances(row.name)
-                if is_right:
-                    return
-            await trio.sleep(pause_s)
+                if not is_held:
+                    await self.balances(row.name)
+                    is_held = True
             pause_s = min(pause_s * 2, CHECK_LAST_S)
+            if is_right and is_held:
+                pause_s = TROUBLE_S if rpc.pool.troubled() else CHECK_LAST_S
+            await trio.sleep(pause_s)
 
     async def _keep_devchain(self, directory: Path) -> None:
         """Start the dev chain if nobody serves it; again whenever it is gone."""
@@ -190,7 +195,7 @@ class Chain:
                     for batch in taken.batches
                 )
                 return [Send("wallet", OrdersKnown(message.batch_id, batches))]
-            except KeyError as error:  # it may be under way, known to the profile, row or key of the time that took it
+            except NotServed as error:  # it may be under way, known to the profile, row or key of the time that took it
                 text = f"{_words(error)}: this payment waits until this node is started with that again"
                 return [Send("wallet", TransferDelayed(message.batch_id, text))]
             except ValueError as error:
@@ -198,14 +203,14 @@ class Chain:
         elif isinstance(message, VerifyTransfer):
             try:
                 self._claim(message)
-            except (ValueError, KeyError) as error:
+            except (ValueError, NotServed) as error:
                 return [Send("ledger", TransferRejected(message.claim_id, _words(error)))]
         return []
 
     async def _submit(self, transfer: Transfer) -> None:
         network = self.networks.by_platform(transfer.platform)
         if transfer.payer.lower() != self.address:
-            raise KeyError(f"this node holds no key of {transfer.payer[:50]}")
+            raise NotServed(f"this node holds no key of {transfer.payer[:50]}")
         payees = tuple((payee, to_wei(amount(text))) for payee, text in transfer.payees)
         batch = TransferBatch(transfer.batch_id, payees, transfer.orders)
         await self._engines[network.chain].submit(batch)
@@ -237,6 +242,8 @@ class Chain:
             self._claimed = trio.Event()
             # those that were taken under another profile wait until that is back
             claims = [claim for claim in self._claims.all() if claim.platform in self.networks.platforms]
+            open_ids = {claim.claim_id for claim in claims}
+            self._unknown = {claim_id: at for claim_id, at in self._unknown.items() if claim_id in open_ids}
             found = self._turns.next(claims, trio.current_time())
             if isinstance(found, Claim):
                 await self._verify(found)
@@ -258,9 +265,11 @@ class Chain:
         )
         answer: Message
         if isinstance(found, NotYet):
-            age_s = self._clock() - claim.created
-            if not found.unknown or age_s < UNKNOWN_S:
-                self._turns.rest(claim, trio.current_time(), network.poll_s, age_s)
+            age_s, now = self._clock() - claim.created, trio.current_time()
+            # a night in which nobody asked, or an RPC was silent, says nothing
+            since = self._unknown.setdefault(claim.claim_id, now) if found.unknown else self._unknown.pop(claim.claim_id, now)
+            if not found.unknown or now - since < UNKNOWN_S:
+                self._turns.rest(claim, now, network.poll_s, age_s)
                 return
             answer = TransferRejected(claim.claim_id, found.reason)
         elif isinstance(found, Rejected):
@@ -269,8 +278,9 @@ class Chain:
             answer = TransferVerified(claim.claim_id, claim.tx_hash)
         await self._system.post(self.name, [Send("ledger", answer)])
         self._claims.remove(claim.claim_id)
+        self._unknown.pop(claim.claim_id, None)
 
-    # -- for REST and command line; networks by name, KeyError for an unknown one
+    # -- for REST and command line; networks by name, NotServed for an unknown one
 
     @property
     def default_network(self) -> str:
@@ -383,13 +393,21 @@ class Chain:
                 return f"{row.name}: " + "; ".join(fault.words for fault in self._rpcs[row.chain].pool.faults())
         return None
 
+    def silence(self) -> str | None:
+        """Say which endpoints do not answer. None is healthy."""
+        if not self._up.is_set():
+            return f"the dev chain is not up (yet): see devchain.log in {self._dev_dir}"
+        silent = {f"{words} ({trouble})": None for rpc in self._rpcs.values() for words, trouble in rpc.pool.silent()}
+        return "; ".join(silent) or None
+
     def story(self, platform: str, batch_id: str) -> dict[str, Any] | None:
         """What this node and the RPCs said of a batch; None when the chain port never had it. See `golem.chain.desk`."""
         return desk.story(self._engines[self.networks.by_platform(platform).chain], batch_id)
 
-    async def decide(self, platform: str, batch_id: str, paid_by: str | None) -> str:
+    async def decide(self, platform: str, batch_id: str, paid_by: str | None, unseen: bool = False) -> str:
         """A person's word on a batch that the RPCs do not prove. ValueError, RpcError."""
-        return await desk.decide(self._engines[self.networks.by_platform(platform).chain], batch_id, paid_by)
+        engine = self._engines[self.networks.by_platform(platform).chain]
+        return await desk.decide(engine, batch_id, paid_by, unseen=unseen)
 
     def totals(self, platform: str) -> dict[str, Any]:
         """Reserved, outgoing and incoming sums of the ledger on one platform; see `golem.chain.totals`."""

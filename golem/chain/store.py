@@ -13,18 +13,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-SCHEMA_NUMBER = 5  # with each change of the tables one more
+SCHEMA_NUMBER = 6  # with each change of the tables one more
 SCHEMA = """
 create table batch(
   account text, id text, payees text, state text, reason text, announced int, seq integer primary key,
   refused text not null default '', unique(account, id));
 create table ordered(
-  account text, id text, batch text, payee int, primary key(account, id)) without rowid;
+  account text, id text, batch text, payee int, primary key(account, id, batch)) without rowid;
 create index ordered_batch on ordered(account, batch);
 create table tx(
   id integer primary key, account text, nonce int, kind text, batch text, recipient text, data blob, gas int,
   total_wei text, state text, block int, block_hash text, winner text, gas_used int, fee_wei text,
-  reopened int not null default 0, unique(account, nonce));
+  reopened int not null default 0, void int not null default 0, sure int not null default 0, unique(account, nonce));
 create index tx_state on tx(account, state);
 create index tx_batch on tx(batch);
 create table seen(
@@ -32,7 +32,7 @@ create table seen(
 create index seen_tx on seen(tx, teller);
 create table attempt(
   hash text, tx int, raw blob, max_fee text, priority_fee text, created real, head int, sends int,
-  primary key(hash, tx));
+  empty int not null default 0, primary key(hash, tx));
 create index attempt_tx on attempt(tx);
 create table hold(account text primary key, reason text);
 create table generation(one int primary key, boot text);
@@ -43,6 +43,7 @@ create table claim(
 create table purse(chain text, address text, gas_wei text, token_wei text, at real, primary key(chain, address));
 """
 OPEN = ("signed", "sent", "mined")
+MAX_NONCE = 2**63 - 1
 FILL_GAS = 21_000
 MAX_SEEN = 200  # remarks of one teller kept on a transaction
 
@@ -100,6 +101,8 @@ class TxRow:
     gas_used: int
     fee_wei: int
     reopened: bool = False  # it was final once, and the chain lost its block
+    void: bool = False  # it must not pay any more: an empty transaction is to take its nonce
+    sure: bool = False  # a person said that it is to pay, whatever an older one paid
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +126,7 @@ class Attempt:
     created: float
     head: int
     sends: int
+    empty: bool = False  # it pays nothing, and takes the nonce of one that must not pay
 
 
 def connect(path: Path | str) -> sqlite3.Connection:
@@ -151,15 +155,25 @@ def _bring_up(sql: sqlite3.Connection, path: Path | str) -> None:
     sql.executescript(f"begin immediate; {SCHEMA} pragma user_version={SCHEMA_NUMBER}; commit;")
 
 
+def _batch_ends(tx: TxRow, state: str, before: str) -> str | None:
+    """How a batch stands that was `before` when one of its transactions has ended; None: as it did."""
+    if not tx.void:
+        return "queued" if tx.reopened and state != "confirmed" else state
+    if state == "confirmed":
+        return state
+    return state if before == "assigned" and not tx.reopened else None  # else another one is to pay it, or has
+
+
 _TX_COLUMNS = (
     "id, coalesce(nonce,-1), kind, coalesce(batch,''), recipient, data, gas, total_wei, state, coalesce(block,0),"
-    " coalesce(block_hash,''), coalesce(winner,''), coalesce(gas_used,0), coalesce(fee_wei,'0'), reopened"
+    " coalesce(block_hash,''), coalesce(winner,''), coalesce(gas_used,0), coalesce(fee_wei,'0'), reopened, void, sure"
 )
 
 
 def _tx(row: tuple[object, ...]) -> TxRow:
     values = list(row)
-    values[7], values[13], values[14] = int(str(values[7])), int(str(values[13])), bool(values[14])
+    values[7], values[13] = int(str(values[7])), int(str(values[13]))
+    values[14:] = map(bool, values[14:])
     return TxRow(*values)  # type: ignore[arg-type]
 
 
@@ -239,7 +253,7 @@ class Store:
         if taken := dict.fromkeys(str(row[0]) for row in found if row):
             raise OrdersTaken(tuple(self._with_orders(batch_id) for batch_id in taken))
         rows = [(self.account, order_id, batch.batch_id, payee) for payee, ids in enumerate(batch.orders) for order_id in ids]
-        self._sql.executemany("replace into ordered values(?,?,?,?)", rows)
+        self._sql.executemany("insert or replace into ordered values(?,?,?,?)", rows)
 
     def _with_orders(self, batch_id: str) -> TransferBatch:
         row = self.batch(batch_id)
@@ -304,18 +318,50 @@ class Store:
         )
         return [_tx(row) for row in rows]
 
-    def final_from(self, nonce: int) -> list[TxRow]:
-        """Final transactions with this nonce or a higher one, in nonce order."""
+    def final(self, before: int | None = None) -> TxRow | None:
+        """The final transaction with the highest nonce, or the highest before one."""
+        row = self._sql.execute(
+            f"select {_TX_COLUMNS} from tx where account=? and nonce<? and state not in {OPEN} order by nonce desc limit 1",
+            (self.account, MAX_NONCE if before is None else before),
+        ).fetchone()
+        return _tx(row) if row else None
+
+    def rivals(self, batch_id: str, tx_id: int = 0) -> list[TxRow]:
+        """Other transactions that were signed for some order of a batch, and have paid it or may do so."""
         rows = self._sql.execute(
-            f"select {_TX_COLUMNS} from tx where account=? and nonce>=? and state not in {OPEN} order by nonce",
-            (self.account, nonce),
+            f"select {_TX_COLUMNS} from tx where account=? and id!=? and kind='pay' and ((void and state in {OPEN}) or"
+            " (not void and state='confirmed')) and (batch=? or batch in (select theirs.batch from ordered ours"
+            " join ordered theirs on theirs.account=ours.account and theirs.id=ours.id where ours.account=? and ours.batch=?))",
+            (self.account, tx_id, batch_id, self.account, batch_id),
         )
         return [_tx(row) for row in rows]
+
+    def orders(self, batch_id: str) -> set[str]:
+        """The orders that a batch pays; none where the wallet named none."""
+        rows = self._sql.execute("select id from ordered where account=? and batch=?", (self.account, batch_id))
+        return {str(row[0]) for row in rows}
+
+    def doubled(self) -> list[tuple[TxRow, TxRow]]:
+        """Payments that have both paid one order, older first: but those of which a person knows."""
+        rows = self._sql.execute(
+            "select distinct a.id, b.id from ordered oa join ordered ob on ob.account=oa.account and ob.id=oa.id"
+            " join tx a on a.account=oa.account and a.batch=oa.batch join tx b on b.account=ob.account and b.batch=ob.batch"
+            " where oa.account=? and a.nonce<b.nonce and a.state='confirmed' and b.state='confirmed'"
+            " and not a.void and not b.void and not b.sure",
+            (self.account,),
+        ).fetchall()
+        return [(self.tx(older), self.tx(newer)) for older, newer in rows]
 
     def made(self, tx_hash: str) -> bool:
         """Was this transaction signed here, or found to be one of ours?"""
         sql = "select 1 from attempt where hash=? union select 1 from tx where winner=?"
         return self._sql.execute(sql, (tx_hash, tx_hash)).fetchone() is not None
+
+    def owner(self, tx_hash: str) -> int | None:
+        """The transaction that this is a signed form of, or that it has paid."""
+        sql = "select tx from attempt where hash=? union select id from tx where winner=? limit 1"
+        row = self._sql.execute(sql, (tx_hash, tx_hash)).fetchone()
+        return int(row[0]) if row else None
 
     def tx(self, tx_id: int) -> TxRow:
         return _tx(self._sql.execute(f"select {_TX_COLUMNS} from tx where id=?", (tx_id,)).fetchone())
@@ -358,17 +404,17 @@ class Store:
     def _insert(self, attempt: Attempt, tx_id: int) -> None:
         values = (attempt.hash, tx_id, attempt.raw, str(attempt.max_fee), str(attempt.priority_fee))
         self._sql.execute(
-            "insert into attempt values(?,?,?,?,?,?,?,0)", (*values, attempt.created, attempt.head)
+            "insert into attempt values(?,?,?,?,?,?,?,0,?)", (*values, attempt.created, attempt.head, attempt.empty)
         )
 
     def attempts(self, tx_id: int) -> list[Attempt]:
         """Newest first."""
         rows = self._sql.execute(
-            "select hash, tx, raw, max_fee, priority_fee, created, head, sends from attempt where tx=?"
+            "select hash, tx, raw, max_fee, priority_fee, created, head, sends, empty from attempt where tx=?"
             " order by created desc, rowid desc",
             (tx_id,),
         )
-        return [Attempt(h, t, raw, int(m), int(p), c, head, s) for h, t, raw, m, p, c, head, s in rows]
+        return [Attempt(h, t, raw, int(m), int(p), c, head, s, bool(e)) for h, t, raw, m, p, c, head, s, e in rows]
 
     def hashes(self, tx: TxRow) -> tuple[str, ...]:
         """Under which its receipt may be found: the likeliest first."""
@@ -387,35 +433,53 @@ class Store:
             "update tx set state='mined', block=?, block_hash=?, winner=? where id=?", (block, block_hash, winner, tx_id)
         )
 
-    def reopen(self, tx_id: int) -> None:
-        """It was final, and the chain lost its block: it is on its way again."""
-        self._sql.execute(
-            "update tx set state='sent', reopened=1, block=null, block_hash=null where id=?", (tx_id,)
-        )
+    def mark_taken(self, tx_id: int, block: int, block_hash: str) -> None:
+        """What took its nonce is in this block."""
+        self._sql.execute("update tx set block=?, block_hash=? where id=?", (block, block_hash, tx_id))
 
-    def replace_by_nothing(self, tx_id: int, recipient: str, attempt: Attempt) -> None:
-        """Use the nonce of a transaction that must not be mined any more for an empty one."""
+    def reopen(self, tx_id: int, void: bool, since: int) -> None:
+        """It was final, and the chain lost its block: it is on its way again; or, `void`, must not be. It may be mined
+        in any block from `since` on."""
         with self._transaction():
-            self._insert(attempt, tx_id)
             self._sql.execute(
-                "update tx set state='signed', kind='fill', batch=null, recipient=?, data=x'', gas=?, total_wei='0',"
-                " block=null, block_hash=null where id=?",
-                (recipient, FILL_GAS, tx_id),
+                "update tx set state='sent', reopened=1, void=max(void, ?), block=null, block_hash=null where id=?", (void, tx_id)
             )
+            self._sql.execute("update attempt set head=min(head, ?) where tx=?", (since, tx_id))
+
+    def avoid(self, tx_id: int) -> None:
+        """It must not pay any more, since another one has."""
+        self._sql.execute("update tx set void=1 where id=?", (tx_id,))
+
+    def assure(self, tx_id: int) -> None:
+        """A person said that it is to pay, or may have paid, whatever an older one paid."""
+        self._sql.execute("update tx set sure=1 where id=?", (tx_id,))
 
     def finish(self, tx: TxRow, state: str, reason: str = "", gas_used: int = 0, fee_wei: int = 0) -> None:
         """Final: the transaction and its batch together. A batch that was told to be paid is never told to have failed:
-        it is queued again here, under its id."""
+        it is queued again here, under its id. One that was told to have failed, and paid, says so when it is asked for."""
         with self._transaction():
             self._sql.execute(
                 "update tx set state=?, gas_used=?, fee_wei=? where id=?", (state, gas_used, str(fee_wei), tx.id)
             )
-            if tx.batch_id:
-                ends = "queued" if tx.reopened and state != "confirmed" else state
+            row = self.batch(tx.batch_id) if tx.batch_id else None
+            ends = _batch_ends(tx, state, row.state) if row else None
+            if ends is not None:
                 self._sql.execute(
-                    "update batch set state=?, reason=? where account=? and id=?",
-                    (ends, reason, self.account, tx.batch_id),
+                    "update batch set state=?, reason=?, announced=announced*? where account=? and id=?",
+                    (ends, reason, ends != "queued", self.account, tx.batch_id),
                 )
+            if state == "confirmed" and self._is_own(tx.id):
+                self._sql.execute("update tx set void=0 where id=?", (tx.id,))
+
+    def _is_own(self, tx_id: int) -> bool:
+        """Did it pay by itself, and not another transaction instead of it?"""
+        sql = "select 1 from tx join attempt on attempt.tx=tx.id and attempt.hash=tx.winner where tx.id=? and not attempt.empty"
+        return self._sql.execute(sql, (tx_id,)).fetchone() is not None
+
+    def batch_paid(self, batch_id: str) -> None:
+        """An earlier transaction of a queued batch has paid it after all."""
+        sql = "update batch set state='confirmed', reason='', announced=1 where account=? and id=? and state='queued'"
+        self._sql.execute(sql, (self.account, batch_id))
 
     # -- after a restore
 

@@ -126,17 +126,20 @@ def _because(row: dict[str, Any]) -> str:
 
 @payment.command("decide")
 @click.argument("batch")
-@click.option("--paid", "paid_by", metavar="TRANSACTION", help="This transaction paid it.")
+@click.option("--paid", "paid_by", metavar="TRANSACTION", help="This transaction paid it: looked up under every RPC.")
+@click.option("--unseen", is_flag=True, help="With --paid: count it though no RPC shows that it paid.")
 @click.option("--unpaid", is_flag=True, help="Nothing paid it, and nothing will: pay it anew.")
-def decide(batch: str, paid_by: str | None, unpaid: bool) -> None:
+def decide(batch: str, paid_by: str | None, unseen: bool, unpaid: bool) -> None:
     """Say what became of a payment that the RPCs do not prove.
 
     `golem payment status` names such payments, `golem payment trace` tells what each RPC says. Look at the payer's and the
-    payee's accounts in an explorer that you trust: a payment that is called unpaid, and is not, is paid twice.
+    payee's accounts in an explorer that you trust: a payment that is called unpaid, and is not, is paid twice; one that is
+    called paid, and is not, is never paid.
     """
-    if unpaid == (paid_by is not None):
-        raise click.UsageError("say either --paid TRANSACTION or --unpaid")
-    said = ask_node("payment_decide", batch=ask_node("whole", kind="payment", id=batch), paid_by=paid_by)
+    if unpaid == (paid_by is not None) or (unseen and paid_by is None):
+        raise click.UsageError("say either --paid TRANSACTION (and --unseen where no RPC shows it) or --unpaid")
+    whole = ask_node("whole", kind="payment", id=batch)
+    said = ask_node("payment_decide", batch=whole, paid_by=paid_by, unseen=unseen)
     if wants_json():
         value(said)
         return

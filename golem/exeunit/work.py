@@ -35,6 +35,7 @@ from golem.exeunit.runtimes.base import (
     Volume,
     parse_volumes,
 )
+from golem.exeunit.supervisor import HOLD
 from golem.exeunit.terms import Terms
 from golem.exeunit.transfer import TransferError, Transfers
 from golem.exeunit.usage import Counters, room_left
@@ -59,6 +60,8 @@ STOPPED = "stopped by a terminate command"
 DEFAULT_PROGRESS_S = 1.0
 MAX_WAITING_BYTES = 16 << 20  # of results that the requestor has not taken: there is no next command before it has
 WAITING_POLL_S = 0.2
+HOLD_LOOK_S = 0.5
+HELD = "held back: unpaid work has come near the credit of the requestor; it goes on as soon as a payment arrives"
 _INTERVAL = re.compile(r"\s*(\d{1,6}(?:\.\d{1,6})?)\s*(ms|s|m)\s*\Z")
 Post = Callable[[Sequence[Send]], Awaitable[None]]
 
@@ -171,6 +174,7 @@ class RuntimePort:
                 try:
                     if not isinstance(command.args, Terminate):
                         await self._until_taken(message)
+                    await self._wait_while_held(message, command)
                     text, code = await self._perform(message, command, outputs)
                     ok = code == 0
                 except (Failed, RuntimeFault, TransferError) as error:
@@ -202,6 +206,16 @@ class RuntimePort:
                 event = {"step": [0, 1], "message": text, "progress": [0, None], "unit": "Bytes"}
                 self.tell(message, {"progress": event}, asked=False)
             await trio.sleep(WAITING_POLL_S)
+
+    async def _wait_while_held(self, message: Execute, command: Command) -> None:
+        """Begin nothing new while the provider's agent says so; what ends work may always begin."""
+        mark = self._work_dir / HOLD
+        if not mark.exists() or isinstance(command.args, Terminate):
+            return
+        log.info("command %s is held back", command.kind)
+        self.tell(message, {"progress": {"step": [0, 1], "message": HELD, "progress": [0, None], "unit": "Bytes"}}, asked=False)
+        while mark.exists():
+            await trio.sleep(HOLD_LOOK_S)
 
     async def _perform(
         self, message: Execute, command: Command, outputs: dict[Side, Output | None]

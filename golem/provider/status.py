@@ -11,7 +11,7 @@ from typing import Any
 
 import trio
 
-from actors._provider_rows import ACCEPTED, SENDING, SENT
+from actors._provider_rows import ACCEPTED, SENDING, SENT, SETTLED
 from actors.kernel.system import System
 from golem.provider.settings import LOCK, STATUS, Settings, SettingsError, read_json, write_json
 from protocol.types import timestamp_text
@@ -33,10 +33,13 @@ def status_of(
         [row for _, row in system.listed("provider", prefix)[0]] for prefix in ("agreement/", "activity/", "note/", "offer/")
     )
     refusals = rows.get("refusals")
+    # an invoice stands for all notes of its agreement, whether they were accepted or not
+    invoiced = {row.agreement_id for row in agreements if row.invoice in (SENDING, SENT, ACCEPTED, SETTLED)}
     unpaid = [
         {"document": note.note_id, "kind": "debit note", "agreement": _agreement_of(activities, note.activity_id),
          "amount": note.amount, "state": note.state}
-        for note in notes if note.state in (SENDING, SENT)
+        for note in notes
+        if note.state in (SENDING, SENT) and _agreement_of(activities, note.activity_id) not in invoiced
     ] + [
         {"document": row.invoice_id, "kind": "invoice", "agreement": row.agreement_id, "amount": row.amount, "state": row.invoice}
         for row in agreements if row.invoice in (SENDING, SENT, ACCEPTED)

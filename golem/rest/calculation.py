@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 from quart import Blueprint, Response
 
 from actors._ledger_ceiling import age_s, calculation, most_for_agreement
+from actors._ledger_rows import ACCEPTED, RECEIVED, SETTLED
 from actors.ledger import PaymentDocument
 from golem.rest.edge import ApiError, respond_json
-from protocol.ledger import DebitNoteBody, decode_body
+from protocol.ledger import DEBIT_NOTE, DebitNoteBody, decode_body
 from protocol.types import amount_text, timestamp_text
 
 if TYPE_CHECKING:
@@ -29,9 +30,18 @@ def routes(api: Blueprint, node: Node) -> None:
             raise ApiError(404, f"no debit note, invoice or agreement {wanted[:80]} is known here")
         found: dict[str, Any] = {"agreementId": agreement_id, "role": agreement.role}
         if document is not None:
-            found |= {"amount": document.amount, "status": document.status, "waiting": document.waiting}
+            found |= {"amount": document.amount, "status": document.status, "waiting": waiting(rows, document)}
         found |= {"accepted": agreement.accepted, "paid": agreement.paid, "fault": agreement.fault}
         return respond_json({**found, **calculated(rows, agreement_id, document, node.clock())})
+
+
+def waiting(rows: Any, document: PaymentDocument) -> str:
+    """What a document waits for, in words: a note that nobody accepted is paid with the invoice, and keeps its status."""
+    agreement = rows.get(f"agreement/{document.agreement_id}")
+    invoice = rows.get(f"invoice/{agreement.invoice_id}") if agreement is not None else None
+    if document.kind != DEBIT_NOTE or document.status != RECEIVED or invoice is None or invoice.status not in (ACCEPTED, SETTLED):
+        return str(document.waiting)
+    return f"nothing: its amount is part of invoice {invoice.document_id}, which is {invoice.status}; not paid by itself"
 
 
 def calculated(rows: Any, agreement_id: str, document: PaymentDocument | None, now: float) -> dict[str, Any]:

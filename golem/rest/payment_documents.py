@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from quart import Blueprint, Response, request
 
 from actors.ledger import Agreement, PaymentDocument, acceptance_of
+from golem.rest.calculation import waiting
 from golem.rest.edge import (
     ApiError,
     ask,
@@ -267,7 +268,7 @@ def explained(node: Node, kind: Kind, row: PaymentDocument) -> dict[str, Any]:
         "role": row.role,
         "status": row.status,
         "amount": row.amount,
-        "waiting": row.waiting,
+        "waiting": waiting(node.system.rows("ledger"), row),
         "changed": timestamp_text(row.changed_at),
         "agreement": {"agreementId": row.agreement_id, "accepted": agreement.accepted, "paid": agreement.paid},
         "ordered": order.amount if order is not None else None,

@@ -34,7 +34,7 @@ from golem.interaction_wire import InteractionFault
 from golem.rest.activity import find
 from golem.rest.edge import ApiError, Caller
 from golem.rest.interaction import api_error
-from golem.rest.proxy_rules import Header, Target, cross_origin, forwarded, header, is_from_browser, key_of, returned
+from golem.rest.proxy_rules import Header, Target, cross_origin, forwarded, has_key, header, is_from_browser, key_of, returned
 from golem.rest.proxy_socket import relay_websocket
 from golem.rest.proxy_tickets import Tickets, opens_page, with_ticket
 
@@ -154,11 +154,11 @@ class _Exchange:
         self._http = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD_BYTES)
         self._fault: ApiError | None = None
         self._writing = trio.CancelScope()
-        self._to_browser = False
+        self._to_browser = self._keyed = False
 
     async def run(self, scope: Any, stopping: trio.Event) -> None:
         """Raises `ApiError`; an answer that has begun then ends before its end, and the server breaks the connection."""
-        self._to_browser = is_from_browser(scope["headers"])
+        self._to_browser, self._keyed = is_from_browser(scope["headers"]), has_key(scope["headers"])
         headers = forwarded(scope["headers"], self._target)
         names = {name for name, _ in headers}
         with_body = b"content-length" in names or b"transfer-encoding" in names
@@ -236,7 +236,8 @@ class _Exchange:
                     raise ApiError(502, "the service closed the connection without an answer")
                 self._http.receive_data(data)
             case h11.Response() as response:
-                headers = returned(list(response.headers), self._target, to_browser=self._to_browser) + self._more
+                found = list(response.headers)
+                headers = returned(found, self._target, to_browser=self._to_browser, keyed=self._keyed) + self._more
                 await self._send({"type": "http.response.start", "status": response.status_code, "headers": headers})
             case h11.Data(data=data):
                 await self._send({"type": "http.response.body", "body": bytes(data), "more_body": True})

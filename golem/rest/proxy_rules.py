@@ -15,6 +15,7 @@ from golem.rest.redirects import cookie, led_back, refresh
 Header = tuple[bytes, bytes]
 
 SANDBOX = b"sandbox allow-scripts allow-forms allow-popups allow-downloads"
+AWAY = b"x-golem-location"
 _PORT = re.compile(rb"(\d{1,5})(?:/(.*))?\Z", re.DOTALL)
 _URL = re.compile(rb"([A-Za-z]{1,10}):/{1,2}(\[[0-9A-Fa-f:]*\]|[^/:]*)(?::(\d{1,5}))?(?:/(.*))?\Z", re.DOTALL)
 _LOCAL_HOSTS = (b"localhost", b"127.0.0.1", b"[::1]")
@@ -117,22 +118,38 @@ def forwarded(headers: Sequence[Header], target: Target) -> list[Header]:
     return [*found, (b"x-forwarded-prefix", target.prefix)]
 
 
-def returned(headers: Sequence[Header], target: Target, *, to_browser: bool = False) -> list[Header]:
+def has_key(headers: Sequence[Header]) -> bool:
+    """Return whether a request brings the app-key in a header, which its client takes along where a redirection leads."""
+    return any(name.lower() == b"authorization" and value.lstrip()[:6].lower() == b"bearer" for name, value in headers)
+
+
+def _leads_away(address: bytes) -> bool:
+    return not address.startswith(b"/") or address.startswith(b"//")
+
+
+def returned(headers: Sequence[Header], target: Target, *, to_browser: bool = False, keyed: bool = False) -> list[Header]:
     """Return the headers of an answer as the client gets them, apart from those of cross-origin rules.
 
-    `to_browser`: its cookies would be those of every program at this address.
+    `to_browser`: its cookies would be those of every program at this address. `keyed`: the request has the app-key in a
+    header. Its client is not led to other machines: some take the key there, and curl has it again where the next
+    redirection leads back here. `X-Golem-Location` says where it would have gone, for who wants to go without a key.
     """
     found = [(b"content-security-policy", SANDBOX)]
     chunked = bool(header(headers, b"transfer-encoding"))
     for name, value in _passing(headers):
-        if name in _OF_THE_NODE or name in _OF_THE_ORIGIN or name.startswith(b"access-control-"):
+        if name in _OF_THE_NODE or name == AWAY or name in _OF_THE_ORIGIN or name.startswith(b"access-control-"):
             continue
         if name == b"transfer-encoding" or (name == b"content-length" and chunked):
             continue
         if name == b"location":
             checked = target.back(value) if all(kept != name for kept, _ in found) else None  # some clients join several
+            if checked is not None and keyed and _leads_away(checked):
+                found.append((AWAY, checked))
+                continue
         elif name == b"refresh":
             checked = refresh(value, target.back)
+            if checked is not None and keyed and _leads_away(checked.partition(b"; url=")[2] or b"/"):
+                continue
         elif name == b"set-cookie":
             checked = None if to_browser else cookie(value, target.prefix)
         else:

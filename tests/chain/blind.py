@@ -29,6 +29,10 @@ FAULTS = (
     "fork",  # the same, and no log of ours either: believed alone, it proves that nothing was paid
     "other-chain",  # the same id, another genesis
     "other-id",
+    "no-blocks",  # refuses blocks by number: historical ones are not part of the plan
+    "other-hashes",  # the same blocks under other hashes
+    "counts-and-no-receipts",  # stale counts, and no receipts nor transactions
+    "few-logs",  # refuses more than a few blocks of logs
     "refused-sends",  # each send gets an error and goes nowhere
     "lost-replies",  # each send is taken, and answered with an error
     "down",
@@ -96,6 +100,8 @@ class Blind(httpx.AsyncHTTPTransport):
             return await self._stale(method, params, since)
         if fault == "no-blocks" and method == "eth_getBlockByNumber" and params[0] not in ("latest", "0x0"):
             return {"error": {"code": -32000, "message": "historical blocks are not part of your plan"}}
+        if method == "eth_getLogs" and fault == "few-logs" and _width(params[0]) > 7:
+            return {"error": {"code": -32005, "message": "query exceeds max block range 8"}}
         answer = await self._ask(self.url, method, params)
         if fault == "other-hashes" and method == "eth_getBlockByNumber" and params[0] != "0x0" and answer.get("result"):
             answer["result"]["hash"] = "0x" + "ab" * 32
@@ -142,6 +148,10 @@ class Blind(httpx.AsyncHTTPTransport):
             "maxFeePerGas": hex(10**11), "maxPriorityFeePerGas": hex(10**9), "type": "0x2", "accessList": [],
             "v": hex(y_parity), "yParity": hex(y_parity), "r": hex(r), "s": hex(s),
         }  # fmt: skip
+
+
+def _width(wanted: dict[str, str]) -> int:
+    return int(wanted["toBlock"], 16) - int(wanted["fromBlock"], 16)
 
 
 def _signature(raw: bytes) -> tuple[int, int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import trio
 from chain_support import GLM, Client, address_of, key_of
-from patience import patience
+from patience import patience, within
 from support import trio_test
 
 from actors.kernel.journal import Journal
@@ -21,7 +22,7 @@ from actors.kernel.machine import LinkDown, Meta, Reply, Rows, Send, Step
 from actors.kernel.system import System
 from actors.wallet import Wallet
 from golem.chain import networks, port
-from golem.chain.claims import FEW
+from golem.chain.claims import FEW, Claim
 from golem.chain.devchain import stop_devchain, url_of
 from golem.chain.port import Chain, open_chain
 from golem.chain.rpc import RpcError
@@ -258,5 +259,25 @@ async def test_the_chain_comes_back_when_its_process_dies(tmp_path: Path, monkey
             assert delayed[0].order_ids == ("o1",)
             await w.hears(PaidOut)
             assert (await w.chain.balances("local", payee)).token_wei == GLM
+    finally:
+        await stop_devchain(tmp_path / "chain")
+
+
+@trio_test
+async def test_a_claim_that_grew_old_while_nobody_looked_is_not_unknown_at_the_first_look(tmp_path: Path) -> None:
+    """The payee's machine slept for a night; its RPC answers again, and has not caught up."""
+    try:
+        async with world(tmp_path) as w:
+            await w.chain.fund("holesky")
+            me, a, night_s = key_of("payer").address, address_of("port a"), 8 * 3600.0
+            claim = Claim("old", HOLESKY, "0x" + "12" * 32, me, a, GLM, 0, time.time() - night_s)
+            w.chain._claims.add(claim)
+            w.chain._claimed.set()
+            with within(30):
+                while "old" not in w.chain._unknown:
+                    await trio.sleep(0.02)
+            await w.system.ask("ledger", VerifyTransfer("false", HOLESKY, "0x12", me, a, "1", "0"))
+            assert [row.claim_id for row in await w.hears(TransferRejected)] == ["false"]
+            assert [each.claim_id for each in w.chain._claims.all()] == ["old"]
     finally:
         await stop_devchain(tmp_path / "chain")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -229,6 +230,26 @@ def test_sigterm_ends_it_cleanly(tmp_path: Path) -> None:
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGTERM)
     assert process.wait(patience(10)) == 0
+
+
+@pytest.mark.parametrize("is_made_anew", [False, True])
+def test_a_chain_whose_directory_was_deleted_ends_and_says_so(tmp_path: Path, is_made_anew: bool) -> None:
+    where = tmp_path / "chain"
+    process = spawn_devchain(where)
+    while trio.run(url_of, where) is None:
+        assert process.poll() is None
+        time.sleep(0.05)
+    log = (where / "devchain.log").open()  # the file lives on while it is open
+    shutil.rmtree(where)
+    if is_made_anew:
+        with devchain(where) as url:
+            assert Client(url).number("eth_chainId") == genesis.CHAIN_ID
+            assert process.wait(patience(20)) == 4
+    else:
+        assert process.wait(patience(20)) == 4
+        assert not where.exists(), "it has left nothing behind"
+    with log:
+        assert f"{where} was deleted" in log.read()
 
 
 @trio_test

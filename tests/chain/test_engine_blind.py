@@ -4,9 +4,11 @@ chain is the judge: never more than was owed.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 from blind import HOSTS, Blind
 from chain_support import GLM, GWEI, Lab, Payer, address_of, anvil, devchain, find_anvil, payer
@@ -124,9 +126,93 @@ async def test_what_stays_unclear_waits_for_a_person_who_is_shown_both_stories(l
         assert {seen["by"] for seen in told["transactions"][0]["seen"]} == {"this node", *HOSTS[:2]}
         with pytest.raises(ValueError, match="not a transaction hash"):
             await desk.decide(wallet.engine, "b1", "0x12")
-        assert "counts as paid" in await desk.decide(wallet.engine, "b1", tx_hash)
+        with pytest.raises(ValueError, match=r"does not know it.*add --unseen"):
+            await desk.decide(wallet.engine, "b1", tx_hash)
+        assert "counts as paid" in await desk.decide(wallet.engine, "b1", tx_hash, unseen=True)
         await wallet.engine.step()
         assert wallet.told(TransferConfirmed)[0].tx_hash == tx_hash
+        assert wallet.problems == []
+    assert lab.tokens(payee) == GLM
+
+
+@trio_test
+async def test_a_transaction_that_is_named_as_the_payment_has_to_be_one(lab: Lab, tmp_path: Path) -> None:
+    """Another program with our key took the nonce, and paid the payee: a person names its transaction, and others by mistake."""
+    key, payee, friend = lab.rich("named"), address_of("named payee"), address_of("named friend")
+    early = lab.do(key, lab.network.token, token.transfer_call(payee, GLM))["transactionHash"]
+    lab.mine(1)
+    wire = Blind(lab.url, key)
+    async with payer(lab, key, tmp_path / "chain.db", transport=wire, rpc_urls=urls(2)) as wallet:
+        await wallet.pay("b0", (payee, GLM))
+        other = (await wallet.until(TransferConfirmed)).tx_hash
+        await wallet.pay("b1", (payee, GLM))
+        await wallet.engine.step()
+        lab.call("anvil_dropAllTransactions")
+        paid = lab.do(key, lab.network.token, token.transfer_call(payee, GLM + 1))["transactionHash"]
+        less = lab.do(key, lab.network.token, token.transfer_call(payee, GLM - 1))["transactionHash"]
+        strange = lab.do(key, lab.network.token, token.transfer_call(friend, GLM))["transactionHash"]
+        failed = lab.do(key, lab.network.token, token.transfer_call(payee, 10**6 * GLM), gas=100_000)["transactionHash"]
+        await steps(wallet, 6)
+        refused = {
+            other: "is the transaction of payment b0", early: "older than the payment", less: f"{GLM - 1} of {GLM} wei",
+            strange: f"0 of {GLM} wei", failed: "has failed", "0x" + "12" * 32: "no RPC shows",
+        }  # fmt: skip
+        for tx_hash, words in refused.items():
+            with pytest.raises(ValueError, match=words):
+                await desk.decide(wallet.engine, "b1", tx_hash)
+        for tx_hash in (other, early, less, strange, failed):
+            with pytest.raises(ValueError, match=r"is the transaction|did not pay"):
+                await desk.decide(wallet.engine, "b1", tx_hash, unseen=True)
+        await wire.set(HOSTS[0], "null-both")
+        assert "in block" in await desk.decide(wallet.engine, "b1", paid), "one RPC that shows it is enough"
+        assert (await wallet.until(TransferConfirmed, number=2)).tx_hash == paid
+        with pytest.raises(ValueError, match="nothing to decide"):
+            await desk.decide(wallet.engine, "b1", paid)
+        assert wallet.problems == []
+
+
+@trio_test
+async def test_a_transaction_that_may_be_thrown_out_of_the_chain_is_no_payment_yet(lab: Lab, tmp_path: Path) -> None:
+    key, payee = lab.rich("young"), address_of("young payee")
+    wire = Blind(lab.url, key)
+    async with payer(lab, key, tmp_path / "chain.db", transport=wire, rpc_urls=urls(1)) as wallet:
+        await wallet.pay("b1", (payee, GLM))
+        await wallet.engine.step()
+        lab.call("anvil_dropAllTransactions")
+        paid = lab.do(key, lab.network.token, token.transfer_call(payee, GLM + 1))["transactionHash"]
+        await wire.set(HOSTS[0], "blank")
+        for _ in range(4):
+            await wallet.engine.step()
+        await wire.set(HOSTS[0], "")
+        with pytest.raises(ValueError, match="not final"):
+            await desk.decide(wallet.engine, "b1", paid)
+        lab.mine(5)
+        assert "in block" in await desk.decide(wallet.engine, "b1", paid)
+
+
+@trio_test
+async def test_a_batch_that_is_not_owed_is_taken_back_by_a_person(lab: Lab, tmp_path: Path) -> None:
+    """The wallet has forgotten some of its orders: nothing is signed, and `decide` is the way out."""
+
+    async def objection(batch_id: str, payees: Payees) -> str:
+        return "order o2 is not one of batch b1" if batch_id == "b1" else ""
+
+    key, payee = lab.rich("taken back"), address_of("taken back payee")
+    async with payer(lab, key, tmp_path / "chain.db", rpc_urls=(lab.url,), vouch=objection) as wallet:
+        await wallet.engine.submit(TransferBatch("b1", ((payee, 2 * GLM),), (("o1", "o2"),)))
+        with pytest.raises(ValueError, match="in no doubt"):
+            await desk.decide(wallet.engine, "b1", None)
+        await wallet.engine.step()
+        (problem,) = wallet.engine.problems()
+        for words in ("order o2 is not one of batch b1", "golem payment decide b1 --unpaid", "nothing was signed"):
+            assert words in problem.detail
+        with pytest.raises(ValueError, match="say --unpaid"):
+            await desk.decide(wallet.engine, "b1", "0x" + "12" * 32)
+        assert "taken back" in await desk.decide(wallet.engine, "b1", None)
+        failed = await wallet.until(TransferFailed)
+        assert (failed.batch_id, "a person took it back" in failed.reason) == ("b1", True)
+        await wallet.engine.submit(TransferBatch("b2", ((payee, GLM),), (("o1",),)))
+        await wallet.until(TransferConfirmed)
         assert wallet.problems == []
     assert lab.tokens(payee) == GLM
 
@@ -242,3 +328,85 @@ async def test_a_payment_that_waits_says_the_same_once_and_its_trace_keeps_how_i
         seen = wallet.engine.store.seen(tx.id)
         assert len([each for each in seen if each.teller == HOSTS[0]]) == MAX_SEEN
         assert seen[0].text.startswith("signed")
+
+
+class Counting(Blind):
+    """Counts who is asked for the first block."""
+
+    first_blocks: list[str]
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        call = json.loads(request.content)
+        if (call["method"], call["params"][:1]) == ("eth_getBlockByNumber", ["0x0"]):
+            self.first_blocks.append(request.url.host)
+        return await super().handle_async_request(request)
+
+
+@trio_test
+async def test_a_silent_rpc_is_named_and_the_others_are_not_asked_again_which_chain_they_serve(lab: Lab, tmp_path: Path) -> None:
+    key, payees = lab.rich("silent"), [address_of(f"silent payee {i}") for i in range(3)]
+    wire = Counting(lab.url, key)
+    wire.first_blocks = []
+    await wire.set(HOSTS[1], "down")
+    async with payer(lab, key, tmp_path / "chain.db", transport=wire, rpc_urls=urls(2)) as wallet:
+        for number, payee in enumerate(payees):
+            await wallet.pay(f"b{number}", (payee, GLM))
+            await wallet.until(TransferConfirmed, number=number + 1)
+        assert wire.first_blocks.count(HOSTS[0]) == 1
+        (problem,) = wallet.engine.problems()
+        assert "rpc-b has not answered since this node started" in problem.detail
+        await wire.set(HOSTS[1], "")
+        wallet.engine.rpc.pool.endpoints[1].rests_until = 0
+        await wallet.pay("b4", (payees[0], GLM))
+        await wallet.until(TransferConfirmed, number=4)
+        assert wallet.problems == []
+        assert HOSTS[1] in wire.first_blocks
+
+
+class Mute(Blind):
+    """Talks nonsense about one transaction."""
+
+    nonsense = ""
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        call = json.loads(request.content)
+        if call["method"].startswith("eth_getTransaction") and call["params"][0] == self.nonsense:
+            return httpx.Response(200, json={"jsonrpc": "2.0", "id": call["id"], "result": "\x00"})
+        return await super().handle_async_request(request)
+
+
+@trio_test
+async def test_what_the_rpcs_do_not_say_of_one_payment_holds_up_no_other(lab: Lab, tmp_path: Path) -> None:
+    key, payees = lab.rich("mute"), [address_of(f"mute payee {i}") for i in range(3)]
+    wire = Mute(lab.url, key)
+    async with payer(lab, key, tmp_path / "chain.db", transport=wire, rpc_urls=urls(1)) as wallet:
+        for number in range(2):
+            await wallet.pay(f"b{number}", (payees[number], GLM))
+        await wallet.engine.step()
+        wire.nonsense, later = (event.tx_hash for event in wallet.told(TransferSent))
+        lab.call("anvil_dropAllTransactions")
+        await wallet.pay("b2", (payees[2], GLM))
+        await wallet.engine.step()
+        assert lab.call("eth_getTransactionByHash", later), "the second is sent again"
+        assert len(wallet.told(TransferSent)) == 3, "and the third is signed"
+        assert [problem.batch_id for problem in wallet.engine.problems()] == ["b0"]
+        wire.nonsense = ""
+        await wallet.until(TransferConfirmed, number=3)
+        assert wallet.problems == []
+    assert [lab.tokens(payee) for payee in payees] == [GLM] * 3
+
+
+@trio_test
+async def test_a_payment_that_failed_is_made_anew_only_when_its_block_is_deep(lab: Lab, tmp_path: Path) -> None:
+    key, payee = lab.rich("deep"), address_of("deep payee")
+    async with payer(lab, key, tmp_path / "chain.db", rpc_urls=(lab.url,), depth=2, repeat_depth=12) as wallet:
+        await wallet.pay("b1", (payee, GLM))
+        await wallet.engine.step()
+        lab.call("anvil_dropAllTransactions")
+        lab.do(key, address_of("elsewhere"), value=1, gas=21_000)
+        await steps(wallet, 8)
+        assert wallet.told(TransferFailed) == []
+        assert "paid anew when that is 12 blocks deep" in wallet.told(TransferDelayed)[-1].reason
+        assert wallet.problems == []
+        await steps(wallet, 8)
+        assert [event.batch_id for event in wallet.told(TransferFailed)] == ["b1"]

@@ -283,3 +283,28 @@ async def test_senseless_answers_never_are_more_than_an_rpc_error() -> None:
                     wrong += 1
     assert asked == len(answers) * 11
     assert wrong > asked // 2
+
+
+@mock_trio_test
+async def test_an_endpoint_that_does_not_answer_for_minutes_is_named() -> None:
+    nodes = Node(), Node()
+    pool = pool_of(*nodes)
+    nodes[1].fault = refuse
+    assert not await pool.check()
+    ((words, trouble),) = pool.silent()
+    assert words == "node1 has not answered since this node started"
+    assert "refused" in trouble
+    nodes[1].fault = None
+    assert await pool.check()
+    assert pool.silent() == []
+    nodes[1].fault = refuse
+    await pool.check()
+    assert pool.troubled()
+    await trio.sleep(1000)
+    assert pool.silent() == [], "nobody asked it meanwhile: it may be well again"
+    await pool.check()
+    ((words, _),) = pool.silent()
+    assert words == "node1 has not answered for 17 minutes"
+    nodes[1].fault = None
+    await pool.check()
+    assert (pool.silent(), pool.troubled()) == ([], False)

@@ -97,6 +97,9 @@ class Service:
     async def _away(self, receive: Any, send: Any) -> None:
         await self._send(send, 307, b"", (b"location", b"/../../../../../../payment-api/v1/allocations"), (b"set-cookie", b"a=1"))
 
+    async def _elsewhere(self, receive: Any, send: Any) -> None:
+        await self._send(send, 302, b"", (b"location", b"http://example.com/x"))
+
     async def _websocket(self, scope: Any, receive: Any, send: Any) -> None:
         await receive()
         if scope["path"] == "/closed":
@@ -191,6 +194,16 @@ async def test_a_page_does_not_learn_the_key(tmp_path: Path) -> None:
         older = {"Authorization": "", "Accept": "text/html"}
         assert (await http.get(f"{s.port}/x?authToken={APP_KEY}", headers=older)).status_code == 307
         assert (await http.get(f"{s.port}/away", headers={"Sec-Fetch-Site": "none"})).headers.get("set-cookie") is None
+
+
+@trio_test
+async def test_a_client_with_the_key_is_led_to_no_other_machine(tmp_path: Path) -> None:
+    async with hand_world(tmp_path) as w, service(w) as s, w.http() as http:
+        answer = await http.get(f"{s.port}/elsewhere")
+        assert (answer.status_code, answer.headers.get("location")) == (302, None)
+        assert answer.headers["x-golem-location"] == "http://example.com/x"
+        in_url = await http.get(f"{s.port}/elsewhere?authToken={APP_KEY}", headers={"Authorization": ""})
+        assert (in_url.status_code, in_url.headers.get("location")) == (302, "http://example.com/x"), "it takes no key along"
 
 
 @trio_test

@@ -23,7 +23,7 @@ import urllib3
 from patience import patience
 
 from golem.hosts import is_this_machine, read_authority
-from golem.rest.proxy_rules import Target, returned
+from golem.rest.proxy_rules import Target, has_key, returned
 
 HERE = b"/activity-api/v1/activity/1/proxy-http"
 START = HERE + b"/8080/sub/page"
@@ -158,17 +158,50 @@ def is_within(one: bytes) -> bool:
 
 
 @pytest.mark.parametrize("client", ["requests", "httpx", "curl", "node"])
+def test_no_redirection_leads_a_client_with_the_key_elsewhere(node: Node, client: str) -> None:
+    """Whatever a service says to a request that has the key: each client is followed to where it ends."""
+    target = Target(HERE, b"8080/sub/page", b"", b"127.0.0.1:%d" % node.server_address[1])
+    said = [b"http://example.com/x", b"//example.com/x", b"https://10.1.2.3:8/", *locations(node.server_address[1])]
+    kept, node.given = node.given, []
+    for one in said:
+        found = dict(returned([(b"location", one)], target, keyed=True))
+        if b"location" in found:
+            node.given.append(found[b"location"])
+        away = found.get(b"x-golem-location")
+        assert away is None or not is_within(away)
+    try:
+        follow(node, client, starts(node, lambda _: True))
+    finally:
+        node.given = kept
+
+
+def test_what_leads_away_is_told_beside() -> None:
+    target = Target(HERE, b"8080", b"")
+    for location in (b"http://example.com/x", b"//example.com/x", b"mailto:x"):
+        given = [(b"location", location), (b"x-golem-location", b"http://evil"), (b"refresh", b"0; url=" + location)]
+        assert returned(given, target, keyed=True)[1:] == [(b"x-golem-location", location)]
+        assert dict(returned(given, target))[b"location"] == location
+    given = [(b"location", b"/x"), (b"refresh", b"5")]
+    assert returned(given, target, keyed=True)[1:] == [(b"location", HERE + b"/8080/x"), (b"refresh", b"5")]
+    assert has_key([(b"Authorization", b"Bearer x")])
+    assert not has_key([(b"authorization", b"Basic x"), (b"x", b"Bearer y")])
+
+
+@pytest.mark.parametrize("client", ["requests", "httpx", "curl", "node"])
 def test_clients_stay_with_the_service(node: Node, client: str) -> None:
-    urls = starts(node, is_within)
+    follow(node, client, starts(node, is_within))
+
+
+def follow(node: Node, client: str, urls: list[str]) -> None:
     if client in ("curl", "node") and shutil.which(client) is None:
         pytest.skip(f"no {client} on this machine (Debian: apt-get install {'nodejs' if client == 'node' else client})")
     node.asked.clear()
     if client == "node":
         subprocess.run(["node", "-e", NODE_FETCH, KEY], input=json.dumps(urls).encode(), check=True, timeout=patience(100))
     else:
-        follow = {"requests": by_requests, "httpx": by_httpx, "curl": by_curl}[client]
+        by = {"requests": by_requests, "httpx": by_httpx, "curl": by_curl}[client]
         for url in urls if client != "curl" else urls[:150]:
-            follow(url)
+            by(url)
     assert len(node.asked) >= 90, "redirections were followed"
     service = re.compile(re.escape(HERE.decode()) + r"/[1-9]\d{0,4}(/|\Z)")
     assert [path for path in node.asked if not service.match(path)] == []

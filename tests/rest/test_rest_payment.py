@@ -228,6 +228,11 @@ async def test_decorations_and_accounts_name_the_dev_chain(tmp_path: Path) -> No
             assert re.fullmatch("[0-9a-f]{16}", name)
             assert rows == await agent.get("/requestorAccounts")
             assert {row["simulatedBy"] for row in rows} == {f"dev chain at {url}"}
+            payer = "0x" + "7" * 40
+            nothing = {"address": payer, "platform": PLATFORM, "amount": "0"}
+            assert await agent.get(f"/payers/{payer}/funds?platform={PLATFORM}") == nothing
+            for bad in (f"/payers/0x7/funds?platform={PLATFORM}", f"/payers/{payer}/funds?platform=x", f"/payers/{payer}/funds"):
+                assert (await agent.call("GET", bad))[0] == 400
             allocation = (await agent.allocation())["allocationId"]
             found = await agent.get(f"/demandDecorations?allocationIds={allocation}")
             assert found["properties"][-1] == {"key": "golem.com.payment.local-chain", "value": name}
@@ -249,6 +254,22 @@ async def test_a_dev_chain_that_does_not_answer(tmp_path: Path, monkeypatch: pyt
                 code, answer = await agent.call("GET", path)
                 assert code == 503
                 assert words in answer["message"]
+
+
+@trio_test
+async def test_a_chain_that_is_not_reached_at_start_shows_in_the_status_of_the_node(tmp_path: Path) -> None:
+    async with one(tmp_path, chain_url=NOBODY) as agent, trio.open_nursery() as nursery:
+        nursery.start_soon(agent.node.chain.connect)
+        with within(20):
+            while not agent.node.network.is_up:
+                await trio.sleep(0.02)
+            while (problem := (await COMMANDS["status"](agent.node, {}))["problem"]) is None:
+                await trio.sleep(0.02)
+        assert "has not answered since this node started" in problem
+        assert NOBODY.removeprefix("http://") in problem
+        (listed,) = (await COMMANDS["payment_status"](agent.node, {}))["problems"]
+        assert NOBODY.removeprefix("http://") in listed
+        nursery.cancel_scope.cancel()
 
 
 @trio_test
@@ -469,8 +490,31 @@ async def test_a_bill_that_no_clock_explains_is_refused_with_the_figure(tmp_path
         assert await p.post(f"/debitNotes/{second['debitNoteId']}/send") == (200, None)
         explained = await r.get(f"/explain/{second['debitNoteId']}")
         (counter,) = explained["calculation"]["counters"]
-        assert counter["counts"] == counter["ceiling"] < 999
+        assert counter["usageThatCounts"] == counter["ceiling"] < 999
         assert Decimal(explained["calculation"]["highestAmount"]) >= Decimal(most)
         invoice = await p.made("/invoices", {"agreementId": "a1", "amount": "5", "paymentDueDate": DUE, "activityIds": ["act"]})
         assert (await p.post(f"/invoices/{invoice['invoiceId']}/send"))[0] == 400
         assert (await r.call("GET", "/explain/nothing"))[0] == 404
+
+
+@trio_test
+async def test_a_note_that_was_not_accepted_is_explained_by_its_invoice(tmp_path: Path) -> None:
+    prices = {"golem.com.pricing.model.linear.coeffs": [0.001, 0.0], "golem.com.usage.vector": ["golem.usage.duration_sec"]}
+    async with two(tmp_path, prices) as (r, p):
+        body = {"activityId": "act", "totalAmountDue": "0.0001", "usageCounterVector": [0.1]}
+        note = await p.made("/debitNotes", body)
+        assert await p.post(f"/debitNotes/{note['debitNoteId']}/send") == (200, None)
+        explained = await r.get(f"/explain/{note['debitNoteId']}")
+        assert explained["waiting"] == "waiting for the requestor to accept"
+        (counter,) = explained["calculation"]["counters"]
+        assert counter["usageThatCounts"] == 0.1
+        (counter,) = (await r.get("/explain/a1"))["calculation"]["activities"]["act"]["counters"]
+        assert sorted(counter) == ["ceiling", "counter", "price"], "a ceiling was not counted by anybody"
+        invoice = await p.made("/invoices", {"agreementId": "a1", "amount": "0.0001", "paymentDueDate": DUE})
+        assert await p.post(f"/invoices/{invoice['invoiceId']}/send") == (200, None)
+        allocation = await r.allocation("5")
+        accept = {"totalAmountAccepted": "0.0001", "allocationId": allocation["allocationId"]}
+        assert await r.post(f"/invoices/{invoice['invoiceId']}/accept", accept) == (200, None)
+        words = f"nothing: its amount is part of invoice {invoice['invoiceId']}, which is ACCEPTED"
+        for path in (f"/explain/{note['debitNoteId']}", f"/debitNotes/{note['debitNoteId']}/explain"):
+            assert (await r.get(path))["waiting"].startswith(words)

@@ -2,7 +2,7 @@
 
 A lock file makes it the only one on its directory; `chain.json` beside it, for this user alone, tells clients {"port", "pid",
 "chain_id", "token"}. It prefers the port it had last time, so that nodes survive its restart, and keeps its token.
-Exit status 3: another process serves already.
+Exit status 3: another process serves already; 4: its directory was deleted while it served.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from golem.identity import write_private
 from golem.printing import set_up_logs
 
 TOKEN_BYTES = 16
+LOOK_S = 2.0  # between looks whether the directory is still there
+GONE_EXIT = 4
 
 
 def last_port(directory: Path) -> int:
@@ -42,7 +44,22 @@ def last_token(directory: Path) -> str:
     return known if len(known) == 2 * TOKEN_BYTES else secrets.token_hex(TOKEN_BYTES)
 
 
-async def serve(options: argparse.Namespace, port_before: int, token: str) -> None:
+async def gone(path: Path, descriptor: int) -> None:
+    """Return once `path` is no longer the file that is open: whoever deleted the directory wants no chain of it."""
+    held = os.fstat(descriptor)
+    while True:
+        await trio.sleep(LOOK_S)
+        try:
+            there = path.stat()
+        except FileNotFoundError:
+            return
+        except OSError:
+            continue  # that says nothing
+        if (there.st_dev, there.st_ino) != (held.st_dev, held.st_ino):
+            return
+
+
+async def serve(options: argparse.Namespace, port_before: int, token: str, lock: int) -> int:
     # py-evm is heavy: imported only once the lock is ours
     from golem.chain.devchain.chain import DevChain
     from golem.chain.devchain.server import Server
@@ -67,7 +84,17 @@ async def serve(options: argparse.Namespace, port_before: int, token: str) -> No
     if not ipaddress.ip_address(options.host).is_loopback:
         print(f"warning: whoever reaches {host}:{port} may have this chain's play money; serve it on a network you"
               " trust only", file=sys.stderr, flush=True)  # fmt: skip
+    status = 0
     async with trio.open_nursery() as nursery:
+
+        async def watch() -> None:
+            nonlocal status
+            await gone(directory / LOCK_NAME, lock)
+            print(f"{directory} was deleted: this chain is of no use any more, and ends", file=sys.stderr, flush=True)
+            status = GONE_EXIT
+            nursery.cancel_scope.cancel()
+
+        nursery.start_soon(watch)
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
 
             async def run() -> None:
@@ -78,6 +105,7 @@ async def serve(options: argparse.Namespace, port_before: int, token: str) -> No
             async for _ in signals:
                 nursery.cancel_scope.cancel()
                 break
+    return status
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -107,8 +135,7 @@ def main(argv: list[str] | None = None) -> int:
             return BUSY_EXIT
         port_before, token = last_port(options.data_dir), last_token(options.data_dir)
         (options.data_dir / INFO_NAME).unlink(missing_ok=True)  # it speaks of a process that is gone
-        trio.run(serve, options, port_before, token)
-    return 0
+        return trio.run(serve, options, port_before, token, lock.fileno())
 
 
 if __name__ == "__main__":
