@@ -407,7 +407,7 @@ async def _unpack(
     if "layers" not in report:
         spent(cpu_s)
         raise RuntimeFault(f"the image cannot be used: {report.get('problem') or _death(ended, limits, bytes(stderr))}")
-    return cpu_s, list(report["layers"]), int(report["members"])
+    return cpu_s, list(report["layers"]), max(0, int(report.get("members") or 0))
 
 
 def _report(ended: Ended) -> dict[str, Any]:
