@@ -329,10 +329,10 @@ class Store:
     def rivals(self, batch_id: str, tx_id: int = 0) -> list[TxRow]:
         """Other transactions that were signed for some order of a batch, and have paid it or may do so."""
         rows = self._sql.execute(
-            f"select {_TX_COLUMNS} from tx where account=? and id!=? and kind='pay' and ((void and state in {OPEN}) or"
-            " (not void and state='confirmed')) and (batch=? or batch in (select theirs.batch from ordered ours"
-            " join ordered theirs on theirs.account=ours.account and theirs.id=ours.id where ours.account=? and ours.batch=?))",
-            (self.account, tx_id, batch_id, self.account, batch_id),
+            f"select {_TX_COLUMNS} from tx where batch in (select ? union select theirs.batch from ordered ours"
+            " join ordered theirs on theirs.account=ours.account and theirs.id=ours.id where ours.account=? and ours.batch=?) and account=?"
+            f" and id!=? and kind='pay' and ((void and state in {OPEN}) or (not void and state='confirmed')) order by id",
+            (batch_id, self.account, batch_id, self.account, tx_id),
         )
         return [_tx(row) for row in rows]
 
@@ -344,18 +344,18 @@ class Store:
     def doubled(self) -> list[tuple[TxRow, TxRow]]:
         """Payments that have both paid one order, older first: but those of which a person knows."""
         rows = self._sql.execute(
-            "select distinct a.id, b.id from ordered oa join ordered ob on ob.account=oa.account and ob.id=oa.id"
-            " join tx a on a.account=oa.account and a.batch=oa.batch join tx b on b.account=ob.account and b.batch=ob.batch"
-            " where oa.account=? and a.nonce<b.nonce and a.state='confirmed' and b.state='confirmed'"
-            " and not a.void and not b.void and not b.sure",
+            "select distinct a.id, b.id from tx a cross join ordered oa on oa.account=a.account and oa.batch=a.batch"
+            " cross join ordered ob on ob.account=oa.account and ob.id=oa.id"
+            " cross join tx b on b.batch=ob.batch and b.account=ob.account"
+            " where a.account=? and a.state='confirmed' and a.reopened and b.state='confirmed' and a.id!=b.id and not a.void and not b.void",
             (self.account,),
         ).fetchall()
-        return [(self.tx(older), self.tx(newer)) for older, newer in rows]
+        pairs = {(min(pair, key=self._nonce), max(pair, key=self._nonce)) for pair in rows}
+        found = [(self.tx(older), self.tx(newer)) for older, newer in sorted(pairs)]
+        return [(older, newer) for older, newer in found if not newer.sure]
 
-    def made(self, tx_hash: str) -> bool:
-        """Was this transaction signed here, or found to be one of ours?"""
-        sql = "select 1 from attempt where hash=? union select 1 from tx where winner=?"
-        return self._sql.execute(sql, (tx_hash, tx_hash)).fetchone() is not None
+    def _nonce(self, tx_id: int) -> int:
+        return self.tx(tx_id).nonce
 
     def owner(self, tx_hash: str) -> int | None:
         """The transaction that this is a signed form of, or that it has paid."""
