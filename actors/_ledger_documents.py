@@ -27,6 +27,7 @@ from actors._ledger_rows import (
     Agreement,
     In,
     PaymentDocument,
+    Stored,
     Told,
     minus,
     total_of,
@@ -37,6 +38,10 @@ from protocol.ledger import DEBIT_NOTE, DocumentEvent
 from protocol.negotiation import AgreementApproved, AgreementEnded
 from protocol.payment_terms import payment_terms
 from protocol.types import Violation, amount_text, node_of
+
+MAX_PEER_BYTES = 256 * 1024 * 1024  # of the documents of one node, whatever their agreements
+PEER_BYTES_A_DAY = 64 * 1024 * 1024  # which who works for years gets anew
+DAY_S = 24 * 3600.0
 
 
 # -- facts from other actors
@@ -122,6 +127,24 @@ def explain(draft: MoneyDraft, kind: str, document_id: str, waiting: str) -> Non
     row = draft.row(PaymentDocument, f"{kind}/{document_id}")
     if row is not None and row.status == ACCEPTED and row.waiting != waiting:
         put(draft, row, waiting=waiting)
+
+
+# -- what a peer may have us keep
+def no_room(draft: MoneyDraft, peer: str, size: int) -> str:
+    """Why nothing of this size is kept for a peer now, "" if it is."""
+    if _stored(draft, peer) + size <= MAX_PEER_BYTES:
+        return ""
+    return f"{MAX_PEER_BYTES} bytes are kept for {peer} already; {PEER_BYTES_A_DAY} more are possible each day"
+
+
+def keep(draft: MoneyDraft, peer: str, size: int) -> None:
+    """Count what is kept for a peer."""
+    draft.put(f"stored/{peer}", Stored(_stored(draft, peer) + size, draft.now))
+
+
+def _stored(draft: MoneyDraft, peer: str) -> float:
+    row = draft.row(Stored, f"stored/{peer}")
+    return max(0.0, row.size - max(0.0, draft.now - row.at) * PEER_BYTES_A_DAY / DAY_S) if row else 0.0
 
 
 # -- pieces

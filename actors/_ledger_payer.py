@@ -18,6 +18,8 @@ from actors._ledger_documents import (
     document_of,
     event,
     invoice_floor,
+    keep,
+    no_room,
     owe,
     put,
     rejected,
@@ -160,7 +162,7 @@ def document_sent(draft: MoneyDraft, me: str, message: DocumentSent) -> None:
     agreement = draft.row(Agreement, f"agreement/{body.agreement_id}")
     if agreement is not None and (agreement.peer, agreement.role) != (sender, PAYER):
         raise Violation(f"{sender} is not the provider of agreement {body.agreement_id}")
-    reason, most = _objection(draft, agreement, body, activity_id, total)
+    reason, most = _objection(draft, agreement, body, activity_id, total, len(document.body))
     if reason:
         _refused(draft, body.agreement_id, RefusedDocument(draft.now, document.kind, own_id, amount_text(total), reason))
         draft.send(address(sender, "ledger"), DocumentRefused(document.kind, own_id, reason, most), ANSWER_S)
@@ -179,7 +181,12 @@ def _refused(draft: MoneyDraft, agreement_id: str, refused: RefusedDocument) -> 
 
 
 def _objection(
-    draft: MoneyDraft, agreement: Agreement | None, body: DebitNoteBody | InvoiceBody, activity_id: str, total: Decimal
+    draft: MoneyDraft,
+    agreement: Agreement | None,
+    body: DebitNoteBody | InvoiceBody,
+    activity_id: str,
+    total: Decimal,
+    size: int,
 ) -> tuple[str, str]:
     """Why a well-formed document of the right peer is not taken, "" if it is; and the highest amount that would be."""
     if agreement is None:
@@ -191,6 +198,8 @@ def _objection(
         return "platform or addresses are not those of the agreement", ""
     if agreement.documents >= MAX_DOCUMENTS:
         return f"the agreement has {MAX_DOCUMENTS} documents already", ""
+    if full := no_room(draft, agreement.peer, size):
+        return full, ""
     if agreement.document_bytes >= MAX_DOCUMENTS_BYTES:
         return f"the agreement has {agreement.document_bytes} bytes of documents already", ""
     if isinstance(body, InvoiceBody):
@@ -249,6 +258,7 @@ def _receive(
     draft.put(f"agreement/{agreement.agreement_id}", replace(
         agreement, documents=agreement.documents + 1, document_bytes=agreement.document_bytes + len(document.body)
     ))  # fmt: skip
+    keep(draft, agreement.peer, len(document.body))
     row = add(draft, document.kind, own_id, PAYER, agreement, activity_id, total, document.body)
     row = put(draft, row, status=RECEIVED, signature=document.signature, waiting="waiting for the requestor to accept")
     event(draft, row, RECEIVED)

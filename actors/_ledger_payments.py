@@ -15,7 +15,7 @@ from decimal import Decimal
 
 from msgspec.structs import replace
 
-from actors._ledger_documents import explain, settle
+from actors._ledger_documents import explain, keep, no_room, settle
 from actors._ledger_rows import PAYEE, PAYER, Activity, Agreement, Order, Owed, Payment, TxClaims, minus, total_of
 from actors._money_draft import MoneyDraft
 from protocol.ledger import (
@@ -42,6 +42,7 @@ VERIFY_AGAIN_S, VERIFY_LAST_S = 60.0, 3600.0  # the chain port has it on disk: e
 RESEND_FIRST_S, RESEND_TRIES = 60.0, 7  # a refused payment is offered again after 1 min, 6 min, 36 min ...
 MAX_PARTS = 5000  # agreements and activities of one payment
 MAX_PAYMENTS = 50_000  # claimed for one agreement
+MAX_PAYMENTS_BYTES = 16 * 1024 * 1024  # and of all of them together
 MAX_CLAIMS = 100  # of one transaction
 ANSWER_S = 24 * 3600.0  # to bring our word about a payment that is for nothing here
 SIGNING, SENT, ACKNOWLEDGED, VERIFYING, VERIFIED, REFUSED = (
@@ -240,18 +241,20 @@ def payment_sent(draft: MoneyDraft, me: str, message: PaymentSent) -> None:
     if row is not None and (row.role, row.peer, row.state, row.tx_hash, row.amount) == said:
         draft.send(draft.meta.sender, PaymentAcknowledged(body.payment_id, True))  # perhaps in new words: its disk went back
         return
-    if row is not None and (row.role != PAYEE or row.body != document.body):
+    known = row is not None and (row.body == document.body or row.digest == digest(document.body))
+    if row is not None and (row.role != PAYEE or not known):
         raise Violation(f"another payment with the id {body.payment_id} exists")
     if row is not None and row.state == VERIFYING:
         return
     if row is not None and row.tries > RESEND_TRIES:
         draft.send(draft.meta.sender, PaymentAcknowledged(body.payment_id, False, row.reason))
         return
-    if objection := _objection(draft, sender, body):
+    if objection := _objection(draft, sender, body, 0 if row else len(document.body)):
         draft.send(draft.meta.sender, PaymentAcknowledged(body.payment_id, False, objection), ANSWER_S)
         return
     if row is None:
-        _count_payment(draft, body)
+        _count_payment(draft, body, len(document.body))
+        keep(draft, sender, len(document.body))
     row = Payment(
         payment_id=body.payment_id,
         role=PAYEE,
@@ -272,7 +275,7 @@ def payment_sent(draft: MoneyDraft, me: str, message: PaymentSent) -> None:
     _ask(draft, row)
 
 
-def _objection(draft: MoneyDraft, sender: str, body: PaymentBody) -> str:
+def _objection(draft: MoneyDraft, sender: str, body: PaymentBody, size: int) -> str:
     """Why a well-formed payment is not for anything here; "" if it is."""
     agreement_ids = [part.agreement_id for part in body.agreement_payments]
     for part in body.activity_payments:
@@ -296,6 +299,11 @@ def _objection(draft: MoneyDraft, sender: str, body: PaymentBody) -> str:
         assert agreement is not None, agreement_part
         if Decimal(agreement_part.amount) > Decimal(agreement.accepted):
             return _not_accepted(f"agreement {agreement.agreement_id}", agreement.accepted, agreement_part.amount)
+    first = draft.row(Agreement, f"agreement/{agreement_ids[0]}")
+    if first is not None and first.payment_bytes >= MAX_PAYMENTS_BYTES:
+        return f"{first.payment_bytes} bytes of payments were claimed for agreement {first.agreement_id} already"
+    if full := no_room(draft, sender, size):
+        return full
     claims = draft.row(TxClaims, _claims_key(body, _tx_hash(body.details)))
     if claims is not None and len(claims.claims) >= MAX_CLAIMS:
         return f"{MAX_CLAIMS} payments were claimed of this transaction, and no more are looked at"
@@ -306,7 +314,7 @@ def _not_accepted(what: str, accepted: str, claimed: str) -> str:
     return f"{accepted} GLM were accepted for {what}, and {claimed} are claimed to be paid: the acceptance comes first"
 
 
-def _count_payment(draft: MoneyDraft, body: PaymentBody) -> None:
+def _count_payment(draft: MoneyDraft, body: PaymentBody, size: int) -> None:
     """Note on an agreement that one more payment is claimed for it."""
     if body.agreement_payments:
         agreement_id = body.agreement_payments[0].agreement_id
@@ -316,7 +324,9 @@ def _count_payment(draft: MoneyDraft, body: PaymentBody) -> None:
         agreement_id = activity.agreement_id
     agreement = draft.row(Agreement, f"agreement/{agreement_id}")
     assert agreement is not None, body
-    draft.put(f"agreement/{agreement_id}", replace(agreement, payments=agreement.payments + 1))
+    draft.put(f"agreement/{agreement_id}", replace(
+        agreement, payments=agreement.payments + 1, payment_bytes=agreement.payment_bytes + size
+    ))  # fmt: skip
 
 
 def transfer_verified(draft: MoneyDraft, me: str, fact: TransferVerified) -> None:
@@ -340,6 +350,10 @@ def transfer_rejected(draft: MoneyDraft, me: str, fact: TransferRejected) -> Non
     draft.put(f"payment/{row.payment_id}", replace(row, state=REFUSED, reason=fact.reason, tries=row.tries + 1))
     draft.wake(f"verify/{row.payment_id}", None)
     key = _claims_key(decode_body(PaymentBody, row.body), row.tx_hash)
+    if row.tries >= RESEND_TRIES:  # it is never looked at again: its id, the reason and its digest are enough
+        rest = encode_body(replace(decode_body(PaymentBody, row.body), agreement_payments=(), activity_payments=()))
+        dead = replace(row, state=REFUSED, reason=fact.reason, tries=row.tries + 1, signature=b"")
+        draft.put(f"payment/{row.payment_id}", replace(dead, body=rest, digest=digest(row.body)))
     claims = draft.row(TxClaims, key)
     assert claims is not None, key
     left = tuple(claim for claim in claims.claims if claim[0] != row.payment_id)

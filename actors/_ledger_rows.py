@@ -65,6 +65,7 @@ class Agreement(Message, frozen=True):
     documents: int = 0  # notes and invoices received
     payments: int = 0  # claims of payment received
     document_bytes: int = 0  # of the documents received
+    payment_bytes: int = 0  # of the claims
 
 
 class Activity(Message, frozen=True):
@@ -178,6 +179,7 @@ class Payment(Message, frozen=True):
     order_ids: tuple[str, ...] = ()
     reason: str = ""
     tries: int = 0
+    digest: str = ""  # of the body where only the head of it is kept: the payment was refused for good
 
 
 class TxClaims(Message, frozen=True):
@@ -191,6 +193,13 @@ class Open(Message, frozen=True):
 
     kind: str
     document_id: str
+
+
+class Stored(Message, frozen=True):
+    """`stored/<peer>`: how many bytes of a peer's documents were kept, less what its allowance of each day has made good."""
+
+    size: float
+    at: float
 
 
 class Told(Message, frozen=True):
@@ -219,6 +228,7 @@ LedgerRow = (
     | TxClaims
     | Open
     | Owed
+    | Stored
     | Told
 )
 

@@ -60,6 +60,7 @@ MESSAGES = {
     NOT_ISSUED: "No debit note can be issued for the work.",
     UNREACHABLE: "The requestor cannot be reached.",
 }
+FIRST_NOTE_S = 30.0  # of a stranger, where the demand names no interval
 MAX_ACTIVITIES = 1000  # of one agreement
 MAX_WAITING = 4  # activities of one agreement that wait for the process before them to go
 
@@ -162,7 +163,7 @@ def _start(turn: Turn, row: AgreementRow, activity: ActivityRow) -> None:
     turn.save(activity)
     credit.watch(turn, row.requestor)
     start_unit(turn, row, activity)
-    turn.wake(f"note/{activity.activity_id}", next_note_at(turn, row), NoteDue(activity.activity_id))
+    turn.wake(f"note/{activity.activity_id}", _first_note_at(turn, row), NoteDue(activity.activity_id))
 
 
 def start_unit(turn: Turn, row: AgreementRow, activity: ActivityRow) -> None:
@@ -173,6 +174,14 @@ def next_note_at(turn: Turn, row: AgreementRow) -> float:
     """Return the next time of a debit note: the approval plus whole intervals."""
     intervals = max(0, int((turn.now - row.at) // row.interval_s)) + 1
     return row.at + intervals * row.interval_s
+
+
+def _first_note_at(turn: Turn, row: AgreementRow) -> float:
+    """Return when the first debit note of an activity is due: for strangers soon, for who does not answer it is gone."""
+    usual_at = next_note_at(turn, row)
+    if row.interval_agreed or len(row.activities) > 1 or credit.has_paid(turn, row.requestor):
+        return usual_at
+    return min(usual_at, turn.now + FIRST_NOTE_S)
 
 
 def stop_activity(turn: Turn, activity: ActivityRow) -> None:

@@ -93,9 +93,10 @@ def note_due(turn: Turn, message: NoteDue) -> None:
     row = turn.agreement(activity.agreement_id) if activity else None
     if activity is None or row is None or activity.state not in BILLED_BY_INTERVAL:
         return
-    if turn.now - activity.billed_at > row.interval_s + _accept_s(turn, row):
+    if turn.now - activity.billed_at > row.interval_s + max(_accept_s(turn, row), SENDING_S):
         end_agreement(turn, row, NOT_ISSUED)  # whatever the cause: work that is not billed is work for nothing
         return
+    credit.prove(turn, row)
     turn.wake(f"note/{activity.activity_id}", next_note_at(turn, row), message)
     if not activity.issuing:
         turn.rest(ReadUsage(activity.activity_id))
@@ -370,6 +371,7 @@ def forget(turn: Turn, message: ForgetDue) -> None:
         turn.wake(f"forget/{row.agreement_id}", turn.now + turn.config.keep_s, message)
         return
     turn.put(f"debt/{row.requestor}/{row.agreement_id}", None)
+    turn.put(f"funds/{row.requestor}", None)
     for activity in turn.activities(row):
         for key, note in list(turn.prefix(f"note/{activity.activity_id}/")):
             turn.put(key, None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from decimal import Decimal
+from collections import Counter
 from typing import Any
 
 from msgspec.structs import replace
@@ -74,7 +74,10 @@ def _negotiate(turn: Turn, row: RejectedRow) -> Agreed | Rejected:
         return found
     if (no_place := places.judge(turn, row.issuer)) is not None:
         return no_place
-    judged = credit.judge(turn, row.issuer, json_object(row.demand), found.offer)
+    demand = json_object(row.demand)
+    if credit.rate_of(found.offer) > 0:
+        credit.ask_funds(turn, row.issuer, str(demand.get(PLATFORM)))
+    judged = credit.judge(turn, row.issuer, demand, found.offer)
     return judged if isinstance(judged, Rejected) else found
 
 
@@ -98,13 +101,19 @@ def _reject(turn: Turn, row: RejectedRow, why: Rejected) -> None:
 
 
 def _remember(turn: Turn, row: RejectedRow) -> None:
-    """Keep a proposal for when there is room; the oldest goes, with the answer it waits for, where there are too many."""
-    others = sorted(turn.prefix("rejected/"), key=lambda pair: (pair[1].at, pair[0]))
-    for key, oldest in others[: max(0, len(others) + 1 - MAX_REJECTED)]:
-        turn.put(key, None)
-        if oldest.waits:
-            _reject(turn, oldest, Rejected("No capacity available.", False))
+    """Keep a proposal for when there is room.
+
+    Where there are too many, the oldest goes of who has most, with the answer that it waits for: nobody pushes others out.
+    """
     turn.put(f"rejected/{row.proposal_id}", row)
+    kept: list[RejectedRow] = [one for _, one in turn.prefix("rejected/")]
+    if len(kept) > MAX_REJECTED:
+        have = Counter(one.issuer for one in kept)
+        oldest = min(kept, key=lambda one: (-have[one.issuer], one.at, one.proposal_id))
+        turn.put(f"rejected/{oldest.proposal_id}", None)
+        if oldest.waits:
+            turn.unwake(f"patience/{oldest.proposal_id}")
+            _reject(turn, oldest, Rejected("No capacity available.", False))
 
 
 def renegotiate(turn: Turn) -> None:
@@ -141,10 +150,12 @@ def agreement_arrived(turn: Turn, message: AgreementArrived) -> None:
     refusal = found if isinstance(found, Rejected) else None
     if refusal is None and not isinstance(found, Rejected) and found.changed:
         refusal = Rejected("Negotiations aren't finished.", False)
-    granted = Decimal(0)
+    granted = credit.Grant()
     if refusal is None:
         refusal = places.judge(turn, requestor)
     if refusal is None:
+        if credit.rate_of(offer) > 0:
+            credit.ask_funds(turn, requestor, str(demand.get(PLATFORM)))
         judged = credit.judge(turn, requestor, demand, offer)
         if isinstance(judged, Rejected):
             refusal = judged
@@ -159,8 +170,14 @@ def agreement_arrived(turn: Turn, message: AgreementArrived) -> None:
         turn.rest(RejectAgreement(agreement_id, reason(refusal.message, **{IS_FINAL: refusal.final})))
         turn.refuse(requestor, message.preset, f"agreement rejected: {refusal.message}", final=refusal.final)
         return
-    raw = credit.raw_credit(turn.config.terms, offer, str(demand.get(PLATFORM)))
-    row = replace(row, rate=credit.rate_of(offer), credit=amount_text(granted), raw_credit=amount_text(raw))
+    row = replace(
+        row,
+        rate=credit.rate_of(offer),
+        credit=amount_text(granted.added),
+        raw_credit=amount_text(granted.raw),
+        needed=amount_text(granted.needed),
+        unproven=amount_text(granted.unproven) if granted.unproven > 0 else "",
+    )
     turn.save(row)
     credit.begin(turn, row)
     turn.occupy(agreement_id, share_of(offer))
@@ -193,6 +210,8 @@ def _row(
         requestor=requestor,
         document=message.agreement,
         state=APPROVING,
+        platform=str(demand.get(PLATFORM)),
+        interval_agreed=whole_number(offer.get(INTERVAL)) is not None,
         at=turn.now,
         expires_at=expiration_s(demand) or turn.now,
         multi_activity=demand.get(MULTI_ACTIVITY) is True,

@@ -48,11 +48,11 @@ class Terms:
     min_accept_timeout_s: int = 5
     interval_s: int = 120
     min_interval_s: int = 1
-    max_interval_s: int = int(DAY_S)
+    max_interval_s: int = 300
     payment_timeout_s: int = 120
     min_payment_timeout_s: int = 1
     max_payment_timeout_s: int = int(DAY_S)
-    payment_timeout_required_s: float = 10 * 3600.0
+    payment_timeout_required_s: float = 5 * 3600.0  # SDKs send none below
     credit_floor: float = 0.01  # GLM of unpaid work for a stranger, at least
     credit_factor: float = 1.5
     credit_growth: float = 0.1  # of what a requestor has paid

@@ -1,6 +1,7 @@
 """Rows of the provider agent's machine, and the sums they are billed by.
 
-`agent`; `agent/payer/<requestor>`; `agent/unused/<requestor>`; `served` (whom); `capacity`; `cursor/<feed>`;
+`agent`; `agent/payer/<requestor>`; `agent/unused/<requestor>`; `stranger/<requestor>` (index); `funds/<requestor>`;
+`served` (whom); `capacity`; `cursor/<feed>`;
 `offer/<preset>`; `rejected/<proposal>` (to be looked at again); `refusals` (the last ones, for people);
 `agreement/<id>`; `active/<agreement>` (index of those that take up capacity); `debt/<requestor>/<agreement>` (index of
 what may be unpaid); `activity/<id>`; `note/<activity>/<number>`; `document/<id>` (from a debit note or invoice to what
@@ -118,6 +119,10 @@ class AgreementRow(Message, frozen=True):
     rate: float = 0.0  # the most that a second can cost
     credit: str = "0"  # what it adds to the credit of its requestor; `raw_credit`: what its terms come to
     raw_credit: str = "0"
+    interval_agreed: bool = False  # by the demand: then notes come no faster, for SDKs end agreements over that
+    platform: str = ""
+    needed: str = "0"  # what the payer must have for more than the least credit; `unproven`: the credit that waits for it
+    unproven: str = ""
     refused_id: str = ""  # an invoice that the requestor's node refused; it is corrected once
 
 
@@ -154,6 +159,7 @@ class ActivityRow(Message, frozen=True):
     counted_at: float = 0.0  # up to when `amount` counts
     paid: str = "0"
     billed_at: float = 0.0  # when the work began, or the last note was issued
+    held: bool = False  # no new command starts: unpaid work is near the credit
 
 
 class NoteRow(Message, frozen=True):
@@ -183,6 +189,18 @@ class DebtRow(Message, frozen=True):
     """Index: an agreement that may leave something unpaid, and when it began or ended."""
 
     agreement_id: str
+    at: float
+
+
+class StrangerRow(Message, frozen=True):
+    """Index: who has never paid and draws on the pool, or did within a day."""
+
+
+class FundsRow(Message, frozen=True):
+    """What the chain said of a requestor's account. `amount` None: it is asked, or did not say."""
+
+    platform: str
+    amount: str | None
     at: float
 
 
@@ -228,6 +246,8 @@ ProviderRow = (
     | DebtRow
     | UnusedRow
     | PayerRow
+    | StrangerRow
+    | FundsRow
     | DocumentRow
     | TaskRow
 )

@@ -26,6 +26,7 @@ from actors.kernel.machine import Emit, Reply, Send, Wake
 from actors.proposals import IS_FINAL
 from protocol.market import Rematch, canonical, loads
 from protocol.negotiation import (
+    PROVIDER,
     REQUESTOR,
     AgreementApproved,
     AgreementApprovedEvent,
@@ -60,7 +61,12 @@ def put(draft: Draft, agreement: Agreement, **changes: Any) -> Agreement:
 
 
 def end(draft: Draft, agreement: Agreement, state: str, now: float, reason: str = "", **changes: Any) -> Agreement:
-    """Put a final state, which is forgotten after a long time."""
+    """Put a final state, which is forgotten after a long time.
+
+    Of what a requestor proposed to us and what was never made, the terms go at once; its id is their digest.
+    """
+    if agreement.role == PROVIDER and state in (CANCELLED, REJECTED, EXPIRED):
+        changes["body"] = b""
     draft.do(Wake(f"forget/{agreement.agreement_id}", now + KEEP_ENDED_S, ForgetAgreement(agreement.agreement_id)))
     return put(draft, agreement, state=state, reason=reason, ended_at=now, **changes)
 

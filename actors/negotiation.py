@@ -62,7 +62,13 @@ class Negotiation:
     local = LocalNegotiation
     peer = PeerNegotiation
     rows = (
-        proposals.SubscriptionRow | proposals.Pair | proposals.Opened | proposals.Belongs | proposals.Proposal | Agreement
+        proposals.SubscriptionRow
+        | proposals.Pair
+        | proposals.Opened
+        | proposals.Belongs
+        | proposals.Talk
+        | proposals.Proposal
+        | Agreement
     )
     sources = _SOURCES
 

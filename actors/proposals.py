@@ -3,9 +3,14 @@
 A negotiation is a chain of proposals, each in answer to the last one of the other side. A proposal is committed here
 before the agent hears of its id, and the durable link brings it to the peer: what the peer has against it comes back as
 a rejection with its reason, and so does the news that the peer cannot be reached.
+
+A subscription has room for `MAX_PROPOSALS`. When it is full, the oldest negotiation of the node that has most of them is
+forgotten, unless there is an agreement: who comes with many identities pushes out himself first, and closes nothing.
 """
 
 from __future__ import annotations
+
+import heapq
 
 from msgspec.structs import replace
 
@@ -51,6 +56,7 @@ MAX_PROPOSALS_PER_PAIR = 100
 MAX_PROPOSALS = 20_000  # of one subscription
 MAX_OPENED_PER_NODE = 500  # negotiations about one offer: nobody uses it up for the others
 FORGET_AT_ONCE = 500
+ROOM_AT_ONCE = 60  # proposals that are forgotten together where there is no room
 
 IS_FINAL = "golem.proposal.rejection.is-final"  # in a reason: false where a later answer may be another
 INITIAL, DRAFT, REJECTED, ACCEPTED = "Initial", "Draft", "Rejected", "Accepted"
@@ -79,6 +85,12 @@ class Opened(Message, frozen=True, tag="opened"):
 
 class Belongs(Message, frozen=True, tag="belongs"):
     """Index: a proposal of a subscription."""
+
+
+class Talk(Message, frozen=True, tag="talk"):
+    """Index `talk/<subscription>/<node>/<since>/<its first proposal>`: a negotiation, and how many proposals it has."""
+
+    proposals: int
 
 
 class Proposal(Message, frozen=True, tag="proposal"):
@@ -149,6 +161,8 @@ def forget(draft: Draft, subscription_id: str, now: float) -> None:
             draft.put(f"proposal/{proposal.proposal_id}", None)
             draft.put(f"pair/{proposal.demand_id}/{proposal.offer_id}", None)
             draft.put(f"opened/{subscription_id}/{proposal.requestor}", None)
+            if not proposal.previous_id:
+                draft.put(_talk_key(proposal), None)
     draft.put(f"subscription/{subscription_id}", None)
     if row:
         draft.do(DropFeed(f"{row.document.kind}/{subscription_id}"))
@@ -170,9 +184,68 @@ def _no_room(draft: Draft, proposal: Proposal) -> str:
     if pair and pair.proposals >= MAX_PROPOSALS_PER_PAIR:
         return f"this demand and this offer have had {MAX_PROPOSALS_PER_PAIR} proposals, and no more are taken"
     row = draft.get(f"subscription/{proposal.own_subscription}")
-    if row and row.proposals >= MAX_PROPOSALS:
-        return f"the subscription has had {MAX_PROPOSALS} proposals, and no more are taken"
+    if row and row.proposals >= MAX_PROPOSALS and not _make_room(draft, proposal):
+        return f"the subscription has {MAX_PROPOSALS} proposals with agreements, and no more are taken"
     return ""
+
+
+def _first(draft: Draft, proposal: Proposal) -> Proposal:
+    """Return the Initial proposal of a negotiation."""
+    while proposal.previous_id and (previous := draft.get(f"proposal/{proposal.previous_id}")) is not None:
+        proposal = previous
+    return proposal
+
+
+def _talk_key(first: Proposal) -> str:
+    return f"talk/{first.own_subscription}/{first.counterpart}/{first.created * 1000:015.0f}/{first.proposal_id}"
+
+
+def _make_room(draft: Draft, besides: Proposal) -> bool:
+    """Forget the oldest negotiations of the nodes that have most proposals of a subscription; return whether any was.
+
+    One with an agreement stays, and that of `besides`.
+    """
+    subscription_id, own = besides.own_subscription, _talk_key(_first(draft, besides))
+    talks: dict[str, list[tuple[str, int]]] = {}
+    for key, row in draft.prefix(f"talk/{subscription_id}/"):
+        if key != own:
+            talks.setdefault(key.split("/")[2], []).append((key, row.proposals))
+    ranks = [(-sum(count for _, count in found), found[0][0].split("/")[3], node) for node, found in talks.items()]
+    heapq.heapify(ranks)
+    freed = 0
+    while ranks and freed < ROOM_AT_ONCE:
+        have, _, node = heapq.heappop(ranks)
+        key, count = talks[node].pop(0)
+        freed += _forget_talk(draft, key)
+        if talks[node]:
+            heapq.heappush(ranks, (have + count, talks[node][0][0].split("/")[3], node))
+    row = draft.get(f"subscription/{subscription_id}")
+    draft.put(f"subscription/{subscription_id}", replace(row, proposals=max(0, row.proposals - freed)))
+    return freed > 0
+
+
+def _forget_talk(draft: Draft, key: str) -> int:
+    """Forget a negotiation and return how many proposals it had; 0 where it has an agreement and stays."""
+    chain: list[Proposal] = []
+    following = key.rpartition("/")[2]
+    while following and (proposal := draft.get(f"proposal/{following}")) is not None:
+        if proposal.agreement_id:
+            return 0
+        chain.append(proposal)
+        following = proposal.answer_id
+    draft.put(key, None)
+    for proposal in chain:
+        draft.put(f"proposal/{proposal.proposal_id}", None)
+        draft.put(f"of/{proposal.own_subscription}/{proposal.proposal_id}", None)
+    for proposal in chain[:1]:
+        pair_key = f"pair/{proposal.demand_id}/{proposal.offer_id}"
+        left = (draft.get(pair_key) or Pair(0)).proposals - len(chain)
+        draft.put(pair_key, Pair(left) if left > 0 else None)
+        opened_key = f"opened/{proposal.offer_id}/{proposal.requestor}"
+        opened = draft.get(opened_key)
+        if opened is not None:
+            draft.put(opened_key, Opened(opened.negotiations - 1) if opened.negotiations > 1 else None)
+    return len(chain)
 
 
 def _taken(draft: Draft, proposal: Proposal, now: float) -> bool:
@@ -191,6 +264,9 @@ def _add(draft: Draft, proposal: Proposal) -> None:
     pair, row = draft.get(pair_key) or Pair(0), draft.get(row_key)
     draft.put(pair_key, Pair(pair.proposals + 1))
     draft.put(row_key, replace(row, proposals=row.proposals + 1))
+    talk_key = _talk_key(_first(draft, proposal))
+    talk = draft.get(talk_key) or Talk(0)
+    draft.put(talk_key, Talk(talk.proposals + 1))
 
 
 def mismatch(proposal: Proposal, other: Proposal) -> str:
@@ -355,7 +431,7 @@ def received_first(draft: Draft, node: str, message: ProposalOpened, meta: Meta)
         state=INITIAL,
         properties=_properties(offer),
         constraints=offer.constraints,
-        created=message.created,
+        created=meta.now,
         expires=min(offer.expires, demand.expires),
         wire_id=message.initial_id,
     )

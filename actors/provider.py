@@ -21,6 +21,7 @@ from msgspec.structs import replace
 
 from actors import _provider_agreements as agreements
 from actors import _provider_billing as billing
+from actors import _provider_credit as credit
 from actors import _provider_negotiation as negotiation
 from actors import _provider_offers as offers
 from actors._provider_rows import (
@@ -56,6 +57,8 @@ from protocol.provider import (
     ExpirationDue,
     FindUnit,
     ForgetDue,
+    FundsKnown,
+    HoldUnit,
     IdleDue,
     InvoiceIssued,
     InvoiceSent,
@@ -173,6 +176,8 @@ def _resume_activity(turn: Turn, row: AgreementRow, activity: ActivityRow) -> No
         activity = replace(activity, billed_at=turn.now)  # that nobody billed it meanwhile was our own fault
         turn.save(activity)
         turn.processes(FindUnit(activity.activity_id, activity.pid, activity.started_ticks))
+        if activity.held:
+            turn.processes(HoldUnit(activity.activity_id, activity.agreement_id, True))
         if activity.destroyed and activity.pid:
             turn.processes(StopUnit(activity.activity_id, activity.pid, activity.started_ticks))
     elif activity.state == EXITED:
@@ -247,6 +252,7 @@ _HANDLERS: dict[type, Callable[[Turn, Any], None]] = {
     UnitExited: agreements.unit_exited,
     IdleDue: agreements.idle_due,
     CreditDue: agreements.credit_due,
+    FundsKnown: credit.funds_known,
     ExpirationDue: agreements.expiration_due,
     ActivityClosed: billing.activity_closed,
     UsageRead: billing.usage_read,

@@ -100,7 +100,8 @@ async def activity_show(node: Node, args: dict[str, Any]) -> Any:
     batches = []
     kept: list[BatchRow] = [one for _, one in node.system.listed("activity", f"batch/{row.activity_id}/")[0]]
     for batch in sorted(kept, key=lambda one: (one.begun_at, one.batch_id)):
-        batches.append({"id": batch.batch_id, "begun": timestamp_text(batch.begun_at), "commands": batch.size,
+        begun = timestamp_text(batch.begun_at) if batch.begun_at else None  # a row of before this was kept
+        batches.append({"id": batch.batch_id, "begun": begun, "commands": batch.size,
                         "results": batch.have, "finished": batch.finished, "failed": _failure(node, batch)})  # fmt: skip
     running = None
     if not row.ended and row.state != "New":

@@ -3,15 +3,19 @@
 Other nodes, and processes of this machine through the bus, read and write over byte streams named `gftp`; the conversation
 is in `golem/gftp_wire.py`, the receiving side of uploads in `golem/uploads.py`. What is published is a `Source` or a `Sink`:
 here files of this machine, told by the `gftp` tool over the bus and withdrawn when its connection ends.
-Whoever knows a name may use it: names are hashes of content or random.
+Whoever knows a name may use it. That of a file is the hash of its content and a code of this node's secret over it: the
+same content has the same name, whoever fetches it can check it, and nobody can guess it who guesses the content. Names of
+slots are random. Images of the registry are public (`golem/registry.py`).
 """
 
 from __future__ import annotations
 
 import hashlib
+import hmac
 import json
 import logging
 import os
+import re
 import secrets
 import stat
 import string
@@ -38,7 +42,7 @@ from golem.gftp_wire import (
 )
 from golem.net.types import RemoteError
 from golem.outgoing import FileIdentity, identity_of
-from golem.reserve import NoRoom, free_at, reserve
+from golem.reserve import NoRoom, free_at, give_back, reserve
 from golem.reserve import check as check_room
 from golem.router import Router
 from golem.uploads import Upload
@@ -46,14 +50,16 @@ from golem.uploads import Upload
 log = logging.getLogger("golem.files")
 
 SLOT_NAME_LENGTH = 65
+CODE_CHARS = 32
 MAX_PUBLISHED = 100_000
 MAX_UPLOAD_BYTES = 1 << 40
-SPARE_BYTES = 64 << 20  # of the disk, which uploads leave free
+SPARE_BYTES = 256 << 20  # of the disk, which uploads leave free
 FILLED = "user.golem.filled"  # extended attribute of what came by a slot
 MAX_LEFT_BYTES = 8 << 30  # of an upload from before this node began that are hashed again, while its sender waits
 KEEP_S = 300.0  # an upload that broke off, for its sender to come back
 DRAIN_S = 2.0  # for a sender to notice that we said no
 STALL_S = 120.0  # without a byte a stream is given up
+_SHA3_256 = re.compile(r"[0-9a-f]{64}\Z")
 _ALPHANUMERICS = string.ascii_letters + string.digits
 
 
@@ -244,6 +250,12 @@ class FileSink:
         except OSError as error:
             raise FileFault("WriteError", f"cannot write {self.path}: {error.strerror}") from None
 
+    def release(self) -> None:
+        """Free what is set aside for bytes that do not come for now."""
+        if self._descriptor >= 0:
+            self._reserved = 0
+            give_back(self._descriptor)
+
     def filled(self) -> Filled | None:
         """Return what an upload into this slot left where it leads, None if there was none, as far as that is known."""
         try:
@@ -281,7 +293,9 @@ class _Close(msgspec.Struct, frozen=True, array_like=True):
 class FileServer:
     """All that this node publishes, by name. One name may have several owners; it is served until the last is gone."""
 
-    def __init__(self, router: Router) -> None:
+    def __init__(self, router: Router, secret: bytes) -> None:
+        """`secret` makes the names of files; the same one gives the same names after a restart."""
+        self._secret = secret
         self._entries: dict[str, dict[Any, Source | Sink]] = {}
         self._uploads: dict[str, Upload] = {}  # under way, or kept for their sender to come back
         self._filled: dict[str, Filled] = {}  # slots that have what they waited for
@@ -297,6 +311,10 @@ class FileServer:
         if name not in self._entries and len(self._entries) >= MAX_PUBLISHED:
             raise FileFault("InternalError", f"more than {MAX_PUBLISHED} published files")
         self._entries.setdefault(name, {})[owner] = what
+
+    def name_of(self, sha3_256: str) -> str:
+        """Return the name of a file with this content."""
+        return f"{sha3_256}-{hmac.digest(self._secret, sha3_256.encode(), 'sha256').hex()[:CODE_CHARS]}"
 
     def withdraw(self, name: str, owner: object) -> bool:
         """Take back what `owner` published under `name`; returns whether there was something."""
@@ -321,14 +339,15 @@ class FileServer:
     # -- the gftp tool, over the bus
     async def _publish(self, client: BusPeer, payload: bytes) -> bytes:
         request = _decode(payload, _Publish)
-        if len(request.sha3_256) != 64:
+        if not _SHA3_256.match(request.sha3_256):
             raise RemoteError("expected a SHA3-256 hash in hex")
+        name = self.name_of(request.sha3_256)
         try:
             source = await trio.to_thread.run_sync(FileSource, _absolute(request.path), request.identity)
-            self.offer(request.sha3_256, source, client)
+            self.offer(name, source, client)
         except FileFault as fault:
             raise RemoteError(str(fault)) from None
-        return request.sha3_256.encode()
+        return name.encode()
 
     async def _receive(self, client: BusPeer, payload: bytes) -> bytes:
         request = _decode(payload, _Receive)
@@ -488,6 +507,8 @@ class FileServer:
         if upload is None or not upload.over.is_set():
             return
         if upload.written and not upload.lost and name in self._entries:
+            if isinstance(upload.sink, FileSink):
+                upload.sink.release()  # room is for who sends
             with trio.move_on_after(KEEP_S):
                 await upload.settled.wait()
         if self._uploads.get(name) is upload:

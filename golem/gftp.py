@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import secrets
 import signal
 import stat
@@ -28,7 +27,7 @@ import trio
 from golem.bus import BusClient, BusError
 from golem.config import VERSION, data_dir_from
 from golem.gftp_peer import GftpPeer
-from golem.gftp_wire import FileFault, parse_url, part_name
+from golem.gftp_wire import FileFault, parse_url, part_name, sha3_of
 from golem.net.types import RemoteError, Unreachable
 from golem.outgoing import FileIdentity, Outgoing, identity_of
 from golem.printing import quoted
@@ -63,7 +62,7 @@ class Gftp:
 
     def __init__(self, bus_path: Path) -> None:
         self._peer = GftpPeer(bus_path)
-        self._published: dict[str, tuple[str, Path, tuple[Any, ...]]] = {}  # by name: how it was told, the file, what else
+        self._published: dict[str, tuple[str, Path, tuple[Any, ...]]] = {}  # by name: what was called, the file, what else
         self._bus_path = bus_path
         self._bus = BusClient(
             bus_path, f"gftp:{secrets.token_hex(8)}", "gftp", on_connect=self._on_connect
@@ -78,9 +77,9 @@ class Gftp:
 
     async def _on_connect(self) -> None:
         """The node may be a new one: tell it again."""
-        for name, (target, path, more) in list(self._published.items()):
+        for target, path, more in list(self._published.values()):
             with suppress(Unreachable, RemoteError):
-                await self._bus.call("", target, _encode([str(path), name, *more]))
+                await self._bus.call("", target, _encode([str(path), *more]))
 
     async def _call(self, target: str, *args: Any) -> str:
         with trio.move_on_after(CONNECT_TIMEOUT_S):
@@ -97,9 +96,9 @@ class Gftp:
         done = []
         for file in files:
             path = Path(os.path.realpath(file))
-            name, identity = await trio.to_thread.run_sync(_sha3_of, path, abandon_on_cancel=True)
-            await self._call(PUBLISH, str(path), name, identity)
-            self._published[name] = (PUBLISH, path, (identity,))
+            sha3, identity = await trio.to_thread.run_sync(_sha3_of, path, abandon_on_cancel=True)
+            name = await self._call(PUBLISH, str(path), sha3, identity)
+            self._published[name] = (PUBLISH, path, (sha3, identity))
             done.append({"file": file, "url": f"gftp://{self._bus.node_id}/{name}"})
         return done
 
@@ -121,7 +120,7 @@ class Gftp:
         path = _absolute(output_file)
         more = () if max_bytes is None else (max_bytes,)
         name = await self._call(RECEIVE, str(path), "", *more)
-        self._published[name] = (RECEIVE, path, more)
+        self._published[name] = (RECEIVE, path, (name, *more))
         return {"file": output_file, "url": f"gftp://{self._bus.node_id}/{name}"}
 
     async def download(self, url: str, output_file: str) -> dict[str, str]:
@@ -142,7 +141,7 @@ class Gftp:
                     await self._peer.download(url, file.tell(), partial(trio.to_thread.run_sync, store))
 
                 await _persist(fetch, file.tell)
-            if re.fullmatch(r"[0-9a-f]{64}", name := parse_url(url)[1]) and sha3.hexdigest() != name:
+            if sha3_of(parse_url(url)[1]) not in ("", sha3.hexdigest()):
                 raise FileFault("IntegrityError", f"{url}: the content has another hash")
             part.replace(path)
         except OSError as error:

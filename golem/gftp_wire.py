@@ -40,6 +40,7 @@ STALL_S = 60.0
 MIN_BYTES = 1 << 14  # that must come in STALL_S
 HEADER_S = 120.0  # for an answer: the other side may have to read a file first
 _URL = re.compile(r"gftp://(0x[0-9a-fA-F]{40})/([A-Za-z0-9._\-]{1,200})\Z")
+_FILE = re.compile(r"([0-9a-f]{64})(?:-[0-9a-f]{32})?\Z")
 BROKEN = (Unreachable, trio.BrokenResourceError, trio.ClosedResourceError)
 END = bytes(12)
 HASHES = ("sha256", "sha3_256")
@@ -60,6 +61,12 @@ def parse_url(url: str) -> tuple[str, str]:
     if match is None:
         raise FileFault("InternalError", f"not a gftp URL: {url[:120]!r}")
     return match[1].lower(), match[2]
+
+
+def sha3_of(name: str) -> str:
+    """Return the SHA3-256 of the content that a name promises: its first part, where it is one of a published file."""
+    match = _FILE.match(name)
+    return match[1] if match else ""
 
 
 def part_name(file_name: str, slot: str) -> str:

@@ -6,6 +6,7 @@ bare key, readable by its owner only. Keys leave this module as signatures, neve
 
 from __future__ import annotations
 
+import hmac
 import json
 import os
 import secrets
@@ -46,6 +47,10 @@ class Identity:
     def sign(self, kind: str, body: bytes) -> Document:
         """Return `body` as a signed document of `kind` (see `protocol.signing`)."""
         return sign(self._key, kind, body)
+
+    def derived(self, purpose: str) -> bytes:
+        """Return a secret of this node (32 bytes) for one purpose; it is the same at each start and says nothing of the key."""
+        return hmac.digest(self._key, f"golem: {purpose}".encode(), "sha256")
 
     def secret(self) -> bytes:
         """Return the key (32 bytes), for the two places that need it: the peer host and the transaction signer."""

@@ -12,7 +12,7 @@ import secrets
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ import trio
 
 START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 15.0
+PROGRAM = ("-m", "golem.cli")
 BIN = Path(sys.executable).parent
 
 
@@ -134,16 +135,20 @@ class LocalNet:
         self.agents: dict[str, Process] = {}
 
     async def start_node(
-        self, name: str, *, wait: bool = True, extra: Mapping[str, str] = {}, chain_dir: Path | None = None
-    ) -> LocalNode:
-        """Start a node named `name` on loopback and free ports, on the market's chain or one of its own (`chain_dir`)."""
+        self, name: str, *, wait: bool = True, extra: Mapping[str, str] = {}, chain_dir: Path | None = None,
+        program: Sequence[str] = PROGRAM,
+    ) -> LocalNode:  # fmt: skip
+        """Start a node named `name` on loopback and free ports, on the market's chain or one of its own (`chain_dir`).
+
+        `program`: what Python is to run instead of `golem`.
+        """
         data_dir = self.folder / name
         chain_dir = chain_dir or self.chain_dir
         self.chain_dirs.add(chain_dir)
         data_dir.mkdir(parents=True, exist_ok=True)
         app_key = secrets.token_hex(16)
         arguments = [
-            sys.executable, "-m", "golem.cli", "--data-dir", str(data_dir), "run", "--plain-key",
+            sys.executable, *program, "--data-dir", str(data_dir), "run", "--plain-key",
             "--api-url", "http://127.0.0.1:0", "--listen", "127.0.0.1:0", "--network-name", self.name,
             "--chain-dir", str(chain_dir),
         ]  # fmt: skip
@@ -158,11 +163,13 @@ class LocalNet:
             await node.wait_ready()
         return node
 
-    def start_agent(self, node: LocalNode, *, subnet: str, arguments: tuple[str, ...] = ()) -> Process:
+    def start_agent(
+        self, node: LocalNode, *, subnet: str, arguments: tuple[str, ...] = (), program: Sequence[str] = PROGRAM
+    ) -> Process:
         """Start a provider agent in front of a node."""
         name = f"{node.name}-agent"
         line = [
-            sys.executable, "-m", "golem.cli", "--data-dir", str(node.data_dir), "provider", "run",
+            sys.executable, *program, "--data-dir", str(node.data_dir), "provider", "run",
             "--name", node.name, "--subnet", subnet, *arguments,
         ]  # fmt: skip
         process = Process(name, line, dict(node.environment), self.folder / f"{name}.log")

@@ -176,7 +176,7 @@ async def open_node(config: Config, ask_password: AskPassword | None = None) -> 
         least = format(config.least_payment_glm, ".18f")
         system.add(Wallet(identity.node_id, cycles_of(config, chain), minimum=least, payees=chain.batch_sizes()))
         system.add_port(SignerPort(identity.node_id, identity.sign))
-        files = FileServer(router)
+        files = FileServer(router, identity.derived("names of published files"))
         registry = await trio.to_thread.run_sync(open_registry, config, files)
         node = Node(config, identity, app_keys, router, system, network, bus, chain, files, registry)
         serve_commands(node)

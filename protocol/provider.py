@@ -256,6 +256,21 @@ class NoteSent(Message, frozen=True):
     most: str = ""
 
 
+class AskFunds(Message, frozen=True):
+    """Ask the chain what a payer's account holds, then say `FundsKnown`; it is not tried twice."""
+
+    requestor: str
+    platform: str
+
+
+class FundsKnown(Message, frozen=True):
+    """What a requestor has to pay with on a platform, in GLM; None where nobody could say."""
+
+    requestor: str
+    platform: str
+    amount: str | None
+
+
 class ReadNote(Message, frozen=True):
     """Read the status of a debit note whose deadline `accept` or `pay` has come, then say `NoteRead`."""
 
@@ -346,6 +361,14 @@ class StopUnit(Message, frozen=True):
     started_ticks: int
 
 
+class HoldUnit(Message, frozen=True):
+    """Have an activity's exe-unit start no new command (`held`), or go on."""
+
+    activity_id: str
+    agreement_id: str
+    held: bool
+
+
 class UnitExited(Message, frozen=True):
     """The process is gone. `code` None: it was not our child, or never started (`error` says why)."""
 
@@ -368,7 +391,7 @@ class ExpirationDue(Message, frozen=True):
 
 
 class CreditDue(Message, frozen=True):
-    """The unpaid work for a requestor may have reached its credit by now."""
+    """The unpaid work for a requestor may have come near its credit by now, or have reached it."""
 
     requestor: str
 
@@ -422,6 +445,7 @@ LocalProvider = (
     | NoteIssued
     | NoteSent
     | NoteRead
+    | FundsKnown
     | InvoiceIssued
     | InvoiceSent
     | TaskEnded
@@ -451,6 +475,7 @@ ToRest = (
     | IssueNote
     | SendNote
     | ReadNote
+    | AskFunds
     | IssueInvoice
     | SendInvoice
 )
@@ -458,12 +483,14 @@ ToRest = (
 Kept = CounterProposal | RejectProposal | RejectAgreement | ReadNote
 #: What anybody may cause, as often as he likes. It has a port of its own, so that no money waits behind it.
 Talk = CounterProposal | RejectProposal | RejectAgreement
-_IDS = ("preset", "offer_id", "proposal_id", "agreement_id", "activity_id", "number", "serial", "deadline", "note_id")
+OfStrangers = Talk | AskFunds
+_IDS = ("preset", "offer_id", "proposal_id", "agreement_id", "activity_id", "number", "serial", "deadline", "note_id",
+        "requestor", "platform")  # fmt: skip
 
 
 def port_of(message: ToRest) -> str:
     """Return the port that a message goes to."""
-    return "proposals" if isinstance(message, Talk) else "rest"
+    return "proposals" if isinstance(message, OfStrangers) else "rest"
 
 
 def task_key(message: Message) -> str:
@@ -471,4 +498,4 @@ def task_key(message: Message) -> str:
     return "/".join((type(message).__name__, *(str(getattr(message, name)) for name in _IDS if hasattr(message, name))))
 
 
-ToProcesses = StartUnit | FindUnit | StopUnit
+ToProcesses = StartUnit | FindUnit | StopUnit | HoldUnit

@@ -28,7 +28,7 @@ class TableRows(dict[str, Any]):
     """Rows over a dict."""
 
     def prefix(self, prefix: str) -> Iterator[tuple[str, Any]]:
-        for key in sorted(key for key in self if key.startswith(prefix)):
+        for key in sorted([key for key in self if key[: len(prefix)] == prefix]):
             yield key, self[key]
 
 

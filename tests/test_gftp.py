@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -38,8 +40,8 @@ def content(size: int) -> bytes:
 async def session(tmp_path: Path) -> AsyncIterator[tuple[Gftp, GftpPeer, FileServer, trio.Nursery]]:
     """A gftp session on node A, and a reader on node B."""
     async with two_nodes(tmp_path) as (a, b, nursery):
-        files = FileServer(a.router)
-        FileServer(b.router)
+        files = FileServer(a.router, b"secret")
+        FileServer(b.router, b"secret")
         gftp = Gftp(tmp_path / "a.sock")
         await nursery.start(gftp.run)
         yield gftp, GftpPeer(tmp_path / "b.sock"), files, nursery
@@ -84,7 +86,9 @@ async def test_publish_download_close(tmp_path: Path) -> None:
         paths = [str(tmp_path / name) for name in ("in0", "in1", "in2", "twin")]
         done = await gftp.publish(paths)
         assert [entry["file"] for entry in done] == paths
-        assert done[1]["url"] == done[3]["url"] == f"gftp://{A}/{hashlib.sha3_256(content(1)).hexdigest()}"
+        sha3 = hashlib.sha3_256(content(1)).hexdigest()
+        assert done[1]["url"] == done[3]["url"]
+        assert re.fullmatch(rf"gftp://{A}/{sha3}-[0-9a-f]{{32}}", done[1]["url"])
         for entry, size in zip(done, (0, 1, 2_500_000), strict=False):
             assert await peer.size(entry["url"]) == size
             assert await fetch(peer, entry["url"]) == content(size)
@@ -94,6 +98,24 @@ async def test_publish_download_close(tmp_path: Path) -> None:
         assert await gftp.close([done[1]["url"], done[1]["url"], "nonsense"]) == ["ok", "error", "error"]
         with pytest.raises(FileFault, match="no such file"):
             await fetch(peer, done[1]["url"])
+
+
+@trio_test
+async def test_who_guesses_the_content_of_a_file_does_not_know_its_name(tmp_path: Path) -> None:
+    """A stranger asked for the two files that it could be, and knew which one it was."""
+    (tmp_path / "pin").write_bytes(b"PIN=4711")
+    async with session(tmp_path) as (gftp, peer, files, _):
+        [entry] = await gftp.publish([str(tmp_path / "pin")])
+        guessed = hashlib.sha3_256(b"PIN=4711").hexdigest()
+        other_code = hmac.digest(b"another secret", guessed.encode(), "sha256").hex()[:32]
+        for name in (guessed, f"{guessed}-", f"{guessed}-{'0' * 32}", f"{guessed}-{other_code}"):
+            with pytest.raises(FileFault, match="no such file"):
+                await peer.size(f"gftp://{A}/{name}")
+        assert await fetch(peer, entry["url"]) == b"PIN=4711"
+        assert files.published() == [files.name_of(guessed)], "the same name after a restart"
+        for bad in ("a" * 63, "A" * 64, "../" + "a" * 61):
+            with pytest.raises(RpcError, match="expected a SHA3-256"):
+                await gftp._call("gftp:publish", str(tmp_path / "pin"), bad)
 
 
 @trio_test
@@ -166,6 +188,9 @@ async def test_a_download_resumes_and_checks_the_whole_hash(tmp_path: Path, monk
         files.offer("b" * 64, Breaking(data), "test")
         with pytest.raises(RpcError, match="IntegrityError"):
             await gftp.download(f"gftp://{A}/{'b' * 64}", str(tmp_path / "bad"))
+        files.offer(f"{'b' * 64}-{'c' * 32}", Breaking(data), "test")
+        with pytest.raises(RpcError, match="IntegrityError"):
+            await gftp.download(f"gftp://{A}/{'b' * 64}-{'c' * 32}", str(tmp_path / "bad"))
         assert not (tmp_path / "bad").exists()
 
 
@@ -173,7 +198,7 @@ async def test_a_download_resumes_and_checks_the_whole_hash(tmp_path: Path, monk
 async def test_published_files_end_with_the_session_and_survive_the_node(tmp_path: Path) -> None:
     (tmp_path / "in").write_bytes(b"x")
     async with two_nodes(tmp_path) as (a, _, nursery), trio.open_nursery() as inner:
-        files = FileServer(a.router)
+        files = FileServer(a.router, b"secret")
         gftp = Gftp(tmp_path / "a.sock")
         await inner.start(gftp.run)
         [entry] = await gftp.publish([str(tmp_path / "in")])
@@ -235,7 +260,7 @@ async def test_json_rpc(tmp_path: Path) -> None:
 async def test_the_command_as_an_agent_uses_it(tmp_path: Path) -> None:
     (tmp_path / "in").write_bytes(b"hello")
     async with two_nodes(tmp_path) as (a, _, nursery):
-        FileServer(a.router)
+        FileServer(a.router, b"secret")
         env = {**os.environ, "GSB_URL": f"unix:{tmp_path / 'a.sock'}"}
         command = [sys.executable, "-m", "golem.gftp", "server"]
         process = await trio.lowlevel.open_process(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env)

@@ -85,7 +85,7 @@ def run(agent_dir: Path | None, name: str | None, subnet: str | None, node_url: 
     from actors.kernel.records import JournalError
     from golem.provider.agent import AgentError, run_agent
     from golem.provider.client import NodeError
-    from golem.provider.environment import read_environment
+    from golem.provider.environment import kept_settings, read_environment
     from golem.provider.settings import Settings, SettingsError, keep_interactions, names
 
     known_errors = (AgentError, NodeError, SettingsError, JournalError, ActorFailed, AskTimeout, NodeFailed)
@@ -102,7 +102,7 @@ def run(agent_dir: Path | None, name: str | None, subnet: str | None, node_url: 
     try:
         found, net = names(env, folder, name, subnet)
         keep_interactions(folder, shell=shell, proxy_http=proxy_http)
-        given = read_environment(env)
+        given = read_environment(env, kept_settings(folder))
         settings = Settings(
             data_dir=folder, node_file=config.status_path, node_url=node_url or env.get("YAGNA_API_URL", ""), app_key=key,
             name=found, subnet=net, runtimes=runtimes, max_agreements=max_agreements or given.max_agreements,
@@ -230,31 +230,43 @@ def exe_unit_list(agent_dir: Path | None, places: str | None) -> None:
 
 
 # -- settings
-@provider.group()
-def settings() -> None:
-    """Name, subnet, what requestors may do inside."""
+@provider.group(invoke_without_command=True)
+@click.pass_context
+def settings(context: click.Context) -> None:
+    """What rules the agent: each setting, its value, and where that came from."""
+    if context.invoked_subcommand is None:
+        context.invoke(settings_show, agent_dir=None)
 
 
 @settings.command("show")
 @_data_dir_option
 def settings_show(agent_dir: Path | None) -> None:
-    """Show what is kept."""
+    """Show every setting, its value and where that came from."""
     _show_settings(_agent_dir(agent_dir))
 
 
 @settings.command("set")
+@click.argument("assignments", nargs=-1, metavar="[NAME=VALUE]...")
 @_data_dir_option
 @click.option("--node-name", "--name", help="What requestors see; from the agent's next start on.")
 @click.option("--subnet", help="Only requestors of the same subnet are served; from the agent's next start on.")
 @_interaction_options
 def settings_set(
-    agent_dir: Path | None, node_name: str | None, subnet: str | None, shell: bool | None, proxy_http: bool | None
-) -> None:
-    """Change what is kept. A running agent takes --shell and --proxy-http up within a minute, for new activities."""
+    assignments: tuple[str, ...], agent_dir: Path | None, node_name: str | None, subnet: str | None, shell: bool | None,
+    proxy_http: bool | None,
+) -> None:  # fmt: skip
+    """Change what is kept; an empty VALUE goes back to the default. Variables of the environment count more.
+
+    A running agent takes --shell and --proxy-http up within a minute, for new activities; all else at its next start.
+    """
+    from golem.provider.environment import keep_settings
     from golem.provider.settings import SettingsError, keep_interactions, names
 
     folder = _agent_dir(agent_dir)
     try:
+        if wrong := [one for one in assignments if "=" not in one]:
+            raise SettingsError(f"expected NAME=VALUE, not {wrong[0][:100]!r}")
+        keep_settings(folder, {name: text for name, _, text in (one.partition("=") for one in assignments)})
         names({}, folder, node_name, subnet)
         keep_interactions(folder, shell=shell, proxy_http=proxy_http)
     except SettingsError as error:
@@ -263,18 +275,25 @@ def settings_set(
 
 
 def _show_settings(folder: Path) -> None:
+    from golem.provider.environment import describe, kept_settings
     from golem.provider.settings import SWITCHES, SettingsError, interactions, names
 
+    env = load_environment()
     try:
         name, subnet = names({}, folder, None, None)
         allowed = interactions(folder)
+        described = describe(env, kept_settings(folder), dot_env().given)
     except SettingsError as error:
         raise fail(str(error)) from None
     found = {"node_name": name, "subnet": subnet, **{key: kind in allowed for key, kind in SWITCHES.items()}}
     if wants_json():
-        value(found)
+        value({**found, "settings": described})
         return
     table(["setting", "value"], [[key, _cell(one)] for key, one in found.items()])
+    text("")
+    rows = [[one["name"], "" if one["value"] is None else f"{one['value']} {one['unit']}".strip(), one["from"], one["what"]]
+            for one in described]  # fmt: skip
+    table(["setting", "value", "from", "what it is"], rows)
 
 
 # -- presets

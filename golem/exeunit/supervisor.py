@@ -14,6 +14,7 @@ import signal
 from contextlib import suppress
 from pathlib import Path
 
+HOLD = "hold"  # a file in the activity's folder: as long as it is there the exe-unit starts no new command
 _MARK = re.compile(r"(\d{1,10}):(\d{1,20}):(\d{1,20})\s*\Z")
 
 

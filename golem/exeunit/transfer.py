@@ -362,10 +362,10 @@ def _say(notice: Notice | None, text: str) -> None:
 
 
 def _digest_of(location: Location) -> Digest | None:
-    """The hash that a location's content must have: a gftp name of 64 hex digits is one as well."""
-    name = location.rest.rpartition("/")[2]
-    if location.digest is None and location.scheme == "gftp" and re.fullmatch(r"[0-9a-f]{64}", name):
-        return Digest(256, name)
+    """The hash that a location's content must have: a gftp name begins with one, before the code of its publisher."""
+    name = re.fullmatch(r"([0-9a-f]{64})(?:-[0-9a-f]{32})?", location.rest.rpartition("/")[2])
+    if location.digest is None and location.scheme == "gftp" and name:
+        return Digest(256, name[1])
     return location.digest
 
 

@@ -34,6 +34,7 @@ from golem.exeunit.runtimes.base import (
     Volume,
     parse_volumes,
 )
+from golem.exeunit.supervisor import HOLD
 from golem.exeunit.terms import Terms
 from golem.exeunit.transfer import TransferError, Transfers
 from golem.exeunit.usage import Counters, room_left
@@ -56,6 +57,8 @@ log = logging.getLogger("golem.exeunit")
 
 STOPPED = "stopped by a terminate command"
 DEFAULT_PROGRESS_S = 1.0
+HOLD_LOOK_S = 0.5
+HELD = "held back: unpaid work has come near the credit of the requestor; it goes on as soon as a payment arrives"
 _INTERVAL = re.compile(r"\s*(\d{1,6}(?:\.\d{1,6})?)\s*(ms|s|m)\s*\Z")
 Post = Callable[[Sequence[Send]], Awaitable[None]]
 
@@ -155,6 +158,7 @@ class RuntimePort:
             if text is None:
                 self._running = (message.batch_id, message.index, command.text, scope)
                 try:
+                    await self._wait_while_held(message, command)
                     text, code = await self._perform(message, command, outputs)
                     ok = code == 0
                 except (Failed, RuntimeFault, TransferError) as error:
@@ -174,6 +178,16 @@ class RuntimePort:
         )  # fmt: skip
         assert self._post is not None
         await self._post([Send(self._unit, finished)])
+
+    async def _wait_while_held(self, message: Execute, command: Command) -> None:
+        """Begin nothing new while the provider's agent says so; what ends work may always begin."""
+        mark = self._work_dir / HOLD
+        if not mark.exists() or isinstance(command.args, Terminate):
+            return
+        log.info("command %s is held back", command.kind)
+        self.tell(message, {"progress": {"step": [0, 1], "message": HELD, "progress": [0, None], "unit": "Bytes"}}, asked=False)
+        while mark.exists():
+            await trio.sleep(HOLD_LOOK_S)
 
     async def _perform(
         self, message: Execute, command: Command, outputs: dict[Side, Output | None]

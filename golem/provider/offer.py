@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from actors._provider_credit import CREDIT_PROPERTY, offered_credit
 from actors._provider_negotiators import ACCEPT_TIMEOUT, COEFFS, INTERVAL, PAYMENT_TIMEOUT, VECTOR, Terms
 from golem.provider.hardware import Profile, cpu_properties
 from golem.provider.presets import Preset
@@ -55,6 +56,7 @@ def offer_spec(
         properties[f"golem.com.payment.platform.{account['platform']}.address"] = account["address"]
         if isinstance(account.get("chain"), str):  # a dev chain: only who is on the same one can pay
             properties[LOCAL_CHAIN] = account["chain"]
+    properties[CREDIT_PROPERTY] = offered_credit(terms, properties, [str(account["platform"]) for account in accounts])
     return OfferSpec(preset.name, preset.runtime, json.dumps(properties, sort_keys=True), subnet)
 
 

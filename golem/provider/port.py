@@ -28,8 +28,10 @@ from protocol.provider import (
     ActivityClosed,
     ApprovalEnded,
     ApproveAgreement,
+    AskFunds,
     CloseActivity,
     CounterProposal,
+    FundsKnown,
     InvoiceIssued,
     InvoiceSent,
     IssueInvoice,
@@ -39,6 +41,7 @@ from protocol.provider import (
     NoteRead,
     NoteSent,
     OfferPublished,
+    OfStrangers,
     PublishOffer,
     ReadNote,
     ReadUsage,
@@ -56,7 +59,8 @@ from protocol.provider import (
     WithdrawOffer,
     task_key,
 )
-from protocol.types import Message, timestamp_text
+from protocol.types import Message, amount_text, timestamp_text
+from protocol.types import amount as parse_amount
 
 log = logging.getLogger("golem.provider")
 
@@ -64,6 +68,8 @@ MAX_PROPOSALS, MAX_WAITING = 256, 4096  # answered at the same time; those and t
 TERMINATE_FIRST_S, TERMINATE_LAST_S = 5.0, 3600.0
 ISSUE_LAST_S = 5.0
 FINAL_USAGE_S = 60.0  # patience for the last usage of an activity
+MAX_ASKING = 8  # payers whose accounts are looked at together: anybody may cause that
+FUNDS_S = 10.0  # for the chain to answer
 NEGOTIATION_S = 60.0  # a proposal is not worth more
 MARGIN_S = 5.0
 APPROVAL_LOOK_S = 1.0
@@ -81,6 +87,7 @@ class RestPort:
         self._client, self._system, self._instance = client, system, instance
         self._room = trio.Semaphore(MAX_PROPOSALS)
         self._running: set[str] = set()
+        self._asking = 0  # for funds
         self._negotiating = 0  # proposals that are answered, or wait for it
         self._watches: dict[str, trio.CancelScope] = {}
         self._proposals = ProposalCache()
@@ -99,6 +106,7 @@ class RestPort:
             IssueNote: self._issue_note,
             SendNote: self._send_note,
             ReadNote: self._read_note,
+            AskFunds: self._ask_funds,
             IssueInvoice: self._issue_invoice,
             SendInvoice: self._send_invoice,
         }
@@ -127,6 +135,10 @@ class RestPort:
                 log.warning("%s is not done: %d others wait", key[:40], self._negotiating)
                 return [Send("provider", TaskEnded(key))]
             self._negotiating += 1
+        if isinstance(message, AskFunds):
+            if self._asking >= MAX_ASKING:
+                return [Send("provider", FundsKnown(message.requestor, message.platform, None))]
+            self._asking += 1
         self._running.add(key)
         self._nursery.start_soon(self._work, key, message, meta.trace)
         return ()
@@ -142,6 +154,7 @@ class RestPort:
         finally:
             self._running.discard(key)
             self._negotiating -= isinstance(message, Talk)
+            self._asking -= isinstance(message, AskFunds)
 
     async def _outcome(self, key: str, message: ToRest) -> Message | None:
         try:
@@ -273,6 +286,16 @@ class RestPort:
             log.warning("usage of activity %s: %s", message.activity_id[:8], error)
             return UsageRead(message.activity_id, None)
 
+    async def _ask_funds(self, message: AskFunds) -> Message:
+        path, params = f"{PAYMENT}/payers/{part(message.requestor)}/funds", {"platform": message.platform}
+        amount: str | None = None
+        try:
+            found = await self._client.call("GET", path, params=params, timeout_s=FUNDS_S)
+            amount = amount_text(parse_amount(str(found["amount"])))
+        except (ApiError, NodeAway, KeyError, TypeError, ValueError) as error:
+            log.warning("what %s can pay on %s is not known: %s", message.requestor, message.platform[:40], error)
+        return FundsKnown(message.requestor, message.platform, amount)
+
     # -- debit notes
     async def _issue_note(self, message: IssueNote) -> Message:
         body = {
@@ -362,7 +385,7 @@ class ProposalPort:
     """The port for what strangers cause; `RestPort` does it."""
 
     name = "proposals"
-    local = Talk
+    local = OfStrangers
     peer = None
 
     def __init__(self, rest: RestPort) -> None:

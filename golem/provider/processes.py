@@ -22,9 +22,9 @@ from actors.kernel.machine import Meta, Send
 from actors.kernel.system import System
 from golem.children import CWD, child_environment, python_line
 from golem.exeunit.descriptors import SEARCH
-from golem.exeunit.supervisor import start_ticks
+from golem.exeunit.supervisor import HOLD, start_ticks
 from golem.identity import write_private
-from protocol.provider import FindUnit, StartUnit, StopUnit, ToProcesses, UnitExited, UnitRunning
+from protocol.provider import FindUnit, HoldUnit, StartUnit, StopUnit, ToProcesses, UnitExited, UnitRunning
 
 if TYPE_CHECKING:
     from golem.provider.leftovers import Leftovers
@@ -113,12 +113,27 @@ class Processes:
                 return await self._start(message)
             case FindUnit():
                 return self._find(message)
+            case HoldUnit():
+                self._hold(message)
             case StopUnit(activity_id, pid, ticks):
                 if activity_id not in self._stopping and self._is(activity_id, pid, ticks):
                     self._stopping.add(activity_id)
                     assert self._nursery is not None
                     self._nursery.start_soon(self._stop, activity_id, pid, ticks)
         return ()
+
+    def _hold(self, message: HoldUnit) -> None:
+        """Leave a mark in the exe-unit's folder, or take it away: the exe-unit looks there before each command."""
+        mark = self._data_dir / "exe-unit" / "work" / message.agreement_id / message.activity_id / HOLD
+        log.info("activity %s %s", message.activity_id[:8], "starts no new command" if message.held else "goes on")
+        try:
+            if message.held:
+                mark.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                mark.touch()
+            else:
+                mark.unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("activity %s cannot be held back: %s", message.activity_id[:8], error.strerror)
 
     def terminate_all(self) -> None:
         """Ask every live exe-unit to end, without waiting (the agent is told to stop at once)."""

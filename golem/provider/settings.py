@@ -18,7 +18,7 @@ from protocol.types import node_id
 
 GLOBALS, RULES, STATUS, LOCK, JOURNAL = "globals.json", "rules.json", "status.json", "provider.lock", "provider.db"
 MAX_FILE_BYTES = 1024 * 1024
-GLOBAL_KEYS = ("node_name", "subnet", "account", "shell", "proxy_http")
+GLOBAL_KEYS = ("node_name", "subnet", "account", "shell", "proxy_http", "settings")
 SWITCHES = {"shell": "shell", "proxy_http": "proxy-http"}  # key in globals.json -> the exe-unit's word for it
 _NAME = re.compile(r"[^\x00-\x1f]{1,100}\Z")
 

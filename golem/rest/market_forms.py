@@ -69,7 +69,7 @@ def is_unanswered(proposal: Proposal, now: float) -> bool:
 
 def agreement_form(agreement: Agreement, now: float) -> dict[str, Any]:
     """Return an Agreement as of time `now`."""
-    body = json.loads(agreement.body)
+    body = json.loads(agreement.body) if agreement.body else _gone(agreement)
     created = timestamp_text(agreement.created)
     form: dict[str, Any] = {
         "agreementId": agreement.agreement_id,
@@ -88,6 +88,15 @@ def agreement_form(agreement: Agreement, now: float) -> dict[str, Any]:
         "committedSignature": agreement.committed_signature,
     }
     return form | {name: value for name, value in optional.items() if value}
+
+
+def _gone(agreement: Agreement) -> dict[str, Any]:
+    """Return what is kept of the terms of an agreement that was never made."""
+    nothing = {"properties": {}, "constraints": "()"}
+    return {
+        "demand": {"demandId": agreement.demand_id, "requestorId": agreement.requestor, **nothing},
+        "offer": {"offerId": agreement.offer_id, "providerId": agreement.provider, **nothing},
+    }
 
 
 def reason_form(reason: str) -> dict[str, Any]:

@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import trio
 from quart import Blueprint, Response
 
 from actors.wallet import Cycle
 from golem.chain.networks import DRIVER
+from golem.chain.rpc import RpcError
 from golem.rest import allocations, calculation, payment_documents, payment_lists
 from golem.rest.edge import (
     ApiError,
@@ -30,12 +32,13 @@ from golem.rest.edge import (
 from golem.rest.payment_forms import EVENT_TIMEOUT_S, MAX_EVENTS, body_time, render_payment, scan
 from protocol.codec import Decoder
 from protocol.ledger import PaymentEvent
-from protocol.types import amount_text, from_wei, timestamp_text
+from protocol.types import amount_text, from_wei, node_id, timestamp_text
 from protocol.wallet import RunCycle, SetCycle
 
 if TYPE_CHECKING:
     from golem.node import Node
 
+FUNDS_S = 8.0  # for the chain to say what an account holds
 NEEDED = {"InsufficientGas": "neededGasEst", "InsufficientToken": "neededTokenEst"}
 _payment_event = Decoder[PaymentEvent](PaymentEvent)
 
@@ -65,6 +68,22 @@ def _accounts(api: Blueprint, node: Node) -> None:
         caller()
         chain = await allocations.local_chain(node)
         return respond_json([row | ({"chain": chain} if row.get("simulatedBy") else {}) for row in node.chain.accounts()])
+
+    @api.get("/payers/<address>/funds")
+    async def funds(address: str) -> Response:
+        """What an account has to pay with on a platform, as the chain says: provider agents ask before they work."""
+        caller()
+        try:
+            account, network = node_id(address), node.chain.networks.by_platform(query_text("platform") or "")
+        except (ValueError, KeyError) as error:
+            raise ApiError(400, str(error)) from None
+        try:
+            with trio.fail_after(FUNDS_S):
+                held = await node.chain.balances(network.name, account)
+        except (RpcError, trio.TooSlowError) as error:
+            raise ApiError(503, f"no endpoint of {network.name} says what {account} holds: {error}") from None
+        amount = amount_text(from_wei(held.token_wei))
+        return respond_json({"address": account, "platform": network.platform, "amount": amount})
 
     @api.get("/payments/status")
     async def status() -> Response:

@@ -25,6 +25,7 @@ from market_world import KEYS
 from playbook import START, TableRows
 from whole_life import Life, demand_of, live, offer_of
 
+from actors import proposals
 from actors.kernel.machine import DropFeed, Emit, Machine, Meta, Send, Step
 from actors.proposals import MAX_OPENED_PER_NODE
 from protocol.codec import MAX_ADDRESS_CHARS, MAX_BODY_BYTES, Decoder, encode
@@ -467,30 +468,69 @@ def test_an_offer_is_told_to_peers_with_their_own_limits() -> None:
     assert market.hit(encode(OffersAnnounced(("x",))), f"{STRANGER}/market") is None
 
 
-def test_a_stranger_cannot_use_up_what_an_offer_may_negotiate() -> None:
-    """One node that opens negotiation after negotiation leaves room for others."""
-    provider = node_id_of(KEYS[1])
-    rows = life().states[f"{provider}/negotiation"][0]
-    victim = Victim(f"{provider}/negotiation", life().play(provider, "negotiation").machine, rows, START)
-    offer_id = next(key.partition("/")[2] for key in rows if key.startswith("subscription/"))
+class Offered:
+    """A provider's negotiation machine with one offer, and whoever opens negotiations about it."""
 
-    def opened(key: bytes, number: int) -> Step | None:
+    def __init__(self) -> None:
+        provider = node_id_of(KEYS[1])
+        states = life().states[f"{provider}/negotiation"]
+        rows = next(one for one in states if any(getattr(row, "state", "") == "Approved" for row in one.values()))
+        self.victim = Victim(f"{provider}/negotiation", life().play(provider, "negotiation").machine, rows, START)
+        self.offer_id = next(key.partition("/")[2] for key in rows if key.startswith("subscription/"))
+
+    def opened(self, key: bytes, number: int) -> str:
+        """Let a node open a negotiation; return its proposal's id where it was taken."""
         demand_id, document = demand_of(key, START, number)
         properties = json.dumps(json.loads(document.body)["properties"], separators=(",", ":"))
         constraints, initial = json.loads(document.body)["constraints"], f"{number:064x}"
-        named = proposal_id(demand_id, offer_id, initial, node_id_of(key), properties, constraints, START)
-        message = ProposalOpened(named, initial, offer_id, document, properties, constraints, START)
-        step = victim.hit(encode(message), f"{node_id_of(key)}/negotiation")
-        if step is not None:
-            victim.apply(step)
-        return step
+        named = proposal_id(demand_id, self.offer_id, initial, node_id_of(key), properties, constraints, START)
+        message = ProposalOpened(named, initial, self.offer_id, document, properties, constraints, START)
+        self.victim.now += 0.01
+        step = self.victim.hit(encode(message), f"{node_id_of(key)}/negotiation")
+        if step is None:
+            return ""
+        self.victim.apply(step)
+        return named if step.rows.get(f"proposal/{named}") is not None else ""
 
-    steps = [opened(STRANGER_KEY, number) for number in range(MAX_OPENED_PER_NODE + 50)]
-    kept = sum(step is not None and any(key.startswith("proposal/") for key in step.rows) for step in steps)
+    def of(self, key: bytes) -> int:
+        return len(list(self.victim.rows.prefix(f"talk/{self.offer_id}/{node_id_of(key)}/")))
+
+
+def test_a_stranger_cannot_use_up_what_an_offer_may_negotiate() -> None:
+    """One node that opens negotiation after negotiation leaves room for others."""
+    offered = Offered()
+    kept = sum(bool(offered.opened(STRANGER_KEY, number)) for number in range(MAX_OPENED_PER_NODE + 50))
     assert kept == MAX_OPENED_PER_NODE
-    other = opened(KEYS[0], 1)
-    assert other is not None
-    assert any(key.startswith("proposal/") for key in other.rows)
+    assert offered.opened(KEYS[0], 1)
+
+
+def test_many_free_identities_close_no_offer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where an offer is full, the oldest of who has most is forgotten; not who has an agreement, nor who has little."""
+    monkeypatch.setattr(proposals, "MAX_PROPOSALS", 400)
+    monkeypatch.setattr(proposals, "ROOM_AT_ONCE", 20)
+    offered = Offered()
+    rows = offered.victim.rows
+    agreed = {key for key, row in rows.prefix("proposal/") if row.agreement_id}
+    honest = offered.opened(KEYS[2], 1)
+    first = ""
+    for number in range(60):
+        for identity in range(14):
+            found = offered.opened(bytes([40 + identity]) * 32, number)
+            assert found, (identity, number)
+            first = first or found
+    assert f"proposal/{honest}" in rows
+    assert agreed
+    assert all(key in rows for key in agreed)
+    assert f"proposal/{first}" not in rows
+    counts = [offered.of(bytes([40 + identity]) * 32) for identity in range(14)]
+    assert max(counts) - min(counts) <= 20
+    row = rows[f"subscription/{offered.offer_id}"]
+    assert row.proposals == len(list(rows.prefix(f"of/{offered.offer_id}/"))) <= 420
+    assert sum(found.proposals for _, found in rows.prefix(f"talk/{offered.offer_id}/")) == row.proposals
+    assert {key.rpartition("/")[2] for key, _ in rows.prefix(f"of/{offered.offer_id}/")} == {
+        found.proposal_id for _, found in rows.prefix("proposal/") if found.offer_id == offered.offer_id
+    }
+    assert offered.opened(KEYS[0], 9), "the offer is open to whoever comes"
 
 
 def test_the_words_are_there() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from money import PLATFORM, Done, Node, World
 
-from actors import _ledger_payer
+from actors import _ledger_documents, _ledger_payer
 from actors._ledger_ceiling import COEFFS, COST_CAP, VECTOR
 from actors._ledger_rows import RefusedDocuments
 from protocol.activity import ActivityKnown, ActivityOver
@@ -351,3 +351,35 @@ def test_nobody_fills_the_payers_disk_with_documents(monkeypatch: pytest.MonkeyP
     assert answers == sorted(answers, reverse=True), "the first ones are taken, the rest is not"
     assert 2000 <= deal.payer.rows["ledger"]["agreement/a1"].document_bytes < 4000
     assert not answers[-1]
+
+
+def test_nobody_fills_the_payers_disk_by_many_agreements_or_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a node sent counts over all its agreements; who works for years gets some of it anew each day."""
+    monkeypatch.setattr(_ledger_documents, "MAX_PEER_BYTES", 3000)
+    monkeypatch.setattr(_ledger_documents, "PEER_BYTES_A_DAY", 3000)
+    deal = Deal()
+    deal.world.now += HOUR_S
+    answers = [taken(deal.note("0.01", (1.0, 1.0), previous_debit_note_id="x" * 400)) for _ in range(8)]
+    assert answers == sorted(answers, reverse=True)
+    assert not answers[-1]
+    refused = deal.payer.rows["ledger"]["refused/a1"].documents[-1]
+    assert "bytes are kept for" in refused.reason
+    deal.world.now += 24 * HOUR_S
+    assert taken(deal.note("0.01", (1.0, 1.0), previous_debit_note_id="x" * 400))
+    kept = sum(len(row.body) for _, row in deal.payer.rows["ledger"].prefix("debit-note/"))
+    assert kept <= 6000
+
+
+def test_the_history_of_fifty_thousand_notes_stays_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """50,000 notes of 250 kB were 12.5 GB: one is over the limit now, and of the largest that are taken 64 MiB are (here 0.2)."""
+    assert _ledger_payer.MAX_DOCUMENTS_BYTES == 64 * 2**20
+    monkeypatch.setattr(_ledger_payer, "MAX_DOCUMENTS_BYTES", 200_000)
+    deal = Deal()
+    deal.world.now += HOUR_S
+    with pytest.raises(Violation, match="over the limit"):
+        deal.note("0.01", (1.0, 1.0), previous_debit_note_id="x" * 250_000)
+    most = _ledger_payer.MAX_NOTE_BYTES
+    count = sum(taken(deal.note("0.01", (1.0, 1.0), previous_debit_note_id="x" * (most - 1000))) for _ in range(60))
+    assert 20 < count < 40
+    rows = deal.payer.rows["ledger"]
+    assert sum(len(row.body) for _, row in rows.prefix("debit-note/")) == rows["agreement/a1"].document_bytes < 200_000 + most

@@ -15,6 +15,7 @@ from actors import agreement_moves, proposals
 from actors.agreement_rows import Agreement, state_at
 from actors.negotiation import Negotiation
 from actors.proposals import Proposal
+from golem.rest.market_forms import agreement_form
 from protocol.market import Done, Matched, Rematch, SubscriptionEnded, SubscriptionOpened
 from protocol.negotiation import (
     AgreementApproval,
@@ -307,6 +308,17 @@ def test_peers_that_break_the_rules(pair: Pair) -> None:
     ]:
         with pytest.raises(Violation, match=text):
             pair.p.tell(message, sender)
+
+
+def test_the_terms_of_an_agreement_that_was_never_made_are_not_kept(pair: Pair) -> None:
+    """They may be 100 kB, and 90 days long."""
+    agreement_id = pair.pending()
+    assert pair.p.rows[f"agreement/{agreement_id}"].body
+    pair.p.ask(RejectAgreement(agreement_id, REASON))
+    dead = pair.p.rows[f"agreement/{agreement_id}"]
+    assert (dead.state, dead.body, dead.reason) == ("Rejected", b"", REASON)
+    shown = agreement_form(dead, START)
+    assert (shown["state"], shown["demand"]["requestorId"]) == ("Rejected", REQUESTOR_ID)
 
 
 def test_limit_of_a_pair(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,11 +37,13 @@ from protocol.provider import (
     AgreementArrived,
     ApprovalEnded,
     ApproveAgreement,
+    AskFunds,
     Capacity,
     CloseActivity,
     CounterProposal,
     EventArrived,
     FindUnit,
+    FundsKnown,
     InvoiceIssued,
     InvoiceSent,
     IssueInvoice,
@@ -135,12 +137,13 @@ GONE = object()
         ({ACCEPT_TIMEOUT: 120}, {ACCEPT_TIMEOUT: GONE}, {ACCEPT_TIMEOUT: 120}),
         ({INTERVAL: 0}, {}, (REJECT, True)),
         ({INTERVAL: 1}, {}, {INTERVAL: 1}),
-        ({INTERVAL: 86401}, {}, (REJECT, True)),
+        ({INTERVAL: 301}, {}, (REJECT, True)),
         ({INTERVAL: GONE}, {}, {INTERVAL: GONE}),
         ({PAYMENT_TIMEOUT: 86400}, {}, {PAYMENT_TIMEOUT: 86400}),
         ({PAYMENT_TIMEOUT: 86401}, {}, (REJECT, True)),
         ({PAYMENT_TIMEOUT: GONE}, {}, {PAYMENT_TIMEOUT: GONE}),
-        ({PAYMENT_TIMEOUT: GONE, EXPIRATION: int((NOW + 36000) * 1000)}, {}, (REJECT, True)),
+        ({PAYMENT_TIMEOUT: GONE, EXPIRATION: int((NOW + 18000) * 1000)}, {}, (REJECT, True)),
+        ({PAYMENT_TIMEOUT: GONE, EXPIRATION: int((NOW + 17999) * 1000)}, {}, {PAYMENT_TIMEOUT: GONE}),
         ({COEFFS: [0.0001, 0.00005, 0.0]}, {}, KEEP),
         ({COEFFS: [0.0002, 0.00005, 1]}, {}, {COEFFS: [0.0002, 0.00005, 1.0]}),
         ({COEFFS: [0.00009, 0.00005, 0.0]}, {}, (REJECT, True)),
@@ -264,6 +267,12 @@ class Agent:
         self.tell(
             ProposalArrived("wasmtime", self.offer_id, proposal_id, requestor, json.dumps(demand), json.dumps(OFFER), "(&)")
         )
+        self._fund()
+
+    def _fund(self) -> None:
+        """The chain says that whoever asks has enough."""
+        for asked in self.rest(AskFunds):
+            self.tell(FundsKnown(asked.requestor, asked.platform, "1000"))
 
     def offered_agreement(self, agreement_id: str = "a1", demand: Any = None, offer: Any = None) -> None:
         agreement = {
@@ -273,6 +282,7 @@ class Agent:
             "offer": {"providerId": OTHER, "properties": {**OFFER, **(offer or {})}},
         }
         self.tell(AgreementArrived("wasmtime", self.offer_id, json.dumps(agreement)))
+        self._fund()
 
     def approved(self, agreement_id: str = "a1", **terms: Any) -> Agent:
         self.offered_agreement(agreement_id, **terms)
@@ -361,6 +371,15 @@ def test_of_many_that_wait_the_oldest_is_rejected() -> None:
         agent.propose(f"P-{number}", OTHER)
     assert [one.proposal_id for one in agent.rest(RejectProposal)] == ["P-0"]
     assert len(list(agent.play.rows.prefix("rejected/"))) == MAX_REJECTED
+
+
+def test_who_asks_for_much_pushes_out_nobody_who_waits() -> None:
+    agent = Agent().begin().approved()
+    agent.propose("P-other", "0x" + "7" * 40)
+    for number in range(MAX_REJECTED + 50):
+        agent.propose(f"P-{number}", OTHER)
+    assert "P-other" not in [one.proposal_id for one in agent.rest(RejectProposal)]
+    assert agent.play.rows["rejected/P-other"].waits
 
 
 def test_what_was_rejected_for_lack_of_room_is_taken_up_when_there_is_room() -> None:
@@ -1008,6 +1027,7 @@ def test_the_agreements_dates_are_our_own() -> None:
             "demand": {"requestorId": REQUESTOR, "properties": DEMAND}, "offer": {"providerId": OTHER, "properties": OFFER},
         }  # fmt: skip
         agent.tell(AgreementArrived("wasmtime", agent.offer_id, json.dumps(agreement)))
+        agent._fund()
         agent.play.at(7)
         agent.tell(ApprovalEnded("a1", True))
         agent.started().play.at(119)

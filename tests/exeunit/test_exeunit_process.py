@@ -40,6 +40,7 @@ from golem.exeunit.runtimes.base import (
     Usage,
 )
 from golem.exeunit.spool import TransferPolicy
+from golem.exeunit.supervisor import HOLD
 from golem.exeunit.terms import read_terms
 from golem.files import FileServer, FileSink, FileSource
 from golem.net.types import RemoteError
@@ -72,8 +73,8 @@ class World:
         self.provider = self._system(PROVIDER, provider)
         self.requestor = self._system(REQUESTOR, requestor)
         self.calls = requestor.router.calls
-        self.files = FileServer(requestor.router)
-        self.provider_files = FileServer(provider.router)
+        self.files = FileServer(requestor.router, b"secret")
+        self.provider_files = FileServer(provider.router, b"secret")
         self.package_url = ""
 
     def _system(self, node_id: str, node: Node) -> System:
@@ -166,6 +167,28 @@ STREAM = {"stdout": {"stream": {}}, "stderr": {"stream": {}}}
 
 def hello(*args: str) -> dict[str, Any]:
     return {"run": {"entry_point": "hello", "args": list(args), "capture": STREAM}}
+
+
+@trio_test
+async def test_while_it_is_held_back_no_new_command_starts(tmp_path: Path) -> None:
+    """What runs goes on, and what ends work may begin."""
+    async with world(tmp_path) as (w, _):
+        await w.exec({"deploy": {}}, {"start": {}})
+        mark = tmp_path / "work" / HOLD
+        mark.touch()
+        batch = await w.exec(hello("first"), wait=False)
+        watched: list[Any] = []
+        with within(30):
+            while "held back" not in str(watched):
+                watched = await w.live("watch", 0, 1.0)
+        assert not w.results(batch)
+        mark.unlink()
+        await w.until(lambda: w.batch(batch).finished)
+        assert [row.ok for row in w.results(batch)] == [True]
+        mark.touch()
+        batch = await w.exec(hello("never"), wait=False)
+        await w.exec({"terminate": {}})
+        assert [row.ok for row in w.results(batch)] == [False]
 
 
 @trio_test

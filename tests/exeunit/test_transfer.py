@@ -405,6 +405,17 @@ def _put(place: Place, data: bytes) -> str:
     return "gftp://0x1/a"
 
 
+@pytest.mark.parametrize("code", ["", "-" + "7" * 32])
+@trio_test
+async def test_a_name_of_gftp_begins_with_the_hash_of_the_content(tmp_path: Path, code: str) -> None:
+    place = Place(tmp_path)
+    right, wrong = (f"gftp://0x1/{one}{code}" for one in (hashlib.sha3_256(CONTENT).hexdigest(), "0" * 64))
+    place.gftp.files[right] = place.gftp.files[wrong] = CONTENT
+    assert await place.move(right, "container:/golem/f") == len(CONTENT)
+    with pytest.raises(TransferError, match="hash mismatch"):
+        await place.move(wrong, "container:/golem/g")
+
+
 @trio_test
 async def test_redirects(tmp_path: Path) -> None:
     place = Place(tmp_path)

@@ -19,8 +19,9 @@ from support import mock_trio_test
 from actors._provider_negotiators import COEFFS, VECTOR, Terms
 from golem.cli import main
 from golem.config import ConfigError, config_from
+from golem.dotenv_file import _NAMES
 from golem.provider.client import NodeClient
-from golem.provider.environment import read_environment
+from golem.provider.environment import SETTINGS, kept_settings, read_environment
 from golem.provider.hardware import Profile, default_profile, load_profile, machine_profile
 from golem.provider.offer import constraints, offer_spec, wanted_accounts
 from golem.provider.offering import ACCOUNTS_S, LOOK_S, Offering
@@ -280,7 +281,8 @@ def test_what_requestors_may_do_inside_is_kept(tmp_path: Path) -> None:
     assert interactions(folder) == ("shell", "proxy-http")
     keep_interactions(folder, shell=False, proxy_http=None)
     assert interactions(folder) == ("proxy-http",)
-    assert json.loads(cli(tmp_path, "settings", "set", "--no-proxy-http", "--subnet", "s").output) == {
+    shown = json.loads(cli(tmp_path, "settings", "set", "--no-proxy-http", "--subnet", "s").output)
+    assert {key: shown[key] for key in shown if key != "settings"} == {
         "node_name": names({}, folder, None, None)[0], "subnet": "s", "shell": False, "proxy_http": False,
     }  # fmt: skip
     assert ExeUnits(None, interactions(folder)).flags() == ["--interaction", ""]
@@ -536,6 +538,36 @@ async def test_the_offer_keeps_to_what_the_environment_gives(tmp_path: Path) -> 
     assert offer["golem.com.scheme.payu.debit-note.interval-sec?"] == 45
     assert offers.terms.max_agreements == 2
     assert offers.capacity == Capacity(2, 0.25, 0.5), "what both presets sell is sold once"
+
+
+def test_settings_are_kept_and_say_where_they_came_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def shown(*args: str) -> dict[str, tuple[Any, str]]:
+        rows = json.loads(cli(tmp_path, "settings", *args).output)["settings"]
+        return {row["name"]: (row["value"], row["from"]) for row in rows}
+
+    monkeypatch.setenv("IDLE_AGREEMENT_TIMEOUT", "2min")
+    found = shown("set", "GOLEM_CREDIT_FLOOR=0.5", "MAX_SIMULTANEOUS_AGREEMENTS=3", "IDLE_AGREEMENT_TIMEOUT=30")
+    assert found["GOLEM_CREDIT_FLOOR"] == (0.5, "settings")
+    assert found["IDLE_AGREEMENT_TIMEOUT"] == (120, "environment")
+    assert found["GOLEM_CREDIT_FACTOR"] == (1.5, "default")
+    assert found["YA_RT_CORES"] == (None, "default")
+    assert set(found) == {one.name for one in SETTINGS} <= _NAMES, "a .env may set each"
+    given = read_environment({"IDLE_AGREEMENT_TIMEOUT": "2min"}, kept_settings(tmp_path / "provider"))
+    assert (given.terms.credit_floor, given.max_agreements, given.idle_s) == (0.5, 3, 120)
+    for wrong in ("GOLEM_CREDIT_FLOOR=-1", "GOLEM_CREDIT=1", "GOLEM_CREDIT_FLOOR"):
+        assert cli(tmp_path, "settings", "set", "GOLEM_PAY_PACE=1", wrong).exit_code == 1
+        assert shown("show") == found
+    assert shown("set", "GOLEM_CREDIT_FLOOR=")["GOLEM_CREDIT_FLOOR"] == (0.01, "default")
+    assert shown() == shown("show")
+
+
+def test_every_setting_of_credit_is_in_the_document() -> None:
+    text = (Path(__file__).parents[2] / "docs/trust.md").read_text()
+    terms = Terms()
+    for one in SETTINGS:
+        if one.name.startswith("GOLEM_") or "DEBIT_NOTE" in one.name or "TIMEOUT" in one.name:
+            assert f"`{one.name}`" in text, one.name
+    assert f"{terms.credit_floor:g} GLM" in text
 
 
 def test_credit_has_settings() -> None:

@@ -18,7 +18,7 @@ from patience import patience, within
 from support import mock_trio_test, trio_test
 
 from actors.kernel.machine import Meta, Send
-from golem.exeunit.supervisor import start_ticks
+from golem.exeunit.supervisor import HOLD, start_ticks
 from golem.provider.client import MAX_ANSWER_BYTES, ApiError, NodeAway, NodeClient
 from golem.provider.leftovers import Leftovers
 from golem.provider.port import RestPort
@@ -27,8 +27,11 @@ from golem.provider.runtimes import ExeUnits
 from protocol.provider import (
     ApprovalEnded,
     ApproveAgreement,
+    AskFunds,
     CloseActivity,
     FindUnit,
+    FundsKnown,
+    HoldUnit,
     InvoiceIssued,
     IssueInvoice,
     IssueNote,
@@ -138,6 +141,18 @@ async def test_a_refused_note_is_reported() -> None:
     node = Node()
     node.handlers["POST /payment-api/v1/debitNotes"] = lambda request: httpx.Response(400, json={"message": "too low"})
     assert await outcome_of(node, NOTE) == NoteIssued("x1", 2, "", "400: too low")
+
+
+@mock_trio_test
+async def test_the_chain_is_asked_what_a_payer_has() -> None:
+    node, payer = Node(), "0x" + "7" * 40
+    path, asked = f"GET /payment-api/v1/payers/{payer}/funds", AskFunds(payer, "erc20-local-tglm")
+    node.handlers[path] = lambda request: httpx.Response(200, json={"amount": "1.50"})
+    assert await outcome_of(node, asked) == FundsKnown(payer, "erc20-local-tglm", "1.5")
+    for answer in (httpx.Response(503, json={"message": "no endpoint"}), httpx.Response(200, json={"amount": "much"}),
+                   httpx.Response(200, json=[])):  # fmt: skip
+        node.handlers[path] = lambda request, answer=answer: answer
+        assert await outcome_of(node, asked) == FundsKnown(payer, "erc20-local-tglm", None)
 
 
 @mock_trio_test
@@ -308,6 +323,18 @@ def test_a_guest_that_calls_itself_an_exe_unit_is_none(unshare: bool) -> None:
         found = find_unit(ACTIVITY)
         process.stdin.close()
         assert found == 0
+
+
+@trio_test
+async def test_an_exe_unit_is_held_back_by_a_mark_in_its_folder(tmp_path: Path) -> None:
+    port = Processes(Outbox(), tmp_path, Path, ExeUnits, nothing_left(tmp_path))  # type: ignore[arg-type]
+    async with trio.open_nursery() as nursery:
+        await nursery.start(port.run)
+        mark = tmp_path / "exe-unit/work/a1" / ("cd" * 16) / HOLD
+        for held in (True, True, False, False):
+            await port.handle(HoldUnit("cd" * 16, "a1", held), META)
+            assert mark.exists() is held
+        nursery.cancel_scope.cancel()
 
 
 @trio_test

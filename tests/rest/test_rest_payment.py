@@ -228,6 +228,11 @@ async def test_decorations_and_accounts_name_the_dev_chain(tmp_path: Path) -> No
             assert re.fullmatch("[0-9a-f]{16}", name)
             assert rows == await agent.get("/requestorAccounts")
             assert {row["simulatedBy"] for row in rows} == {f"dev chain at {url}"}
+            payer = "0x" + "7" * 40
+            nothing = {"address": payer, "platform": PLATFORM, "amount": "0"}
+            assert await agent.get(f"/payers/{payer}/funds?platform={PLATFORM}") == nothing
+            for bad in (f"/payers/0x7/funds?platform={PLATFORM}", f"/payers/{payer}/funds?platform=x", f"/payers/{payer}/funds"):
+                assert (await agent.call("GET", bad))[0] == 400
             allocation = (await agent.allocation())["allocationId"]
             found = await agent.get(f"/demandDecorations?allocationIds={allocation}")
             assert found["properties"][-1] == {"key": "golem.com.payment.local-chain", "value": name}

@@ -71,7 +71,7 @@ class Stranger:
     def __init__(self, world: CheatWorld, key: bytes, cheat: Cheat, demanded: dict[str, Any], pace_s: float) -> None:
         self.world, self.key, self.id, self.cheat, self.pace_s = world, key, node_id_of(key), cheat, pace_s
         self.plays = {
-            name: playbook(machine(self.id), self.id, world.now)  # type: ignore[arg-type]
+            name: quick(playbook(machine(self.id), self.id, world.now))  # type: ignore[arg-type]
             for name, machine in (("negotiation", Negotiation), ("activity", Activity), ("ledger", Ledger))
         }
         self.demanded = demanded
@@ -80,6 +80,7 @@ class Stranger:
         self.rent_s = DAY_S
         self.count, self.owed, self.agreements, self.rejections = 0, Decimal(0), 0, []  # type: ignore[var-annotated]
         self.timeout_s: float | None = None
+        self.funds: str | None = "1000"  # what the chain says of its account; None: it does not answer
 
     def start(self) -> None:
         """Publish a demand and counter the offer."""
@@ -168,6 +169,34 @@ class Unit:
         return [round(time_s, 3), round(time_s * THREADS, 3)]
 
 
+class Timers(dict[str, tuple[float, Message]]):
+    """The timers of a machine; which is next is found once for each change."""
+
+    next: tuple[float, str] | None = None
+
+    def __setitem__(self, key: str, value: tuple[float, Message]) -> None:
+        self.next = None
+        super().__setitem__(key, value)
+
+    def pop(self, key: str, *default: Any) -> Any:
+        self.next = None
+        return super().pop(key, *default)
+
+
+def _next_at(play: Playbook) -> tuple[float, str]:
+    timers = play.timers
+    assert isinstance(timers, Timers)
+    if timers.next is None:
+        timers.next = min((at, key) for key, (at, _) in timers.items())
+    return timers.next
+
+
+def quick(play: Playbook) -> Playbook:
+    """Give a machine timers that are quick to ask."""
+    play.timers = Timers(play.timers)
+    return play
+
+
 class CheatWorld:
     """One provider and its strangers."""
 
@@ -181,13 +210,16 @@ class CheatWorld:
                ACCEPT: self.config.terms.accept_timeout_s, TIMEOUT: self.config.terms.payment_timeout_s},
         )  # fmt: skip
         self.plays: dict[str, Playbook] = {
-            name: playbook(machine(PROVIDER), PROVIDER, START)  # type: ignore[arg-type]
+            name: quick(playbook(machine(PROVIDER), PROVIDER, START))  # type: ignore[arg-type]
             for name, machine in (("negotiation", Negotiation), ("activity", Activity), ("ledger", Ledger))
         }
-        self.agent = playbook(Provider("agent", self.config), "agent", START)
+        self.agent = quick(playbook(Provider("agent", self.config), "agent", START))
         self.strangers: dict[str, Stranger] = {}
         self.units: dict[str, Unit] = {}
         self.owner: dict[str, str] = {}  # activity -> stranger
+        self.chain_s = 0.01  # until the chain has answered
+        self.held_units: set[str] = set()
+        self.ever_held, self.asked_funds = False, 0
         self.transfers: dict[tuple[str, str, str], Decimal] = {}
         self.approving: dict[str, float] = {}
         self.sending: dict[tuple[str, str], tuple[Any, float | None]] = {}
@@ -243,10 +275,9 @@ class CheatWorld:
         """Let time pass; whatever comes due happens in order."""
         until = self.now + seconds
         while True:
-            due = min(((at, key, play) for play in self._all() for key, (at, _) in play.timers.items()),
-                      key=lambda one: one[:2], default=None)  # fmt: skip
+            first = min((play for play in self._all() if play.timers), key=_next_at, default=None)
             head = self._queue[0][0] if self._queue else None
-            times = [at for at in (due[0] if due else None, head) if at is not None]
+            times = [at for at in (_next_at(first)[0] if first else None, head) if at is not None]
             if not times or min(times) > until:
                 self._set(until)
                 return
@@ -254,9 +285,9 @@ class CheatWorld:
             if head is not None and head <= min(times):
                 heapq.heappop(self._queue)[2]()
             else:
-                assert due is not None
-                _, message = due[2].timers.pop(due[1])
-                due[2].tell(message, f"{due[2].node}/{due[2].machine.name}")
+                assert first is not None
+                _, message = first.timers.pop(_next_at(first)[1])
+                first.tell(message, f"{first.node}/{first.machine.name}")
             self.pump()
 
     def _set(self, now: float) -> None:
@@ -413,8 +444,12 @@ class CheatWorld:
                 self.agent.tell(agent.UnitRunning(activity_id, 7, 7))
                 ready = act.StateReported(activity_id, "Initialized", at=self.now)
                 self.plays["activity"].tell(ready, f"{PROVIDER}/exeunit:{activity_id}")
+            case agent.HoldUnit(activity_id, _, held):
+                (self.held_units.add if held else self.held_units.discard)(activity_id)
+                self.ever_held |= held
             case agent.StopUnit(activity_id) if self.units[activity_id].ended_at is None:
                 self.units[activity_id].ended_at = self.now
+                self.held_units.discard(activity_id)
                 self.agent.tell(agent.UnitExited(activity_id, 0))
 
     def _rest(self, message: Any) -> None:
@@ -444,6 +479,10 @@ class CheatWorld:
                 self.agent.tell(agent.ActivityClosed(activity_id, unit.usage(self.now) if unit else None))
             case agent.ReadUsage(activity_id):
                 self.agent.tell(agent.UsageRead(activity_id, self.units[activity_id].usage(self.now)))
+            case agent.AskFunds(requestor, platform):
+                known = agent.FundsKnown(requestor, platform, self.strangers[requestor].funds)
+                self.asked_funds += 1
+                self.later(self.chain_s, lambda: self.agent.tell(known))
             case agent.IssueNote():
                 self._issue_note(message)
             case agent.IssueInvoice():

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from cheat_world import ACCEPT, ADDRESS, DAY_S, INTERVAL, SECOND, TIMEOUT, Cheat, CheatWorld
 from msgspec.structs import replace
+from sim_seeds import share
 
 from actors import _provider_credit, provider
 from actors._provider_negotiators import Terms
@@ -249,6 +250,112 @@ def test_the_honest_are_not_hurt(pace_s: float, terms: dict[str, Any]) -> None:
 
 
 
+@pytest.mark.parametrize("pace_s", [1.0, 60.0, 300.0])
+def test_a_service_of_three_hours_is_not_hurt(pace_s: float) -> None:
+    """yapapi sends neither an interval nor a payment timeout below five hours, and ends agreements on a due date."""
+    world = CheatWorld()
+    one = world.stranger(pace_s=pace_s, rent_s=3 * 3600, again=False, **{ACCEPT: 240})
+    world.run(3 * 3600 - 60)
+    assert (one.agreements, one.rejections) == (1, []), world.refusals()
+    assert world.worked(one) > SECOND * 10_500
+    assert not world.ever_held
+    notes = [row for _, row in world.agent.rows.prefix("note/")]
+    assert notes
+    assert all(note.due_at is None for note in notes)
+
+
+def test_from_five_hours_on_a_payment_timeout_is_asked_for() -> None:
+    world = CheatWorld()
+    one = world.stranger(rent_s=5 * 3600 + 10, again=False, **{ACCEPT: 240})
+    world.run(60)
+    assert one.agreements == 0
+    assert any("payment-timeout" in reason for reason in one.rejections)
+
+
+def test_who_pays_only_the_invoice_gets_one_credit() -> None:
+    """Terms that let notes be unaccepted last half an hour at most; at full load the credit is over before that."""
+    world = CheatWorld()
+    one = world.stranger(rent_s=1700, again=False)
+    one.accepts = False
+    world.run(1800)
+    assert SECOND * 900 < world.exposure(one) <= credit({INTERVAL: 120, ACCEPT: 240}) + SECOND
+    assert any("has reached the credit" in reason for reason in one.rejections)
+
+
+# -- near the credit
+def test_near_the_credit_no_new_command_starts_for_two_minutes() -> None:
+    world = CheatWorld()
+    one = world.stranger(again=False, **{INTERVAL: 300, ACCEPT: 240, TIMEOUT: 86400})
+    one.pays = False
+    held = 0
+    for _ in range(1500):
+        world.run(1)
+        held += bool(world.held_units)
+    assert 115 <= held <= 125
+    assert "has reached the credit" in one.rejections[0]
+
+
+def test_a_payment_that_comes_late_lets_commands_go_on() -> None:
+    world = CheatWorld()
+    one = world.stranger(pace_s=950.0, again=False, **{INTERVAL: 300, ACCEPT: 240, TIMEOUT: 86400})
+    world.run(1245)
+    assert world.held_units
+    world.run(30)
+    assert world.paid(one) > 0
+    assert not world.held_units
+    assert not one.rejections
+
+
+def test_a_stranger_gets_its_first_note_after_half_a_minute() -> None:
+    """Unless its demand names an interval: SDKs end agreements whose notes come faster."""
+    world = CheatWorld()
+    one = world.stranger(rent_s=1700, again=False)
+    other = CheatWorld()
+    other.stranger(again=False, **SDK)
+    for each, seconds in ((world, 30), (other, 120)):
+        each.run(seconds - 2)
+        assert not list(each.agent.rows.prefix("note/"))
+        each.run(4)
+        assert len(list(each.agent.rows.prefix("note/"))) == 1
+    world.run(600)
+    assert world.paid(one) > 0
+
+
+def test_an_interval_of_a_day_is_refused() -> None:
+    world = CheatWorld()
+    one = world.stranger(again=False, **{INTERVAL: 86400, ACCEPT: 240, TIMEOUT: 86400})
+    world.run(60)
+    assert one.agreements == 0
+    assert any("from 1 to 300" in reason for reason in one.rejections)
+
+
+# -- what a payer has
+def test_who_has_nothing_to_pay_with_gets_nothing() -> None:
+    world = CheatWorld()
+    one = world.stranger(again=False, **SDK)
+    one.funds = "0.001"
+    world.run(120)
+    assert world.worked(one) == 0
+    assert any("holds 0.001 GLM" in reason for reason in one.rejections)
+
+
+def test_where_nobody_knows_what_a_payer_has_the_credit_is_the_least() -> None:
+    world = CheatWorld()
+    one = world.stranger(again=False, **SDK)
+    one.funds, one.pays = None, False
+    world.run(1800)
+    assert SECOND * 100 < world.exposure(one) <= Decimal("0.01") + SECOND
+
+
+def test_an_answer_of_the_chain_that_comes_late_gives_the_whole_credit() -> None:
+    world = CheatWorld()
+    world.chain_s = 20.0
+    one = world.stranger(again=False, **SDK)
+    one.pays = False
+    world.run(1800)
+    assert SECOND * 800 < world.exposure(one) <= credit() + SECOND
+    assert world.asked_funds <= 1800 / 60
+
 
 # -- the search
 SEEDS = int(os.environ.get("CHEAT_SEEDS", "100"))
@@ -339,7 +446,7 @@ def search(seed: int) -> None:
 @pytest.mark.timeout(1200)
 def test_no_message_of_a_stranger_takes_more_than_the_figures(chunk: int) -> None:
     only = os.environ.get("SIM_SEED")
-    for seed in [int(only)] * (chunk == 0) if only else range(chunk, SEEDS, CHUNKS):
+    for seed in [int(only)] * (chunk == 0) if only else share(range(chunk, SEEDS, CHUNKS)):
         try:
             search(seed)
         except BaseException:
@@ -355,7 +462,7 @@ def nothing(*args: Any, **kwargs: Any) -> Any:
 MUTANTS: dict[str, Any] = {
     "nobody looks at the credit": lambda m: (
         m.setitem(provider._HANDLERS, CreditDue, nothing),
-        m.setattr(_provider_credit, "judge", lambda *args: Decimal(1000)),
+        m.setattr(_provider_credit, "judge", lambda *args: _provider_credit.Grant(Decimal(1000))),
     ),
     "debts are forgotten with their agreement": lambda m: m.setattr(
         _provider_credit, "over", lambda turn, row: turn.put(f"debt/{row.requestor}/{row.agreement_id}", None)

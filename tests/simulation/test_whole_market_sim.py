@@ -16,6 +16,7 @@ import sim_market
 import sim_market_checks as checks
 from msgspec.structs import replace
 from sim_market import MarketWorld, simulate_market
+from sim_seeds import share
 from test_simulation import chosen_seed, first_cause
 
 from actors import _ledger_documents, _ledger_payer, _ledger_payments, agreements, ledger
@@ -30,7 +31,7 @@ CHUNK = max(20, SEEDS // 4)
 @pytest.mark.parametrize("first", range(0, SEEDS, CHUNK))
 def test_the_market_converges_and_pays_exactly_once(first: int, pytestconfig: pytest.Config) -> None:
     seed = chosen_seed(pytestconfig)
-    seeds = range(first, min(first + CHUNK, SEEDS)) if seed is None else [seed] * (first == 0)
+    seeds = share(range(first, min(first + CHUNK, SEEDS))) if seed is None else [seed] * (first == 0)
     for number in seeds:
         try:
             simulate_market(number).close()
