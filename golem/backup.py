@@ -26,12 +26,13 @@ from typing import Any
 
 from golem.config import VERSION
 from golem.identity import APP_KEYS, KEYSTORE, PLAIN_KEY, stored_node_id
+from golem.payout import PAYOUT
 from protocol.types import timestamp_text
 
 FORMAT = 1
 JOURNAL, CHAIN, ABOUT = "node.db", "chain.db", "backup.json"
 DATABASES = (JOURNAL, CHAIN)
-FILES = (KEYSTORE, PLAIN_KEY, APP_KEYS, "networks.json")
+FILES = (KEYSTORE, PLAIN_KEY, APP_KEYS, "networks.json", PAYOUT)
 MAX_ABOUT_BYTES = 1 << 16
 CHUNK_BYTES = 1 << 20
 

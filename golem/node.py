@@ -45,10 +45,22 @@ from golem.config import Config, ConfigError
 from golem.files import FileServer
 from golem.gossip import Gossip
 from golem.gsb import Services
-from golem.identity import APP_KEYS, AUTOCONF, AppKeys, AskPassword, Identity, check_ours, open_identity, write_private
+from golem.identity import (
+    APP_KEYS,
+    AUTOCONF,
+    KEYSTORE,
+    PLAIN_KEY,
+    AppKeys,
+    AskPassword,
+    Identity,
+    check_ours,
+    open_identity,
+    write_private,
+)
 from golem.interaction import Interactions
 from golem.nearness import serve_nearness
 from golem.net import NetConfig, Network, check_network, open_network
+from golem.payout import Payout, read_payout, warn
 from golem.ports import is_our_node, of_others
 from golem.registry import IMAGES, Registry
 from golem.router import Router
@@ -75,6 +87,7 @@ class Node:
         self.node_id = identity.node_id
         self.interactions = Interactions(self.node_id, router, self.activity)
         self.name = identity.node_id[:10]
+        self.payout: Payout | None = None  # where it is paid, if not at its own address
         self.started_at = time.time()
         self.api_url = ""
         self.stopping = trio.Event()
@@ -142,7 +155,12 @@ async def open_node(config: Config, ask_password: AskPassword | None = None) -> 
             check_network(net_config)
         except ValueError as error:
             raise ConfigError(str(error)) from None
+        old_key = any((config.data_dir / name).exists() for name in (KEYSTORE, PLAIN_KEY))
         identity = await trio.to_thread.run_sync(open_identity, config, ask_password)
+        try:
+            payout = read_payout(config.data_dir)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
         app_keys = AppKeys(config.data_dir / APP_KEYS)
         if config.autoconf_app_key:
             app_keys.drop_foreign(AUTOCONF, identity.node_id)
@@ -150,6 +168,7 @@ async def open_node(config: Config, ask_password: AskPassword | None = None) -> 
         elif app_keys.named(AUTOCONF) is not None:
             app_keys.drop(AUTOCONF)  # it was given for as long as its variable
         older = compare_generations(config.data_dir)
+        new_journal = old_key and not (config.data_dir / "node.db").exists()
         journal = Journal(str(config.data_dir / "node.db"), lambda: secrets.token_hex(8))
         stack.callback(journal.close)
         try:
@@ -179,6 +198,9 @@ async def open_node(config: Config, ask_password: AskPassword | None = None) -> 
         files = FileServer(router, identity.derived("names of published files"))
         registry = await trio.to_thread.run_sync(open_registry, config, files)
         node = Node(config, identity, app_keys, router, system, network, bus, chain, files, registry)
+        node.payout = payout
+        for said in warn(payout, identity.node_id, system.rows("market").prefix("offer/"), new_journal):
+            log.warning("%s", said)
         serve_commands(node)
         serve_nearness(node)
         nursery = await stack.enter_async_context(trio.open_nursery())

@@ -4,12 +4,27 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import trio
+
 from golem.commands import command
+from golem.payout import payout_of, write_payout
 from protocol.ledger import DEBIT_NOTE, INVOICE
 from protocol.types import timestamp_text
 
 if TYPE_CHECKING:
     from golem.node import Node
+
+
+@command
+async def wallet_payout(node: Node, args: dict[str, Any]) -> Any:
+    """Where this node is paid; with `target` it is chosen first."""
+    if target := args.get("target"):
+        chosen = None if target == "own" else payout_of(str(target), node.node_id, args.get("index"))
+        await trio.to_thread.run_sync(write_payout, node.config.data_dir, chosen)
+        node.payout = chosen
+    chosen = node.payout
+    of = "this node" if chosen is None else "the operator's key" if chosen.path else "whoever has its key"
+    return {"address": chosen.address if chosen else node.node_id, "path": chosen.path if chosen else "", "of": of}
 
 
 @command

@@ -96,9 +96,9 @@ def status() -> None:
 
 def _register() -> None:
     """Commands that live in modules of their own."""
-    from golem.cli import activity, backup, chain, identity, image, market, net, payment, provider, quarantine, run, trace
+    from golem.cli import activity, backup, chain, identity, image, market, net, payment, provider, quarantine, run, trace, wallet
 
-    for module in (run, identity, net, payment, market, activity, provider, image, chain, quarantine, backup, trace):
+    for module in (run, identity, net, payment, market, activity, provider, image, chain, quarantine, backup, trace, wallet):
         module.register(main)
 
 

@@ -67,7 +67,9 @@ def _accounts(api: Blueprint, node: Node) -> None:
         """As above, with the dev chain's name where a platform is on one: the provider agent puts it into its offers."""
         caller()
         chain = await allocations.local_chain(node)
-        return respond_json([row | ({"chain": chain} if row.get("simulatedBy") else {}) for row in node.chain.accounts()])
+        paid_at = {"address": node.payout.address} if node.payout else {}
+        rows = node.chain.accounts()
+        return respond_json([row | paid_at | ({"chain": chain} if row.get("simulatedBy") else {}) for row in rows])
 
     @api.get("/payers/<address>/funds")
     async def funds(address: str) -> Response:

@@ -34,6 +34,9 @@ INTERVAL, ACCEPT, TIMEOUT = (
     "golem.com.scheme.payu.debit-note.interval-sec?", "golem.com.payment.debit-notes.accept-timeout?",
     "golem.com.scheme.payu.payment-timeout-sec?",
 )  # fmt: skip
+OPERATOR = (  # the public half of a key that is printed in every book
+    "xpub661MyMwAqRbcFW31YEwpkMuc5THy2PSt5bDMsktWQcFF8syAmRUapSCGu8ED9W6oDMSgv6Zz8idoc4a6mr8BDzTJY47LJhkJ8UB7WEGuduB"
+)
 FAST = {INTERVAL: 10, ACCEPT: 20, TIMEOUT: 10}
 
 
@@ -119,6 +122,7 @@ async def test_modified_requestors_get_no_work_and_hold_no_place(tmp_path: Path)
 async def test_a_modified_provider_is_paid_for_time_that_really_passed(tmp_path: Path) -> None:
     async with open_localnet(tmp_path) as net:
         provider, honest = await net.start_node("provider"), await stranger(net, "")
+        payout = (await provider.command("wallet", "payout", OPERATOR))["address"]
         net.start_agent(provider, subnet=net.name, program=(CHEATING, "greedy"))
         async with published(HELLO / "hello.wasm", honest.environment) as package, honest.client() as client:
             began = time.monotonic()
@@ -131,6 +135,9 @@ async def test_a_modified_provider_is_paid_for_time_that_really_passed(tmp_path:
             second = Decimal(repr(coeffs["golem.usage.duration_sec"]))
             second += Decimal(repr(coeffs["golem.usage.cpu_sec"])) * offer["golem.inf.cpu.threads"]
             paid = Decimal(found["invoice"]["amount"])
+            assert found["invoice"]["payeeAddr"] == payout != provider.node_id
+            async with provider.client() as own:
+                await Requestor(own).wait_settled(found["invoice"]["invoiceId"])  # seen on the chain, at the operator's address
             assert 0 < paid <= second * Decimal(lasted_s * 1.001 + 5)
             explained = await honest.command("payment", "explain", row["agreement"])
             assert explained["refused"], explained

@@ -245,6 +245,8 @@ async def test_a_lost_disk_is_told_as_well() -> None:
             await settled(a)
             assert heard(b) == ["3"]
             assert told(a) == [PeerLost("B/talk", 1, 2)]
+            [(peer, (_, words))] = a.went_back.items()
+            assert (peer, words) == ("B", "it forgot what this node said to it (talk: messages 1 to 2)")
 
 
 @mock_trio_test

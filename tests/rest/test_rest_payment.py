@@ -23,6 +23,7 @@ from golem.chain import port
 from golem.chain.devchain import ensure_devchain, stop_devchain
 from golem.commands import COMMANDS
 from golem.node import Node
+from golem.payout import Payout
 from golem.rest import app as rest_app
 from golem.rest import payment
 from protocol.activity import ActivityKnown
@@ -223,6 +224,9 @@ async def test_decorations_and_accounts_name_the_dev_chain(tmp_path: Path) -> No
     url = await ensure_devchain(tmp_path / "chain")
     try:
         async with one(tmp_path, chain_url=url) as agent:
+            agent.node.payout = Payout("0x" + "7" * 40, "0/7", "xpub")  # the next agreements are paid there
+            assert {row["address"] for row in await agent.get("/providerAccounts")} == {"0x" + "7" * 40}
+            agent.node.payout = None
             rows = await agent.get("/providerAccounts")
             (name,) = {row.pop("chain") for row in rows}
             assert re.fullmatch("[0-9a-f]{16}", name)

@@ -25,6 +25,7 @@ class Pay(Message, frozen=True):
     to: str  # node
     coins: int
     deadline_s: float
+    memo_chars: int = 0
 
 
 class Order(Message, frozen=True):
@@ -65,6 +66,7 @@ class Coins(Message, frozen=True):
     id: str
     number: int  # of this sender's payments to this receiver
     coins: int
+    memo: str = ""
 
 
 class Receipt(Message, frozen=True):
@@ -202,12 +204,12 @@ class Bank:
 
     def command(self, rows: Rows, message: Any, meta: Meta) -> Step:
         match message:
-            case Pay(id, to, coins, deadline_s):
+            case Pay(id, to, coins, deadline_s, memo_chars):
                 number = rows.get(f"to/{to}", Last(0)).number + 1
                 left = rows.get("balance", Balance()).coins - coins
                 paid = Paid(to, coins, number, meta.now, deadline_s)
                 changed = {"balance": Balance(left), f"to/{to}": Last(number), f"out/{id}": paid}
-                return Step(changed, [Send(f"{to}/bank", Coins(id, number, coins), deadline_s)])
+                return Step(changed, [Send(f"{to}/bank", Coins(id, number, coins, "m" * memo_chars), deadline_s)])
             case Order(id):
                 nonce = rows.get("nonce", Last(0)).number + 1
                 changed = {"nonce": Last(nonce), f"order/{id}": Ordered(nonce)}
@@ -268,7 +270,7 @@ class Bank:
             f"from/{sender}": Last(message.number, last.disorders + (message.number <= last.number)),
             "balance": Balance(rows.get("balance", Balance()).coins + message.coins),
         }
-        return Step(changed, [Send(f"{sender}/bank", Receipt(message.id), FOREVER_S), Emit("coins", message)])
+        return Step(changed, [Send(f"{sender}/bank", Receipt(message.id), FOREVER_S), Emit("coins", replace(message, memo=""))])
 
     def undelivered(self, rows: Rows, message: Any) -> Step:
         if isinstance(message, Coins):

@@ -18,6 +18,7 @@ from itertools import combinations, count
 from typing import Any
 
 import sim_checks
+import sim_extremes
 import trio
 from sim_machines import (
     FOREVER_S,
@@ -87,6 +88,9 @@ class Faults:
     damage_every_s: float  # rows that cannot be read for a while
     clocks_s: float  # how far apart the nodes' clocks are
     clock_steps_every_s: float
+    copied: bool  # a copy of a data directory runs on another machine
+    tiny: bool  # caches, pages and windows are tiny
+    big: bool  # some messages just fit
 
     @classmethod
     def drawn(cls, rng: random.Random) -> Faults:
@@ -99,6 +103,7 @@ class Faults:
             flaky_chain=rng.choice((0, 0.1, 0.6)), flaky_alarms=rng.choice((0, 0.4)), ack_flush_s=rng.choice((0.05, 1)),
             capacity=rng.choice((1, 4, 256)), lose_disk=lose_disk, disk_errors=rng.choice((0, 0, 0.01)),
             damage_every_s=rng.choice((0, 30)), clocks_s=rng.choice((0, 20)), clock_steps_every_s=rng.choice((0, 25)),
+            copied=lose_disk and rng.random() < 0.5, tiny=rng.random() < 0.3, big=rng.random() < 0.15,
         )  # fmt: skip
 
 
@@ -149,7 +154,9 @@ class SimSystem(System):
         super().acknowledged(actor, recipient, seq, epoch)
 
     def log_twice(self, recipient: str) -> None:
-        raise Broken(f"{self.host.name} is told by {recipient} that it runs twice, and it does not")
+        self.host.world.reached["runs twice"] += 1
+        if not self.host.world.copies:
+            raise Broken(f"{self.host.name} is told by {recipient} that it runs twice, and it does not")
 
     def released(self, actor: str, commit: Commit, published: Sequence[Publish]) -> None:
         self.host.world.may_crash()
@@ -188,7 +195,7 @@ class Wire:
             await trio.sleep(30)
         if world.disks_of(self.source, node) != epochs:  # the connection died with the process that had it
             raise LinkDown(f"{node} hung up")
-        ack = await world.hosts[node].take(frame, self.source)
+        ack = await world.machine_of(node).take(frame, self.source)
         world.reached[f"ack: {decode_ack(ack).note or 'all'}"] += 1
         if world.chance(faults.copies) and decode_ack(ack).have:
             world.nursery.start_soon(world.late_copy, self.source, node, frame)
@@ -395,7 +402,9 @@ class World:
         self.cut: set[frozenset[str]] = set()
         self.sessions: dict[frozenset[str], tuple[int, ...]] = {}
         self.chain: dict[tuple[str, int], str] = {}
-        self.crashes = 0
+        self.crashes = self.copies = 0
+        self.twin: Host | None = None  # a second machine with the disk of the losing node
+        self.spare: list[sqlite3.Connection] = []
         self.attempts: Counter[str] = Counter()  # at what crashed whoever touched it
         self.reached: Counter[str] = Counter()  # states of the kernel
         self.history = hashlib.blake2b(digest_size=8)
@@ -423,7 +432,9 @@ class World:
             for _ in range(rng.randrange(3, 11)):
                 to = rng.choice(others) if rng.random() < 0.95 else "X"
                 deadline_s = rng.choice((FOREVER_S, rng.uniform(0.1, 4), rng.uniform(0.1, 40))) if to != "X" else 20.0
-                commands.append((at(), "bank", Pay(id("pay"), to, rng.randrange(1, 50), deadline_s)))
+                memo = rng.choice((0, sim_extremes.BIG_MEMO)) if faults.big else 0
+                self.reached["big message"] += memo > 0
+                commands.append((at(), "bank", Pay(id("pay"), to, rng.randrange(1, 50), deadline_s, memo)))
             commands += [(at(), "bank", Order(id("order"))) for _ in range(rng.randrange(5))]
             commands += [(at(), "bank", Order(id("poison"))) for _ in range(rng.random() < 0.3)]
             commands += [(at(), "bank", SendBomb(id("bomb"), rng.choice(others))) for _ in range(rng.randrange(2))]
@@ -458,6 +469,11 @@ class World:
 
     def disks_of(self, *names: str) -> tuple[int, ...]:
         return tuple(self.hosts[name].disks for name in names)
+
+    def machine_of(self, node: str) -> Host:
+        """Return the machine that a frame to a node comes to."""
+        is_other = self.twin is not None and self.twin.name == node and self.rng.random() < 0.5
+        return self.twin if is_other and self.twin is not None else self.hosts[node]
 
     # -- faults
     def may_crash(self) -> None:
@@ -534,9 +550,10 @@ class World:
                 older = self.rng.choice((None, *host.backups))
                 host.next_disk = host.new_disk(older)
                 host.restored += older is not None
-                host.nursery.start_soon(self._die)
+                host.nursery.start_soon(self.die)
 
-    async def _die(self) -> None:
+    async def die(self) -> None:
+        """End whatever process this task is of."""
         await trio.lowlevel.checkpoint()
         raise Crash
 
@@ -587,6 +604,7 @@ class World:
             self.nursery.start_soon(self.part)
             self.nursery.start_soon(self.keep_sessions)
             self.nursery.start_soon(self.burn_disks)
+            self.nursery.start_soon(sim_extremes.run_twice, self, LOSING_NODE)
             self.nursery.start_soon(self.step_clocks)
             self.nursery.start_soon(self.damage_rows)
             await trio.sleep(SAFETY_S)
@@ -610,8 +628,11 @@ def simulate(seed: int) -> World:
     world = World(seed)
     logging.getLogger("golem.kernel").setLevel(logging.CRITICAL)
     try:
-        run_seeded(seed, world.run)
+        with sim_extremes.bounds(world):
+            run_seeded(seed, world.run)
     finally:
+        for disk in world.spare:
+            disk.close()
         for host in world.hosts.values():
             for disk in (host.db, *host.backups):
                 disk.close()
