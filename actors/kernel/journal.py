@@ -197,6 +197,10 @@ class Journal:
         """Return (actor, recipient) of all links with something to deliver."""
         return self._read("select distinct actor, recipient from outbox").fetchall()
 
+    def waiting_bytes(self) -> int:
+        """Return the size of all messages that nobody has acknowledged yet."""
+        return int(self._read("select coalesce(sum(length(body)), 0) from outbox").fetchone()[0])
+
     def links_to(self, node: str) -> list[tuple[str, str]]:
         """Return (actor, recipient) of links to the actors of a node, of which something was acknowledged."""
         query = "select actor, recipient from sent where recipient>? and recipient<? and acked>0 and recipient not like ? limit ?"

@@ -314,7 +314,7 @@ class Store:
     def txs_of_batch(self, batch_id: str) -> list[TxRow]:
         """All that were ever signed for it, on this chain."""
         rows = self._sql.execute(
-            f"select {_TX_COLUMNS} from tx where account=? and batch=? order by id", (self.account, batch_id)
+            f"select {_TX_COLUMNS} from tx where +account=? and batch=? order by id", (self.account, batch_id)
         )
         return [_tx(row) for row in rows]
 
@@ -328,13 +328,13 @@ class Store:
 
     def rivals(self, batch_id: str, tx_id: int = 0) -> list[TxRow]:
         """Other transactions that were signed for some order of a batch, and have paid it or may do so."""
-        rows = self._sql.execute(
-            f"select {_TX_COLUMNS} from tx where account=? and id!=? and kind='pay' and ((void and state in {OPEN}) or"
-            " (not void and state='confirmed')) and (batch=? or batch in (select theirs.batch from ordered ours"
-            " join ordered theirs on theirs.account=ours.account and theirs.id=ours.id where ours.account=? and ours.batch=?))",
-            (self.account, tx_id, batch_id, self.account, batch_id),
+        query = (
+            "select ? union select theirs.batch from ordered ours cross join ordered theirs"
+            " on theirs.account=ours.account and theirs.id=ours.id where ours.account=? and ours.batch=?"
         )
-        return [_tx(row) for row in rows]
+        batches = [str(row[0]) for row in self._sql.execute(query, (batch_id, self.account, batch_id)).fetchall()]
+        txs = [tx for each in batches for tx in self.txs_of_batch(each) if tx.id != tx_id and tx.kind == "pay"]
+        return [tx for tx in txs if (tx.void and tx.state in OPEN) or (not tx.void and tx.state == "confirmed")]
 
     def orders(self, batch_id: str) -> set[str]:
         """The orders that a batch pays; none where the wallet named none."""
@@ -343,19 +343,21 @@ class Store:
 
     def doubled(self) -> list[tuple[TxRow, TxRow]]:
         """Payments that have both paid one order, older first: but those of which a person knows."""
-        rows = self._sql.execute(
-            "select distinct a.id, b.id from ordered oa join ordered ob on ob.account=oa.account and ob.id=oa.id"
-            " join tx a on a.account=oa.account and a.batch=oa.batch join tx b on b.account=ob.account and b.batch=ob.batch"
-            " where oa.account=? and a.nonce<b.nonce and a.state='confirmed' and b.state='confirmed'"
-            " and not a.void and not b.void and not b.sure",
-            (self.account,),
+        reopened = self._sql.execute(
+            "select id, batch from tx where account=? and state='confirmed' and reopened and not void", (self.account,)
         ).fetchall()
-        return [(self.tx(older), self.tx(newer)) for older, newer in rows]
+        rows = [(tx_id, rival.id) for tx_id, batch_id in reopened for rival in self.rivals(batch_id or "", tx_id)]
+        rows = [pair for pair in rows if not self.tx(pair[1]).void]
+        pairs = {(min(pair, key=self._nonce), max(pair, key=self._nonce)) for pair in rows}
+        found = [(self.tx(older), self.tx(newer)) for older, newer in sorted(pairs)]
+        return [(older, newer) for older, newer in found if not newer.sure]
+
+    def _nonce(self, tx_id: int) -> int:
+        return self.tx(tx_id).nonce
 
     def made(self, tx_hash: str) -> bool:
         """Was this transaction signed here, or found to be one of ours?"""
-        sql = "select 1 from attempt where hash=? union select 1 from tx where winner=?"
-        return self._sql.execute(sql, (tx_hash, tx_hash)).fetchone() is not None
+        return self.owner(tx_hash) is not None
 
     def owner(self, tx_hash: str) -> int | None:
         """The transaction that this is a signed form of, or that it has paid."""

@@ -59,6 +59,8 @@ IMAGE_BYTES = 8 << 30
 DESTROYED, LIMIT, EXPIRED, LOST = "destroyed", "Usage limit exceeded", "Agreement expired", "Runtime lost"
 DISK = "Disk full"
 MAX_CALL_BYTES = 4096
+JOURNAL = "unit.db"
+LEAST_JOURNAL_BYTES = 64 << 20  # where less storage was sold, an honest script's results still have their place
 NEARNESS = "unit:nearness"  # see golem/nearness.py
 
 
@@ -120,7 +122,10 @@ class Unit:
             settings.policy, BusGftp(settings.bus), spool_dir=settings.work_dir, nearness=self._nearness
         )  # fmt: skip
         images = ImageStore(settings.cache_dir / "images", transfers, CACHE_BYTES, IMAGE_BYTES)
-        self.port = RuntimePort(self.name, terms, settings.work_dir, runtime, transfers, images, self.live)
+        self.port = RuntimePort(
+            self.name, terms, settings.work_dir, runtime, transfers, images, self.live,
+            self._journal_bytes, journal.waiting_bytes,
+        )  # fmt: skip
         self.system.add(ExeUnit(settings.activity_id, terms.requestor, terms.provider))
         self.system.add_port(self.port)
         self.interactions = UnitInteractions(
@@ -218,6 +223,14 @@ class Unit:
             self._reason = (reason, error_message)
             self._ending.set()
 
+    def _journal_bytes(self) -> int:
+        """Return what the journal takes of the disk."""
+        found = 0
+        for path in self.settings.work_dir.glob(f"{JOURNAL}*"):
+            with suppress(OSError):
+                found += path.stat().st_blocks * 512
+        return found
+
     def _state(self) -> str:
         row: UnitRow | None = self.system.rows(self.name).get("unit")
         return row.state if row else "New"
@@ -248,10 +261,10 @@ class Unit:
                 self.end(DESTROYED)
 
     async def _watch_limits(self) -> None:
-        limits = self.terms.limits
         reported_at = trio.current_time()
         while True:
             await trio.sleep(LIMITS_INTERVAL_S)
+            limits = self.terms.limits
             if trio.current_time() - reported_at >= USAGE_INTERVAL_S and not self._ending.is_set():
                 reported_at = trio.current_time()
                 with suppress(Busy, AskTimeout):
@@ -261,6 +274,8 @@ class Unit:
                 self.end(LIMIT, f"memory: {used.gib:.3f} GiB used of {limits.mem_gib:g}")
             if used.storage_gib > limits.storage_gib:
                 self.end(LIMIT, f"storage: {used.storage_gib:.3f} GiB used of {limits.storage_gib:g}")
+            if (journal_bytes := self._journal_bytes()) > max(limits.storage_bytes, LEAST_JOURNAL_BYTES):
+                self.end(LIMIT, f"storage: {journal_bytes >> 20} MiB of messages that the requestor does not take")
             if self.terms.expires_at is not None and time.time() > self.terms.expires_at + EXPIRY_MARGIN_S:
                 self.end(EXPIRED)
             if (problem := self._disk.look()) is not None:
@@ -280,7 +295,7 @@ def serve(settings: Settings) -> int:
     settings.work_dir.mkdir(parents=True, exist_ok=True)
     os.chmod(settings.work_dir, 0o711)
     runtime = make_runtime(settings.runtime, settings.cache_dir)
-    journal = Journal(str(settings.work_dir / "unit.db"), lambda: secrets.token_hex(8))
+    journal = Journal(str(settings.work_dir / JOURNAL), lambda: secrets.token_hex(8))
     try:
         return trio.run(_serve, settings, terms, runtime, journal)
     finally:

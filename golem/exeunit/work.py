@@ -24,6 +24,7 @@ from golem.exeunit.capture import Collector, Output
 from golem.exeunit.images import Image, ImageStore
 from golem.exeunit.live import LiveLog
 from golem.exeunit.runtimes.base import (
+    GIB,
     Deployment,
     DeployOptions,
     ImageFormat,
@@ -57,6 +58,8 @@ log = logging.getLogger("golem.exeunit")
 
 STOPPED = "stopped by a terminate command"
 DEFAULT_PROGRESS_S = 1.0
+MAX_WAITING_BYTES = 16 << 20  # of results that the requestor has not taken: there is no next command before it has
+WAITING_POLL_S = 0.2
 HOLD_LOOK_S = 0.5
 HELD = "held back: unpaid work has come near the credit of the requestor; it goes on as soon as a payment arrives"
 _INTERVAL = re.compile(r"\s*(\d{1,6}(?:\.\d{1,6})?)\s*(ms|s|m)\s*\Z")
@@ -83,11 +86,17 @@ class RuntimePort:
         transfers: Transfers,
         images: ImageStore,
         live: LiveLog,
+        journal_bytes: Callable[[], int] = lambda: 0,
+        waiting_bytes: Callable[[], int] = lambda: 0,
     ) -> None:
+        """`journal_bytes`: what the unit's own journal takes, which is storage of the activity; `waiting_bytes`: of it, what
+        waits for the requestor.
+        """
+        self._journal_bytes, self._waiting_bytes = journal_bytes, waiting_bytes
         self._unit, self._terms, self._work_dir = unit, terms, work_dir
         self._activity_id = unit.partition(":")[2]
         self._runtime, self._transfers, self._images, self._live = runtime, transfers, images, live
-        self._counters = Counters(runtime.usage, time.monotonic())
+        self._counters = Counters(self._usage_with_journal, time.monotonic())
         self._deployment: Deployment | None = None
         self._image: Image | None = None
         self._deployments = 0
@@ -114,6 +123,11 @@ class RuntimePort:
     def runtime_usage(self) -> Usage:
         """What the runtime has used in all."""
         return self._runtime.usage()
+
+    def _usage_with_journal(self) -> Usage:
+        used, most = self._runtime.usage(), self._terms.limits.storage_gib
+        stored = min(used.storage_gib + self._journal_bytes() / GIB, max(most, used.storage_gib))
+        return Usage(used.cpu_sec, used.gib, stored)
 
     def usage(self) -> list[float]:
         """Counters in the order of the agreement's usage vector."""
@@ -158,6 +172,8 @@ class RuntimePort:
             if text is None:
                 self._running = (message.batch_id, message.index, command.text, scope)
                 try:
+                    if not isinstance(command.args, Terminate):
+                        await self._until_taken(message)
                     await self._wait_while_held(message, command)
                     text, code = await self._perform(message, command, outputs)
                     ok = code == 0
@@ -178,6 +194,18 @@ class RuntimePort:
         )  # fmt: skip
         assert self._post is not None
         await self._post([Send(self._unit, finished)])
+
+    async def _until_taken(self, message: Execute) -> None:
+        """Wait while too much of what there was is not taken: it would pile up on this machine's disk."""
+        told = False
+        while self._waiting_bytes() > MAX_WAITING_BYTES:
+            if not told:
+                told = True
+                log.warning("the next command waits: its requestor has not taken the results of those before")
+                text = "waits until results of earlier commands are taken"
+                event = {"step": [0, 1], "message": text, "progress": [0, None], "unit": "Bytes"}
+                self.tell(message, {"progress": event}, asked=False)
+            await trio.sleep(WAITING_POLL_S)
 
     async def _wait_while_held(self, message: Execute, command: Command) -> None:
         """Begin nothing new while the provider's agent says so; what ends work may always begin."""

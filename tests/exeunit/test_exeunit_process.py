@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from actors.kernel.machine import LinkDown, Meta, Send
 from actors.kernel.system import System
 from golem.exeunit.process import Settings, Unit
 from golem.exeunit.runtimes.base import (
+    GIB,
     Deployment,
     DeployOptions,
     ExitStatus,
@@ -69,7 +71,7 @@ class World:
     """A provider's and a requestor's node with kernel and activity actors, and the exe-unit's process."""
 
     def __init__(self, tmp_path: Path, provider: Node, requestor: Node, nursery: trio.Nursery) -> None:
-        self.tmp_path, self.nursery = tmp_path, nursery
+        self.tmp_path, self.nursery, self.node = tmp_path, nursery, requestor
         self.provider = self._system(PROVIDER, provider)
         self.requestor = self._system(REQUESTOR, requestor)
         self.calls = requestor.router.calls
@@ -322,6 +324,8 @@ class Stub:
             await trio.sleep_forever()
         if entry_point == "crash":
             raise KeyError("a bug")
+        if entry_point == "flood":
+            await output("stdout", b"x" * (900 << 10))
         if entry_point == "nap":
             await trio.sleep(0.05)
         if entry_point == "eat":
@@ -489,6 +493,41 @@ async def test_a_bug_of_a_runtime_fails_its_command_and_nothing_else(tmp_path: P
         [row] = w.results(await w.exec(run("crash")))
         assert row.message == "internal error of the exe-unit: KeyError"
         assert [row.ok for row in w.results(await w.exec(run("fine")))] == [True]
+
+
+@trio_test
+async def test_results_that_nobody_takes_hold_up_the_next_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("golem.exeunit.work.MAX_WAITING_BYTES", 4 << 20)
+    flood = {"run": {"entry_point": "flood", "capture": {"stdout": {"atEnd": {}}}}}
+
+    async def deaf(frame: bytes, sender: str) -> bytes:
+        raise RemoteError("not now")
+
+    async with stub_world(tmp_path) as (w, stub, unit, _, ended):
+        batch = await w.exec(*[flood] * 12, wait=False)
+        await w.until(lambda: stub.runs)
+        w.node.router.attach(deaf)
+        with within(20):
+            while not any("are taken" in event[4] for event in await unit.live.watch(-1, 30.0)):
+                await trio.sleep(0.01)
+        assert unit.port._usage_with_journal().storage_gib > (4 << 20) / GIB
+        await trio.sleep(0.5)
+        assert 4 <= len(stub.runs) <= 7  # what was under way may have been taken
+        w.node.router.attach(w.requestor.deliver)
+        await w.until(lambda: w.batch(batch).finished, 60)
+        assert (len(stub.runs), [row.ok for row in w.results(batch)], ended) == (12, [True] * 12, [])
+
+
+@trio_test
+async def test_a_journal_that_nobody_empties_ends_the_activity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refusals wait like results, and no command is held up by them."""
+    monkeypatch.setattr("golem.exeunit.process.LEAST_JOURNAL_BYTES", 0)
+    async with stub_world(tmp_path) as (w, _, unit, _, ended):
+        unit.terms = replace(unit.terms, limits=replace(unit.terms.limits, storage_gib=1e-4))
+        await w.until(lambda: unit._ending.is_set())
+        assert unit._reason[0] == "Usage limit exceeded"
+        assert "messages that the requestor does not take" in (unit._reason[1] or "")
+        await w.until(lambda: ended)
 
 
 @trio_test

@@ -15,11 +15,13 @@ import tarfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import foreign_images as foreign
 import pytest
+import trio
 from engine import busybox_tar
 from foreign_images import docker_archive, entry, gvmi, image_json, oci_layout, padded, raw_header, sha256, tar
 from patience import patience
@@ -27,7 +29,7 @@ from support import trio_test
 
 from golem.exeunit.engine.admin import Admin
 from golem.exeunit.engine.archives import is_own
-from golem.exeunit.engine.images import ImageLimits, image_tag, obtain_image
+from golem.exeunit.engine.images import ImageLimits, evict, image_tag, obtain_image
 from golem.exeunit.engine.inflate import BadImage
 from golem.exeunit.runtimes.base import ImageFormat, RuntimeFault
 from golem.local_engine import LocalEngine
@@ -134,6 +136,7 @@ ROOTFS: dict[str, tuple[bytes, str]] = {
     "users-by-both": (tar(entry("x", USERS), link("l", "/x"), hard("etc/passwd", "l")), "/etc/passwd .'x'. has"),
     # too much
     "members": (b"".join(raw_header(b"d%d" % n, b"5") for n in range(20_001)) + END, "more than 20000 files"),
+    "implied-directories": (tar(*(entry(f"{n}/" + "d/" * 250 + "x", b"") for n in range(100))), "more than 20000 files"),
     "gzip-bomb": (gzip.compress(tar(entry("z", ZEROS)), 9), "a compression bomb: "),
     "gzip-cut": (gzip.compress(LAYER)[:-20], "damaged|ends too early"),
     "gzip-damaged": (gzip.compress(LAYER)[:30] + b"\xff" * 30, "is damaged"),
@@ -414,6 +417,63 @@ def test_users_of_several_layers(tmp_path: Path, above: bytes, large: bool) -> N
         refused(tmp_path, data, "DOCKER_ARCHIVE", "/etc/passwd .'x/y'. has 1048577 bytes")
     else:
         foreign.convert(data, "DOCKER_ARCHIVE", tmp_path)
+
+
+def test_a_name_costs_a_block_of_the_disk(tmp_path: Path) -> None:
+    """What eviction goes by: 250 deep names are 30,000 inodes for the Engine, and no bytes."""
+    deep = tar(*(entry(f"{n}/" + "d/" * 100 + "x", b"") for n in range(50)))
+    config, _ = foreign.convert(deep, "ROOTFS_ARCHIVE", tmp_path)
+    assert int(config["config"]["Labels"]["golem.members"]) == 50 * 102
+    assert int(config["config"]["Labels"]["golem.cost"]) == 50 * 102 * 4096
+
+
+class Full:
+    """An Engine with two images whose last use is long ago."""
+
+    def __init__(self) -> None:
+        self.images = {image_tag(digit * 56): cost for digit, cost in (("0", 4096 * 30_000), ("1", 4096))}
+
+    async def list_images(self, reference: str) -> list[dict[str, Any]]:
+        labels = {tag: {"golem.cost": str(cost), "golem.members": str(cost // 4096)} for tag, cost in self.images.items()}
+        return [{"RepoTags": [tag], "Id": tag, "Size": 10, "Labels": labels[tag]} for tag in self.images]
+
+    async def image_ids_in_use(self) -> frozenset[str]:
+        return frozenset()
+
+    async def remove_image(self, name: str) -> bool:
+        del self.images[name]
+        return True
+
+
+@pytest.mark.parametrize(
+    ("asked", "left"),
+    [
+        ({"max_bytes": 1 << 30}, 2), ({"max_bytes": 1 << 20}, 1), ({"max_bytes": 1 << 30, "max_images": 1}, 1),
+        ({"max_bytes": 1 << 30, "at_least_members": 1}, 1), ({"max_bytes": 1 << 30, "at_least_members": 30_001}, 0),
+    ],
+)  # fmt: skip
+@trio_test
+async def test_eviction_goes_by_cost_by_number_and_by_inodes(tmp_path: Path, asked: dict[str, int], left: int) -> None:
+    full = Full()
+    await evict(cast("Admin", full), tmp_path, **asked)
+    assert len(full.images) == left
+
+
+@trio_test
+async def test_a_package_that_fails_is_paid_for(tmp_path: Path) -> None:
+    """Also one that was given up, whose reader is killed."""
+    data = gzip.compress(tar(*(entry(f"f{n}", os.urandom(1000)) for n in range(3000))))[:-9000]
+    path, spent = tmp_path / "x", list[float]()
+    path.write_bytes(data)
+    bring = partial(
+        obtain_image, cast("Admin", Deaf()), path, "0" * 56, ImageFormat.ROOTFS_ARCHIVE, folder=tmp_path / "f", spent=spent.append
+    )
+    with pytest.raises(RuntimeFault, match="the image cannot be used"):
+        await bring()
+    assert spent[0] > 0.01
+    with trio.move_on_after(0.05):
+        await bring()
+    assert len(spent) == 2
 
 
 # -- what no list foresees

@@ -213,10 +213,12 @@ def test_configuration_keeps_what_concerns_a_command(tmp_path: Path) -> None:
     raw = foreign.image_json(LAYERS, CONFIG)
     config, _ = foreign.convert(foreign.docker_archive(LAYERS, raw), "DOCKER_ARCHIVE", tmp_path)
     kept = ("Entrypoint", "Cmd", "Env", "WorkingDir", "User", "Volumes", "ExposedPorts")
+    cost = config["config"].pop("Labels")
+    assert cost.keys() == {"golem.cost", "golem.members"}
     assert config["config"] == {key: CONFIG[key] for key in kept}
     bare = {"Entrypoint": None, "Cmd": "date", "Env": None, "WorkingDir": "", "User": "1000:1000", "Volumes": None}
     config, _ = foreign.convert(foreign.docker_archive(LAYERS, foreign.image_json(LAYERS, bare)), "DOCKER_ARCHIVE", tmp_path)
-    assert config["config"] == {"Cmd": ["date"], "WorkingDir": "/", "User": "1000:1000"}
+    assert config["config"] == {"Cmd": ["date"], "WorkingDir": "/", "User": "1000:1000", "Labels": cost}
 
 
 # -- with an Engine

@@ -380,14 +380,50 @@ async def test_traps_are_named(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 @trio_test
-async def test_unusable_modules_are_refused_at_deploy_or_start(tmp_path: Path, image: bytes, text: str | None) -> None:
+async def test_unusable_modules_are_refused_at_deploy_start_or_first_use(tmp_path: Path, image: bytes, text: str | None) -> None:
     if text is None:  # right namespace, unknown function: found when linking
         ran = await once(tmp_path, image)
         assert ran.status.code == 125
         assert "proc_fork" in str(ran.status.reason)
         return
+    bench = Bench(tmp_path)
     with pytest.raises(RuntimeFault, match=text):
-        await Bench(tmp_path).up(image)
+        await (await bench.up(image)).run("a")
+    await bench.runtime.stop()
+
+
+@trio_test
+async def test_machine_code_is_made_at_first_use_and_is_storage(tmp_path: Path) -> None:
+    """A small package of many modules: what they become stays open as long as the activity, past every other limit."""
+    names = [f"m{number}" for number in range(60)]
+    limits = Limits(mem_gib=32 * MIB, storage_gib=MIB * 0.503, run_time_s=10)
+    bench = await Bench(tmp_path, limits).up(wat.package({f"{name}.wasm": wat.ARGS for name in names}))
+    try:
+        assert bench.runtime.usage().cpu_sec == 0.0
+        assert bench.runtime.usage().storage_gib == 0.0
+        done, text = 0, ""
+        for name in names:
+            try:
+                assert (await bench.run(name)).status.ok
+            except RuntimeFault as fault:
+                text = str(fault)
+                break
+            done += 1
+        assert done > 1
+        assert text.endswith("reached: machine code is part of it"), text
+        assert 0.0 < bench.runtime.usage().storage_gib <= limits.storage_gib
+        assert (await bench.run(names[0])).status.ok
+        assert len([one for one in os.listdir("/proc/self/fd") if _leads_to(one, tmp_path / "compiled")]) == done
+    finally:
+        await bench.runtime.stop()
+    assert not [one for one in os.listdir("/proc/self/fd") if _leads_to(one, tmp_path / "compiled")]
+
+
+def _leads_to(descriptor: str, folder: Path) -> bool:
+    try:
+        return os.readlink(f"/proc/self/fd/{descriptor}").startswith(f"{folder}/")
+    except OSError:
+        return False
 
 
 @trio_test

@@ -25,6 +25,8 @@ from golem.exeunit.engine.inflate import CHUNK_BYTES, GZIP_MAGIC, BadImage, Part
 from golem.exeunit.engine.squashfs import Squashfs, read_metadata
 from golem.exeunit.engine.tarball import BLOCK_BYTES, Kind, Member, Names, TarReader, TarWriter, header, shown, write_all
 
+COST_LABEL, MEMBERS_LABEL = "golem.cost", "golem.members"
+NAME_BYTES = 4096  # of a disk, that a file, directory or link takes beside its content
 MAX_BLOBS = 10_000
 MAX_JSON_BYTES = 4 << 20
 MAX_INDEX_DEPTH = 3
@@ -70,18 +72,25 @@ class Budget:
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._bytes = self._members = 0
+        self._bytes = self.members = 0
+        self.cost_bytes = 0  # of the Engine's disk: each name takes a block there, whatever its size
 
     def take(self, member: Member) -> None:
         """Errors: BadImage, before a byte of the member is read."""
-        self._members += 1
         self._bytes += member.size + 2 * BLOCK_BYTES
-        if self._members > self._limits.members:
-            raise BadImage(f"more than {self._limits.members} files, directories and links")
+        self.cost_bytes += member.size
+        self.name(1)
         if self._bytes > self._limits.unpacked_bytes:
             raise BadImage(f"it unpacks to more than {self._limits.unpacked_bytes} bytes ({shown(member.name)})")
         if self._bytes > self._limits.room:
             raise BadImage(f"it unpacks to more than the {self._limits.room} bytes of disk space left here")
+
+    def name(self, count: int) -> None:
+        """Take names: of members, and of directories that are there because something is in them. Errors: BadImage."""
+        self.members += count
+        self.cost_bytes += count * NAME_BYTES
+        if self.members > self._limits.members:
+            raise BadImage(f"more than {self._limits.members} files, directories and links")
 
     @property
     def unpacked(self) -> int:
@@ -95,6 +104,7 @@ class Output:
     def __init__(self, descriptor: int, tag: str) -> None:
         self._descriptor, self._tag = descriptor, tag
         self.diff_ids: list[str] = []
+        self.members = 0
 
     def add_layer(self, fill: Callable[[TarWriter], None]) -> None:
         """Write one layer with `fill`; its size goes into its header afterwards."""
@@ -107,8 +117,10 @@ class Output:
         os.pwrite(self._descriptor, _own_header(name, layer.size), start)
         self.diff_ids.append(f"sha256:{layer.hash.hexdigest()}")
 
-    def finish(self, config: dict[str, Any]) -> None:
-        """Write the configuration and the list of what is there."""
+    def finish(self, config: dict[str, Any], budget: Budget) -> None:
+        """Write the configuration and the list of what is there; what it all costs is a label of the image."""
+        self.members = budget.members
+        config["config"]["Labels"] = {COST_LABEL: str(budget.cost_bytes), MEMBERS_LABEL: str(budget.members)}
         config = {**config, "rootfs": {"type": "layers", "diff_ids": self.diff_ids}}
         manifest = _own_manifest(self._tag, len(self.diff_ids))
         for name, data in ((OWN_CONFIG, json.dumps(config).encode()), (OWN_MANIFEST, manifest)):
@@ -154,7 +166,9 @@ def copy_layer(
     reader = TarReader(source, what)
     while (member := reader.next()) is not None:
         budget.take(member)
+        implied = names.implied
         plain = names.admit(member)
+        budget.name(names.implied - implied)
         if plain is None:
             continue
         accounts.see(plain)
@@ -177,7 +191,7 @@ def convert_rootfs(package: Package, output: Output) -> None:
     names, budget, accounts = Names("the archive", whiteouts=False), Budget(package.limits), Accounts()
     output.add_layer(lambda layer: copy_layer(source, "the archive", names, layer, budget, accounts))
     accounts.check()
-    output.finish(image_config({}, package.machine))
+    output.finish(image_config({}, package.machine), budget)
 
 
 def convert_gvmi(package: Package, output: Output) -> None:
@@ -204,7 +218,7 @@ def convert_gvmi(package: Package, output: Output) -> None:
 
     output.add_layer(fill)
     accounts.check()
-    output.finish(config)
+    output.finish(config, budget)
 
 
 # -- Docker archives and OCI layouts: blobs in a tar
@@ -334,7 +348,7 @@ def convert_blobs(package: Package, output: Output) -> None:
         output.add_layer(lambda writer: copy_layer(source, what, names, writer, budget, accounts))  # noqa: B023 (called at once)
         source.check()
     accounts.check()
-    output.finish(config)
+    output.finish(config, budget)
 
 
 class _Layer:

@@ -32,7 +32,7 @@ from typing import Any
 import trio
 
 from golem.exeunit.engine.admin import Admin
-from golem.exeunit.engine.archives import is_own
+from golem.exeunit.engine.archives import COST_LABEL, MEMBERS_LABEL, NAME_BYTES, is_own
 from golem.exeunit.runtimes.base import ImageFormat, RuntimeFault, Side
 from golem.exeunit.sandbox.process import Ended, open_child
 
@@ -45,6 +45,8 @@ FORMATS = frozenset(
 CHUNK_BYTES = 1 << 20
 LOCK_POLL_S = 0.1
 RESERVE_BYTES = 256 << 20  # of the disk, never filled by images
+RESERVE_INODES = 50_000
+MAX_IMAGES = 1000
 MIN_NOTICE_GAP_S = 0.5
 NOTICE_STEP_PERCENT = 10
 UNPACK_UID = 1_879_048_191  # a user that no distribution hands out
@@ -115,11 +117,13 @@ async def obtain_image(
     notice: Notice | None = None,
     limits: ImageLimits | None = None,
     max_bytes: int | None = None,
+    spent: Callable[[float], None] = lambda cpu_s: None,
 ) -> EngineImage:
     """Return the image of a package, brought into the Engine if it is not there yet.
 
     `path`: the package, whose `digest` (hex) has been checked. `folder`: for locks and unnamed scratch files, shared by
     all exe-units of an Engine. `notice`: told what goes on. `max_bytes`: evict other images above this sum afterwards.
+    `spent`: told the CPU seconds that the reading of a package took which failed.
     Errors: RuntimeFault, whose text names what is wrong with the package.
     """
     limits, told = limits or ImageLimits(), notice or _silent
@@ -146,7 +150,7 @@ async def obtain_image(
             continue
         try:
             if await admin.inspect_image(tag) is None:
-                cpu_s = await _bring(admin, path, tag, format, folder, told, limits)
+                cpu_s = await _bring(admin, path, tag, format, folder, told, limits, spent)
                 loaded = True
         except BaseException:  # no image, no lock; whoever waits for it makes a new one
             path_of_lock.unlink(missing_ok=True)
@@ -158,26 +162,36 @@ async def obtain_image(
 
 
 async def evict(
-    admin: Admin, folder: Path, max_bytes: int, spare: frozenset[str] = frozenset(), *, at_least_bytes: int = 0
+    admin: Admin,
+    folder: Path,
+    max_bytes: int,
+    spare: frozenset[str] = frozenset(),
+    *,
+    at_least_bytes: int = 0,
+    at_least_members: int = 0,
+    max_images: int = MAX_IMAGES,
 ) -> list[str]:
-    """Remove the least recently used images until the rest fits into `max_bytes`; returns the names removed.
+    """Remove the least recently used images until the rest fits into `max_bytes` and is no more than `max_images`; returns
+    the names removed.
 
-    `at_least_bytes`: so much has to go in any case. Images that an exe-unit holds, that a container uses or that `spare`
-    names stay, even if they are too much.
+    An image counts with what it costs, names and all. `at_least_bytes`, `at_least_members`: so much has to go in any case.
+    Images that an exe-unit holds, that a container uses or that `spare` names stay, even if they are too much.
     """
     images = []
     for entry in await admin.list_images(f"{REPOSITORY}/*"):
         for tag in entry.get("RepoTags") or ():
             digest = _digest_of(tag)
             if digest is not None:
-                images.append((_last_use(folder / f"{digest}.lock"), tag, digest, str(entry["Id"]), int(entry["Size"])))
-    total = sum(size for *_, size in images)
-    max_bytes = min(max_bytes, total - at_least_bytes)
-    if total <= max_bytes:
+                size = max(int(entry["Size"]), _label(entry, COST_LABEL))
+                last = _last_use(folder / f"{digest}.lock")
+                images.append((last, tag, digest, str(entry["Id"]), size, _label(entry, MEMBERS_LABEL)))
+    total = sum(size for *_, size, _ in images)
+    max_bytes, left = min(max_bytes, total - at_least_bytes), len(images)
+    if total <= max_bytes and left <= max_images and at_least_members <= 0:
         return []
     in_use, removed = await admin.image_ids_in_use(), []
-    for _, tag, digest, image_id, size in sorted(images):
-        if total <= max_bytes:
+    for _, tag, digest, image_id, size, members in sorted(images):
+        if total <= max_bytes and left <= max_images and at_least_members <= 0:
             break
         if image_tag(digest) in spare or image_id in in_use:
             continue
@@ -188,11 +202,17 @@ async def evict(
         try:
             if await admin.remove_image(tag):
                 path.unlink(missing_ok=True)
-                total -= size
+                total, left, at_least_members = total - size, left - 1, at_least_members - members
                 removed.append(tag)
         finally:
             os.close(lock)
     return removed
+
+
+def _label(image: Mapping[str, Any], name: str) -> int:
+    """Return a number that the reader of a package has noted, 0 where there is none."""
+    text = str((image.get("Labels") or {}).get(name, ""))
+    return int(text) if re.fullmatch(r"[0-9]{1,15}", text) else 0
 
 
 # -- locks
@@ -239,7 +259,14 @@ def _digest_of(tag: str) -> str | None:
 
 
 async def _bring(
-    admin: Admin, path: Path, tag: str, format: ImageFormat, folder: Path, notice: Notice, limits: ImageLimits
+    admin: Admin,
+    path: Path,
+    tag: str,
+    format: ImageFormat,
+    folder: Path,
+    notice: Notice,
+    limits: ImageLimits,
+    spent: Callable[[float], None],
 ) -> float:
     """Unpack, check and load a package; returns the CPU seconds that its reading took."""
     if format not in FORMATS:
@@ -262,12 +289,12 @@ async def _bring(
                 "limits": asdict(limits),
             }
             files = (package.fileno(), archive.fileno(), inflated.fileno())
-            cpu_s, layers = await _unpack(spec, files, notice, limits)
+            cpu_s, layers, members = await _unpack(spec, files, notice, limits, spent)
         inflated.truncate(0)
         size = archive.seek(0, os.SEEK_END)
         if not is_own(archive.fileno(), size, tag, len(layers)):
             raise RuntimeFault("the image cannot be used: what was made of it is not what it should be")
-        await _make_room(admin, folder, size)
+        await _make_room(admin, folder, size, members)
         await _load(admin, archive.fileno(), size, notice)
     image = await admin.inspect_image(tag)
     if image is None or image.get("RootFS", {}).get("Layers", layers) != layers:
@@ -275,24 +302,32 @@ async def _bring(
     return cpu_s
 
 
-async def _make_room(admin: Admin, folder: Path, size: int) -> None:
-    """See to it that the Engine has the disk space for an archive, which it holds twice while it loads it."""
+async def _make_room(admin: Admin, folder: Path, size: int, members: int) -> None:
+    """See to it that the Engine has the disk space for an archive, which it holds twice while it loads it, and the inodes."""
     root = await admin.root_dir()
     if root is None:
         return
     try:
         for _ in range(2):
-            missing = 2 * size + RESERVE_BYTES - _free(root)
-            if missing <= 0:
+            missing = 2 * size + members * NAME_BYTES + RESERVE_BYTES - _free(root)
+            names = members + RESERVE_INODES - _free_inodes(root)
+            if missing <= 0 and names <= 0:
                 return
-            await evict(admin, folder, sys.maxsize, at_least_bytes=missing)
+            await evict(admin, folder, sys.maxsize, at_least_bytes=missing, at_least_members=names)
     except OSError:  # it is not for us to see; then it is the Engine who finds out
         return
-    raise RuntimeFault(f"this provider's Docker Engine has not enough disk space for an image of {size >> 20} MiB")
+    what = f"{size >> 20} MiB and {members} files"
+    raise RuntimeFault(f"this provider's Docker Engine has not enough disk space for an image of {what}")
 
 
 def _free(path: Path) -> int:
     return shutil.disk_usage(path).free
+
+
+def _free_inodes(path: Path) -> int:
+    """Return how many files may still be made; where a file system does not count them there is no end."""
+    found = os.statvfs(path)
+    return found.f_favail if found.f_files else sys.maxsize
 
 
 async def _load(admin: Admin, descriptor: int, size: int, notice: Notice) -> None:
@@ -339,9 +374,11 @@ async def _set_when_cancelled(event: threading.Event) -> None:
 
 
 async def _unpack(
-    spec: dict[str, Any], files: Sequence[int], notice: Notice, limits: ImageLimits
-) -> tuple[float, list[str]]:
-    """Have a sandboxed child write the checked archive; returns its CPU seconds and the layers' digests."""
+    spec: dict[str, Any], files: Sequence[int], notice: Notice, limits: ImageLimits, spent: Callable[[float], None]
+) -> tuple[float, list[str], int]:
+    """Have a sandboxed child write the checked archive; returns its CPU seconds, the layers' digests and how many files
+    there are. `spent` is told the seconds where it fails.
+    """
     teller, rest = _Teller("Unpacking image", notice), bytearray()
     stderr = bytearray()
 
@@ -358,14 +395,19 @@ async def _unpack(
     teller.tell(0)
     try:
         async with open_child(_command_line, json.dumps(spec).encode(), files) as child:
-            ended = await child.wait(output, max_output_bytes=1 << 16, time_limit_s=limits.wall_s)
+            try:
+                ended = await child.wait(output, max_output_bytes=1 << 16, time_limit_s=limits.wall_s)
+            except BaseException:  # cancelled: it is killed, and what it took is taken
+                spent(child.cpu_s())
+                raise
             cpu_s = child.cpu_s()
     except OSError as error:
         raise RuntimeFault(f"the sandbox for unpacking cannot be started: {error}") from None
     report = _report(ended)
     if "layers" not in report:
+        spent(cpu_s)
         raise RuntimeFault(f"the image cannot be used: {report.get('problem') or _death(ended, limits, bytes(stderr))}")
-    return cpu_s, list(report["layers"])
+    return cpu_s, list(report["layers"]), max(0, int(report.get("members") or 0))
 
 
 def _report(ended: Ended) -> dict[str, Any]:

@@ -239,6 +239,7 @@ class Names:
         """`whiteouts`: whether names that begin with .wh. mean deletions, as they do in layers; elsewhere none may."""
         self._what, self._whiteouts = what, whiteouts
         self._directories: set[bytes] = {b""}
+        self.implied = 0  # directories that no member is, only a part of its name: an Engine makes them all the same
         self._others: dict[bytes, Kind] = {}
 
     def admit(self, member: Member) -> Member | None:
@@ -294,6 +295,7 @@ class Names:
             fresh.append(parent)
             parent = parent.rpartition(b"/")[0]
         self._directories.update(fresh)
+        self.implied += len(fresh)
 
     def _admit_whiteout(self, member: Member, base: bytes) -> bool:
         """Whether a deletion mark is one that Engines read as we do; False for marks of old builders that mean nothing."""

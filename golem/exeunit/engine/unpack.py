@@ -39,8 +39,9 @@ def lock_in(spec: dict[str, Any]) -> None:
         seccomp.forbid_new_code()
 
 
-def convert(spec: dict[str, Any], report: Callable[[bytes], object]) -> list[str]:
-    """Convert the package; returns the digests of its layers as they were written. Errors: BadImage, OSError.
+def convert(spec: dict[str, Any], report: Callable[[bytes], object]) -> tuple[list[str], int]:
+    """Convert the package; returns the digests of its layers as they were written, and how many files it has.
+    Errors: BadImage, OSError.
 
     `report` is given lines of a growing percentage.
     """
@@ -69,7 +70,7 @@ def convert(spec: dict[str, Any], report: Callable[[bytes], object]) -> list[str
         archives.convert_rootfs(package, output)
     else:
         archives.convert_blobs(package, output)
-    return output.diff_ids
+    return output.diff_ids, output.members
 
 
 def main() -> None:
@@ -81,7 +82,8 @@ def main() -> None:
     try:
         squashfs.load_libraries()
         lock_in(spec)
-        report = {"layers": convert(spec, lambda line: os.write(1, line))}
+        layers, members = convert(spec, lambda line: os.write(1, line))
+        report = {"layers": layers, "members": members}
     except BadImage as problem:
         report = {"problem": str(problem)}
     except MemoryError:

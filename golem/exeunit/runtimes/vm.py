@@ -171,8 +171,13 @@ class VmRuntime:
         assert found is not None
         folder = self._cache_dir / "engine"
         return await obtain_image(
-            self._admin, image, digest, found, folder=folder, notice=options.notice, max_bytes=IMAGE_CACHE_BYTES
-        )
+            self._admin, image, digest, found, folder=folder, notice=options.notice, max_bytes=IMAGE_CACHE_BYTES,
+            spent=self._spend,
+        )  # fmt: skip
+
+    def _spend(self, cpu_s: float) -> None:
+        """Count what a package took that did not become an image."""
+        self._past_cpu_s += cpu_s
 
     async def _make_volume(
         self, deployed: _Deployed, storage: Storage, number: int, request: VolumeRequest

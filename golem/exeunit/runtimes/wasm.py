@@ -1,9 +1,9 @@
 """The `wasmtime` runtime: WebAssembly commands with WASI preview 1, each in a locked-down process of its own.
 
 An image is one module (any entry point name; the guest's `/` is a writable volume) or a WASI package (named entry
-points and mount points). Modules are compiled at start, in a child as locked down as the one that runs them, because
-compiling foreign code can take any amount of time and memory; the CPU time is charged. State between commands is in
-volumes only.
+points and mount points). A module is compiled at start, those of a package when they are first used, in a child as locked
+down as the one that runs them, because compiling foreign code can take any amount of time and memory; the CPU time is
+charged, and machine code counts as the activity's storage. State between commands is in volumes only.
 
 Isolation of a child, outside in: own user, network, IPC and mount namespaces and no capabilities (where the supervisor
 is root), resource limits, Landlock to the volumes, a system-call allow-list, and WASI's own directory capabilities.
@@ -79,8 +79,7 @@ class WasmSettings:
 
 @dataclass(frozen=True)
 class _Entry:
-    argv0: str | None  # None: the name the requestor used
-    compiled: int  # descriptor of its machine code
+    module: str | None  # of the package, and its argv[0]; None: the name the requestor used
 
 
 class WasmRuntime:
@@ -101,6 +100,8 @@ class WasmRuntime:
         self._options: DeployOptions | None = None
         self._volumes: tuple[Volume, ...] = ()
         self._entries: dict[str | None, _Entry] = {}  # None stands for any name (a bare module)
+        self._code: dict[str | None, int] = {}  # descriptors of machine code by module; None: of a bare one
+        self._code_bytes = 0
         self._children: dict[Child, trio.Event] = {}  # set when the child is gone
         self._ended_cpu_s, self._peak_bytes, self._storage_bytes = 0.0, 0, 0
         self._uid = FIRST_UID
@@ -163,37 +164,49 @@ class WasmRuntime:
         return Volume(mount.path, host_dir, read_only=mount.kind == "ro", private=mount.kind == "private")
 
     async def start(self, args: Sequence[str]) -> None:
-        """Compile every entry point, or find it in the cache. `args` are for service runtimes and mean nothing here."""
+        """Compile a bare module, or find it in the cache. `args` are for service runtimes and mean nothing here."""
         if self._options is None or self._image is None:
             raise RuntimeFault("not deployed")
         if self._entries:
             raise RuntimeFault("already started")
-        try:
-            if self._package is None:
-                with self._image.open("rb") as file:
-                    self._entries[None] = _Entry(None, await self._compiled(file))
-            else:
-                await self._compile_package(self._package)
-        except BaseException:  # also when cancelled: half started is not started
-            self._close_entries()
-            raise
+        if self._package is None:
+            await self._code_of(None)
+            self._entries = {None: _Entry(None)}
+        else:
+            self._entries = {entry: _Entry(module) for entry, module in self._package.entry_points.items()}
 
-    async def _compile_package(self, package: Package) -> None:
+    async def _code_of(self, module: str | None) -> int:
+        """Return a descriptor of a module's machine code, compiled now if this is its first use."""
         assert self._options is not None
-        assert self._image is not None
-        compiled: dict[str, int] = {}
-        for entry, module in package.entry_points.items():
-            if module not in compiled:
+        if module not in self._code:
+            assert self._image is not None
+            if module is None:
+                with self._image.open("rb") as file:
+                    self._keep_code(module, await self._compiled(file))
+            else:
                 with tempfile.TemporaryFile(dir=self._options.work_dir) as file:
                     copy_module(self._image, module, file, self._settings.max_module_bytes)
                     file.flush()
-                    compiled[module] = await self._compiled(file)
-            self._entries[entry] = _Entry(module, compiled[module])
+                    self._keep_code(module, await self._compiled(file))
+        return self._code[module]
+
+    def _keep_code(self, module: str | None, descriptor: int) -> None:
+        """Hold machine code open; errors: RuntimeFault where all of it together is more than the activity's storage."""
+        if self._options is None:
+            os.close(descriptor)
+            raise RuntimeFault("the activity was stopped")
+        size = os.fstat(descriptor).st_blocks * 512
+        if self._storage_bytes + size > self._options.limits.storage_bytes:
+            os.close(descriptor)
+            raise RuntimeFault(f"{_storage_text(self._options.limits)}: machine code is part of it")
+        self._code[module] = descriptor
+        self._code_bytes += size
+        self._storage_bytes += size
 
     def _close_entries(self) -> None:
-        for descriptor in {entry.compiled for entry in self._entries.values()}:
+        for descriptor in self._code.values():
             os.close(descriptor)
-        self._entries = {}
+        self._entries, self._code, self._code_bytes = {}, {}, 0
 
     async def _compiled(self, module: BinaryIO) -> int:
         """Descriptor of the machine code of an open module file."""
@@ -229,8 +242,9 @@ class WasmRuntime:
                     full.append(error)
 
         spec = self._spec("compile", limits, module.fileno(), memory, file_bytes=0, cpu_s=cpu_s)
+        room = max(0, limits.storage_bytes - self._storage_bytes)
         ended = await self._finish(
-            spec, (module.fileno(),), store, settings.max_compiled_bytes, settings.compile_time_s
+            spec, (module.fileno(),), store, min(settings.max_compiled_bytes, room), settings.compile_time_s
         )
         status = _exit_status(ended, cpu_s)
         if not status.ok:
@@ -248,7 +262,7 @@ class WasmRuntime:
         if entry is None:
             known = ", ".join(sorted(str(name) for name in self._entries))
             raise RuntimeFault(f"entry point {entry_point!r} not found: this package has {known}")
-        argv = [entry.argv0 or entry_point, *args]
+        argv = [entry.module or entry_point, *args]
         environment = {**self._options.env, **(env or {})}
         check_arguments([*argv, *environment_words(environment)])
         limits = self._options.limits
@@ -257,13 +271,16 @@ class WasmRuntime:
             raise RuntimeFault("the activity was stopped")
         if not countable or self._storage_bytes >= limits.storage_bytes:
             raise RuntimeFault(_storage_text(limits))
-        spec = self._spec("run", limits, entry.compiled, limits.mem_bytes, limits.storage_bytes, limits.cpu_time_s)
+        code = await self._code_of(entry.module)
+        if not self._entries:
+            raise RuntimeFault("the activity was stopped")
+        spec = self._spec("run", limits, code, limits.mem_bytes, limits.storage_bytes, limits.cpu_time_s)
         spec |= {
             "argv": argv,
             "env": environment,
             "preopens": [[str(item.host_dir), item.container_path, not item.read_only] for item in self._volumes],
         }
-        ended = await self._finish(spec, (entry.compiled,), output, limits.output_bytes, limits.run_time_s, True)
+        ended = await self._finish(spec, (code,), output, limits.output_bytes, limits.run_time_s, True)
         return _exit_status(ended, limits.cpu_time_s)
 
     async def stop(self) -> None:
@@ -378,7 +395,7 @@ class WasmRuntime:
         if options is None:  # stopped meanwhile
             return True
         size = await trio.to_thread.run_sync(measure_tree, options.work_dir / "volumes", options.limits.files)
-        self._storage_bytes = size.size_bytes
+        self._storage_bytes = size.size_bytes + self._code_bytes
         return size.complete
 
 
