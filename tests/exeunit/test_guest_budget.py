@@ -67,7 +67,7 @@ def test_what_a_guest_takes_is_what_was_sold(engine: LocalEngine, package: Path,
         assert bytes_after - files[0] < MIB
         assert files_after - files[1] < 100
         assert process_peak_bytes(engine_pid(engine)) - peak < 128 * MIB, "the Engine's memory"
-        assert open_files() - before < 16, "descriptors of the exe-unit (connections to its Engine are kept for as long as it lives)"
+        assert open_files() - before < 16, "descriptors of the exe-unit, connections to its Engine among them"
 
     print(f"BUDGET_SEEDS={seed}")
     trio.run(body)
