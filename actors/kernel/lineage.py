@@ -28,8 +28,13 @@ def first_of(mark: str) -> int:
 
 def boot_at(marks: Marks, seq: int) -> str:
     """Return the start that numbered message `seq`, "" where that is not known (or `seq` is 0: no message)."""
+    if not (marks and seq):
+        return ""
+    first, _, boot = marks[-1].partition(":")
+    if int(first) <= seq:  # as of nearly every message
+        return boot
     place = bisect_right(marks, seq, key=first_of)
-    return marks[place - 1].partition(":")[2] if place and seq else ""
+    return marks[place - 1].partition(":")[2] if place else ""
 
 
 def marked(marks: Marks, seq: int, boot: str) -> Marks:
