@@ -18,13 +18,13 @@ export PYTHON
 
 # Tests of one file stay with one worker: they share nodes and Engines.
 PYTEST = .venv/bin/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
-QUICK = tests/house tests/protocol tests/actors tests/kernel tests/provider $(wildcard tests/test_*.py)
+QUICK = tests/house tests/protocol tests/actors tests/kernel tests/provider tests/node tests/cli tests/files tests/bus tests/base
 
 .PHONY: demo test quick lint bench setup clean
 
 demo:
 	@.ci/setup node yapapi
-	@.venv/bin/python -m golem.demo $(if $(RUNTIME),--runtime $(RUNTIME)) $(ARGS)
+	@.venv/bin/python -m golem.lab.demo $(if $(RUNTIME),--runtime $(RUNTIME)) $(ARGS)
 
 test:
 	@.ci/setup node yapapi vyper anvil golem-js

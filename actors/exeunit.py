@@ -1,7 +1,7 @@
 """What an exe-unit does with scripts: one command at a time, batches one after another, in the order the states allow.
 
 The machine runs in the exe-unit's own process, on a kernel with its own journal. Neighbours: the requestor's
-`actors/activity.py` sends batches and gets results; the provider's gets states; port `runtime` (`golem/exeunit`) does
+`actors/activity/machine.py` sends batches and gets results; the provider's gets states; port `runtime` (`golem/exeunit`) does
 the work. A command is handed out once: when the process dies in the middle, the next one ends the activity instead.
 
     state        allowed                     leads to
@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from actors.kernel.machine import NOTHING, Effect, Meta, Rows, Send, Step
-from actors.sources import EDGE
+from actors.kernel.sources import EDGE
 from protocol.activity import MAX_OUTPUT_BYTES, CommandResult, StateReported, UsageReported, fit_output
 from protocol.exeunit import (
     CancelCommand,

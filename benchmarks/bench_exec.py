@@ -36,11 +36,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "rest"
 
 from requestor import Requestor, published
 
-from golem.exeunit.engine.seccomp_profile import profile
+from golem.exeunit.runtime import DeployOptions, Limits, Runtime, Side, VolumeRequest
 from golem.exeunit.runtimes import make_runtime
-from golem.exeunit.runtimes.base import DeployOptions, Limits, Runtime, Side, VolumeRequest
-from golem.local_engine import missing, open_engine
-from golem.localnet import LocalNet, LocalNode, open_localnet
+from golem.exeunit.runtimes.vm.seccomp_profile import profile
+from golem.lab.engine import missing, open_engine
+from golem.lab.localnet import LocalNet, LocalNode, open_localnet
 
 EXEC_AIM_MS, START_AIM_MS = 25.0, 150.0
 BUSYBOX = Path("/bin/busybox")

@@ -21,7 +21,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from protocol.terms import Compiled, compile_constraint, flatten, match, parse
+from protocol.properties import flatten
+from protocol.terms import Compiled, compile_constraint, match, parse
 
 OFFERS = 10_000
 ROUNDS = 9

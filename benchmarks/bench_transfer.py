@@ -32,7 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import trio  # noqa: E402
 from bench_net import KEYS, serve_stock, stock  # noqa: E402
 
-from golem.localnet import LocalNode, open_localnet  # noqa: E402
+from golem.lab.localnet import LocalNode, open_localnet  # noqa: E402
 
 RAW = {"py-libp2p, 64 KiB writes": 1 << 16, "py-libp2p, 1 MiB writes": 1 << 20}
 AIM = 0.8  # of the raw stream
@@ -83,7 +83,7 @@ async def helper(command: list[str], environment: dict[str, str]) -> AsyncIterat
 
 def gftp_server(node: LocalNode) -> Any:
     """The `gftp` of an agent in front of a node."""
-    return helper([sys.executable, "-m", "golem.gftp", "server"], node.environment)
+    return helper([sys.executable, "-m", "golem.files.tool", "server"], node.environment)
 
 
 # the exe-unit's side: its own transfers, in a process of their own
@@ -92,9 +92,9 @@ def gftp_server(node: LocalNode) -> Any:
 async def serve_unit(bus: Path, volume: Path) -> None:
     """Carry out the transfers that lines of stdin name, as an exe-unit does."""
     from golem.exeunit.process import BusGftp
-    from golem.exeunit.runtimes.base import Volume
-    from golem.exeunit.spool import TransferPolicy
-    from golem.exeunit.transfer import Transfers
+    from golem.exeunit.runtime import Volume
+    from golem.exeunit.transfer.spool import TransferPolicy
+    from golem.exeunit.transfer.transfers import Transfers
 
     transfers = Transfers(TransferPolicy.local(), BusGftp(bus))
     while line := await trio.to_thread.run_sync(sys.stdin.readline):

@@ -19,8 +19,8 @@ import wasmtime
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from golem.exeunit.runtimes.base import DeployOptions, Limits, Side
-from golem.exeunit.runtimes.wasm import WasmRuntime
+from golem.exeunit.runtime import DeployOptions, Limits, Side
+from golem.exeunit.runtimes.wasm.runtime import WasmRuntime
 
 HELLO = """
 (module

@@ -31,7 +31,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples" / "rest")]
 
 from requestor import ACTIVITY, MARKET, PAYMENT, Requestor, published  # noqa: E402
 
-from golem.localnet import LocalNet, LocalNode, open_localnet  # noqa: E402
+from golem.lab.localnet import LocalNet, LocalNode, open_localnet  # noqa: E402
 
 HELLO = ROOT / "examples" / "hello" / "hello.wasm"
 FILE_BYTES = 64 * 1024 * 1024

@@ -1,4 +1,4 @@
-"""What is said about activities, between the two nodes and with the exe-unit. Handled by `actors/activity.py`.
+"""What is said about activities, between the two nodes and with the exe-unit. Handled by `actors/activity/machine.py`.
 
 An activity is one run of an exe-unit under an approved agreement. Its requestor's node and its provider's node each
 hold a row of it; the exe-unit reports to the provider's node and sends results straight to the requestor's.

@@ -1,4 +1,4 @@
-"""What is said about allocations, debit notes, invoices and payments. Handled by `actors/ledger.py`.
+"""What is said about allocations, debit notes, invoices and payments. Handled by `actors/ledger/machine.py`.
 
 Debit notes, invoices, acceptances and payments are signed documents whose bodies are the JSON forms below: the issuer
 signs notes and invoices, the payer signs acceptances and payments. Amounts are decimal strings in GLM, times in bodies

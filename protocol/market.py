@@ -1,4 +1,4 @@
-"""What is said about offers and demands. Handled by `actors/market.py`.
+"""What is said about offers and demands. Handled by `actors/market/machine.py`.
 
 An offer or demand is a signed document whose body is JSON:
 `{"id", "owner", "properties": {flat}, "constraints", "created", "expires"}` (times in seconds).
@@ -14,8 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from protocol.properties import TermsError, flatten
 from protocol.signing import Document, verify
-from protocol.terms import MAX_CONSTRAINT_BYTES, MatchResult, TermsError, flatten
+from protocol.terms import MAX_CONSTRAINT_BYTES, MatchResult
 from protocol.terms import match as match_terms
 from protocol.types import Message, Undelivered, Violation, digest, node_id
 

@@ -1,4 +1,4 @@
-"""What is said about proposals and agreements. Handled by `actors/negotiation.py`.
+"""What is said about proposals and agreements. Handled by `actors/negotiation/machine.py`.
 
 Proposals have the same id on both nodes, a hash of their content and of the proposal they answer; only the `Initial`
 one, which each node makes for itself, has an id of its own on each. An agreement is canonical JSON that the requestor
@@ -22,8 +22,9 @@ from protocol.market import (
     canonical,
     loads,
 )
+from protocol.properties import TermsError, flatten
 from protocol.signing import Document
-from protocol.terms import MAX_CONSTRAINT_BYTES, Reason, TermsError, explain, flatten
+from protocol.terms import MAX_CONSTRAINT_BYTES, Reason, explain
 from protocol.types import Message, PeerLost, Undelivered, Violation, digest, timestamp_text
 
 REQUESTOR, PROVIDER = "Requestor", "Provider"

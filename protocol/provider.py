@@ -1,4 +1,4 @@
-"""What is said inside the provider agent: between its polls, its machine (`actors/provider.py`) and its two ports.
+"""What is said inside the provider agent: between its polls, its machine (`actors/provider/machine.py`) and its two ports.
 
 `rest` (golem/provider/port.py) talks to the node's REST API, `processes` (golem/provider/processes.py) runs exe-units.
 Both do work beside their mailbox and tell the outcome later; the machine repeats what is open when the agent starts.

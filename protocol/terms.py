@@ -2,7 +2,7 @@
 
 Both sides publish properties (JSON) and a constraint (text in the manner of LDAP filters) over the other side's
 properties. The market actor compiles a demand once and tries it against every offer; REST flattens what agents send and
-unflattens what the exe-unit reads; the CLI shows `explain`. What a single clause says is in `protocol._terms_values`.
+unflattens what the exe-unit reads; the CLI shows `explain`. What a single clause says is in `protocol.clauses`.
 
     filter = "()" | "(&" filter* ")" | "(|" filter* ")" | "(!" filter ")" | "(" name "=*)" | "(" name op value ")"
 
@@ -19,34 +19,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from protocol._terms_values import FALSE, READERS, TRUE, UNDEFINED, Test, Truth, clause_test, split_name, usable
+from protocol.clauses import FALSE, READERS, TRUE, UNDEFINED, Test, Truth, clause_test, split_name, usable
 
 __all__ = [
     "And", "Clause", "Compiled", "Constraint", "ConstraintSyntaxError", "MatchResult", "Not", "Or", "Reason",
-    "TermsError", "Truth", "compile_constraint", "explain", "flatten", "match", "parse", "print_constraint",
-    "unflatten",
+    "Truth", "compile_constraint", "explain", "match", "parse", "print_constraint",
 ]
-
-MAX_PROPERTIES: Final = 4096
-MAX_PROPERTIES_BYTES: Final = 256 * 1024
-"""Keys and texts in UTF-8, and eight bytes for any other value; what a node stores and gossips for one offer."""
-MAX_KEY_DEPTH: Final = 64
-"""Segments of a key, and nesting of lists and objects below it."""
 MAX_CONSTRAINT_BYTES: Final = 64 * 1024
 MAX_CONSTRAINT_DEPTH: Final = 128
 MAX_FILTERS: Final = 1024
 MAX_PATTERNS: Final = 64
-"""Wildcard operands in one constraint, items of list operands included: each may have to read a whole property."""
 CACHED_CONSTRAINT_CHARS: Final = 4096
-
-TAG: Final = "@tag"
-
-Flat = dict[str, Any]
-"""Dotted key -> str, int, float, bool, None, list or {}."""
-
-
-class TermsError(ValueError):
-    """Properties that no node would accept: not JSON, too deep, too large, or two values for one key."""
 
 
 class ConstraintSyntaxError(ValueError):
@@ -57,128 +40,6 @@ class ConstraintSyntaxError(ValueError):
         self.message = message
         self.position = position
 
-
-# ---- properties ----
-
-
-def flatten(properties: Mapping[str, Any]) -> Flat:
-    """Properties, nested or dotted or both, as dotted keys in the order written; floats stay floats and ints ints.
-
-    A segment `@tag` stands for the prefix before it, an empty object stays `{}`, lists are copied and never flattened.
-    Raises TermsError; stays within MAX_PROPERTIES, MAX_PROPERTIES_BYTES and MAX_KEY_DEPTH.
-    """
-    if not isinstance(properties, Mapping):
-        raise TermsError(f"properties must be an object, not {type(properties).__name__}")
-    flat: Flat = {}
-    size = 0
-    pending: list[tuple[tuple[str, ...], Any]] = [((), properties)]
-    while pending:
-        path, value = pending.pop()
-        if isinstance(value, Mapping) and (value or not path):
-            children: list[tuple[tuple[str, ...], Any]] = []
-            for key, child in value.items():
-                if not isinstance(key, str):
-                    raise TermsError(f"a property name must be text, not {type(key).__name__}")
-                children.append((_join(path, key), child))
-            pending.extend(reversed(children))
-            if len(pending) > MAX_PROPERTIES:
-                raise TermsError(f"more than {MAX_PROPERTIES} properties")
-            continue
-        key = ".".join(path)
-        leaf, leaf_bytes = _leaf(key, value, len(path))
-        if key in flat and json.dumps(flat[key]) != json.dumps(leaf):
-            raise TermsError(f"property {key[:80]!r} has two values")
-        flat[key] = leaf
-        size += leaf_bytes + _text_bytes(key)
-        if len(flat) > MAX_PROPERTIES:
-            raise TermsError(f"more than {MAX_PROPERTIES} properties")
-        if size > MAX_PROPERTIES_BYTES:
-            raise TermsError(f"properties exceed {MAX_PROPERTIES_BYTES} bytes")
-    return flat
-
-
-def _join(path: tuple[str, ...], key: str) -> tuple[str, ...]:
-    if key.count(".") >= MAX_KEY_DEPTH:
-        raise TermsError(f"property {key[:80]!r} is more than {MAX_KEY_DEPTH} levels deep")
-    for segment in key.split("."):
-        if segment != TAG or not path:  # at the very top there is no prefix to tag
-            path = (*path, segment)
-    if len(path) > MAX_KEY_DEPTH:
-        raise TermsError(f"property {'.'.join(path)[:80]!r} is more than {MAX_KEY_DEPTH} levels deep")
-    return path
-
-
-def _text_bytes(text: str) -> int:
-    try:
-        return len(text.encode())
-    except UnicodeEncodeError:
-        raise TermsError("properties hold text that is not valid Unicode (a lone surrogate)") from None
-
-
-def _leaf(key: str, value: Any, depth: int) -> tuple[Any, int]:
-    """A checked copy of one value that is no non-empty object at the top, and its size in bytes."""
-    kind = type(value)
-    if kind is str:
-        return value, _text_bytes(value)
-    if value is None or kind is bool:
-        return value, 8
-    if kind is int:
-        if not -(2**63) <= value < 2**64:
-            raise TermsError(f"property {key[:80]!r}: an integer must fit 64 bits, write a larger number as a float")
-        return value, 8
-    if kind is float:
-        if not -float("inf") < value < float("inf"):
-            raise TermsError(f"property {key[:80]!r}: {value} is not a JSON number")
-        return value, 8
-    if depth > MAX_KEY_DEPTH:
-        raise TermsError(f"property {key[:80]!r} is more than {MAX_KEY_DEPTH} levels deep")
-    size = 8
-    if isinstance(value, list | tuple):
-        elements = []
-        for element in value:
-            copy, copy_bytes = _leaf(key, element, depth + 1)
-            elements.append(copy)
-            size += copy_bytes
-        return elements, size
-    if isinstance(value, Mapping):  # {} itself, or objects inside a list, which stay as they are
-        members: dict[str, Any] = {}
-        for name, member in value.items():
-            if not isinstance(name, str):
-                raise TermsError(f"a property name must be text, not {type(name).__name__}")
-            members[name], member_bytes = _leaf(key, member, depth + 1)
-            size += member_bytes + _text_bytes(name)
-        return members, size
-    raise TermsError(f"property {key[:80]!r}: {kind.__name__} is not a JSON value")
-
-
-def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The nested tree of flat properties; a key that is also a prefix of others keeps its value under `@tag`.
-
-    `flatten(unflatten(flat)) == flat` for every result of `flatten`. Values are shared, not copied. Raises TermsError
-    where a key is too deep or stands for two values.
-    """
-    tree: dict[str, Any] = {}
-    branches: dict[tuple[str, ...], dict[str, Any]] = {(): tree}  # a dict in the tree may also be the value {}
-    for key, value in flat.items():
-        path = _join((), key)
-        branch = tree
-        for depth in range(1, len(path)):
-            prefix = path[:depth]
-            deeper = branches.get(prefix)
-            if deeper is None:
-                deeper = branches[prefix] = {}
-                if path[depth - 1] in branch:
-                    deeper[TAG] = branch[path[depth - 1]]
-                branch[path[depth - 1]] = deeper
-            branch = deeper
-        branch, name = (branches[path], TAG) if path in branches else (branch, path[-1])
-        if name in branch:
-            raise TermsError(f"property {key[:80]!r} has two values")
-        branch[name] = value
-    return tree
-
-
-# ---- constraints: syntax ----
 
 Op = Literal["=*", "=", "<", "<=", ">", ">="]
 
@@ -214,7 +75,6 @@ class Not:
 
 
 Constraint = Clause | And | Or | Not
-
 _WHITE_SPACE: Final = " \t\r\n"
 _NAME_END: Final = "=<>~"
 
@@ -338,8 +198,6 @@ def print_constraint(constraint: Constraint) -> str:
     return f"({sign}{''.join(print_constraint(item) for item in constraint.items)})"
 
 
-# ---- constraints: evaluation ----
-
 _OPPOSITE: Final = {TRUE: FALSE, FALSE: TRUE, UNDEFINED: UNDEFINED}
 
 
@@ -397,8 +255,6 @@ def _group_test(tests: tuple[Test, ...], decisive: Truth) -> Test:
 
     return test
 
-
-# ---- matching ----
 
 Side = Literal["demand", "offer"]
 

@@ -1,4 +1,4 @@
-"""What is said about paying out: ledger -> wallet -> chain port and back. Handled by `actors/wallet.py`.
+"""What is said about paying out: ledger -> wallet -> chain port and back. Handled by `actors/wallet/machine.py`.
 
 All of it stays on the node; what the payee is told is in `protocol/ledger.py`. Amounts are decimal strings in GLM.
 A batch is told apart by its id. Nonces are the chain port's alone: nobody else knows what an account has sent.

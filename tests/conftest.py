@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine import engine_for_tests
 from order import longest_first, shuffle
 from skips import what_to_install
+from worlds.engine import engine_for_tests
 
-from golem.local_engine import LocalEngine
+from golem.lab.engine import LocalEngine
 
 
 @pytest.fixture(autouse=True)

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import trio
 
+from golem.base.recursion import tame_imports
 from golem.chain.networks import Network
 from golem.chain.pool import TIMEOUT_S, Pool, RpcError
 from golem.chain.signer import checksum
-from golem.recursion import tame_imports
 
 __all__ = ["Head", "Log", "Pool", "Receipt", "Rpc", "RpcError"]
 

@@ -6,7 +6,8 @@ from collections import defaultdict
 from decimal import Decimal
 from typing import Any
 
-from actors._ledger_rows import PAYEE, PAYER, Agreement, HasPrefix, reserved, total_of
+from actors.ledger.rows import PAYEE, PAYER, Agreement, HasPrefix, reserved
+from protocol.amounts import total_of
 from protocol.ledger import INVOICE
 from protocol.types import amount_text
 

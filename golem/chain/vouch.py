@@ -12,10 +12,10 @@ from typing import Any
 
 import trio
 
-from actors import ledger
 from actors.kernel.records import RowDamaged
 from actors.kernel.system import System
-from actors.wallet import BATCHED, PAID, Batch, PayOrder
+from actors.ledger import machine as ledger
+from actors.wallet.rows import BATCHED, PAID, Batch, PayOrder
 from golem.chain.networks import Network, Networks
 from protocol.types import amount, to_wei
 

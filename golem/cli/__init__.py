@@ -1,4 +1,4 @@
-"""The command line, `golem` (alias `yagna`). Commands talk to the running node over its bus; see `golem/commands.py`."""
+"""The command line, `golem` (alias `yagna`). Commands talk to the running node over its bus; see `golem/control/command.py`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 
 import click
 
+from golem.base.printing import quoted
 from golem.cli.client import ask_node
 from golem.cli.output import table, text, value, wants_json
 from golem.config import VERSION
-from golem.printing import quoted
 
 #: What `golem status` says of things that wait: name in the answer, title, columns.
 WAITING = {

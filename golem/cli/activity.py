@@ -1,6 +1,6 @@
 """`golem activity`: what runs, and a hand inside what runs.
 
-Ids may be shortened as long as they fit one activity. Neighbours: `golem/activity_commands.py` answers over the bus;
+Ids may be shortened as long as they fit one activity. Neighbours: `golem/control/activity.py` answers over the bus;
 `terminal.py` holds the user's end of a program; REST does the rest.
 """
 

@@ -37,10 +37,10 @@ def restore(file: Path) -> None:
     What is in the data directory now is kept in a folder beside it. At its next start the node asks its peers what was
     signed since, and signs no payment before it knows that none was made since, or `golem payment resume` says so.
     """
-    from golem.backup import BackupError
-    from golem.backup import restore as put_back
     from golem.config import ConfigError
-    from golem.node import lock_data_dir
+    from golem.node.backup import BackupError
+    from golem.node.backup import restore as put_back
+    from golem.node.data_dir import lock_data_dir
 
     data_dir = config_of().data_dir
     with ExitStack() as stack:
@@ -61,7 +61,7 @@ def restore(file: Path) -> None:
 def _is_idle() -> bool:
     """Return whether no node runs on the data directory, which is there."""
     from golem.config import ConfigError
-    from golem.node import lock_data_dir
+    from golem.node.data_dir import lock_data_dir
 
     data_dir = config_of().data_dir
     if not (data_dir / "node.db").exists():
@@ -75,9 +75,9 @@ def _is_idle() -> bool:
 
 
 def _offline(path: Path) -> dict[str, Any]:
-    from golem.backup import BackupError, write_backup
     from golem.config import ConfigError
-    from golem.node import lock_data_dir
+    from golem.node.backup import BackupError, write_backup
+    from golem.node.data_dir import lock_data_dir
 
     data_dir = config_of().data_dir
     try:

@@ -80,7 +80,7 @@ def stop(chain_dir: Path | None) -> None:
 def _user(config: Config) -> str:
     """Return the data directory if a node runs there and keeps this chain, else ""."""
     from golem.config import ConfigError
-    from golem.node import lock_data_dir
+    from golem.node.data_dir import lock_data_dir
 
     if not config.data_dir.is_dir():
         return ""

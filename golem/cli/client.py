@@ -9,9 +9,9 @@ from typing import Any
 import click
 import trio
 
+from golem.base.dotenv_file import load_environment
 from golem.cli.output import fail
 from golem.config import Config, ConfigError, config_from
-from golem.dotenv_file import load_environment
 
 
 def config_of(context: click.Context | None = None, **flags: Any) -> Config:
@@ -36,7 +36,8 @@ def ask_node(command: str, timeout_s: float = 60.0, **args: Any) -> Any:
 
 
 async def _ask(config: Config, command: str, args: dict[str, Any], timeout_s: float) -> Any:
-    from golem.bus import BusError, open_client
+    from golem.bus.client import open_client
+    from golem.bus.wire import BusError
     from golem.net.types import RemoteError, Unreachable
 
     try:

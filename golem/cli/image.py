@@ -1,4 +1,4 @@
-"""`golem image`: images for one's own tasks, kept and served by one's node (`golem/registry.py`).
+"""`golem image`: images for one's own tasks, kept and served by one's node (`golem/images/store.py`).
 
 A Docker tag is exported here, by this process, from the Engine at `DOCKER_HOST`: the node never talks to one.
 """
@@ -21,8 +21,8 @@ import click
 
 from golem.cli.client import ask_node
 from golem.cli.output import fail, say, table, text, value, wants_json
-from golem.docker_archive import ArchiveError, normalise
-from golem.outgoing import FileIdentity, identity_of
+from golem.files.outgoing import FileIdentity, identity_of
+from golem.images.docker_archive import ArchiveError, normalise
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -120,8 +120,8 @@ def _meant(path: Path) -> tuple[Path, FileIdentity | None]:
 
 def _format_of(path: Path, any_format: bool) -> str:
     """Return what a file is. Ends the command where that cannot be used."""
-    from golem.exeunit.images import detect_format  # these take a while, and most commands need none of it
-    from golem.exeunit.runtimes.base import ImageFormat
+    from golem.exeunit.runtime import ImageFormat
+    from golem.exeunit.transfer.packages import detect_format  # these take a while, and most commands need none of it
 
     if path.is_dir():
         raise fail(f"{path} is a directory; pack it: tar -C {path} -c . > rootfs.tar")

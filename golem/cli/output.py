@@ -1,7 +1,7 @@
 """How commands print: tables, objects and texts for people, or JSON with `--json` (tables keyed by column title).
 
 Much of what is printed comes from other nodes: nothing of it commands the terminal, counts as markup, or makes a line of
-its own (`golem/printing.py`).
+its own (`golem/base/printing.py`).
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from golem.printing import printable as printable
-from golem.printing import quoted
+from golem.base.printing import printable as printable
+from golem.base.printing import quoted
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from golem.base.dotenv_file import dot_env, load_environment
+from golem.base.printing import set_up_logs
 from golem.cli.client import ask_node, config_of
 from golem.cli.output import done, fail, table, text, value, wants_json
-from golem.dotenv_file import dot_env, load_environment
-from golem.printing import set_up_logs
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from golem.base.dotenv_file import dot_env
+from golem.base.hosts import is_this_machine
+from golem.base.printing import set_up_logs
 from golem.cli.client import ask_node, config_of
 from golem.cli.output import done, fail, say
-from golem.dotenv_file import dot_env
-from golem.hosts import is_this_machine
-from golem.printing import set_up_logs
 
 if TYPE_CHECKING:
-    from golem.node import Node
+    from golem.node.node import Node
 
 OPTIONS = (
     click.option("--api-url", metavar="URL",
@@ -67,9 +67,9 @@ def run_command(debug: bool, no_mdns: bool, **flags: Any) -> None:
         logging.getLogger(ours).setLevel(logging.DEBUG if debug else logging.INFO)
     logging.getLogger("golem.http").setLevel(logging.WARNING)
     from actors.kernel.records import JournalClosed, JournalError
-    from golem.identity import IdentityError
+    from golem.daemon import run_node
     from golem.net import NetError
-    from golem.node import run_node
+    from golem.node.identity import IdentityError
 
     if note := dot_env().note():
         logging.getLogger("golem.config").warning("%s", note)

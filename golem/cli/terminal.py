@@ -21,9 +21,9 @@ import click
 import trio
 from trio_websocket import ConnectionClosed, ConnectionRejected, HandshakeError, WebSocketConnection, open_websocket_url
 
+from golem.base.printing import quoted
 from golem.cli.output import say
-from golem.interaction_wire import ACK_BYTES, WINDOW_BYTES
-from golem.printing import quoted
+from golem.interaction.wire import ACK_BYTES, WINDOW_BYTES
 
 READ_BYTES = 32 << 10
 MAX_MESSAGE_BYTES = 1 << 20

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
-from golem.printing import printable, quoted
+from golem.base.printing import printable, quoted
 
 MAX_LINE_CHARS = 160
 MAX_BYTES = 1 << 63  # no honest count is higher, and longer numbers do not divide or print

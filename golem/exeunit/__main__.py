@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from golem.printing import quoted, set_up_logs
+from golem.base.printing import quoted, set_up_logs
 
 if TYPE_CHECKING:
-    from golem.exeunit.runtimes.base import Interaction, Runtime
+    from golem.exeunit.runtime import Interaction, Runtime
 
 REPORTED = "golem.activity.caps.transfer.report-progress"
 CAPABILITIES = "golem.runtime.capabilities"
@@ -60,7 +60,7 @@ def main() -> int:
 
 
 def _sweep(runtime: Runtime, work_root: Path | None) -> int:
-    from golem.exeunit.runtimes.base import RuntimeFault
+    from golem.exeunit.runtime import RuntimeFault
 
     if work_root is None:
         print("exe-unit: missing --work-root", file=sys.stderr)
@@ -77,7 +77,7 @@ def _sweep(runtime: Runtime, work_root: Path | None) -> int:
 def offer_template(runtime_properties: dict[str, Any], allowed: frozenset[Interaction] = frozenset()) -> dict[str, Any]:
     """Return the part of an offer that an exe-unit of this runtime contributes; `allowed` of shell and proxy-http."""
     from golem.exeunit.interaction import capabilities
-    from golem.exeunit.transfer import OFFERED_PROTOCOLS
+    from golem.exeunit.transfer.transfers import OFFERED_PROTOCOLS
     from golem.exeunit.usage import COUNTERS
 
     properties = {
@@ -96,8 +96,8 @@ def _run(args: argparse.Namespace) -> int:
     from actors.kernel.records import JournalError
     from golem.exeunit.process import Settings, serve
     from golem.exeunit.sandbox.lockdown import limit_memory
-    from golem.exeunit.spool import TransferPolicy
     from golem.exeunit.terms import TermsError
+    from golem.exeunit.transfer.spool import TransferPolicy
 
     missing = [name for name in ("activity", "bus", "agreement", "work", "cache") if getattr(args, name) is None]
     if missing:

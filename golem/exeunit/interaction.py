@@ -2,8 +2,8 @@
 
 Every stream carries one program with live input (`Runtime.open_terminal`) or one TCP connection into the guest
 (`Runtime.connect`). A stream that ends has hung up: its program is killed. What runs here runs in the activity's own
-container and is counted and limited with it. Neighbours: `golem/interaction_wire.py` says what goes over a stream,
-`golem/interaction.py` is at the other ends; `process.py` knows the state of the activity.
+container and is counted and limited with it. Neighbours: `golem/interaction/wire.py` says what goes over a stream,
+`golem/interaction/broker.py` is at the other ends; `process.py` knows the state of the activity.
 """
 
 from __future__ import annotations
@@ -15,16 +15,8 @@ from typing import Any
 
 import trio
 
-from golem.exeunit.runtimes.base import (
-    ExitStatus,
-    Interaction,
-    Runtime,
-    RuntimeFault,
-    Side,
-    Terminal,
-    check_arguments,
-)
-from golem.interaction_wire import (
+from golem.exeunit.runtime import ExitStatus, Interaction, Runtime, RuntimeFault, Side, Terminal, check_arguments
+from golem.interaction.wire import (
     DATA_BYTES,
     FAREWELL_S,
     OPEN_S,

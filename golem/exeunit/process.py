@@ -28,22 +28,22 @@ from actors.kernel.journal import Journal
 from actors.kernel.machine import AskTimeout, Busy
 from actors.kernel.records import JournalError
 from actors.kernel.system import System
-from golem.bus import BusClient
+from golem.bus.client import BusClient
 from golem.exeunit.disk import DiskWatch
-from golem.exeunit.images import ImageStore
 from golem.exeunit.interaction import UnitInteractions, allowed_interactions
 from golem.exeunit.live import LiveLog
+from golem.exeunit.runtime import Runtime
 from golem.exeunit.runtimes import make_runtime
-from golem.exeunit.runtimes.base import Runtime
-from golem.exeunit.spool import TransferError, TransferPolicy
 from golem.exeunit.terms import Terms, read_terms
-from golem.exeunit.transfer import Transfers
+from golem.exeunit.transfer.packages import ImageStore
+from golem.exeunit.transfer.spool import TransferError, TransferPolicy
+from golem.exeunit.transfer.transfers import Transfers
 from golem.exeunit.work import RuntimePort
-from golem.gftp_peer import GftpPeer
-from golem.gftp_wire import FileFault
-from golem.interaction_wire import BACK
+from golem.files.client import GftpPeer
+from golem.files.outgoing import Outgoing
+from golem.files.wire import FileFault
+from golem.interaction.wire import BACK
 from golem.net.types import RemoteError, Unreachable
-from golem.outgoing import Outgoing
 from protocol.codec import decode_batch
 from protocol.exeunit import ShutDown, UnitStarted, UsageMeasured
 
@@ -61,7 +61,7 @@ DISK = "Disk full"
 MAX_CALL_BYTES = 4096
 JOURNAL = "unit.db"
 LEAST_JOURNAL_BYTES = 64 << 20  # where less storage was sold, an honest script's results still have their place
-NEARNESS = "unit:nearness"  # see golem/nearness.py
+NEARNESS = "unit:nearness"  # see golem/node/nearness.py
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Settings:
 
 
 class BusGftp:
-    """`golem.exeunit.transfer.GftpClient` through the node's bus."""
+    """`golem.exeunit.transfer.transfers.GftpClient` through the node's bus."""
 
     def __init__(self, bus_path: Path) -> None:
         self._peer = GftpPeer(bus_path)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from golem.exeunit.runtimes.base import Limits
+from golem.exeunit.runtime import Limits
 from golem.exeunit.usage import COUNTERS
 from protocol.types import node_id
 

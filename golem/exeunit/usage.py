@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from golem.exeunit.runtimes.base import GIB, Limits, Usage, Volume
+from golem.exeunit.runtime import GIB, Limits, Usage, Volume
 
 COUNTERS = ("golem.usage.duration_sec", "golem.usage.cpu_sec", "golem.usage.gib", "golem.usage.storage_gib")
 MAX_DEPTH = 128

@@ -21,9 +21,8 @@ import trio
 
 from actors.kernel.machine import Meta, Send
 from golem.exeunit.capture import Collector, Output
-from golem.exeunit.images import Image, ImageStore
 from golem.exeunit.live import LiveLog
-from golem.exeunit.runtimes.base import (
+from golem.exeunit.runtime import (
     GIB,
     Deployment,
     DeployOptions,
@@ -37,7 +36,8 @@ from golem.exeunit.runtimes.base import (
 )
 from golem.exeunit.supervisor import HOLD
 from golem.exeunit.terms import Terms
-from golem.exeunit.transfer import TransferError, Transfers
+from golem.exeunit.transfer.packages import Image, ImageStore
+from golem.exeunit.transfer.transfers import TransferError, Transfers
 from golem.exeunit.usage import Counters, room_left
 from protocol.exeunit import (
     CancelCommand,

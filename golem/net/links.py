@@ -15,9 +15,9 @@ import msgpack
 import trio
 from libp2p.stream_muxer.exceptions import MuxedConnError, MuxedStreamError
 
+from golem.base.printing import sayable
 from golem.net.types import MAX_REQUEST_BYTES, Busy, NetError, NetRefusal, RemoteError, Timing, Unreachable
 from golem.net.yamux import MuxStream
-from golem.printing import sayable
 
 log = logging.getLogger(__name__)
 

@@ -23,15 +23,15 @@ from typing import Any
 import msgspec
 import trio
 
-from actors._provider_rows import ALIVE, WAITING
-from actors._provider_turn import ProviderConfig
 from actors.kernel.journal import Journal
 from actors.kernel.machine import ActorFailed, LinkDown
 from actors.kernel.system import System
-from actors.provider import Provider
+from actors.provider.machine import Provider
+from actors.provider.rows import ALIVE, WAITING
+from actors.provider.turn import ProviderConfig
+from golem.base.ports import may_hear_keys, of_others
 from golem.config import DEFAULT_API_URL, parse_api_url
-from golem.identity import check_ours
-from golem.ports import may_hear_keys, of_others
+from golem.private_files import check_ours
 from golem.provider.client import MARKET, ApiError, NodeAway, NodeClient, NodeError, part
 from golem.provider.leftovers import Leftovers
 from golem.provider.offering import AgentError, Offering

@@ -12,9 +12,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from actors._provider_negotiators import Terms
+from actors.provider.rules import Terms
 from golem.config import ConfigError, read_duration, read_list, read_number
-from golem.exeunit.descriptors import SEARCH
+from golem.exeunit.runtimes.plugin.descriptors import SEARCH
 from golem.provider.settings import GLOBALS, SettingsError, read_globals, write_json
 
 DAY_S = 24 * 3600.0

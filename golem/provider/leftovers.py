@@ -14,8 +14,8 @@ from pathlib import Path
 import trio
 
 from golem.exeunit.usage import remove_tree
-from golem.provider.processes import find_unit
 from golem.provider.runtimes import ExeUnits, exe_unit
+from golem.provider.units import find_unit
 
 log = logging.getLogger("golem.provider")
 

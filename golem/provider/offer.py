@@ -6,8 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from actors._provider_credit import CREDIT_PROPERTY, offered_credit
-from actors._provider_negotiators import ACCEPT_TIMEOUT, COEFFS, INTERVAL, PAYMENT_TIMEOUT, VECTOR, Terms
+from actors.provider.credit import CREDIT_PROPERTY, offered_credit
+from actors.provider.rules import ACCEPT_TIMEOUT, COEFFS, INTERVAL, PAYMENT_TIMEOUT, VECTOR, Terms
 from golem.provider.hardware import Profile, cpu_properties
 from golem.provider.presets import Preset
 from golem.provider.runtimes import Template

@@ -20,10 +20,10 @@ import trio
 
 from actors.kernel.machine import Meta, Send
 from actors.kernel.system import System
-from golem.children import CWD, child_environment, python_line
-from golem.exeunit.descriptors import SEARCH
+from golem.base.children import CWD, python_line
 from golem.exeunit.supervisor import HOLD, start_ticks
-from golem.identity import write_private
+from golem.private_files import write_private
+from golem.provider.units import find_unit, is_unit, runtime_of, unit_environment
 from protocol.provider import FindUnit, HoldUnit, StartUnit, StopUnit, ToProcesses, UnitExited, UnitRunning
 
 if TYPE_CHECKING:
@@ -33,42 +33,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("golem.provider")
 
 TERMINATION_S = 5.0  # from SIGTERM to SIGKILL
-
-
-def unit_environment(places: str | None = None) -> dict[str, str]:
-    """Return the environment of exe-units: ours without anything secret. `places`: where descriptors are."""
-    return child_environment() | ({} if places is None else {SEARCH: places})
-
-
-def is_unit(pid: int, activity_id: str) -> bool:
-    """Return whether a process is the exe-unit of an activity, by its command line.
-
-    Others may call themselves so, guests in containers above all: it is of our user and in our pid namespace, too.
-    """
-    try:
-        if os.stat(f"/proc/{pid}/ns/pid").st_ino != os.stat("/proc/self/ns/pid").st_ino:
-            return False
-        if os.stat(f"/proc/{pid}").st_uid != os.geteuid():
-            return False
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-    except OSError:
-        return False
-    return b"golem.exeunit" in words and activity_id.encode() in words
-
-
-def runtime_of(pid: int) -> str | None:
-    """Return the runtime that a process's command line names."""
-    try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-        return words[words.index(b"--runtime") + 1].decode()
-    except (OSError, ValueError, IndexError):
-        return None
-
-
-def find_unit(activity_id: str) -> int:
-    """Return the process id of an activity's exe-unit; 0 if there is none."""
-    pids = sorted(int(name) for name in os.listdir("/proc") if name.isdigit())
-    return next((pid for pid in pids if is_unit(pid, activity_id) and start_ticks(pid)), 0)
 
 
 class Processes:

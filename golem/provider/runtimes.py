@@ -20,10 +20,10 @@ from typing import Any
 
 import trio
 
-from golem.children import CWD, python_line
-from golem.exeunit.descriptors import Catalogue, DescriptorError, default_places, find_descriptors
+from golem.base.children import CWD, python_line
 from golem.exeunit.runtimes import runtime_names
-from golem.provider.processes import unit_environment
+from golem.exeunit.runtimes.plugin.descriptors import Catalogue, DescriptorError, default_places, find_descriptors
+from golem.provider.units import unit_environment
 
 log = logging.getLogger("golem.provider")
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from actors._provider_negotiators import Terms
-from golem.identity import write_private
+from actors.provider.rules import Terms
+from golem.private_files import write_private
 from protocol.types import node_id
 
 GLOBALS, RULES, STATUS, LOCK, JOURNAL = "globals.json", "rules.json", "status.json", "provider.lock", "provider.db"

@@ -11,8 +11,8 @@ from typing import Any
 
 import trio
 
-from actors._provider_rows import ACCEPTED, SENDING, SENT, SETTLED
 from actors.kernel.system import System
+from actors.provider.rows import ACCEPTED, SENDING, SENT, SETTLED
 from golem.provider.settings import LOCK, STATUS, Settings, SettingsError, read_json, write_json
 from protocol.types import timestamp_text
 

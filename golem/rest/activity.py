@@ -1,7 +1,7 @@
 """Activity API: create, script, watch and destroy activities (requestor); events and states of exe-units (provider).
 
 State, agreement and results are read from rows of this node; only a running command, live usage and streamed output ask
-the exe-unit. Neighbours: `actors/activity.py`; `golem/rest/activity_stream.py` for what stays open.
+the exe-unit. Neighbours: `actors/activity/machine.py`; `golem/rest/activity_stream.py` for what stays open.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from quart import Blueprint, Response, request
 
-from actors.activity import ActivityRow, AgreementRow, BatchRow, ResultRow, batch_key, result_key
+from actors.activity.machine import ActivityRow, AgreementRow, BatchRow, ResultRow, batch_key, result_key
 from golem.net.types import NetError
 from golem.rest.activity_stream import monitor, stream_events
 from golem.rest.edge import (
@@ -42,7 +42,7 @@ from protocol.codec import Decoder
 from protocol.types import timestamp_text
 
 if TYPE_CHECKING:
-    from golem.node import Node
+    from golem.node.node import Node
 
 DEFAULT_TIMEOUT_S = 5.0
 LIVE_TIMEOUT_S = 1.0

@@ -16,13 +16,13 @@ import msgspec
 import trio
 from quart import Response
 
-from actors.activity import ActivityRow, BatchRow, ResultRow, batch_key, result_key
+from actors.activity.machine import ActivityRow, BatchRow, ResultRow, batch_key, result_key
 from golem.net.types import NetError
 from golem.rest.edge import until
 from protocol.types import timestamp_text
 
 if TYPE_CHECKING:
-    from golem.node import Node
+    from golem.node.node import Node
 
 log = logging.getLogger("golem.rest")
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import trio
 from quart import Blueprint, Response
 
-from actors.agreement_rows import APPROVED, CANCELLED, EXPIRED, PROPOSAL, REJECTED, TERMINATED, Agreement, state_at
+from actors.negotiation.rows import APPROVED, CANCELLED, EXPIRED, PROPOSAL, REJECTED, TERMINATED, Agreement, state_at
+from golem.node.market_forms import agreement_event_form, agreement_form, agreement_summary, decode_agreement_event
 from golem.rest.edge import (
     ApiError,
     ask,
@@ -24,12 +25,6 @@ from golem.rest.edge import (
     query_time,
     respond_json,
     until,
-)
-from golem.rest.market_forms import (
-    agreement_event_form,
-    agreement_form,
-    agreement_summary,
-    decode_agreement_event,
 )
 from protocol.market import canonical
 from protocol.negotiation import (
@@ -48,7 +43,7 @@ from protocol.negotiation import (
 from protocol.types import timestamp
 
 if TYPE_CHECKING:
-    from golem.node import Node
+    from golem.node.node import Node
 
 DEFAULT_TIMEOUT_S = 5.0
 PAGE = 200

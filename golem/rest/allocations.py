@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 from quart import Blueprint, Response, request
 
-from actors.ledger import Allocation, decorations, minus, owed, paid_since, remaining, reserved, total_of
+from actors.ledger.machine import Allocation, decorations, minus, owed, paid_since, remaining, reserved, total_of
 from golem.chain.networks import DRIVER, Network, parse_platform
 from golem.chain.rpc import RpcError
 from golem.rest.edge import (
@@ -29,7 +29,7 @@ from protocol.ledger import AmendAllocation, CreateAllocation, ReleaseAllocation
 from protocol.types import amount_text, from_wei, timestamp_text
 
 if TYPE_CHECKING:
-    from golem.node import Node
+    from golem.node.node import Node
 
 DEFAULT_PLATFORM = "erc20-holesky-tglm"
 TOKEN_NETWORK = {"glm": "polygon", "tglm": "holesky"}  # of a platform that names its token only

@@ -12,13 +12,13 @@ from quart_trio import QuartTrio
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from actors.kernel.records import RowDamaged
+from golem.base.hosts import is_of_this_machine
 from golem.config import VERSION
-from golem.hosts import is_of_this_machine
 from golem.rest.edge import BODY_LIMIT, ApiError, Caller, caller, respond_json
 from protocol.types import timestamp_text
 
 if TYPE_CHECKING:
-    from golem.node import Node
+    from golem.node.node import Node
 
 log = logging.getLogger("golem.rest")
 

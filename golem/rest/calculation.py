@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 from quart import Blueprint, Response
 
-from actors._ledger_ceiling import age_s, calculation, most_for_agreement
-from actors._ledger_rows import ACCEPTED, RECEIVED, SETTLED
-from actors.ledger import PaymentDocument
+from actors.ledger.ceiling import age_s, calculation, most_for_agreement
+from actors.ledger.machine import PaymentDocument
+from actors.ledger.rows import ACCEPTED, RECEIVED, SETTLED
 from golem.rest.edge import ApiError, respond_json
 from protocol.ledger import DEBIT_NOTE, DebitNoteBody, decode_body
 from protocol.types import amount_text, timestamp_text
 
 if TYPE_CHECKING:
-    from golem.node import Node
+    from golem.node.node import Node
 
 
 def routes(api: Blueprint, node: Node) -> None:

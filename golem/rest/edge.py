@@ -18,7 +18,7 @@ from actors.kernel.machine import ActorFailed, AskTimeout, Busy
 from protocol.types import Message, Refused, Violation, timestamp
 
 if TYPE_CHECKING:
-    from golem.node import Node
+    from golem.node.node import Node
 
 BODY_LIMIT = 4 * 1024 * 1024
 MAX_TIMEOUT_S = 3600.0

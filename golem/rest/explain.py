@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 import trio
 from quart import Blueprint, Response
 
-from actors.market import Refusal, Stats
+from actors.market.rows import Refusal, Stats
 from golem.rest.edge import ApiError, query_text, respond_json
 from protocol.market import SUBSCRIPTION_ID, Subscription, read_subscription
 from protocol.terms import Reason, explain
 from protocol.types import timestamp_text
 
 if TYPE_CHECKING:
-    from golem.node import Node
+    from golem.node.node import Node
 
 NEAREST = 10
 MAX_REASONS = 50

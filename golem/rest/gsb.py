@@ -1,4 +1,4 @@
-"""`/gsb-api/v1`: services by which agents serve files themselves, over a websocket each (see `golem/gsb.py`)."""
+"""`/gsb-api/v1`: services by which agents serve files themselves, over a websocket each (see `golem/files/agents.py`)."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from typing import TYPE_CHECKING
 
 from quart import Blueprint, Response, websocket
 
-from golem.gsb import Service, ServiceRefused
+from golem.files.agents import Service, ServiceRefused
 from golem.rest.edge import ApiError, caller, created, member, null, object_body
 from golem.rest.sockets import close_websocket
 
 if TYPE_CHECKING:
-    from golem.node import Node
+    from golem.node.node import Node
 
 PROTOCOL = "gsb+flexbuffers"
 MAX_ADDRESS = 1024
 
 
 class _Socket:
-    """The websocket at hand as a `golem.gsb.Connection`; kept, because the handler's tasks share it."""
+    """The websocket at hand as a `golem.files.agents.Connection`; kept, because the handler's tasks share it."""
 
     def __init__(self) -> None:
         self._socket = websocket._get_current_object()  # type: ignore[attr-defined]

@@ -9,7 +9,7 @@ from quart import Blueprint, Response
 from golem.rest.edge import respond_json
 
 if TYPE_CHECKING:
-    from golem.node import Node
+    from golem.node.node import Node
 
 
 def blueprint(node: Node) -> Blueprint:

@@ -14,7 +14,7 @@ minute. Closing the websocket hangs up, which kills the program.
 Server to client: binary messages are output; with `tty=0` each begins with one byte, 1 for stdout or 2 for stderr. Text
 messages are JSON: `{"taken": bytes}` (so much input has reached the program; a client that keeps at most 256 KiB untaken
 can always be heard), and as the last one `{"exit": status, "reason": text or null}` or `{"error": text, "code": word}`.
-Neighbours: `golem/interaction.py` holds the stream to the exe-unit.
+Neighbours: `golem/interaction/broker.py` holds the stream to the exe-unit.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ import trio
 from quart import Blueprint, websocket
 from wsproto.frame_protocol import CloseReason
 
-from golem.interaction import Exit, Output, Taken, TerminalClient
-from golem.interaction_wire import InteractionFault, OpenTerminal
+from golem.interaction.broker import Exit, Output, Taken, TerminalClient
+from golem.interaction.wire import InteractionFault, OpenTerminal
 from golem.rest.activity import UNREACHABLE, find
 from golem.rest.edge import ApiError
 from golem.rest.sockets import close_websocket
 
 if TYPE_CHECKING:
-    from golem.node import Node
+    from golem.node.node import Node
 
 log = logging.getLogger("golem.rest")
 

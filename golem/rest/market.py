@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from quart import Blueprint, Response
 
+from golem.node.market_forms import is_unanswered, proposal_form, subscription_event_form, subscription_form
 from golem.rest import agreements, explain, scan
 from golem.rest.agreements import reason_json
 from golem.rest.edge import (
@@ -25,13 +26,12 @@ from golem.rest.edge import (
     respond_json,
     until,
 )
-from golem.rest.market_forms import is_unanswered, proposal_form, subscription_event_form, subscription_form
 from protocol.market import SUBSCRIPTION_ID, PublishDemand, PublishOffer, Withdraw, subscription_body
 from protocol.negotiation import CounterProposal, RejectProposal
-from protocol.terms import TermsError, flatten
+from protocol.properties import TermsError, flatten
 
 if TYPE_CHECKING:
-    from golem.node import Node
+    from golem.node.node import Node
 
 DEFAULT_TIMEOUT_S = 5.0
 MAX_WAITING = 1000  # proposals in one answer

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 from quart import Blueprint, Response
 
-from actors.wallet import Cycle
+from actors.wallet.rows import Cycle
 from golem.chain.networks import DRIVER
 from golem.chain.rpc import RpcError
 from golem.rest import allocations, calculation, payment_documents, payment_lists
@@ -36,7 +36,7 @@ from protocol.types import amount_text, from_wei, node_id, timestamp_text
 from protocol.wallet import RunCycle, SetCycle
 
 if TYPE_CHECKING:
-    from golem.node import Node
+    from golem.node.node import Node
 
 FUNDS_S = 8.0  # for the chain to say what an account holds
 NEEDED = {"InsufficientGas": "neededGasEst", "InsufficientToken": "neededTokenEst"}
@@ -155,7 +155,7 @@ def render_event(node: Node, event: PaymentEvent, at: float) -> dict[str, Any] |
 
 def _cycles(api: Blueprint, node: Node) -> None:
     def cycle_of(platform: str) -> Cycle:
-        from golem.node import cycles_of
+        from golem.chain.cycles import cycles_of
 
         paces = cycles_of(node.config, node.chain)
         if platform not in paces:

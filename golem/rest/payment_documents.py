@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from quart import Blueprint, Response, request
 
-from actors.ledger import Agreement, PaymentDocument, acceptance_of
+from actors.ledger.machine import Agreement, PaymentDocument, acceptance_of
 from golem.rest.calculation import waiting
 from golem.rest.edge import (
     ApiError,
@@ -51,7 +51,7 @@ from protocol.ledger import (
 from protocol.types import amount_text, timestamp, timestamp_text
 
 if TYPE_CHECKING:
-    from golem.node import Node
+    from golem.node.node import Node
 
 ACK_TIMEOUT_S = 15.0
 MAX_TEXT = 2000

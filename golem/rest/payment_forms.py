@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from quart import request
 
-from actors.ledger import Activity, Order, Payment
+from actors.ledger.machine import Activity, Order, Payment
 from golem.rest.edge import ApiError, listed, member, object_body
 from protocol.types import amount, timestamp, timestamp_text
 
 if TYPE_CHECKING:
-    from golem.node import Node
+    from golem.node.node import Node
 
 MAX_ITEMS = 5000
 MAX_EVENTS = 1000

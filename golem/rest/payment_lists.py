@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 from quart import Blueprint, Response
 
-from actors.ledger import Activity, Agreement, Order
-from actors.wallet import Batch
+from actors.ledger.machine import Activity, Agreement, Order
+from actors.wallet.rows import Batch
 from golem.rest.edge import ApiError, listed, query_int, respond_json
 from golem.rest.payment_forms import MAX_ITEMS
 from protocol.types import timestamp_text
 
 if TYPE_CHECKING:
-    from golem.node import Node
+    from golem.node.node import Node
 
 
 def routes(api: Blueprint, node: Node) -> None:

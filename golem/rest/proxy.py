@@ -12,7 +12,7 @@ opened with a ticket in its place (`proxy_tickets.py`): its scripts can read the
 here, never to the node's own API.
 Failures of the service are 502 with a reason.
 
-This is an ASGI application before Quart's, which keeps bodies in memory. Neighbours: `golem/interaction.py` opens the
+This is an ASGI application before Quart's, which keeps bodies in memory. Neighbours: `golem/interaction/broker.py` opens the
 connection, `proxy_rules.py` says which headers pass, `golem/rest/app.py` who may ask.
 """
 
@@ -29,8 +29,8 @@ import h11
 import trio
 from quart import Response
 
-from golem.interaction import ServiceStream
-from golem.interaction_wire import InteractionFault
+from golem.interaction.broker import ServiceStream
+from golem.interaction.wire import InteractionFault
 from golem.rest.activity import find
 from golem.rest.edge import ApiError, Caller
 from golem.rest.interaction import api_error
@@ -39,7 +39,7 @@ from golem.rest.proxy_socket import relay_websocket
 from golem.rest.proxy_tickets import Tickets, opens_page, with_ticket
 
 if TYPE_CHECKING:
-    from golem.node import Node
+    from golem.node.node import Node
 
 log = logging.getLogger("golem.rest")
 

@@ -24,8 +24,8 @@ from wsproto.events import (
 from wsproto.frame_protocol import CloseReason
 from wsproto.utilities import ProtocolError
 
-from golem.interaction import ServiceStream
-from golem.interaction_wire import InteractionFault
+from golem.interaction.broker import ServiceStream
+from golem.interaction.wire import InteractionFault
 from golem.rest.edge import ApiError
 from golem.rest.proxy_rules import Header, Target
 from golem.rest.sockets import MAX_MESSAGE_BYTES

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from urllib.parse import unquote_to_bytes
 
-from golem.hosts import WEB, is_this_machine, read_authority
+from golem.base.hosts import WEB, is_this_machine, read_authority
 
 _EDGES = bytes(range(0x21))  # what browsers take off both ends of an address
 _INSIDE = re.compile(rb"[\t\r\n]")  # and what they take out of it

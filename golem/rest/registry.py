@@ -21,11 +21,11 @@ import trio
 from quart import Blueprint, Response, request
 from quart.wrappers.response import ResponseBody
 
-from golem.registry import RegistryError, StoredImage, is_tag
+from golem.images.store import RegistryError, StoredImage, is_tag
 from golem.rest.edge import ApiError, query_text, respond_json
 
 if TYPE_CHECKING:
-    from golem.node import Node
+    from golem.node.node import Node
 
 log = logging.getLogger("golem.rest")
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from quart import Blueprint, Response, request
 
 from actors.kernel.machine import AskTimeout, Busy
+from golem.node.market_forms import subscription_form
 from golem.rest.edge import (
     ApiError,
     ask,
@@ -25,14 +26,13 @@ from golem.rest.edge import (
     respond_json,
     until,
 )
-from golem.rest.market_forms import subscription_form
 from protocol.codec import Decoder
 from protocol.market import CloseScan, OfferSeen, OpenScan, ScanEnded, TouchScan
 from protocol.terms import compile_constraint
 from protocol.types import node_id
 
 if TYPE_CHECKING:
-    from golem.node import Node
+    from golem.node.node import Node
 
 DEFAULT_SCAN_S = 300.0
 MAX_EVENTS = 500

@@ -78,7 +78,7 @@ def server_settings(grace_s: float, keep_alive_s: float) -> Config:
     """Return Hypercorn's settings: at a stop, open requests have `grace_s`; idle connections are kept for `keep_alive_s`.
 
     No pings on websockets: Hypercorn does not look for their answers, and its task of pings outlives the connection. TCP
-    keep-alive (see `golem.node.bind_api`) finds clients that are gone.
+    keep-alive (see `golem.node.listen.bind_api`) finds clients that are gone.
     """
     hypercorn.trio.run.TCPServer = _Connection  # type: ignore[misc]
     ws_stream.WebsocketBuffer = _Buffer  # type: ignore[misc]

@@ -8,9 +8,9 @@ from typing import Any
 
 import msgspec
 import pytest
-from playbook import START, Nodes, Playbook, playbook
+from worlds.playbook import START, Nodes, Playbook, playbook
 
-from actors.activity import (
+from actors.activity.machine import (
     INACTIVITY_S,
     KEEP_AGREEMENT_S,
     KEEP_S,

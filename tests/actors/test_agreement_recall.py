@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from market_world import PROVIDER_ID, REQUESTOR_ID
-from playbook import Playbook
 from test_negotiation import REASON, Pair
+from worlds.market_world import PROVIDER_ID, REQUESTOR_ID
+from worlds.playbook import Playbook
 
 from protocol.market import Done
 from protocol.negotiation import CancelAgreement, RejectAgreement, TerminateAgreement

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from playbook import START, Playbook, playbook
+from worlds.playbook import START, Playbook, playbook
 
 from actors.exeunit import MAX_QUEUED, ExeUnit
 from protocol.activity import CommandResult, StateReported, UsageReported

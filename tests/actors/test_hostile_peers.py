@@ -21,13 +21,13 @@ from typing import Any
 
 import msgspec
 import pytest
-from market_world import KEYS
-from playbook import START, TableRows
-from whole_life import Life, demand_of, live, offer_of
+from worlds.market_world import KEYS
+from worlds.playbook import START, TableRows
+from worlds.whole_life import Life, demand_of, live, offer_of
 
-from actors import proposals
 from actors.kernel.machine import DropFeed, Emit, Machine, Meta, Send, Step
-from actors.proposals import MAX_OPENED_PER_NODE
+from actors.negotiation import proposals
+from actors.negotiation.proposals import MAX_OPENED_PER_NODE
 from protocol.codec import MAX_ADDRESS_CHARS, MAX_BODY_BYTES, Decoder, encode
 from protocol.ledger import Recalled
 from protocol.market import MAX_IDS, GetOffers, OffersAnnounced

@@ -8,9 +8,9 @@ from typing import Any
 
 import msgspec
 import pytest
-from money import KEYS, PLATFORM, Done, Node, World
+from worlds.money import KEYS, PLATFORM, Done, Node, World
 
-from actors.ledger import (
+from actors.ledger.machine import (
     Activity,
     Agreement,
     Allocation,

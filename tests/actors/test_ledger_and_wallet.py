@@ -6,9 +6,9 @@ import random
 from decimal import Decimal
 
 import pytest
-from money import Done, Node, World
+from worlds.money import Done, Node, World
 
-from actors.ledger import Agreement, Order, Payment, PaymentDocument, total_of
+from actors.ledger.machine import Agreement, Order, Payment, PaymentDocument, total_of
 from protocol.ledger import CancelInvoice, RejectInvoice, ReleaseAllocation
 from protocol.types import Refused
 from protocol.wallet import RunCycle

@@ -7,11 +7,12 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
-from money import PLATFORM, Done, Node, World
+from worlds.money import PLATFORM, Done, Node, World
 
-from actors import _ledger_documents, _ledger_payer
-from actors._ledger_ceiling import COEFFS, COST_CAP, VECTOR
-from actors._ledger_rows import RefusedDocuments
+from actors.ledger import documents as _ledger_documents
+from actors.ledger import payer as _ledger_payer
+from actors.ledger.ceiling import COEFFS, COST_CAP, VECTOR
+from actors.ledger.rows import RefusedDocuments
 from protocol.activity import ActivityKnown, ActivityOver
 from protocol.ledger import (
     DEBIT_NOTE,

@@ -6,11 +6,12 @@ import time
 from typing import Any
 
 import pytest
-from market_world import OTHER_ID, OTHER_KEY, PROVIDER_ID, PROVIDER_KEY, REQUESTOR_ID, REQUESTOR_KEY, demand, offer
-from playbook import START, Nodes, Playbook, playbook
+from worlds.market_world import OTHER_ID, OTHER_KEY, PROVIDER_ID, PROVIDER_KEY, REQUESTOR_ID, REQUESTOR_KEY, demand, offer
+from worlds.playbook import START, Nodes, Playbook, playbook
 
-from actors import market
-from actors.market import Market, OfferRow
+from actors.market import machine as market
+from actors.market.machine import Market
+from actors.market.rows import OfferRow
 from protocol.codec import encode
 from protocol.market import (
     Announced,

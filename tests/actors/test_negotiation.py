@@ -8,14 +8,15 @@ import random
 from typing import Any
 
 import pytest
-from market_world import OTHER_ID, OTHER_KEY, PROVIDER_ID, PROVIDER_KEY, REQUESTOR_ID, REQUESTOR_KEY, demand, offer
-from playbook import START, Nodes, Playbook, playbook
+from worlds.market_world import OTHER_ID, OTHER_KEY, PROVIDER_ID, PROVIDER_KEY, REQUESTOR_ID, REQUESTOR_KEY, demand, offer
+from worlds.playbook import START, Nodes, Playbook, playbook
 
-from actors import agreement_moves, proposals
-from actors.agreement_rows import Agreement, state_at
-from actors.negotiation import Negotiation
-from actors.proposals import Proposal
-from golem.rest.market_forms import agreement_form
+from actors.negotiation import moves as agreement_moves
+from actors.negotiation import proposals
+from actors.negotiation.machine import Negotiation
+from actors.negotiation.proposals import Proposal
+from actors.negotiation.rows import Agreement, state_at
+from golem.node.market_forms import agreement_form
 from protocol.market import Done, Matched, Rematch, SubscriptionEnded, SubscriptionOpened
 from protocol.negotiation import (
     AgreementApproval,

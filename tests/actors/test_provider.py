@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playbook import Playbook, playbook
+from worlds.playbook import Playbook, playbook
 
-from actors._provider_negotiation import MAX_REJECTED
-from actors._provider_negotiators import (
+from actors.provider.machine import Provider
+from actors.provider.negotiation import MAX_REJECTED
+from actors.provider.rules import (
     ACCEPT_TIMEOUT,
     COEFFS,
     EXPIRATION,
@@ -27,10 +28,9 @@ from actors._provider_negotiators import (
     negotiate,
     share_of,
 )
-from actors._provider_rows import cost
-from actors._provider_turn import ProviderConfig
-from actors.provider import Provider
+from actors.provider.turn import ProviderConfig
 from golem.exeunit.terms import read_terms
+from protocol.amounts import cost
 from protocol.provider import (
     ActivityClosed,
     AgentStarted,

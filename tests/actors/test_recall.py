@@ -6,10 +6,10 @@ import random
 from decimal import Decimal
 
 import pytest
-from money import PLATFORM, Done, Node, World
 from msgspec.structs import replace
+from worlds.money import PLATFORM, Done, Node, World
 
-from actors.ledger import Agreement, Order, Payment, acceptance_of, total_of
+from actors.ledger.machine import Agreement, Order, Payment, acceptance_of, total_of
 from protocol.ledger import AgreementPayment, PaymentBody, PaymentSent, Recall, Recalled, decode_body, encode_body
 from protocol.market import MAX_CLOCK_SKEW_S
 from protocol.types import PeerLost, Violation

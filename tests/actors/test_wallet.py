@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from money import PLATFORM, Node, World
+from worlds.money import PLATFORM, Node, World
 
-from actors.wallet import MAX_TRIES, Batch, PayOrder
+from actors.wallet.machine import MAX_TRIES
+from actors.wallet.rows import Batch, PayOrder
 from protocol.codec import Decoder
 from protocol.types import Refused, Violation
 from protocol.wallet import (

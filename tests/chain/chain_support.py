@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import trio
 from eth_hash.auto import keccak
-from patience import patience
+from worlds.patience import patience
 
 from golem.chain import token
 from golem.chain.credentials import DECIMALS_CALL, SYMBOL_CALL

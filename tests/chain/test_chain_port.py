@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import trio
 from chain_support import GLM, Client, address_of, key_of
-from patience import patience, within
-from support import trio_test
+from worlds.patience import patience, within
+from worlds.support import trio_test
 
 from actors.kernel.journal import Journal
 from actors.kernel.machine import LinkDown, Meta, Reply, Rows, Send, Step
 from actors.kernel.system import System
-from actors.wallet import Wallet
+from actors.wallet.machine import Wallet
 from golem.chain import networks, port
 from golem.chain.claims import FEW, Claim, Claims
 from golem.chain.devchain import stop_devchain, url_of

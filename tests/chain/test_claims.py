@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from blind import HOSTS, Blind
 from chain_support import GLM, Lab, address_of, anvil, devchain, find_anvil, key_of
-from support import trio_test
+from worlds.support import trio_test
 
 from golem.chain import contracts, token
 from golem.chain.devchain.genesis import deploy_transactions

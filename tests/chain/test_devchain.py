@@ -16,8 +16,8 @@ import httpx
 import pytest
 import trio
 from chain_support import GLM, GWEI, OURS, ROOT, Client, Lab, Refused, address_of, devchain, key_of, payer, spawn_devchain
-from patience import patience
-from support import trio_test
+from worlds.patience import patience
+from worlds.support import trio_test
 
 from golem.chain import token
 from golem.chain.contracts import MINT_CAP_WEI

@@ -12,7 +12,7 @@ import httpx
 import pytest
 from blind import HOSTS, Blind
 from chain_support import GLM, GWEI, Lab, Payer, address_of, anvil, devchain, find_anvil, payer
-from support import trio_test
+from worlds.support import trio_test
 
 from golem.chain import desk, token
 from golem.chain.engine import MAX_PROBLEMS

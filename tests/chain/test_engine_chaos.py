@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from chain_support import GLM, GWEI, Faulty, Lab, Payer, Refused, address_of, devchain, payer
-from support import trio_test
+from worlds.support import trio_test
 
 from golem.chain.signer import Key
 from golem.chain.store import TransferBatch

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 from chain_support import GLM, GWEI, Faulty, Lab, Payer, Refused, address_of, anvil, devchain, find_anvil, key_of, payer
-from support import trio_test
+from worlds.support import trio_test
 
 from golem.chain import token
 from golem.chain.draft import Unowed

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 from chain_support import GWEI, Lab, anvil, devchain, find_anvil
 from matrix import Case, History, PaidTwice, cases
-from support import trio_test
+from worlds.support import trio_test
 
 from golem.chain import pool
 from golem.chain.bodies import BodyTx

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 from chain_support import GLM, Lab, address_of, devchain, payer
-from support import trio_test
+from worlds.support import trio_test
 
-from golem.backup import hold_payments
 from golem.chain.store import OrdersTaken, Store, TransferBatch
+from golem.node.backup import hold_payments
 from protocol.wallet import TransferConfirmed, TransferDelayed
 
 A, B = "0x" + "aa" * 20, "0x" + "bb" * 20

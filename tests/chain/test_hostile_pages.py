@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 from chain_support import Client, address_of, authority, devchain
-from patience import patience
+from worlds.patience import patience
 
 from golem.chain.devchain import INFO_NAME, token_of
 

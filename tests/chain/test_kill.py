@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 from chain_support import GLM, ROOT, Client, Lab, address_of, devchain, spawn_devchain
-from patience import patience
+from worlds.patience import patience
 
 from golem.chain import token
 from golem.chain.devchain.genesis import FAUCET_SECRET, TOKEN_ADDRESS

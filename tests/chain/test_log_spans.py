@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 from chain_support import address_of, credential
-from support import trio_test
+from worlds.support import trio_test
 
 from golem.chain.evidence import LEAST_LOG_BLOCKS, LOG_BLOCKS, MAX_LOG_REQUESTS, Evidence, Witness
 from golem.chain.networks import local_rows

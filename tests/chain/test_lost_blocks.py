@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from chain_support import GLM, GWEI, Lab, Payer, address_of, anvil, devchain, find_anvil, payer
-from support import trio_test
+from worlds.support import trio_test
 
 from golem.chain import desk, token
 from golem.chain.signer import Key

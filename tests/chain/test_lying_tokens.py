@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from chain_support import GLM, Lab, address_of, devchain, payer
-from support import trio_test
+from worlds.support import trio_test
 
 from golem.chain import token
 from golem.chain.contracts import TRANSFER_TOPIC

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import trio
 from chain_support import GLM, OURS, Client, Lab, address_of, devchain, key_of, spawn_devchain
-from patience import patience
+from worlds.patience import patience
 
 from golem.chain.devchain import url_of
 from golem.chain.store import Attempt, Store, TransferBatch, TxRow

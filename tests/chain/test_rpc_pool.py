@@ -12,7 +12,7 @@ import httpx
 import pytest
 import trio
 from chain_support import credential
-from support import mock_trio_test, trio_test
+from worlds.support import mock_trio_test, trio_test
 
 from golem.chain import pool as pool_module
 from golem.chain.networks import local_rows

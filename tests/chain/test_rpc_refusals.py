@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 from chain_support import GLM, Lab, address_of, credential, devchain, payer
-from support import trio_test
+from worlds.support import trio_test
 
 from protocol.wallet import TransferConfirmed
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from actors.ledger import Ledger
-from actors.wallet import Wallet
+from actors.ledger.machine import Ledger
+from actors.wallet.machine import Wallet
 
 ROOT = Path(__file__).resolve().parents[2]
 REAL = ("golem/chain/engine.py", "golem/chain/port.py")
-SIMULATED = ("tests/money.py", "tests/simulation/sim_market.py")
+SIMULATED = ("tests/worlds/money.py", "tests/simulation/sim_market.py")
 
 
 def heard() -> set[str]:

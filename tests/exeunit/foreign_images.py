@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import zstandard
 
-from golem.exeunit.engine import unpack
+from golem.exeunit.unpack import child as unpack
 
 MACHINE = {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
 COMPRESSORS = ("gzip", "lzo", "xz", "lz4", "zstd")

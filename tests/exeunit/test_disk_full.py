@@ -12,15 +12,15 @@ from pathlib import Path
 
 import pytest
 import trio
-from engine import admin, busybox_tar
-from patience import patience, within
 from test_exeunit_process import ACTIVITY, Stub, World, run, stub_world
-from wire import two_nodes
+from worlds.engine import admin, busybox_tar
+from worlds.patience import patience, within
+from worlds.wire import two_nodes
 
 from actors.kernel.records import JournalError
 from golem.exeunit.disk import FLOOR_BYTES, LOW_LOOKS, NAME, RESERVE_BYTES, DiskWatch, free_bytes
-from golem.exeunit.engine.storage import unmount_all
-from golem.local_engine import LocalEngine
+from golem.exeunit.runtimes.vm.storage import unmount_all
+from golem.lab.engine import LocalEngine
 
 MIB = 1 << 20
 

@@ -15,20 +15,20 @@ from pathlib import Path
 
 import pytest
 import trio
-from engine import admin as sdk
-from engine import busybox_tar, import_image
-from patience import patience, within
-from support import trio_test
+from worlds.engine import admin as sdk
+from worlds.engine import busybox_tar, import_image
+from worlds.patience import patience, within
+from worlds.support import trio_test
 
-from golem.exeunit.engine import left_pipes
-from golem.exeunit.engine.admin import Admin, EngineFacts, EngineGone, InUse, NoSuch, spoken_api
-from golem.exeunit.engine.client import MAX_BODY_BYTES, EngineClient
-from golem.exeunit.engine.container import Plan, container_config
-from golem.exeunit.engine.init_program import PROBE_TEXT, init_program, probe_program, supported
-from golem.exeunit.engine.left_pipes import LeftPipes
-from golem.exeunit.engine.self_test import _unfit
-from golem.exeunit.runtimes.base import Limits, RuntimeFault
-from golem.local_engine import LocalEngine
+from golem.exeunit.runtime import Limits, RuntimeFault
+from golem.exeunit.runtimes.vm import left_pipes
+from golem.exeunit.runtimes.vm.admin import Admin, EngineFacts, EngineGone, InUse, NoSuch, spoken_api
+from golem.exeunit.runtimes.vm.client import MAX_BODY_BYTES, EngineClient
+from golem.exeunit.runtimes.vm.container import Plan, container_config
+from golem.exeunit.runtimes.vm.init_program import PROBE_TEXT, init_program, probe_program, supported
+from golem.exeunit.runtimes.vm.left_pipes import LeftPipes
+from golem.exeunit.runtimes.vm.self_test import _unfit
+from golem.lab.engine import LocalEngine
 
 FACTS = EngineFacts("20.10.24", "1.41", False, False, True, 100000, 2, "1", True, True, "x86_64")
 

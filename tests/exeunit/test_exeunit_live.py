@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import trio
-from support import mock_trio_test
+from worlds.support import mock_trio_test
 
 from golem.exeunit.live import MAX_KEPT_BYTES, MAX_REPLY_BYTES, LiveLog
-from golem.exeunit.runtimes.base import Limits
+from golem.exeunit.runtime import Limits
 from golem.exeunit.terms import TermsError, flat, read_terms
 from golem.exeunit.usage import COUNTERS
 

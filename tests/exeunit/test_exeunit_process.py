@@ -19,17 +19,17 @@ import msgspec
 import pytest
 import trio
 import trio.testing
-from patience import patience, within
-from support import tell, trio_test
-from wire import A, B, Node, two_nodes
+from worlds.patience import patience, within
+from worlds.support import tell, trio_test
+from worlds.wire import A, B, Node, two_nodes
 
-from actors.activity import Activity, ActivityRow, BatchRow, ResultRow, batch_key
+from actors.activity.machine import Activity, ActivityRow, BatchRow, ResultRow, batch_key
 from actors.exeunit import ExeUnit
 from actors.kernel.journal import Journal
 from actors.kernel.machine import LinkDown, Meta, Send
 from actors.kernel.system import System
 from golem.exeunit.process import Settings, Unit
-from golem.exeunit.runtimes.base import (
+from golem.exeunit.runtime import (
     GIB,
     Deployment,
     DeployOptions,
@@ -41,10 +41,10 @@ from golem.exeunit.runtimes.base import (
     Terminal,
     Usage,
 )
-from golem.exeunit.spool import TransferPolicy
 from golem.exeunit.supervisor import HOLD
 from golem.exeunit.terms import read_terms
-from golem.files import FileServer, FileSink, FileSource
+from golem.exeunit.transfer.spool import TransferPolicy
+from golem.files.server import FileServer, FileSink, FileSource
 from golem.net.types import RemoteError
 from protocol.activity import ActivityKnown, CreateActivity, DestroyActivity, Done, Exec, StateReported
 from protocol.codec import Envelope, encode, encode_batch

@@ -12,7 +12,7 @@ import trio
 from test_hostile_guests import LIMITS, MIB, Guest, open_guest, package
 
 from golem.exeunit.usage import measure_tree, process_peak_bytes
-from golem.local_engine import LocalEngine
+from golem.lab.engine import LocalEngine
 
 pytestmark = [pytest.mark.root, pytest.mark.integration]
 __all__ = ["package"]  # a fixture

@@ -19,25 +19,16 @@ from typing import Any
 
 import pytest
 import trio
-from engine import busybox_tar, engine_for_tests, python_tar
 from foreign_images import docker_archive, entry, image_json, tar
 from hostile_guest import ATTACKS
-from patience import patience, within
-from support import trio_test
+from worlds.engine import busybox_tar, engine_for_tests, python_tar
+from worlds.patience import patience, within
+from worlds.support import trio_test
 
+from golem.exeunit.runtime import Deployment, DeployOptions, ExitStatus, Limits, Runtime, RuntimeFault, Side, VolumeRequest
 from golem.exeunit.runtimes import make_runtime
-from golem.exeunit.runtimes.base import (
-    Deployment,
-    DeployOptions,
-    ExitStatus,
-    Limits,
-    Runtime,
-    RuntimeFault,
-    Side,
-    VolumeRequest,
-)
-from golem.exeunit.transfer import TransferError, TransferPolicy, Transfers
-from golem.local_engine import LocalEngine
+from golem.exeunit.transfer.transfers import TransferError, TransferPolicy, Transfers
+from golem.lab.engine import LocalEngine
 
 pytestmark = [pytest.mark.root, pytest.mark.integration]
 
@@ -230,7 +221,7 @@ def test_working_directory_that_leads_out(engine: LocalEngine, tmp_path: Path, d
 
 
 def test_fork_bomb(engine: LocalEngine, package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("golem.exeunit.engine.container.PROCESSES", 128)  # fewer than usual are as good, and sooner there
+    monkeypatch.setattr("golem.exeunit.runtimes.vm.container.PROCESSES", 128)  # fewer than usual are as good, and sooner there
 
     async def body() -> None:
         async with open_guest(engine, package) as guest:
@@ -343,7 +334,7 @@ def test_storage_where_the_engine_copies_images(tmp_path: Path, monkeypatch: pyt
     beyond.
     """
     if not reach:
-        monkeypatch.setattr("golem.exeunit.engine.meter._whole_root", lambda pid: None)
+        monkeypatch.setattr("golem.exeunit.runtimes.vm.meter._whole_root", lambda pid: None)
     package = tmp_path / "busybox.tar"
     package.write_bytes(busybox_tar())
 
@@ -356,7 +347,7 @@ def test_storage_where_the_engine_copies_images(tmp_path: Path, monkeypatch: pyt
                 while guest.runtime.usage().storage_gib <= LIMITS.storage_gib:
                     await trio.sleep(0.05)
 
-    monkeypatch.setattr("golem.local_engine.DRIVERS", ("vfs",))
+    monkeypatch.setattr("golem.lab.engine.DRIVERS", ("vfs",))
     with tempfile.TemporaryDirectory(prefix="engine-") as folder, engine_for_tests(Path(folder) / "e", userns=True) as engine:
         trio.run(body, engine)
 
@@ -409,7 +400,7 @@ def test_a_guest_in_the_engines_way_is_dead(
 ) -> None:
     """Who starts a program looks into the guest's /etc/passwd, and would wait there for good: nobody waits with it."""
     engine = request.getfixturevalue("engine" if kind == "remapped" else "plain_engine")
-    monkeypatch.setattr("golem.exeunit.engine.program.START_TIMEOUT_S", 3.0)
+    monkeypatch.setattr("golem.exeunit.runtimes.vm.program.START_TIMEOUT_S", 3.0)
 
     async def body() -> None:
         async with open_guest(engine, package) as guest, open_guest(engine, package) as other:
@@ -538,7 +529,7 @@ async def test_the_self_test_says_where_crashes_start_a_program_of_the_machine(
 ) -> None:
     monkeypatch.setenv("DOCKER_HOST", engine.host)
     (tmp_path / "pattern").write_text(pattern + "\n")
-    monkeypatch.setattr("golem.exeunit.engine.kernel_tables.CORE_PATTERN", tmp_path / "pattern")
+    monkeypatch.setattr("golem.exeunit.runtimes.vm.kernel_tables.CORE_PATTERN", tmp_path / "pattern")
     assert await make_runtime("vm", tmp_path / "cache").self_test() is None
     assert ("crashes in containers start /usr/lib/keeper on this machine" in caplog.text) == told
 

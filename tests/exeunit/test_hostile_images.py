@@ -22,17 +22,17 @@ from typing import Any, cast
 import foreign_images as foreign
 import pytest
 import trio
-from engine import busybox_tar
 from foreign_images import docker_archive, entry, gvmi, image_json, oci_layout, padded, raw_header, sha256, tar
-from patience import patience
-from support import trio_test
+from worlds.engine import busybox_tar
+from worlds.patience import patience
+from worlds.support import trio_test
 
-from golem.exeunit.engine.admin import Admin
-from golem.exeunit.engine.archives import is_own
-from golem.exeunit.engine.images import ImageLimits, evict, image_tag, obtain_image
-from golem.exeunit.engine.inflate import BadImage
-from golem.exeunit.runtimes.base import ImageFormat, RuntimeFault
-from golem.local_engine import LocalEngine
+from golem.exeunit.runtime import ImageFormat, RuntimeFault
+from golem.exeunit.runtimes.vm.admin import Admin
+from golem.exeunit.runtimes.vm.images import ImageLimits, evict, image_tag, obtain_image
+from golem.exeunit.unpack.archives import is_own
+from golem.exeunit.unpack.inflate import BadImage
+from golem.lab.engine import LocalEngine
 
 FILE = entry("a", b"content")
 LAYER = tar(FILE)

@@ -14,10 +14,10 @@ import psutil
 import pytest
 import trio
 import wat_modules as wat
-from patience import patience, within
-from support import trio_test
+from worlds.patience import patience, within
+from worlds.support import trio_test
 
-from golem.localnet import LocalNet, LocalNode, open_localnet
+from golem.lab.localnet import LocalNet, LocalNode, open_localnet
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "examples" / "rest"))

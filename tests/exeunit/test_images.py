@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 import trio
 import wat_modules as wat
-from patience import patience, within
-from support import trio_test
+from worlds.patience import patience, within
+from worlds.support import trio_test
 
-from golem.exeunit.images import CACHE_HIT, MIN_FREE_BYTES, NOTE, ImageStore, detect_format
-from golem.exeunit.runtimes.base import ImageFormat
-from golem.exeunit.spool import Spool
-from golem.exeunit.transfer import TransferError, TransferPolicy, Transfers
+from golem.exeunit.runtime import ImageFormat
+from golem.exeunit.transfer.packages import CACHE_HIT, MIN_FREE_BYTES, NOTE, ImageStore, detect_format
+from golem.exeunit.transfer.spool import Spool
+from golem.exeunit.transfer.transfers import TransferError, TransferPolicy, Transfers
 
 ALL = frozenset(ImageFormat)
 
@@ -176,7 +176,7 @@ def at(url: str) -> str:
 @pytest.mark.parametrize("first", ["http://slow/x", "http://steady/x"])
 @trio_test
 async def test_a_slow_source_blocks_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str) -> None:
-    monkeypatch.setattr("golem.exeunit.images.WAIT_S", 0.2)
+    monkeypatch.setattr("golem.exeunit.transfer.packages.WAIT_S", 0.2)
     web, notices = ManySources(SHARED), list[str]()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(shared_store(tmp_path, web).obtain, at(first), ALL)
@@ -197,7 +197,7 @@ async def test_a_slow_source_blocks_nobody(tmp_path: Path, monkeypatch: pytest.M
 
 @trio_test
 async def test_the_first_right_file_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("golem.exeunit.images.WAIT_S", 0.2)
+    monkeypatch.setattr("golem.exeunit.transfer.packages.WAIT_S", 0.2)
     web, done = ManySources(SHARED), 0
 
     async def obtain(url: str) -> None:
@@ -226,8 +226,8 @@ async def test_the_first_right_file_counts(tmp_path: Path, monkeypatch: pytest.M
 
 @trio_test
 async def test_the_same_source_is_asked_once_as_long_as_it_sends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("golem.exeunit.images.WAIT_S", 1.0)
-    monkeypatch.setattr("golem.exeunit.images.DOWNLOAD_POLL_S", 0.02)
+    monkeypatch.setattr("golem.exeunit.transfer.packages.WAIT_S", 1.0)
+    monkeypatch.setattr("golem.exeunit.transfer.packages.DOWNLOAD_POLL_S", 0.02)
     web = ManySources(SHARED)
     with within(20):
         async with trio.open_nursery() as nursery:
@@ -246,9 +246,9 @@ sys.path.insert(0, sys.argv[1])
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", sys.argv[2]], check=True)
 from pathlib import Path
 from golem.exeunit import images
-from golem.exeunit.runtimes.base import ImageFormat
-from golem.exeunit.spool import TransferError, TransferPolicy
-from golem.exeunit.transfer import Transfers
+from golem.exeunit.runtime import ImageFormat
+from golem.exeunit.transfer.spool import TransferError, TransferPolicy
+from golem.exeunit.transfer.transfers import Transfers
 images.MIN_FREE_BYTES = SPARE = 16 << 20
 SIZE, lowest, told, have = 9 << 20, 1 << 60, [], []
 
@@ -418,7 +418,7 @@ async def test_a_checked_file_is_not_hashed_at_every_deploy(tmp_path: Path, monk
         os.getxattr(cached, NOTE)
     except OSError:
         pytest.skip("the file system of temporary files has no extended attributes")
-    monkeypatch.setattr("golem.exeunit.images._hash_some", None)
+    monkeypatch.setattr("golem.exeunit.transfer.packages._hash_some", None)
     assert (await images.obtain(reference, ALL)).cached
 
 
@@ -439,7 +439,7 @@ async def test_the_disk_is_not_filled(tmp_path: Path) -> None:
 
 
 def test_compressed_archives_are_told_by_their_first_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("golem.exeunit.images.MAX_INFLATED_BYTES", 4096)
+    monkeypatch.setattr("golem.exeunit.transfer.packages.MAX_INFLATED_BYTES", 4096)
     for name, form in (("blobs/sha256/x", ImageFormat.DOCKER_ARCHIVE), ("etc/x", ImageFormat.ROOTFS_ARCHIVE)):
         (tmp_path / "x").write_bytes(tar([name, "y", "manifest.json"], "w:gz", 9000))
         assert detect_format(tmp_path / "x") is form

@@ -15,20 +15,20 @@ import msgspec
 import pytest
 import trio
 import trio.testing
-from host_runtime import HostRuntime
-from patience import within
-from support import trio_test
-from wire import A, B, Node, two_nodes
+from worlds.host_runtime import HostRuntime
+from worlds.patience import within
+from worlds.support import trio_test
+from worlds.wire import A, B, Node, two_nodes
 
-from actors.activity import ActivityRow
-from golem.bus import BusClient, open_stream
+from actors.activity.machine import ActivityRow
+from golem.bus.client import BusClient, open_stream
 from golem.exeunit.__main__ import offer_template
 from golem.exeunit.interaction import MAX_STREAMS, UnitInteractions, allowed_interactions
 from golem.exeunit.live import LiveLog
+from golem.exeunit.runtime import Interaction
 from golem.exeunit.runtimes import make_runtime
-from golem.exeunit.runtimes.base import Interaction
-from golem.interaction import DIALLING_EACH, Exit, Interactions, Output, Taken, TerminalClient
-from golem.interaction_wire import BACK, STREAM, WINDOW_BYTES, Channel, InteractionFault, OpenTerminal
+from golem.interaction.broker import DIALLING_EACH, Exit, Interactions, Output, Taken, TerminalClient
+from golem.interaction.wire import BACK, STREAM, WINDOW_BYTES, Channel, InteractionFault, OpenTerminal
 from protocol.codec import length_prefixed
 
 ACTIVITY = "1" * 32
@@ -364,8 +364,8 @@ async def test_an_exe_unit_that_is_stuck_takes_no_others_turns(tmp_path: Path, m
             await mine.connect(msgspec.structs.replace(row("Requestor"), activity_id=name), 80)
         faults.append(f"{caught.value.code}: {caught.value}")
 
-    monkeypatch.setattr("golem.interaction.OPEN_S", 3.0)
-    monkeypatch.setattr("golem.interaction.MAX_WAITING", DIALLING_EACH + 2)
+    monkeypatch.setattr("golem.interaction.broker.OPEN_S", 3.0)
+    monkeypatch.setattr("golem.interaction.broker.MAX_WAITING", DIALLING_EACH + 2)
     async with two_nodes(tmp_path) as (provider, requestor, nursery):
         theirs = Interactions(PROVIDER, provider.router, rows.get)
         mine = Interactions(REQUESTOR, requestor.router, {}.get)

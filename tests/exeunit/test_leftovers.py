@@ -14,24 +14,24 @@ from pathlib import Path
 
 import pytest
 import trio
-from engine import admin, busybox_tar
-from patience import patience, within
-from support import trio_test
+from worlds.engine import admin, busybox_tar
+from worlds.patience import patience, within
+from worlds.support import trio_test
 
-from golem.exeunit.engine.admin import Admin, socket_path
-from golem.exeunit.engine.leftovers import SUPERVISOR_LABEL, sweep
-from golem.exeunit.engine.storage import MARK_FILE, PROCESS_FILE, unmount
-from golem.exeunit.runtimes.base import RuntimeFault
-from golem.exeunit.runtimes.vm import VmRuntime
+from golem.exeunit.runtime import RuntimeFault
+from golem.exeunit.runtimes.vm.admin import Admin, socket_path
+from golem.exeunit.runtimes.vm.leftovers import SUPERVISOR_LABEL, sweep
+from golem.exeunit.runtimes.vm.runtime import VmRuntime
+from golem.exeunit.runtimes.vm.storage import MARK_FILE, PROCESS_FILE, unmount
 from golem.exeunit.supervisor import is_dead, own_mark
-from golem.local_engine import LocalEngine
+from golem.lab.engine import LocalEngine
 
 # An exe-unit's runtime with all kinds of volumes and a command that runs; and then nothing more is heard of it.
 SUPERVISOR = """
 import os, sys, trio
 from pathlib import Path
 from golem.exeunit.runtimes import make_runtime
-from golem.exeunit.runtimes.base import DeployOptions, Limits, VolumeRequest
+from golem.exeunit.runtime import DeployOptions, Limits, VolumeRequest
 
 async def main(host, folder, package, activity):
     os.environ["DOCKER_HOST"] = host
@@ -249,7 +249,7 @@ async def test_a_folder_that_becomes_a_link_meanwhile_is_not_followed(
         swapped.symlink_to(others)
         return True
 
-    monkeypatch.setattr("golem.exeunit.engine.leftovers.is_dead", swap)
+    monkeypatch.setattr("golem.exeunit.runtimes.vm.leftovers.is_dead", swap)
     with pytest.raises(RuntimeFault):
         await sweep(Admin(tmp_path / "no.sock"), root)
     assert (others / "file").exists()

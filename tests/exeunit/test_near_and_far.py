@@ -20,17 +20,17 @@ import psutil
 import pytest
 import trio
 import trio.lowlevel
-from patience import within as fail_after
-from support import trio_test
+from worlds.patience import within as fail_after
+from worlds.support import trio_test
 
-from golem.exeunit.nearby import is_neighbour, is_own, links
-from golem.exeunit.runtimes.process_tree import Tree
+from golem.exeunit.runtimes.plugin.process_tree import Tree
 from golem.exeunit.sandbox.lockdown import limit_memory
-from golem.exeunit.spool import Spool, TransferError, TransferPolicy
-from golem.exeunit.transfer import Transfers, parse_location
-from golem.exeunit.web import Web, _CheckedBackend, refusal
-from golem.nearness import nearness
-from golem.outgoing import Outgoing
+from golem.exeunit.transfer.nearby import is_neighbour, is_own, links
+from golem.exeunit.transfer.spool import Spool, TransferError, TransferPolicy
+from golem.exeunit.transfer.transfers import Transfers, parse_location
+from golem.exeunit.transfer.web import Web, _CheckedBackend, refusal
+from golem.files.outgoing import Outgoing
+from golem.node.nearness import nearness
 
 BOMB = gzip.compress(b"\0" * (8 << 20)) * 200  # 1.6 GB of nothing
 LOCAL = TransferPolicy.local()
@@ -140,8 +140,8 @@ for line in ("link set lo up", "addr add 198.41.0.4/32 dev lo",
              "addr add 9.9.9.9/24 dev d0", "addr add 2a00:1450::5/64 dev d0 nodad", "route add local 8.8.4.0/24 dev lo"):
     done = subprocess.run(["ip", *line.split()], capture_output=True, text=True)
     if done.returncode: print(json.dumps({"skip": f"ip {line}: {done.stderr}"})); sys.exit()
-from golem.exeunit.spool import TransferPolicy
-from golem.exeunit.web import refusal
+from golem.exeunit.transfer.spool import TransferPolicy
+from golem.exeunit.transfer.web import refusal
 found = {}
 for policy in ("public", "local"):
     chosen = TransferPolicy() if policy == "public" else TransferPolicy.local()
@@ -178,7 +178,7 @@ async def test_both_ends_of_a_connection_are_looked_at(tmp_path: Path, monkeypat
     async def serve(stream: trio.SocketStream) -> None:
         came.append(await stream.receive_some())
 
-    monkeypatch.setattr("golem.exeunit.web.refusal", lambda address, policy: None)
+    monkeypatch.setattr("golem.exeunit.transfer.web.refusal", lambda address, policy: None)
     async with trio.open_nursery() as nursery:
         listeners: list[Any] = await nursery.start(trio.serve_tcp, serve, 0)
         port = listeners[0].socket.getsockname()[1]
@@ -261,7 +261,7 @@ def test_what_the_local_policy_gives_to_whom() -> None:
 
 
 def test_how_near_a_session_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("golem.nearness.is_neighbour", lambda ip: ip in ipaddress.ip_network("198.51.100.0/24"))
+    monkeypatch.setattr("golem.node.nearness.is_neighbour", lambda ip: ip in ipaddress.ip_network("198.51.100.0/24"))
     assert nearness("/ip4/198.51.100.7/tcp/1") == nearness("/ip6/::ffff:198.51.100.7/tcp/1") == "network"
     assert nearness("/ip4/127.0.0.1/tcp/1") == nearness("/ip6/::1/tcp/1") == nearness("/ip6/::ffff:127.0.0.1/tcp/1") == "machine"
     own = next(
@@ -275,7 +275,7 @@ def test_how_near_a_session_is(monkeypatch: pytest.MonkeyPatch) -> None:
 @trio_test
 async def test_a_body_that_drips_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a server that sends a byte now and then, and of one that takes no more, in either direction."""
-    monkeypatch.setattr("golem.exeunit.web.PACE_S", 0.5)
+    monkeypatch.setattr("golem.exeunit.transfer.web.PACE_S", 0.5)
 
     async def drip(stream: trio.SocketStream) -> None:
         head = await stream.receive_some()
@@ -301,7 +301,7 @@ async def test_a_body_that_drips_ends(tmp_path: Path, monkeypatch: pytest.Monkey
             file.truncate(64 << 20)
             with pytest.raises(TransferError, match="too slow"):
                 await Web(LOCAL).upload(url, Outgoing(file.fileno(), 64 << 20), None)
-            monkeypatch.setattr("golem.exeunit.web.HEAD_S", 0.3)
+            monkeypatch.setattr("golem.exeunit.transfer.web.HEAD_S", 0.3)
             silent: list[Any] = await nursery.start(trio.serve_tcp, drip_head, 0)
             url = f"http://127.0.0.1:{silent[0].socket.getsockname()[1]}/x"
             with pytest.raises(TransferError, match=r"no answer within 0.3 s"):

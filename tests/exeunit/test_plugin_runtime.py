@@ -22,18 +22,18 @@ from typing import Any
 
 import pytest
 import trio
-from patience import patience, within
-from support import trio_test
 from test_exeunit_process import ACTIVITY, AGREEMENT, PROVIDER, REQUESTOR, World
-from wire import two_nodes
+from worlds.patience import patience, within
+from worlds.support import trio_test
+from worlds.wire import two_nodes
 
-from golem.exeunit.descriptors import Descriptor, DescriptorError, find_descriptors, read_descriptors
+from golem.exeunit.runtime import DeployOptions, ImageFormat, Limits, RuntimeFault, VolumeRequest
 from golem.exeunit.runtimes import make_runtime, runtime_names
-from golem.exeunit.runtimes.base import DeployOptions, ImageFormat, Limits, RuntimeFault, VolumeRequest
-from golem.exeunit.runtimes.external import ExternalRuntime, ExternalSettings
-from golem.exeunit.runtimes.process_tree import sweep_processes
+from golem.exeunit.runtimes.plugin.descriptors import Descriptor, DescriptorError, find_descriptors, read_descriptors
+from golem.exeunit.runtimes.plugin.process_tree import sweep_processes
+from golem.exeunit.runtimes.plugin.runtime import ExternalRuntime, ExternalSettings
 from golem.exeunit.usage import COUNTERS
-from golem.files import FileSink, FileSource
+from golem.files.server import FileSink, FileSource
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "process-runtime"
 STREAM = {"stdout": {"stream": {}}, "stderr": {"stream": {}}}

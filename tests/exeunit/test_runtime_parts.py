@@ -13,19 +13,10 @@ from pathlib import Path
 
 import pytest
 import wat_modules as wat
-from patience import patience
+from worlds.patience import patience
 
-from golem.exeunit.runtimes.base import (
-    GIB,
-    RuntimeFault,
-    Usage,
-    VolumeRequest,
-    check_arguments,
-    guest_path,
-    parse_size,
-    parse_volumes,
-)
-from golem.exeunit.runtimes.wasm_package import Mount, copy_module, read_package
+from golem.exeunit.runtime import GIB, RuntimeFault, Usage, VolumeRequest, check_arguments, guest_path, parse_size, parse_volumes
+from golem.exeunit.runtimes.wasm.package import Mount, copy_module, read_package
 from golem.exeunit.usage import COUNTERS, Counters, measure_tree, process_cpu_s, process_peak_bytes, remove_tree
 
 # -- what a deploy command says -----------------------------------------------------------------------------------

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import trio
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
-from patience import within
-from support import trio_test
+from worlds.patience import within
+from worlds.support import trio_test
 
-from golem.exeunit.descriptors import Descriptor
-from golem.exeunit.runtimes import runtime_api as api
-from golem.exeunit.runtimes.base import Deployment, DeployOptions, Limits, RuntimeFault
-from golem.exeunit.runtimes.external import ExternalRuntime, ExternalSettings
+from golem.exeunit.runtime import Deployment, DeployOptions, Limits, RuntimeFault
+from golem.exeunit.runtimes.plugin import api
+from golem.exeunit.runtimes.plugin.descriptors import Descriptor
+from golem.exeunit.runtimes.plugin.runtime import ExternalRuntime, ExternalSettings
 
 U64, I32, DOUBLE, BOOL, TEXT, BYTES, MESSAGE = 4, 5, 1, 8, 9, 12, 11
 

@@ -20,15 +20,15 @@ import trio
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from patience import within
-from support import trio_test
+from worlds.patience import within
+from worlds.support import trio_test
 
-import golem.exeunit.web
-from golem.exeunit.runtimes.base import Volume
-from golem.exeunit.spool import Write
-from golem.exeunit.transfer import HashMismatch, TransferError, TransferPolicy, Transfers, find_volume, parse_location
-from golem.exeunit.web import refusal
-from golem.outgoing import Outgoing
+import golem.exeunit.transfer.web
+from golem.exeunit.runtime import Volume
+from golem.exeunit.transfer.spool import Write
+from golem.exeunit.transfer.transfers import HashMismatch, TransferError, TransferPolicy, Transfers, find_volume, parse_location
+from golem.exeunit.transfer.web import refusal
+from golem.files.outgoing import Outgoing
 
 CONTENT = bytes(range(256)) * 1000
 SHA = hashlib.sha3_224(CONTENT).hexdigest()
@@ -544,7 +544,7 @@ async def test_error_pages_are_not_content(tmp_path: Path) -> None:
 @trio_test
 async def test_servers_that_never_end_or_say_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = Place(tmp_path)
-    monkeypatch.setattr(golem.exeunit.web, "IDLE_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(golem.exeunit.transfer.web, "IDLE_TIMEOUT_S", 0.1)
 
     async def endless(stream: trio.SocketStream) -> None:
         with suppress(trio.BrokenResourceError):

@@ -8,10 +8,10 @@ import os
 from pathlib import Path
 
 import pytest
-from support import trio_test
 from test_exeunit_process import REQUESTOR, world
+from worlds.support import trio_test
 
-from golem.files import FileSink, FileSource
+from golem.files.server import FileSink, FileSource
 
 SIZE = 40_000_000
 

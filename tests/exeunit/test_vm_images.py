@@ -14,16 +14,16 @@ from typing import Any, cast
 import foreign_images as foreign
 import pytest
 import trio
-from engine import admin as sdk_client
-from engine import busybox_tar
 from foreign_images import entry
-from support import trio_test
+from worlds.engine import admin as sdk_client
+from worlds.engine import busybox_tar
+from worlds.support import trio_test
 
-from golem.exeunit.engine.admin import Admin
-from golem.exeunit.engine.images import EngineImage, evict, image_tag, obtain_image
-from golem.exeunit.images import detect_format
-from golem.exeunit.runtimes.base import ImageFormat, RuntimeFault
-from golem.local_engine import LocalEngine
+from golem.exeunit.runtime import ImageFormat, RuntimeFault
+from golem.exeunit.runtimes.vm.admin import Admin
+from golem.exeunit.runtimes.vm.images import EngineImage, evict, image_tag, obtain_image
+from golem.exeunit.transfer.packages import detect_format
+from golem.lab.engine import LocalEngine
 
 CONFIG = {
     "Entrypoint": ["/bin/sh", "-c"],
@@ -399,7 +399,7 @@ async def test_a_full_disk_is_told_before_the_engine_fills_it(tmp_path: Path, mo
     for place, text in ((folder, "not enough disk space to unpack"), (Path("/"), "Docker Engine has not")):
         assert engine.removed == []
         free = {str(place): 0}
-        monkeypatch.setattr("golem.exeunit.engine.images._free", lambda path, free=free: free.get(str(path), 1 << 40))
+        monkeypatch.setattr("golem.exeunit.runtimes.vm.images._free", lambda path, free=free: free.get(str(path), 1 << 40))
         with pytest.raises(RuntimeFault, match=text):
             await obtain_image(cast("Admin", engine), path, digest, ImageFormat.DOCKER_ARCHIVE, folder=folder)
     assert engine.removed == [image_tag("0" * 56)]  # which was not enough

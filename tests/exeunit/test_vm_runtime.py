@@ -16,15 +16,14 @@ from typing import Any
 
 import pytest
 import trio
-from engine import admin, busybox_tar, engine_for_tests
 from foreign_images import docker_archive, entry, image_json, tar
-from patience import patience, within
-from support import trio_test
 from test_exeunit_process import ACTIVITY, REQUESTOR, World
-from wire import two_nodes
+from worlds.engine import admin, busybox_tar, engine_for_tests
+from worlds.patience import patience, within
+from worlds.support import trio_test
+from worlds.wire import two_nodes
 
-from golem.exeunit.engine.watch import ENGINE_GONE
-from golem.exeunit.runtimes.base import (
+from golem.exeunit.runtime import (
     Deployment,
     DeployOptions,
     ExitStatus,
@@ -35,9 +34,10 @@ from golem.exeunit.runtimes.base import (
     Terminal,
     VolumeRequest,
 )
-from golem.exeunit.runtimes.vm import VmRuntime
-from golem.files import FileSink, FileSource
-from golem.local_engine import LocalEngine
+from golem.exeunit.runtimes.vm.runtime import VmRuntime
+from golem.exeunit.runtimes.vm.watch import ENGINE_GONE
+from golem.files.server import FileSink, FileSource
+from golem.lab.engine import LocalEngine
 from protocol.activity import DestroyActivity
 
 pytestmark = [pytest.mark.root, pytest.mark.integration]
@@ -518,7 +518,7 @@ async def test_self_test_says_why_not(engine: LocalEngine, tmp_path: Path) -> No
 @trio_test
 async def test_self_test_notices_an_open_door(engine: LocalEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     everything = json.dumps({"defaultAction": "SCMP_ACT_ALLOW", "archMap": [], "syscalls": []})
-    monkeypatch.setattr("golem.exeunit.engine.container.profile", lambda inotify: everything)
+    monkeypatch.setattr("golem.exeunit.runtimes.vm.container.profile", lambda inotify: everything)
     problem = await VmRuntime(tmp_path, engine.host).self_test()
     assert problem is not None
     assert "AF_VSOCK" in problem or "io_uring" in problem or "i386" in problem

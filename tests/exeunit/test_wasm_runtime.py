@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 import trio
 import wat_modules as wat
-from patience import patience, within
-from support import trio_test
+from worlds.patience import patience, within
+from worlds.support import trio_test
 
-from golem.exeunit.runtimes import make_runtime, runtime_names, wasm
-from golem.exeunit.runtimes.base import DeployOptions, ExitStatus, Limits, Runtime, RuntimeFault, Side, VolumeRequest
-from golem.exeunit.runtimes.wasm import WasmRuntime, WasmSettings
+from golem.exeunit.runtime import DeployOptions, ExitStatus, Limits, Runtime, RuntimeFault, Side, VolumeRequest
+from golem.exeunit.runtimes import make_runtime, runtime_names
+from golem.exeunit.runtimes.wasm import runtime as wasm
+from golem.exeunit.runtimes.wasm.runtime import WasmRuntime, WasmSettings
 from golem.exeunit.usage import room_left
 
 MIB = 1 / 1024
@@ -536,8 +537,8 @@ async def test_cancelled_run_leaves_no_process(tmp_path: Path) -> None:
 PLAIN_USER = """
     import sys, trio
     from pathlib import Path
-    from golem.exeunit.runtimes.base import DeployOptions
-    from golem.exeunit.runtimes.wasm import WasmRuntime
+    from golem.exeunit.runtime import DeployOptions
+    from golem.exeunit.runtimes.wasm.runtime import WasmRuntime
     async def main():
         root = Path(sys.argv[1])
         runtime = WasmRuntime(root / "compiled")

@@ -41,9 +41,15 @@ def first_sentence(message: type) -> str:
 def machines() -> Iterator[tuple[str, Any, dict[type, str]]]:
     """Yield (name, machine or port, who alone says what) of all actors with a vocabulary of their own."""
     sys.path.insert(0, str(ROOT))
-    from actors import activity, exeunit, ledger, market, negotiation, provider, wallet
+    from actors import exeunit
+    from actors.activity import machine as activity
+    from actors.ledger import machine as ledger
+    from actors.market import machine as market
+    from actors.negotiation import machine as negotiation
+    from actors.provider import machine as provider
+    from actors.wallet import machine as wallet
     from golem.chain.port import Chain
-    from golem.signer_port import SignerPort
+    from golem.node.signer import SignerPort
 
     yield "market", market.Market, market._SOURCES
     yield "negotiation", negotiation.Negotiation, negotiation._SOURCES

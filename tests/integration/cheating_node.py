@@ -12,8 +12,9 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from actors import _provider_billing, agreements  # noqa: E402
-from actors._money_draft import MoneyDraft  # noqa: E402
+from actors.kernel.typed_draft import MoneyDraft  # noqa: E402
+from actors.negotiation import agreements  # noqa: E402
+from actors.provider import billing as _provider_billing  # noqa: E402
 from golem.cli import main  # noqa: E402
 from protocol.ledger import DocumentReceived  # noqa: E402
 from protocol.types import amount_text  # noqa: E402

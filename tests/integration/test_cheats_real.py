@@ -17,10 +17,10 @@ from typing import Any
 import httpx
 import pytest
 import trio
-from patience import within
-from support import trio_test
+from worlds.patience import within
+from worlds.support import trio_test
 
-from golem.localnet import LocalNet, LocalNode, open_localnet
+from golem.lab.localnet import LocalNet, LocalNode, open_localnet
 
 ROOT = Path(__file__).resolve().parents[2]
 HELLO = ROOT / "examples" / "hello"

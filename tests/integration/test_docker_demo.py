@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import trio
-from patience import patience, within
+from worlds.patience import patience, within
 
-from golem.demo import PROVIDER_SHARE, YAPAPI_PYTHON
-from golem.local_engine import LocalEngine
-from golem.localnet import LocalNet
+from golem.lab.demo import PROVIDER_SHARE, YAPAPI_PYTHON
+from golem.lab.engine import LocalEngine
+from golem.lab.localnet import LocalNet
 
 pytestmark = [
     pytest.mark.integration, pytest.mark.root,
@@ -28,7 +28,7 @@ DOCKER_EXAMPLE = ROOT / "examples" / "docker"
 
 def test_a_picture_from_containers(engine: LocalEngine, tmp_path: Path) -> None:
     picture = tmp_path / "picture.png"
-    line = [sys.executable, "-m", "golem.demo", "--runtime", "vm", "--out", str(picture), "--width", "96", "--height", "64",
+    line = [sys.executable, "-m", "golem.lab.demo", "--runtime", "vm", "--out", str(picture), "--width", "96", "--height", "64",
             "--samples", "16", "--tiles", "4x2"]  # fmt: skip
     env = {**os.environ, "DOCKER_HOST": engine.host}
     done = subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=patience(280))

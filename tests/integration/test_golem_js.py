@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import trio
-from engine import admin, busybox_tar, import_image
-from patience import patience, within
-from support import trio_test
+from worlds.engine import admin, busybox_tar, import_image
+from worlds.patience import patience, within
+from worlds.support import trio_test
 
-from golem.local_engine import LocalEngine
-from golem.localnet import LocalNet, LocalNode, open_localnet
+from golem.lab.engine import LocalEngine
+from golem.lab.localnet import LocalNet, LocalNode, open_localnet
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "js"

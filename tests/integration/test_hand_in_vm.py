@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import trio
-from engine import admin, busybox_tar, import_image
-from hand_world import HandWorld, hand_world
-from patience import within
-from support import trio_test
-from test_cli_activity import golem, screen
+from cli.test_cli_activity import golem, screen
+from worlds.engine import admin, busybox_tar, import_image
+from worlds.hand_world import HandWorld, hand_world
+from worlds.patience import within
+from worlds.support import trio_test
 
-from golem.local_engine import LocalEngine
+from golem.lab.engine import LocalEngine
 
 pytestmark = [pytest.mark.integration, pytest.mark.root]
 

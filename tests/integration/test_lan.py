@@ -22,11 +22,11 @@ from typing import Any
 
 import pytest
 import trio
-from patience import patience
-from support import trio_test
+from worlds.patience import patience
+from worlds.support import trio_test
 
-from golem.bus import open_client
-from golem.localnet import LocalNode, Process
+from golem.bus.client import open_client
+from golem.lab.localnet import LocalNode, Process
 
 pytestmark = [
     pytest.mark.integration, pytest.mark.root,

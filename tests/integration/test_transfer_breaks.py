@@ -12,16 +12,16 @@ from signal import SIGKILL
 
 import pytest
 import trio
-from patience import within
-from support import trio_test
+from worlds.patience import within
+from worlds.support import trio_test
 
-import golem.exeunit.transfer
+import golem.exeunit.transfer.transfers
 from golem.exeunit.process import BusGftp
-from golem.exeunit.runtimes.base import Volume
-from golem.exeunit.spool import TransferPolicy
-from golem.exeunit.transfer import Transfers
-from golem.gftp import Gftp
-from golem.localnet import LocalNode, open_localnet
+from golem.exeunit.runtime import Volume
+from golem.exeunit.transfer.spool import TransferPolicy
+from golem.exeunit.transfer.transfers import Transfers
+from golem.files.tool import Gftp
+from golem.lab.localnet import LocalNode, open_localnet
 
 pytestmark = pytest.mark.integration
 
@@ -71,7 +71,7 @@ async def tool(node: LocalNode) -> AsyncIterator[Gftp]:
 @trio_test
 async def test_200_mb_both_ways_through_nodes_that_die(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for delays in ("RETRY_DELAYS_S", "PATIENT_DELAYS_S"):
-        monkeypatch.setattr(golem.exeunit.transfer, delays, (0.3,) * 100)
+        monkeypatch.setattr(golem.exeunit.transfer.transfers, delays, (0.3,) * 100)
     source, volume = tmp_path / "source", tmp_path / "volume"
     source.write_bytes(random.Random(3).randbytes(SIZE))
     volume.mkdir()

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import trio
-from patience import within
-from support import trio_test
+from worlds.patience import within
+from worlds.support import trio_test
 
 from golem.chain.devchain import INFO_NAME
-from golem.localnet import Process, open_localnet
+from golem.lab.localnet import Process, open_localnet
 
 ROOT = Path(__file__).resolve().parents[2]
 HELLO = ROOT / "examples" / "hello" / "hello.wasm"

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import trio
-from engine import busybox_tar
-from support import trio_test
+from worlds.engine import busybox_tar
+from worlds.support import trio_test
 
-from golem.gftp import Gftp
-from golem.local_engine import LocalEngine
-from golem.localnet import open_localnet
+from golem.files.tool import Gftp
+from golem.lab.engine import LocalEngine
+from golem.lab.localnet import open_localnet
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "examples" / "rest"))

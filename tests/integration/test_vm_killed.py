@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import trio
-from engine import admin, busybox_tar
-from patience import within
-from support import trio_test
+from worlds.engine import admin, busybox_tar
+from worlds.patience import within
+from worlds.support import trio_test
 
-from golem.local_engine import LocalEngine
-from golem.localnet import LocalNet, LocalNode, open_localnet
+from golem.lab.engine import LocalEngine
+from golem.lab.localnet import LocalNet, LocalNode, open_localnet
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "examples" / "rest"))

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 import trio
-from patience import within
-from support import trio_test
+from worlds.patience import within
+from worlds.support import trio_test
 
-from golem.localnet import LocalNet, LocalNetError, LocalNode, open_localnet
+from golem.lab.localnet import LocalNet, LocalNetError, LocalNode, open_localnet
 
 ROOT = Path(__file__).resolve().parents[2]
 YAPAPI_PYTHON = ROOT / ".venv-yapapi" / "bin" / "python"

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import trio
-from support import mock_trio_test, trio_test
 from test_kernel_limits import Do, Doer, Nowhere, Text, disk, running, system_on
+from worlds.support import mock_trio_test, trio_test
 
 from actors.kernel import journal as journal_module
 from actors.kernel.answers import MAX_BYTES, MAX_MESSAGES

@@ -6,8 +6,8 @@ import sqlite3
 
 import pytest
 import trio
-from support import mock_trio_test
 from test_kernel_limits import Do, Doer, Text, disk, frame, running, system_on
+from worlds.support import mock_trio_test
 
 from actors.kernel.journal import Journal
 from actors.kernel.machine import NOTHING, ActorFailed, Emit, Meta, Rows, Step, Wake

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import trio
-from support import mock_trio_test
 from test_kernel_limits import Do, Doer, Text, disk, frame, running, system_on
+from worlds.support import mock_trio_test
 
 from actors.kernel.machine import Emit, Meta, Rows, Step, Wake
 from actors.kernel.records import JournalError

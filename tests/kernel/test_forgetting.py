@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import trio
-from patience import within
-from support import mock_trio_test, trio_test
 from test_older_disks import Cable, Say, copy_of, disk, heard, node, say, settled, told
+from worlds.patience import within
+from worlds.support import mock_trio_test, trio_test
 
 from actors.kernel import tables as tables_module
 from actors.kernel.journal import Journal

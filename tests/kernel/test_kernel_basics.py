@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import trio
-from support import mock_trio_test, trio_test
+from worlds.support import mock_trio_test, trio_test
 
 from actors.kernel.journal import Journal
 from actors.kernel.machine import NOTHING, ActorFailed, Emit, LinkDown, Meta, Reply, Rows, Send, Step, Wake

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import trio
-from patience import within
-from support import mock_trio_test, trio_test
+from worlds.patience import within
+from worlds.support import mock_trio_test, trio_test
 
 from actors.kernel import journal as journal_module
 from actors.kernel import row_view as row_view_module

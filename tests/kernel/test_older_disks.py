@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import trio
-from support import mock_trio_test
+from worlds.support import mock_trio_test
 
 from actors.kernel.journal import Journal
 from actors.kernel.lineage import agreed, boot_at, marked

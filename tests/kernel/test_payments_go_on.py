@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import trio
-from support import mock_trio_test, tell
 from test_kernel_limits import Nowhere, disk
+from worlds.support import mock_trio_test, tell
 
 from actors.kernel.journal import Journal
 from actors.kernel.machine import NOTHING, Meta, Rows, Send, Step
 from actors.kernel.system import System
-from actors.wallet import Wallet
+from actors.wallet.machine import Wallet
 from protocol.codec import encode
 from protocol.types import Undelivered
 from protocol.wallet import PaidOut, PayOut, PayOutDelayed, ResumePayments, Transfer, TransferConfirmed

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import trio
-from support import mock_trio_test
 from test_kernel_limits import Deed, Do, Doer, Nowhere, Text, boom, disk, frame, printing, running, system_on
+from worlds.support import mock_trio_test
 
 from actors.kernel.journal import Journal
 from actors.kernel.machine import ActorFailed, DropFeed, Emit, LinkDown, Meta, Rows, Send, Step, Wake

@@ -5,8 +5,8 @@ from __future__ import annotations
 from itertools import pairwise
 
 import trio
-from support import mock_trio_test
 from test_kernel_limits import Doer, Text, disk, frame, running, system_on
+from worlds.support import mock_trio_test
 
 from actors.kernel.complaints import FORGIVEN_S, LAST_WAIT_S, Violators
 from actors.kernel.machine import NOTHING

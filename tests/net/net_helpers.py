@@ -18,7 +18,7 @@ from libp2p.peer.id import ID
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
 from libp2p.security.noise.transport import Transport as Noise
 from multiaddr import Multiaddr
-from patience import within
+from worlds.patience import within
 
 from golem.net import NetConfig, Network, Timing, open_network
 from golem.net.host import Host

@@ -11,8 +11,8 @@ import msgpack
 import pytest
 import trio
 from net_helpers import KEYS, config, eventually, nodes
-from patience import within
-from support import trio_test
+from worlds.patience import within
+from worlds.support import trio_test
 
 from golem.net import NetError, Network, open_network
 from golem.net.gossip import Outbox

@@ -19,8 +19,8 @@ from libp2p.security.insecure.transport import PLAINTEXT_PROTOCOL_ID, InsecureTr
 from libp2p.stream_muxer.exceptions import MuxedStreamError, MuxedStreamReset
 from libp2p.utils.varint import encode_varint_prefixed
 from net_helpers import FAST, KEYS, dial_stock, echo_stream, eventually, frame, hosts, is_serving, key_pair, stock_host
-from patience import patience, within
-from support import trio_test
+from worlds.patience import patience, within
+from worlds.support import trio_test
 
 from golem.net import ListenError, NetConfig, Unreachable, open_network
 from golem.net.host import MAX_HANDSHAKES_PER_IP, Host

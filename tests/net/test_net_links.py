@@ -12,8 +12,8 @@ import pytest
 import trio
 from libp2p.stream_muxer.exceptions import MuxedStreamError
 from net_helpers import FAST, KEYS, config, echo, eventually, nodes
-from patience import patience, within
-from support import trio_test
+from worlds.patience import patience, within
+from worlds.support import trio_test
 
 from golem.net import Network, Timing, Unreachable, open_network
 from golem.net.host import Host

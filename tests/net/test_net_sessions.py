@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import trio
 from net_helpers import FAST, KEYS, config, echo, eventually, nodes
-from patience import patience, within
-from support import trio_test
+from worlds.patience import patience, within
+from worlds.support import trio_test
 
 from golem.net import Busy, NetError, NetRefusal, PeerStream, RemoteError, Unreachable, open_network
 from golem.net.types import MAX_REQUEST_BYTES

@@ -281,7 +281,7 @@ def test_a_stream_is_buffered_up_to_its_limit_and_no_further() -> None:
 
 # -- what peers may send at all
 def modules(package: types.ModuleType) -> Iterator[types.ModuleType]:
-    for found in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
+    for found in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
         if not found.ispkg:
             yield importlib.import_module(found.name)
 

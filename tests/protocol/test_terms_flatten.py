@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protocol.terms import MAX_KEY_DEPTH, MAX_PROPERTIES, MAX_PROPERTIES_BYTES, TermsError, flatten, unflatten
+from protocol.properties import MAX_KEY_DEPTH, MAX_PROPERTIES, MAX_PROPERTIES_BYTES, TermsError, flatten, unflatten
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protocol._terms_values import MAX_PATTERN_CHARS, MAX_PATTERN_TEXT_CHARS, Pattern
+from protocol.patterns import MAX_PATTERN_CHARS, MAX_PATTERN_TEXT_CHARS, Pattern
 
 
 @pytest.mark.parametrize(

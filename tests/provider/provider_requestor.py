@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import httpx
-from patience import patience
+from worlds.patience import patience
 
 PLATFORM_KEY = "golem.com.payment.chosen-platform"
 

@@ -14,11 +14,11 @@ from typing import Any, TypeVar
 
 import pytest
 import trio
-from patience import within
 from provider_requestor import Requestor, eventually
-from support import trio_test
+from worlds.patience import within
+from worlds.support import trio_test
 
-from golem.localnet import LocalNet, LocalNode, Process, open_localnet
+from golem.lab.localnet import LocalNet, LocalNode, Process, open_localnet
 from golem.provider.client import NodeClient
 from golem.provider.port import RestPort
 from protocol.provider import InvoiceIssued, IssueInvoice, IssueNote, NoteIssued

@@ -14,12 +14,12 @@ import httpx
 import pytest
 import trio
 from click.testing import CliRunner
-from support import mock_trio_test
+from worlds.support import mock_trio_test
 
-from actors._provider_negotiators import COEFFS, VECTOR, Terms
+from actors.provider.rules import COEFFS, VECTOR, Terms
+from golem.base.dotenv_file import _NAMES
 from golem.cli import main
 from golem.config import ConfigError, config_from
-from golem.dotenv_file import _NAMES
 from golem.provider.client import NodeClient
 from golem.provider.environment import SETTINGS, kept_settings, read_environment
 from golem.provider.hardware import Profile, default_profile, load_profile, machine_profile

@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 import trio
-from support import mock_trio_test
+from worlds.support import mock_trio_test
 
 from golem.provider.client import NodeClient
 from golem.provider.polls import ProposalCache, follow, watch_offer

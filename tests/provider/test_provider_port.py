@@ -14,16 +14,17 @@ from typing import Any
 import httpx
 import pytest
 import trio
-from patience import patience, within
-from support import mock_trio_test, trio_test
+from worlds.patience import patience, within
+from worlds.support import mock_trio_test, trio_test
 
 from actors.kernel.machine import Meta, Send
 from golem.exeunit.supervisor import HOLD, start_ticks
 from golem.provider.client import MAX_ANSWER_BYTES, ApiError, NodeAway, NodeClient
 from golem.provider.leftovers import Leftovers
 from golem.provider.port import RestPort
-from golem.provider.processes import Processes, find_unit, is_unit, unit_environment
+from golem.provider.processes import Processes
 from golem.provider.runtimes import ExeUnits
+from golem.provider.units import find_unit, is_unit, unit_environment
 from protocol.provider import (
     ApprovalEnded,
     ApproveAgreement,

@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 import trio
-from engine import admin, busybox_tar
-from patience import patience
 from provider_requestor import Requestor, eventually
-from support import trio_test
 from test_provider_agent import call
+from worlds.engine import admin, busybox_tar
+from worlds.patience import patience
+from worlds.support import trio_test
 
-from golem.local_engine import LocalEngine
-from golem.localnet import LocalNet, LocalNode, open_localnet
+from golem.lab.engine import LocalEngine
+from golem.lab.localnet import LocalNet, LocalNode, open_localnet
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "examples" / "rest"))

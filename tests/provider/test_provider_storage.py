@@ -13,10 +13,10 @@ import httpx
 import pytest
 import trio
 import trio.testing
-from support import mock_trio_test, trio_test
+from worlds.support import mock_trio_test, trio_test
 
-from actors._provider_negotiators import VECTOR
-from golem.exeunit.engine.storage import SPARE_BYTES
+from actors.provider.rules import VECTOR
+from golem.exeunit.runtimes.vm.storage import SPARE_BYTES
 from golem.provider.client import NodeClient
 from golem.provider.hardware import load_profile
 from golem.provider.offering import LOOK_S, Offering

@@ -8,17 +8,17 @@ from typing import Any
 
 import httpx
 import trio
-from playbook import playbook
-from support import mock_trio_test
 from test_provider_port import META, Node, Outbox
+from worlds.playbook import playbook
+from worlds.support import mock_trio_test
 
-from actors._provider_rows import TaskRow
-from actors._provider_turn import ProviderConfig
 from actors.kernel.journal import Journal
 from actors.kernel.machine import Emit, Meta, Rows, Send, Step
 from actors.kernel.records import Commit
 from actors.kernel.system import System
-from actors.provider import Provider
+from actors.provider.machine import Provider
+from actors.provider.rows import TaskRow
+from actors.provider.turn import ProviderConfig
 from golem.provider.agent import NoTransport
 from golem.provider.port import MAX_PROPOSALS, ProposalPort, RestPort
 from protocol.provider import (

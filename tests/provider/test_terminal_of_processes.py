@@ -1,7 +1,7 @@
 """A real node and a real agent, which peers feed with hostile texts: nothing of these commands a terminal, wherever it is said.
 
-`tests/test_terminal.py` has every text and every command one by one; here the whole way is gone, from a peer's session, offer,
-demand, negotiation, agreement and program to what `golem run`, `golem provider run`, exe-units and the command line say.
+`tests/cli/test_terminal.py` has every text and every command one by one; here the whole way is gone, from a peer's session,
+offer, demand, negotiation, agreement and program to what `golem run`, `golem provider run`, exe-units and the command line say.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ import httpx
 import msgspec
 import pytest
 import trio
+from cli.test_terminal import ESCAPES, FORGED, HOSTILE, TURNS, is_clean
 from click.testing import CliRunner
-from node_in_test import node_in_test
-from patience import patience, within
 from provider_requestor import Requestor, eventually
-from support import trio_test
-from test_terminal import ESCAPES, FORGED, HOSTILE, TURNS, is_clean
+from worlds.node_in_test import node_in_test
+from worlds.patience import patience, within
+from worlds.support import trio_test
 
 from golem.cli import main
-from golem.localnet import LocalNode, open_localnet
+from golem.lab.localnet import LocalNode, open_localnet
 from golem.net import NetError
-from golem.node import Node
+from golem.node.node import Node
 from protocol.codec import Envelope, encode_batch
 
 pytestmark = [pytest.mark.integration]

@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
-from node_in_test import HEADERS
-from patience import within
-from support import tell, trio_test
 from test_rest_payment import PLATFORM, Agent, one
+from worlds.node_in_test import HEADERS
+from worlds.patience import within
+from worlds.support import tell, trio_test
 
-from golem.commands import COMMANDS
-from golem.node import Node
+from golem.control.command import COMMANDS
+from golem.node.node import Node
 from protocol.activity import ActivityKnown
 from protocol.ledger import Done, Recall
 from protocol.negotiation import AgreementApproved

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import trio
-from support import tell, trio_test
 from test_rpcs_away import get, node_on
+from worlds.support import tell, trio_test
 
 from actors.kernel.records import sealed, unsealed
-from actors.ledger import acceptance_of
+from actors.ledger.machine import acceptance_of
 from golem.chain.devchain import ensure_devchain, stop_devchain
-from golem.node import Node
+from golem.node.node import Node
 from protocol.codec import Envelope, decode_ack, encode, encode_batch
 from protocol.ledger import AcceptDocument, CreateAllocation, DocumentSent, Done, InvoiceBody, encode_body
 from protocol.negotiation import AgreementApproved

@@ -16,19 +16,20 @@ import httpx
 import pytest
 import trio
 import trio_websocket
+from files.test_gftp import fetch, send
 from flatbuffers.flexbuffers import Dumps
-from node_in_test import APP_KEY, HEADERS, node_in_test
-from patience import patience, within
-from support import mock_trio_test, trio_test
-from test_gftp import fetch, send
 from trio_websocket import ConnectionClosed, ConnectionRejected, WebSocketConnection
+from worlds.node_in_test import APP_KEY, HEADERS, node_in_test
+from worlds.patience import patience, within
+from worlds.support import mock_trio_test, trio_test
 
-from golem import gsb
-from golem.gftp_peer import GftpPeer
-from golem.gftp_wire import FileFault
-from golem.gsb import ANSWER_TIMEOUT_S, CHUNK_BYTES, IN_FLIGHT, Conversation, Download, Upload
-from golem.gsb_frames import decode, encode
-from golem.node import Node, serve_rest
+from golem.daemon import serve_rest
+from golem.files import agents as gsb
+from golem.files.agents import ANSWER_TIMEOUT_S, CHUNK_BYTES, IN_FLIGHT, Conversation, Download, Upload
+from golem.files.client import GftpPeer
+from golem.files.flexbuffers import decode, encode
+from golem.files.wire import FileFault
+from golem.node.node import Node
 
 READ, TAKE = ["GetMetadata", "GetChunk"], ["UploadChunk", "UploadFinished"]
 PROTOCOL = "gsb+flexbuffers"

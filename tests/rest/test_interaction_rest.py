@@ -17,15 +17,15 @@ import hypercorn.config
 import hypercorn.trio
 import pytest
 import trio
-from hand_world import HandWorld, hand_world, listening
-from node_in_test import APP_KEY
-from patience import within
-from support import trio_test
 from trio_websocket import ConnectionClosed, ConnectionRejected, open_websocket_url
+from worlds.hand_world import HandWorld, hand_world, listening
+from worlds.node_in_test import APP_KEY
+from worlds.patience import within
+from worlds.support import trio_test
 
-from golem.identity import AppKey
-from golem.interaction_wire import OpenTerminal
-from golem.node import Node
+from golem.interaction.wire import OpenTerminal
+from golem.node.app_keys import AppKey
+from golem.node.node import Node
 
 pytestmark = pytest.mark.integration
 

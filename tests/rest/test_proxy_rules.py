@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import trio
-from support import trio_test
+from worlds.support import trio_test
 from wsproto.connection import Connection, ConnectionType
 from wsproto.events import BytesMessage, Ping
 from wsproto.frame_protocol import CloseReason
 
-from golem.interaction import ServiceStream
+from golem.interaction.broker import ServiceStream
 from golem.rest.edge import ApiError
 from golem.rest.proxy_rules import SANDBOX, Target, cross_origin, forwarded, key_of, returned, without_key
 from golem.rest.proxy_socket import _Relay

@@ -20,9 +20,9 @@ import httpx
 import pytest
 import requests
 import urllib3
-from patience import patience
+from worlds.patience import patience
 
-from golem.hosts import is_this_machine, read_authority
+from golem.base.hosts import is_this_machine, read_authority
 from golem.rest.proxy_rules import Target, has_key, returned
 
 HERE = b"/activity-api/v1/activity/1/proxy-http"

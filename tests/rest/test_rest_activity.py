@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 import trio
-from node_in_test import HEADERS, rest_in_test
-from patience import patience, within
-from support import tell, trio_test
+from worlds.node_in_test import HEADERS, rest_in_test
+from worlds.patience import patience, within
+from worlds.support import tell, trio_test
 
 from actors.kernel.machine import Send
-from golem.files import FileSink, FileSource
-from golem.node import Node
+from golem.files.server import FileSink, FileSource
+from golem.node.node import Node
 from protocol.activity import STATES, CommandResult, StateReported
 from protocol.negotiation import AgreementApproved
 

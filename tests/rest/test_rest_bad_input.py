@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import trio
-from node_in_test import HEADERS, rest_in_test
-from patience import patience
-from support import trio_test
+from worlds.node_in_test import HEADERS, rest_in_test
+from worlds.patience import patience
+from worlds.support import trio_test
 
 OPEN = ("/version/get", "/metrics-api", "/v1/image/", "/image.<sha3>.link")
 #: What each kind of path parameter is filled with: nothing that exists.

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import trio
-from market_world import OFFER_CONSTRAINTS, OFFER_PROPERTIES
-from node_in_test import APP_KEY, HEADERS, node_in_test
-from patience import patience
-from support import trio_test
+from worlds.market_world import OFFER_CONSTRAINTS, OFFER_PROPERTIES
+from worlds.node_in_test import APP_KEY, HEADERS, node_in_test
+from worlds.patience import patience
+from worlds.support import trio_test
 
 from golem.config import ConfigError, config_from
-from golem.node import forget_events
+from golem.daemon import forget_events
 from golem.rest.app import create_app
 
 MARKET = "/market-api/v1"

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
-from market_world import DEMAND_CONSTRAINTS, DEMAND_PROPERTIES, OFFER_CONSTRAINTS, OFFER_PROPERTIES
-from node_in_test import HEADERS, node_in_test
-from patience import patience, within
-from support import trio_test
+from worlds.market_world import DEMAND_CONSTRAINTS, DEMAND_PROPERTIES, OFFER_CONSTRAINTS, OFFER_PROPERTIES
+from worlds.node_in_test import HEADERS, node_in_test
+from worlds.patience import patience, within
+from worlds.support import trio_test
 
-from golem.node import Node
+from golem.node.node import Node
 from golem.rest.app import create_app
 from protocol.types import timestamp, timestamp_text
 

@@ -13,17 +13,17 @@ from typing import Any
 
 import pytest
 import trio
-from node_in_test import HEADERS, node_in_test
-from patience import patience, within
 from quart_trio import QuartTrio
-from support import tell, trio_test
+from worlds.node_in_test import HEADERS, node_in_test
+from worlds.patience import patience, within
+from worlds.support import tell, trio_test
 
-from golem import payment_commands as _registers_its_commands  # noqa: F401
 from golem.chain import port
 from golem.chain.devchain import ensure_devchain, stop_devchain
-from golem.commands import COMMANDS
-from golem.node import Node
-from golem.payout import Payout
+from golem.control import debts as _registers_its_commands  # noqa: F401
+from golem.control.command import COMMANDS
+from golem.node.node import Node
+from golem.node.payout import Payout
 from golem.rest import app as rest_app
 from golem.rest import payment
 from protocol.activity import ActivityKnown

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import trio
-from node_in_test import HEADERS, rest_in_test
-from patience import within
-from support import trio_test
+from worlds.node_in_test import HEADERS, rest_in_test
+from worlds.patience import within
+from worlds.support import trio_test
 
 OWN, OTHERS = "https://mine.example", "https://keys.example"
 

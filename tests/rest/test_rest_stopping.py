@@ -13,12 +13,13 @@ import httpx
 import pytest
 import trio
 import trio_websocket
-from node_in_test import APP_KEY, HEADERS, node_in_test
-from patience import patience, within
-from support import trio_test
 from test_rest_activity import pair
+from worlds.node_in_test import APP_KEY, HEADERS, node_in_test
+from worlds.patience import patience, within
+from worlds.support import trio_test
 
-from golem.node import Node, serve_rest
+from golem.daemon import serve_rest
+from golem.node.node import Node
 
 SOON_S = 1.5
 
@@ -31,7 +32,7 @@ class Served:
         self.ended = trio.Event()
 
     async def stop(self) -> float:
-        """Stop as `golem.node.run_node` does; returns how many seconds it took."""
+        """Stop as `golem.daemon.run_node` does; returns how many seconds it took."""
         began = time.monotonic()
         self.node.stopping.set()
         self.node.system.feeds.close()
@@ -130,7 +131,7 @@ async def test_a_stop_ends_the_event_stream_of_a_batch_that_runs(tmp_path: Path)
 
 @trio_test
 async def test_who_takes_nothing_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("golem.node.GRACE_S", 0.5)
+    monkeypatch.setattr("golem.daemon.GRACE_S", 0.5)
     async with node_in_test(tmp_path) as node, served(node) as rest:
         async with await trio.open_tcp_stream(*address(node)) as stream:
             question = b"GET /version/get HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1000

@@ -10,15 +10,16 @@ from typing import Any
 
 import pytest
 import trio
-from node_in_test import APP_KEY, HEADERS
-from patience import within
-from support import trio_test
+from worlds.node_in_test import APP_KEY, HEADERS
+from worlds.patience import within
+from worlds.support import trio_test
 
 from golem.chain import port, purse
 from golem.chain.devchain import ensure_devchain, genesis, stop_devchain
-from golem.commands import COMMANDS
 from golem.config import config_from
-from golem.node import Node, open_node
+from golem.control.command import COMMANDS
+from golem.daemon import open_node
+from golem.node.node import Node
 from golem.rest.app import create_app
 
 PLATFORM = "erc20-holesky-tglm"

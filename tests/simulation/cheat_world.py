@@ -14,23 +14,23 @@ from collections.abc import Callable, Iterable
 from decimal import Decimal
 from typing import Any
 
-from market_world import KEYS, demand, offer
-from money import PLATFORM
-from playbook import START, Playbook, playbook
+from worlds.market_world import KEYS, demand, offer
+from worlds.money import PLATFORM
+from worlds.playbook import START, Playbook, playbook
 
-from actors._provider_negotiators import Terms
-from actors._provider_rows import cost
-from actors._provider_turn import ProviderConfig
-from actors.activity import Activity
+from actors.activity.machine import Activity
 from actors.kernel.machine import Send
-from actors.ledger import Ledger, acceptance_of
-from actors.negotiation import Negotiation
-from actors.provider import Provider
-from golem.rest.market_forms import agreement_form
+from actors.ledger.machine import Ledger, acceptance_of
+from actors.negotiation.machine import Negotiation
+from actors.provider.machine import Provider
+from actors.provider.rules import Terms
+from actors.provider.turn import ProviderConfig
+from golem.node.market_forms import agreement_form
 from protocol import activity as act
 from protocol import ledger as money
 from protocol import negotiation as talk
 from protocol import provider as agent
+from protocol.amounts import cost
 from protocol.codec import encode
 from protocol.market import Matched, Rematch, SubscriptionOpened, canonical
 from protocol.signing import node_id_of, sign

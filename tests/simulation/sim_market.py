@@ -17,20 +17,20 @@ from typing import Any
 
 import sim_market_checks as checks
 import trio
-from market_world import KEYS
-from money import PLATFORM
 from sim_market_agents import ProviderAgent, RequestorAgent
 from sim_world import EPOCH_S, SAFETY_S, Broken, Host, SimJournal, SimSystem, Wire, World
-from whole_life import demand_of, offer_of
+from worlds.market_world import KEYS
+from worlds.money import PLATFORM
+from worlds.whole_life import demand_of, offer_of
 
-from actors.activity import Activity
+from actors.activity.machine import Activity
 from actors.exeunit import ExeUnit
 from actors.kernel.machine import AskTimeout, Busy, LinkDown, Meta, Send
-from actors.ledger import Ledger
-from actors.market import Market
-from actors.negotiation import Negotiation
-from actors.wallet import Wallet
-from golem.signer_port import SignerPort
+from actors.ledger.machine import Ledger
+from actors.market.machine import Market
+from actors.negotiation.machine import Negotiation
+from actors.wallet.machine import Wallet
+from golem.node.signer import SignerPort
 from protocol.codec import decode_batch
 from protocol.exeunit import CancelCommand, CommandFinished, Execute, UnitStarted
 from protocol.market import Announced, PeerUp

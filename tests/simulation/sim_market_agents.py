@@ -11,15 +11,15 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import trio
-from money import PLATFORM
+from worlds.money import PLATFORM
 
-from actors.activity import ActivityRow, BatchRow
-from actors.agreement_rows import OPEN, Agreement, lapsed
+from actors.activity.machine import ActivityRow, BatchRow
 from actors.kernel.machine import ActorFailed, AskTimeout, Busy
 from actors.kernel.records import JournalError
-from actors.ledger import Allocation, PaymentDocument, acceptance_of
-from actors.proposals import Proposal
-from actors.wallet import PayOrder
+from actors.ledger.machine import Allocation, PaymentDocument, acceptance_of
+from actors.negotiation.proposals import Proposal
+from actors.negotiation.rows import OPEN, Agreement, lapsed
+from actors.wallet.rows import PayOrder
 from protocol.activity import CreateActivity, DestroyActivity, Exec
 from protocol.exeunit import ShutDown
 from protocol.ledger import (

@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from sim_world import Broken
 
-from actors.activity import Activity, ActivityRow, BatchRow, ResultRow
-from actors.agreement_rows import Agreement
+from actors.activity.machine import Activity, ActivityRow, BatchRow, ResultRow
 from actors.kernel.records import unsealed
-from actors.ledger import Agreement as Terms
-from actors.ledger import Allocation, Ledger, Order, Payment, PaymentDocument, total_of
-from actors.market import Market
-from actors.negotiation import Negotiation
-from actors.wallet import PayOrder, Wallet
+from actors.ledger.machine import Agreement as Terms
+from actors.ledger.machine import Allocation, Ledger, Order, Payment, PaymentDocument, total_of
+from actors.market.machine import Market
+from actors.negotiation.machine import Negotiation
+from actors.negotiation.rows import Agreement
+from actors.wallet.machine import Wallet
+from actors.wallet.rows import PayOrder
 from protocol.codec import Decoder
 
 if TYPE_CHECKING:

@@ -17,8 +17,9 @@ from cheat_world import ACCEPT, ADDRESS, DAY_S, INTERVAL, SECOND, TIMEOUT, Cheat
 from msgspec.structs import replace
 from sim_seeds import share
 
-from actors import _provider_credit, provider
-from actors._provider_negotiators import Terms
+from actors.provider import credit as _provider_credit
+from actors.provider import machine as provider
+from actors.provider.rules import Terms
 from protocol import ledger as money
 from protocol import negotiation as talk
 from protocol.negotiation import agreement_body

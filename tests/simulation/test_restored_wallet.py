@@ -21,7 +21,7 @@ from sim_scheduler import run_seeded
 from actors.kernel.journal import Journal
 from actors.kernel.machine import NOTHING, LinkDown, Meta, Rows, Send, Step
 from actors.kernel.system import System
-from actors.wallet import Wallet
+from actors.wallet.machine import Wallet
 from protocol.types import Message, Undelivered
 from protocol.wallet import (
     KnownBatch,

@@ -19,9 +19,14 @@ from sim_market import MarketWorld, simulate_market
 from sim_seeds import share
 from test_simulation import chosen_seed, first_cause
 
-from actors import _ledger_documents, _ledger_payer, _ledger_payments, agreements, ledger
-from actors.activity import Activity
-from actors.wallet import CONFIRMED, Wallet
+from actors.activity.machine import Activity
+from actors.ledger import documents as _ledger_documents
+from actors.ledger import machine as ledger
+from actors.ledger import payer as _ledger_payer
+from actors.ledger import payments as _ledger_payments
+from actors.negotiation import agreements
+from actors.wallet.machine import Wallet
+from actors.wallet.rows import CONFIRMED
 from protocol.ledger import VerifyAgain
 
 SEEDS = int(os.environ.get("MARKET_SEEDS", "80"))

@@ -17,7 +17,7 @@ from pathlib import Path
 import httpx
 import trio
 
-from golem.children import CWD, child_environment, python_line
+from golem.base.children import CWD, child_environment, python_line
 
 INFO_NAME = "chain.json"
 LOCK_NAME = "chain.lock"

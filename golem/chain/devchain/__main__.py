@@ -20,10 +20,10 @@ from pathlib import Path
 
 import trio
 
+from golem.base.printing import set_up_logs
 from golem.chain.devchain import BUSY_EXIT, INFO_NAME, LOCK_NAME, LOOPBACK, token_of
 from golem.chain.devchain.genesis import CHAIN_ID
-from golem.identity import write_private
-from golem.printing import set_up_logs
+from golem.private_files import write_private
 
 TOKEN_BYTES = 16
 LOOK_S = 2.0  # between looks whether the directory is still there

@@ -22,10 +22,10 @@ import trio
 from eth.exceptions import PyEVMError
 from eth_utils.exceptions import ValidationError
 
+from golem.base.hosts import is_of_this_machine
 from golem.chain.devchain import LOOPBACK
 from golem.chain.devchain.chain import ChainError, DevChain
 from golem.chain.devchain.methods import Methods
-from golem.hosts import is_of_this_machine
 
 log = logging.getLogger(__name__)
 

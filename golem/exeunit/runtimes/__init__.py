@@ -1,9 +1,9 @@
-"""Runtimes: what an activity may be run in. Each is one module with one class that implements `base.Runtime`.
+"""Runtimes: what an activity may be run in. Each is one package with one class that implements `runtime.Runtime`.
 
-To add one, write the module and name it in `_RUNTIMES`. Modules are imported when asked for: a node without Docker need
+To add one, write the package and name it in `_RUNTIMES`. Modules are imported when asked for: a node without Docker need
 not have its client, and the children of `wasm` import this package for every command.
-A runtime that is a program of its own needs no module: a descriptor file names it (`golem.exeunit.descriptors`), and
-`external` speaks to it.
+A runtime that is a program of its own needs no module: a descriptor file names it
+(`golem.exeunit.runtimes.plugin.descriptors`), and `plugin.runtime` speaks to it.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from golem.exeunit.runtimes.base import Runtime
+    from golem.exeunit.runtime import Runtime
 
 # Name in `golem.runtime.name` -> module here, class in it, which is called with a directory for what it caches.
-_RUNTIMES = {"wasmtime": ("wasm", "WasmRuntime"), "vm": ("vm", "VmRuntime")}
+_RUNTIMES = {"wasmtime": ("wasm.runtime", "WasmRuntime"), "vm": ("vm.runtime", "VmRuntime")}
 
 
 def runtime_names() -> tuple[str, ...]:
@@ -39,8 +39,8 @@ def make_runtime(name: str, cache_dir: Path) -> Runtime:
 
 
 def _described(name: str) -> Runtime:
-    from golem.exeunit.descriptors import SEARCH, find_descriptors
-    from golem.exeunit.runtimes.external import ExternalRuntime
+    from golem.exeunit.runtimes.plugin.descriptors import SEARCH, find_descriptors
+    from golem.exeunit.runtimes.plugin.runtime import ExternalRuntime
 
     found = find_descriptors(os.environ.get(SEARCH), taken=_RUNTIMES)
     if name not in found.runtimes:

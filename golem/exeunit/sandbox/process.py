@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import trio
 
-from golem.exeunit.runtimes.base import Side
+from golem.exeunit.runtime import Side
 from golem.exeunit.usage import peak_from_status, process_cpu_s, process_peak_bytes
 
 CHUNK_BYTES = 1 << 16

@@ -1,0 +1,261 @@
+"""Debit notes and invoices at their issuer: write, sign, send, cancel, and what the payer answers."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+
+from msgspec.structs import replace
+
+from actors.kernel.typed_draft import Declined, MoneyDraft
+from actors.ledger.allocations import amount_of
+from actors.ledger.documents import (
+    add,
+    agreement_of,
+    cancelled,
+    check_sender,
+    document_of,
+    event,
+    invoice_floor,
+    owe,
+    put,
+    rejected,
+    settle,
+)
+from actors.ledger.rows import (
+    ACCEPTED,
+    CANCELLED,
+    FEEDS,
+    ISSUED,
+    PAYEE,
+    RECEIVED,
+    SETTLED,
+    Activity,
+    Agreement,
+    Open,
+    PaymentDocument,
+    acceptance_of,
+)
+from protocol.ledger import (
+    DEBIT_NOTE,
+    INVOICE,
+    MAX_ACTIVITIES,
+    MAX_REJECTION_CHARS,
+    MAX_USAGE_COUNTERS,
+    AcceptanceBody,
+    CancelInvoice,
+    DebitNoteBody,
+    DocumentAccepted,
+    DocumentReceived,
+    DocumentRefused,
+    DocumentSent,
+    Done,
+    InvoiceBody,
+    InvoiceCancelled,
+    InvoiceCancelRequested,
+    InvoiceRejected,
+    IssueDebitNote,
+    IssueInvoice,
+    SendDocument,
+    decode_body,
+    encode_body,
+)
+from protocol.signing import Document, verify
+from protocol.types import Violation, address, amount, amount_text, timestamp_text
+
+
+# -- the payee's commands
+def issue_debit_note(draft: MoneyDraft, me: str, command: IssueDebitNote) -> None:
+    """Write a debit note over the running total of an activity."""
+    key = f"debit-note/{command.debit_note_id}"
+    if draft.row(PaymentDocument, key):
+        draft.reply(Done())
+        return
+    activity = draft.row(Activity, f"activity/{command.activity_id}")
+    if activity is None:
+        raise Declined("bad_request", f"there is no activity {command.activity_id}")
+    agreement = _billable(draft, activity.agreement_id)
+    total = amount_of(command.total)
+    if total < Decimal(activity.due):
+        raise Declined("bad_request", f"totals never decrease: the activity is at {activity.due} already")
+    if command.usage is not None and len(command.usage) > MAX_USAGE_COUNTERS:
+        raise Declined("bad_request", f"a usage vector has at most {MAX_USAGE_COUNTERS} counters")
+    body = DebitNoteBody(
+        debit_note_id=command.debit_note_id,
+        issuer_id=me,
+        recipient_id=agreement.peer,
+        payee_addr=agreement.payee_addr,
+        payer_addr=agreement.payer_addr,
+        payment_platform=agreement.platform,
+        previous_debit_note_id=activity.last_debit_note_id,
+        timestamp=timestamp_text(draft.now),
+        agreement_id=agreement.agreement_id,
+        activity_id=activity.activity_id,
+        total_amount_due=amount_text(total),
+        usage_counter_vector=command.usage,
+        payment_due_date=None if command.due_at is None else timestamp_text(command.due_at),
+    )
+    add(draft, DEBIT_NOTE, command.debit_note_id, PAYEE, agreement, activity.activity_id, total, encode_body(body))
+    note = replace(activity, due=amount_text(total), last_debit_note_id=command.debit_note_id)
+    draft.put(f"activity/{activity.activity_id}", note)
+    draft.reply(Done())
+
+
+def issue_invoice(draft: MoneyDraft, me: str, command: IssueInvoice) -> None:
+    """Write an invoice over the total of an agreement."""
+    key = f"invoice/{command.invoice_id}"
+    if draft.row(PaymentDocument, key):
+        draft.reply(Done())
+        return
+    agreement = _billable(draft, command.agreement_id)
+    total = amount_of(command.amount)
+    if len(command.activity_ids) > MAX_ACTIVITIES:
+        raise Declined("bad_request", f"an invoice covers at most {MAX_ACTIVITIES} activities")
+    for activity_id in command.activity_ids:
+        activity = draft.row(Activity, f"activity/{activity_id}")
+        if activity is None or activity.agreement_id != agreement.agreement_id:
+            raise Declined("bad_request", f"activity {activity_id} is not one of the agreement")
+    if total < invoice_floor(draft, agreement):
+        raise Declined("bad_request", "totals never decrease: more than this was invoiced or accepted already")
+    body = InvoiceBody(
+        invoice_id=command.invoice_id,
+        issuer_id=me,
+        recipient_id=agreement.peer,
+        payee_addr=agreement.payee_addr,
+        payer_addr=agreement.payer_addr,
+        payment_platform=agreement.platform,
+        timestamp=timestamp_text(draft.now),
+        agreement_id=agreement.agreement_id,
+        activity_ids=command.activity_ids,
+        amount=amount_text(total),
+        payment_due_date=timestamp_text(command.due_at),
+    )
+    add(draft, INVOICE, command.invoice_id, PAYEE, agreement, "", total, encode_body(body))
+    draft.put(f"agreement/{agreement.agreement_id}", replace(agreement, invoice_id=command.invoice_id))
+    draft.reply(Done())
+
+
+def send_document(draft: MoneyDraft, me: str, command: SendDocument) -> None:
+    """Send an issued document to the payer. Its status changes when the receipt comes."""
+    row = document_of(draft, command.kind, command.document_id, PAYEE)
+    if row.status == CANCELLED:
+        raise Declined("bad_request", f"the {row.kind} is cancelled")
+    if row.status == ISSUED:
+        if command.document.body != row.body:
+            raise Declined("bad_request", "what was signed is not the document")
+        verify(command.document, row.kind, me)
+        agreement = agreement_of(draft, row)
+        put(draft, row, signature=command.document.signature, refused=False, waiting="sent; no receipt yet")
+        draft.send(address(agreement.peer, "ledger"), DocumentSent(command.document), command.timeout_s)
+    draft.reply(Done())
+
+
+def cancel_invoice(draft: MoneyDraft, me: str, command: CancelInvoice) -> None:
+    """Withdraw an invoice: at once if it never left, else the payer is asked (an acceptance under way wins)."""
+    row = document_of(draft, INVOICE, command.invoice_id, PAYEE)
+    if row.status in (ACCEPTED, SETTLED):
+        raise Declined("conflict", f"the invoice is {row.status.lower()} already")
+    if row.status == ISSUED and not row.signature:
+        cancelled(draft, row)
+    elif row.status in (ISSUED, RECEIVED):
+        put(draft, row, waiting="cancelling: the payer has not answered yet")
+        draft.send(address(agreement_of(draft, row).peer, "ledger"), InvoiceCancelRequested(row.document_id))
+    draft.reply(Done())
+
+
+# -- from the payer
+def document_received(draft: MoneyDraft, me: str, message: DocumentReceived) -> None:
+    """The payer has it."""
+    row = _from_payer(draft, message.kind, message.document_id)
+    if row.status == ISSUED:
+        event(draft, put(draft, row, status=RECEIVED, waiting="waiting for the requestor to accept"), RECEIVED)
+
+
+def document_refused(draft: MoneyDraft, me: str, message: DocumentRefused) -> None:
+    """The payer would not take it: it stays issued, with the reason."""
+    row = _from_payer(draft, message.kind, message.document_id)
+    if row.status == ISSUED:
+        most = _most(message.most)
+        row = put(draft, row, refused=True, most=most, waiting=f"the requestor refused it: {message.reason[:500]}")
+        _take_back(draft, row)
+        event(draft, row, "REFUSED")
+
+
+def _most(text: str) -> str:
+    try:
+        return amount_text(amount(text)) if text else ""
+    except ValueError as error:
+        raise Violation(str(error)) from None
+
+
+def _take_back(draft: MoneyDraft, row: PaymentDocument) -> None:
+    """What was refused counts for nothing: a lower note may follow."""
+    activity = draft.row(Activity, f"activity/{row.activity_id}")
+    if activity is not None and activity.due == row.amount:
+        due = max(Decimal(activity.accepted), min(Decimal(row.most or "0"), Decimal(activity.due)))
+        draft.put(f"activity/{row.activity_id}", replace(activity, due=amount_text(due)))
+
+
+def document_accepted(draft: MoneyDraft, me: str, message: DocumentAccepted) -> None:
+    """The payer owes it."""
+    body = decode_body(AcceptanceBody, message.acceptance.body)
+    row = _from_payer(draft, body.kind, body.document_id)
+    verify(message.acceptance, "acceptance", agreement_of(draft, row).peer)
+    if message.acceptance.body != acceptance_of(row):
+        raise Violation(f"an acceptance of {body.document_id} that does not fit the document")
+    if row.status in (ACCEPTED, SETTLED):
+        return
+    owe(draft, row)
+    row = put(
+        draft, row, status=ACCEPTED, waiting="accepted; waiting for payment", acceptance=message.acceptance.signature
+    )
+    draft.put(f"open/{row.agreement_id}/{row.kind}/{row.document_id}", Open(row.kind, row.document_id))
+    event(draft, row, ACCEPTED)
+    settle(draft, row.agreement_id)
+
+
+def invoice_rejected(draft: MoneyDraft, me: str, message: InvoiceRejected) -> None:
+    """The payer will not pay."""
+    row = _from_payer(draft, INVOICE, message.invoice_id)
+    if len(message.rejection) > MAX_REJECTION_CHARS:
+        raise Violation("a rejection that is too long")
+    if row.status in (ISSUED, RECEIVED):
+        rejected(draft, row, message.rejection)
+
+
+def invoice_cancelled(draft: MoneyDraft, me: str, message: InvoiceCancelled) -> None:
+    """The payer agrees to the withdrawal."""
+    row = _from_payer(draft, INVOICE, message.invoice_id)
+    if row.status in (ISSUED, RECEIVED):
+        cancelled(draft, row)
+
+
+def undelivered(draft: MoneyDraft, document: Document, reason: str) -> None:
+    """A document did not reach the payer: it stays issued and says why."""
+    if document.kind == DEBIT_NOTE:
+        own_id = decode_body(DebitNoteBody, document.body).debit_note_id
+    else:
+        own_id = decode_body(InvoiceBody, document.body).invoice_id
+    row = draft.row(PaymentDocument, f"{document.kind}/{own_id}")
+    if row is not None and row.status == ISSUED:
+        put(draft, row, waiting=f"not delivered: {reason[:300]}")
+
+
+def _billable(draft: MoneyDraft, agreement_id: str) -> Agreement:
+    agreement = draft.row(Agreement, f"agreement/{agreement_id}")
+    if agreement is None:
+        raise Declined("bad_request", f"there is no agreement {agreement_id}")
+    if agreement.role != PAYEE:
+        raise Declined("forbidden", "only the provider of an agreement bills it")
+    if agreement.fault:
+        raise Declined("bad_request", agreement.fault)
+    return agreement
+
+
+def _from_payer(draft: MoneyDraft, kind: str, document_id: str) -> PaymentDocument:
+    row = draft.row(PaymentDocument, f"{kind}/{document_id}") if kind in FEEDS else None
+    if row is None:
+        raise Violation(f"about a {kind[:32]} that does not exist")
+    check_sender(draft, row, PAYEE)
+    return row
+
+

@@ -1,0 +1,241 @@
+"""What the ledger does when a disk went back in time: both sides tell each other again what they have signed.
+
+Each side keeps the other's signed documents, and its own word on them. So whoever lost some hears them again: a payee
+gives the payer its own acceptances and payments back (`Recalled`), a payer the payee's notes and invoices, and each
+repeats its own word. What is known is passed over, so that this may be done at any time. A signature of ours binds us
+whether or not we remember it: an acceptance is owed again, and only what no payment covers is ordered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from decimal import Decimal
+
+from msgspec.structs import replace
+
+from actors.kernel.typed_draft import MoneyDraft
+from actors.ledger.documents import add, agreement_of, event, owe, put, settle
+from actors.ledger.payer import order
+from actors.ledger.payments import ACKNOWLEDGED, REFUSED, SENT, VERIFIED, booked_again
+from actors.ledger.rows import (
+    ACCEPTED,
+    ISSUED,
+    PAYEE,
+    PAYER,
+    REJECTED,
+    SETTLED,
+    Activity,
+    Agreement,
+    In,
+    Open,
+    Order,
+    Payment,
+    PaymentDocument,
+    Told,
+    acceptance_of,
+)
+from protocol.amounts import minus, total_of
+from protocol.ledger import (
+    DEBIT_NOTE,
+    INVOICE,
+    AcceptanceBody,
+    AskAgain,
+    DebitNoteBody,
+    DocumentAccepted,
+    DocumentReceived,
+    DocumentSent,
+    Done,
+    InvoiceBody,
+    InvoiceRejected,
+    PaymentBody,
+    PaymentSent,
+    Recall,
+    Recalled,
+    TellAgain,
+    decode_body,
+)
+from protocol.signing import Document, verify
+from protocol.types import PeerLost, Violation, address, amount, amount_text, node_of
+
+NO_ALLOCATION = ""  # the debt stands whatever our agent sets aside now: no peer may spend of that
+TELL_EVERY_S = 600.0  # one peer
+TOLD_BACK_S = 60 * 24 * 3600.0  # what changed since is told again: older backups are not meant to be put back
+
+
+# -- telling
+def peer_lost(draft: MoneyDraft, me: str, fact: PeerLost) -> None:
+    """One of the two disks went back in time: tell what we know, and ask for what the peer knows."""
+    peer = node_of(fact.to)
+    if peer != me and _may_tell(draft, peer):
+        draft.send(address(peer, "ledger"), AskAgain())
+        _tell(draft, peer)
+
+
+def ask_again(draft: MoneyDraft, me: str, message: AskAgain) -> None:
+    """A peer forgot something."""
+    peer = node_of(draft.meta.sender)
+    if _may_tell(draft, peer):
+        _tell(draft, peer)
+
+
+def tell_again(draft: MoneyDraft, me: str, timer: TellAgain) -> None:
+    """A peer had to wait."""
+    if _may_tell(draft, timer.peer):
+        _tell(draft, timer.peer)
+
+
+def recall(draft: MoneyDraft, me: str, command: Recall) -> None:
+    """This node was restored from a backup: ask everybody we had to do with."""
+    for peer in [key.partition("/")[2] for key in (*[key for key, _ in draft.readable("told/")], *draft.left_out)]:
+        draft.put(f"told/{peer}", Told(draft.now))
+        draft.send(address(peer, "ledger"), AskAgain())
+        _tell(draft, peer)
+    draft.reply(Done())
+
+
+def _may_tell(draft: MoneyDraft, peer: str) -> bool:
+    """Return whether it is long enough since the peer was told everything; else it is told later, a stranger never."""
+    told = draft.row(Told, f"told/{peer}")
+    if told is None:
+        return False
+    if draft.now - told.at < TELL_EVERY_S:
+        draft.wake(f"told/{peer}", told.at + TELL_EVERY_S, TellAgain(peer))
+        return False
+    draft.put(f"told/{peer}", Told(draft.now))
+    return True
+
+
+def _tell(draft: MoneyDraft, peer: str) -> None:
+    """The payee's word on payments comes first: an acceptance that they cover is not ordered again. The payer's comes last:
+    what it pays was accepted before. What cannot be read is not told: the rest is."""
+    to, since = address(peer, "ledger"), draft.now - TOLD_BACK_S
+    agreements = {row.agreement_id: row for _, row in draft.readable("agreement/") if row.peer == peer}
+    if not agreements:
+        return
+    payments = [
+        row for _, row in draft.readable("payment/") if row.peer == peer and row.recorded_at >= since and row.signature
+    ]
+    for row in payments:
+        if row.role == PAYEE and row.state == VERIFIED:
+            draft.send(to, Recalled(Document("payment", row.body, row.signature)))
+    notes = [row.last_debit_note_id for _, row in draft.readable("activity/") if row.agreement_id in agreements]
+    keys = list(dict.fromkeys(f"{DEBIT_NOTE}/{note}" for note in (*_accepted_notes(draft, agreements), *notes) if note))
+    keys += [f"{INVOICE}/{row.invoice_id}" for row in agreements.values() if row.invoice_id]
+    for key in keys:
+        row = draft.sound(key)
+        if isinstance(row, PaymentDocument) and row.changed_at >= since and row.signature and not row.refused:
+            _tell_document(draft, to, row)
+    for payment in payments:
+        if payment.role == PAYER:
+            draft.send(to, PaymentSent(Document("payment", payment.body, payment.signature)))
+
+
+def _accepted_notes(draft: MoneyDraft, agreements: Container[str]) -> list[str]:
+    """The highest accepted note of each activity: it is owed, although a later one may not be."""
+    highest: dict[str, PaymentDocument] = {}
+    for _, row in draft.readable(f"{DEBIT_NOTE}/"):
+        if row.acceptance and row.agreement_id in agreements:
+            other = highest.get(row.activity_id)
+            if other is None or Decimal(row.amount) > Decimal(other.amount):
+                highest[row.activity_id] = row
+    return [row.document_id for row in highest.values()]
+
+
+def _tell_document(draft: MoneyDraft, to: str, row: PaymentDocument) -> None:
+    document = Document(row.kind, row.body, row.signature)
+    acceptance = Document("acceptance", acceptance_of(row), row.acceptance) if row.acceptance else None
+    if row.role == PAYEE:
+        draft.send(to, DocumentSent(document))
+        if acceptance is not None:
+            draft.send(to, Recalled(acceptance))
+        return
+    draft.send(to, Recalled(document))
+    draft.send(to, DocumentReceived(row.kind, row.document_id))
+    if acceptance is not None:
+        draft.send(to, DocumentAccepted(acceptance))
+    elif row.status == REJECTED:
+        draft.send(to, InvoiceRejected(row.document_id, row.rejection))
+
+
+# -- hearing
+def recalled(draft: MoneyDraft, me: str, message: Recalled) -> None:
+    """The peer gives us back what we signed."""
+    document, sender = message.document, node_of(draft.meta.sender)
+    if document.kind not in (DEBIT_NOTE, INVOICE, "acceptance", "payment"):
+        raise Violation(f"a {document.kind[:32]!r} is nothing that a ledger signs")
+    verify(document, document.kind, me)
+    if document.kind == "acceptance":
+        _acceptance(draft, document, sender)
+    elif document.kind == "payment":
+        _payment(draft, document, sender)
+    else:
+        _own_document(draft, document, sender)
+
+
+def _acceptance(draft: MoneyDraft, document: Document, sender: str) -> None:
+    body = decode_body(AcceptanceBody, document.body)
+    row = draft.row(PaymentDocument, f"{body.kind}/{body.document_id}") if body.kind in (DEBIT_NOTE, INVOICE) else None
+    if row is None or row.role != PAYER or row.status in (ACCEPTED, SETTLED):
+        return
+    agreement = agreement_of(draft, row)
+    if agreement.peer != sender or acceptance_of(row) != document.body:
+        raise Violation(f"an acceptance of {body.document_id} that does not fit the document")
+    added = owe(draft, row)
+    unpaid = min(added, _not_paid(draft, row.agreement_id))
+    waiting = "accepted before this node's disk went back in time; paid by what was paid since"
+    if unpaid > 0:
+        order(draft, row, agreement, NO_ALLOCATION, unpaid)
+        waiting = "accepted before this node's disk went back in time; payment ordered"
+    row = put(draft, row, status=ACCEPTED, waiting=waiting, acceptance=document.signature)
+    draft.put(f"open/{row.agreement_id}/{row.kind}/{row.document_id}", Open(row.kind, row.document_id))
+    event(draft, row, ACCEPTED)
+    settle(draft, row.agreement_id)
+
+
+def _not_paid(draft: MoneyDraft, agreement_id: str) -> Decimal:
+    """Return what is owed for an agreement, and neither paid nor ordered. An order that cannot be read may be for all of it:
+    then `RowDamaged` is raised, and the peer's word waits."""
+    agreement = draft.row(Agreement, f"agreement/{agreement_id}")
+    assert agreement is not None, agreement_id
+    orders = [row for _, row in draft.prefix("order/") if isinstance(row, Order) and row.agreement_id == agreement_id]
+    under_way = total_of(row.amount for row in orders if not row.payment_id)
+    return max(minus(agreement.accepted, amount_text(total_of((agreement.paid, amount_text(under_way))))), Decimal(0))
+
+
+def _payment(draft: MoneyDraft, document: Document, sender: str) -> None:
+    body = decode_body(PaymentBody, document.body)
+    if body.payee_id != sender:
+        raise Violation("a payment that was made to somebody else")
+    known = draft.row(Payment, f"payment/{body.payment_id}")
+    if known is not None:
+        if known.role == PAYER and known.body == document.body and known.state in (SENT, REFUSED):
+            draft.put(f"payment/{body.payment_id}", replace(known, state=ACKNOWLEDGED, reason=""))
+            draft.wake(f"resend/{body.payment_id}", None)
+        return
+    booked_again(draft, document, body)
+
+
+def _own_document(draft: MoneyDraft, document: Document, sender: str) -> None:
+    body: DebitNoteBody | InvoiceBody
+    if document.kind == DEBIT_NOTE:
+        body = decode_body(DebitNoteBody, document.body)
+        own_id, activity_id, total = body.debit_note_id, body.activity_id, body.total_amount_due
+    else:
+        body = decode_body(InvoiceBody, document.body)
+        own_id, activity_id, total = body.invoice_id, "", body.amount
+    agreement = draft.row(Agreement, f"agreement/{body.agreement_id}")
+    if agreement is None or (agreement.role, agreement.peer) != (PAYEE, sender) or body.recipient_id != sender:
+        return
+    if draft.row(PaymentDocument, f"{document.kind}/{own_id}") is not None:
+        return
+    if document.kind == DEBIT_NOTE:
+        activity = draft.row(Activity, f"activity/{activity_id}") or Activity(activity_id, agreement.agreement_id)
+        if activity.agreement_id != agreement.agreement_id:
+            return
+        draft.put(f"in/{agreement.agreement_id}/{activity_id}", In())
+        if amount(total) >= Decimal(activity.due):
+            draft.put(f"activity/{activity_id}", replace(activity, due=total, last_debit_note_id=own_id))
+    else:
+        draft.put(f"agreement/{agreement.agreement_id}", replace(agreement, invoice_id=own_id))
+    row = add(draft, document.kind, own_id, PAYEE, agreement, activity_id, amount(total), document.body)
+    put(draft, row, status=ISSUED, signature=document.signature, waiting="issued before this node's disk went back in time")

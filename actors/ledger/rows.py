@@ -1,0 +1,305 @@
+"""Rows of the ledger and the pure readings of them that edges use too.
+
+Keys: `allocation/<id>`, `agreement/<id>`, `activity/<id>`, `debit-note/<id>`, `invoice/<id>`, `order/<kind>:<id>`,
+`payment/<id>`, `tx/<hash>/<payer>/<payee>` (several platforms may be one chain, so none is named), `owed/<platform>`, and the
+indexes `open/<agreement>/<kind>/<id>` of accepted documents that are not settled and `ordered/<agreement>/<kind>:<id>` of
+orders. The payer's own: `pricing/<agreement>`, `refused/<agreement>`, and `clock`. On both sides: `told/<peer>`, and
+the index `in/<agreement>/<activity>`. All amounts are decimal text in GLM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from decimal import Context, Decimal, Inexact
+from typing import Any, Protocol
+
+from protocol.amounts import minus, total_of
+from protocol.ledger import LOCAL_CHAIN, AcceptanceBody, encode_body
+from protocol.types import Message, digest
+
+PAYEE, PAYER = "payee", "payer"
+FEEDS = {"debit-note": "debit-notes", "invoice": "invoices"}
+_EXACT = Context(prec=120, traps=[Inexact])
+
+ISSUED, RECEIVED, ACCEPTED, REJECTED, CANCELLED, SETTLED = (
+    "ISSUED",  # written by the payee, no receipt yet
+    "RECEIVED",  # on both nodes
+    "ACCEPTED",  # the payer owes it and has ordered payment
+    "REJECTED",
+    "CANCELLED",
+    "SETTLED",  # paid, final on chain
+)
+
+
+class Allocation(Message, frozen=True):
+    """Money set aside. What is left is `total` - `spent` while it lives and nothing after its release."""
+
+    allocation_id: str
+    address: str
+    platform: str
+    total: str
+    spent: str
+    created_at: float
+    updated_at: float
+    timeout_at: float
+    extend_timeout_s: float | None = None
+    released_at: float | None = None
+
+
+class Agreement(Message, frozen=True):
+    """The payment terms of an agreement and its sums. `fault` says why it cannot be billed, "" if it can."""
+
+    agreement_id: str
+    role: str  # ours
+    peer: str
+    platform: str
+    payee_addr: str
+    payer_addr: str
+    approved_at: float
+    app_session_id: str | None
+    fault: str = ""
+    ended: bool = False
+    accepted: str = "0"  # owed altogether
+    paid: str = "0"  # final on chain (and, for the payee, verified)
+    invoice_id: str = ""  # the newest that is neither rejected nor cancelled
+    invoice_accepted: bool = False
+    documents: int = 0  # notes and invoices received
+    payments: int = 0  # claims of payment received
+    document_bytes: int = 0  # of the documents received
+    payment_bytes: int = 0  # of the claims
+
+
+class Activity(Message, frozen=True):
+    """Sums of one activity. `due` is the highest running total seen in a debit note."""
+
+    activity_id: str
+    agreement_id: str
+    due: str = "0"
+    accepted: str = "0"
+    paid: str = "0"
+    last_debit_note_id: str | None = None
+    created_at: float = 0.0
+    ended_at: float | None = None
+    set_back_s: float = 0.0  # of the node's clock altogether, when the activity was created and when it ended
+    ended_set_back_s: float = 0.0
+
+
+class Pricing(Message, frozen=True):
+    """What an agreement costs, as its payer checks it. `coeffs`: a price for each counter, last the start price."""
+
+    agreement_id: str
+    coeffs: tuple[float, ...]
+    vector: tuple[str, ...]
+    threads: float
+    mem_gib: float | None
+    storage_gib: float | None
+    cost_cap: float | None
+    fault: str = ""  # why the prices cannot be used
+
+
+class ClockRow(Message, frozen=True):
+    """The wall clock and one that nobody sets, read together; `set_back_s`: what the first has lost against the other."""
+
+    boot_id: str
+    boot_s: float
+    wall_s: float
+    set_back_s: float = 0.0
+
+
+class In(Message, frozen=True):
+    """Index: an activity of an agreement."""
+
+
+class RefusedDocument(Message, frozen=True):
+    """A document that the payer did not take."""
+
+    at: float
+    kind: str
+    document_id: str
+    amount: str
+    reason: str
+
+
+class RefusedDocuments(Message, frozen=True):
+    """The last ones of an agreement, newest last."""
+
+    documents: tuple[RefusedDocument, ...] = ()
+
+
+class PaymentDocument(Message, frozen=True):
+    """A debit note or an invoice, as signed. `waiting` says in words what is to happen next, or why it does not."""
+
+    kind: str
+    document_id: str
+    role: str
+    agreement_id: str
+    activity_id: str  # "" for an invoice
+    amount: str
+    status: str
+    body: bytes
+    signature: bytes
+    issued_at: float
+    changed_at: float
+    waiting: str = ""
+    refused: bool = False  # the peer would not take it
+    rejection: str = ""
+    acceptance: bytes = b""  # the payer's signature over the acceptance
+    most: str = ""  # the highest amount that the payer would have taken, where it refused this one
+
+
+class Order(Message, frozen=True):
+    """What accepting a document added to the debt; named by the document, so there is at most one."""
+
+    kind: str
+    document_id: str
+    agreement_id: str
+    activity_id: str
+    allocation_id: str
+    platform: str
+    peer: str
+    payer_addr: str
+    payee_addr: str
+    amount: str
+    ordered_at: float
+    payment_id: str = ""  # set once it is paid
+
+
+class Payment(Message, frozen=True):
+    """A payment made (payer) or claimed (payee). States: SIGNING SENT ACKNOWLEDGED REFUSED | VERIFYING VERIFIED REFUSED."""
+
+    payment_id: str
+    role: str
+    peer: str
+    state: str
+    body: bytes
+    signature: bytes
+    tx_hash: str
+    platform: str
+    amount: str
+    recorded_at: float
+    order_ids: tuple[str, ...] = ()
+    reason: str = ""
+    tries: int = 0
+    digest: str = ""  # of the body where only the head of it is kept: the payment was refused for good
+
+
+class TxClaims(Message, frozen=True):
+    """What has been claimed of one transaction for one payee, in order: (payment id, amount), verified or in question."""
+
+    claims: tuple[tuple[str, str], ...]
+
+
+class Open(Message, frozen=True):
+    """An entry of an index: an accepted document that waits for its money, or one that was ordered."""
+
+    kind: str
+    document_id: str
+
+
+class Stored(Message, frozen=True):
+    """`stored/<peer>`: how many bytes of a peer's documents were kept, less what its allowance of each day has made good."""
+
+    size: float
+    at: float
+
+
+class Told(Message, frozen=True):
+    """When a peer was last told everything again. There is one for each peer of an agreement."""
+
+    at: float = 0.0
+
+
+class Owed(Message, frozen=True):
+    """The sum of a platform's orders that are not paid yet: this money is still in the account, and not free."""
+
+    amount: str = "0"
+
+
+LedgerRow = (
+    Allocation
+    | Agreement
+    | Activity
+    | Pricing
+    | ClockRow
+    | In
+    | RefusedDocuments
+    | PaymentDocument
+    | Order
+    | Payment
+    | TxClaims
+    | Open
+    | Owed
+    | Stored
+    | Told
+)
+
+
+def remaining(allocation: Allocation) -> Decimal:
+    """Return what an allocation still holds."""
+    return Decimal(0) if allocation.released_at is not None else minus(allocation.total, allocation.spent)
+
+
+class HasPrefix(Protocol):
+    """Committed rows or a draft of them."""
+
+    def prefix(self, prefix: str) -> Iterator[tuple[str, Any]]: ...
+
+
+def reserved(rows: HasPrefix, platform: str, besides: str = "") -> Decimal:
+    """Return what live allocations hold on a platform, leaving out the one with id `besides`."""
+    return total_of(
+        remaining(row)
+        for _, row in rows.prefix("allocation/")
+        if row.platform == platform and row.allocation_id != besides
+    )
+
+
+def owed(rows: HasPrefix, platform: str) -> Decimal:
+    """Return what was accepted on a platform and is not paid yet."""
+    key = f"owed/{platform}"
+    return total_of(row.amount for found, row in rows.prefix(key) if found == key)
+
+
+def paid_since(rows: HasPrefix, platform: str, since: float) -> Decimal:
+    """Return what this node's payments on a platform come to which became final at `since` or later."""
+    return total_of(
+        row.amount
+        for _, row in rows.prefix("payment/")
+        if row.role == PAYER and row.platform == platform and row.recorded_at >= since
+    )
+
+
+def acceptance_of(document: PaymentDocument) -> bytes:
+    """Return the body that the payer signs to accept `document`."""
+    return encode_body(
+        AcceptanceBody(
+            kind=document.kind,
+            document_id=document.document_id,
+            digest=digest(document.body),
+            total_amount_accepted=document.amount,
+        )
+    )
+
+
+def decorations(allocations: Sequence[Allocation], local_chain: str | None = None) -> dict[str, list[object]]:
+    """Return the demand properties and constraints by which a provider and these allocations find a common platform.
+
+    A single allocation gives a bare constraint: SDKs split every string at its operator and choke on a compound one.
+    `local_chain` names the dev chain where the money is on one: a provider on another would never see it.
+    """
+    prefix = "golem.com.payment.platform."
+    pairs = list(dict.fromkeys((f"{prefix}{a.platform}.address", a.address) for a in allocations))
+    tests = [f"({key}=*)" for key in dict.fromkeys(key for key, _ in pairs)]
+    platforms = tests[0] if len(tests) == 1 else "(|\n  " + "\n  ".join(tests) + "\n)"
+    return {
+        "properties": [
+            *({"key": key, "value": value} for key, value in pairs),
+            {"key": "golem.com.payment.protocol.version", "value": "3"},
+            *([{"key": LOCAL_CHAIN, "value": local_chain}] if local_chain else []),
+        ],
+        "constraints": [
+            platforms,
+            "(golem.com.payment.protocol.version>1)",
+            *([f"({LOCAL_CHAIN}={local_chain})"] if local_chain else []),
+        ],
+    }

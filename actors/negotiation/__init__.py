@@ -1,0 +1,1 @@
+"""The machine `negotiation`: proposals and agreements."""

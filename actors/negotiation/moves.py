@@ -1,0 +1,150 @@
+"""Moves of agreements that commands, messages of the other side and time have in common.
+
+Each writes the agreement's row and tells whoever has to know: our agent, the other side, activities and money.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from msgspec.structs import replace
+
+from actors.kernel.draft import Draft
+from actors.kernel.machine import Emit, Reply, Send, Wake
+from actors.negotiation.proposals import IS_FINAL
+from actors.negotiation.rows import (
+    APPROVED,
+    APPROVING,
+    CANCELLED,
+    EXPIRED,
+    PROPOSAL,
+    REJECTED,
+    TERMINATED,
+    Agreement,
+    lapsed,
+    state_error,
+)
+from protocol.market import Rematch, canonical, loads
+from protocol.negotiation import (
+    PROVIDER,
+    REQUESTOR,
+    AgreementApproved,
+    AgreementApprovedEvent,
+    AgreementCancelledEvent,
+    AgreementEnded,
+    AgreementExpired,
+    AgreementRejected,
+    AgreementRejectedEvent,
+    AgreementTerminatedEvent,
+    ForgetAgreement,
+    reason_text,
+)
+from protocol.types import Message, Refused, address
+
+KEEP_ENDED_S = 90 * 24 * 3600.0
+APPROVAL_S = 30.0  # a requestor's node commits at once; its agent gives up after 15 s
+
+
+def find(draft: Draft, agreement_id: str, role: str, now: float) -> Agreement | None:
+    """Return an agreement in which we have `role` (any if ""), expired if its time is over; else refuse as unknown."""
+    agreement: Agreement | None = draft.get(f"agreement/{agreement_id}")
+    if agreement is None or role not in ("", agreement.role):
+        draft.do(Reply(Refused("unknown", f"Agreement [{agreement_id}] not found{role and f' with us as {role}'}.")))
+        return None
+    return lapse(draft, agreement, now) if lapsed(agreement, now) else agreement
+
+
+def put(draft: Draft, agreement: Agreement, **changes: Any) -> Agreement:
+    agreement = replace(agreement, **changes)
+    draft.put(f"agreement/{agreement.agreement_id}", agreement)
+    return agreement
+
+
+def end(draft: Draft, agreement: Agreement, state: str, now: float, reason: str = "", **changes: Any) -> Agreement:
+    """Put a final state, which is forgotten after a long time.
+
+    Of what a requestor proposed to us and what was never made, the terms go at once; its id is their digest.
+    """
+    if agreement.role == PROVIDER and state in (CANCELLED, REJECTED, EXPIRED):
+        changes["body"] = b""
+    draft.do(Wake(f"forget/{agreement.agreement_id}", now + KEEP_ENDED_S, ForgetAgreement(agreement.agreement_id)))
+    return put(draft, agreement, state=state, reason=reason, ended_at=now, **changes)
+
+
+def tell_agent(draft: Draft, agreement_id: str, event: Message) -> None:
+    draft.do(Emit("agreements", event), Emit(f"agreement/{agreement_id}", event))
+
+
+def tell_peer(draft: Draft, agreement: Agreement, message: Message, deadline_s: float | None = None) -> None:
+    to = address(agreement.counterpart, "negotiation")
+    draft.do(Send(to, message) if deadline_s is None else Send(to, message, max(deadline_s, 1.0)))
+
+
+def lapse(draft: Draft, agreement: Agreement, now: float) -> Agreement:
+    """End an agreement whose time is over."""
+    return withdraw(draft, agreement, now) if agreement.state == APPROVING else expire(draft, agreement, now)
+
+
+def withdraw(draft: Draft, agreement: Agreement, now: float) -> Agreement:
+    """Take back our approval, which the requestor has not committed to."""
+    reason = reason_text(f"The approval was withdrawn: there was no commit within {APPROVAL_S:g} s.", **{IS_FINAL: False})
+    tell_peer(draft, agreement, AgreementRejected(agreement.agreement_id, reason))
+    return refused(draft, agreement, reason, now)
+
+
+def expire(draft: Draft, agreement: Agreement, now: float) -> Agreement:
+    draft.do(Emit(f"agreement/{agreement.agreement_id}", AgreementExpired(agreement.agreement_id)))
+    return end(draft, agreement, EXPIRED, now)
+
+
+def wrong_state(draft: Draft, agreement: Agreement, new: str, now: float, early: str = "gone") -> None:
+    """Refuse; `early` is the code where the agreement was never sent."""
+    code = early if agreement.state == PROPOSAL else "gone"
+    draft.do(Reply(Refused(code, state_error(agreement, new, now))))
+
+
+def made(draft: Draft, agreement: Agreement, at: float) -> Agreement:
+    """Both sides have committed: tell the agent, and whoever deals with activities and money."""
+    agreement = put(
+        draft, agreement, state=APPROVED, approved_at=at, reason="", ended_at=None,
+        committed_signature=agreement.proposed_signature,
+    )  # fmt: skip
+    draft.do(Wake(f"due/{agreement.agreement_id}", None), Wake(f"forget/{agreement.agreement_id}", None))
+    body = loads(agreement.body)
+    news = AgreementApproved(
+        agreement.agreement_id,
+        agreement.role,
+        agreement.requestor,
+        agreement.provider,
+        canonical(body["demand"]["properties"]).decode(),
+        canonical(body["offer"]["properties"]).decode(),
+        at,
+        agreement.app_session_id,
+    )
+    draft.do(Send("activity", news), Send("ledger", news))
+    tell_agent(draft, agreement.agreement_id, AgreementApprovedEvent(agreement.agreement_id, agreement.app_session_id))
+    return agreement
+
+
+def terminated_by(draft: Draft, agreement: Agreement, terminator: str, reason: str, now: float) -> None:
+    was_approved = agreement.state == APPROVED
+    end(draft, agreement, TERMINATED, now, reason, terminator=terminator)
+    if was_approved:
+        ended = AgreementEnded(agreement.agreement_id, terminator, reason)
+        draft.do(Send("activity", ended), Send("ledger", ended))
+        if agreement.role == REQUESTOR:
+            draft.do(Send("market", Rematch(agreement.demand_id, agreement.offer_id)))
+    event = AgreementTerminatedEvent(agreement.agreement_id, agreement.app_session_id, terminator, reason)
+    tell_agent(draft, agreement.agreement_id, event)
+
+
+def cancelled(draft: Draft, agreement: Agreement, reason: str, now: float) -> None:
+    end(draft, agreement, CANCELLED, now, reason)
+    event = AgreementCancelledEvent(agreement.agreement_id, agreement.app_session_id, reason)
+    tell_agent(draft, agreement.agreement_id, event)
+
+
+def refused(draft: Draft, agreement: Agreement, reason: str, now: float) -> Agreement:
+    event = AgreementRejectedEvent(agreement.agreement_id, agreement.app_session_id, reason)
+    tell_agent(draft, agreement.agreement_id, event)
+    return end(draft, agreement, REJECTED, now, reason)

@@ -1,0 +1,52 @@
+"""What becomes of agreements when a disk went back in time: each side says its last word on them again.
+
+Whoever knows it passes over it. A provider gets its own approval back. An agreement that one side does not know at all is
+not made anew: a requestor says so, which ends it; a provider turns its activities down, and the requestor's agent ends it.
+"""
+
+from __future__ import annotations
+
+from actors.kernel.draft import Draft
+from actors.negotiation.moves import tell_peer
+from actors.negotiation.rows import APPROVED, APPROVING, CANCELLED, EXPIRED, PENDING, REJECTED, TERMINATED, Agreement
+from protocol.negotiation import (
+    REQUESTOR,
+    AgreementApproval,
+    AgreementClosed,
+    AgreementCommitted,
+    AgreementProposed,
+    AgreementRejected,
+    AgreementTerminated,
+    reason_text,
+)
+from protocol.signing import Document
+from protocol.types import Message
+
+OVER = reason_text("The agreement is over.")
+TOLD_BACK_S = 60 * 24 * 3600.0  # as in `recall`
+
+
+def tell_again(draft: Draft, peer: str, now: float) -> None:
+    """Repeat our last word on every agreement with a node that is open, or was not long ago."""
+    for _, agreement in list(draft.readable("agreement/")):
+        if agreement.counterpart == peer and (agreement.ended_at is None or agreement.ended_at > now - TOLD_BACK_S):
+            message = _last_word(agreement)
+            if message is not None:
+                tell_peer(draft, agreement, message, 24 * 3600.0)
+
+
+def _last_word(agreement: Agreement) -> Message | None:
+    agreement_id, requests = agreement.agreement_id, agreement.role == REQUESTOR
+    state, reason = agreement.state, agreement.reason
+    if state == PENDING and requests:
+        return AgreementProposed(Document("agreement", agreement.body, bytes.fromhex(agreement.proposed_signature)))
+    if state in (APPROVING, APPROVED) and agreement.approved_signature:
+        approval = Document("approval", agreement.body, bytes.fromhex(agreement.approved_signature))
+        if requests:
+            return AgreementCommitted(agreement_id, agreement.approved_at or agreement.created, approval)
+        return AgreementApproval(agreement_id, approval)
+    if state in (CANCELLED, EXPIRED, REJECTED) and agreement.proposed_signature:
+        return AgreementClosed(agreement_id, state, reason) if requests else AgreementRejected(agreement_id, reason or OVER)
+    if state == TERMINATED:
+        return AgreementTerminated(agreement_id, agreement.role, reason or OVER)
+    return None

@@ -1,0 +1,1 @@
+"""The machine `provider`, of the provider agent."""

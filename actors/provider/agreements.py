@@ -1,0 +1,303 @@
+"""Agreements of the provider agent and their activities: from approval to the end of the last process.
+
+An agreement ends because its requestor says so, or by `end_agreement` here with one of the codes. Its activities run one
+after another, each in a process of its own; what they cost is the business of `billing`.
+"""
+
+from __future__ import annotations
+
+from msgspec.structs import replace
+
+from actors.provider import credit, places
+from actors.provider.rows import (
+    ALIVE,
+    APPROVED,
+    APPROVING,
+    CLOSED,
+    ENDED,
+    EXITED,
+    RUNNING,
+    STARTING,
+    STOPPING,
+    TERMINATING,
+    WAITING,
+    ActivityRow,
+    AgreementRow,
+)
+from actors.provider.turn import Turn, reason
+from protocol.provider import (
+    CloseActivity,
+    CreditDue,
+    EventArrived,
+    ExpirationDue,
+    IdleDue,
+    NoteDue,
+    StartUnit,
+    StopUnit,
+    TerminateAgreement,
+    UnitExited,
+    UnitRunning,
+)
+
+CODE = "golem.provider.code"
+SUCCESS, EXPIRED, NO_ACTIVITY, SHUTDOWN = "Success", "Expired", "NoActivity", "Shutdown"
+CREDIT = "CreditExhausted"
+DEADLINE, NOT_PAID, NOTE_REJECTED, NOTE_CANCELLED, NOT_ISSUED, UNREACHABLE = (
+    "DebitNotesDeadline", "DebitNoteNotPaid", "DebitNoteRejected", "DebitNoteCancelled", "DebitNoteNotIssued",
+    "RequestorUnreachable",
+)  # fmt: skip
+MESSAGES = {
+    SUCCESS: "Finished with success.",
+    EXPIRED: "Agreement expired.",
+    NO_ACTIVITY: "No activity within the allowed time.",
+    SHUTDOWN: "The provider is shutting down.",
+    DEADLINE: "A debit note was not accepted in time.",
+    NOT_PAID: "A debit note was not paid in time.",
+    NOTE_REJECTED: "A debit note was rejected.",
+    NOTE_CANCELLED: "A debit note was cancelled.",
+    CREDIT: "Unpaid work has reached the credit of this requestor.",
+    NOT_ISSUED: "No debit note can be issued for the work.",
+    UNREACHABLE: "The requestor cannot be reached.",
+}
+FIRST_NOTE_S = 30.0  # of a stranger, where the demand names no interval
+MAX_ACTIVITIES = 1000  # of one agreement
+MAX_WAITING = 4  # activities of one agreement that wait for the process before them to go
+
+
+# -- the agreement
+def approved(turn: Turn, row: AgreementRow) -> None:
+    """The agreement is in force; all its intervals count from now, by our clock, whatever dates the requestor gave it."""
+    row = replace(row, state=APPROVED, at=turn.now, payable_at=turn.now)
+    turn.save(row)
+    turn.wake(f"expire/{row.agreement_id}", row.expires_at, ExpirationDue(row.agreement_id))
+    rest_idle(turn, row)
+    if turn.agent.stopping:
+        end_agreement(turn, row, SHUTDOWN)
+
+
+def rest_idle(turn: Turn, row: AgreementRow) -> None:
+    """Count the time without an activity from now on."""
+    turn.wake(f"idle/{row.agreement_id}", turn.now + turn.config.idle_s, IdleDue(row.agreement_id))
+
+
+def end_agreement(turn: Turn, row: AgreementRow, code: str, why: str = "") -> None:
+    """Terminate an agreement from our side (`why` beside the usual text); harmless when it is ending already."""
+    if row.state != APPROVED:
+        return
+    row = replace(row, state=TERMINATING, ended_by="Provider", code=code, reason=why or MESSAGES[code])
+    turn.save(row)
+    credit.over(turn, row)
+    turn.unwake(f"expire/{row.agreement_id}", f"idle/{row.agreement_id}")
+    terminate(turn, row)
+    _stop_activities(turn, row)
+    vacate_if_done(turn, row.agreement_id)
+
+
+def terminate(turn: Turn, row: AgreementRow) -> None:
+    turn.rest(TerminateAgreement(row.agreement_id, reason(row.reason, **{CODE: row.code})))
+
+
+def ended(turn: Turn, row: AgreementRow, by: str = "Provider", why: str = "") -> None:
+    """The agreement is not in force any more, on both sides."""
+    if row.state == ENDED:
+        return
+    if row.state != TERMINATING:  # the requestor's word, not the echo of ours
+        row = replace(row, ended_by=by, reason=why[:300])
+    row = replace(row, state=ENDED)
+    turn.save(row)
+    credit.over(turn, row)
+    turn.unwake(f"expire/{row.agreement_id}", f"idle/{row.agreement_id}")
+    _stop_activities(turn, row)
+    vacate_if_done(turn, row.agreement_id)
+
+
+def never_made(turn: Turn, row: AgreementRow) -> None:
+    """The requestor has not committed: forget the agreement."""
+    places.unused(turn, row)
+    turn.put(f"agreement/{row.agreement_id}", None)
+    turn.put(f"debt/{row.requestor}/{row.agreement_id}", None)
+    turn.vacate(row.agreement_id)
+
+
+def vacate_if_done(turn: Turn, agreement_id: str) -> None:
+    """Free the capacity of an agreement that is over and whose processes are gone."""
+    row = turn.agreement(agreement_id)
+    if row is not None and row.state in (TERMINATING, ENDED) and not turn.alive(row):
+        turn.vacate(agreement_id)
+
+
+def _stop_activities(turn: Turn, row: AgreementRow) -> None:
+    for activity in turn.activities(row):
+        stop_activity(turn, activity)
+
+
+# -- activities
+def create_activity(turn: Turn, event: EventArrived) -> None:
+    """Start the exe-unit of a new activity, or say why not."""
+    activity_id, row = event.subject, turn.agreement(event.related)
+    if turn.activity(activity_id) is not None:
+        return
+    if row is not None and row.state == APPROVING:  # the requestor was faster than the answer to our approval
+        approved(turn, row)
+        row = turn.agreement(event.related)
+    if row is None or row.state != APPROVED or len(row.activities) >= MAX_ACTIVITIES:
+        turn.rest(CloseActivity(activity_id, "creation failed", "no agreement in force that allows it"))
+        return
+    others = [one for one in turn.activities(row) if one.state in (WAITING, *ALIVE)]
+    if any(one.state not in (WAITING, STOPPING) for one in others) or len(others) > MAX_WAITING:
+        turn.rest(CloseActivity(activity_id, "creation failed", "Only single Activity allowed"))
+        return
+    row = replace(row, activities=(*row.activities, activity_id))
+    turn.save(row)
+    places.used(turn, row)
+    turn.unwake(f"idle/{row.agreement_id}")
+    activity = ActivityRow(activity_id, row.agreement_id, WAITING, turn.now, billed_at=turn.now)
+    turn.save(activity)
+    if not others:
+        _start(turn, row, activity)
+
+
+def _start(turn: Turn, row: AgreementRow, activity: ActivityRow) -> None:
+    activity = replace(activity, state=STARTING, billed_at=turn.now, counted_at=turn.now)
+    turn.save(activity)
+    credit.watch(turn, row.requestor)
+    start_unit(turn, row, activity)
+    turn.wake(f"note/{activity.activity_id}", _first_note_at(turn, row), NoteDue(activity.activity_id))
+
+
+def start_unit(turn: Turn, row: AgreementRow, activity: ActivityRow) -> None:
+    turn.processes(StartUnit(activity.activity_id, row.agreement_id, row.runtime, row.document))
+
+
+def next_note_at(turn: Turn, row: AgreementRow) -> float:
+    """Return the next time of a debit note: the approval plus whole intervals."""
+    intervals = max(0, int((turn.now - row.at) // row.interval_s)) + 1
+    return row.at + intervals * row.interval_s
+
+
+def _first_note_at(turn: Turn, row: AgreementRow) -> float:
+    """Return when the first debit note of an activity is due: for strangers soon, for who does not answer it is gone."""
+    usual_at = next_note_at(turn, row)
+    if row.interval_agreed or len(row.activities) > 1 or credit.has_paid(turn, row.requestor):
+        return usual_at
+    return min(usual_at, turn.now + FIRST_NOTE_S)
+
+
+def stop_activity(turn: Turn, activity: ActivityRow) -> None:
+    """End an activity; what is not running yet will not."""
+    match activity.state:
+        case "Waiting":
+            turn.save(replace(activity, destroyed=True))
+            _gone(turn, replace(activity, destroyed=True), "destroyed", "")
+        case "Starting":  # its process is stopped as soon as it is known
+            turn.save(replace(activity, state=STOPPING, destroyed=True))
+        case "Running":
+            turn.save(replace(activity, state=STOPPING, destroyed=True))
+            turn.processes(StopUnit(activity.activity_id, activity.pid, activity.started_ticks))
+
+
+def destroy_activity(turn: Turn, event: EventArrived) -> None:
+    """The requestor (or its node's patience) ends an activity."""
+    activity = turn.activity(event.subject)
+    if activity is None:
+        turn.rest(CloseActivity(event.subject, "destroyed", ""))
+        return
+    stop_activity(turn, activity)
+
+
+def unit_running(turn: Turn, message: UnitRunning) -> None:
+    """The process of an activity has started."""
+    activity = turn.activity(message.activity_id)
+    if activity is None:
+        turn.processes(StopUnit(message.activity_id, message.pid, message.started_ticks))
+        return
+    if activity.state not in (STARTING, STOPPING):
+        return
+    activity = replace(activity, pid=message.pid, started_ticks=message.started_ticks)
+    if activity.state == STOPPING:
+        turn.save(activity)
+        turn.processes(StopUnit(activity.activity_id, activity.pid, activity.started_ticks))
+    else:
+        turn.save(replace(activity, state=RUNNING))
+
+
+def unit_exited(turn: Turn, message: UnitExited) -> None:
+    """The process of an activity is gone."""
+    activity = turn.activity(message.activity_id)
+    if activity is None or activity.state not in ALIVE:
+        return
+    if activity.destroyed:
+        why, text = "destroyed", ""
+    elif message.error and not activity.pid:
+        why, text = "creation failed", message.error
+    elif message.code == 0:
+        why, text = "finished", ""
+    else:
+        code = "the process was lost" if message.code is None else f"exit code {message.code}"
+        why, text = "execution aborted", message.error or code
+    _gone(turn, activity, why, text)
+
+
+def _gone(turn: Turn, activity: ActivityRow, why: str, text: str) -> None:
+    """No process of this activity is there (any more): report it, bill it, go on with the agreement."""
+    turn.save(replace(activity, state=EXITED, reason=why, error_message=text[:1000]))
+    turn.unwake(f"note/{activity.activity_id}")
+    turn.rest(CloseActivity(activity.activity_id, why, text[:1000]))
+    row = turn.agreement(activity.agreement_id)
+    assert row is not None, "an activity's agreement is kept as long as the activity"
+    vacate_if_done(turn, row.agreement_id)
+    if row.state != APPROVED:
+        return
+    waiting = [one for one in turn.activities(row) if one.state == WAITING]
+    if turn.alive(row):
+        return
+    if not row.multi_activity:
+        end_agreement(turn, row, SUCCESS)
+    elif waiting:
+        _start(turn, row, waiting[0])
+    else:
+        rest_idle(turn, row)
+
+
+# -- timers
+def credit_due(turn: Turn, message: CreditDue) -> None:
+    """Unpaid work may have reached a requestor's credit: then its agreements end."""
+    rows, why = credit.exhausted(turn, message.requestor)
+    for row in rows:
+        end_agreement(turn, row, CREDIT, why)
+
+
+def idle_due(turn: Turn, message: IdleDue) -> None:
+    row = turn.agreement(message.agreement_id)
+    if row is None or any(one.state in (WAITING, *ALIVE) for one in turn.activities(row)):
+        return
+    if row.state == APPROVED:
+        places.unused(turn, row)
+    end_agreement(turn, row, NO_ACTIVITY)
+
+
+def expiration_due(turn: Turn, message: ExpirationDue) -> None:
+    if (row := turn.agreement(message.agreement_id)) is not None:
+        end_agreement(turn, row, EXPIRED)
+
+
+# -- events of the feed `agreements`
+def agreement_event(turn: Turn, event: EventArrived) -> None:
+    """What the node says of an agreement."""
+    row = turn.agreement(event.subject)
+    if row is None:
+        return
+    match event.kind:
+        case "AgreementTerminatedEvent":
+            ended(turn, row, event.related or "Requestor", event.text)
+        case "AgreementApprovedEvent" if row.state == APPROVING:
+            approved(turn, row)
+        case "AgreementRejectedEvent" | "AgreementCancelledEvent" if row.state == APPROVING:
+            turn.refuse(row.requestor, row.preset, f"agreement {event.kind[9:18].lower()}: {event.text}"[:300], final=False)
+            never_made(turn, row)
+
+
+def all_closed(turn: Turn, row: AgreementRow) -> bool:
+    return all(one.state == CLOSED for one in turn.activities(row))
+
+

@@ -1,0 +1,264 @@
+"""The provider agent: what to offer, whom to serve, what to run and what to charge. Pure; runs in the agent's own process.
+
+Polls of the node's REST API (golem/provider/polls.py) bring proposals, agreements and events; port `rest` does what is
+decided at the node, port `processes` runs the exe-units. Everything open is in rows: an agent that was killed takes up its
+offers, agreements, activities and bills again when it starts (`AgentStarted`).
+
+    agreement   Approving -> Approved -> Terminating -> Ended, then invoice Issuing -> Sending -> Sent -> Accepted -> Settled
+    activity    (Waiting ->) Starting -> Running -> Stopping -> Exited -> Billing -> Closed
+
+Parts: `offers`, `negotiation` (with the rules in `rules`), `agreements`,
+`billing`; rows in `rows`; messages in `protocol/provider.py`. The session id is made once and kept: it
+names this agent at the node through restarts, which the process id would not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from msgspec.structs import replace
+
+from actors.kernel.machine import NOTHING, Meta, Reply, Rows, Step, Wake
+from actors.provider import agreements, billing, credit, negotiation, offers
+from actors.provider.rows import (
+    ALIVE,
+    APPROVED,
+    APPROVING,
+    ENDED,
+    EXITED,
+    ISSUING,
+    SENDING,
+    STARTING,
+    TERMINATING,
+    WAITING,
+    ActivityRow,
+    AgentRow,
+    AgreementRow,
+    CapacityRow,
+    CursorRow,
+    ProviderRow,
+    ServedRow,
+)
+from actors.provider.turn import ProviderConfig, Turn
+from protocol.provider import (
+    ActivityClosed,
+    AgentStarted,
+    AgreementArrived,
+    ApprovalEnded,
+    CloseActivity,
+    CreditDue,
+    DeadlineDue,
+    EventArrived,
+    ExpirationDue,
+    FindUnit,
+    ForgetDue,
+    FundsKnown,
+    HoldUnit,
+    IdleDue,
+    InvoiceIssued,
+    InvoiceSent,
+    LocalProvider,
+    NoteDue,
+    NoteIssued,
+    NoteRead,
+    NoteSent,
+    OfferLost,
+    OfferPublished,
+    OffersChanged,
+    PatienceDue,
+    ProposalArrived,
+    RulesChanged,
+    SendInvoice,
+    SessionNamed,
+    StopAgent,
+    StopUnit,
+    TaskEnded,
+    TerminationEnded,
+    Timer,
+    UnitExited,
+    UnitRunning,
+    UsageRead,
+)
+from protocol.types import Undelivered
+
+EARLY_TIMER_S = 1.0
+
+
+class Provider:
+    """The machine `provider`; see the module's docstring. `node_id` names the process's own kernel, not the node."""
+
+    name = "provider"
+    local = LocalProvider
+    peer = None
+    rows = ProviderRow
+
+    def __init__(self, node_id: str, config: ProviderConfig) -> None:
+        self.node, self.config = node_id, config
+
+    def handle(self, rows: Rows, message: LocalProvider, meta: Meta) -> Step:
+        """Decide. Raises `Violation` for what the node cannot have meant."""
+        if isinstance(message, Undelivered):
+            return NOTHING  # ports are of this process; they are reached or the agent is not there
+        turn = Turn(rows, self.config, meta.now)
+        if isinstance(message, Timer) and turn.agent.instance != self.config.instance:
+            # due while the agent was away: not before it has taken up its work and heard what happened meanwhile
+            return Step(effects=(Wake(_timer_key(message), meta.now + EARLY_TIMER_S, message),))
+        _HANDLERS[type(message)](turn, message)
+        if turn.vacated:
+            negotiation.renegotiate(turn)
+        return turn.step()
+
+
+def _timer_key(message: Timer) -> str:
+    match message:
+        case IdleDue(agreement_id):
+            return f"idle/{agreement_id}"
+        case CreditDue(requestor):
+            return f"credit/{requestor}"
+        case ExpirationDue(agreement_id):
+            return f"expire/{agreement_id}"
+        case NoteDue(activity_id):
+            return f"note/{activity_id}"
+        case DeadlineDue(activity_id, number, deadline):
+            return f"{deadline}/{activity_id}/{number}"
+        case PatienceDue(proposal_id):
+            return f"patience/{proposal_id}"
+        case ForgetDue(agreement_id):
+            return f"forget/{agreement_id}"
+
+
+# -- start and stop
+def _started(turn: Turn, message: AgentStarted) -> None:
+    agent = AgentRow(turn.agent.session_id or message.session_id, turn.agent.since, turn.config.instance)
+    turn.put("agent", agent)
+    turn.put("capacity", CapacityRow(message.capacity))
+    if turn.get("served") is not None:
+        turn.put("served", None)  # the settings of this run say whom
+    turn.do(Reply(SessionNamed(agent.session_id)))
+    for _, row in list(turn.prefix("agreement/")):
+        _resume_agreement(turn, row)
+    offers.reconcile(turn, message.offers, again=True)
+    for _, task in list(turn.prefix("task/")):
+        if task.instance != turn.config.instance:
+            turn.rest(task.message)
+
+
+def _task_ended(turn: Turn, message: TaskEnded) -> None:
+    turn.put(f"task/{message.key}", None)
+
+
+def _resume_agreement(turn: Turn, row: AgreementRow) -> None:
+    """Do again whatever was under way for an agreement when the last run of the agent ended."""
+    if row.state == APPROVING:
+        negotiation.ask_approval(turn, row)
+    elif row.state == TERMINATING:
+        agreements.terminate(turn, row)
+    for activity in turn.activities(row):
+        _resume_activity(turn, row, activity)
+    busy = any(one.state in (WAITING, *ALIVE) for one in turn.activities(row))
+    if row.state == APPROVED and not busy:
+        agreements.rest_idle(turn, row)  # the requestor may have asked meanwhile
+    if row.invoice == ISSUING:
+        billing.issue_invoice(turn, row)
+    elif row.invoice == SENDING:
+        turn.rest(SendInvoice(row.agreement_id, row.invoice_id))
+
+
+def _resume_activity(turn: Turn, row: AgreementRow, activity: ActivityRow) -> None:
+    if activity.state == STARTING:
+        agreements.start_unit(turn, row, activity)
+    elif activity.state in ALIVE:
+        activity = replace(activity, billed_at=turn.now)  # that nobody billed it meanwhile was our own fault
+        turn.save(activity)
+        turn.processes(FindUnit(activity.activity_id, activity.pid, activity.started_ticks))
+        if activity.held:
+            turn.processes(HoldUnit(activity.activity_id, activity.agreement_id, True))
+        if activity.destroyed and activity.pid:
+            turn.processes(StopUnit(activity.activity_id, activity.pid, activity.started_ticks))
+    elif activity.state == EXITED:
+        turn.rest(CloseActivity(activity.activity_id, activity.reason, activity.error_message))
+    for _, note in list(turn.prefix(f"note/{activity.activity_id}/")):
+        if note.state == ISSUING:
+            billing.issue_note(turn, row, note)
+        elif note.state == SENDING:
+            billing.send_note(turn, row, note)
+
+
+def _offers_changed(turn: Turn, message: OffersChanged) -> None:
+    if turn.get("capacity") != CapacityRow(message.capacity):
+        turn.put("capacity", CapacityRow(message.capacity))
+        turn.vacated = True  # there may be room now for what was rejected
+    offers.reconcile(turn, message.offers, again=False)
+
+
+def _rules_changed(turn: Turn, message: RulesChanged) -> None:
+    turn.put("served", ServedRow(message.blacklist, message.allow_only))
+    turn.vacated = True  # who was rejected may be welcome now
+
+
+def _stop(turn: Turn, message: StopAgent) -> None:
+    turn.put("agent", replace(turn.agent, stopping=True))
+    offers.withdraw_all(turn)
+    for key, _ in list(turn.prefix("active/")):
+        row = turn.agreement(key.removeprefix("active/"))
+        if row is not None:
+            agreements.end_agreement(turn, row, agreements.SHUTDOWN)
+
+
+# -- events of the node's feeds
+def _event(turn: Turn, event: EventArrived) -> None:
+    cursor: CursorRow | None = turn.get(f"cursor/{event.feed}")
+    if cursor is not None and event.at <= cursor.at:
+        return
+    turn.put(f"cursor/{event.feed}", CursorRow(event.at))
+    match event.feed, event.kind:
+        case "agreements", _:
+            agreements.agreement_event(turn, event)
+            billing.bill_if_done(turn, event.subject)
+        case "activities", "CreateActivity":
+            agreements.create_activity(turn, event)
+        case "activities", "DestroyActivity":
+            agreements.destroy_activity(turn, event)
+        case "debit-notes" | "invoices", _:
+            billing.document_event(turn, event)
+
+
+def _termination_ended(turn: Turn, message: TerminationEnded) -> None:
+    row = turn.agreement(message.agreement_id)
+    if row is not None and row.state in (TERMINATING, ENDED):
+        agreements.ended(turn, row)
+        billing.bill_if_done(turn, message.agreement_id)
+
+
+_HANDLERS: dict[type, Callable[[Turn, Any], None]] = {
+    AgentStarted: _started,
+    OffersChanged: _offers_changed,
+    RulesChanged: _rules_changed,
+    StopAgent: _stop,
+    ProposalArrived: negotiation.proposal_arrived,
+    AgreementArrived: negotiation.agreement_arrived,
+    ApprovalEnded: negotiation.approval_ended,
+    EventArrived: _event,
+    OfferPublished: offers.published,
+    OfferLost: offers.lost,
+    TerminationEnded: _termination_ended,
+    TaskEnded: _task_ended,
+    UnitRunning: agreements.unit_running,
+    UnitExited: agreements.unit_exited,
+    IdleDue: agreements.idle_due,
+    CreditDue: agreements.credit_due,
+    FundsKnown: credit.funds_known,
+    ExpirationDue: agreements.expiration_due,
+    ActivityClosed: billing.activity_closed,
+    UsageRead: billing.usage_read,
+    NoteDue: billing.note_due,
+    NoteIssued: billing.note_issued,
+    NoteSent: billing.note_sent,
+    NoteRead: billing.note_read,
+    DeadlineDue: billing.deadline_due,
+    PatienceDue: negotiation.patience_due,
+    InvoiceIssued: billing.invoice_issued,
+    InvoiceSent: billing.invoice_sent,
+    ForgetDue: billing.forget,
+}

@@ -1,0 +1,75 @@
+"""Rows of the wallet, and the states of orders and batches."""
+
+from __future__ import annotations
+
+from protocol.types import Message
+
+QUEUED, BATCHED, PAID, GIVEN_UP = "QUEUED", "BATCHED", "PAID", "GIVEN_UP"
+SENDING, CONFIRMED, FAILED = "SENDING", "CONFIRMED", "FAILED"
+
+
+class PayOrder(Message, frozen=True):
+    """One order of the ledger. `batch_id` is the last batch it was in."""
+
+    order_id: str
+    platform: str
+    payer: str
+    payee: str
+    amount: str
+    state: str
+    queued_at: float
+    batch_id: str = ""
+    tries: int = 0
+    reason: str = ""
+
+
+class Payee(Message, frozen=True):
+    """What a batch pays one payee, and for which orders."""
+
+    payee: str
+    amount: str
+    order_ids: tuple[str, ...]
+
+
+class Batch(Message, frozen=True):
+    """One transfer to several payees."""
+
+    batch_id: str
+    platform: str
+    payer: str
+    number: int  # of the payer's batches on this platform
+    payees: tuple[Payee, ...]
+    state: str
+    created_at: float
+    tx_hash: str = ""
+    reason: str = ""
+    block: int = 0
+    gas_used: int = 0
+    fee: str = "0"
+    recalled: bool = False  # by the chain port: this journal may not know all its orders
+
+
+class Batches(Message, frozen=True):
+    """How many batches a payer has had on a platform: no two have one id, though they pay the same orders."""
+
+    count: int
+
+
+class Queued(Message, frozen=True):
+    """An order that waits for a batch. `told`: its row is damaged, and that was said."""
+
+    order_id: str
+    told: bool = False
+
+
+class Cycle(Message, frozen=True):
+    """When a platform's orders are gathered. `next_at` None: with the first order that comes, one interval later."""
+
+    platform: str
+    interval_s: float
+    extra_pay_time_s: float
+    next_at: float | None = None
+    last_at: float | None = None
+
+
+WalletRow = PayOrder | Batch | Batches | Queued | Cycle

@@ -1,0 +1,1 @@
+"""The node's side of the command line: the same nouns as `golem/cli`."""

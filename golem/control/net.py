@@ -1,0 +1,73 @@
+"""The node's side of `golem net`."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from golem.control.command import command
+from golem.net import NetError
+from protocol.types import node_id, timestamp_text
+
+if TYPE_CHECKING:
+    from golem.node.node import Node
+
+# -- network
+@command
+async def net_status(node: Node, args: dict[str, Any]) -> Any:
+    """Addresses, sessions and traffic."""
+    sessions = node.network.sessions()
+    mib_in, mib_out = (round(sum(one) / 2**20, 3) for one in zip(*((s.bytes_in, s.bytes_out) for s in sessions), strict=True)) \
+        if sessions else (0.0, 0.0)  # fmt: skip
+    uptime_s = max(time.time() - node.started_at, 1.0)
+    addresses = node.network.addresses
+    return {
+        "nodeId": node.node_id, "listenAddress": addresses[0] if addresses else None, "publicAddress": None,
+        "addresses": addresses, "sessions": len(sessions),
+        "bandwidth": {"outKiBps": 0.0, "outAvgKiBps": round(mib_out * 1024 / uptime_s, 3), "outMib": mib_out,
+                      "inKiBps": 0.0, "inAvgKiBps": round(mib_in * 1024 / uptime_s, 3), "inMib": mib_in},
+    }  # fmt: skip
+
+
+@command
+async def net_sessions(node: Node, args: dict[str, Any]) -> Any:
+    """Live sessions."""
+    return [
+        {"nodeId": one.node_id, "address": one.address, "type": one.type, "seen": timestamp_text(one.seen.timestamp()),
+         "time": round(one.duration_s, 1), "ping": None if one.rtt_ms is None else round(one.rtt_ms, 3),
+         "in": round(one.bytes_in / 2**20, 3), "out": round(one.bytes_out / 2**20, 3)}
+        for one in node.network.sessions()
+    ]  # fmt: skip
+
+
+@command
+async def net_ping(node: Node, args: dict[str, Any]) -> Any:
+    """Round-trip times, of one peer or of all with a session."""
+    from golem.control.market import peers, whole_id
+
+    targets = [node_id(whole_id(args["id"], peers(node)))] if args.get("id") else [one.node_id for one in node.network.sessions()]
+    rows = []
+    for target in targets:
+        try:
+            rows.append({"nodeId": target, "ping": round(await node.network.ping(target), 3), "error": None})
+        except NetError as error:
+            rows.append({"nodeId": target, "ping": None, "error": str(error)})
+    return rows
+
+
+@command
+async def net_connect(node: Node, args: dict[str, Any]) -> Any:
+    """Open a session with a node id or multiaddr."""
+    from golem.control.market import peers, whole_id
+
+    return await node.network.connect(whole_id(args["target"], peers(node)))
+
+
+@command
+async def net_disconnect(node: Node, args: dict[str, Any]) -> Any:
+    """Close the session with a node."""
+    from golem.control.market import peers, whole_id
+
+    wanted = node_id(whole_id(args["id"], peers(node)))
+    await node.network.disconnect(wanted)
+    return wanted

@@ -1,0 +1,90 @@
+"""The node's side of `golem payment`; debts have a file of their own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from golem.chain.networks import DRIVER, Network
+from golem.chain.rpc import RpcError
+from golem.control.command import command
+from protocol.types import amount_text, from_wei, timestamp_text
+
+if TYPE_CHECKING:
+    from golem.node.node import Node
+
+# -- payments
+@command
+async def payment_accounts(node: Node, args: dict[str, Any]) -> Any:
+    """Platforms this node can pay and be paid on."""
+    return node.chain.accounts()
+
+
+@command
+async def payment_networks(node: Node, args: dict[str, Any]) -> Any:
+    """Networks that this node serves, and their platforms."""
+    return [
+        {"driver": DRIVER, "network": row.name, "token": row.symbol, "platform": row.platform,
+         "simulatedBy": row.simulated_by, "default": row.name == node.chain.default_network}
+        for row in node.chain.networks
+    ]  # fmt: skip
+
+
+@command
+async def payment_status(node: Node, args: dict[str, Any]) -> Any:
+    """Balances and sums of one network."""
+    network = node.chain.networks.by_name(args.get("network") or node.chain.default_network)
+    totals = node.chain.totals(network.platform)
+    purse, trouble = await _purse(node, network)
+    head = await node.chain.head(network.name) if not trouble else None
+    chain = {"chain": await node.chain.local_chain(), "chainUrl": node.chain.dev_url} if network.simulated_by and head else {}
+    found = [problem for problem in node.chain.problems(network.name) if not _is_said(problem.detail, trouble)]
+    problems = [f"{problem.kind}: {problem.detail}" for problem in found]
+    if trouble and not any(problem.partition(": ")[2] in trouble for problem in problems):
+        problems.append(f"RpcError: {trouble}")
+    return {
+        "amount": purse.pop("amount"), "reserved": totals["reserved"],
+        "outgoing": totals["outgoing"], "incoming": totals["incoming"], "driver": DRIVER, "network": network.name,
+        "token": network.symbol, "platform": network.platform, "simulatedBy": network.simulated_by, **chain,
+        "gas": {"currency_short_name": network.coin, "currency_long_name": network.coin, "balance": purse.pop("gas")}, **purse,
+        "block_number": head.number if head else None,
+        "block_datetime": timestamp_text(head.timestamp) if head else None, "address": node.node_id, "problems": problems,
+    }  # fmt: skip
+
+
+def _is_said(detail: str, trouble: str) -> bool:
+    """Is an endpoint's silence told by `trouble` already, which has more to say?"""
+    _, silent, why = detail.partition(" has not answered ")
+    return bool(silent) and why.partition(": ")[2] in trouble
+
+
+@command
+async def payment_resume(node: Node, args: dict[str, Any]) -> Any:
+    """Sign payments again after a restore; returns whether any were held."""
+    return node.chain.release(args.get("network") or node.chain.default_network)
+
+
+async def _purse(node: Node, network: Network) -> tuple[dict[str, Any], str]:
+    """Tokens and coins of the account as now or as last known, None where nobody knows; and why they are not of now."""
+    try:
+        held = await node.chain.held(network.name)
+    except RpcError as error:
+        return {"amount": None, "gas": None}, str(error)
+    wei = {"amount": held.balances.token_wei, "gas": held.balances.gas_wei}
+    as_of = {} if held.is_fresh else {"balance_datetime": timestamp_text(held.at)}
+    return {name: amount_text(from_wei(value)) for name, value in wei.items()} | as_of, held.trouble
+
+
+@command
+async def payment_fund(node: Node, args: dict[str, Any]) -> Any:
+    """Test coins and tokens for this node."""
+    network = node.chain.networks.by_name(args.get("network") or node.chain.default_network)
+    balances = await node.chain.fund(network.name)
+    return {"network": network.name, "simulatedBy": network.simulated_by, "token": network.symbol, "coin": network.coin,
+            "amount": amount_text(from_wei(balances.token_wei)), "gas": amount_text(from_wei(balances.gas_wei))}  # fmt: skip
+
+
+@command
+async def payment_init(node: Node, args: dict[str, Any]) -> Any:
+    """Accounts need no registration here: every platform of the profile is ready. Unknown networks are refused."""
+    network = node.chain.networks.by_name(args.get("network") or node.chain.default_network)
+    return {"network": network.name, "platform": network.platform, "token": network.symbol, "simulatedBy": network.simulated_by}

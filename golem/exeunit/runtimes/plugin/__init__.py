@@ -1,0 +1,1 @@
+"""Runtimes that are programs of their own, named by descriptors."""

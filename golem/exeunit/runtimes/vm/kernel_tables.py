@@ -1,0 +1,111 @@
+"""Tables of the kernel that all guests and this machine share, and how much of them one guest gets.
+
+Control groups do not count these. What a container can be told at its start is told there (`container`: pending signals,
+message queues, TCP buffers; no asynchronous I/O contexts by `seccomp_profile`); the rest is set from outside, once it is up:
+its pseudo-terminals at the mount of its /dev/pts, and inotify in its user namespace. Where an Engine does not remap ids a
+guest's inotify would be that of this machine's own root, so there it has none.
+Takes root's rights and Linux 5.2. Neighbour: `golem.exeunit.runtimes.vm.runtime`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import subprocess
+from pathlib import Path
+
+import trio
+
+from golem.exeunit.transfer.beneath import open_in_root
+
+log = logging.getLogger("golem.exeunit")
+
+CORE_PATTERN = Path("/proc/sys/kernel/core_pattern")
+PTYS = 64
+INOTIFY = {"max_inotify_instances": 32, "max_inotify_watches": 8192}
+TOOL_TIMEOUT_S = 10.0
+_FSCONFIG, _FSPICK = 431, 433  # on every architecture
+_PICK_EMPTY_PATH, _PICK_CLOEXEC = 8, 1
+_SET_STRING, _RECONFIGURE = 1, 7
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def has_inotify(root_id: int) -> bool:
+    """Whether guests may have inotify: where it can be bounded. `root_id`: of root in a container, 0 without remapped ids."""
+    return root_id != 0 and os.geteuid() == 0
+
+
+async def bound(init_pid: int, root_id: int) -> None:
+    """Bound what a container that has just started may take. Raises OSError."""
+    if os.geteuid() != 0:
+        return
+    await trio.to_thread.run_sync(_bound_ptys, init_pid)
+    if has_inotify(root_id):
+        await _bound_inotify(init_pid)
+
+
+def _bound_ptys(init_pid: int) -> None:
+    options = _options(init_pid)
+    root = os.open(f"/proc/{init_pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        place = open_in_root(root, "/dev/pts", os.O_PATH | os.O_DIRECTORY)
+    finally:
+        os.close(root)
+    try:
+        if options is None or f"{os.major(dev := os.fstat(place).st_dev)}:{os.minor(dev)}" != options[0]:
+            raise OSError("the container's /dev/pts is none of its own")
+        context = _call(_FSPICK, place, b"", _PICK_EMPTY_PATH | _PICK_CLOEXEC)
+    finally:
+        os.close(place)
+    try:
+        for option in (*options[1].split(","), f"max={PTYS}"):
+            key, _, value = option.partition("=")
+            if key in ("gid", "mode", "ptmxmode", "max"):
+                _call(_FSCONFIG, context, _SET_STRING, key.encode(), value.encode(), 0)
+        _call(_FSCONFIG, context, _RECONFIGURE, None, None, 0)
+    finally:
+        os.close(context)
+
+
+def _options(init_pid: int) -> tuple[str, str] | None:
+    """Return device and options of a container's /dev/pts; None where it has none, or that of this machine."""
+    shared = os.stat("/dev/pts").st_dev if os.path.isdir("/dev/pts") else -1
+    for line in Path(f"/proc/{init_pid}/mountinfo").read_text().splitlines():
+        head, _, tail = line.partition(" - ")
+        fields, words = head.split(), tail.split()
+        if words[0] == "devpts" and fields[2] != f"{os.major(shared)}:{os.minor(shared)}":
+            return fields[2], words[2]
+    return None
+
+
+def _call(number: int, *arguments: int | bytes | None) -> int:
+    words = [ctypes.c_long(word) if isinstance(word, int) else ctypes.c_char_p(word) for word in arguments]
+    result = int(_libc.syscall(ctypes.c_long(number), *words))
+    if result < 0:
+        raise OSError(ctypes.get_errno(), f"the container's /dev/pts cannot be bounded: {os.strerror(ctypes.get_errno())}")
+    return result
+
+
+async def _bound_inotify(init_pid: int) -> None:
+    """Write the limits of the container's user namespace; only a process of one thread can enter that."""
+    if os.stat(f"/proc/{init_pid}/ns/user").st_ino == os.stat("/proc/self/ns/user").st_ino:
+        raise OSError("the container has no user namespace of its own")
+    script = " && ".join(f"echo {most} > /proc/sys/user/{name}" for name, most in INOTIFY.items())
+    command = ["nsenter", f"--user=/proc/{init_pid}/ns/user", "--", "/bin/sh", "-c", script]
+    try:
+        with trio.fail_after(TOOL_TIMEOUT_S):
+            done = await trio.run_process(command, check=False, stdin=subprocess.DEVNULL, capture_stderr=True, cwd="/")
+    except trio.TooSlowError:
+        raise OSError("nsenter took too long") from None
+    if done.returncode != 0:
+        raise OSError(f"inotify cannot be bounded: {done.stderr.decode(errors='replace').strip()[:300]}")
+
+
+def piped_cores() -> str | None:
+    """Return the program that this machine starts for each process that crashes, also in containers; None if it is none."""
+    try:
+        pattern = CORE_PATTERN.read_text().strip()
+    except OSError:
+        return None
+    return pattern[1:].split(" ")[0] if pattern.startswith("|") else None

@@ -1,0 +1,1 @@
+"""The runtime `wasmtime`: WASI commands, each in a locked-down process."""

@@ -1,0 +1,1 @@
+"""Files into, out of and past an activity, and task packages."""

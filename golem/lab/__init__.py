@@ -1,0 +1,1 @@
+"""Whole markets on one machine, for demo, tests and benchmarks."""

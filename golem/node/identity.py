@@ -1,0 +1,181 @@
+"""The node's identity: one secp256k1 key, kept in a keystore file or given by the environment; and the app-keys.
+
+The keystore is the standard encrypted JSON of Ethereum wallets. The unencrypted mode has to be asked for: a file with the
+bare key, readable by its owner only. Keys leave this module as signatures, never as text.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+
+from golem.base.recursion import tame_imports
+from golem.config import Config
+from golem.private_files import check_ours, write_private
+from protocol.signing import Document, node_id_of, sign
+
+KEYSTORE, PLAIN_KEY, APP_KEYS = "keystore.json", "identity.key", "app-keys.json"
+SCRYPT_N = 1 << 18  # the usual cost of Ethereum keystores: about a second
+MIN_PASSWORD_CHARS = 8
+AskPassword = Callable[[str, bool], str]  # (prompt, ask twice) -> password
+
+
+class IdentityError(Exception):
+    """The identity cannot be opened or made; the text says what to do."""
+
+
+class Identity:
+    """The key of this node."""
+
+    def __init__(self, key: bytes, *, encrypted: bool) -> None:
+        self._key = key
+        self.node_id = node_id_of(key)
+        self.encrypted = encrypted
+
+    def __repr__(self) -> str:
+        return f"Identity({self.node_id})"
+
+    def sign(self, kind: str, body: bytes) -> Document:
+        """Return `body` as a signed document of `kind` (see `protocol.signing`)."""
+        return sign(self._key, kind, body)
+
+    def derived(self, purpose: str) -> bytes:
+        """Return a secret of this node (32 bytes) for one purpose; it is the same at each start and says nothing of the key."""
+        return hmac.digest(self._key, f"golem: {purpose}".encode(), "sha256")
+
+    def secret(self) -> bytes:
+        """Return the key (32 bytes), for the two places that need it: the peer host and the transaction signer."""
+        return self._key
+
+
+def parse_key(text: str) -> bytes:
+    """Return the 32 bytes of a hex private key. Raises `IdentityError` (which does not repeat the text)."""
+    digits = text.strip().removeprefix("0x")
+    try:
+        key = bytes.fromhex(digits)
+        if len(key) != 32:
+            raise ValueError
+        node_id_of(key)
+    except ValueError:
+        raise IdentityError("a private key is 64 hex digits of a number in the range of secp256k1") from None
+    return key
+
+
+def open_identity(config: Config, ask_password: AskPassword | None = None) -> Identity:
+    """Return the node's identity, making one at the first start.
+
+    `ask_password` asks at a terminal; `None` where there is none. Raises `IdentityError`.
+    """
+    if config.autoconf_id_secret:
+        try:
+            return Identity(parse_key(config.autoconf_id_secret), encrypted=False)
+        except IdentityError as error:
+            raise IdentityError(f"YAGNA_AUTOCONF_ID_SECRET: {error}") from None
+    keystore, plain = config.data_dir / KEYSTORE, config.data_dir / PLAIN_KEY
+    for path in filter(Path.exists, (keystore, plain)):
+        try:
+            check_ours(path)
+        except (ValueError, OSError) as error:
+            raise IdentityError(f"cannot use {path}: {error}") from None
+    if plain.exists() and (config.password or config.password_file):
+        return _encrypted(config, plain, keystore)
+    if plain.exists():
+        text = _read(plain)
+        try:
+            return Identity(parse_key(text), encrypted=False)
+        except IdentityError as error:
+            raise IdentityError(f"cannot use {plain}: {error}") from None
+    if keystore.exists():
+        return Identity(_decrypt(keystore, _password(config, ask_password, twice=False)), encrypted=True)
+    if config.plain_key:
+        key = secrets.token_bytes(32)
+        write_private(plain, key.hex() + "\n")
+        return Identity(key, encrypted=False)
+    password = _password(config, ask_password, twice=True)
+    key = secrets.token_bytes(32)
+    save_encrypted(keystore, key, password)
+    return Identity(key, encrypted=True)
+
+
+def _encrypted(config: Config, plain: Path, keystore: Path) -> Identity:
+    """Encrypt a plain key with the password that is given now; nobody gives one to have it ignored."""
+    if config.plain_key:
+        raise IdentityError("a password and --plain-key contradict each other: name one of them")
+    try:
+        key = parse_key(_read(plain))
+    except IdentityError as error:
+        raise IdentityError(f"cannot use {plain}: {error}") from None
+    if keystore.exists():  # from an attempt that was cut short, or of another key
+        if _decrypt(keystore, _password(config, None, twice=False)) != key:
+            raise IdentityError(f"{plain} and {keystore} hold two keys: remove the one that is not this node's")
+    else:
+        save_encrypted(keystore, key, _password(config, None, twice=True))
+    plain.unlink()
+    return Identity(key, encrypted=True)
+
+
+def stored_node_id(data_dir: Path) -> str:
+    """Return whose key a data directory holds, as far as that can be read without a password; "" where it cannot."""
+    try:
+        if (data_dir / PLAIN_KEY).exists():
+            return Identity(parse_key(_read(data_dir / PLAIN_KEY)), encrypted=False).node_id
+        return "0x" + str(json.loads(_read(data_dir / KEYSTORE))["address"]).lower().removeprefix("0x")
+    except (IdentityError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def save_encrypted(path: Path, key: bytes, password: str) -> None:
+    """Write `key` as standard encrypted keystore JSON."""
+    tame_imports()
+    import eth_keyfile
+
+    write_private(path, json.dumps(eth_keyfile.create_keyfile_json(key, password.encode(), kdf="scrypt", iterations=SCRYPT_N)))
+
+
+def _decrypt(path: Path, password: str) -> bytes:
+    tame_imports()
+    import eth_keyfile
+
+    try:
+        keystore = json.loads(_read(path))
+        keystore["crypto"]["mac"]
+    except (ValueError, KeyError, TypeError):
+        raise IdentityError(f"{path} is damaged: it is no keystore") from None
+    try:
+        return bytes(eth_keyfile.decode_keyfile_json(keystore, password.encode()))
+    except (ValueError, KeyError, TypeError):
+        raise IdentityError(f"wrong password for {path}") from None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError as error:
+        raise IdentityError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _password(config: Config, ask_password: AskPassword | None, *, twice: bool) -> str:
+    """Return the password; `twice`: for a new key."""
+    password = _given_password(config, ask_password, twice=twice)
+    if twice and len(password) < MIN_PASSWORD_CHARS:
+        raise IdentityError(f"a password has at least {MIN_PASSWORD_CHARS} characters")
+    return password
+
+
+def _given_password(config: Config, ask_password: AskPassword | None, *, twice: bool) -> str:
+    if config.password_file:
+        password = _read(config.password_file).rstrip("\r\n")
+        if not password:
+            raise IdentityError(f"the password file {config.password_file} is empty")
+        return password
+    if config.password:
+        return config.password
+    if ask_password:
+        return ask_password("Choose a password for this node's new key" if twice else "Password of this node's key", twice)
+    raise IdentityError(
+        "the key of this node needs a password: --password-file FILE, or GOLEM_PASSWORD in the environment"
+        + (", or --plain-key to keep it unencrypted (for automation)" if twice else "")
+    )

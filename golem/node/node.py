@@ -1,0 +1,87 @@
+"""The node as edges use it: what `golem.daemon` puts together."""
+
+from __future__ import annotations
+
+import time
+import uuid
+
+import trio
+
+from actors.activity.machine import ActivityRow
+from actors.kernel.system import System
+from golem.bus.router import Router
+from golem.bus.server import Bus
+from golem.chain.port import Chain
+from golem.config import Config
+from golem.files.agents import Services
+from golem.files.server import FileServer
+from golem.images.store import Registry
+from golem.interaction.broker import Interactions
+from golem.net import Network
+from golem.node.app_keys import AppKeys
+from golem.node.identity import Identity
+from golem.node.payout import Payout
+
+
+class Node:
+    """What edges use. Built by `open_node`."""
+
+    def __init__(self, config: Config, identity: Identity, app_keys: AppKeys, router: Router, system: System,
+                 network: Network, bus: Bus, chain: Chain, files: FileServer, registry: Registry) -> None:  # fmt: skip
+        self.config, self.identity, self.app_keys = config, identity, app_keys
+        self.router, self.calls, self.system = router, router.calls, system
+        self.network, self.bus, self.chain, self.files, self.registry = network, bus, chain, files, registry
+        self.services = Services(files)
+        self.node_id = identity.node_id
+        self.interactions = Interactions(self.node_id, router, self.activity)
+        self.name = identity.node_id[:10]
+        self.payout: Payout | None = None  # where it is paid, if not at its own address
+        self.started_at = time.time()
+        self.api_url = ""
+        self.stopping = trio.Event()
+
+    def clock(self) -> float:
+        """Return the time in seconds since the epoch."""
+        return self.system.now()
+
+    def activity(self, activity_id: str) -> ActivityRow | None:
+        """Return the row of an activity that this node is a party of."""
+        row: ActivityRow | None = self.system.rows("activity").get(f"activity/{activity_id}")
+        return row
+
+    def new_id(self) -> str:
+        """Return 32 random hex digits."""
+        return uuid.uuid4().hex
+
+    def health_problem(self) -> str | None:
+        """Return what is wrong with this node, `None` if nothing is."""
+        if not self.network.is_up:
+            return "the peer-to-peer host is not running (yet)"
+        return self.chain.fault() or self._debt()
+
+    def _debt(self) -> str | None:
+        """Return what of this node's own work is held up by our own fault; strangers' poison makes nobody unwell."""
+        own = sum(one.local for one in self.system.quarantined())
+        for count, what in ((own, "messages are set aside (golem quarantine list)"),
+                            (len(self.system.damaged()), "stored rows cannot be read (golem status)"),
+                            (len(self.system.alarms.failing()), "timers cannot be handled (golem status)")):  # fmt: skip
+            if count:
+                return f"{count} {what}"
+        return None
+
+    def metrics_text(self) -> str:
+        """Return the node's counters in Prometheus' text format."""
+        sessions = self.network.sessions()
+        lines = [
+            ("golem_sessions", "gauge", len(sessions)),
+            ("golem_bytes_in_total", "counter", sum(one.bytes_in for one in sessions)),
+            ("golem_bytes_out_total", "counter", sum(one.bytes_out for one in sessions)),
+            ("golem_journal_commits_total", "counter", self.system.journal.commits),
+            ("golem_links_stuck", "gauge", len(self.system.troubles())),
+            ("golem_quarantined_messages", "gauge", len(self.system.quarantined())),
+            ("golem_damaged_rows", "gauge", len(self.system.damaged())),
+            ("golem_failing_timers", "gauge", len(self.system.alarms.failing())),
+            ("golem_protocol_violations", "gauge", len(self.system.violations)),
+            ("golem_uptime_seconds", "gauge", round(time.time() - self.started_at, 1)),
+        ]
+        return "".join(f"# TYPE {name} {kind}\n{name} {value}\n" for name, kind, value in lines)

@@ -1,0 +1,113 @@
+"""The rules of the house: what a newcomer may rely on when looking for something.
+
+Import contracts (`setup.cfg`) keep the floors; here stand the rules that a linter does not know. `GROWN` lists what was too
+large or named twice when the rule came: it may only shrink.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections import defaultdict
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+LOOSE = {"__init__.py", "config.py", "daemon.py", "private_files.py"}
+MAX_MODULE_LINES, MAX_FUNCTION_LINES = 500, 70
+GROWN_MODULES = {
+    "actors.activity.machine", "actors.negotiation.proposals", "golem.chain.engine", "golem.chain.store",
+    "golem.exeunit.runtimes.vm.runtime", "golem.exeunit.unpack.archives", "golem.files.server", "golem.net.yamux",
+    "protocol.provider",
+}
+GROWN_FUNCTIONS = {
+    "golem.daemon.open_node", "golem.rest.allocations.routes",
+}
+NAMED_TWICE = {
+    "Activity", "ActivityRow", "Agreement", "AgreementRow", "ApiError", "ApproveAgreement", "Batch", "BatchRow", "Busy",
+    "Claim", "Command", "Connection", "CounterProposal", "Done", "Ended", "Failed", "Gossip", "IssueInvoice", "Kind",
+    "Limits", "Lost", "Network", "OfferRow", "Outgoing", "Output", "Package", "Payment", "PublishOffer", "Refusal",
+    "RejectAgreement", "RejectProposal", "Rejected", "RpcError", "Server", "Service", "Settings", "Source", "Store",
+    "TerminateAgreement", "Terms", "TermsError", "Transfer", "Unclear", "Upload",
+}
+CIRCLES = {
+    "actors.kernel.actor", "actors.kernel.alarms", "actors.kernel.courier", "actors.kernel.mailbox",
+    "actors.kernel.port", "actors.kernel.system", "golem.chain.engine", "golem.chain.faucet",
+}
+
+
+@cache
+def modules() -> dict[str, ast.Module]:
+    """Return the syntax trees of the product's modules by their dotted names."""
+    paths = [path for top in ("golem", "actors", "protocol") for path in sorted((ROOT / top).rglob("*.py"))]
+    return {name_of(path): ast.parse(path.read_text()) for path in paths}
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield inner if inner in modules() else node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def test_no_file_lies_loose() -> None:
+    assert {path.name for path in (ROOT / "golem").glob("*.py")} == LOOSE
+    tests = {path.name for path in (ROOT / "tests").glob("*.py")}
+    assert tests == {"conftest.py", "order.py", "skips.py"}
+
+
+def test_no_module_is_private() -> None:
+    hidden = [name for name in modules() for part in name.split(".") if part.startswith("_") and not part.startswith("__")]
+    assert not hidden, "what is private is in a package and not imported from outside"
+
+
+def test_modules_and_functions_are_short() -> None:
+    large = {name for name, tree in modules().items() if tree.body and (tree.body[-1].end_lineno or 0) > MAX_MODULE_LINES}
+    assert large <= GROWN_MODULES, f"over {MAX_MODULE_LINES} lines: {sorted(large - GROWN_MODULES)}"
+    long = {
+        f"{name}.{node.name}"
+        for name, tree in modules().items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and (node.end_lineno or 0) - node.lineno >= MAX_FUNCTION_LINES
+    }
+    assert long <= GROWN_FUNCTIONS, f"over {MAX_FUNCTION_LINES} lines: {sorted(long - GROWN_FUNCTIONS)}"
+
+
+def test_a_public_class_name_means_one_thing() -> None:
+    places = defaultdict(list)
+    for name, tree in modules().items():
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places[node.name].append(name)
+    twice = {name for name, where in places.items() if len(where) > 1}
+    assert twice <= NAMED_TWICE, {name: places[name] for name in twice - NAMED_TWICE}
+
+
+def test_imports_run_in_no_circle() -> None:
+    arrows = {name: {one for one in imported(tree) if one in modules() and one != name} for name, tree in modules().items()}
+    reached: dict[str, set[str]] = {}
+    for start in arrows:
+        seen: set[str] = set()
+        rest = list(arrows[start])
+        while rest:
+            one = rest.pop()
+            if one not in seen:
+                seen.add(one)
+                rest.extend(arrows[one])
+        reached[start] = seen
+    round_trips = {name for name in arrows if name in reached[name]}
+    assert round_trips <= CIRCLES, sorted(round_trips - CIRCLES)
+
+
+@pytest.mark.parametrize("room", sorted(path.name for path in (ROOT / "golem").iterdir() if (path / "__init__.py").exists()))
+def test_a_room_says_what_it_is(room: str) -> None:
+    assert ast.get_docstring(modules()[f"golem.{room}"]), f"golem/{room}/__init__.py has no docstring"
