@@ -39,7 +39,8 @@ def quarantine_show(number: int) -> None:
 def quarantine_release(number: int) -> None:
     """Have its actor handle it after all.
 
-    It stays when that fails again."""
+    It stays when that fails again.
+    """
     ask_node("quarantine_release", number=number)
     done(f"Message {number} was handled.")
 
