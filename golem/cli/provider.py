@@ -233,7 +233,7 @@ def exe_unit_list(agent_dir: Path | None, places: str | None) -> None:
 @provider.group(invoke_without_command=True)
 @click.pass_context
 def settings(context: click.Context) -> None:
-    """What rules the agent: each setting, its value, and where that came from."""
+    """What rules the agent, and where each value came from."""
     if context.invoked_subcommand is None:
         context.invoke(settings_show, agent_dir=None)
 

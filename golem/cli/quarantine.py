@@ -37,7 +37,10 @@ def quarantine_show(number: int) -> None:
 @quarantine.command("release")
 @NUMBER
 def quarantine_release(number: int) -> None:
-    """Have its actor handle it after all; it stays when that fails again."""
+    """Have its actor handle it after all.
+
+    It stays when that fails again.
+    """
     ask_node("quarantine_release", number=number)
     done(f"Message {number} was handled.")
 

@@ -6,7 +6,7 @@ import logging
 
 import trio
 
-from actors.kernel.machine import AskTimeout, Busy, Send
+from actors.kernel.machine import ActorFailed, AskTimeout, Busy, Send
 from actors.kernel.system import System
 from golem.net import Network
 from protocol.codec import Decoder, encode
@@ -50,6 +50,8 @@ class Gossip:
                 await self._system.ask("market", Announced(origin, announcement), timeout_s=5)
             except (Busy, AskTimeout):
                 log.info("gossip of %s dropped: the market is busy; the offers will be announced again", origin)
+            except ActorFailed as error:  # a full disk, for one: it says nothing about who spoke
+                log.info("gossip of %s dropped: %s; the offers will be announced again", origin, error)
             except Violation as violation:
                 log.info("gossip of %s dropped: %s", origin, violation)
                 return False

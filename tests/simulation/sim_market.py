@@ -25,7 +25,7 @@ from worlds.whole_life import demand_of, offer_of
 
 from actors.activity.machine import Activity
 from actors.exeunit import ExeUnit
-from actors.kernel.machine import AskTimeout, Busy, LinkDown, Meta, Send
+from actors.kernel.machine import ActorFailed, AskTimeout, Busy, LinkDown, Meta, Send
 from actors.ledger.machine import Ledger
 from actors.market.machine import Market
 from actors.negotiation.machine import Negotiation
@@ -310,7 +310,7 @@ class MarketWorld(World):
         if system is not None:
             try:
                 await system.ask("market", Announced(origin, message), timeout_s=5)
-            except (AskTimeout, Busy):
+            except (AskTimeout, Busy, ActorFailed):
                 pass
 
     # -- exe-units
