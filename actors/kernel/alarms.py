@@ -89,7 +89,9 @@ class Alarms:
 
     def committed(self, commit: Commit) -> None:
         """Look at the clock again if a commit has an alarm that is due before the next look."""
-        times = [timer.at for timer in commit.timers.values() if timer] + [posted.deadline for _, posted in commit.outbox]
+        times = [posted.deadline for _, posted in commit.outbox]
+        if commit.timers:
+            times += [timer.at for timer in commit.timers.values() if timer]
         if times and (self._next is None or min(times) < self._next):
             self._changed.set()
 

@@ -39,6 +39,7 @@ class Courier:
 
     def __init__(self, system: System, actor: str, recipient: str) -> None:
         self.system, self.actor, self.recipient = system, actor, recipient
+        self._node, self._sender = node_of(recipient), f"{system.node}/{actor}"
         self._begin()
         self._broken: LinkBroken | None = None
         self._twice = False
@@ -132,7 +133,6 @@ class Courier:
     def _gather(self) -> list[Envelope]:
         """Return the next envelopes of the window, linked by sequence number."""
         room = min(MAX_BATCH, WINDOW - (self._next - self.acked))
-        sender = f"{self.system.node}/{self.actor}"
         batch: list[Envelope] = []
         size = 0
         # The first message that is not acknowledged comes behind the last one that is: those between were given up.
@@ -152,7 +152,7 @@ class Courier:
             boot = after_boot if settled else boot_at(marks, posted.seq)
             batch.append(
                 Envelope(
-                    sender, self.recipient, self._epoch, posted.seq, before, posted.trace, posted.body, boot, after_boot
+                    self._sender, self.recipient, self._epoch, posted.seq, before, posted.trace, posted.body, boot, after_boot
                 )
             )
             before, after_boot = posted.seq, boot
@@ -160,19 +160,19 @@ class Courier:
 
     def _question(self) -> list[Envelope]:
         """Return an envelope without a message: it is not taken, but it is acknowledged."""
-        marks, seq, sender = self._marks(), self.acked + 1, f"{self.system.node}/{self.actor}"
+        marks, seq = self._marks(), self.acked + 1
         boots = boot_at(marks, seq), boot_at(marks, self.acked)
-        return [Envelope(sender, self.recipient, self._epoch, seq, self.acked, self.system.new_trace(), b"", *boots)]
+        return [Envelope(self._sender, self.recipient, self._epoch, seq, self.acked, self.system.new_trace(), b"", *boots)]
 
     async def _exchange(self, batch: list[Envelope]) -> None:
         acked_before = self.acked
         ack: Ack | None = None
         try:
-            if node_of(self.recipient) == self.system.node and self.system.has_actor(self.recipient):
+            if self._node == self.system.node and self.system.has_actor(self.recipient):
                 ack = await self.system.deliver_local(batch)
             else:
                 with trio.move_on_after(EXCHANGE_TIMEOUT_S):
-                    raw = await self.system.transport.exchange(node_of(self.recipient), encode_batch(batch))
+                    raw = await self.system.transport.exchange(self._node, encode_batch(batch))
                     ack = decode_ack(raw)
                 if ack is None:
                     self.trouble = "no acknowledgement in time"
@@ -215,9 +215,9 @@ class Courier:
 
     def _have(self, ack: Ack) -> int:
         """Return up to where the outbox may forget. What the recipient set aside stays until its sender was told."""
-        posted = self.system.journal.posted
-        if self.system.machine(self.actor) is None:
+        if not ack.refused or self.system.machine(self.actor) is None:
             return ack.have  # a port or an edge hears nothing of it
+        posted = self.system.journal.posted
         owed = [seq for seq in ack.refused if self.acked < seq <= ack.have and posted(self.actor, self.recipient, seq)]
         if not owed:
             return ack.have

@@ -290,11 +290,12 @@ class System:
                 self._new_links.add((actor, recipient))
                 self._links_changed.set()
         self.alarms.committed(commit)
-        for recipient, seq in commit.expired:
-            self.answers.expired(actor, recipient, seq)
-        for recipient in {r for r, _ in commit.expired} | {r for r, _, _ in commit.deferred}:
-            if courier := self._couriers.get((actor, recipient)):
-                courier.nudge()
+        if commit.expired or commit.deferred:
+            for recipient, seq in commit.expired:
+                self.answers.expired(actor, recipient, seq)
+            for recipient in {r for r, _ in commit.expired} | {r for r, _, _ in commit.deferred}:
+                if courier := self._couriers.get((actor, recipient)):
+                    courier.nudge()
         for mend in commit.relinked:
             self.answers.renumbered(actor, mend.recipient)
             if courier := self._couriers.get((actor, mend.recipient)):
