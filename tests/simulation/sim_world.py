@@ -62,8 +62,8 @@ class Crash(BaseException):
     """The process dies here and now. Not an `Exception`, so that nothing in the process can catch it."""
 
 
-class Broken(AssertionError):
-    """An observer saw what must not be."""
+class Broken(BaseException):
+    """An observer saw what must not be. Not an `Exception`: an actor that hears of it would only crash, and start again."""
 
 
 @dataclass(slots=True)
