@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, get_args
 
+import msgspec
 import trio
 
 from actors.kernel.feed import next_head
@@ -66,20 +66,19 @@ CACHED_LINKS = 4096
 ON_FEEDS = (Emit, DropFeed)
 
 
-@dataclass(slots=True)
-class Batch:
+class Batch(msgspec.Struct, eq=False):
     """What a run of the loop gathers until its commit, and lets go after it."""
 
     commit: Commit
     until: float  # by the monotonic clock: then it is committed
-    asks: list[Ask] = field(default_factory=list)
-    links: list[LinkBatch] = field(default_factory=list)
-    releases: list[Release] = field(default_factory=list)
-    published: list[Publish] = field(default_factory=list)
-    sent: dict[str, int] = field(default_factory=dict)
-    answers: list[tuple[str, int, int]] = field(default_factory=list)  # to who asked: recipient, number, size
+    asks: list[Ask] = msgspec.field(default_factory=list)
+    links: list[LinkBatch] = msgspec.field(default_factory=list)
+    releases: list[Release] = msgspec.field(default_factory=list)
+    published: list[Publish] = msgspec.field(default_factory=list)
+    sent: dict[str, int] = msgspec.field(default_factory=dict)
+    answers: list[tuple[str, int, int]] = msgspec.field(default_factory=list)  # to who asked: recipient, number, size
     posted_bytes: int = 0
-    heads: dict[str, tuple[int, float]] = field(default_factory=dict)  # of feeds: number and time of the last event
+    heads: dict[str, tuple[int, float]] = msgspec.field(default_factory=dict)  # of feeds: number and time of the last event
 
     @property
     def over(self) -> bool:
@@ -87,8 +86,7 @@ class Batch:
         return self.posted_bytes >= BATCH_BYTES or trio.current_time() >= self.until
 
 
-@dataclass(frozen=True, slots=True)
-class Decided:
+class Decided(msgspec.Struct, frozen=True):
     """A step with its rows and messages encoded."""
 
     step: Step
@@ -248,7 +246,7 @@ class Actor(Mailbox):
     def _defer(self, alarm: Alarm, again: float, commit: Commit) -> None:
         match alarm:
             case TimerDue(timer):
-                commit.timers[timer.key] = replace(timer, at=again)
+                commit.timers[timer.key] = msgspec.structs.replace(timer, at=again)
             case DeadlinePassed(recipient, seq):
                 commit.deferred.append((recipient, seq, again))
             case LinkBroken():
@@ -308,7 +306,7 @@ class Actor(Mailbox):
                 link.note = "busy"  # until it has taken what it asked for before
                 break
             outcome = self._take_envelope(e, batch)
-            if outcome in (Outcome.CRASH, Outcome.WAITS):
+            if outcome is Outcome.CRASH or outcome is Outcome.WAITS:
                 link.note = "crash" if outcome is Outcome.CRASH else "damaged row"
                 break
             position = behind
@@ -316,7 +314,8 @@ class Actor(Mailbox):
                 self._estrange(e.sender, position)
             else:
                 stranger = False
-                self._strangers.pop(e.sender, None)
+                if self._strangers:
+                    self._strangers.pop(e.sender, None)
                 batch.commit.inbox[e.sender] = position
             if batch.over and e is not link.envelopes[-1]:
                 batch.links.remove(link)  # it is not answered before its rest was taken as well
@@ -397,7 +396,7 @@ class Actor(Mailbox):
                 seq = batch.sent[recipient] = self._last_sent(recipient, batch) + 1
                 commit.outbox.append((recipient, Posted(seq, meta.now + min(deadline_s, MAX_DEADLINE_S), meta.trace, body)))
                 batch.posted_bytes += len(body)
-                if node_of(recipient) == node_of(meta.sender) != self.system.node:
+                if ask is None and node_of(recipient) == node_of(meta.sender) != self.system.node:
                     batch.answers.append((recipient, seq, len(body)))
             case Reply(message):
                 if ask is not None:

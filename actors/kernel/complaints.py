@@ -56,6 +56,9 @@ class Violators:
         if len(self._peers) > KEPT_VIOLATORS:
             self._peers.popitem(last=False)
 
+    def __contains__(self, peer: str) -> bool:
+        return peer in self._peers
+
     def waits(self, peer: str, now: float) -> bool:
         """Return whether what a peer sends is to be left alone yet."""
         return peer in self._peers and now < self._peers[peer][2]

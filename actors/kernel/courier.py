@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from actors.kernel.lineage import Lower, Marks, Relink, agreed, boot_at
+from actors.kernel.lineage import Lower, Marks, Relink, agreed, boot_at, first_of
 from actors.kernel.machine import LinkDown
 from actors.kernel.mailbox import RETIRED, LinkBroken
 from actors.kernel.records import Posted
@@ -138,6 +138,7 @@ class Courier:
         # The first message that is not acknowledged comes behind the last one that is: those between were given up.
         marks, before = self._marks(), self._next
         after_boot = boot_at(marks, before)
+        settled = bool(marks) and first_of(marks[-1]) <= before  # the last start numbered all that comes
         now, waiting = self.system.now(), self._pending(self._next, room)
         self._dry = len(waiting) < room
         for posted in waiting:
@@ -148,7 +149,7 @@ class Courier:
             if batch and size > FRAME_BYTES:
                 self._dry = False
                 break
-            boot = boot_at(marks, posted.seq)
+            boot = after_boot if settled else boot_at(marks, posted.seq)
             batch.append(
                 Envelope(
                     sender, self.recipient, self._epoch, posted.seq, before, posted.trace, posted.body, boot, after_boot

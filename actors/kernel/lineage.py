@@ -13,6 +13,8 @@ import re
 from bisect import bisect_right
 from dataclasses import dataclass
 
+import msgspec
+
 from protocol.codec import MAX_MARKS, Envelope
 
 RETIRED_EPOCHS = 8
@@ -61,8 +63,7 @@ def start_number(boot: str) -> int:
     return int(found[1][:18]) if found else 0
 
 
-@dataclass(frozen=True, slots=True)
-class Position:
+class Position(msgspec.Struct, frozen=True):
     """How far an actor has read a link: `seq` in `epoch`, numbered by the starts that `boots` tells.
 
     `retired` are former epochs of the sender, each with how far it was read: its frames may come late, and a disk that

@@ -12,6 +12,8 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import msgspec
+
 from protocol.codec import MAX_ADDRESS_CHARS
 from protocol.types import Message
 
@@ -21,8 +23,7 @@ DEFAULT_DEADLINE_S = 7 * 24 * 3600.0
 MAX_DEADLINE_S = 30 * 24 * 3600.0  # longer ones are cut: what is older than that is never sent (see `tables.py`)
 
 
-@dataclass(frozen=True, slots=True)
-class Meta:
+class Meta(msgspec.Struct, frozen=True, gc=False):
     """About the message at hand: sender's address, the time (seconds since the epoch) and the trace it belongs to."""
 
     sender: str

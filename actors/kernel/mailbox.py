@@ -9,6 +9,7 @@ from enum import Enum, auto
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Union
 
+import msgspec
 import trio
 
 from actors.kernel.lineage import Lower, Position, Relink
@@ -30,15 +31,14 @@ COUNTED_CRASHES = 1024
 RETIRED = "retired epoch"  # what a sender is told that goes on where it had left off
 
 
-@dataclass(slots=True, eq=False)
-class LinkBatch:
+class LinkBatch(msgspec.Struct, eq=False):
     """Envelopes of one link, in order. `have` and `note` are the acknowledgement, once `done`.
 
     Whoever no longer waits for the acknowledgement takes the envelopes back (empties the list): they come again.
     """
 
     envelopes: list[Envelope]
-    done: trio.Event = field(default_factory=trio.Event)
+    done: trio.Event = msgspec.field(default_factory=trio.Event)
     have: int = 0
     note: str = ""
     refused: tuple[int, ...] = ()
@@ -139,6 +139,9 @@ class Crashes:
     def __init__(self) -> None:
         self._counts: OrderedDict[tuple[str, str, int], tuple[int, float]] = OrderedDict()
 
+    def __bool__(self) -> bool:
+        return bool(self._counts)
+
     def waits(self, key: tuple[str, str, int], now: float) -> bool:
         """Return whether a message that crashed is to be left alone yet."""
         return key in self._counts and now < self._counts[key][1]
@@ -235,7 +238,7 @@ class Mailbox:
 
     def held(self, e: Envelope) -> bool:
         """Return whether a message that crashed its handler is to be left alone yet."""
-        return self._crashes.waits((e.sender, e.epoch, e.seq), self.system.now())
+        return bool(self._crashes) and self._crashes.waits((e.sender, e.epoch, e.seq), self.system.now())
 
     def quarantined(self, commit: Commit, e: Envelope, error: Exception, now: float) -> bool:
         """Count a crash; return True when the message is set aside, so that the link goes on behind it."""

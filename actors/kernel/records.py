@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from zlib import crc32
+
+import msgspec
 
 from actors.kernel.lineage import Lower, Position, Relink
 
@@ -42,8 +44,7 @@ class RowDamaged(Exception):
         self.actor, self.key, self.reason = actor, key, reason
 
 
-@dataclass(frozen=True, slots=True)
-class Posted:
+class Posted(msgspec.Struct, frozen=True, gc=False):
     """A message in the outbox."""
 
     seq: int
@@ -52,8 +53,7 @@ class Posted:
     body: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Timer:
+class Timer(msgspec.Struct, frozen=True, gc=False):
     """A durable timer of an actor."""
 
     actor: str
@@ -63,8 +63,7 @@ class Timer:
     body: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(msgspec.Struct, frozen=True, gc=False):
     """An entry of a feed. `seq` counts from 1; `at` (seconds since the epoch) rises strictly inside a feed."""
 
     seq: int
@@ -88,23 +87,22 @@ class SetAside:
     number: int = 0
 
 
-@dataclass(slots=True)
-class Commit:
+class Commit(msgspec.Struct, eq=False):
     """What one actor wants written at once."""
 
     actor: str
-    rows: dict[str, bytes | None] = field(default_factory=dict)
-    inbox: dict[str, Position] = field(default_factory=dict)
-    outbox: list[tuple[str, Posted]] = field(default_factory=list)
-    expired: list[tuple[str, int]] = field(default_factory=list)
-    deferred: list[tuple[str, int, float]] = field(default_factory=list)  # deadlines that come again later
-    events: list[tuple[str, Event]] = field(default_factory=list)
-    dropped_feeds: list[str] = field(default_factory=list)
-    taken: list[tuple[str, int]] = field(default_factory=list)
-    timers: dict[str, Timer | None] = field(default_factory=dict)
-    quarantined: list[SetAside] = field(default_factory=list)
-    released: list[int] = field(default_factory=list)  # numbers of messages that left the quarantine
-    relinked: list[Relink | Lower] = field(default_factory=list)
+    rows: dict[str, bytes | None] = msgspec.field(default_factory=dict)
+    inbox: dict[str, Position] = msgspec.field(default_factory=dict)
+    outbox: list[tuple[str, Posted]] = msgspec.field(default_factory=list)
+    expired: list[tuple[str, int]] = msgspec.field(default_factory=list)
+    deferred: list[tuple[str, int, float]] = msgspec.field(default_factory=list)  # deadlines that come again later
+    events: list[tuple[str, Event]] = msgspec.field(default_factory=list)
+    dropped_feeds: list[str] = msgspec.field(default_factory=list)
+    taken: list[tuple[str, int]] = msgspec.field(default_factory=list)
+    timers: dict[str, Timer | None] = msgspec.field(default_factory=dict)
+    quarantined: list[SetAside] = msgspec.field(default_factory=list)
+    released: list[int] = msgspec.field(default_factory=list)  # numbers of messages that left the quarantine
+    relinked: list[Relink | Lower] = msgspec.field(default_factory=list)
     at: float = 0.0  # by the journal's clock, when it is written
 
     def __bool__(self) -> bool:

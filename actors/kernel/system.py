@@ -224,7 +224,7 @@ class System:
             raise Violation(f"{actor.name} takes no mail from other nodes")
         link, quota = LinkBatch(batch), (node_of(peer), actor.name)
         crowded = self._taking.get(quota, 0) >= PEER_FRAMES or self._taking_bytes + len(frame) > TAKEN_BYTES
-        if crowded or self.answers.is_full(quota[0]) or self.violators.waits(quota[0], self.now()):
+        if crowded or self.answers.is_full(quota[0]) or self._is_violator(quota[0]):
             return await self._busy(actor.name, link)
         try:
             actor.offer(link)
@@ -243,6 +243,9 @@ class System:
         if link.note in (RETIRED, FORK):
             self.log_older(link.sender, batch[-1].boot, link.boots)
         return encode_ack(Ack(link.have, link.note, link.boots, link.refused))
+
+    def _is_violator(self, node: str) -> bool:
+        return node in self.violators and self.violators.waits(node, self.now())
 
     async def _busy(self, actor: str, link: LinkBatch) -> bytes:
         await trio.lowlevel.checkpoint()  # whoever comes again at once must not keep the others from running

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from actors.kernel.lineage import Relink, start_number
 from actors.kernel.machine import MAX_DEADLINE_S
@@ -204,6 +205,25 @@ class Writer:
         self._db.execute(f"pragma incremental_vacuum({min(free - LEFT_PAGES, GIVEN_BACK_AT_ONCE)})").fetchall()
         return free - LEFT_PAGES > GIVEN_BACK_AT_ONCE
 
+    def _each(self, statement: str, values: Sequence[tuple[Any, ...]]) -> None:
+        """Run a statement for each of some values: often for none, and then nothing is done."""
+        if len(values) == 1:
+            self._db.execute(statement, values[0])
+        elif values:
+            self._db.executemany(statement, values)
+
+    def _post(self, c: Commit) -> None:
+        """Put messages into the outbox, numbered by this start."""
+        self._mark(c)
+        waiting = [(c.actor, recipient, p.seq, p.deadline, p.trace, p.body) for recipient, p in c.outbox]
+        self._each("insert into outbox values (?,?,?,?,?,?)", waiting)
+        last = {recipient: p.seq for recipient, p in c.outbox}
+        sent = """
+            insert into sent (actor, recipient, seq, epoch, used) values (?,?,?,?,?)
+            on conflict do update set seq=excluded.seq, used=excluded.used
+        """
+        self._each(sent, [(c.actor, recipient, seq, self.numbering, c.at) for recipient, seq in last.items()])
+
     def _mark(self, c: Commit) -> None:
         """Note from which message on this start numbers a link."""
         for recipient, p in c.outbox:
@@ -215,23 +235,17 @@ class Writer:
 
     def _apply(self, c: Commit) -> None:
         db, actor = self._db, c.actor
-        self._mark(c)
-        db.executemany("delete from row where actor=? and key=?", [(actor, k) for k, body in c.rows.items() if body is None])
-        kept = [(actor, key, sealed(actor, key, body)) for key, body in c.rows.items() if body is not None]
-        db.executemany("replace into row values (?,?,?)", kept)
-        positions = [
-            (actor, sender, p.epoch, p.seq, " ".join(p.retired), " ".join(p.boots), c.at) for sender, p in c.inbox.items()
-        ]
-        db.executemany("replace into inbox values (?,?,?,?,?,?,?)", positions)
-        for recipient, p in c.outbox:
-            db.execute("insert into outbox values (?,?,?,?,?,?)", (actor, recipient, p.seq, p.deadline, p.trace, p.body))
-        last = {recipient: p.seq for recipient, p in c.outbox}
-        sent = """
-            insert into sent (actor, recipient, seq, epoch, used) values (?,?,?,?,?)
-            on conflict do update set seq=excluded.seq, used=excluded.used
-        """
-        db.executemany(sent, [(actor, recipient, seq, self.numbering, c.at) for recipient, seq in last.items()])
-        db.executemany("delete from outbox where actor=? and recipient=? and seq=?", [(actor, *link) for link in c.expired])
+        if c.rows:
+            gone = [(actor, key) for key, body in c.rows.items() if body is None]
+            self._each("delete from row where actor=? and key=?", gone)
+            kept = [(actor, key, sealed(actor, key, body)) for key, body in c.rows.items() if body is not None]
+            self._each("replace into row values (?,?,?)", kept)
+        for sender, p in c.inbox.items():
+            position = (actor, sender, p.epoch, p.seq, " ".join(p.retired), " ".join(p.boots), c.at)
+            db.execute("replace into inbox values (?,?,?,?,?,?,?)", position)
+        if c.outbox:
+            self._post(c)
+        self._each("delete from outbox where actor=? and recipient=? and seq=?", [(actor, *link) for link in c.expired])
         for mend in c.relinked:
             if isinstance(mend, Relink):
                 _relink(db, actor, mend, self._boot, c.at)
@@ -243,17 +257,17 @@ class Writer:
         for name in c.dropped_feeds:
             db.execute("delete from feed where name=?", (name,))
             db.execute("delete from feed_head where name=?", (name,))
-        db.executemany("insert into feed values (?,?,?,?)", [(name, e.seq, e.at, e.body) for name, e in c.events])
+        self._each("insert into feed values (?,?,?,?)", [(name, e.seq, e.at, e.body) for name, e in c.events])
         heads = {name: (e.seq, e.at) for name, e in c.events}
-        db.executemany("replace into feed_head values (?,?,?)", [(name, *head) for name, head in heads.items()])
-        db.executemany("delete from feed where name=? and seq=?", c.taken)
+        self._each("replace into feed_head values (?,?,?)", [(name, *head) for name, head in heads.items()])
+        self._each("delete from feed where name=? and seq=?", c.taken)
         for key, timer in c.timers.items():
             if timer is None:
                 db.execute("delete from timer where actor=? and key=?", (actor, key))
             else:
                 db.execute("replace into timer values (?,?,?,?,?)", (actor, key, timer.at, timer.trace, timer.body))
         later = [(deadline, actor, recipient, seq) for recipient, seq, deadline in c.deferred]
-        db.executemany("update outbox set deadline=? where actor=? and recipient=? and seq=?", later)
+        self._each("update outbox set deadline=? where actor=? and recipient=? and seq=?", later)
         insert = "insert into quarantine (at, actor, sender, epoch, seq, trace, error, body, local) values (?,?,?,?,?,?,?,?,?)"
         for q in c.quarantined:
             db.execute(insert, (q.at, actor, q.sender, q.epoch, q.seq, q.trace, q.error, q.body, q.local))
@@ -261,7 +275,7 @@ class Writer:
             newest = "select id from quarantine where local=? order by id desc limit 1 offset ?"
             if bound := db.execute(newest, (local, KEPT_QUARANTINED)).fetchone():
                 db.execute("delete from quarantine where local=? and id<=?", (local, bound[0]))
-        db.executemany("delete from quarantine where id=?", [(number,) for number in c.released])
+        self._each("delete from quarantine where id=?", [(number,) for number in c.released])
 
 
 def _relink(db: sqlite3.Connection, actor: str, relink: Relink, boot: str, now: float) -> None:
