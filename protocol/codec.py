@@ -145,7 +145,7 @@ class Framer:
             max_buffer_size=max_bytes, strict_map_key=False, raw=False, max_ext_len=0, max_array_len=1 << 16, max_map_len=1 << 12
         )
 
-    def feed(self, data: bytes) -> Iterator[Any]:
+    def feed(self, data: bytes | bytearray) -> Iterator[Any]:
         """Yield the values completed by `data`. Raises `Violation`."""
         try:
             self._unpacker.feed(data)

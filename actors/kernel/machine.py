@@ -149,10 +149,17 @@ class Machine(Protocol):
     A handler raises `Violation` where the sender broke the protocol; any other exception is our own bug.
     """
 
-    name: str
-    local: Any
-    peer: Any
-    rows: Any
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def local(self) -> Any: ...
+
+    @property
+    def peer(self) -> Any: ...
+
+    @property
+    def rows(self) -> Any: ...
 
     def handle(self, rows: Rows, message: Any, meta: Meta) -> Step: ...
 
@@ -164,9 +171,14 @@ class Port(Protocol):
     the acknowledgement of the message; later news goes out by `System.post`.
     """
 
-    name: str
-    local: Any
-    peer: Any
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def local(self) -> Any: ...
+
+    @property
+    def peer(self) -> Any: ...
 
     async def handle(self, message: Any, meta: Meta) -> Sequence[Send]: ...
 

@@ -17,7 +17,7 @@ import sys
 import tarfile
 from pathlib import Path
 
-from golem.docker_archive import image_config, write_archive
+from golem.images.docker_archive import image_config, write_archive
 
 VOLUME = "golem/work"
 MACHINES = {"x86_64": "amd64", "aarch64": "arm64"}

@@ -19,7 +19,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from golem.docker_archive import image_config, layer_tar, write_archive
+from golem.images.docker_archive import image_config, layer_tar, write_archive
 
 HERE = Path(__file__).resolve().parent
 VOLUMES = ("/golem/input", "/golem/output")

@@ -16,7 +16,7 @@ def tame_imports() -> None:
     if "py_ecc" in sys.modules:
         return
     real = sys.setrecursionlimit
-    sys.setrecursionlimit = lambda limit: None  # type: ignore[assignment]
+    sys.setrecursionlimit = lambda limit: None
     try:
         importlib.import_module("py_ecc")
     finally:

@@ -76,7 +76,7 @@ def _signer(tx: dict[str, Any]) -> tuple[str, str] | None:
 
 def _fields(tx: dict[str, Any], kind: int) -> list[Any]:
     """The fields in the order in which they are signed."""
-    common = [int(tx["gas"], 16), _bytes(tx["to"] or "0x"), int(tx["value"], 16), _bytes(tx.get("input", tx.get("data")))]
+    common = [int(tx["gas"], 16), _bytes(tx["to"] or "0x"), int(tx["value"], 16), _bytes(tx.get("input", tx.get("data", "")))]
     nonce = int(tx["nonce"], 16)
     if kind == 0:
         return [nonce, int(tx["gasPrice"], 16), *common]

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import trio
 
-from golem.chain import faucet, token
+from golem.chain import token
 from golem.chain.draft import NO_FUNDS, Drafts, Unowed, Wait, WouldFail, held_back
 from golem.chain.evidence import Evidence, Payment, Shown, Story, Unclear, View, newest
 from golem.chain.genesis import check_genesis
@@ -573,10 +573,6 @@ class Engine:
         return TransferConfirmed(batch_id, tx.winner, tx.block, tx.gas_used, amount_text(from_wei(tx.fee_wei)))
 
     # -- test money
-
-    async def fund(self) -> token.Balances:
-        """Get test ether and test tokens; what the account holds then. `run` must be running. FundError."""
-        return await faucet.fund(self)
 
     async def send_call(self, kind: str, recipient: str, call: bytes) -> int:
         """Sign and send a call that pays nobody; its row's id. RpcError, `Wait` or `Unclear` say why not."""

@@ -21,7 +21,7 @@ import trio
 from golem.chain.bodies import HASH_CHARS, BodyTx, read_body
 from golem.chain.contracts import TRANSFER_TOPIC
 from golem.chain.networks import Network
-from golem.chain.pool import Endpoint
+from golem.chain.pool import Endpoint, Kind
 from golem.chain.rpc import NONSENSE, Head, Receipt, Rpc, RpcError
 from golem.chain.signer import address_bytes
 
@@ -427,5 +427,5 @@ def newest(views: Sequence[View]) -> Head:
 def silence(network: Network, silent: Sequence[tuple[Witness, RpcError]]) -> RpcError:
     """The error that stands for those of all RPCs."""
     reasons = "; ".join(str(error) for _, error in silent) or "no RPC serves this chain"
-    kind = next((error.kind for _, error in silent if error.kind not in ("down", "answer")), "down")
+    kind: Kind = next((error.kind for _, error in silent if error.kind not in ("down", "answer")), "down")
     return RpcError(f"{network.name}: {reasons}"[:500], kind)

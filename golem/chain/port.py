@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import trio
 
 from actors.kernel.machine import Meta, Send
-from golem.chain import desk, token
+from golem.chain import desk, faucet, token
 from golem.chain import networks as table
 from golem.chain.claims import Claim, Claims, Turns
 from golem.chain.devchain import DevChainError, ensure_devchain
@@ -377,7 +377,7 @@ class Chain:
     async def fund(self, network: str) -> token.Balances:
         """Get test coins and tokens; what the account holds then. RpcError says why not."""
         row, _ = await self._reach(network)
-        found = await self._engines[row.chain].fund()
+        found = await faucet.fund(self._engines[row.chain])
         self._purses.note(row.chain, self.address, found, self._clock())
         return found
 

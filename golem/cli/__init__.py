@@ -36,7 +36,7 @@ class _Failure(click.ClickException):
 
     def __init__(self, error: click.ClickException) -> None:
         super().__init__(error.format_message())
-        self.exit_code = error.exit_code
+        self.exit_code = error.exit_code  # type: ignore[misc]
 
     def show(self, file: Any = None) -> None:
         click.echo(json.dumps({"message": quoted(self.message), "status": self.exit_code}), err=True, file=file)

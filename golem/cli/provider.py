@@ -83,9 +83,10 @@ def run(agent_dir: Path | None, name: str | None, subnet: str | None, node_url: 
 
     from actors.kernel.machine import ActorFailed, AskTimeout, NodeFailed
     from actors.kernel.records import JournalError
-    from golem.provider.agent import AgentError, run_agent
+    from golem.provider.agent import run_agent
     from golem.provider.client import NodeError
     from golem.provider.environment import kept_settings, read_environment
+    from golem.provider.offering import AgentError
     from golem.provider.settings import Settings, SettingsError, keep_interactions, names
 
     known_errors = (AgentError, NodeError, SettingsError, JournalError, ActorFailed, AskTimeout, NodeFailed)
@@ -338,8 +339,9 @@ def _prices(one: Preset) -> str:
 
 def _check_runtime(folder: Path, runtime: str) -> None:
     """Raises `SettingsError` for a runtime that this provider does not have."""
+    from golem.exeunit.runtimes import runtime_names
     from golem.provider.environment import read_environment
-    from golem.provider.runtimes import catalogue, runtime_names, search_places
+    from golem.provider.runtimes import catalogue, search_places
     from golem.provider.settings import SettingsError
 
     known = [*runtime_names(), *catalogue(search_places(read_environment(load_environment()).exe_unit_path, folder)).runtimes]

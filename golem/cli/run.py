@@ -60,7 +60,9 @@ def run_command(debug: bool, no_mdns: bool, **flags: Any) -> None:
 
     for ignored in ("log_dir", "disable_metrics_push"):
         flags.pop(ignored, None)
-    config = config_of(**flags, **({"mdns": False} if no_mdns else {}))
+    if no_mdns:
+        flags["mdns"] = False
+    config = config_of(**flags)
     # our own packages speak; of what they stand on (libp2p alone writes pages) only warnings are heard
     set_up_logs(logging.WARNING, "%(asctime)s %(levelname)-7s %(name)s: %(message)s")
     for ours in ("golem", "actors"):

@@ -132,14 +132,14 @@ class Gftp:
             with part.open("wb", buffering=0) as file:
                 sha3 = hashlib.sha3_256()
 
-                def store(block: bytearray) -> None:
+                def store(block: bytes | bytearray) -> None:
                     view = memoryview(block)
                     while view:
                         view = view[file.write(view) :]
                     sha3.update(block)
 
                 async def fetch() -> None:
-                    await self._peer.download(url, file.tell(), partial(trio.to_thread.run_sync, store))
+                    await self._peer.download(url, file.tell(), partial(trio.to_thread.run_sync, store))  # type: ignore[arg-type]
 
                 await _persist(fetch, file.tell)
             if sha3_of(parse_url(url)[1]) not in ("", sha3.hexdigest()):

@@ -137,7 +137,8 @@ def _entry(archive: tarfile.TarFile) -> dict[str, Any]:
         raise ArchiveError("its manifest.json is not a list of images")
     if len(entries) != 1:
         raise ArchiveError(f"it holds {len(entries)} images instead of one")
-    return entries[0]
+    entry: dict[str, Any] = entries[0]
+    return entry
 
 
 def _diff_ids(config: bytes) -> list[str]:

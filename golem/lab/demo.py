@@ -39,7 +39,7 @@ EXAMPLE = ROOT / "examples" / "render"
 IMAGE_TAG = "render:demo"
 PROVIDER_SHARE = {"YA_RT_STORAGE": "4", "YA_RT_MEM": "2"}  # GiB: the providers are on one machine, and storage is set aside
 SETTLE_TIMEOUT_S = 60.0
-out = Console(highlight=False, soft_wrap=True, markup=True, **({} if sys.stdout.isatty() else {"width": 200}))
+out = Console(highlight=False, soft_wrap=True, markup=True, width=None if sys.stdout.isatty() else 200)
 
 
 @dataclass(frozen=True)

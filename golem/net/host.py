@@ -381,8 +381,9 @@ def _reason(error: BaseException) -> str:
     while True:
         inner = error.exceptions[0] if isinstance(error, BaseExceptionGroup) else error.__cause__
         if inner is None:
-            known = isinstance(error, OSError) and error.errno
-            return os.strerror(error.errno) if known else str(error) or type(error).__name__
+            if isinstance(error, OSError) and error.errno:
+                return os.strerror(error.errno)
+            return str(error) or type(error).__name__
         error = inner
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack, ExitStack, suppress
 from io import TextIOWrapper
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
@@ -30,7 +30,7 @@ def make_folder(path: Path, use: str) -> None:
         raise ConfigError(f"cannot use the {use} directory {path}: {error}") from None
 
 
-def lock_data_dir(data_dir: Path, stack: AsyncExitStack) -> None:
+def lock_data_dir(data_dir: Path, stack: ExitStack[Any] | AsyncExitStack) -> None:
     """Make the data directory and hold its lock until the stack unwinds. Raises `ConfigError`."""
     make_folder(data_dir, "data")
     try:
@@ -52,12 +52,12 @@ def step_log(data_dir: Path) -> Any:
     def begin_anew(_record: logging.LogRecord) -> None:
         """A full disk: the journal has the say. What is in the buffer is dropped, the next line opens the file again."""
         stream: TextIOWrapper | None = handler.stream
-        handler.stream = None  # type: ignore[assignment]
+        handler.stream = None
         with suppress(OSError):
             if stream is not None:
                 stream.close()
 
-    handler.handleError = begin_anew  # type: ignore[method-assign]
+    handler.handleError = begin_anew  # type: ignore[assignment,method-assign]
     logger = logging.Logger("golem.steps", logging.INFO)
     logger.addHandler(handler)
 

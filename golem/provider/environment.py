@@ -86,7 +86,7 @@ def read_environment(env: Mapping[str, str], kept: Mapping[str, str] | None = No
     """Return the settings of an environment, and below it those `kept`. Raises `SettingsError` that names the variable."""
     values = {one.field: _value(one, env, kept or {})[0] for one in SETTINGS}
     of_terms = {one.name: type(one.default) for one in fields(Terms()) if one.name in values and one.name != "max_agreements"}
-    terms = Terms(**{name: kind(values[name]) for name, kind in of_terms.items()})
+    terms = Terms(**{name: kind(values[name]) for name, kind in of_terms.items()})  # type: ignore[misc]
     return Given(
         terms,
         values["idle_s"],

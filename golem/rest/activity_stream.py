@@ -42,7 +42,7 @@ class _Event(msgspec.Struct, frozen=True, array_like=True):
 
 
 def _sse(chunks: AsyncIterator[str]) -> Response:
-    response = Response(chunks, content_type="text/event-stream")  # type: ignore[arg-type]
+    response = Response(chunks, content_type="text/event-stream")
     response.timeout = None
     response.headers["Cache-Control"] = "no-cache"
     return response

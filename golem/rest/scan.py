@@ -64,7 +64,7 @@ def register(api: Blueprint, node: Node) -> None:
             return respond_json(_offers_of(node, peer, scan.constraints))
         await ask(node, "market", TouchScan(scan_id))
         if "text/event-stream" in request.headers.get("Accept", ""):
-            response = Response(_stream(node, scan_id), content_type="text/event-stream")  # type: ignore[arg-type]
+            response = Response(_stream(node, scan_id), content_type="text/event-stream")
             response.timeout = None
             response.headers["Cache-Control"] = "no-cache"
             return response

@@ -60,7 +60,7 @@ class _Connection(TCPServer):
 class _Buffer(ws_stream.WebsocketBuffer):
     """What has come of a message. Hypercorn's own notices that it is too long after keeping it, and keeps what follows."""
 
-    def extend(self, event: Message) -> None:
+    def extend(self, event: Message[Any]) -> None:
         if self.length + len(event.data) > self.max_length:
             raise ws_stream.FrameTooLargeError
         super().extend(event)
@@ -80,7 +80,7 @@ def server_settings(grace_s: float, keep_alive_s: float) -> Config:
     No pings on websockets: Hypercorn does not look for their answers, and its task of pings outlives the connection. TCP
     keep-alive (see `golem.node.listen.bind_api`) finds clients that are gone.
     """
-    hypercorn.trio.run.TCPServer = _Connection  # type: ignore[misc]
+    hypercorn.trio.run.TCPServer = _Connection  # type: ignore[attr-defined]
     ws_stream.WebsocketBuffer = _Buffer  # type: ignore[misc]
     ws_stream.Handshake = _Handshake  # type: ignore[misc]
     settings = Config()

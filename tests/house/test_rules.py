@@ -34,7 +34,7 @@ NAMED_TWICE = {
 }
 CIRCLES = {
     "actors.kernel.actor", "actors.kernel.alarms", "actors.kernel.courier", "actors.kernel.mailbox",
-    "actors.kernel.port", "actors.kernel.system", "golem.chain.engine", "golem.chain.faucet",
+    "actors.kernel.port", "actors.kernel.system",
 }
 
 

@@ -14,10 +14,13 @@ import stat
 import uuid
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 from golem.exeunit.transfer.beneath import open_in_root
 from golem.exeunit.unpack.inflate import BadImage
 from golem.exeunit.unpack.tarball import OPAQUE, WHITEOUT, Kind, Member, shown, write_all
+
+_Found = TypeVar("_Found")
 
 FILES = ("/etc/passwd", "/etc/group")
 MAX_BYTES = 1 << 20
@@ -55,10 +58,8 @@ class Accounts:
             link = (self._layer, member.link)
         elif member.size > MAX_BYTES:
             large = (self._layer, member.size)
-        for known, found in ((self._links, link), (self._large, large)):
-            known.pop(name, None)
-            if found is not None:
-                known[name] = found  # type: ignore[index]
+        _remember(self._links, name, link)
+        _remember(self._large, name, large)
 
     def _seen(self, name: bytes, layer: int) -> bool:
         """Whether a name of a layer is still there under all that came after it."""
@@ -97,6 +98,12 @@ class Accounts:
                 done = []
             waiting += [one for one in reversed(link.split(b"/")) if one not in (b"", b".")]
         return b"/".join(done)
+
+
+def _remember(of: dict[bytes, _Found], name: bytes, found: _Found | None) -> None:
+    of.pop(name, None)
+    if found is not None:
+        of[name] = found
 
 
 def secure(init_pid: int, root_id: int) -> None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 from urllib.parse import quote, urlencode
 
 import h11
@@ -246,7 +246,7 @@ class _Connection:
                 self._http.receive_data(await self.stream.receive_some(CHUNK_BYTES))
         if isinstance(event, h11.ConnectionClosed):
             raise EngineGone("the Docker Engine closed the connection")
-        return event
+        return cast("h11.Event | type[h11.PAUSED]", event)
 
 
 class _gone:
