@@ -245,7 +245,7 @@ import hashlib, os, subprocess, sys, trio
 sys.path.insert(0, sys.argv[1])
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", sys.argv[2]], check=True)
 from pathlib import Path
-from golem.exeunit import images
+from golem.exeunit.transfer import packages as images
 from golem.exeunit.runtime import ImageFormat
 from golem.exeunit.transfer.spool import TransferError, TransferPolicy
 from golem.exeunit.transfer.transfers import Transfers

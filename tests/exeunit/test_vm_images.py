@@ -124,7 +124,9 @@ def test_tars_of_every_kind_are_read_alike(tmp_path: Path, form: int) -> None:
     }
     assert layer["etc/passwd"][0].mtime == 1_000_000
     assert (layer["bin"][0].linkname, layer["up"][0].linkname) == ("/usr/bin", "../../../etc")
-    assert config["config"] == {"WorkingDir": "/"}
+    kept = len(kinds) + sum(bool(part) for part in Path(long).parent.parts)  # and the directories that `long` implies
+    labels = {"golem.members": str(kept), "golem.cost": str(kept * 4096 + 1010)}
+    assert config["config"] == {"WorkingDir": "/", "Labels": labels}
 
 
 @pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])

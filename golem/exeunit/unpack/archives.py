@@ -73,12 +73,12 @@ class Budget:
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._bytes = self.members = 0
-        self.cost_bytes = 0  # of the Engine's disk: each name takes a block there, whatever its size
+        self.kept = 0  # names that the image has in the end, so that an image that is saved and read again costs the same
+        self.kept_bytes = 0
 
     def take(self, member: Member) -> None:
         """Errors: BadImage, before a byte of the member is read."""
         self._bytes += member.size + 2 * BLOCK_BYTES
-        self.cost_bytes += member.size
         self.name(1)
         if self._bytes > self._limits.unpacked_bytes:
             raise BadImage(f"it unpacks to more than {self._limits.unpacked_bytes} bytes ({shown(member.name)})")
@@ -88,9 +88,18 @@ class Budget:
     def name(self, count: int) -> None:
         """Take names: of members, and of directories that are there because something is in them. Errors: BadImage."""
         self.members += count
-        self.cost_bytes += count * NAME_BYTES
         if self.members > self._limits.members:
             raise BadImage(f"more than {self._limits.members} files, directories and links")
+
+    def keep(self, size: int, names: int = 1) -> None:
+        """Count what the image gets."""
+        self.kept += names
+        self.kept_bytes += size
+
+    @property
+    def cost_bytes(self) -> int:
+        """What the image takes of the Engine's disk: each name a block, whatever its size."""
+        return self.kept_bytes + self.kept * NAME_BYTES
 
     @property
     def unpacked(self) -> int:
@@ -119,8 +128,8 @@ class Output:
 
     def finish(self, config: dict[str, Any], budget: Budget) -> None:
         """Write the configuration and the list of what is there; what it all costs is a label of the image."""
-        self.members = budget.members
-        config["config"]["Labels"] = {COST_LABEL: str(budget.cost_bytes), MEMBERS_LABEL: str(budget.members)}
+        self.members = budget.kept
+        config["config"]["Labels"] = {COST_LABEL: str(budget.cost_bytes), MEMBERS_LABEL: str(budget.kept)}
         config = {**config, "rootfs": {"type": "layers", "diff_ids": self.diff_ids}}
         manifest = _own_manifest(self._tag, len(self.diff_ids))
         for name, data in ((OWN_CONFIG, json.dumps(config).encode()), (OWN_MANIFEST, manifest)):
@@ -169,8 +178,10 @@ def copy_layer(
         implied = names.implied
         plain = names.admit(member)
         budget.name(names.implied - implied)
+        budget.keep(0, names.implied - implied)
         if plain is None:
             continue
+        budget.keep(plain.size)
         accounts.see(plain)
         layer.add(plain)
         if plain.size:
@@ -210,6 +221,7 @@ def convert_gvmi(package: Package, output: Output) -> None:
             plain = names.admit(member)
             if plain is None:
                 continue
+            budget.keep(plain.size)
             accounts.see(plain)
             layer.add(plain)
             for chunk in content():
