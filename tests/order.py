@@ -21,6 +21,7 @@ LONGEST = (  # an order that is out of date costs time and nothing else; `make t
     "integration/test_transfer_breaks.py",
     "integration/test_two_chains.py",
     "exeunit/test_vm_runtime.py",
+    "kernel/test_forgetting.py",
     "chain/test_kill.py",
     "simulation/test_kernel_mutants.py",
     "integration/test_hand_in_vm.py",

@@ -168,6 +168,7 @@ async def test_watching_goes_on_to_the_end(tmp_path: Path) -> None:
         is_clean(result.output, laid_out=True)
 
 
+@pytest.mark.integration
 @trio_test
 async def test_files_that_cannot_be_had(tmp_path: Path) -> None:
     """`gftp` says why: in the words of the node that has the file."""
