@@ -5,13 +5,12 @@ chain is the judge: never more than was owed.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 from blind import HOSTS, Blind
-from chain_support import GLM, GWEI, Lab, Payer, address_of, anvil, devchain, find_anvil, payer
+from chain_support import GLM, Lab, Payer, address_of, payer
 from worlds.support import trio_test
 
 from golem.chain import desk, token
@@ -20,24 +19,7 @@ from golem.chain.store import MAX_SEEN, TransferBatch
 from golem.chain.vouch import Payees
 from protocol.wallet import TransferConfirmed, TransferDelayed, TransferFailed, TransferSent
 
-
-@pytest.fixture(scope="module", params=["devchain", "anvil"])
-def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    if request.param == "devchain":
-        with devchain(tmp_path_factory.mktemp("chain")) as url:
-            yield Lab(url, "devchain")
-    else:
-        path = find_anvil()
-        if path is None:
-            pytest.skip("no anvil (Debian: apt-get install npm)")
-        with anvil(path) as url:
-            yield Lab(url, "anvil")
-
-
-@pytest.fixture(autouse=True)
-def _calm(lab: Lab) -> None:
-    lab.call("anvil_dropAllTransactions")
-    lab.base_fee(GWEI)
+pytestmark = pytest.mark.usefixtures("calm")
 
 
 def urls(count: int) -> tuple[str, ...]:

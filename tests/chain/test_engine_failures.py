@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
-from chain_support import GLM, GWEI, Faulty, Lab, Payer, Refused, address_of, anvil, devchain, find_anvil, key_of, payer
+from chain_support import GLM, GWEI, Faulty, Lab, Payer, Refused, address_of, key_of, payer
 from worlds.support import trio_test
 
 from golem.chain import token
@@ -25,29 +25,7 @@ from protocol.wallet import TransferConfirmed, TransferDelayed, TransferFailed, 
 MAX = 2**256 - 1
 
 
-@pytest.fixture(scope="module", params=["devchain", "anvil"])
-def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    if request.param == "devchain":
-        with devchain(tmp_path_factory.mktemp("chain")) as url:
-            yield Lab(url, "devchain")
-    else:
-        path = find_anvil()
-        if path is None:
-            pytest.skip("no anvil (Debian: apt-get install npm)")
-        with anvil(path) as url:
-            yield Lab(url, "anvil")
-
-
-@pytest.fixture(autouse=True)
-def _calm(lab: Lab) -> None:
-    """No test inherits the fees or the mempool of another."""
-    lab.call("anvil_dropAllTransactions")
-    lab.base_fee(GWEI)
-
-
-@pytest.fixture
-def db(tmp_path: Path) -> Path:
-    return tmp_path / "chain.db"
+pytestmark = pytest.mark.usefixtures("calm")
 
 
 @trio_test

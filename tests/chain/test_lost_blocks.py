@@ -5,12 +5,11 @@ A stranger who has kept the bytes of an old transaction sends them at the worst 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from chain_support import GLM, GWEI, Lab, Payer, address_of, anvil, devchain, find_anvil, payer
+from chain_support import GLM, Lab, Payer, address_of, payer
 from worlds.support import trio_test
 
 from golem.chain import desk, token
@@ -18,29 +17,7 @@ from golem.chain.signer import Key
 from golem.chain.store import OrdersTaken, TransferBatch
 from protocol.wallet import TransferConfirmed, TransferFailed, TransferSent
 
-
-@pytest.fixture(scope="module", params=["devchain", "anvil"])
-def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    if request.param == "devchain":
-        with devchain(tmp_path_factory.mktemp("chain")) as url:
-            yield Lab(url, "devchain")
-    else:
-        path = find_anvil()
-        if path is None:
-            pytest.skip("no anvil (Debian: apt-get install npm)")
-        with anvil(path) as url:
-            yield Lab(url, "anvil")
-
-
-@pytest.fixture(autouse=True)
-def _calm(lab: Lab) -> None:
-    lab.call("anvil_dropAllTransactions")
-    lab.base_fee(GWEI)
-
-
-@pytest.fixture
-def db(tmp_path: Path) -> Path:
-    return tmp_path / "chain.db"
+pytestmark = pytest.mark.usefixtures("calm")
 
 
 SUM = 300 * GLM
