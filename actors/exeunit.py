@@ -125,9 +125,7 @@ class ExeUnit:
             effects += more
         return Step({"unit": unit}, effects)
 
-    def _shut_down(
-        self, unit: UnitRow, reason: str, error_message: str | None, usage: list[float] | None, meta: Meta
-    ) -> Step:
+    def _shut_down(self, unit: UnitRow, reason: str, error_message: str | None, usage: list[float] | None, meta: Meta) -> Step:
         if unit.state == "Terminated":
             return NOTHING
         over = msgspec.structs.replace(unit, state="Terminated", current=None, queue=())
@@ -214,9 +212,7 @@ class ExeUnit:
             effects += more
         return Step({"unit": unit, key: None}, effects)
 
-    def _after(
-        self, unit: UnitRow, kind: str, message: CommandFinished, meta: Meta
-    ) -> tuple[UnitRow, list[Effect]]:
+    def _after(self, unit: UnitRow, kind: str, message: CommandFinished, meta: Meta) -> tuple[UnitRow, list[Effect]]:
         """Return the unit and what to report after a command of this kind."""
         if kind == "terminate" and message.ok:
             unit = msgspec.structs.replace(unit, state="Initialized")
@@ -228,7 +224,5 @@ class ExeUnit:
         return unit, [self._report(unit.state, None, message.usage, meta)]
 
     def _fail(self, batch_id: str, index: int, text: str, meta: Meta) -> Send:
-        result = CommandResult(
-            self._activity_id, batch_id, index, False, None, None, text, meta.now, is_last=True
-        )
+        result = CommandResult(self._activity_id, batch_id, index, False, None, None, text, meta.now, is_last=True)
         return Send(self._requestor, result, REPORT_DEADLINE_S)

@@ -52,9 +52,7 @@ async def throughput(rpc: Rpc, key: Key, directory: Path, number: int) -> Figure
     raws = [
         sign(
             key,
-            Transaction(
-                CHAIN_ID, nonce + i, 100_000, 10**10, 10**9, network.token, token.transfer_call(f"0x{i + 1:040x}", 1)
-            ),
+            Transaction(CHAIN_ID, nonce + i, 100_000, 10**10, 10**9, network.token, token.transfer_call(f"0x{i + 1:040x}", 1)),
         ).raw
         for i in range(2 * number)
     ]

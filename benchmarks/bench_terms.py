@@ -61,8 +61,11 @@ def make_offer(number: int, draw: random.Random) -> dict[str, Any]:
                 "mem.gib": draw.choice([0.25, 4.0, 16.0, 32.0, 64.0]),
                 "storage.gib": 20.0 + draw.random(),
                 "cpu": {
-                    "cores": 4, "threads": draw.choice([1, 4, 8, 16, 32]), "architecture": "x86_64",
-                    "vendor": "GenuineIntel", "capabilities": ["sse4_2", "avx", "avx2", "aes", "fma", "bmi1", "bmi2"],
+                    "cores": 4,
+                    "threads": draw.choice([1, 4, 8, 16, 32]),
+                    "architecture": "x86_64",
+                    "vendor": "GenuineIntel",
+                    "capabilities": ["sse4_2", "avx", "avx2", "aes", "fma", "bmi1", "bmi2"],
                 },
             },
             "golem.runtime": {"name": "vm", "version": "0.5.3", "capabilities": ["inet", "manifest-support", "vpn"]},
@@ -73,7 +76,8 @@ def make_offer(number: int, draw: random.Random) -> dict[str, Any]:
                 "pricing.model": {"@tag": "linear", "linear.coeffs": [0.0001, 0.0002, 0.0]},
                 "usage.vector": ["golem.usage.duration_sec", "golem.usage.cpu_sec"],
                 "payment": {
-                    "protocol.version": 3, "debit-notes.accept-timeout?": 240,
+                    "protocol.version": 3,
+                    "debit-notes.accept-timeout?": 240,
                     "platform.erc20-holesky-tglm.address": f"0x{number:040x}",
                 },
             },
@@ -102,9 +106,7 @@ def main() -> None:
         return sum(map(bool, (match(DEMAND_PROPERTIES, demand, offer, wish) for offer in offers)))
 
     def parsed_each_time() -> int:
-        return sum(
-            bool(match(DEMAND_PROPERTIES, Compiled(parse(DEMAND_CONSTRAINT)), offer, wish)) for offer in offers
-        )
+        return sum(bool(match(DEMAND_PROPERTIES, Compiled(parse(DEMAND_CONSTRAINT)), offer, wish)) for offer in offers)
 
     matched = compiled_once()
     once_ms, naive_ms = median_ms(compiled_once, ROUNDS), median_ms(parsed_each_time, 3)

@@ -171,9 +171,7 @@ def read_decimal(text: str) -> decimal.Decimal | None:
 
 _NUMERIC = r"0|[1-9][0-9]*"
 _IDENTIFIERS = r"[0-9A-Za-z-]+(?:\.[0-9A-Za-z-]+)*"
-_is_version = re.compile(
-    rf"({_NUMERIC})\.({_NUMERIC})\.({_NUMERIC})(?:-({_IDENTIFIERS}))?(?:\+{_IDENTIFIERS})?"
-).fullmatch
+_is_version = re.compile(rf"({_NUMERIC})\.({_NUMERIC})\.({_NUMERIC})(?:-({_IDENTIFIERS}))?(?:\+{_IDENTIFIERS})?").fullmatch
 Version = tuple[int, int, int, bool, tuple[tuple[bool, int, str], ...]]
 
 

@@ -336,9 +336,7 @@ def proposal_id(
     demand_id: str, offer_id: str, previous_id: str, issuer: str, properties: str, constraints: str, created: float
 ) -> str:
     """Return the id of a proposal: 64 hex digits, a hash of all there is to it."""
-    return digest(
-        "proposal", demand_id, offer_id, previous_id, issuer, properties, constraints, timestamp_text(created)
-    )
+    return digest("proposal", demand_id, offer_id, previous_id, issuer, properties, constraints, timestamp_text(created))
 
 
 def reason_text(message: str, **extra: Any) -> str:

@@ -29,8 +29,16 @@ class Pattern:
     """
 
     __slots__ = (
-        "_accept", "_any", "_block_ends", "_block_starts", "_cache",
-        "_classes", "_literals", "_repeat", "_skip", "_start",
+        "_accept",
+        "_any",
+        "_block_ends",
+        "_block_starts",
+        "_cache",
+        "_classes",
+        "_literals",
+        "_repeat",
+        "_skip",
+        "_start",
     )
 
     def __init__(self, operand: str) -> None:

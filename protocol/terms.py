@@ -22,8 +22,21 @@ from typing import Any, Final, Literal
 from protocol.clauses import FALSE, READERS, TRUE, UNDEFINED, Test, Truth, clause_test, split_name, usable
 
 __all__ = [
-    "And", "Clause", "Compiled", "Constraint", "ConstraintSyntaxError", "MatchResult", "Not", "Or", "Reason",
-    "Truth", "compile_constraint", "explain", "match", "parse", "print_constraint",
+    "And",
+    "Clause",
+    "Compiled",
+    "Constraint",
+    "ConstraintSyntaxError",
+    "MatchResult",
+    "Not",
+    "Or",
+    "Reason",
+    "Truth",
+    "compile_constraint",
+    "explain",
+    "match",
+    "parse",
+    "print_constraint",
 ]
 MAX_CONSTRAINT_BYTES: Final = 64 * 1024
 MAX_CONSTRAINT_DEPTH: Final = 128

@@ -163,5 +163,3 @@ def digest(*parts: str | bytes) -> str:
         sha.update(len(raw).to_bytes(8, "big"))
         sha.update(raw)
     return sha.hexdigest()
-
-

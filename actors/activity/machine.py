@@ -246,9 +246,7 @@ class Activity:
                 Reply(Done(row.activity_id)),
                 Send("ledger", ActivityKnown(row.activity_id, row.agreement_id, meta.now)),
                 Send(address(row.provider, self.name), request, timeout_s + CREATE_MARGIN_S),
-                Wake(
-                    f"create/{row.activity_id}", meta.now + timeout_s + 2 * CREATE_MARGIN_S, CreateExpired(row.activity_id)
-                ),
+                Wake(f"create/{row.activity_id}", meta.now + timeout_s + 2 * CREATE_MARGIN_S, CreateExpired(row.activity_id)),
                 Emit(f"activity/{row.activity_id}", ActivityChanged("New")),
             ],
         )
@@ -339,15 +337,19 @@ class Activity:
         room = min(MAX_OUTPUT_BYTES, max(0, MAX_BATCH_OUTPUT_BYTES - batch.stored_bytes))
         out, err = check_output(result.stdout), check_output(result.stderr)
         stdout, stderr, text = fit_output(out, err, result.message, room)
-        changes.put(result_key(batch.batch_id, result.index), ResultRow(
-            result.index, result.ok, stdout or None, stderr or None, text, sane(result.at, meta.now), finished
-        ))
-        changes.put(batch_key(row.activity_id, batch.batch_id), msgspec.structs.replace(
-            batch,
-            have=result.index + 1,
-            finished=finished,
-            stored_bytes=batch.stored_bytes + output_size(stdout) + output_size(stderr),
-        ))
+        changes.put(
+            result_key(batch.batch_id, result.index),
+            ResultRow(result.index, result.ok, stdout or None, stderr or None, text, sane(result.at, meta.now), finished),
+        )
+        changes.put(
+            batch_key(row.activity_id, batch.batch_id),
+            msgspec.structs.replace(
+                batch,
+                have=result.index + 1,
+                finished=finished,
+                stored_bytes=batch.stored_bytes + output_size(stdout) + output_size(stderr),
+            ),
+        )
         changes.do(Emit(f"batch/{batch.batch_id}", ResultArrived(result.index, finished)))
         if finished:
             left = tuple(other for other in row.unfinished if other != batch.batch_id)
@@ -402,9 +404,9 @@ class Activity:
         agreement: AgreementRow = changes.get(f"agreement/{agreement_id}")
         row = ActivityRow(activity_id, agreement_id, PROVIDER, agreement.requestor, agreement.provider, meta.now)
         changes.put(f"activity/{activity_id}", row)
-        changes.put(f"agreement/{agreement_id}", msgspec.structs.replace(
-            agreement, activities=(*agreement.activities, activity_id)
-        ))
+        changes.put(
+            f"agreement/{agreement_id}", msgspec.structs.replace(agreement, activities=(*agreement.activities, activity_id))
+        )
         event = ActivityEvent(activity_id, agreement_id, "CreateActivity", agreement.app_session_id)
         changes.do(
             Send("ledger", ActivityKnown(activity_id, agreement_id, meta.now)),
@@ -534,9 +536,7 @@ class Activity:
             if batch is None or batch.finished:
                 continue
             message = f"activity terminated: {why}"
-            last = CommandResult(
-                row.activity_id, batch_id, batch.have, False, None, None, message, meta.now, is_last=True
-            )
+            last = CommandResult(row.activity_id, batch_id, batch.have, False, None, None, message, meta.now, is_last=True)
             self._store(changes, current, batch, last, meta)
 
     def _tell_requestor(self, row: ActivityRow) -> Send:
@@ -558,9 +558,7 @@ class Activity:
         else:
             wait_s = DESTROY_PATIENCE_S
             session = changes.get(f"agreement/{row.agreement_id}").app_session_id
-            changes.do(
-                Emit("activities", ActivityEvent(activity_id, row.agreement_id, "DestroyActivity", session))
-            )
+            changes.do(Emit("activities", ActivityEvent(activity_id, row.agreement_id, "DestroyActivity", session)))
         changes.do(Wake(f"create/{activity_id}", None))
         changes.do(Wake(f"destroy/{activity_id}", meta.now + wait_s, DestroyExpired(activity_id)))
 

@@ -44,6 +44,7 @@ class Rows(Protocol):
         """Yield (key, row) of all keys that start with `prefix`, in key order."""
         ...
 
+
 @dataclass(frozen=True, slots=True)
 class Send:
     """Durable, in order, exactly once, to an actor here or on a peer. Past the deadline: `Undelivered` to the sender."""

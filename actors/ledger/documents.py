@@ -89,9 +89,7 @@ def agreement_ended(draft: MoneyDraft, me: str, fact: AgreementEnded) -> None:
 def activity_known(draft: MoneyDraft, me: str, fact: ActivityKnown) -> None:
     """Learn which agreement an activity is billed to."""
     if draft.row(Activity, f"activity/{fact.activity_id}") is None:
-        row = Activity(
-            fact.activity_id, fact.agreement_id, created_at=fact.at or draft.now, set_back_s=set_back_s(draft)
-        )
+        row = Activity(fact.activity_id, fact.agreement_id, created_at=fact.at or draft.now, set_back_s=set_back_s(draft))
         draft.put(f"activity/{fact.activity_id}", row)
         draft.put(f"in/{fact.agreement_id}/{fact.activity_id}", In())
 
@@ -245,5 +243,3 @@ def agreement_of(draft: MoneyDraft, row: PaymentDocument) -> Agreement:
     agreement = draft.row(Agreement, f"agreement/{row.agreement_id}")
     assert agreement is not None, row
     return agreement
-
-

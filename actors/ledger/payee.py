@@ -205,9 +205,7 @@ def document_accepted(draft: MoneyDraft, me: str, message: DocumentAccepted) -> 
     if row.status in (ACCEPTED, SETTLED):
         return
     owe(draft, row)
-    row = put(
-        draft, row, status=ACCEPTED, waiting="accepted; waiting for payment", acceptance=message.acceptance.signature
-    )
+    row = put(draft, row, status=ACCEPTED, waiting="accepted; waiting for payment", acceptance=message.acceptance.signature)
     draft.put(f"open/{row.agreement_id}/{row.kind}/{row.document_id}", Open(row.kind, row.document_id))
     event(draft, row, ACCEPTED)
     settle(draft, row.agreement_id)
@@ -257,5 +255,3 @@ def _from_payer(draft: MoneyDraft, kind: str, document_id: str) -> PaymentDocume
         raise Violation(f"about a {kind[:32]} that does not exist")
     check_sender(draft, row, PAYEE)
     return row
-
-

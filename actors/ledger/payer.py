@@ -244,15 +244,11 @@ def _against_invoice(draft: MoneyDraft, agreement: Agreement, body: InvoiceBody,
     return reason, amount_text(most) if reason else ""
 
 
-def _receive(
-    draft: MoneyDraft, document: Document, own_id: str, agreement: Agreement, activity_id: str, total: Decimal
-) -> None:
+def _receive(draft: MoneyDraft, document: Document, own_id: str, agreement: Agreement, activity_id: str, total: Decimal) -> None:
     if document.kind == DEBIT_NOTE:
         activity = draft.row(Activity, f"activity/{activity_id}")
         assert activity is not None, activity_id
-        draft.put(
-            f"activity/{activity_id}", replace(activity, due=amount_text(total), last_debit_note_id=own_id)
-        )
+        draft.put(f"activity/{activity_id}", replace(activity, due=amount_text(total), last_debit_note_id=own_id))
     else:
         agreement = replace(agreement, invoice_id=own_id)
     draft.put(f"agreement/{agreement.agreement_id}", replace(

@@ -71,9 +71,7 @@ def paid_out(draft: MoneyDraft, me: str, fact: PaidOut) -> None:
         _record_payment(draft, me, fact, peer, orders)
 
 
-def _record_payment(
-    draft: MoneyDraft, me: str, fact: PaidOut, peer: str, orders: list[tuple[str, Order]]
-) -> None:
+def _record_payment(draft: MoneyDraft, me: str, fact: PaidOut, peer: str, orders: list[tuple[str, Order]]) -> None:
     agreements = _sums((order.agreement_id, order.amount) for _, order in orders if not order.activity_id)
     activities = _sums((order.activity_id, order.amount) for _, order in orders if order.activity_id)
     total = amount_text(total_of(order.amount for _, order in orders))
@@ -163,9 +161,7 @@ def send_payment_again(draft: MoneyDraft, me: str, timer: SendPaymentAgain) -> N
 def _offer_later(draft: MoneyDraft, row: Payment, reason: str) -> None:
     draft.put(f"payment/{row.payment_id}", replace(row, state=REFUSED, reason=reason, tries=row.tries + 1))
     if row.tries < RESEND_TRIES:
-        draft.wake(
-            f"resend/{row.payment_id}", draft.now + RESEND_FIRST_S * 6**row.tries, SendPaymentAgain(row.payment_id)
-        )
+        draft.wake(f"resend/{row.payment_id}", draft.now + RESEND_FIRST_S * 6**row.tries, SendPaymentAgain(row.payment_id))
 
 
 def booked_again(draft: MoneyDraft, document: Document, body: PaymentBody) -> None:

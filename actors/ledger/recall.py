@@ -112,9 +112,7 @@ def _tell(draft: MoneyDraft, peer: str) -> None:
     agreements = {row.agreement_id: row for _, row in draft.readable("agreement/") if row.peer == peer}
     if not agreements:
         return
-    payments = [
-        row for _, row in draft.readable("payment/") if row.peer == peer and row.recorded_at >= since and row.signature
-    ]
+    payments = [row for _, row in draft.readable("payment/") if row.peer == peer and row.recorded_at >= since and row.signature]
     for row in payments:
         if row.role == PAYEE and row.state == VERIFIED:
             draft.send(to, Recalled(Document("payment", row.body, row.signature)))

@@ -248,9 +248,7 @@ class HasPrefix(Protocol):
 def reserved(rows: HasPrefix, platform: str, besides: str = "") -> Decimal:
     """Return what live allocations hold on a platform, leaving out the one with id `besides`."""
     return total_of(
-        remaining(row)
-        for _, row in rows.prefix("allocation/")
-        if row.platform == platform and row.allocation_id != besides
+        remaining(row) for _, row in rows.prefix("allocation/") if row.platform == platform and row.allocation_id != besides
     )
 
 

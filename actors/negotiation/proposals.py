@@ -358,15 +358,11 @@ def counter(draft: Draft, node: str, message: CounterProposal, now: float) -> No
     return None
 
 
-def _answer(
-    previous: Proposal, issuer: str, known_id: str, properties: str, constraints: str, created: float
-) -> Proposal:
+def _answer(previous: Proposal, issuer: str, known_id: str, properties: str, constraints: str, created: float) -> Proposal:
     """Return the proposal that answers `previous`. Raises `Violation` if its id is not `known_id` (where one is given)."""
     wire_id = previous.wire_id or previous.proposal_id
     created = round(created, 6)
-    new_id = proposal_id(
-        previous.demand_id, previous.offer_id, wire_id, issuer, properties, constraints, created
-    )
+    new_id = proposal_id(previous.demand_id, previous.offer_id, wire_id, issuer, properties, constraints, created)
     if known_id not in ("", new_id):
         raise Violation("the proposal's id does not name its content")
     return replace(
@@ -435,9 +431,7 @@ def received_first(draft: Draft, node: str, message: ProposalOpened, meta: Meta)
         expires=min(offer.expires, demand.expires),
         wire_id=message.initial_id,
     )
-    proposal = _answer(
-        initial, demand.owner, message.proposal_id, message.properties, message.constraints, message.created
-    )
+    proposal = _answer(initial, demand.owner, message.proposal_id, message.properties, message.constraints, message.created)
     if draft.get(f"proposal/{initial.proposal_id}"):
         raise Violation("the proposal was already countered")
     opened_key = f"opened/{message.offer_id}/{demand.owner}"
@@ -467,9 +461,7 @@ def received(draft: Draft, node: str, message: ProposalCountered, meta: Meta) ->
     if previous.answer_id:
         raise Violation("the proposal was already countered")
     _check_terms(message)
-    proposal = _answer(
-        previous, sender, message.proposal_id, message.properties, message.constraints, message.created
-    )
+    proposal = _answer(previous, sender, message.proposal_id, message.properties, message.constraints, message.created)
     taken = "it was accepted: it has an agreement" if _taken(draft, previous, meta.now) else ""
     why = taken or _over(draft, previous, meta.now) or _no_room(draft, previous) or mismatch(proposal, previous)
     if why:

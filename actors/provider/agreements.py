@@ -299,5 +299,3 @@ def agreement_event(turn: Turn, event: EventArrived) -> None:
 
 def all_closed(turn: Turn, row: AgreementRow) -> bool:
     return all(one.state == CLOSED for one in turn.activities(row))
-
-

@@ -164,9 +164,7 @@ def _make_note(turn: Turn, row: AgreementRow, activity: ActivityRow, *, final: b
 def issue_note(turn: Turn, row: AgreementRow, note: NoteRow) -> None:
     """Have a note issued that is in its row."""
     usage, instance = list(note.usage), turn.config.instance
-    turn.rest(
-        IssueNote(note.activity_id, note.number, note.amount, usage, note.due_at, note.previous_id, row.at, instance)
-    )
+    turn.rest(IssueNote(note.activity_id, note.number, note.amount, usage, note.due_at, note.previous_id, row.at, instance))
 
 
 def note_issued(turn: Turn, message: NoteIssued) -> None:

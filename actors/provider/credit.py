@@ -139,9 +139,7 @@ def needed_funds(terms: Terms, demand: Mapping[str, Any], offer: Mapping[str, An
     pays_s = whole_number(offer.get(PAYMENT_TIMEOUT)) or 0
     interval = min(whole_number(offer.get(INTERVAL)) or terms.interval_s, LONGEST_INTERVAL_S)
     accept = min(whole_number(offer.get(ACCEPT_TIMEOUT)) or terms.accept_timeout_s, terms.accept_timeout_s)
-    return min(
-        _money(rate_of(offer) * min(lasts_s, interval + accept + pays_s)), 2 * stranger_credit(terms, offer, platform)
-    )
+    return min(_money(rate_of(offer) * min(lasts_s, interval + accept + pays_s)), 2 * stranger_credit(terms, offer, platform))
 
 
 def _money(value: float) -> Decimal:

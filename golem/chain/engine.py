@@ -405,9 +405,7 @@ class Engine:
             if any(words in text for words in UNDERPRICED):
                 return True
             if any(words in text for words in NO_FUNDS):
-                problems.append(
-                    Problem("InsufficientGas", str(error), self.address, needed_wei=tx.gas * attempt.max_fee)
-                )
+                problems.append(Problem("InsufficientGas", str(error), self.address, needed_wei=tx.gas * attempt.max_fee))
                 return False
             if not all(any(words in said.lower() for words in TOO_LOW) for said in error.refusals):
                 problems.append(Problem("TxStuck", f"nonce {tx.nonce} refused: {error}", self.address))

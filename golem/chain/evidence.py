@@ -86,9 +86,7 @@ class Witness:
         except NONSENSE as error:
             raise RpcError(f"{self.name}: block {number} is no block", "down") from error
 
-    async def transfers(
-        self, network: Network, payer: str, payees: Collection[str], first: int, last: int
-    ) -> dict[str, int]:
+    async def transfers(self, network: Network, payer: str, payees: Collection[str], first: int, last: int) -> dict[str, int]:
         """Hashes of the transactions that moved tokens from payer to one of the payees, and their blocks."""
         found: dict[str, int] = {}
         words = ["0x" + address_bytes(each).rjust(32, b"\0").hex() for each in (payer, *payees)]

@@ -12,9 +12,7 @@ from golem.chain.rpc import Rpc, RpcError
 from golem.chain.store import Store
 
 
-async def check_genesis(
-    evidence: Evidence, rpc: Rpc, store: Store, network: Network, address: str
-) -> tuple[list[Problem], bool]:
+async def check_genesis(evidence: Evidence, rpc: Rpc, store: Store, network: Network, address: str) -> tuple[list[Problem], bool]:
     """Is this the chain that our rows are about? RPCs that serve another one are not used; their problems, and whether
     all is well for good. `Wait` when nobody serves ours, `Unclear` or RpcError when nobody can tell.
     """

@@ -49,7 +49,8 @@ class Lost:
                 doubtful.append(tx)
             else:
                 answers, _ = await self._evidence.each(
-                    [view.witness for view in views], lambda witness, number=tx.block: witness.block_hash(number)  # type: ignore[misc]
+                    [view.witness for view in views],
+                    lambda witness, number=tx.block: witness.block_hash(number),  # type: ignore[misc]
                 )
                 seen = {block_hash for _, block_hash in answers if block_hash is not None}
                 if tx.block_hash in seen:

@@ -423,7 +423,6 @@ class Chain:
             return row, rpc
         raise RpcError(f"the dev chain is not up: see devchain.log in {self._dev_dir}", "down")
 
-
     async def _look_at(self, rpc: Rpc) -> None:
         """Raise an RpcError in plain words where the chain that this node was given does not answer."""
         try:
@@ -440,9 +439,7 @@ def _words(error: Exception) -> str:
 
 
 @asynccontextmanager
-async def open_chain(
-    config: Settings, identity: Secret, system: System, vouch: Vouch | None = None
-) -> AsyncIterator[Chain]:
+async def open_chain(config: Settings, identity: Secret, system: System, vouch: Vouch | None = None) -> AsyncIterator[Chain]:
     """The chain port, added to `system`; its `connect` has to be run. ValueError for a bad profile or network file.
 
     `vouch`: the last look before a payment is signed, where it is not the one at the rows of `system`.

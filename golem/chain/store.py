@@ -232,8 +232,7 @@ class Store:
             if row is None:
                 self._take_orders(batch)
                 self._sql.execute(
-                    "insert into batch(account, id, payees, state, reason, announced)"
-                    " values(?,?,?,'queued','',0)",
+                    "insert into batch(account, id, payees, state, reason, announced) values(?,?,?,'queued','',0)",
                     (self.account, batch.batch_id, payees),
                 )
                 return True
@@ -394,9 +393,7 @@ class Store:
             tx_id = int(cursor.lastrowid or 0)
             self._insert(attempt, tx_id)
             if tx.batch_id:
-                self._sql.execute(
-                    "update batch set state='assigned' where account=? and id=?", (self.account, tx.batch_id)
-                )
+                self._sql.execute("update batch set state='assigned' where account=? and id=?", (self.account, tx.batch_id))
         return tx_id
 
     def add_attempt(self, attempt: Attempt) -> None:
@@ -460,9 +457,7 @@ class Store:
         """Final: the transaction and its batch together. A batch that was told to be paid is never told to have failed:
         it is queued again here, under its id. One that was told to have failed, and paid, says so when it is asked for."""
         with self._transaction():
-            self._sql.execute(
-                "update tx set state=?, gas_used=?, fee_wei=? where id=?", (state, gas_used, str(fee_wei), tx.id)
-            )
+            self._sql.execute("update tx set state=?, gas_used=?, fee_wei=? where id=?", (state, gas_used, str(fee_wei), tx.id))
             row = self.batch(tx.batch_id) if tx.batch_id else None
             ends = _batch_ends(tx, state, row.state) if row else None
             if ends is not None:

@@ -24,8 +24,13 @@ def chain() -> None:
 
 @chain.command("run")
 @click.option("--chain-dir", type=click.Path(path_type=Path), help="Where the chain keeps its blocks.")
-@click.option("--host", metavar="ADDR", default="127.0.0.1", show_default=True,
-              help="IP address of its JSON-RPC; 0.0.0.0 serves every machine that reaches this one.")
+@click.option(
+    "--host",
+    metavar="ADDR",
+    default="127.0.0.1",
+    show_default=True,
+    help="IP address of its JSON-RPC; 0.0.0.0 serves every machine that reaches this one.",
+)
 @click.option("--port", type=click.IntRange(1, 65535), help="Port of its JSON-RPC. [the last one, or a free one]")
 def run(chain_dir: Path | None, host: str, port: int | None) -> None:  # fmt: skip
     """Run the dev chain in the foreground.

@@ -63,12 +63,23 @@ def _interaction_options(function: Any) -> Any:
 @click.option("--subnet", help="Only requestors of the same subnet are served. [SUBNET, or public; kept]")
 @click.option("--node-url", metavar="URL", help="REST API of the node. [YAGNA_API_URL, or the node of this data directory]")
 @click.option("--runtime", "runtimes", multiple=True, metavar="NAME", help="Offer only this runtime (repeatable). [active ones]")
-@click.option("--max-agreements", type=click.IntRange(1, 1000),
-              help="Requestors at once. [MAX_SIMULTANEOUS_AGREEMENTS, or threads of the hardware profile]")
-@click.option("--payment-network", "networks", multiple=True,
-              help="Be paid only on this network or platform (repeatable). [YA_PAYMENT_NETWORK, or all]")
-@click.option("--idle-timeout", "idle_s", type=click.FloatRange(1, 86400),
-              help="Seconds without an activity that end an agreement. [IDLE_AGREEMENT_TIMEOUT, or 90]")
+@click.option(
+    "--max-agreements",
+    type=click.IntRange(1, 1000),
+    help="Requestors at once. [MAX_SIMULTANEOUS_AGREEMENTS, or threads of the hardware profile]",
+)
+@click.option(
+    "--payment-network",
+    "networks",
+    multiple=True,
+    help="Be paid only on this network or platform (repeatable). [YA_PAYMENT_NETWORK, or all]",
+)
+@click.option(
+    "--idle-timeout",
+    "idle_s",
+    type=click.FloatRange(1, 86400),
+    help="Seconds without an activity that end an agreement. [IDLE_AGREEMENT_TIMEOUT, or 90]",
+)
 @_places_option
 @_interaction_options
 @click.option("--debug", is_flag=True, help="Log much.")

@@ -16,6 +16,7 @@ from protocol.types import timestamp_text
 if TYPE_CHECKING:
     from golem.node.node import Node
 
+
 # -- images
 def _image(node: Node, image: StoredImage) -> dict[str, Any]:
     return {

@@ -12,6 +12,7 @@ from protocol.types import node_id, timestamp_text
 if TYPE_CHECKING:
     from golem.node.node import Node
 
+
 # -- network
 @command
 async def net_status(node: Node, args: dict[str, Any]) -> Any:

@@ -18,6 +18,7 @@ from protocol.types import node_id
 if TYPE_CHECKING:
     from golem.node.node import Node
 
+
 @command
 async def status(node: Node, args: dict[str, Any]) -> Any:
     """What this node is and does."""

@@ -12,6 +12,7 @@ from protocol.types import amount_text, from_wei, timestamp_text
 if TYPE_CHECKING:
     from golem.node.node import Node
 
+
 # -- payments
 @command
 async def payment_accounts(node: Node, args: dict[str, Any]) -> Any:

@@ -19,6 +19,7 @@ from golem.node.identity import IdentityError
 if TYPE_CHECKING:
     from golem.node.node import Node
 
+
 def serve_commands(served: Node) -> None:
     """Answer the command line on the node's bus."""
     import golem.control.activity  # they register their own

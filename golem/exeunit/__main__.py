@@ -1,9 +1,9 @@
 """`python -m golem.exeunit`: one activity's process, as the provider agent starts it.
 
-    python -m golem.exeunit --runtime wasmtime --activity ID --bus PATH --agreement FILE --work DIR --cache DIR
-    python -m golem.exeunit offer-template --runtime wasmtime      the runtime's part of an offer, as JSON
-    python -m golem.exeunit test --runtime wasmtime                status 0 if the runtime works here, else why not
-    python -m golem.exeunit sweep --runtime vm --work-root DIR     remove what dead exe-units left behind; says what
+python -m golem.exeunit --runtime wasmtime --activity ID --bus PATH --agreement FILE --work DIR --cache DIR
+python -m golem.exeunit offer-template --runtime wasmtime      the runtime's part of an offer, as JSON
+python -m golem.exeunit test --runtime wasmtime                status 0 if the runtime works here, else why not
+python -m golem.exeunit sweep --runtime vm --work-root DIR     remove what dead exe-units left behind; says what
 """
 
 from __future__ import annotations

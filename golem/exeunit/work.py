@@ -109,9 +109,7 @@ class RuntimePort:
         self._watch: trio.CancelScope | None = None  # of the task that waits for the deployment's death
         self._why_stopped = STOPPED
 
-    def attach(
-        self, nursery: trio.Nursery, post: Post, on_failure: Callable[[str], None], *, lost: bool = False
-    ) -> None:
+    def attach(self, nursery: trio.Nursery, post: Post, on_failure: Callable[[str], None], *, lost: bool = False) -> None:
         """Give the port its tasks' nursery and its ways out, before the system runs.
 
         `on_failure` is told when the runtime dies by itself. `lost` says that a process before this one had the
@@ -217,9 +215,7 @@ class RuntimePort:
         while mark.exists():
             await trio.sleep(HOLD_LOOK_S)
 
-    async def _perform(
-        self, message: Execute, command: Command, outputs: dict[Side, Output | None]
-    ) -> tuple[str | None, int]:
+    async def _perform(self, message: Execute, command: Command, outputs: dict[Side, Output | None]) -> tuple[str | None, int]:
         """Carry out a command; returns its message and return code."""
         match command.args:
             case Deploy() as deploy:

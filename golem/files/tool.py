@@ -65,9 +65,7 @@ class Gftp:
         self._peer = GftpPeer(bus_path)
         self._published: dict[str, tuple[str, Path, tuple[Any, ...]]] = {}  # by name: what was called, the file, what else
         self._bus_path = bus_path
-        self._bus = BusClient(
-            bus_path, f"gftp:{secrets.token_hex(8)}", "gftp", on_connect=self._on_connect
-        )
+        self._bus = BusClient(bus_path, f"gftp:{secrets.token_hex(8)}", "gftp", on_connect=self._on_connect)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Stay on the bus until cancelled."""

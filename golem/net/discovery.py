@@ -29,9 +29,7 @@ LOOKUP_TIMEOUT_MS = 2000
 class Mdns:
     """Announces us and reports others as (peer id, [address]) by a callback in the Trio thread."""
 
-    def __init__(
-        self, network: str, peer_id: str, addresses: list[str], on_found: Callable[[str, list[str]], None]
-    ) -> None:
+    def __init__(self, network: str, peer_id: str, addresses: list[str], on_found: Callable[[str, list[str]], None]) -> None:
         self._network = network
         self._peer_id = peer_id
         self._addresses = addresses
@@ -52,9 +50,7 @@ class Mdns:
             with contextlib.suppress(trio.RunFinishedError):
                 token.run_sync_soon(hand_over, peer_id, addresses)
 
-        def changed(
-            zeroconf: zeroconf.Zeroconf, service_type: str, name: str, state_change: zeroconf.ServiceStateChange
-        ) -> None:
+        def changed(zeroconf: zeroconf.Zeroconf, service_type: str, name: str, state_change: zeroconf.ServiceStateChange) -> None:
             if state_change.name != "Removed" and name != self._name:
                 info = zeroconf.get_service_info(service_type, name, LOOKUP_TIMEOUT_MS)
                 if info is not None:

@@ -201,9 +201,7 @@ class Host:
         negotiated = False
         try:
             with trio.fail_after(self.timing.open_timeout_s):
-                await self.inner.multiselect_client.select_one_of(
-                    [TProtocol(protocol)], MultiselectCommunicator(stream), 3600
-                )
+                await self.inner.multiselect_client.select_one_of([TProtocol(protocol)], MultiselectCommunicator(stream), 3600)
             negotiated = True
         except trio.TooSlowError as error:
             raise Unreachable(f"the peer took too long to answer for {protocol}") from error

@@ -94,9 +94,9 @@ def _decode(body: memoryview) -> Frame:
         number, kind, service, payload = frame
     except (ValueError, TypeError, msgpack.UnpackException) as error:
         raise BadFrame(f"a malformed frame: {error}") from error
-    if not (
-        type(number) is int and type(kind) is int and isinstance(service, str) and isinstance(payload, bytes)
-    ) or not (0 <= number < 1 << 63 and REQUEST <= kind <= PONG and len(service) <= 1024):
+    if not (type(number) is int and type(kind) is int and isinstance(service, str) and isinstance(payload, bytes)) or not (
+        0 <= number < 1 << 63 and REQUEST <= kind <= PONG and len(service) <= 1024
+    ):
         raise BadFrame("a malformed frame")
     return number, kind, service, payload
 

@@ -217,12 +217,8 @@ class Network:
             for topic, payload in self._outgoing:
                 self._outbox.put(topic, payload)
             self._outgoing.clear()
-        sessions = Sessions(
-            host, self._book, config, self._services, self._stream_handlers, self._record, self._tell
-        )
-        gossip = Gossip(
-            host, config.network_name, self._outbox, self._topics, self._record, self._book.add_record
-        )
+        sessions = Sessions(host, self._book, config, self._services, self._stream_handlers, self._record, self._tell)
+        gossip = Gossip(host, config.network_name, self._outbox, self._topics, self._record, self._book.add_record)
 
         def found(peer_id: str, addresses: list[str]) -> None:
             for address in addresses:

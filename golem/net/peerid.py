@@ -111,9 +111,7 @@ def sign_record(key: bytes, network: str, addresses: list[str], now_s: float | N
     body = msgpack.packb([network, pubkey, addresses[:MAX_ADDRESSES], issued_at])
     signature = coincurve.PrivateKey(key).sign(hashlib.sha256(b"golem-node-record:" + body).digest(), hasher=None)
     raw = msgpack.packb([body, signature])
-    return NodeRecord(
-        network, peer_id_of(pubkey), node_id_of(pubkey), tuple(addresses[:MAX_ADDRESSES]), issued_at, raw
-    )
+    return NodeRecord(network, peer_id_of(pubkey), node_id_of(pubkey), tuple(addresses[:MAX_ADDRESSES]), issued_at, raw)
 
 
 def read_record(raw: object, network: str, now_s: float | None = None) -> NodeRecord:

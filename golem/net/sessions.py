@@ -265,9 +265,7 @@ class Sessions:
             if missing <= 0:
                 break
             known = self._peers.get(entry.node_id)
-            if entry.node_id == self._host.node_id or (
-                known is not None and (known.is_busy or now < known.next_try_at)
-            ):
+            if entry.node_id == self._host.node_id or (known is not None and (known.is_busy or now < known.next_try_at)):
                 continue
             self._try(self._peer(entry.node_id))
             missing -= 1

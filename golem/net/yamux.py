@@ -195,9 +195,7 @@ class MuxStream(IMuxedStream):
     async def __aenter__(self) -> MuxStream:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.finish()
 
     # what the connection tells us
@@ -236,9 +234,7 @@ class MuxStream(IMuxedStream):
 class Mux(IMuxedConn):
     """A connection to one peer. The swarm runs `start` in a task of its own; it never raises an Exception."""
 
-    def __init__(
-        self, secured_conn: Any, peer_id: Any, timing: Timing, on_dead: Callable[[Mux], None] | None = None
-    ) -> None:
+    def __init__(self, secured_conn: Any, peer_id: Any, timing: Timing, on_dead: Callable[[Mux], None] | None = None) -> None:
         self.secured_conn = secured_conn
         self.peer_id = peer_id
         self.timing = timing

@@ -72,4 +72,3 @@ class Gossip:
             nodes, self._up = list(dict.fromkeys(self._up)), []
             if self._system is not None and nodes:
                 await self._system.post("network", [Send("market", PeerUp(node), 60.0) for node in nodes])
-

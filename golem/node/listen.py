@@ -11,6 +11,7 @@ from golem.config import Config, ConfigError
 
 log = logging.getLogger("golem.node")
 
+
 def bind_api(config: Config) -> socket.socket:
     """Return the socket of the REST API. Raises `ConfigError`.
 

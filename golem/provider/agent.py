@@ -75,9 +75,7 @@ async def run_agent(settings: Settings) -> None:
         system.add(Provider("agent", ProviderConfig(instance, offering.terms, settings.idle_s, settings.approve_timeout_s)))
         port = RestPort(client, system, instance)
         leftovers = Leftovers(settings.data_dir, offering.units, offering.runtimes.known)
-        processes = Processes(
-            system, settings.data_dir, partial(_bus_path, settings), offering.units, leftovers, offering.doubt
-        )
+        processes = Processes(system, settings.data_dir, partial(_bus_path, settings), offering.units, leftovers, offering.doubt)
         system.add_port(port)
         system.add_port(ProposalPort(port))
         system.add_port(processes)

@@ -104,9 +104,7 @@ def _proposal_id(event: Any) -> str:
     return str(proposal.get("proposalId")) if isinstance(proposal, dict) else ""
 
 
-async def _offer_event(
-    client: NodeClient, cache: ProposalCache, path: str, offer: WatchOffer, event: Any
-) -> Message | None:
+async def _offer_event(client: NodeClient, cache: ProposalCache, path: str, offer: WatchOffer, event: Any) -> Message | None:
     """Return what an event of an offer means to the machine. Raises `ApiError`, `NodeAway` and `KeyError` and the like."""
     kind = event["eventType"]
     if kind == "AgreementEvent":
@@ -124,9 +122,7 @@ async def _offer_event(
         found = await client.call("GET", f"{path}/proposals/{part(previous_id)}")
         ours = json.dumps(found["properties"]), str(found["constraints"])
     demand = json.dumps(proposal["properties"])
-    return ProposalArrived(
-        offer.preset, offer.offer_id, str(proposal["proposalId"]), str(proposal["issuerId"]), demand, *ours
-    )
+    return ProposalArrived(offer.preset, offer.offer_id, str(proposal["proposalId"]), str(proposal["issuerId"]), demand, *ours)
 
 
 async def follow(client: NodeClient, system: System, feed: str, session_id: str, since: float) -> None:

@@ -252,9 +252,7 @@ class RestPort:
         log.info("agreement %s ends: %s", message.agreement_id[:12], _text(message.reason))
         call = partial(self._client.call, "POST", path, body=json.loads(message.reason))
         try:
-            await self._client.persist(
-                "terminating an agreement", call, first_s=TERMINATE_FIRST_S, last_s=TERMINATE_LAST_S
-            )
+            await self._client.persist("terminating an agreement", call, first_s=TERMINATE_FIRST_S, last_s=TERMINATE_LAST_S)
         except ApiError as error:
             level = logging.DEBUG if error.status in (404, 409, 410) else logging.WARNING  # those mean: it is over already
             log.log(level, "terminating agreement %s: %s", message.agreement_id[:12], error)

@@ -259,4 +259,3 @@ def check_known(runtimes: Iterable[str], places: str | None) -> str | None:
         except DescriptorError as error:
             return str(error)
     return None
-

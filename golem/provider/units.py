@@ -13,6 +13,7 @@ from golem.exeunit.supervisor import start_ticks
 if TYPE_CHECKING:
     pass
 
+
 def unit_environment(places: str | None = None) -> dict[str, str]:
     """Return the environment of exe-units: ours without anything secret. `places`: where descriptors are."""
     return child_environment() | ({} if places is None else {SEARCH: places})

@@ -132,9 +132,7 @@ def _reading(api: Blueprint, node: Node) -> None:
         agreement = find(node, wanted)
         if agreement.state != TERMINATED or agreement.ended_at is None:
             raise ApiError(400, f"Agreement [{agreement.agreement_id}] is not terminated.")
-        event = AgreementTerminatedEvent(
-            agreement.agreement_id, agreement.app_session_id, agreement.terminator, agreement.reason
-        )
+        event = AgreementTerminatedEvent(agreement.agreement_id, agreement.app_session_id, agreement.terminator, agreement.reason)
         return respond_json(agreement_event_form(agreement.ended_at, event))
 
 

@@ -58,9 +58,7 @@ def routes(api: Blueprint, node: Node) -> None:
         extend_s = None if extend is None else float(extend)
         async with one_at_a_time:
             balance, known = await _balance(node, row)
-            command = CreateAllocation(
-                allocation_id, address, platform, amount_text(total), balance, timeout_at, extend_s
-            )
+            command = CreateAllocation(allocation_id, address, platform, amount_text(total), balance, timeout_at, extend_s)
             await _ask(node, command, platform, address, total, balance, body)
         return created(render(_live(node, allocation_id)) | known)
 

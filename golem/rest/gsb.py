@@ -46,7 +46,7 @@ def blueprint(node: Node) -> Blueprint:
         listen = member(await object_body(), "listen", dict)
         on, components = member(listen, "on", str), member(listen, "components", list)
         if len(on) > MAX_ADDRESS or len(components) > 16 or not all(isinstance(one, str) for one in components):
-            raise ApiError(400, "field `listen`: expected {\"on\": text, \"components\": [text, ..]}")
+            raise ApiError(400, 'field `listen`: expected {"on": text, "components": [text, ..]}')
         try:
             service = node.services.open(on, components, caller().name)
         except ServiceRefused as refused:

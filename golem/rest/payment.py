@@ -138,11 +138,7 @@ def payment_filter() -> Callable[[PaymentEvent], bool]:
 
     def fits(event: PaymentEvent) -> bool:
         their_driver, their_network, _ = event.platform.split("-")
-        return (
-            session in (None, *event.app_session_ids)
-            and network in (None, their_network)
-            and driver in (None, their_driver)
-        )
+        return session in (None, *event.app_session_ids) and network in (None, their_network) and driver in (None, their_driver)
 
     return fits
 

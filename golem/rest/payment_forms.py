@@ -111,5 +111,3 @@ def payments_of(node: Node, agreement_id: str) -> list[Payment]:
         ):
             found.append(row)
     return sorted(found, key=lambda row: row.recorded_at)
-
-

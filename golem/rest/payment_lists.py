@@ -40,9 +40,7 @@ def routes(api: Blueprint, node: Node) -> None:
     @api.get("/payAgreements/<agreement_id>/activities")
     async def agreement_activities(agreement_id: str) -> Response:
         one("ledger", f"agreement/{agreement_id}")
-        return respond_json(
-            [_activity(row) for row in rows("ledger", "activity/") if row.agreement_id == agreement_id]
-        )
+        return respond_json([_activity(row) for row in rows("ledger", "activity/") if row.agreement_id == agreement_id])
 
     @api.get("/payAgreements/<agreement_id>/orders")
     async def agreement_orders(agreement_id: str) -> Response:
@@ -137,7 +135,5 @@ def _batch(row: Batch) -> dict[str, Any]:
         "gasUsed": row.gas_used or None,
         "fee": row.fee,
         "createdTs": timestamp_text(row.created_at),
-        "items": [
-            {"payeeAddr": payee.payee, "amount": payee.amount, "orders": list(payee.order_ids)} for payee in row.payees
-        ],
+        "items": [{"payeeAddr": payee.payee, "amount": payee.amount, "orders": list(payee.order_ids)} for payee in row.payees],
     }

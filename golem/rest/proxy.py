@@ -93,9 +93,7 @@ class Proxy:
                 await answer(scope, send, refusal, more)
                 nursery.cancel_scope.cancel()
 
-    async def _serve(
-        self, match: re.Match[bytes], scope: Any, source: _Source, send: Any, more: list[Header]
-    ) -> Response | None:
+    async def _serve(self, match: re.Match[bytes], scope: Any, source: _Source, send: Any, more: list[Header]) -> Response | None:
         """Serve one request; returns the refusal to one who may not ask. `more`: headers that every answer gets."""
         headers, query = scope["headers"], scope["query_string"]
         authorization, token = header(headers, b"authorization").decode("latin-1"), key_of(query)

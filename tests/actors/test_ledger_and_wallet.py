@@ -62,9 +62,7 @@ class Life:
         for agreement_id, payer, payee, activities, purse in self.terms:
             self.world.agree(payer, payee, agreement_id, activities, purse)
         self.allocations = [
-            (node, f"al{index}{number}")
-            for index, node in enumerate((self.payer, self.both))
-            for number in range(2)
+            (node, f"al{index}{number}") for index, node in enumerate((self.payer, self.both)) for number in range(2)
         ]
         for node, allocation_id in self.allocations:
             assert self.world.allocate(node, allocation_id, self.rng.choice(("5", "50"))) == Done()

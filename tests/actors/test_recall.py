@@ -225,9 +225,7 @@ def test_a_payee_that_forgot_what_was_paid_is_not_paid_with_the_same_money(world
     for number, parts in enumerate(
         ([AgreementPayment("later", "10")], [AgreementPayment("ag", "1"), AgreementPayment("later", "9")])
     ):
-        body = replace(
-            decode_body(PaymentBody, paying.body), payment_id=f"old{number}", agreement_payments=tuple(parts)
-        )
+        body = replace(decode_body(PaymentBody, paying.body), payment_id=f"old{number}", agreement_payments=tuple(parts))
         world.tell(payee, PaymentSent(payer.sign("payment", encode_body(body))), f"{payer.id}/ledger")
     while world.pool:
         world.step()

@@ -160,5 +160,3 @@ def _signature(raw: bytes) -> tuple[int, int, int]:
     fields = rlp.decode(raw[1:])
     y_parity, r, s = (int.from_bytes(field, "big") for field in fields[-3:])
     return y_parity, r, s
-
-

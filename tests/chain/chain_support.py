@@ -170,8 +170,15 @@ class Lab(Client):
         return self.number("eth_call", {"to": contract or self.network.token, "data": "0x" + data.hex()}, "latest")
 
     def sign(
-        self, key: Key, to: str | None, data: bytes = b"", *, nonce: int | None = None, value: int = 0,
-        gas: int = 300_000, fee: int = 50 * GWEI
+        self,
+        key: Key,
+        to: str | None,
+        data: bytes = b"",
+        *,
+        nonce: int | None = None,
+        value: int = 0,
+        gas: int = 300_000,
+        fee: int = 50 * GWEI,
     ) -> Signed:
         count = self.nonce(key.address) if nonce is None else nonce
         return sign(key, Transaction(genesis.CHAIN_ID, count, gas, fee, 2 * GWEI, to, data, value))
@@ -265,8 +272,14 @@ class Payer:
 
 @asynccontextmanager
 async def payer(
-    lab: Lab, key: Key, db: Path, *, checkpoint: Callable[[str], None] | None = None, transport: Any = None,
-    vouch: Vouch = vouch_nothing, **row: Any
+    lab: Lab,
+    key: Key,
+    db: Path,
+    *,
+    checkpoint: Callable[[str], None] | None = None,
+    transport: Any = None,
+    vouch: Vouch = vouch_nothing,
+    **row: Any,
 ) -> AsyncIterator[Payer]:
     """An engine over `lab`, stepped by hand; fields of the network row may be replaced."""
     network = replace(lab.network, **row)
@@ -277,9 +290,7 @@ async def payer(
 
     clock = Clock()
     async with Rpc(network, timeout_s=10, transport=transport) as rpc:
-        engine = Engine(
-            network, rpc, key, db, notify, clock=clock, checkpoint=checkpoint or (lambda point: None), vouch=vouch
-        )
+        engine = Engine(network, rpc, key, db, notify, clock=clock, checkpoint=checkpoint or (lambda point: None), vouch=vouch)
         try:
             yield Payer(engine, events, clock, lab)
         finally:

@@ -68,8 +68,10 @@ def test_another_type_is_read_and_proves_nothing() -> None:
 @given(
     st.fixed_dictionaries(
         {},
-        optional={name: st.one_of(st.none(), st.text(max_size=8), st.integers(), st.lists(st.integers(), max_size=2))
-                  for name in ("type", "v", "yParity", "r", "s", "gasPrice", "chainId", "gas", "accessList")},
+        optional={
+            name: st.one_of(st.none(), st.text(max_size=8), st.integers(), st.lists(st.integers(), max_size=2))
+            for name in ("type", "v", "yParity", "r", "s", "gasPrice", "chainId", "gas", "accessList")
+        },
     )
 )
 def test_nonsense_in_the_signature_is_no_proof_and_no_crash(changes: dict[str, Any]) -> None:

@@ -126,9 +126,7 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
 
 
 @trio_test
-async def test_a_thousand_false_claims_do_not_hold_up_an_honest_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_thousand_false_claims_do_not_hold_up_an_honest_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     me, a, liar = key_of("payer").address, address_of("port a"), address_of("liar")
     looks: list[str] = []
     taken: dict[str, int] = {}  # how many looks there had been when a claim came

@@ -35,7 +35,14 @@ U64 = st.integers(0, 2**64 - 1)
     to=st.none() | st.binary(min_size=20, max_size=20),
 )  # fmt: skip
 def test_signing_gives_the_bytes_of_eth_account(
-    secret: int, chain_id: int, nonce: int, gas: int, value: int, max_fee: int, part: float, data: bytes,
+    secret: int,
+    chain_id: int,
+    nonce: int,
+    gas: int,
+    value: int,
+    max_fee: int,
+    part: float,
+    data: bytes,
     to: bytes | None,
 ) -> None:
     key, priority_fee = secret.to_bytes(32, "big"), int(max_fee * part) // 2

@@ -33,13 +33,26 @@ class Scene:
         return str(self.lab.do(self.payer, self.lab.network.token, call)["transactionHash"])
 
     async def claim(
-        self, tx_hash: str = "", *, network: Network | None = None, payer: str = "", payee: str = "",
-        amount: int = GLM, claimed: int = 0, not_before: float = 0.0,
+        self,
+        tx_hash: str = "",
+        *,
+        network: Network | None = None,
+        payer: str = "",
+        payee: str = "",
+        amount: int = GLM,
+        claimed: int = 0,
+        not_before: float = 0.0,
     ) -> Verified | NotYet | Rejected:
         row = network or self.lab.network
         async with Rpc(row) as rpc:
             return await verify_transfer(
-                rpc, row, tx_hash or self.good, payer or self.payer.address, payee or self.payee, amount, claimed,
+                rpc,
+                row,
+                tx_hash or self.good,
+                payer or self.payer.address,
+                payee or self.payee,
+                amount,
+                claimed,
                 not_before,
             )
 

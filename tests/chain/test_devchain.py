@@ -139,6 +139,7 @@ def test_logs_are_found_by_address_topics_and_range(lab: Lab) -> None:
 
 def test_bad_requests_get_errors_and_the_chain_lives_on(lab: Lab) -> None:
     with httpx.Client(trust_env=False) as http:
+
         def post(body: bytes) -> httpx.Response:
             return http.post(lab.url, content=body, headers={"Content-Type": "application/json; charset=utf-8"})
 

@@ -19,8 +19,13 @@ from worlds.patience import patience
 from golem.chain.devchain import INFO_NAME, token_of
 
 CALL = {"jsonrpc": "2.0", "id": 1, "method": "anvil_reorg", "params": [1, []]}
-SIMPLE_TYPES = ("text/plain", "text/plain;charset=UTF-8", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x",
-                "")
+SIMPLE_TYPES = (
+    "text/plain",
+    "text/plain;charset=UTF-8",
+    "application/x-www-form-urlencoded",
+    "multipart/form-data; boundary=x",
+    "",
+)
 
 
 @pytest.fixture(scope="module")

@@ -263,6 +263,7 @@ async def test_senseless_answers_never_are_more_than_an_rpc_error() -> None:
     answers = ["nonsense", "0x", 7, [], {}, None, True, {"number": "0x1"}, {"blockNumber": "0x1", "logs": 5}, "0xzz", -1]
     asked = wrong = 0
     for answer in answers:
+
         def node(request: httpx.Request, answer: Any = answer) -> httpx.Response:
             known = credential(json.loads(request.content))
             return httpx.Response(200, json={"jsonrpc": "2.0", "id": 1, "result": answer if known is None else known})

@@ -229,7 +229,8 @@ def test_errors_for_programs_are_json(alice: LocalNode, tmp_path: Path) -> None:
         (("payment", "status", "--network", "nope"), 1, "unknown network 'nope'"),
         (("market", "agreements", "get", "--id", "xx"), 1, "Invalid agreement id"),
         (("payment", "status", "--nope"), 2, "No such option"),
-        (("nothing",), 2, "No such command"), (("payment", "trace"), 2, "Missing argument"),
+        (("nothing",), 2, "No such command"),
+        (("payment", "trace"), 2, "Missing argument"),
     ):
         for arguments in (["--json", "-d", str(alice.data_dir), *line], ["-d", str(alice.data_dir), *line, "--json"]):
             result = CliRunner().invoke(main, arguments)

@@ -90,5 +90,3 @@ def test_health_and_metrics_tell_of_it(node: LocalNode) -> None:
     assert f"golem_quarantined_messages {len(aside)}\n" in metrics
     answer = httpx.get(f"{node.api_url}/payment-api/v1/batchCycle/{PLATFORM}", headers=headers)
     assert (answer.status_code, KEY in answer.json()["message"]) == (500, True)
-
-

@@ -200,4 +200,3 @@ def members(content: bytes) -> Layer:
             file = archive.extractfile(member) if member.isfile() else None
             found[os.path.normpath(member.name)] = (member, file.read() if file else b"")
         return found
-

@@ -39,9 +39,7 @@ def allowed(name: str, *arguments: int) -> bool:
             return value & int(condition["value"]) == condition["valueTwo"]
         return value == condition["value"]
 
-    return any(
-        rule["action"] == "SCMP_ACT_ALLOW" and all(map(holds, rule.get("args", ()))) for rule in rules_for(name)
-    )
+    return any(rule["action"] == "SCMP_ACT_ALLOW" and all(map(holds, rule.get("args", ()))) for rule in rules_for(name))
 
 
 @pytest.mark.parametrize("family", [17, 31, 38, 40, 44, (1 << 32) + 40, 1 << 32, 0xFFFFFFFF])

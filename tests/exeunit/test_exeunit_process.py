@@ -245,9 +245,7 @@ async def test_failures_are_told_and_the_order_of_commands_is_kept(tmp_path: Pat
     async with world(tmp_path) as (w, _):
         batch = await w.exec({"run": {"entry_point": "hello"}}, {"deploy": {}})
         [row] = w.results(batch)
-        assert row.message == (
-            "Local service error: State error: Activity is initialized - deploy() command is expected now"
-        )
+        assert row.message == ("Local service error: State error: Activity is initialized - deploy() command is expected now")
         await w.exec({"deploy": {}}, {"start": {}})
         batch = await w.exec(hello("a", "b"), hello("never"))
         [row] = w.results(batch)

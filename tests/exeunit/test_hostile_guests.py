@@ -524,8 +524,12 @@ def test_tables_of_the_kernel_are_shared_out(request: pytest.FixtureRequest, pac
 @pytest.mark.parametrize(("pattern", "told"), [("|/usr/lib/keeper %P %s", True), ("core", False), ("/var/core.%p", False)])
 @trio_test
 async def test_the_self_test_says_where_crashes_start_a_program_of_the_machine(
-    engine: LocalEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture, pattern: str, told: bool,
+    engine: LocalEngine,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    pattern: str,
+    told: bool,
 ) -> None:
     monkeypatch.setenv("DOCKER_HOST", engine.host)
     (tmp_path / "pattern").write_text(pattern + "\n")

@@ -80,9 +80,7 @@ async def test_what_is_not_as_promised_is_not_kept(tmp_path: Path) -> None:
 @trio_test
 async def test_file_packages_stay_below_the_allowed_directories(tmp_path: Path) -> None:
     (tmp_path / "open").mkdir()
-    images = ImageStore(
-        tmp_path / "cache", Transfers(TransferPolicy(file_roots=(tmp_path / "open",))), 1 << 20, 1 << 20
-    )
+    images = ImageStore(tmp_path / "cache", Transfers(TransferPolicy(file_roots=(tmp_path / "open",))), 1 << 20, 1 << 20)
     (tmp_path / "open/link").symlink_to(tmp_path / "m")
     hidden = package(tmp_path / "m", wat.TRAP)
     for reference in (hidden, hidden.replace("/m", "/open/../m"), hidden.replace("/m", "/open/link")):

@@ -231,9 +231,7 @@ async def test_marks_that_guests_write_count_for_nothing(tmp_path: Path) -> None
 
 
 @trio_test
-async def test_a_folder_that_becomes_a_link_meanwhile_is_not_followed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_folder_that_becomes_a_link_meanwhile_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root, others = tmp_path / "work", tmp_path / "others"
     swapped = root / "activity" / "storage"
     swapped.mkdir(parents=True)

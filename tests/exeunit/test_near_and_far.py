@@ -264,9 +264,7 @@ def test_how_near_a_session_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("golem.node.nearness.is_neighbour", lambda ip: ip in ipaddress.ip_network("198.51.100.0/24"))
     assert nearness("/ip4/198.51.100.7/tcp/1") == nearness("/ip6/::ffff:198.51.100.7/tcp/1") == "network"
     assert nearness("/ip4/127.0.0.1/tcp/1") == nearness("/ip6/::1/tcp/1") == nearness("/ip6/::ffff:127.0.0.1/tcp/1") == "machine"
-    own = next(
-        entry.address for entries in psutil.net_if_addrs().values() for entry in entries if entry.family == socket.AF_INET
-    )
+    own = next(entry.address for entries in psutil.net_if_addrs().values() for entry in entries if entry.family == socket.AF_INET)
     assert nearness(f"/ip4/{own}/tcp/1") == "machine"
     for far in ("/ip4/203.0.113.9/tcp/1", "/ip4/10.255.255.1/tcp/1", "", "nonsense", "/dns4/localhost/tcp/1"):
         assert nearness(far) == "far", far

@@ -201,9 +201,7 @@ class PluginWorld(World):
 
 
 @asynccontextmanager
-async def world(
-    tmp_path: Path, package: bytes | None = None, **limits: float
-) -> AsyncIterator[tuple[PluginWorld, trio.Process]]:
+async def world(tmp_path: Path, package: bytes | None = None, **limits: float) -> AsyncIterator[tuple[PluginWorld, trio.Process]]:
     async with two_nodes(tmp_path) as (a, b, nursery):
         made = PluginWorld(tmp_path, a, b, nursery)
         await made.begin()
@@ -357,9 +355,12 @@ def options(tmp_path: Path, **changes: Any) -> DeployOptions:
 
 @trio_test
 async def test_arguments_are_those_of_the_interface(tmp_path: Path) -> None:
-    body = GOOD + """
+    body = (
+        GOOD
+        + """
     if command == "run": print(json.dumps([args, os.environ["GOLEM_RUNTIME_ENV"]]))
     """
+    )
     runtime = program(tmp_path, body, extra_args=("--cap-handoff", "--runtime-arg", "-x", "--runtime-arg=--y"))
     limits = Limits(cpu_threads=2, mem_gib=0.25, storage_gib=0.01)
     ram = VolumeRequest("/r", "ram", 1000)
@@ -464,13 +465,16 @@ async def test_what_is_said_beside_the_answer_does_no_harm(tmp_path: Path) -> No
 
 @trio_test
 async def test_a_timeout_takes_the_whole_tree(tmp_path: Path) -> None:
-    body = GOOD + """
+    body = (
+        GOOD
+        + """
     if command == "run":
         import subprocess
         subprocess.Popen(["setsid", "sh", "-c", "sleep 500 & sleep 500"])
         subprocess.Popen(["sleep", "500"])
         time.sleep(60)
     """
+    )
     runtime = program(tmp_path, body)
     await runtime.deploy(NOTHING, options(tmp_path, limits=Limits(storage_gib=0.01, run_time_s=0.5)))
     await runtime.start([])
@@ -488,7 +492,9 @@ async def test_a_timeout_takes_the_whole_tree(tmp_path: Path) -> None:
 @trio_test
 async def test_usage_is_the_kernels_whatever_a_runtime_hides(tmp_path: Path) -> None:
     """A parent that ignores SIGCHLD makes the kernel forget its children's time; its output claims no use at all."""
-    body = GOOD + """
+    body = (
+        GOOD
+        + """
     if command == "run":
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)
         print('{"golem.usage.cpu_sec": 0}')
@@ -498,6 +504,7 @@ async def test_usage_is_the_kernels_whatever_a_runtime_hides(tmp_path: Path) -> 
         try: os.wait()
         except ChildProcessError: time.sleep(0.1)
     """
+    )
     runtime = program(tmp_path, body)
     await runtime.deploy(NOTHING, options(tmp_path, limits=Limits(storage_gib=0.01)))
     await runtime.start([])

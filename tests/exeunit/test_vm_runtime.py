@@ -48,7 +48,7 @@ LIMITS = Limits(cpu_threads=1, mem_gib=0.125, storage_gib=1 / 32, run_time_s=30)
 @pytest.fixture(scope="session")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Docker archive with everything that an image may say of itself."""
-    root = busybox_tar({"bin/entry": b"#!/bin/sh\necho entry: \"$@\"\n"})
+    root = busybox_tar({"bin/entry": b'#!/bin/sh\necho entry: "$@"\n'})
     seeded = tar(
         entry("data", type=b"5", uid=1000, gid=1000, mode=0o750),
         entry("data/seed", b"from the image\n", uid=1000, gid=1000, mode=0o640),

@@ -29,9 +29,7 @@ _RIGHTS = "(i64.const 0x1fffffff) (i64.const 0x1fffffff)"
 
 def program(body: str, *, data: str = "", pages: int = 1, more: str = "") -> bytes:
     """A command whose `_start` is `body`; `data` lies at 1024; the first 1024 bytes are scratch."""
-    imports = "\n".join(
-        f'(import "wasi_snapshot_preview1" "{name}" (func ${name} {kind}))' for name, kind in _IMPORTS.items()
-    )
+    imports = "\n".join(f'(import "wasi_snapshot_preview1" "{name}" (func ${name} {kind}))' for name, kind in _IMPORTS.items())
     return bytes(
         wasmtime.wat2wasm(
             f"""(module {imports}
@@ -54,12 +52,8 @@ def say(text: str, code: int = 0, stderr: str = "") -> bytes:
 
 
 LOOP = program("(loop $again (br $again))")
-FLOOD = program(
-    "(loop $again (drop (call $print (i32.const 1) (i32.const 1024) (i32.const 60000))) (br $again))", pages=2
-)
-UP_AND_LOOP = program(
-    "(drop (call $print (i32.const 1) (i32.const 1024) (i32.const 3))) (loop $again (br $again))", data="up!"
-)
+FLOOD = program("(loop $again (drop (call $print (i32.const 1) (i32.const 1024) (i32.const 60000))) (br $again))", pages=2)
+UP_AND_LOOP = program("(drop (call $print (i32.const 1) (i32.const 1024) (i32.const 3))) (loop $again (br $again))", data="up!")
 TRAP = program("unreachable")
 DEEP = program("(call $deep)", more="(func $deep (call $deep))")
 # Grow a MiB at a time, touch it, trap when there is no more.
@@ -157,6 +151,7 @@ MANY_FILES = program(
     data="AAAA",
     pages=2,
 )
+
 
 # A directory in a directory in a directory ... `depth` levels; each level is opened to make the next.
 def nested_directories(depth: int) -> bytes:

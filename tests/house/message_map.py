@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The message map of docs/architecture.md, made from what the machines declare: their unions of messages and their sources.
 
-    .venv/bin/python tests/house/message_map.py --write
+.venv/bin/python tests/house/message_map.py --write
 """
 
 from __future__ import annotations

@@ -434,8 +434,6 @@ def test_names() -> None:
             normal_hash(bad)
 
 
-
-
 @trio_test
 async def test_a_file_that_others_replaced_is_not_taken_in(tmp_path: Path) -> None:
     """In a folder that others write, what was looked at is stored, or nothing."""

@@ -271,6 +271,7 @@ async def mail_waits_for_lost_machines(lan: Lan, alice: LocalNode, bob: LocalNod
     for node, offer in offers.items():
         arrived = await proposals(lan, node, "offers", offer, 1, 20)
         assert arrived[0]["issuerId"] == alice.node_id
+
     async def moved() -> bool:
         return any("/ip4/10.77.0.99/" in address for address in (await ask(bob, "net_status"))["addresses"])
 

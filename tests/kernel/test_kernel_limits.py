@@ -104,9 +104,7 @@ def disk() -> sqlite3.Connection:
 def system_on(db: sqlite3.Connection, *machines: Any, transport: Any = None, capacity: int = 256) -> System:
     numbers = count()
     journal = SlowJournal.over(db, lambda: "epoch")
-    system = System(
-        "A", journal, transport or Nowhere(), clock=trio.current_time, new_trace=lambda: f"t{next(numbers)}"
-    )
+    system = System("A", journal, transport or Nowhere(), clock=trio.current_time, new_trace=lambda: f"t{next(numbers)}")
     for machine in machines:
         system.add(machine, capacity)
     return system
@@ -132,6 +130,7 @@ def frame(seq: int, sender: str = "B/doer", to: str = "A/doer", epoch: str = "b1
 @mock_trio_test
 async def test_a_full_mailbox_is_busy() -> None:
     async with running(system_on(disk(), Doer(nothing=lambda rows, meta: NOTHING), capacity=3)) as a:
+
         async def one(found: list[str]) -> None:
             try:
                 await a.ask("doer", Do("nothing"))
@@ -452,9 +451,12 @@ async def test_a_frame_whose_session_broke_is_not_taken_twice() -> None:
 @mock_trio_test
 async def test_rows_are_cached_by_number_and_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(row_view_module, "CACHED_ROWS", 10)
-    doer = Doer(fill=lambda rows, meta: Step({f"k{i}": Text(str(i)) for i in range(30)} | {"k5": Text("x" * 20_000)}),
-                small=lambda rows, meta: Step({"k5": Text("5")}), large=lambda rows, meta: Step({"k5": Text("y" * 20_000)}),
-                read=lambda rows, meta: Step({}, [Reply(Text(rows["k5"].value[0] + str(sum(1 for _ in rows.prefix("k")))))]))
+    doer = Doer(
+        fill=lambda rows, meta: Step({f"k{i}": Text(str(i)) for i in range(30)} | {"k5": Text("x" * 20_000)}),
+        small=lambda rows, meta: Step({"k5": Text("5")}),
+        large=lambda rows, meta: Step({"k5": Text("y" * 20_000)}),
+        read=lambda rows, meta: Step({}, [Reply(Text(rows["k5"].value[0] + str(sum(1 for _ in rows.prefix("k")))))]),
+    )
     async with running(system_on(disk(), doer)) as a:
         await a.ask("doer", Do("fill"))
         for deed, first in (("small", "5"), ("large", "y"), ("small", "5")):
@@ -623,9 +625,7 @@ async def test_timers_of_actors_that_are_gone_do_not_stay() -> None:
 
 
 @pytest.mark.parametrize("threads", [True, False])
-def test_old_events_are_forgotten_while_others_write(
-    tmp_path: Path, threads: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_old_events_are_forgotten_while_others_write(tmp_path: Path, threads: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables_module, "PRUNED_AT_ONCE", 3)
     now = [0.0]
 

@@ -65,9 +65,7 @@ GARBAGE = {
     "bad prune": encode_varint_prefixed(
         rpc_pb2.RPC(
             control=rpc_pb2.ControlMessage(
-                prune=[
-                    rpc_pb2.ControlPrune(topicID="t", peers=[rpc_pb2.PeerInfo(peerID=b"\xff", signedPeerRecord=b"\xff")])
-                ]
+                prune=[rpc_pb2.ControlPrune(topicID="t", peers=[rpc_pb2.PeerInfo(peerID=b"\xff", signedPeerRecord=b"\xff")])]
             )
         ).SerializeToString()
     ),

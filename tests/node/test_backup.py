@@ -278,4 +278,3 @@ async def test_a_running_node_is_backed_up_and_not_restored_into(tmp_path: Path)
         assert "another node runs" in back.output
         held = await trio.to_thread.run_sync(golem, "payment", "resume")
         assert "Nothing was held back" in held.output
-

@@ -225,7 +225,7 @@ def test_mutations(raw: bytes, changes: list[tuple[int, bytes]]) -> None:
     """Whatever is changed, each decoder returns a value of its type or raises `Violation`."""
     for at, replacement in changes:
         at %= len(raw) + 1
-        raw = raw[:at] + replacement + raw[at + max(len(replacement) - 1, 0):]
+        raw = raw[:at] + replacement + raw[at + max(len(replacement) - 1, 0) :]
     for read in READERS.values():
         try:
             read(raw)

@@ -525,9 +525,7 @@ def test_what_the_environment_must_not_give(name: str, value: str) -> None:
 @mock_trio_test
 async def test_the_offer_keeps_to_what_the_environment_gives(tmp_path: Path) -> None:
     given = read_environment({"YA_RT_CORES": "1", "YA_RT_MEM": "0.25", "YA_RT_STORAGE": "0.5", "DEBIT_NOTE_INTERVAL": "45"})
-    settings = Settings(
-        tmp_path, tmp_path / "node.json", "", "key", "prov", max_agreements=2, terms=given.terms, most=given.most
-    )
+    settings = Settings(tmp_path, tmp_path / "node.json", "", "key", "prov", max_agreements=2, terms=given.terms, most=given.most)
     transport = httpx.MockTransport(lambda request: httpx.Response(200, json=[ACCOUNT]))
     async with NodeClient(lambda: "http://node", "key", transport) as client:
         offers = Offering(settings, client, wasmtime_alone)

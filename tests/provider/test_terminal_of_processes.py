@@ -121,6 +121,7 @@ def deal(node: LocalNode) -> None:
 
 def commands(node: LocalNode) -> Iterator[list[str]]:
     """Return what a person asks afterwards, with ids as they are found."""
+
     def found(*line: str) -> list[dict[str, Any]]:
         result = CliRunner().invoke(main, ["--json", "-d", str(node.data_dir), *line])
         value = json.loads(result.stdout or "[]")

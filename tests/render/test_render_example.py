@@ -66,9 +66,7 @@ class Renderer:
             return exit_trap.code
         return 0
 
-    def tile(
-        self, x: int, y: int, w: int, h: int, *, scene: str = SMALL_SCENE, samples: int = 3, seed: int = 1
-    ) -> bytes:
+    def tile(self, x: int, y: int, w: int, h: int, *, scene: str = SMALL_SCENE, samples: int = 3, seed: int = 1) -> bytes:
         """The PPM of one tile of the test image."""
         (self.root / "scene.txt").write_text(scene)
         status = self.run("/scene.txt", "/golem/output/tile.ppm", x, y, w, h, *SIZE, samples, seed)

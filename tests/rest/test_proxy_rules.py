@@ -37,7 +37,9 @@ def test_the_place_of_the_port(url: bytes, port: int, path: bytes, prefix: bytes
     assert (target.port, target.path, target.prefix) == (port, path, HERE + prefix)
 
 
-@pytest.mark.parametrize("url", [b"0/x", b"70000", b"http://10.0.0.1:80/", b"https://localhost/", b"http://example.com/a", b"ftp://localhost/"])
+@pytest.mark.parametrize(
+    "url", [b"0/x", b"70000", b"http://10.0.0.1:80/", b"https://localhost/", b"http://example.com/a", b"ftp://localhost/"]
+)
 def test_what_cannot_be_reached(url: bytes) -> None:
     with pytest.raises(ApiError) as caught:
         Target(HERE, url, b"")

@@ -64,7 +64,6 @@ class Agent:
         assert code == 200, found
         return found  # type: ignore[no-any-return]
 
-
     async def stream(self, path: str, enough: Callable[[bytes], bool]) -> bytes:
         """Read a stream of server-sent events until there is enough, then hang up (straight through ASGI)."""
         text, done, sent_request = b"", trio.Event(), False

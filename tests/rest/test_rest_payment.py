@@ -50,9 +50,7 @@ class Agent:
     async def call(self, method: str, path: str, body: Any = ..., **headers: str) -> tuple[int, Any]:
         data = None if body is ... else body if isinstance(body, bytes) else json.dumps(body)
         with within(60):
-            response = await self.client.open(
-                f"/payment-api/v1{path}", method=method, data=data, headers={**HEADERS, **headers}
-            )
+            response = await self.client.open(f"/payment-api/v1{path}", method=method, data=data, headers={**HEADERS, **headers})
             raw = await response.get_data()
         self.content_type = response.headers["Content-Type"]
         return response.status_code, json.loads(raw)

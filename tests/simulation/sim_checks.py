@@ -47,7 +47,7 @@ def rows(db: sqlite3.Connection, actor: str, prefix: str = "") -> dict[str, Any]
         found = db.execute(query, (actor, len(prefix), prefix)).fetchall()
     except sqlite3.OperationalError:  # a new disk without tables
         return {}
-    return {key[len(prefix):]: _decode[actor](unsealed(actor, key, body)) for key, body in found}
+    return {key[len(prefix) :]: _decode[actor](unsealed(actor, key, body)) for key, body in found}
 
 
 def unsettled(world: World) -> list[str]:

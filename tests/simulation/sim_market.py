@@ -423,4 +423,3 @@ def simulate_market(seed: int) -> MarketWorld:
     logging.getLogger("golem.kernel").setLevel(logging.CRITICAL)
     run_seeded(seed, world.run)
     return world
-

@@ -287,4 +287,3 @@ class ProviderAgent(Agent):
         if row.status == "ISSUED" and not waiting and not row.waiting.startswith("cancelling"):
             document = self.sign(row.kind, row.body)
             await self.ask("ledger", SendDocument(row.kind, row.document_id, document, 15.0))
-

@@ -134,7 +134,6 @@ class SimJournal(Journal):
         world.may_crash()
         await world.pause(world.faults.disk_s)
 
-
     def _read(self, query: str, values: tuple[Any, ...] = ()) -> sqlite3.Cursor:
         world = self.host.world
         if self.host.system is not None and world.chance(world.faults.disk_errors / 50):

@@ -250,7 +250,6 @@ def test_the_honest_are_not_hurt(pace_s: float, terms: dict[str, Any]) -> None:
     assert world.worked(one) > SECOND * (35000 if terms else 1500)
 
 
-
 @pytest.mark.parametrize("pace_s", [1.0, 60.0, 300.0])
 def test_a_service_of_three_hours_is_not_hurt(pace_s: float) -> None:
     """yapapi sends neither an interval nor a payment timeout below five hours, and ends agreements on a due date."""

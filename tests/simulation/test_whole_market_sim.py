@@ -134,4 +134,3 @@ def test_a_fault_in_a_machine_is_found(name: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(sim_market, "CONVERGE_S", 10 * 3600.0)
     MUTANTS[name](monkeypatch)
     assert caught(range(40)), f"nobody found out that {name}"
-

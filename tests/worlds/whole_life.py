@@ -217,4 +217,3 @@ def live(keys: list[bytes]) -> Life:
         life.ask(node, "ledger", Recall())
     life.pass_time(700.0)
     return life
-

@@ -184,8 +184,7 @@ class DevChain:
             raise ChainError("exceeds block gas limit")
         if balance < cost:
             raise ChainError(
-                f"insufficient funds for gas * price + value: balance {balance}, tx cost {cost}, "
-                f"overshot {cost - balance}"
+                f"insufficient funds for gas * price + value: balance {balance}, tx cost {cost}, overshot {cost - balance}"
             )
         if old is not None and (
             tx.max_fee_per_gas * 10 < old.max_fee_per_gas * 11
@@ -295,9 +294,7 @@ class DevChain:
             if not slot:
                 self.pool.pop(tx.sender, None)
 
-    def _index(
-        self, header: Any, txs: list[Any], receipts: Any, computations: Any
-    ) -> tuple[list[TxRow], list[LogRow]]:
+    def _index(self, header: Any, txs: list[Any], receipts: Any, computations: Any) -> tuple[list[TxRow], list[LogRow]]:
         rows: list[TxRow] = []
         logs: list[LogRow] = []
         gas_before = 0

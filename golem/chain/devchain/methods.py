@@ -81,9 +81,7 @@ class Methods:
         if tag in (None, "latest", "pending", "safe", "finalized"):
             return self.chain.head
         if isinstance(tag, dict):
-            return self._header_by_hash(tag.get("blockHash")) if "blockHash" in tag else self._header(
-                tag.get("blockNumber")
-            )
+            return self._header_by_hash(tag.get("blockHash")) if "blockHash" in tag else self._header(tag.get("blockNumber"))
         number = 0 if tag == "earliest" else number_of(tag)
         if number > self.chain.head.block_number:
             raise ChainError("header not found")

@@ -125,9 +125,7 @@ class Server:
             await self._send(http, stream, 200, self.answer(bytes(body), compare_digest(given, self._token.encode())))
         return http.our_state is h11.DONE and http.their_state is h11.DONE
 
-    async def _send(
-        self, http: h11.Connection, stream: trio.SocketStream, status: int, body: bytes, close: bool = False
-    ) -> None:
+    async def _send(self, http: h11.Connection, stream: trio.SocketStream, status: int, body: bytes, close: bool = False) -> None:
         headers = [("content-type", "application/json"), ("content-length", str(len(body)))]
         if close:
             headers.append(("connection", "close"))

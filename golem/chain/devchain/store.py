@@ -104,9 +104,7 @@ class Store(BaseDB):
         """Raw transactions of the mempool in order of arrival."""
         return [row[0] for row in self.connection.execute("select raw from pool order by seq")]
 
-    def logs(
-        self, first: int, last: int, addresses: list[bytes], topics: list[list[bytes]], limit: int
-    ) -> list[str]:
+    def logs(self, first: int, last: int, addresses: list[bytes], topics: list[list[bytes]], limit: int) -> list[str]:
         """JSON bodies of the logs in blocks first..last; an empty list at a place matches anything there."""
         clauses, values = ["block between ? and ?"], [first, last]  # type: list[str], list[Any]
         for column, wanted in [("address", addresses), *((f"t{i}", topic) for i, topic in enumerate(topics))]:

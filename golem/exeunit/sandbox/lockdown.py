@@ -130,9 +130,7 @@ def restrict_files(rules: Iterable[tuple[int, int]]) -> int:
     network = 3 if abi >= 4 else 0  # bind and connect of TCP
     scopes = 3 if abi >= 6 else 0  # abstract Unix sockets, signals
     attributes = struct.pack("<QQQ", handled, network, scopes)[: 24 if abi >= 6 else 16 if abi >= 4 else 8]
-    ruleset = _check(
-        _libc.syscall(_LANDLOCK_CREATE, attributes, ctypes.c_size_t(len(attributes)), 0), "landlock_create_ruleset"
-    )
+    ruleset = _check(_libc.syscall(_LANDLOCK_CREATE, attributes, ctypes.c_size_t(len(attributes)), 0), "landlock_create_ruleset")
     for descriptor, wanted in rules:
         access = wanted & handled
         if not stat.S_ISDIR(os.fstat(descriptor).st_mode):

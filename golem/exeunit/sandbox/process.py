@@ -176,9 +176,7 @@ def _reported_peak(report: bytes) -> int:
 
 
 @asynccontextmanager
-async def open_child(
-    argv: Callable[[int, int], Sequence[str]], spec: bytes, files: Sequence[int] = ()
-) -> AsyncIterator[Child]:
+async def open_child(argv: Callable[[int, int], Sequence[str]], spec: bytes, files: Sequence[int] = ()) -> AsyncIterator[Child]:
     """Start a child and see it to its end.
 
     `argv(spec_fd, report_fd)` gives its command line; `spec` is what it can read from the first, `files` are further

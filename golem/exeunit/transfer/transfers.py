@@ -258,9 +258,7 @@ class Transfers:
         try:
             with beneath.NewFile(volume.host_dir, path) as new:
                 if origin.remote:
-                    size = await self.fetch(
-                        origin, new.descriptor, max_bytes=max_bytes, progress=progress, notice=notice
-                    )
+                    size = await self.fetch(origin, new.descriptor, max_bytes=max_bytes, progress=progress, notice=notice)
                 else:
                     spool = Spool(new.descriptor, max_bytes, origin.digest, progress)
                     with self._open_in_volume(volumes, origin.rest) as descriptor:
@@ -297,9 +295,7 @@ class Transfers:
             await self._send(remote, goal.rest, Outgoing(descriptor, size), progress, notice)
             return size
 
-    async def _send(
-        self, remote: Remote, url: str, file: Outgoing, progress: Progress | None, notice: Notice | None
-    ) -> None:
+    async def _send(self, remote: Remote, url: str, file: Outgoing, progress: Progress | None, notice: Notice | None) -> None:
         await self._try(lambda: remote.upload(url, file, progress), notice, lambda: file.kept)
 
     def _open_in_volume(self, volumes: Sequence[Volume], container_path: str) -> beneath.OpenFile:
@@ -333,9 +329,7 @@ class Transfers:
             return self._gftp
         raise TransferError(f"transfers of {location.scheme}: URLs are not available here")
 
-    async def _try(
-        self, attempt: Callable[[], Awaitable[None]], notice: Notice | None, reached: Callable[[], int]
-    ) -> None:
+    async def _try(self, attempt: Callable[[], Awaitable[None]], notice: Notice | None, reached: Callable[[], int]) -> None:
         """Make an attempt, and after a passing failure more with growing waits: two, or some more once it had begun.
 
         `reached()` tells how many bytes are over; attempts that add enough to them do not count.

@@ -167,9 +167,7 @@ def is_own(descriptor: int, size: int, tag: str, layers: int) -> bool:
     return whole and size == at + 2 * BLOCK_BYTES and not any(os.pread(descriptor, 2 * BLOCK_BYTES, at))
 
 
-def copy_layer(
-    source: Source, what: str, names: Names, layer: TarWriter, budget: Budget, accounts: Accounts
-) -> None:
+def copy_layer(source: Source, what: str, names: Names, layer: TarWriter, budget: Budget, accounts: Accounts) -> None:
     """Copy the members of a tar into a layer. Errors: BadImage."""
     accounts.next_layer()
     reader = TarReader(source, what)
@@ -366,9 +364,7 @@ def convert_blobs(package: Package, output: Output) -> None:
 class _Layer:
     """The plain stream of one layer, whose digests are right when `check` says nothing."""
 
-    def __init__(
-        self, blobs: Blobs, blob: Blob, what: str, diff_id: str, limits: Limits, count: Callable[[bytes], None]
-    ) -> None:
+    def __init__(self, blobs: Blobs, blob: Blob, what: str, diff_id: str, limits: Limits, count: Callable[[bytes], None]) -> None:
         self._blob, self._what, self._diff_id, self._count = blob, what, diff_id, count
         self._packed = _hash_of(blob.digest, what) if blob.digest is not None else None
         self._plain = _hash_of(diff_id, what)
@@ -523,4 +519,3 @@ def _counting(total: int, progress: Callable[[float], None]) -> Callable[[bytes]
         progress(min(1.0, done / max(1, total)))
 
     return seen
-

@@ -57,9 +57,7 @@ class Ratio:
     def check(self, packed: int, unpacked: int) -> None:
         """Errors: BadImage."""
         if unpacked > self._free and unpacked > self._most * packed:
-            raise BadImage(
-                f"a compression bomb: {packed} bytes have become {unpacked}, more than {self._most} times as much"
-            )
+            raise BadImage(f"a compression bomb: {packed} bytes have become {unpacked}, more than {self._most} times as much")
 
 
 class _Inflated:

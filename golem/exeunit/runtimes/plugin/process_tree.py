@@ -110,9 +110,7 @@ class Tree:
         self._vanished_cpu_s = 0.0
         self._cpu_s, self._peak_bytes = 0.0, 0
 
-    def start(
-        self, argv: Sequence[str], *, env: Mapping[str, str], cwd: Path, cpus: int, stdin: bool = False
-    ) -> Command:
+    def start(self, argv: Sequence[str], *, env: Mapping[str, str], cwd: Path, cpus: int, stdin: bool = False) -> Command:
         """Start a program in a session of its own, on at most `cpus` processors.
 
         Errors: OSError.
@@ -227,9 +225,7 @@ def _kill(pid: int) -> None:
 class Command:
     """A running program; made by `Tree.start`, and to be closed."""
 
-    def __init__(
-        self, tree: Tree, argv: Sequence[str], env: Mapping[str, str], cwd: Path, mark: str, stdin: bool
-    ) -> None:
+    def __init__(self, tree: Tree, argv: Sequence[str], env: Mapping[str, str], cwd: Path, mark: str, stdin: bool) -> None:
         # Not through trio's process support: it starts in a worker thread, at whose end the kernel would kill.
         self._process = subprocess.Popen(
             argv,

@@ -95,9 +95,7 @@ class Admin:
         self._limiter = trio.CapacityLimiter(MAX_CALLS)
         self.api: str | None = None  # what is spoken with this Engine, once it has been asked
 
-    async def _call(
-        self, work: Callable[[APIClient], T], *, timeout_s: float = CALL_TIMEOUT_S, abandon: bool = False
-    ) -> T:
+    async def _call(self, work: Callable[[APIClient], T], *, timeout_s: float = CALL_TIMEOUT_S, abandon: bool = False) -> T:
         """Run `work` in a thread. `abandon`: when cancelled, leave it behind, as what it makes does no harm."""
         try:
             return await trio.to_thread.run_sync(

@@ -39,9 +39,7 @@ from golem.exeunit.unpack.archives import COST_LABEL, MEMBERS_LABEL, NAME_BYTES,
 Notice = Callable[[str], None]
 
 REPOSITORY = "golem"
-FORMATS = frozenset(
-    {ImageFormat.DOCKER_ARCHIVE, ImageFormat.OCI_ARCHIVE, ImageFormat.ROOTFS_ARCHIVE, ImageFormat.GVMI}
-)
+FORMATS = frozenset({ImageFormat.DOCKER_ARCHIVE, ImageFormat.OCI_ARCHIVE, ImageFormat.ROOTFS_ARCHIVE, ImageFormat.GVMI})
 CHUNK_BYTES = 1 << 20
 LOCK_POLL_S = 0.1
 RESERVE_BYTES = 256 << 20  # of the disk, never filled by images

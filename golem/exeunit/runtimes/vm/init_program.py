@@ -273,9 +273,7 @@ def _elf(code: bytes, machine: int) -> bytes:
     """Put a file around code that is loaded and run as a whole: header, one segment, code."""
     start = _HEADER.size + _SEGMENT.size
     ident = b"\x7fELF" + bytes((2, 1, 1)) + bytes(9)  # 64 bit, little endian, version 1
-    header = _HEADER.pack(
-        ident, 2, machine, 1, _BASE + start, _HEADER.size, 0, 0, _HEADER.size, _SEGMENT.size, 1, 64, 0, 0
-    )
+    header = _HEADER.pack(ident, 2, machine, 1, _BASE + start, _HEADER.size, 0, 0, _HEADER.size, _SEGMENT.size, 1, 64, 0, 0)
     size = start + len(code)
     segment = _SEGMENT.pack(1, 5, 0, _BASE, _BASE, size, size, _ALIGN)  # PT_LOAD, read and execute
     return header + segment + code

@@ -33,9 +33,7 @@ class Meter:
     def __init__(self, pid: int, proc: Path = Path("/proc")) -> None:
         """`pid`: a live process of the container, as the machine numbers it. Raises MeterError."""
         self._cpu = group_file(pid, "cpuacct", ("cpuacct.usage",), ("cpu.stat",), proc)
-        self._memory = group_file(
-            pid, "memory", ("memory.max_usage_in_bytes",), ("memory.peak", "memory.current"), proc
-        )
+        self._memory = group_file(pid, "memory", ("memory.max_usage_in_bytes",), ("memory.peak", "memory.current"), proc)
         if self._cpu is None or self._memory is None:
             raise MeterError(f"no figures for the control group of process {pid}")
         self._cpu_s, self._peak_bytes = 0.0, 0

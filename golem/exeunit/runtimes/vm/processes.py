@@ -72,9 +72,7 @@ class ContainerProcesses:
                         killed += 1
         return killed
 
-    def _stays(
-        self, pid: int, found: dict[int, tuple[int, int]], known: frozenset[Process], spared: frozenset[int]
-    ) -> bool:
+    def _stays(self, pid: int, found: dict[int, tuple[int, int]], known: frozenset[Process], spared: frozenset[int]) -> bool:
         """Judge a process by the first of its ancestors in the container that is known; orphans are the first's."""
         if pid == self._init_pid:
             return True

@@ -160,8 +160,7 @@ class VmRuntime:
                 for path, content in name_files(name, options.hosts).items()
             }
             volumes = [
-                await self._make_volume(deployed, deployed.storage, number, request)
-                for number, request in enumerate(requests)
+                await self._make_volume(deployed, deployed.storage, number, request) for number, request in enumerate(requests)
             ]
             await self._create(deployed, deployed.image, volumes)
         except BaseException:
@@ -188,9 +187,7 @@ class VmRuntime:
         """Count what a package took that did not become an image."""
         self._past_cpu_s += cpu_s
 
-    async def _make_volume(
-        self, deployed: _Deployed, storage: Storage, number: int, request: VolumeRequest
-    ) -> Volume:
+    async def _make_volume(self, deployed: _Deployed, storage: Storage, number: int, request: VolumeRequest) -> Volume:
         """Make a directory, and a volume of the Engine that is it (so the Engine fills it from the image)."""
         size = request.size_bytes
         if request.kind == "ram":

@@ -41,9 +41,7 @@ def engine_config() -> Any:
 def lock_in(spec: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Give up everything but the opened directories and the module; returns the guest's WASI set-up and a summary."""
     limits = spec["limits"]
-    lockdown.limit_resources(
-        cpu_s=limits["cpu_s"], data_bytes=limits["data"], file_bytes=limits["file"], open_files=64
-    )
+    lockdown.limit_resources(cpu_s=limits["cpu_s"], data_bytes=limits["data"], file_bytes=limits["file"], open_files=64)
     lockdown.use_cpus(limits["cpus"])
     root = os.geteuid() == 0
     namespaces = root and lockdown.enter_namespaces()
