@@ -18,7 +18,7 @@ from typing import Any
 import sim_market_checks as checks
 import trio
 from sim_market_agents import ProviderAgent, RequestorAgent
-from sim_world import EPOCH_S, SAFETY_S, Broken, Host, SimJournal, SimSystem, Wire, World
+from sim_world import EPOCH_S, SAFETY_S, Broken, Host, SimSystem, Wire, World
 from worlds.market_world import KEYS
 from worlds.money import PLATFORM
 from worlds.whole_life import demand_of, offer_of
@@ -148,9 +148,7 @@ class MarketHost(Host):
     async def boot(self, nursery: trio.Nursery) -> None:
         """Open the disk, start the system and its ports."""
         world, numbers = self.world, count()
-        journal = SimJournal.over(self.db, lambda: f"{self.name[:8]}.{self.disks}")
-        journal.host = self
-        self.acked = {}
+        journal = self.open_journal(lambda: f"{self.name[:8]}.{self.disks}")
         system = MarketSystem(
             self.name, journal, Wire(world, self.name), clock=lambda: EPOCH_S + trio.current_time(),
             new_trace=lambda: f"{self.name[:6]}{next(numbers)}", jitter=lambda: world.rng.uniform(0.8, 1.2),
@@ -211,9 +209,7 @@ class UnitHost(Host):
 
     async def boot(self, nursery: trio.Nursery) -> None:
         world, numbers = self.world, count()
-        journal = SimJournal.over(self.db, lambda: f"unit{self.activity_id[:8]}")
-        journal.host = self
-        self.acked = {}
+        journal = self.open_journal(lambda: f"unit{self.activity_id[:8]}")
         system = MarketSystem(
             self.provider, journal, self, clock=lambda: EPOCH_S + trio.current_time(),
             new_trace=lambda: f"{self.activity_id[:6]}{next(numbers)}", jitter=lambda: world.rng.uniform(0.8, 1.2),
@@ -272,8 +268,6 @@ class MarketWorld(World):
         self.revert = rng.choice((0, 0.3))
         self.blackout_s = rng.choice((0, 0, 100, 1000, 4000))
         self.closing, self.pace_s = False, 10.0
-        for host in self.hosts.values():
-            host.db.close()
         self.hosts = {}
         for key in KEYS[:3]:
             host = MarketHost(self, key)
@@ -411,8 +405,7 @@ class MarketWorld(World):
             raise Broken(self.broken[0])
 
     def close(self) -> None:
-        for host in (*self.hosts.values(), *self.units.values()):
-            host.db.close()
+        self.disks.close()
 
 
 def simulate_market(seed: int) -> MarketWorld:
