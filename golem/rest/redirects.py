@@ -22,7 +22,7 @@ _SECONDS = re.compile(rb"\s*[\d.]+\s*\Z")
 # Python's clients part a cookie at white space of any alphabet, some of them within a value: so neither has any.
 _PAIR = re.compile(rb"(?!\$)[!#$%&'*+\-.^_`|~0-9A-Za-z]+=(?:\"[!#-+\--:<-\[\]-~]*\"|[!#-+\--:<-\[\]-~]*)\Z")
 _MORE = {  # attributes of cookies that pass, in the one form that all clients read alike
-    b"expires": re.compile(rb"[A-Za-z]{3,9}, [0-3]\d[ -][A-Za-z]{3}[ -](?:\d\d)?\d\d [0-2]\d:[0-5]\d:[0-6]\d GMT\Z", re.IGNORECASE),
+    b"expires": re.compile(rb"[A-Za-z]{3,9}, [0-3]\d[ -][A-Za-z]{3}[ -](?:\d\d)?\d\d [0-2]\d:[0-5]\d:[0-6]\d GMT\Z"),
     b"max-age": re.compile(rb"-?\d{1,10}\Z"),
     b"samesite": re.compile(rb"(?:lax|strict|none)\Z", re.IGNORECASE),
     b"priority": re.compile(rb"(?:low|medium|high)\Z", re.IGNORECASE),
