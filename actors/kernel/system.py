@@ -414,7 +414,6 @@ class System:
 
     async def link_broken(self, actor: str, broken: LinkBroken) -> None:
         """The sides of a link remember different things: have its sender told, and the link mended."""
-        lost = broken.lost
         if isinstance(found := self._actors.get(actor), Actor):
             found.offer_alarm(broken)
             return

@@ -19,7 +19,7 @@ from actors.kernel.tables import Acks
 if TYPE_CHECKING:
     from sim_world import Host
 
-MEMORY = "/dev/shm"  # noqa: S108 - where a file costs no disk; else the folder for temporary files
+MEMORY = "/dev/shm"  # where a file costs no disk; else the folder for temporary files
 LANDS = 0.3  # how often a transaction under way lands before a read
 
 
