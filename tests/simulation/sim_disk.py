@@ -64,6 +64,10 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="sim-", dir=MEMORY if os.access(MEMORY, os.W_OK) else None)
 
 
+class DiskFails(JournalError):
+    """The disk is full, or cannot be read, because the world wants it so."""
+
+
 class SimJournal(Journal):
     """A journal whose disk takes its time, and whose process may die before, while and after it writes."""
 
@@ -89,7 +93,7 @@ class SimJournal(Journal):
         world.may_crash()
         if world.chance(world.faults.disk_errors):
             world.reached["disk full"] += 1
-            raise JournalError("cannot write the journal: database or disk is full")
+            raise DiskFails("cannot write the journal: database or disk is full")
         self._under_way, self._failed = (commits, acks), None
         try:
             if world.faults.threaded:
@@ -117,7 +121,7 @@ class SimJournal(Journal):
         world = self.host.world
         if self.host.system is not None and world.chance(world.faults.disk_errors / 50):
             world.reached["read error"] += 1
-            raise JournalError("cannot read the journal: disk I/O error")
+            raise DiskFails("cannot read the journal: disk I/O error")
         if self._under_way is not None and world.faults.threaded and world.rng.random() < LANDS:
             world.reached["landed in a step"] += 1
             self._land()

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import sim_checks
 import trio
 
 from actors.kernel import actor, alarms, courier, journal, row_view, system, tables
@@ -53,6 +54,7 @@ async def run_twice(world: World, name: str) -> None:
         world.copies += 1
         twin = Host(world, name)
         twin.db, twin.disks = host.new_disk(host.db), 1000 * world.copies
+        world.repeats.update(sim_checks.waiting_answers(twin.db))
         world.twin = twin
         with trio.move_on_after(world.rng.uniform(5, 40)):
             await twin.keep_running()

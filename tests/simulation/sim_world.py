@@ -20,7 +20,7 @@ from typing import Any
 import sim_checks
 import sim_extremes
 import trio
-from sim_disk import Disks, SimJournal
+from sim_disk import DiskFails, Disks, SimJournal
 from sim_machines import (
     FIRST_BALANCE,
     FOREVER_S,
@@ -39,8 +39,8 @@ from sim_machines import (
     SetAlarms,
 )
 
-from actors.kernel.machine import ActorFailed, AskTimeout, Busy, LinkDown, NodeFailed, Publish, Send
-from actors.kernel.records import Commit, JournalError, RowDamaged
+from actors.kernel.machine import ActorFailed, AskTimeout, Busy, LinkDown, Publish, Send
+from actors.kernel.records import Commit, JournalClosed, RowDamaged
 from actors.kernel.system import System
 from protocol.codec import decode_ack
 from protocol.types import Message, Violation
@@ -233,9 +233,9 @@ class Host:
                         await trio.sleep_forever()
                     finally:
                         self.system = self.nursery = None
-            except* (Crash, NodeFailed):
+            except* (Crash, DiskFails):
                 pass
-            except* JournalError:  # a client was still at work when the process had died
+            except* JournalClosed:  # a client was still at work when the process had died
                 pass
             world.crashes += 1
             world.note("crash", self.name)
@@ -311,7 +311,9 @@ class Host:
                 try:
                     reply = await system.ask(actor, message, timeout_s=world.rng.choice((0.1, 10)))
                     break
-                except (ActorFailed, AskTimeout, Busy):  # the disk fails, a row cannot be read: all passes
+                except (ActorFailed, AskTimeout, Busy) as error:  # the disk fails, a row cannot be read: all passes
+                    if trio.current_time() > SETTLED_S and not isinstance(error, Busy):
+                        raise Broken(f"{name} is not answered in the calm phase: {error}") from error
                     await trio.sleep(1)
             world.note("answer", self.name, name, type(reply).__name__)
             self.client.promised.add(name)
@@ -398,6 +400,7 @@ class World:
         self.twin: Host | None = None  # a second machine with the disk of the losing node
         self.attempts: Counter[str] = Counter()  # at what crashed whoever touched it
         self.reached: Counter[str] = Counter()  # states of the kernel
+        self.repeats: Counter[str] = Counter()  # answers that waited on a disk of which there was a copy -> how many
         self.history = hashlib.blake2b(digest_size=8)
         self.hosts: dict[str, Host] = {}
         for name in NODES:
@@ -541,6 +544,7 @@ class World:
                 older = self.rng.choice((None, *host.backups))
                 host.next_disk = host.new_disk(older)
                 host.restored += older is not None
+                self.repeats.update(sim_checks.waiting_answers(host.next_disk))
                 host.nursery.start_soon(self.die)
 
     async def die(self) -> None:
