@@ -28,9 +28,9 @@ START = 1_800_000_000.0
 class TableRows(dict[str, Any]):
     """Rows over a dict; its keys are kept in order, for long histories ask for prefixes all the time."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._ordered: list[str] = []
+    def __init__(self, rows: Mapping[str, Any] | None = None) -> None:
+        super().__init__(rows or {})
+        self._ordered: list[str] = sorted(self)
 
     def __setitem__(self, key: str, row: Any) -> None:
         if key not in self:
@@ -79,7 +79,7 @@ class Playbook:
         """Give an edge's message; return the reply (None if there is none)."""
         return next((effect.message for effect in self.tell(message) if isinstance(effect, Reply)), None)
 
-    def tell(self, message: Message, sender: str = "") -> Sequence[Effect]:
+    def tell(self, message: Message, sender: str = "", origin: str = "") -> Sequence[Effect]:
         """Give a message of node or address `sender` (default: whoever of this node says it); return the effects.
 
         Raises `Violation`.
@@ -89,7 +89,7 @@ class Playbook:
         sources: Mapping[type, str] = getattr(self.machine, "sources", {})
         sender = sender or f"{self.node}/{sources.get(type(message), 'edge')}"
         decode = self._local if node_of(sender) == self.node else self._peer
-        step = self.machine.handle(self.rows, decode(encode(message)), Meta(sender, self.now, "trace"))
+        step = self.machine.handle(self.rows, decode(encode(message)), Meta(sender, self.now, "trace", origin))
         self._apply(step)
         return step.effects
 
