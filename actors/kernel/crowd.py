@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 
-class Entry(NamedTuple):
+class Occupant(NamedTuple):
     """One of a collection: whose it is, since when, and how much it takes. `origin`: its network address, "" if not known."""
 
     at: float
@@ -21,7 +21,7 @@ class Entry(NamedTuple):
     size: int = 1
 
 
-def by_crowd(entries: Iterable[Entry], stands_out: int) -> Iterator[Entry]:
+def by_crowd(entries: Iterable[Occupant], stands_out: int) -> Iterator[Occupant]:
     """Yield all entries in the order in which they make room. A node stands out with more than `stands_out`."""
     left = sorted(entries)
     gone = set()
@@ -32,24 +32,24 @@ def by_crowd(entries: Iterable[Entry], stands_out: int) -> Iterator[Entry]:
     yield from _from_largest(rest, _of_nodes, 0)
 
 
-def _of_nodes(entries: list[Entry]) -> Iterator[Entry]:
+def _of_nodes(entries: list[Occupant]) -> Iterator[Occupant]:
     return _from_largest(_by(entries, lambda entry: entry.node), iter, 0)
 
 
-def _by(entries: Iterable[Entry], name: Callable[[Entry], str]) -> dict[str, list[Entry]]:
-    groups: dict[str, list[Entry]] = {}
+def _by(entries: Iterable[Occupant], name: Callable[[Occupant], str]) -> dict[str, list[Occupant]]:
+    groups: dict[str, list[Occupant]] = {}
     for entry in entries:
         groups.setdefault(name(entry), []).append(entry)
     return groups
 
 
 def _from_largest(
-    groups: Mapping[str, list[Entry]], order: Callable[[list[Entry]], Iterator[Entry]], least: int
-) -> Iterator[Entry]:
+    groups: Mapping[str, list[Occupant]], order: Callable[[list[Occupant]], Iterator[Occupant]], least: int
+) -> Iterator[Occupant]:
     """Take from the group that is largest at the moment (of equals, the oldest) while one has more than `least`."""
     heap = [(-sum([entry.size for entry in group]), group[0].at, name) for name, group in groups.items()]
     heapq.heapify(heap)
-    begun: dict[str, Iterator[Entry]] = {}  # most groups are never touched
+    begun: dict[str, Iterator[Occupant]] = {}  # most groups are never touched
     while heap and -heap[0][0] > least:
         size, at, name = heap[0]
         following = begun.get(name) or begun.setdefault(name, order(groups[name]))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
-from actors.kernel.crowd import Entry, by_crowd
+from actors.kernel.crowd import Occupant, by_crowd
 from actors.kernel.draft import Draft
 from actors.kernel.machine import DropFeed, Emit, Meta, Reply, Send, Wake
 from protocol.market import (
@@ -210,7 +210,7 @@ def _make_room(draft: Draft, besides: Proposal) -> bool:
     """
     subscription_id, own, freed = besides.own_subscription, _talk_key(_first(draft, besides)), 0
     talks = ((key, key.split("/"), row) for key, row in draft.prefix(f"talk/{subscription_id}/") if key != own)
-    entries = (Entry(float(part[3]), key, part[2], row.origin, row.proposals) for key, part, row in talks)
+    entries = (Occupant(float(part[3]), key, part[2], row.origin, row.proposals) for key, part, row in talks)
     for entry in by_crowd(entries, STANDS_OUT):
         freed += _forget_talk(draft, entry.key)
         if freed >= ROOM_AT_ONCE:

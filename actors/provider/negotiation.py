@@ -6,7 +6,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from actors.kernel.crowd import Entry, by_crowd
+from actors.kernel.crowd import Occupant, by_crowd
 from actors.provider import agreements, credit, places
 from actors.provider.agreements import approved
 from actors.provider.rows import APPROVING, AgreementRow, OfferRow, RejectedRow
@@ -108,7 +108,7 @@ def _remember(turn: Turn, row: RejectedRow) -> None:
     turn.put(f"rejected/{row.proposal_id}", row)
     kept: list[RejectedRow] = [one for _, one in turn.prefix("rejected/")]
     if len(kept) > MAX_REJECTED:
-        entries = (Entry(one.at, one.proposal_id, one.issuer, one.origin) for one in kept)
+        entries = (Occupant(one.at, one.proposal_id, one.issuer, one.origin) for one in kept)
         first = next(by_crowd(entries, STANDS_OUT))
         oldest = next(one for one in kept if one.proposal_id == first.key)
         turn.put(f"rejected/{oldest.proposal_id}", None)
