@@ -8,7 +8,7 @@ only then lets anything leave.
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -217,4 +217,3 @@ class NodeFailed(Exception):
 
 
 PublishHook = Callable[[str, Message], None]
-Sleep = Callable[[float], Awaitable[None]]

@@ -83,7 +83,7 @@ class Engine:
         self.store = Store(db_path, f"{network.chain}/{key.address}")
         self.evidence = Evidence(rpc, network, key.address, self.store.made)
         self.drafts = Drafts(network, rpc, key, self.store, clock, checkpoint, vouch)
-        self.lost = Lost(network, self.store, self.evidence, self.drafts, key.address, clock)
+        self.lost = Lost(network, self.store, self.evidence, key.address, clock)
         self._notify, self._clock, self._checkpoint = notify, clock, checkpoint
         self.turn = trio.Lock()  # one step, or one internal transaction, at a time
         self._wake = trio.Event()
