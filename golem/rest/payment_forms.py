@@ -7,8 +7,8 @@ from collections.abc import Callable
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
-from actors.ledger.machine import Activity, Order, Payment
-from golem.rest.edge import ApiError, listed, member, object_body
+from actors.ledger.machine import Order, Payment
+from golem.rest.edge import ApiError, member, object_body
 from protocol.ledger import PaymentBody, decode_body, json_form
 from protocol.types import Violation, amount, timestamp, timestamp_text
 
@@ -97,20 +97,3 @@ def render_payment(node: Node, row: Payment, at: float | None = None) -> dict[st
     moment = at if at is not None else row.recorded_at
     signed = {"signature": list(row.signature), "signedBytes": list(row.body)} if row.signature else {}
     return {**body, "timestamp": timestamp_text(moment), **signed}
-
-
-def payments_of(node: Node, agreement_id: str) -> list[Payment]:
-    """Return the payments that hold a part for an agreement or one of its activities."""
-    rows = node.system.rows("ledger")
-
-    def belongs(activity_id: str) -> bool:
-        activity: Activity | None = rows.get(f"activity/{activity_id}")
-        return activity is not None and activity.agreement_id == agreement_id
-
-    def of_agreement(row: Payment) -> Payment | None:
-        body = decode_body(PaymentBody, row.body)
-        by_agreement = any(part.agreement_id == agreement_id for part in body.agreement_payments)
-        return row if by_agreement or any(belongs(part.activity_id) for part in body.activity_payments) else None
-
-    found = [row for row in listed(node, "ledger", "payment/", of_agreement) if row is not None]
-    return sorted(found, key=lambda row: row.recorded_at)

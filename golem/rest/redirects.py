@@ -19,7 +19,15 @@ _SCHEME = re.compile(rb"([A-Za-z][A-Za-z0-9+.\-]*):(.*)\Z", re.DOTALL)
 _ODD = re.compile(rb"[^A-Za-z0-9\-._~!$&'()*+,;=:@/?%]|%(?![0-9A-Fa-f]{2})")
 _REFRESH = re.compile(rb"\s*([\d.]+)\s*[;,]\s*(?:url\s*=\s*)?([\"']?)(.*?)\2\s*\Z", re.DOTALL | re.IGNORECASE)
 _SECONDS = re.compile(rb"\s*[\d.]+\s*\Z")
-_COOKIE = re.compile(rb"[\x20-\x7e\x80-\xff]*\Z")
+# Python's clients part a cookie at white space of any alphabet, some of them within a value: so neither has any.
+_PAIR = re.compile(rb"(?!\$)[!#$%&'*+\-.^_`|~0-9A-Za-z]+=(?:\"[!#-+\--:<-\[\]-~]*\"|[!#-+\--:<-\[\]-~]*)\Z")
+_MORE = {  # attributes of cookies that pass, in the one form that all clients read alike
+    b"expires": re.compile(rb"[A-Za-z]{3,9}, [0-3]\d[ -][A-Za-z]{3}[ -](?:\d\d)?\d\d [0-2]\d:[0-5]\d:[0-6]\d GMT\Z"),
+    b"max-age": re.compile(rb"-?\d{1,10}\Z"),
+    b"samesite": re.compile(rb"(?:lax|strict|none)\Z", re.IGNORECASE),
+    b"priority": re.compile(rb"(?:low|medium|high)\Z", re.IGNORECASE),
+    b"secure": re.compile(rb"\Z"), b"httponly": re.compile(rb"\Z"), b"partitioned": re.compile(rb"\Z"),
+}  # fmt: skip
 _HARMLESS = (b"mailto", b"tel", b"sms")  # nothing that a client asks over a network
 
 
@@ -100,17 +108,16 @@ def refresh(value: bytes, back: Callable[[bytes], bytes | None]) -> bytes | None
 
 
 def cookie(value: bytes, prefix: bytes) -> bytes | None:
-    """Return a `Set-Cookie` of a service as one for what is below `prefix` alone; None for one that is no cookie."""
-    first, *attributes = value.split(b";")
-    if not _COOKIE.match(value) or not first.strip():
+    """Return a `Set-Cookie` of a service as one for what is below `prefix` alone; None for one that clients read differently."""
+    first, *attributes = (part.strip(b" \t") for part in value.split(b";"))
+    if not _PAIR.match(first):
         return None
-    path, kept = b"/", [first.strip()]
+    path, kept = b"/", [first]
     for attribute in attributes:
-        name, _, given = attribute.strip().partition(b"=")
-        if name.strip().lower() == b"path":
-            given = given.strip()
+        name, _, given = (part.strip(b" \t") for part in attribute.partition(b"="))
+        if (lower := name.lower()) == b"path":
             path = given if given.startswith(b"/") else b"/"
-        elif name.strip() and name.strip().lower() != b"domain":
-            kept.append(attribute.strip())
+        elif lower in _MORE and _MORE[lower].match(given):
+            kept.append(name + b"=" + given if given else name)
     path = without_dots(quoted(path))
     return b"; ".join([*kept, b"Path=" + prefix + (path if path != b"/" else b"")])

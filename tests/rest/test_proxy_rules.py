@@ -143,7 +143,7 @@ def test_a_cookie_is_of_its_service(given: bytes, path: bytes) -> None:
     assert returned([(b"set-cookie", plain)], Target(HERE, b"80", b""))[1][1] == plain + b"; Path=" + HERE + b"/80"
 
 
-@pytest.mark.parametrize("given", [b"", b";path=/", b"a=1\x01; path=/", b"a=1;\x1bpath=/"])
+@pytest.mark.parametrize("given", [b"", b";path=/", b"a=1\x01; path=/", b"a=1 path=/ b=2", b"a", b"=1", b"a=1, b=2"])
 def test_what_is_no_cookie(given: bytes) -> None:
     assert len(returned([(b"set-cookie", given)], Target(HERE, b"8080", b""))) == 1
 

@@ -5,6 +5,9 @@ The clients run for real against a server that stands for the node; each says wh
 
 from __future__ import annotations
 
+import http.cookiejar
+import http.cookies
+import io
 import json
 import os
 import random
@@ -12,9 +15,12 @@ import re
 import shutil
 import subprocess
 import threading
+import urllib.request
 from collections.abc import Callable, Iterator
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urljoin
+from urllib.response import addinfourl
 
 import httpx
 import pytest
@@ -242,3 +248,41 @@ def test_what_leads_elsewhere_is_read_by_all_alike(node: Node) -> None:
 ])  # fmt: skip
 def test_canonical_authorities(authority: bytes, read: tuple[bytes, int] | None) -> None:
     assert read_authority(authority, b"http") == read
+
+
+ODD = [
+    "a=b", "a=b; Path=/", "a=b;\xa0Path=/", "a=b;\x85Domain=.lan", "a=b;\u2003Path=/", "a=b Path=/ c=d",
+    "a=b; Expires=x Path=/ c=d", "a=b, c=d; Path=/", 'a="b; Path=/"; c=d', "a=b;\xa0Path=/x/..",
+    "a=b; Max-Age=5 Path=/ d=e", "a=b; SameSite=Lax\tPath=/",
+    "a=b;Version=1; Path=/", "a=b; $Path=/", "$Version=1; a=b; Path=/", "Path=/; a=b", "a=b; secure=x Path=/ c=d",
+    "a=b; Path=/ c=d; e=f", "a=b; Path=/x Domain=.lan", "a=b\xa0; Path=/", "a=b; Comment=x Path=/ c=d; Path=/", "path=/; Path=/",
+]  # fmt: skip
+PARTS = [
+    "a=b", "Path=/", "Domain=.lan", "Domain=127.0.0.1", ";", ";", " ", ",", '"', "=", "\xa0", "\x85", "\t", "Expires=",
+    "Max-Age=5", "Wed, 09 Jun 2100 10:18:14 GMT", "c", "$", "\\", "\x1f", "SameSite=", "Version=1", "Secure",
+]  # fmt: skip
+
+
+def test_no_cookie_is_for_more_than_its_service() -> None:
+    """As the libraries of Python's clients read it: requests, httpx and urllib by one, aiohttp by the other."""
+    dice = random.Random(f"{SEED} cookies")
+    given = ODD + ["a=b" + "".join(dice.choices(PARTS, k=dice.randint(1, 9))) for _ in range(2000)]
+    target = Target(HERE, b"8080/sub/page", b"", b"127.0.0.1:7465")
+    within, read = f"{HERE.decode()}/8080", 0
+    for one in given:
+        answer = dict(returned([(b"set-cookie", one.encode("latin-1", "replace"))], target))
+        if (value := answer.get(b"set-cookie")) is None:
+            continue
+        text = value.decode("latin-1")
+        message = Message()
+        message["Set-Cookie"] = text
+        request = urllib.request.Request(f"http://127.0.0.1:7465{START.decode()}")
+        found = http.cookiejar.CookieJar().make_cookies(addinfourl(io.BytesIO(), message, request.full_url), request)
+        for cookie in found:
+            assert cookie.path == within or cookie.path.startswith(within + "/"), (one, text)
+            assert not cookie.domain_specified, (one, text)
+        for morsel in http.cookies.SimpleCookie(text).values():
+            assert morsel["path"] == within or morsel["path"].startswith(within + "/") or not morsel["path"], (one, text)
+            assert not morsel["domain"], (one, text)
+        read += len(found)
+    assert read > 100, f"SIM_SEED={SEED}"
