@@ -291,10 +291,10 @@ def test_who_pays_once_a_day_is_not_hurt(monkeypatch: pytest.MonkeyPatch) -> Non
     """Ethereum's mainnet, where a payer's node gathers for a day: the credit is that of a day."""
     monkeypatch.setattr(_provider_credit, "PAID_DAILY", frozenset({PLATFORM}))
     world = CheatWorld()
-    one = world.stranger(pace_s=23 * 3600.0, rent_s=50 * 3600.0, again=False, **{INTERVAL: 120, ACCEPT: 120, TIMEOUT: 86400})
-    world.run(49 * 3600)
+    one = world.stranger(pace_s=23 * 3600.0, rent_s=31 * 3600.0, again=False, **{INTERVAL: 120, ACCEPT: 120, TIMEOUT: 86400})
+    world.run(30 * 3600)
     assert (one.agreements, one.rejections) == (1, []), world.refusals()
-    assert world.paid(one) > SECOND * 20 * 3600
+    assert world.paid(one) > SECOND * 6 * 3600
     assert not world.ever_held
 
 
