@@ -164,7 +164,8 @@ async def _until_stopped(system: System, signals: AsyncIterator[int], processes:
 
 def open_business(system: System) -> str:
     """Return what is still to be done for agreements, empty if nothing is."""
-    active = sum(map(len, system.listed("provider", "active/")))
+    rows, unreadable = system.listed("provider", "active/")
+    active = len(rows) + len(unreadable)
     agreements, damaged = system.listed("provider", "agreement/")
     unsent = len(damaged) + sum(1 for _, row in agreements if row.invoice in ("", "Issuing", "Sending"))
     return f"{active} agreements, {unsent} invoices not sent" if active or unsent else ""
