@@ -271,6 +271,8 @@ async def test_a_chain_that_is_not_reached_at_start_shows_in_the_status_of_the_n
         assert NOBODY.removeprefix("http://") in problem
         (listed,) = (await COMMANDS["payment_status"](agent.node, {}))["problems"]
         assert NOBODY.removeprefix("http://") in listed
+        assert {problem["kind"] for problem in await agent.get("/payments/status")} == {"RpcError"}
+        assert NOBODY.removeprefix("http://") in (agent.node.health_problem() or "")
         nursery.cancel_scope.cancel()
 
 
