@@ -272,6 +272,8 @@ async def test_a_chain_that_is_not_reached_at_start_shows_in_the_status_of_the_n
         assert NOBODY.removeprefix("http://") in problem
         (listed,) = (await COMMANDS["payment_status"](agent.node, {}))["problems"]
         assert NOBODY.removeprefix("http://") in listed
+        assert {problem["kind"] for problem in await agent.get("/payments/status")} == {"RpcError"}
+        assert NOBODY.removeprefix("http://") in (agent.node.health_problem() or "")
         nursery.cancel_scope.cancel()
 
 
@@ -409,6 +411,23 @@ async def test_sending_to_who_is_not_there_is_504_and_says_so(tmp_path: Path) ->
         assert (await p.post("/invoices/none/send"))[0] == 404
 
 
+@trio_test
+async def test_allocations_are_released_by_id_by_age_or_all(tmp_path: Path) -> None:
+    async with node_in_test(tmp_path) as node:
+        agent, release = Agent(node), COMMANDS["payment_release_allocations"]
+        ids = sorted([(await agent.allocation("5"))["allocationId"] for _ in range(3)])
+        for wrong in ([ids[0], "nonsense"], [""]):
+            with pytest.raises(LookupError):
+                await release(node, {"ids": wrong, "older_than_s": 0})
+        assert await release(node, {"ids": [], "older_than_s": 3600}) == []
+        assert len(await agent.get("/allocations")) == 3, "nothing is released by what is refused, or is too young"
+        [freed] = await release(node, {"ids": [ids[0]], "older_than_s": 0})
+        assert (freed["allocationId"], freed["amount"], freed["agent"]) == (ids[0], "5", "autoconfigured")
+        assert sorted(row["allocationId"] for row in await agent.get("/allocations")) == ids[1:]
+        assert len(await release(node, {})) == 2
+        assert await agent.get("/allocations") == []
+
+
 # -- money
 @pytest.mark.integration
 @trio_test
@@ -425,7 +444,14 @@ async def test_an_invoice_is_settled_on_both_nodes_by_a_real_transfer(tmp_path: 
             await r.node.chain.fund("holesky")
             allocation_id = (await r.allocation("5"))["allocationId"]
             code, poor = await r.post("/allocations", {"totalAmount": "996", "paymentPlatform": "erc20-hoodi-tglm"})
-            assert (code, poor["availableFunds"]) == (400, "995"), "platforms of one chain share the purse"
+            assert (code, poor["availableFunds"], poor["reservedFunds"]) == (400, "995", "5"), (
+                "platforms of one chain share the purse"
+            )
+            holds = [(held["allocationId"], held["amount"], held["agent"]) for held in poor["heldBy"]]
+            assert holds == [(allocation_id, "5", "autoconfigured")]
+            assert f"held: 5 by {allocation_id} of autoconfigured on {PLATFORM}" in poor["detail"]
+            told = await COMMANDS["payment_status"](r.node, {"network": "hoodi"})
+            assert (told["reserved"], told["heldBy"]) == ("5", poor["heldBy"]), "the twin's status names it as well"
             note = await p.made("/debitNotes", {"activityId": "act", "totalAmountDue": "0.25"})
             invoice = await p.made("/invoices", {"agreementId": "a1", "amount": "1", "paymentDueDate": DUE})
             note_id, invoice_id = note["debitNoteId"], invoice["invoiceId"]
