@@ -10,6 +10,7 @@ import trio
 from quart import Blueprint, Response
 
 from actors.market.rows import Refusal, Stats
+from actors.negotiation.proposals import Proposal
 from actors.negotiation.rows import state_at
 from golem.rest.edge import ApiError, query_text, respond_json
 from protocol.market import SUBSCRIPTION_ID, Subscription, read_subscription
@@ -105,7 +106,8 @@ def _reason_text(reason: str) -> str:
 
 async def _answers(node: Node, demand_id: str) -> list[dict[str, Any]]:
     """Return where the negotiation with each matching offer stands, and what its provider said, the newest first."""
-    rows, last = node.system.rows("negotiation"), {}
+    rows = node.system.rows("negotiation")
+    last: dict[str, Proposal] = {}
     for number, (key, _) in enumerate(rows.prefix(f"of/{demand_id}/")):
         if number % PART == 0:
             await trio.lowlevel.checkpoint()
@@ -116,7 +118,7 @@ async def _answers(node: Node, demand_id: str) -> list[dict[str, Any]]:
     return [_answer(node, proposal) for proposal in newest]
 
 
-def _answer(node: Node, proposal: Any) -> dict[str, Any]:
+def _answer(node: Node, proposal: Proposal) -> dict[str, Any]:
     agreement = node.system.rows("negotiation").get(f"agreement/{proposal.agreement_id}") if proposal.agreement_id else None
     state, reason = proposal.state, proposal.reason
     if agreement is not None:
