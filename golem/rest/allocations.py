@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from decimal import Decimal
+from decimal import ROUND_CEILING, Decimal
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -47,7 +47,7 @@ def routes(api: Blueprint, node: Node) -> None:
         body = await exact_body()
         platform = _platform(node, body)
         address = member(body, "address", str, None) or caller().identity
-        total = body_amount(body, "totalAmount")
+        total = body_amount(body, "totalAmount", ROUND_CEILING)
         if body.get("makeDeposit") is True or body.get("deposit") is not None:
             raise _problem(400, "unsupported", "allocations from deposits are not supported by this node")
         extend = member(body, "extendTimeout", (int, Decimal), None)
@@ -83,7 +83,7 @@ def routes(api: Blueprint, node: Node) -> None:
         row = _live(node, allocation_id)
         if body.get("deposit") is not None:
             raise _problem(400, "unsupported", "allocations from deposits are not supported by this node")
-        total = body_amount(body, "totalAmount") if body.get("totalAmount") is not None else None
+        total = body_amount(body, "totalAmount", ROUND_CEILING) if body.get("totalAmount") is not None else None
         text = None if total is None else amount_text(total)
         wanted = minus(total, row.spent) if total is not None else Decimal(0)
         timeout_at = body_time(body, "timeout")

@@ -6,6 +6,7 @@ import json
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from decimal import ROUND_FLOOR
 from typing import TYPE_CHECKING, Any
 
 from quart import Blueprint, Response, request
@@ -173,7 +174,7 @@ def _issuing(api: Blueprint, node: Node) -> None:
         command = IssueDebitNote(
             str(uuid.uuid4()),
             member(body, "activityId", str),
-            amount_text(body_amount(body, "totalAmountDue")),
+            amount_text(body_amount(body, "totalAmountDue", ROUND_FLOOR)),
             None if usage is None else tuple(usage),
             body_time(body, "paymentDueDate"),
         )
@@ -193,7 +194,7 @@ def _issuing(api: Blueprint, node: Node) -> None:
             str(uuid.uuid4()),
             member(body, "agreementId", str),
             tuple(activities),
-            amount_text(body_amount(body, "amount")),
+            amount_text(body_amount(body, "amount", ROUND_FLOOR)),
             due_at,
         )
         await ask(node, "ledger", command, statuses={"forbidden": 400})

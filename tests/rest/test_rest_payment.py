@@ -166,6 +166,31 @@ async def test_an_allocation_in_its_shortest_forms(tmp_path: Path) -> None:
         assert (await agent.allocation("1", paymentPlatform={"token": "tglm"}))["paymentPlatform"] == PLATFORM
 
 
+@trio_test
+async def test_budgets_finer_than_a_wei_are_taken(tmp_path: Path) -> None:
+    """What SDKs compute of a budget: a third of an hour in Python's decimals and floats, and in JavaScript's numbers."""
+    async with one(tmp_path) as agent:
+        for asked, reserved in (
+            (str(Decimal("0.1") / 3), "0.033333333333333334"),
+            (str(Decimal(0.1)), "0.100000000000000006"),  # noqa: RUF032 - a float's 55 digits
+            (0.01 / 3, "0.003333333333333334"),
+            (0.1 * 1.25 / 3, "0.041666666666666664"),
+            ("1e-19", "0.000000000000000001"),
+            ("0", "0"),
+        ):
+            allocation = await agent.made("/allocations", {"paymentPlatform": PLATFORM, "totalAmount": asked})
+            assert allocation["totalAmount"] == allocation["remainingAmount"] == reserved, asked
+
+
+@trio_test
+async def test_bills_finer_than_a_wei_are_rounded_down(tmp_path: Path) -> None:
+    async with two(tmp_path) as (_, p):
+        note = await p.made("/debitNotes", {"activityId": "act", "totalAmountDue": str(Decimal("0.1") / 6)})
+        assert note["totalAmountDue"] == "0.016666666666666666"
+        invoice = await p.made("/invoices", {"agreementId": "a1", "amount": 0.05 / 3, "paymentDueDate": DUE})
+        assert invoice["amount"] == "0.016666666666666666"
+
+
 @pytest.mark.parametrize(
     ("change", "status", "words"),
     [
@@ -175,7 +200,7 @@ async def test_an_allocation_in_its_shortest_forms(tmp_path: Path) -> None:
         ({"paymentPlatform": "erc20-mumbai-tglm"}, 500, "not registered"),
         ({"address": "0x" + "1" * 40}, 500, "not registered"),
         ({"totalAmount": "-1"}, 400, "not an amount"),
-        ({"totalAmount": "1e-19"}, 400, "decimal places"),
+        ({"totalAmount": "1e-99999"}, 400, "not an amount"),
         ({"totalAmount": True}, 400, "text or a number"),
         ({"totalAmount": None}, 400, "missing field"),
         ({"timeout": "2001-01-01T00:00:00Z"}, 400, "passed"),
