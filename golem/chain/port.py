@@ -397,11 +397,13 @@ class Chain:
         return (*self._engines[row.chain].problems(), *self.watch.problems(row))
 
     def fault(self) -> str | None:
-        """Say which network nothing can be paid on, since no endpoint serves it as its row says. None is healthy."""
+        """Say which network nothing can be paid on, since no endpoint serves it as its row says, or answers. None is healthy."""
         for row in self.networks:
-            endpoints = self._rpcs[row.chain].pool.endpoints
-            if all(endpoint.fault for endpoint in endpoints):
-                return f"{row.name}: " + "; ".join(fault.words for fault in self._rpcs[row.chain].pool.faults())
+            pool = self._rpcs[row.chain].pool
+            said = [fault.words for fault in pool.faults()]
+            said += [f"{words} ({trouble})" for words, trouble in pool.silent()]
+            if len(said) >= len(pool.endpoints):
+                return f"{row.name}: {'; '.join(said)}"
         return None
 
     def silence(self) -> str | None:
