@@ -397,14 +397,18 @@ class Chain:
         return (*self._engines[row.chain].problems(), *self.watch.problems(row))
 
     def fault(self) -> str | None:
-        """Say which network nothing can be paid on, since no endpoint serves it as its row says, or answers. None is healthy."""
+        """Say which network nothing can be paid on, since no endpoint serves it as its row says. None is healthy."""
         for row in self.networks:
-            pool = self._rpcs[row.chain].pool
-            said = [fault.words for fault in pool.faults()]
-            said += [f"{words} ({trouble})" for words, trouble in pool.silent()]
-            if len(said) >= len(pool.endpoints):
-                return f"{row.name}: {'; '.join(said)}"
+            endpoints = self._rpcs[row.chain].pool.endpoints
+            if all(endpoint.fault for endpoint in endpoints):
+                return f"{row.name}: " + "; ".join(fault.words for fault in self._rpcs[row.chain].pool.faults())
         return None
+
+    def death(self) -> str | None:
+        """Say that no endpoint of the default network answers, since the start or for minutes. None is healthy."""
+        pool = self._rpcs[self.networks.by_name(self.default_network).chain].pool
+        silent = [f"{words} ({trouble})" for words, trouble in pool.silent()]
+        return f"{self.default_network}: {'; '.join(silent)}" if 0 < len(silent) == len(pool.endpoints) else None
 
     def silence(self) -> str | None:
         """Say which endpoints do not answer. None is healthy."""
