@@ -36,7 +36,10 @@ ENDS = (
     ("stack", "stack overflow"),
     ("escape", "exited with code"),
 )
-FULL = (("file", "exited with code"), ("files", "storage limit"))  # these take all the storage there is: one an activity
+FULL = (
+    ("file", "exited with code"),
+    ("files", r"exited with code|storage limit"),
+)  # these take all the storage there is: one an activity
 MODULES = {
     "memory": wat.MEMORY_BOMB, "flood": wat.FLOOD, "trap": wat.TRAP, "stack": wat.DEEP,
     "escape": wat.read_file("../../../../../../etc/passwd"), "file": wat.FILE_BOMB, "files": wat.MANY_FILES,

@@ -65,8 +65,8 @@ from golem.exeunit.runtimes.vm.leftovers import sweep
 from golem.exeunit.runtimes.vm.meter import Layer, Meter, MeterError, open_layer, upper_dir
 from golem.exeunit.runtimes.vm.processes import ContainerProcesses
 from golem.exeunit.runtimes.vm.program import START_TIMEOUT_S, EngineTerminal, NeverBegun, Program
-from golem.exeunit.runtimes.vm.storage import FOLDER, Storage, open_storage
 from golem.exeunit.runtimes.vm.watch import Watch
+from golem.exeunit.storage import FOLDER, Storage, open_storage
 
 log = logging.getLogger("golem.exeunit")
 
