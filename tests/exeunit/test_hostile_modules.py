@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,11 @@ async def slowest_answer(node: LocalNode, stop: trio.Event, found: list[float]) 
 def sandboxes(net: LocalNet) -> list[int]:
     """Return processes of exe-units of this market, their children included."""
     units = net.pids(lambda line: "golem.exeunit" in line)
-    return [*units, *(child.pid for unit in units for child in psutil.Process(unit).children(recursive=True))]
+    found = list(units)
+    for unit in units:
+        with suppress(psutil.NoSuchProcess):  # gone meanwhile
+            found += (child.pid for child in psutil.Process(unit).children(recursive=True))
+    return found
 
 
 @trio_test
