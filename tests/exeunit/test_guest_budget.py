@@ -11,6 +11,7 @@ import pytest
 import trio
 from test_hostile_guests import LIMITS, MIB, Guest, open_guest, package
 
+from golem.exeunit.runtime import RuntimeFault
 from golem.exeunit.usage import measure_tree, process_peak_bytes
 from golem.lab.engine import LocalEngine
 
@@ -70,4 +71,35 @@ def test_what_a_guest_takes_is_what_was_sold(engine: LocalEngine, package: Path,
         assert open_files() - before < 16, "descriptors of the exe-unit, connections to its Engine among them"
 
     print(f"BUDGET_SEEDS={seed}")
+    trio.run(body)
+
+
+def resident_bytes(pid: int) -> int:
+    words = Path(f"/proc/{pid}/statm").read_text().split()
+    return int(words[1]) * os.sysconf("SC_PAGESIZE")
+
+
+def test_arguments_of_commands_that_are_over(engine: LocalEngine, package: Path) -> None:
+    """An Engine keeps what it was told of them for minutes, several times over; and none of them is another one for that."""
+    word = "0123456789abcdef" * 4096
+    length = str(11 * len(word) + 20_000)
+
+    async def body() -> None:
+        async with open_guest(engine, package) as guest:
+            await guest.works()
+            before = resident_bytes(engine_pid(engine))
+            script = 'for one in "$@"; do n=$((n + ${#one})); done; echo $n; exit 3'
+            for _ in range(60):
+                status, output = await guest.run("sh", "-c", script, "sh", *[word] * 11, "x" * 20_000)
+                assert (status.code, output) == (3, length + "\n")
+            assert resident_bytes(engine_pid(engine)) - before < 48 * MIB
+            for name, code in (("none-such", 127), ("/etc/passwd", 126)):
+                assert (await guest.run(name, *[word] * 3))[0].code == code
+            with pytest.raises(RuntimeFault, match="the name of the program is too long"):
+                await guest.run("x" * 66_000)
+            (folder,) = guest.deployment.volumes[0].host_dir.parents[2].glob("arguments")
+            assert not list(folder.iterdir()), "what was read is gone"
+            assert not (await guest.run("/bin/sh", "-c", "echo > /.golem/arguments/x"))[0].ok
+            await guest.works()
+
     trio.run(body)
