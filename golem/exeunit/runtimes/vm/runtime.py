@@ -369,6 +369,7 @@ class VmRuntime:
                     deployed.image.close()
                 with suppress(OSError):
                     clear_away(deployed.options.work_dir)
+                self._admin.let_go()
 
     async def _remove(self, deployed: _Deployed) -> None:
         if deployed.name is not None:
