@@ -1,7 +1,7 @@
 # demo   a whole market on this machine: two providers render an image for a requestor and are paid
 # test   all tests, a worker for each core      make test ARGS="tests/protocol -k terms"; ARGS=--shuffle=any
 # quick  what one runs while editing: no processes, under a minute
-# lint   ruff (rules and format), mypy, the layers, and what the lowest Python does not have
+# lint   ruff (rules and format), mypy, the layers, dead code, dependencies, and what the lowest Python does not have
 # bench  every benchmark      make bench ARGS="bench_kernel scenario" for some; figures also go to benchmarks/results/
 # setup  .venv alone, with the node and its commands
 # clean  what the targets made, environments included
@@ -36,7 +36,7 @@ quick:
 
 lint:
 	@.ci/setup node
-	@status=0; for check in "ruff check ." "ruff format --check ." mypy lint-imports "vermin $(SOURCES)"; do \
+	@status=0; for check in "ruff check ." "ruff format --check ." mypy lint-imports vulture "deptry ." "vermin $(SOURCES)"; do \
 	    echo "== $$check"; .venv/bin/$$check || status=1; done; exit $$status
 
 bench:

@@ -8,7 +8,7 @@ only then lets anything leave.
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -24,11 +24,15 @@ MAX_DEADLINE_S = 30 * 24 * 3600.0  # longer ones are cut: what is older than tha
 
 
 class Meta(msgspec.Struct, frozen=True, gc=False):
-    """About the message at hand: sender's address, the time (seconds since the epoch) and the trace it belongs to."""
+    """About the message at hand: sender's address, the time (seconds since the epoch) and the trace it belongs to.
+
+    `origin`: for a message of another node the network address that its session comes by, "" where that is not known.
+    """
 
     sender: str
     now: float
     trace: str
+    origin: str = ""
 
 
 class Rows(Protocol):
@@ -213,4 +217,3 @@ class NodeFailed(Exception):
 
 
 PublishHook = Callable[[str, Message], None]
-Sleep = Callable[[float], Awaitable[None]]

@@ -99,10 +99,6 @@ class Bus:
         """Return the clients that are connected."""
         return list(self._peers.values())
 
-    def has(self, name: str) -> bool:
-        """Return whether a client of this name is connected."""
-        return name in self._peers
-
     async def mail(self, name: str, frame: bytes) -> bytes:
         """Give a batch of envelopes to a client; returns its acknowledgement. Raises `LinkDown`."""
         peer = self._peers.get(name)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from golem.chain.draft import Drafts
 from golem.chain.evidence import TOLD, Evidence, Story, Unclear, View, newest
 from golem.chain.networks import Network
 from golem.chain.problem import Problem
@@ -27,10 +26,8 @@ from protocol.types import amount_text, from_wei
 class Lost:
     """Looks whether the chain still has what was final, for one account."""
 
-    def __init__(
-        self, network: Network, store: Store, evidence: Evidence, drafts: Drafts, address: str, clock: Callable[[], float]
-    ) -> None:
-        self._network, self._store, self._evidence, self._drafts = network, store, evidence, drafts
+    def __init__(self, network: Network, store: Store, evidence: Evidence, address: str, clock: Callable[[], float]) -> None:
+        self._network, self._store, self._evidence = network, store, evidence
         self._address, self._clock = address, clock
 
     # -- what was final

@@ -79,7 +79,6 @@ class Network:
     priority_fee: int = GWEI
     mint: str | None = None  # contract whose create() mints test tokens
     dev_faucet: bool = False  # the chain has our dev methods
-    explorer: str | None = None  # URL of a transaction, with {tx}
     poll_s: float = 4.0
     stuck_s: float = 60.0  # a transaction as old as this gets a higher fee
     simulated_by: str | None = None
@@ -97,9 +96,6 @@ class Network:
     def is_test(self) -> bool:
         return self.symbol.lower() != "glm"
 
-    def transaction_url(self, tx_hash: str) -> str | None:
-        return self.explorer.replace("{tx}", tx_hash) if self.explorer else None
-
 
 PUBLIC = (
     Network(
@@ -110,7 +106,6 @@ PUBLIC = (
         "GLM",
         multi_transfer="0xCfD497F7D111F14c3eF7eBEeE63771d1506f0AF8",
         depth=5,
-        explorer="https://etherscan.io/tx/{tx}",
     ),
     Network(
         "polygon",
@@ -124,7 +119,6 @@ PUBLIC = (
         repeat_depth=300,
         fee_cap=5_000 * GWEI,
         priority_fee=30 * GWEI,
-        explorer="https://polygonscan.com/tx/{tx}",
     ),
     Network(
         "holesky",
@@ -133,7 +127,6 @@ PUBLIC = (
         "0x8888888815bf4DB87e57B609A50f938311EEd068",
         multi_transfer="0xAaAAAaA00E1841A63342db7188abA84BDeE236c7",
         mint="0xFACe100969FF47EB58d2CF603321B581A84bcEaC",
-        explorer="https://holesky.etherscan.io/tx/{tx}",
     ),
     Network(
         "hoodi",
@@ -142,7 +135,6 @@ PUBLIC = (
         "0x55555555555556AcFf9C332Ed151758858bd7a26",
         multi_transfer="0x222222222220C9269Cfb43eD434888F604d1dC21",
         mint="0x500F965199C63865A3E666cA3fF55B64F1c8Bc8b",
-        explorer="https://hoodi.etherscan.io/tx/{tx}",
     ),
     Network(
         "amoy",
@@ -154,14 +146,12 @@ PUBLIC = (
         multi_transfer="0xa0a51642a594763d78091bf03ee6bf8e8d663bba",
         mint="0xf29ff8a13211ac33861986e407190ae5c773d53c",
         priority_fee=30 * GWEI,
-        explorer="https://amoy.polygonscan.com/tx/{tx}",
     ),
     Network(
         "sepolia",
         11155111,
         ("https://ethereum-sepolia-rpc.publicnode.com", "https://sepolia.drpc.org"),
         "0x167b15ada84c63427c6c813B915a42eFC72E7175",  # no multi-transfer contract is known: one payee a transaction
-        explorer="https://sepolia.etherscan.io/tx/{tx}",
     ),
 )
 

@@ -7,7 +7,6 @@ Neighbours: `runtimes.base.Runtime.usage`; the exe-unit's reporting port.
 from __future__ import annotations
 
 import os
-import resource
 import stat
 import uuid
 from collections.abc import Callable, Collection, Iterable
@@ -15,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from golem.exeunit.runtime import GIB, Limits, Usage, Volume
+from golem.exeunit.runtime import Limits, Usage, Volume
 
 COUNTERS = ("golem.usage.duration_sec", "golem.usage.cpu_sec", "golem.usage.gib", "golem.usage.storage_gib")
 MAX_DEPTH = 128
@@ -69,12 +68,6 @@ def peak_from_status(status: bytes) -> int:
         if line.startswith(b"VmHWM:"):
             return int(line.split()[1]) * 1024
     return 0
-
-
-def own_usage() -> Usage:
-    """What this process itself has used (the supervisor's own work, such as hashing a download)."""
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return Usage(cpu_sec=used.ru_utime + used.ru_stime, gib=used.ru_maxrss * 1024 / GIB)
 
 
 @dataclass(frozen=True)

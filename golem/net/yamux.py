@@ -240,7 +240,7 @@ class Mux(IMuxedConn):
         self.timing = timing
         self.on_dead = on_dead
         self.bytes_in = self.bytes_out = 0
-        self.opened_at = self.heard_at = trio.current_time()
+        self.heard_at = trio.current_time()
         self.death: str | None = None
         self.streams: dict[int, MuxStream] = {}
         self.event_started = trio.Event()

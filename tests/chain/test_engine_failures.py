@@ -22,9 +22,6 @@ from golem.chain.store import TransferBatch
 from protocol.types import amount, to_wei
 from protocol.wallet import TransferConfirmed, TransferDelayed, TransferFailed, TransferMined, TransferSent
 
-MAX = 2**256 - 1
-
-
 pytestmark = pytest.mark.usefixtures("calm")
 
 

@@ -32,7 +32,6 @@ from protocol.market import MAX_LIFETIME_S
 pytestmark = [pytest.mark.integration]
 
 GOLEM = [sys.executable, "-m", "golem.cli"]
-NODE_ID = re.compile(r"0x[0-9a-f]{40}")
 STRANGER = "0x00000000000000000000000000000000000000aa"
 
 PEER_ID = "16Uiu2HAmLAzw5aqXDBnegxiKDTDtPywPozUaFXxqvY3M3rZZziJe"  # of nobody

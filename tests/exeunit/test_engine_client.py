@@ -32,7 +32,7 @@ from golem.exeunit.runtimes.vm.long_arguments import FILES_PATH, RELAY_PATH, che
 from golem.exeunit.runtimes.vm.self_test import _unfit
 from golem.lab.engine import LocalEngine
 
-FACTS = EngineFacts("20.10.24", "1.41", False, False, True, 100000, 2, "1", True, True, "x86_64")
+FACTS = EngineFacts("20.10.24", "1.41", False, False, True, 100000, 2, "1", True)
 
 
 @asynccontextmanager

@@ -31,7 +31,6 @@ from protocol import ledger as money
 from protocol import negotiation as talk
 from protocol import provider as agent
 from protocol.amounts import cost
-from protocol.codec import encode
 from protocol.market import Matched, Rematch, SubscriptionOpened, canonical
 from protocol.signing import node_id_of, sign
 from protocol.types import Message, Refused, Undelivered, Violation, actor_of, digest, node_of
@@ -364,10 +363,6 @@ class CheatWorld:
             self.later(0.5, lambda: self.plays["ledger"].tell(answer))
         elif isinstance(message, Rematch | Undelivered):
             pass
-
-    def undeliver(self, stranger: Stranger, message: Message, actor: str) -> None:
-        """A message of the provider's node passes its deadline."""
-        self.plays[actor].tell(Undelivered(f"{stranger.id}/{actor}", encode(message)), f"{PROVIDER}/{actor}")
 
     # -- the agent's polls and ports
     def _feeds(self) -> bool:

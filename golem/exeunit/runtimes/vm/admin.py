@@ -71,9 +71,7 @@ class EngineFacts:
     root_id: int  # user and group id on this machine of root in a container; 0: ids are not remapped
     cpus: int
     cgroups: str  # "1" or "2"
-    swap_limit: bool
     pids_limit: bool
-    architecture: str  # as uname -m says it
 
     @property
     def text(self) -> str:
@@ -160,9 +158,7 @@ class Admin:
             root_id=_root_id(options, str(info.get("DockerRootDir", ""))),
             cpus=int(info.get("NCPU") or 1),
             cgroups=str(info.get("CgroupVersion") or "1"),
-            swap_limit=bool(info.get("SwapLimit")),
             pids_limit=bool(info.get("PidsLimit")),
-            architecture=str(info.get("Architecture", "")),
         )
 
     # -- images
@@ -187,11 +183,6 @@ class Admin:
             return str(client.inspect_image(tag)["Id"])
 
         return await self._call(work, timeout_s=IMAGE_TIMEOUT_S, abandon=True)
-
-    async def tag_image(self, name: str, tag: str) -> None:
-        """Give an image one more name, `name:tag`; another image that had it loses it."""
-        repository, _, label = tag.rpartition(":")
-        await self._call(lambda client: client.tag(name, repository, label, force=True))
 
     async def inspect_image(self, name: str) -> dict[str, Any] | None:
         """Return what the Engine knows of an image, None if it has none of that name or id."""
