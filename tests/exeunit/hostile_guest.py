@@ -418,24 +418,32 @@ BUFFERS = {"pipes": _fill_pipes, "streams": _fill_streams, "datagrams": _fill_da
 
 
 def buffers(seconds):
-    """Put all that the kernel takes into each kind of buffer; bytes by kind, as long as it was not killed. Keeps them."""
-    readers = {}
+    """Put all that the kernel takes into each kind of buffer, and keep it; MiB by kind, also of who was killed for that."""
+    readers, until = {}, time.monotonic() + float(seconds)
     for name, fill_one in BUFFERS.items():
-        reader, writer = os.pipe()
+        readers[name], writer = os.pipe()
+        os.set_blocking(readers[name], False)
         if os.fork() == 0:
             with open("/proc/self/oom_score_adj", "w") as file:
                 file.write("1000")  # these go first, not who tells of them
-            total, until = 0, time.monotonic() + float(seconds)
+            total = 0
             with contextlib.suppress(OSError):
                 for size in fill_one():
+                    if (total + size) >> 20 > total >> 20:
+                        os.write(writer, b".")
                     total += size
                     if time.monotonic() > until:
                         break
-            os.write(writer, str(total).encode())
             time.sleep(1000)
         os.close(writer)
-        readers[name] = reader
-    print(json.dumps({name: int(os.read(reader, 100) or -1) for name, reader in readers.items()}), flush=True)
+    time.sleep(max(0, until + 1 - time.monotonic()))
+    found = {}
+    for name, reader in readers.items():
+        try:
+            found[name] = len(os.read(reader, 65536))
+        except BlockingIOError:
+            found[name] = 0
+    print(json.dumps(found), flush=True)
     time.sleep(1000)
 
 

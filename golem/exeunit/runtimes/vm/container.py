@@ -145,8 +145,6 @@ def _host_config(plan: Plan, facts: EngineFacts) -> dict[str, Any]:
         "LogConfig": {"Type": "none", "Config": {}},
         "Mounts": mounts,
     }
-    if facts.cgroups == "1" and not facts.podman:
-        host["KernelMemoryTCP"] = memory  # later versions count buffers of sockets as any memory
     if facts.podman:
         host["LogConfig"] = {}  # it has no driver called none
         host["SecurityOpt"] = ["no-new-privileges", f"seccomp={plan.folder / _PROFILE_FILE}"]  # it wants a file

@@ -248,7 +248,7 @@ class VmRuntime:
             self._meter = Meter(pid)
             if deployed.storage is not None:
                 deployed.storage.note_process(pid)
-            await kernel_tables.bound(pid, deployed.facts.root_id)
+            await kernel_tables.bound(pid, deployed.facts.root_id, deployed.options.limits.mem_bytes)
         except (OSError, MeterError) as error:
             raise RuntimeFault(f"the container cannot be measured and bounded: {error}") from None
         if deployed.image.user:
