@@ -91,7 +91,7 @@ def traces(engine: LocalEngine, root: Path) -> dict[str, list[str]]:
         "mounts": [point for point in mounts if point.startswith((f"{root}/", f"{data}/")) and "/overlay2/" not in point],
         "layers": [point for point in mounts if point.startswith(f"{data}/") and "/overlay2/" in point],
         "loops": [line for line in losetup.splitlines() if line.startswith(f"{root}/")],
-        "files": [str(path) for path in root.rglob("*") if path.is_file() and path.name != "init"],
+        "files": [str(path) for path in root.rglob("*") if path.is_file() and path.name not in ("init", "run")],
     }
     return {what: sorted(names) for what, names in found.items()}
 
