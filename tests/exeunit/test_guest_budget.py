@@ -18,7 +18,7 @@ from hostile_guest import BUFFERS
 from test_hostile_guests import LIMITS, MIB, PROGRAM, PYTHON, Guest, open_guest, package
 from worlds.patience import patience, within
 
-from golem.exeunit.runtime import GIB, RuntimeFault, Side
+from golem.exeunit.runtime import GIB, ExitStatus, RuntimeFault, Side
 from golem.exeunit.runtimes.vm.container import PROCESSES
 from golem.exeunit.usage import measure_tree, process_peak_bytes
 from golem.lab.engine import LocalEngine
@@ -180,8 +180,12 @@ def test_arguments_of_commands_that_are_over(engine: LocalEngine, package: Path)
                 status, output = await guest.run("sh", "-c", script, "sh", *[word] * 11, "x" * 20_000)
                 assert (status.code, output) == (3, length + "\n")
             assert resident_bytes(engine_pid(engine)) - before < 48 * MIB
-            for name, code in (("none-such", 127), ("/etc/passwd", 126)):
-                assert (await guest.run(name, *[word] * 3))[0].code == code
+            for name, code in (("none-such", 127), ("/none/such", 127), ("/etc/passwd", 126), ("/etc", 126)):
+                for words in ([word] * 3, []):  # by file, and by the Engine
+                    status, _ = await guest.run(name, *words)
+                    assert status.code == code, (name, status)
+            said = await guest.run("/bin/sh", "-c", "echo 'exec x: exec format error'; exit 1")
+            assert said == (ExitStatus(126, "exec format error"), "exec x: exec format error\n"), "of who says so himself"
             with pytest.raises(RuntimeFault, match="the name of the program is too long"):
                 await guest.run("x" * 66_000)
             (folder,) = guest.deployment.volumes[0].host_dir.parents[2].glob("arguments")

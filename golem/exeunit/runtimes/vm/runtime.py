@@ -333,7 +333,8 @@ class VmRuntime:
                     else:
                         await output(*part)
                 elif not check.cancelled_caught:
-                    return ExitStatus(await program.exit_code(), program.problem)
+                    code = await program.exit_code()  # which may find out that there was no program
+                    return ExitStatus(code, program.problem)
                 if limits.cpu_time_s is not None and self._cpu_s() - began_cpu_s > limits.cpu_time_s:
                     why = f"CPU time limit of {limits.cpu_time_s:g} s reached"
         if time_limit.cancelled_caught:
