@@ -39,7 +39,6 @@ from protocol.ledger import (
     DEBIT_NOTE,
     INVOICE,
     MAX_ACTIVITIES,
-    MAX_REJECTION_CHARS,
     MAX_USAGE_COUNTERS,
     AcceptanceBody,
     CancelInvoice,
@@ -55,6 +54,7 @@ from protocol.ledger import (
     InvoiceRejected,
     IssueDebitNote,
     IssueInvoice,
+    RejectionBody,
     SendDocument,
     decode_body,
     encode_body,
@@ -214,8 +214,7 @@ def document_accepted(draft: MoneyDraft, me: str, message: DocumentAccepted) -> 
 def invoice_rejected(draft: MoneyDraft, me: str, message: InvoiceRejected) -> None:
     """The payer will not pay."""
     row = _from_payer(draft, INVOICE, message.invoice_id)
-    if len(message.rejection) > MAX_REJECTION_CHARS:
-        raise Violation("a rejection that is too long")
+    decode_body(RejectionBody, message.rejection.encode(errors="replace"))
     if row.status in (ISSUED, RECEIVED):
         rejected(draft, row, message.rejection)
 

@@ -39,7 +39,8 @@ from actors.negotiation.rows import (
     lapsed,
     state_error,
 )
-from protocol.market import MAX_CLOCK_SKEW_S, Done, Rematch, loads
+from protocol import strict_json
+from protocol.market import MAX_CLOCK_SKEW_S, Done, Rematch
 from protocol.negotiation import (
     PROVIDER,
     REQUESTOR,
@@ -244,7 +245,7 @@ def proposed(draft: Draft, node: str, message: AgreementProposed, meta: Meta) ->
     requestor = node_of(meta.sender)
     verify(message.agreement, "agreement", requestor)
     try:
-        body = loads(message.agreement.body)
+        body = strict_json.loads(message.agreement.body)
         agreement_id, proposal_id = check_hash(body["agreementId"]), check_hash(body["proposalId"])
         created, valid_to = body["created"], body["validTo"]
         if not isinstance(created, float) or not isinstance(valid_to, float) or not 0 <= created < 1e11:
@@ -331,7 +332,7 @@ def rejected(draft: Draft, message: AgreementRejected, meta: Meta) -> None:
     if agreement.state == PENDING:
         reason = check_reason(message.reason)
         moves.refused(draft, agreement, reason, meta.now)
-        if loads(reason).get(IS_FINAL) is False:
+        if strict_json.loads(reason).get(IS_FINAL) is False:
             draft.do(Send("market", Rematch(agreement.demand_id, agreement.offer_id)))
     elif agreement.state in (CANCELLED, EXPIRED):
         _insist(draft, agreement)
@@ -439,7 +440,7 @@ def undelivered(draft: Draft, message: MustArrive, why: str, now: float) -> None
     approval is not: its time is over, and the withdrawal is told.
     """
     if isinstance(message, AgreementProposed):
-        agreement_id = loads(message.agreement.body)["agreementId"]
+        agreement_id = strict_json.loads(message.agreement.body)["agreementId"]
     else:
         agreement_id = message.agreement_id
     agreement: Agreement | None = draft.get(f"agreement/{agreement_id}")
