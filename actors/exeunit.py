@@ -20,6 +20,7 @@ import msgspec
 from actors.kernel.machine import NOTHING, Effect, Meta, Rows, Send, Step
 from actors.kernel.sources import EDGE
 from protocol.activity import MAX_OUTPUT_BYTES, CommandResult, StateReported, UsageReported, fit_output
+from protocol.codec import Decoder
 from protocol.exeunit import (
     CancelCommand,
     CommandFinished,
@@ -55,6 +56,7 @@ _SOURCES: dict[type, str] = {
     CommandFinished: "runtime",
     Undelivered: "",
 }
+_SENT: Decoder[Any] = Decoder(Execute | CancelCommand | CommandResult | StateReported | UsageReported)
 
 
 class UnitRow(Message, frozen=True):
@@ -106,8 +108,8 @@ class ExeUnit:
                 return Step(effects=[Send(self._provider, UsageReported(self._activity_id, usage, meta.now), USAGE_DEADLINE_S)])
             case ShutDown(reason, error_message, usage):
                 return self._shut_down(unit, reason, error_message, usage, meta)
-            case Undelivered():
-                return NOTHING  # the requestor or our node was away for a day: nobody is left to be told
+            case Undelivered(_, body):
+                return self._undelivered(unit, body, message.reason, meta)
             case _:
                 raise Violation(f"no message for an exe-unit: {type(message).__name__}")
 
@@ -131,6 +133,13 @@ class ExeUnit:
         over = msgspec.structs.replace(unit, state="Terminated", current=None, queue=())
         report = StateReported(self._activity_id, "Terminated", None, reason, error_message, usage, meta.now)
         return Step({"unit": over}, [Send(self._provider, report, REPORT_DEADLINE_S)])
+
+    def _undelivered(self, unit: UnitRow, body: bytes, reason: str, meta: Meta) -> Step:
+        """A command that the runtime did not take ends the activity: nobody knows what of it was done."""
+        lost = _SENT(body)
+        if not isinstance(lost, Execute) or (unit.current, unit.index) != (lost.batch_id, lost.index):
+            return NOTHING  # the requestor or our node was away for a day: nobody is left to be told
+        return self._shut_down(unit, "execution interrupted", f"the runtime did not take a command: {reason}", None, meta)
 
     def _report(self, state: str, pending: str | None, usage: list[float] | None, meta: Meta) -> Send:
         report = StateReported(self._activity_id, state, pending, usage=usage, at=meta.now)
