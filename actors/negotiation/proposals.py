@@ -292,6 +292,7 @@ def matched(draft: Draft, node: str, message: Matched, now: float) -> None:
         constraints=offer.constraints,
         created=now,
         expires=min(offer.expires, demand.expires),
+        origin=message.origin,
     )
     if _over(draft, initial, now) or _no_room(draft, initial) or draft.get(f"proposal/{initial.proposal_id}"):
         return
