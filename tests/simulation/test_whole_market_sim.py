@@ -7,6 +7,7 @@ more of them.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 import sim_market
 import sim_market_checks as checks
 from msgspec.structs import replace
-from sim_market import MarketWorld, simulate_market
+from sim_market import PORT_ERRORS, MarketWorld, simulate_market
 from sim_seeds import share
 from test_simulation import chosen_seed, first_cause
 
@@ -60,6 +61,9 @@ def test_everything_happens() -> None:
     assert sum(world.crashes for world in worlds) > 50
     assert any(unit.starts > 1 for world in worlds for unit in world.units.values())
     assert sum(len(world.transfers) for world in worlds) > 20
+    reached = sum((world.reached for world in worlds), Counter())
+    assert reached["damaged row met"] > 5, reached
+    assert sum(reached[f"port raises {type(one).__name__}"] for one in PORT_ERRORS) > 5, reached
     for world in worlds:
         world.close()
 
