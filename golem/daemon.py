@@ -22,9 +22,9 @@ from typing import Any
 import trio
 
 from actors.activity.machine import Activity
+from actors.kernel.grammar import EDGE
 from actors.kernel.journal import Journal
 from actors.kernel.machine import Send
-from actors.kernel.sources import EDGE
 from actors.kernel.system import System
 from actors.ledger.machine import Ledger
 from actors.market.machine import Market

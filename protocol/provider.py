@@ -8,7 +8,7 @@ Properties, reasons and agreements travel as JSON text, as the API has them (pro
 
 from __future__ import annotations
 
-from protocol.types import Message, Undelivered
+from protocol.types import Message
 
 
 class OfferSpec(Message, frozen=True):
@@ -428,38 +428,6 @@ class TaskEnded(Message, frozen=True):
     key: str
 
 
-LocalProvider = (
-    AgentStarted
-    | OffersChanged
-    | RulesChanged
-    | StopAgent
-    | ProposalArrived
-    | AgreementArrived
-    | EventArrived
-    | OfferPublished
-    | OfferLost
-    | ApprovalEnded
-    | TerminationEnded
-    | ActivityClosed
-    | UsageRead
-    | NoteIssued
-    | NoteSent
-    | NoteRead
-    | FundsKnown
-    | InvoiceIssued
-    | InvoiceSent
-    | TaskEnded
-    | UnitRunning
-    | UnitExited
-    | IdleDue
-    | CreditDue
-    | ExpirationDue
-    | NoteDue
-    | DeadlineDue
-    | PatienceDue
-    | ForgetDue
-    | Undelivered
-)
 Timer = IdleDue | CreditDue | ExpirationDue | NoteDue | DeadlineDue | PatienceDue | ForgetDue
 ToRest = (
     PublishOffer

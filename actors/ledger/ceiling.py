@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from decimal import ROUND_DOWN, Context, Decimal
 from typing import Any, Protocol
 
-from actors.kernel.typed_draft import MoneyDraft
+from actors.kernel.draft import Draft
 from actors.ledger.rows import Activity, ClockRow, Pricing
 from protocol.amounts import total_of
 from protocol.ledger import ClockSeen
@@ -67,7 +67,7 @@ def _number(value: Any) -> float | None:
 
 
 # -- time
-def clock_seen(draft: MoneyDraft, me: str, fact: ClockSeen) -> None:
+def clock_seen(draft: Draft, fact: ClockSeen) -> None:
     """Compare the wall clock with one that nobody sets; what the wall clock lost is added to every running activity."""
     before = draft.row(ClockRow, "clock") or ClockRow(fact.boot_id, fact.boot_s, fact.wall_s)
     set_back_s = before.set_back_s

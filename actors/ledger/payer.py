@@ -7,7 +7,7 @@ from decimal import Decimal
 
 from msgspec.structs import replace
 
-from actors.kernel.typed_draft import Declined, MoneyDraft
+from actors.kernel.draft import Declined, Draft
 from actors.ledger.allocations import amount_of, charge, usable
 from actors.ledger.audit import unlike_signed
 from actors.ledger.ceiling import age_s, most_for, most_for_agreement, over
@@ -79,7 +79,7 @@ _ID = re.compile(rf"[0-9A-Za-z_-]{{1,{MAX_ID_CHARS}}}\Z")
 
 
 # -- the payer's commands
-def accept(draft: MoneyDraft, me: str, command: AcceptDocument) -> None:
+def accept(draft: Draft, command: AcceptDocument) -> None:
     """Owe what a document adds to the debt: charge the allocation, order the payment, tell the payee."""
     row = document_of(draft, command.kind, command.document_id, PAYER)
     agreement = agreement_of(draft, row)
@@ -96,7 +96,7 @@ def accept(draft: MoneyDraft, me: str, command: AcceptDocument) -> None:
         raise Declined("bad_request", f"{agreement.accepted} was accepted for this agreement already")
     if command.acceptance.body != acceptance_of(row):
         raise Declined("bad_request", "what was signed is not the acceptance of this document")
-    verify(command.acceptance, "acceptance", me)
+    verify(command.acceptance, "acceptance", draft.me)
     allocation = usable(draft, command.allocation_id, agreement.payer_addr, agreement.platform)
     added = owe(draft, row)
     charge(draft, allocation, added)
@@ -111,7 +111,7 @@ def accept(draft: MoneyDraft, me: str, command: AcceptDocument) -> None:
     draft.reply(Done())
 
 
-def reject_invoice(draft: MoneyDraft, me: str, command: RejectInvoice) -> None:
+def reject_invoice(draft: Draft, command: RejectInvoice) -> None:
     """Refuse to pay an invoice that is not accepted."""
     row = document_of(draft, INVOICE, command.invoice_id, PAYER)
     if row.status in (ACCEPTED, SETTLED, CANCELLED):
@@ -126,7 +126,7 @@ def reject_invoice(draft: MoneyDraft, me: str, command: RejectInvoice) -> None:
 
 
 # -- from the payee
-def document_sent(draft: MoneyDraft, me: str, message: DocumentSent) -> None:
+def document_sent(draft: Draft, message: DocumentSent) -> None:
     """Take a document in, or say why not; the receipt is repeated as often as the document comes."""
     sender, document = node_of(draft.meta.sender), message.document
     if document.kind not in (DEBIT_NOTE, INVOICE):
@@ -145,7 +145,7 @@ def document_sent(draft: MoneyDraft, me: str, message: DocumentSent) -> None:
         own_id, activity_id, total = body.invoice_id, "", _peer_amount(body.amount)
         if len(body.activity_ids) > MAX_ACTIVITIES:
             raise Violation("an invoice over too many activities")
-    if not (_ID.match(own_id) and _ID.match(body.agreement_id)) or (body.issuer_id, body.recipient_id) != (sender, me):
+    if not (_ID.match(own_id) and _ID.match(body.agreement_id)) or (body.issuer_id, body.recipient_id) != (sender, draft.me):
         raise Violation(f"a {document.kind} with bad ids or parties")
     try:
         timestamp(body.timestamp)
@@ -172,7 +172,7 @@ def document_sent(draft: MoneyDraft, me: str, message: DocumentSent) -> None:
     draft.send(*receipt)
 
 
-def _refused(draft: MoneyDraft, agreement_id: str, refused: RefusedDocument) -> None:
+def _refused(draft: Draft, agreement_id: str, refused: RefusedDocument) -> None:
     """Remember for people what was not taken, if it is about an agreement of ours."""
     if draft.row(Agreement, f"agreement/{agreement_id}") is not None:
         row = draft.row(RefusedDocuments, f"refused/{agreement_id}") or RefusedDocuments()
@@ -181,7 +181,7 @@ def _refused(draft: MoneyDraft, agreement_id: str, refused: RefusedDocument) -> 
 
 
 def _objection(
-    draft: MoneyDraft,
+    draft: Draft,
     agreement: Agreement | None,
     body: DebitNoteBody | InvoiceBody,
     activity_id: str,
@@ -207,9 +207,7 @@ def _objection(
     return _against_note(draft, agreement, body, activity_id, total)
 
 
-def _against_note(
-    draft: MoneyDraft, agreement: Agreement, body: DebitNoteBody, activity_id: str, total: Decimal
-) -> tuple[str, str]:
+def _against_note(draft: Draft, agreement: Agreement, body: DebitNoteBody, activity_id: str, total: Decimal) -> tuple[str, str]:
     activity = draft.row(Activity, f"activity/{activity_id}")
     if activity is None or activity.agreement_id != agreement.agreement_id:
         return f"this node has created no activity {activity_id} under the agreement", ""
@@ -224,7 +222,7 @@ def _against_note(
     return reason, amount_text(most) if reason else ""
 
 
-def _against_invoice(draft: MoneyDraft, agreement: Agreement, body: InvoiceBody, total: Decimal) -> tuple[str, str]:
+def _against_invoice(draft: Draft, agreement: Agreement, body: InvoiceBody, total: Decimal) -> tuple[str, str]:
     ids = [key.rpartition("/")[2] for key, _ in draft.prefix(f"in/{agreement.agreement_id}/")]
     if strange := set(body.activity_ids) - set(ids):
         return f"this node has created no activity {min(strange)[:80]} under the agreement", ""
@@ -244,7 +242,7 @@ def _against_invoice(draft: MoneyDraft, agreement: Agreement, body: InvoiceBody,
     return reason, amount_text(most) if reason else ""
 
 
-def _receive(draft: MoneyDraft, document: Document, own_id: str, agreement: Agreement, activity_id: str, total: Decimal) -> None:
+def _receive(draft: Draft, document: Document, own_id: str, agreement: Agreement, activity_id: str, total: Decimal) -> None:
     if document.kind == DEBIT_NOTE:
         activity = draft.row(Activity, f"activity/{activity_id}")
         assert activity is not None, activity_id
@@ -260,7 +258,7 @@ def _receive(draft: MoneyDraft, document: Document, own_id: str, agreement: Agre
     event(draft, row, RECEIVED)
 
 
-def cancel_requested(draft: MoneyDraft, me: str, message: InvoiceCancelRequested) -> None:
+def cancel_requested(draft: Draft, message: InvoiceCancelRequested) -> None:
     """Agree, unless the invoice is accepted: the payee learns that from the acceptance."""
     if not _ID.match(message.invoice_id):
         raise Violation("no id of an invoice")
@@ -275,7 +273,7 @@ def cancel_requested(draft: MoneyDraft, me: str, message: InvoiceCancelRequested
         draft.send(draft.meta.sender, InvoiceCancelled(message.invoice_id))
 
 
-def order(draft: MoneyDraft, row: PaymentDocument, agreement: Agreement, allocation_id: str, added: Decimal) -> None:
+def order(draft: Draft, row: PaymentDocument, agreement: Agreement, allocation_id: str, added: Decimal) -> None:
     """Order the payment of what accepting a document added to the debt."""
     order_id = f"{row.kind}:{row.document_id}"
     assert draft.row(Order, f"order/{order_id}") is None, f"{order_id} is ordered twice"

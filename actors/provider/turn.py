@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from actors.kernel.draft import Draft
-from actors.kernel.machine import Rows, Send, Wake
+from actors.kernel.machine import Meta, Rows, Send, Wake
 from actors.provider.rows import (
     ALIVE,
     ActiveRow,
@@ -24,7 +24,7 @@ from actors.provider.rows import (
 )
 from actors.provider.rules import Situation, Terms
 from protocol.provider import Capacity, Kept, ToProcesses, ToRest, port_of, task_key
-from protocol.types import Message, Violation
+from protocol.types import Violation
 
 MAX_REFUSALS = 20
 DAY_S = 24 * 3600.0
@@ -46,11 +46,11 @@ class ProviderConfig:
 
 
 class Turn(Draft):
-    """A step in the making at time `now`."""
+    """A step of the agent, which knows its settings."""
 
-    def __init__(self, rows: Rows, config: ProviderConfig, now: float) -> None:
-        super().__init__(rows)
-        self.config, self.now = config, now
+    def __init__(self, rows: Rows, meta: Meta, me: str, config: ProviderConfig) -> None:
+        super().__init__(rows, meta, me)
+        self.config = config
         self.vacated = False  # capacity became free
 
     # -- rows
@@ -136,9 +136,6 @@ class Turn(Draft):
 
     def processes(self, message: ToProcesses) -> None:
         self.do(Send("processes", message))
-
-    def wake(self, key: str, at: float, message: Message) -> None:
-        self.do(Wake(key, at, message))
 
     def unwake(self, *keys: str) -> None:
         self.do(*(Wake(key, None) for key in keys))

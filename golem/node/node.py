@@ -7,7 +7,7 @@ import uuid
 
 import trio
 
-from actors.activity.machine import ActivityRow
+from actors.activity.rows import ActivityRow
 from actors.kernel.system import System
 from golem.bus.router import Router
 from golem.bus.server import Bus

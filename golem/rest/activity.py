@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from quart import Blueprint, Response, request
 
-from actors.activity.machine import ActivityRow, AgreementRow, BatchRow, ResultRow, batch_key, result_key
+from actors.activity.rows import ActivityRow, AgreementRow, BatchRow, ResultRow, batch_key, result_key
 from golem.net.types import NetError
 from golem.rest.activity_stream import monitor, stream_events
 from golem.rest.edge import (

@@ -10,19 +10,11 @@ import msgspec
 import pytest
 from worlds.playbook import START, Nodes, Playbook, playbook
 
-from actors.activity.machine import (
-    INACTIVITY_S,
-    KEEP_AGREEMENT_S,
-    KEEP_S,
-    MAX_HELD,
-    MAX_HELD_PER_NODE,
-    MAX_UNFINISHED,
-    UNREACHABLE,
-    UNRESPONSIVE_S,
-    Activity,
-    batch_key,
-    result_key,
-)
+from actors.activity.machine import UNREACHABLE, Activity
+from actors.activity.moves import INACTIVITY_S, KEEP_AGREEMENT_S, KEEP_S, UNRESPONSIVE_S
+from actors.activity.provider import MAX_HELD, MAX_HELD_PER_NODE
+from actors.activity.requestor import MAX_UNFINISHED
+from actors.activity.rows import batch_key, result_key
 from actors.exeunit import ExeUnit
 from protocol.activity import (
     MAX_OUTPUT_BYTES,

@@ -334,7 +334,7 @@ def check_others(victim: Victim, step: Step, sender: str, message: Message) -> N
     """Rows about others stay as they are; of what is nobody's, only counters move."""
     me, peer = node_of(victim.address), node_of(sender)
     if actor_of(victim.address).startswith("exeunit"):
-        assert not step.rows or sender == victim.machine._requestor, f"{sender} changed rows"  # type: ignore[attr-defined]
+        assert not step.rows or sender == victim.machine.requestor, f"{sender} changed rows"  # type: ignore[attr-defined]
         return
     for key, row in step.rows.items():
         old = victim.rows.get(key)

@@ -155,7 +155,7 @@ def test_the_first_order_starts_the_cycle_and_all_before_its_end_go_together() -
     ((at, _),) = desk.node.wakes.values()
     assert at == desk.world.now + 0.5
     assert len(desk.cycle()[0].payees) == 2
-    assert desk.node.machines["wallet"].cycle_of(desk.node.rows["wallet"], PLATFORM).next_at is None
+    assert desk.node.rows["wallet"][f"cycle/{PLATFORM}"].next_at is None
 
 
 def test_the_cycle_can_be_set_and_run_now() -> None:

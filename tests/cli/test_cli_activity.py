@@ -26,7 +26,7 @@ from worlds.hand_world import HandWorld, hand_world
 from worlds.patience import within
 from worlds.support import trio_test
 
-from actors.activity.machine import ActivityRow
+from actors.activity.rows import ActivityRow
 from actors.negotiation.rows import Agreement
 from golem.cli.output import fail, printable, table, value
 from golem.cli.terminal import Escapes, Lost, _Program

@@ -23,7 +23,8 @@ from worlds.patience import patience, within
 from worlds.support import tell, trio_test
 from worlds.wire import A, B, Node, two_nodes
 
-from actors.activity.machine import Activity, ActivityRow, BatchRow, ResultRow, batch_key
+from actors.activity.machine import Activity
+from actors.activity.rows import ActivityRow, BatchRow, ResultRow, batch_key
 from actors.exeunit import ExeUnit
 from actors.kernel.journal import Journal
 from actors.kernel.machine import LinkDown, Meta, Send

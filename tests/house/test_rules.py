@@ -18,7 +18,6 @@ ROOT = Path(__file__).resolve().parents[2]
 LOOSE = {"__init__.py", "config.py", "daemon.py", "private_files.py"}
 MAX_MODULE_LINES, MAX_FUNCTION_LINES = 500, 70
 GROWN_MODULES = {
-    "actors.activity.machine",
     "actors.negotiation.proposals",
     "golem.chain.engine",
     "golem.chain.store",

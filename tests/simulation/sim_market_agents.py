@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 from worlds.money import PLATFORM
 
-from actors.activity.machine import ActivityRow, BatchRow
+from actors.activity.rows import ActivityRow, BatchRow
 from actors.kernel.machine import ActorFailed, AskTimeout, Busy
 from actors.kernel.records import JournalError
 from actors.ledger.machine import Allocation, PaymentDocument, acceptance_of

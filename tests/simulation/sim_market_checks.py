@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from sim_world import Broken
 
-from actors.activity.machine import Activity, ActivityRow, BatchRow, ResultRow
+from actors.activity.machine import Activity
+from actors.activity.rows import ActivityRow, BatchRow, ResultRow
 from actors.kernel.records import unsealed
 from actors.ledger.machine import Agreement as Terms
 from actors.ledger.machine import Allocation, Ledger, Order, Payment, PaymentDocument, total_of
