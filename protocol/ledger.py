@@ -117,10 +117,6 @@ def decode_body(kind: type[B], raw: bytes) -> B:
 
 
 # -- commands of the node's edges; answered by `Done` or `Refused`
-class Done(Message, frozen=True):
-    """The command is carried out (or was before)."""
-
-
 class CreateAllocation(Message, frozen=True):
     """Set money aside. `balance` is the wallet's on the platform as just read; None where it is not to be checked."""
 

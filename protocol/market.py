@@ -149,10 +149,6 @@ class ScanOpened(Message, frozen=True):
     scan_id: str
 
 
-class Done(Message, frozen=True):
-    """It is done and committed."""
-
-
 # -- in feeds `scan/<id>`
 class OfferSeen(Message, frozen=True):
     """An offer for a scan."""

@@ -19,7 +19,7 @@ from msgspec.structs import replace
 
 from actors.activity import moves, provider, requestor
 from actors.activity.moves import INACTIVITY_S, KEEP_AGREEMENT_S, KEEP_S, PROVIDER, REQUESTOR, UNRESPONSIVE_S, ActivityDraft
-from actors.activity.rows import ActivityRow, AgreementRow, BatchRow, HeldRow, ResultRow
+from actors.activity.rows import ActivityAgreementRow, ActivityRow, BatchRow, HeldRow, ResultRow
 from actors.kernel.grammar import EDGE, ITSELF, PEER, Looked, On, Table, TableMachine
 from actors.kernel.machine import DropFeed, Meta, Rows
 from protocol.activity import (
@@ -57,7 +57,7 @@ def _approved(draft: ActivityDraft, message: AgreementApproved) -> None:
     if draft.get(key) is not None:
         return
     exe_unit = moves.runtime_name(message.offer_properties)
-    row = AgreementRow(
+    row = ActivityAgreementRow(
         message.agreement_id, message.role, message.requestor, message.provider, message.app_session_id, exe_unit=exe_unit
     )
     draft.put(key, row)
@@ -129,7 +129,7 @@ class Activity(TableMachine):
     """The machine, on either side."""
 
     name = moves.NAME
-    rows = AgreementRow | ActivityRow | BatchRow | ResultRow | HeldRow
+    rows = ActivityAgreementRow | ActivityRow | BatchRow | ResultRow | HeldRow
     table = Table(
         On(AgreementApproved, "negotiation", _approved),
         On(AgreementEnded, "negotiation", _agreement_ended),

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
-from actors.activity.rows import ActivityRow, AgreementRow, BatchRow, ResultRow, batch_key, result_key
+from actors.activity.rows import ActivityAgreementRow, ActivityRow, BatchRow, ResultRow, batch_key, result_key
 from actors.kernel.draft import Draft
 from actors.kernel.machine import DropFeed, Meta, Rows
 from protocol.activity import (
@@ -57,8 +57,8 @@ class ActivityDraft(Draft):
     def activity(self, activity_id: str) -> ActivityRow | None:
         return self.row(ActivityRow, f"activity/{activity_id}")
 
-    def agreement(self, agreement_id: str) -> AgreementRow | None:
-        return self.row(AgreementRow, f"agreement/{agreement_id}")
+    def agreement(self, agreement_id: str) -> ActivityAgreementRow | None:
+        return self.row(ActivityAgreementRow, f"agreement/{agreement_id}")
 
     def batch(self, activity_id: str, batch_id: str) -> BatchRow | None:
         return self.row(BatchRow, batch_key(activity_id, batch_id))

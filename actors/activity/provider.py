@@ -19,13 +19,13 @@ from actors.activity.moves import (
 from actors.activity.rows import ActivityRow, HeldRow
 from actors.kernel.draft import Declined
 from protocol.activity import (
+    Accepted,
     ActivityChanged,
     ActivityEvent,
     ActivityKnown,
     ActivityRequested,
     CreateExpired,
     DestroyRequested,
-    Done,
     HeldExpired,
     StateChanged,
     StateReported,
@@ -129,7 +129,7 @@ def reported(draft: ActivityDraft, message: StateReported) -> None:
     row = _own(draft, message.activity_id)
     by_edge = actor_of(draft.meta.sender) == "edge"
     if by_edge:
-        draft.reply(Done(message.activity_id))
+        draft.reply(Accepted(message.activity_id))
     if not row.ended:
         set_state(draft, row, message)
         if not by_edge and message.state != "Terminated":

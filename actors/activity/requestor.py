@@ -20,6 +20,7 @@ from actors.activity.moves import (
 from actors.activity.rows import ActivityRow, BatchRow, batch_key
 from actors.kernel.draft import Declined
 from protocol.activity import (
+    Accepted,
     ActivityChanged,
     ActivityKnown,
     ActivityRequested,
@@ -27,7 +28,6 @@ from protocol.activity import (
     CreateActivity,
     CreateExpired,
     DestroyActivity,
-    Done,
     Exec,
     StateChanged,
     UsageChanged,
@@ -52,7 +52,7 @@ def create(draft: ActivityDraft, message: CreateActivity) -> None:
         raise Declined("bad_request", f"agreement {message.agreement_id} is not approved: it is terminated")
     if agreement.provider == draft.me:
         raise Declined("conflict", "a node cannot be its own provider")
-    draft.reply(Done(message.activity_id))
+    draft.reply(Accepted(message.activity_id))
     if draft.activity(message.activity_id) is not None:
         return
     if len(agreement.activities) >= MAX_ACTIVITIES:
@@ -72,14 +72,14 @@ def destroy(draft: ActivityDraft, message: DestroyActivity) -> None:
     """Ask the provider to end an activity."""
     _own(draft, message.activity_id)
     ask_to_end(draft, message.activity_id)
-    draft.reply(Done(message.activity_id))
+    draft.reply(Accepted(message.activity_id))
 
 
 def run(draft: ActivityDraft, message: Exec) -> None:
     """Send a script to the exe-unit."""
     row = _own(draft, message.activity_id)
     if draft.batch(message.activity_id, message.batch_id) is not None:
-        draft.reply(Done(message.batch_id))
+        draft.reply(Accepted(message.batch_id))
         return
     if row.ended:
         raise Declined("unreachable", f"activity {message.activity_id} is terminated")
@@ -92,7 +92,7 @@ def run(draft: ActivityDraft, message: Exec) -> None:
     draft.save(replace(row, unfinished=(*row.unfinished, message.batch_id)))
     batch = BatchRow(message.batch_id, row.activity_id, size, begun_at=draft.now)
     draft.put(batch_key(message.activity_id, message.batch_id), batch)
-    draft.reply(Done(message.batch_id))
+    draft.reply(Accepted(message.batch_id))
     batch_to_run = RunBatch(message.activity_id, message.batch_id, message.script)
     draft.send(address(row.provider, f"exeunit:{row.activity_id}"), batch_to_run, REQUEST_DEADLINE_S)
 

@@ -13,8 +13,8 @@ from msgspec.structs import replace
 from actors.kernel.draft import Declined, Draft
 from actors.ledger.rows import Allocation, owed, remaining, reserved
 from protocol.amounts import minus, total_of
-from protocol.ledger import AllocationTimeout, AmendAllocation, CreateAllocation, Done, ReleaseAllocation
-from protocol.types import amount, amount_text, node_id
+from protocol.ledger import AllocationTimeout, AmendAllocation, CreateAllocation, ReleaseAllocation
+from protocol.types import Done, amount, amount_text, node_id
 
 TEN_YEARS_S = 3652 * 24 * 3600.0
 

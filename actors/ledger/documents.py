@@ -24,9 +24,9 @@ from actors.ledger.rows import (
     PAYER,
     REJECTED,
     SETTLED,
-    Activity,
-    Agreement,
     In,
+    LedgerActivityRow,
+    LedgerAgreementRow,
     PaymentDocument,
     Stored,
     Told,
@@ -47,7 +47,7 @@ DAY_S = 24 * 3600.0
 def agreement_approved(draft: Draft, fact: AgreementApproved) -> None:
     """Learn the payment terms of an agreement."""
     key = f"agreement/{fact.agreement_id}"
-    if draft.row(Agreement, key):
+    if draft.row(LedgerAgreementRow, key):
         return
     demand, offer = json.loads(fact.demand_properties), json.loads(fact.offer_properties)
     terms = payment_terms(demand, offer, fact.requestor, fact.provider)
@@ -59,7 +59,7 @@ def agreement_approved(draft: Draft, fact: AgreementApproved) -> None:
         _prices(draft, fact.agreement_id, demand, offer)
     draft.put(
         key,
-        Agreement(
+        LedgerAgreementRow(
             agreement_id=fact.agreement_id,
             role=PAYEE if provides else PAYER,
             peer=peer,
@@ -81,22 +81,24 @@ def _prices(draft: Draft, agreement_id: str, demand: Any, offer: Any) -> None:
 
 def agreement_ended(draft: Draft, fact: AgreementEnded) -> None:
     """Note it; what is owed stays owed."""
-    row = draft.row(Agreement, f"agreement/{fact.agreement_id}")
+    row = draft.row(LedgerAgreementRow, f"agreement/{fact.agreement_id}")
     if row is not None:
         draft.put(f"agreement/{fact.agreement_id}", replace(row, ended=True))
 
 
 def activity_known(draft: Draft, fact: ActivityKnown) -> None:
     """Learn which agreement an activity is billed to."""
-    if draft.row(Activity, f"activity/{fact.activity_id}") is None:
-        row = Activity(fact.activity_id, fact.agreement_id, created_at=fact.at or draft.now, set_back_s=set_back_s(draft))
+    if draft.row(LedgerActivityRow, f"activity/{fact.activity_id}") is None:
+        row = LedgerActivityRow(
+            fact.activity_id, fact.agreement_id, created_at=fact.at or draft.now, set_back_s=set_back_s(draft)
+        )
         draft.put(f"activity/{fact.activity_id}", row)
         draft.put(f"in/{fact.agreement_id}/{fact.activity_id}", In())
 
 
 def activity_over(draft: Draft, fact: ActivityOver) -> None:
     """Its time does not count any more."""
-    row = draft.row(Activity, f"activity/{fact.activity_id}")
+    row = draft.row(LedgerActivityRow, f"activity/{fact.activity_id}")
     if row is not None and row.ended_at is None:
         row = replace(row, ended_at=fact.at, ended_set_back_s=set_back_s(draft))
         draft.put(f"activity/{fact.activity_id}", row)
@@ -108,11 +110,11 @@ def settle(draft: Draft, agreement_id: str) -> None:
     for key, row in list(draft.prefix(f"open/{agreement_id}/")):
         document = draft.row(PaymentDocument, f"{row.kind}/{row.document_id}")
         assert document is not None, key
-        sums: Agreement | Activity | None
+        sums: LedgerAgreementRow | LedgerActivityRow | None
         if document.kind == DEBIT_NOTE:
-            sums = draft.row(Activity, f"activity/{document.activity_id}")
+            sums = draft.row(LedgerActivityRow, f"activity/{document.activity_id}")
         else:
-            sums = draft.row(Agreement, f"agreement/{agreement_id}")
+            sums = draft.row(LedgerAgreementRow, f"agreement/{agreement_id}")
         assert sums is not None, key
         if Decimal(sums.paid) >= Decimal(document.amount):
             draft.put(key, None)
@@ -145,7 +147,7 @@ def _stored(draft: Draft, peer: str) -> float:
 
 
 # -- pieces
-def invoice_floor(draft: Draft, agreement: Agreement) -> Decimal:
+def invoice_floor(draft: Draft, agreement: LedgerAgreementRow) -> Decimal:
     """What an invoice must at least amount to."""
     last = draft.row(PaymentDocument, f"invoice/{agreement.invoice_id}")
     stands = last is not None and last.status not in (REJECTED, CANCELLED) and not last.refused
@@ -157,7 +159,7 @@ def owe(draft: Draft, row: PaymentDocument) -> Decimal:
     """Book what accepting `row` adds to the debt, and return it."""
     agreement = agreement_of(draft, row)
     if row.kind == DEBIT_NOTE:
-        activity = draft.row(Activity, f"activity/{row.activity_id}")
+        activity = draft.row(LedgerActivityRow, f"activity/{row.activity_id}")
         assert activity is not None, row
         added = Decimal(0) if agreement.invoice_accepted else max(minus(row.amount, activity.accepted), Decimal(0))
         accepted = amount_text(total_of((activity.accepted, added)))
@@ -175,7 +177,7 @@ def add(
     kind: str,
     document_id: str,
     role: str,
-    agreement: Agreement,
+    agreement: LedgerAgreementRow,
     activity_id: str,
     total: Decimal,
     body: bytes,
@@ -238,8 +240,8 @@ def check_sender(draft: Draft, row: PaymentDocument, role: str) -> None:
         raise Violation(f"{draft.meta.sender} has no say about {row.kind} {row.document_id}")
 
 
-def agreement_of(draft: Draft, row: PaymentDocument) -> Agreement:
+def agreement_of(draft: Draft, row: PaymentDocument) -> LedgerAgreementRow:
     """Return the agreement that a document belongs to."""
-    agreement = draft.row(Agreement, f"agreement/{row.agreement_id}")
+    agreement = draft.row(LedgerAgreementRow, f"agreement/{row.agreement_id}")
     assert agreement is not None, row
     return agreement

@@ -23,14 +23,14 @@ from actors.ledger import allocations, ceiling, documents, payee, payer, payment
 from actors.ledger import recall as recalls
 from actors.ledger.audit import objection
 from actors.ledger.rows import (
-    Activity,
-    Agreement,
     Allocation,
+    LedgerActivityRow,
+    LedgerAgreementRow,
     LedgerRow,
     Open,
     Order,
-    Payment,
     PaymentDocument,
+    PaymentRow,
     TxClaims,
     acceptance_of,
     decorations,
@@ -77,14 +77,14 @@ from protocol.types import PeerLost, Undelivered
 from protocol.wallet import PaidOut, PayOut, PayOutDelayed, TransferRejected, TransferVerified, VerifyTransfer
 
 __all__ = [
-    "Activity",
-    "Agreement",
     "Allocation",
     "Ledger",
+    "LedgerActivityRow",
+    "LedgerAgreementRow",
     "Open",
     "Order",
-    "Payment",
     "PaymentDocument",
+    "PaymentRow",
     "TxClaims",
     "acceptance_of",
     "decorations",

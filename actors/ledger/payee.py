@@ -29,8 +29,8 @@ from actors.ledger.rows import (
     PAYEE,
     RECEIVED,
     SETTLED,
-    Activity,
-    Agreement,
+    LedgerActivityRow,
+    LedgerAgreementRow,
     Open,
     PaymentDocument,
     acceptance_of,
@@ -48,7 +48,6 @@ from protocol.ledger import (
     DocumentReceived,
     DocumentRefused,
     DocumentSent,
-    Done,
     InvoiceBody,
     InvoiceCancelled,
     InvoiceCancelRequested,
@@ -60,7 +59,7 @@ from protocol.ledger import (
     encode_body,
 )
 from protocol.signing import Document, verify
-from protocol.types import Violation, address, amount, amount_text, timestamp_text
+from protocol.types import Done, Violation, address, amount, amount_text, timestamp_text
 
 
 # -- the payee's commands
@@ -70,7 +69,7 @@ def issue_debit_note(draft: Draft, command: IssueDebitNote) -> None:
     if draft.row(PaymentDocument, key):
         draft.reply(Done())
         return
-    activity = draft.row(Activity, f"activity/{command.activity_id}")
+    activity = draft.row(LedgerActivityRow, f"activity/{command.activity_id}")
     if activity is None:
         raise Declined("bad_request", f"there is no activity {command.activity_id}")
     agreement = _billable(draft, activity.agreement_id)
@@ -111,7 +110,7 @@ def issue_invoice(draft: Draft, command: IssueInvoice) -> None:
     if len(command.activity_ids) > MAX_ACTIVITIES:
         raise Declined("bad_request", f"an invoice covers at most {MAX_ACTIVITIES} activities")
     for activity_id in command.activity_ids:
-        activity = draft.row(Activity, f"activity/{activity_id}")
+        activity = draft.row(LedgerActivityRow, f"activity/{activity_id}")
         if activity is None or activity.agreement_id != agreement.agreement_id:
             raise Declined("bad_request", f"activity {activity_id} is not one of the agreement")
     if total < invoice_floor(draft, agreement):
@@ -189,7 +188,7 @@ def _most(text: str) -> str:
 
 def _take_back(draft: Draft, row: PaymentDocument) -> None:
     """What was refused counts for nothing: a lower note may follow."""
-    activity = draft.row(Activity, f"activity/{row.activity_id}")
+    activity = draft.row(LedgerActivityRow, f"activity/{row.activity_id}")
     if activity is not None and activity.due == row.amount:
         due = max(Decimal(activity.accepted), min(Decimal(row.most or "0"), Decimal(activity.due)))
         draft.put(f"activity/{row.activity_id}", replace(activity, due=amount_text(due)))
@@ -238,8 +237,8 @@ def undelivered(draft: Draft, document: Document, reason: str) -> None:
         put(draft, row, waiting=f"not delivered: {reason[:300]}")
 
 
-def _billable(draft: Draft, agreement_id: str) -> Agreement:
-    agreement = draft.row(Agreement, f"agreement/{agreement_id}")
+def _billable(draft: Draft, agreement_id: str) -> LedgerAgreementRow:
+    agreement = draft.row(LedgerAgreementRow, f"agreement/{agreement_id}")
     if agreement is None:
         raise Declined("bad_request", f"there is no agreement {agreement_id}")
     if agreement.role != PAYEE:

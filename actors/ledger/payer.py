@@ -33,8 +33,8 @@ from actors.ledger.rows import (
     RECEIVED,
     REJECTED,
     SETTLED,
-    Activity,
-    Agreement,
+    LedgerActivityRow,
+    LedgerAgreementRow,
     Open,
     Order,
     Owed,
@@ -58,7 +58,6 @@ from protocol.ledger import (
     DocumentReceived,
     DocumentRefused,
     DocumentSent,
-    Done,
     InvoiceBody,
     InvoiceCancelled,
     InvoiceCancelRequested,
@@ -67,7 +66,7 @@ from protocol.ledger import (
     decode_body,
 )
 from protocol.signing import Document, verify
-from protocol.types import Violation, address, amount, amount_text, node_of, timestamp
+from protocol.types import Done, Violation, address, amount, amount_text, node_of, timestamp
 from protocol.wallet import PayOut
 
 MAX_DOCUMENTS = 50_000  # from the payee of one agreement
@@ -159,7 +158,7 @@ def document_sent(draft: Draft, message: DocumentSent) -> None:
             raise Violation(f"another {document.kind} with the id {own_id} exists")
         draft.send(*receipt)
         return
-    agreement = draft.row(Agreement, f"agreement/{body.agreement_id}")
+    agreement = draft.row(LedgerAgreementRow, f"agreement/{body.agreement_id}")
     if agreement is not None and (agreement.peer, agreement.role) != (sender, PAYER):
         raise Violation(f"{sender} is not the provider of agreement {body.agreement_id}")
     reason, most = _objection(draft, agreement, body, activity_id, total, len(document.body))
@@ -174,7 +173,7 @@ def document_sent(draft: Draft, message: DocumentSent) -> None:
 
 def _refused(draft: Draft, agreement_id: str, refused: RefusedDocument) -> None:
     """Remember for people what was not taken, if it is about an agreement of ours."""
-    if draft.row(Agreement, f"agreement/{agreement_id}") is not None:
+    if draft.row(LedgerAgreementRow, f"agreement/{agreement_id}") is not None:
         row = draft.row(RefusedDocuments, f"refused/{agreement_id}") or RefusedDocuments()
         others = [one for one in row.documents if one.document_id != refused.document_id]
         draft.put(f"refused/{agreement_id}", RefusedDocuments((*others, refused)[-MAX_REFUSED:]))
@@ -182,7 +181,7 @@ def _refused(draft: Draft, agreement_id: str, refused: RefusedDocument) -> None:
 
 def _objection(
     draft: Draft,
-    agreement: Agreement | None,
+    agreement: LedgerAgreementRow | None,
     body: DebitNoteBody | InvoiceBody,
     activity_id: str,
     total: Decimal,
@@ -207,8 +206,10 @@ def _objection(
     return _against_note(draft, agreement, body, activity_id, total)
 
 
-def _against_note(draft: Draft, agreement: Agreement, body: DebitNoteBody, activity_id: str, total: Decimal) -> tuple[str, str]:
-    activity = draft.row(Activity, f"activity/{activity_id}")
+def _against_note(
+    draft: Draft, agreement: LedgerAgreementRow, body: DebitNoteBody, activity_id: str, total: Decimal
+) -> tuple[str, str]:
+    activity = draft.row(LedgerActivityRow, f"activity/{activity_id}")
     if activity is None or activity.agreement_id != agreement.agreement_id:
         return f"this node has created no activity {activity_id} under the agreement", ""
     if total < Decimal(activity.due):
@@ -222,7 +223,7 @@ def _against_note(draft: Draft, agreement: Agreement, body: DebitNoteBody, activ
     return reason, amount_text(most) if reason else ""
 
 
-def _against_invoice(draft: Draft, agreement: Agreement, body: InvoiceBody, total: Decimal) -> tuple[str, str]:
+def _against_invoice(draft: Draft, agreement: LedgerAgreementRow, body: InvoiceBody, total: Decimal) -> tuple[str, str]:
     ids = [key.rpartition("/")[2] for key, _ in draft.prefix(f"in/{agreement.agreement_id}/")]
     if strange := set(body.activity_ids) - set(ids):
         return f"this node has created no activity {min(strange)[:80]} under the agreement", ""
@@ -234,7 +235,7 @@ def _against_invoice(draft: Draft, agreement: Agreement, body: InvoiceBody, tota
     standing = draft.row(PaymentDocument, f"invoice/{agreement.invoice_id}")
     if standing is not None and standing.status in (RECEIVED, ACCEPTED):
         return f"the agreement has an invoice already: {standing.document_id}", ""
-    rows = [draft.row(Activity, f"activity/{one}") for one in ids]
+    rows = [draft.row(LedgerActivityRow, f"activity/{one}") for one in ids]
     activities = [(row, age_s(draft, row, draft.now)) for row in rows if row is not None]
     most = max(most_for_agreement(pricing, activities), Decimal(agreement.accepted))
     time_s = sum(age for _, age in activities)
@@ -242,9 +243,11 @@ def _against_invoice(draft: Draft, agreement: Agreement, body: InvoiceBody, tota
     return reason, amount_text(most) if reason else ""
 
 
-def _receive(draft: Draft, document: Document, own_id: str, agreement: Agreement, activity_id: str, total: Decimal) -> None:
+def _receive(
+    draft: Draft, document: Document, own_id: str, agreement: LedgerAgreementRow, activity_id: str, total: Decimal
+) -> None:
     if document.kind == DEBIT_NOTE:
-        activity = draft.row(Activity, f"activity/{activity_id}")
+        activity = draft.row(LedgerActivityRow, f"activity/{activity_id}")
         assert activity is not None, activity_id
         draft.put(f"activity/{activity_id}", replace(activity, due=amount_text(total), last_debit_note_id=own_id))
     else:
@@ -273,7 +276,7 @@ def cancel_requested(draft: Draft, message: InvoiceCancelRequested) -> None:
         draft.send(draft.meta.sender, InvoiceCancelled(message.invoice_id))
 
 
-def order(draft: Draft, row: PaymentDocument, agreement: Agreement, allocation_id: str, added: Decimal) -> None:
+def order(draft: Draft, row: PaymentDocument, agreement: LedgerAgreementRow, allocation_id: str, added: Decimal) -> None:
     """Order the payment of what accepting a document added to the debt."""
     order_id = f"{row.kind}:{row.document_id}"
     assert draft.row(Order, f"order/{order_id}") is None, f"{order_id} is ordered twice"

@@ -1,6 +1,6 @@
 """Payments: the part of the ledger that turns final transfers into settled documents, on both nodes.
 
-Payer: `PaidOut` -> documents settled, a `Payment` signed and sent to the payee until it acknowledges.
+Payer: `PaidOut` -> documents settled, a `PaymentRow` signed and sent to the payee until it acknowledges.
 Payee: `PaymentSent` -> the claim is reserved on the transaction's row, checked on chain, then booked. The reservation
 comes before the question, so that two claims on one transaction cannot both be granted the same money.
 """
@@ -17,7 +17,7 @@ from msgspec.structs import replace
 
 from actors.kernel.draft import Draft
 from actors.ledger.documents import explain, keep, no_room, settle
-from actors.ledger.rows import PAYEE, PAYER, Activity, Agreement, Order, Owed, Payment, TxClaims
+from actors.ledger.rows import PAYEE, PAYER, LedgerActivityRow, LedgerAgreementRow, Order, Owed, PaymentRow, TxClaims
 from protocol.amounts import minus, total_of
 from protocol.ledger import (
     MAX_ID_CHARS,
@@ -93,7 +93,7 @@ def _record_payment(draft: Draft, fact: PaidOut, peer: str, orders: list[tuple[s
     raw = encode_body(body)
     draft.put(
         f"payment/{payment_id}",
-        Payment(
+        PaymentRow(
             payment_id=payment_id,
             role=PAYER,
             peer=peer,
@@ -117,7 +117,7 @@ def _record_payment(draft: Draft, fact: PaidOut, peer: str, orders: list[tuple[s
 
 def payment_signed(draft: Draft, fact: PaymentSigned) -> None:
     """Send the payment to its payee."""
-    row = draft.row(Payment, f"payment/{fact.payment_id}")
+    row = draft.row(PaymentRow, f"payment/{fact.payment_id}")
     assert row is not None, f"a payment was signed that the ledger does not know: {fact.payment_id}"
     if row.state != SIGNING:
         return
@@ -131,7 +131,7 @@ def payment_signed(draft: Draft, fact: PaymentSigned) -> None:
 
 def payment_acknowledged(draft: Draft, message: PaymentAcknowledged) -> None:
     """The payee's word on a payment. A refusal is shown, and the payment offered again a bounded number of times."""
-    row = draft.row(Payment, f"payment/{message.payment_id}")
+    row = draft.row(PaymentRow, f"payment/{message.payment_id}")
     if row is None or row.role != PAYER or row.peer != node_of(draft.meta.sender):
         raise Violation(f"about a payment that was not made to {draft.meta.sender}")
     if row.state not in (SENT, REFUSED):
@@ -145,20 +145,20 @@ def payment_acknowledged(draft: Draft, message: PaymentAcknowledged) -> None:
 
 def undelivered(draft: Draft, document: Document, reason: str) -> None:
     """A payment did not reach its payee: the money is there, so only the news is repeated."""
-    row = draft.row(Payment, f"payment/{decode_body(PaymentBody, document.body).payment_id}")
+    row = draft.row(PaymentRow, f"payment/{decode_body(PaymentBody, document.body).payment_id}")
     if row is not None and row.state == SENT:
         _offer_later(draft, row, f"the payee could not be told: {reason[:300]}")
 
 
 def send_payment_again(draft: Draft, timer: SendPaymentAgain) -> None:
     """Offer a refused payment once more."""
-    row = draft.row(Payment, f"payment/{timer.payment_id}")
+    row = draft.row(PaymentRow, f"payment/{timer.payment_id}")
     if row is not None and row.role == PAYER and row.state == REFUSED:
         draft.put(f"payment/{row.payment_id}", replace(row, state=SENT))
         draft.send(address(row.peer, "ledger"), PaymentSent(Document("payment", row.body, row.signature)))
 
 
-def _offer_later(draft: Draft, row: Payment, reason: str) -> None:
+def _offer_later(draft: Draft, row: PaymentRow, reason: str) -> None:
     draft.put(f"payment/{row.payment_id}", replace(row, state=REFUSED, reason=reason, tries=row.tries + 1))
     if row.tries < RESEND_TRIES:
         draft.wake(f"resend/{row.payment_id}", draft.now + RESEND_FIRST_S * 6**row.tries, SendPaymentAgain(row.payment_id))
@@ -168,12 +168,12 @@ def booked_again(draft: Draft, document: Document, body: PaymentBody) -> None:
     """Book a payment of our own that we had forgotten; its payee, who gives it back, has verified it on chain."""
     agreement_ids = [part.agreement_id for part in body.agreement_payments]
     for part in body.activity_payments:
-        activity = draft.row(Activity, f"activity/{part.activity_id}")
+        activity = draft.row(LedgerActivityRow, f"activity/{part.activity_id}")
         agreement_ids.append(activity.agreement_id if activity is not None else "")
-    agreements = [draft.row(Agreement, f"agreement/{agreement_id}") for agreement_id in agreement_ids]
+    agreements = [draft.row(LedgerAgreementRow, f"agreement/{agreement_id}") for agreement_id in agreement_ids]
     if any(row is None or (row.role, row.peer) != (PAYER, body.payee_id) for row in agreements):
         return  # what it was for was forgotten as well, and cannot be paid again either
-    row = Payment(
+    row = PaymentRow(
         payment_id=body.payment_id,
         role=PAYER,
         peer=body.payee_id,
@@ -189,7 +189,9 @@ def booked_again(draft: Draft, document: Document, body: PaymentBody) -> None:
     for part in body.activity_payments:
         _owe_what_is_paid(draft, part)
     _book(draft, body)
-    for agreement in (draft.row(Agreement, f"agreement/{agreement_id}") for agreement_id in dict.fromkeys(agreement_ids)):
+    for agreement in (
+        draft.row(LedgerAgreementRow, f"agreement/{agreement_id}") for agreement_id in dict.fromkeys(agreement_ids)
+    ):
         if agreement is not None and Decimal(agreement.paid) > Decimal(agreement.accepted):
             draft.put(f"agreement/{agreement.agreement_id}", replace(agreement, accepted=agreement.paid))
     draft.emit("payments", _event(draft, row))
@@ -197,13 +199,13 @@ def booked_again(draft: Draft, document: Document, body: PaymentBody) -> None:
 
 def _owe_what_is_paid(draft: Draft, part: ActivityPayment) -> None:
     """What was paid for an activity had been accepted: nothing of it is to be owed once more."""
-    activity = draft.row(Activity, f"activity/{part.activity_id}")
+    activity = draft.row(LedgerActivityRow, f"activity/{part.activity_id}")
     assert activity is not None, part
     more = minus(total_of((activity.paid, part.amount)), activity.accepted)
     if more > 0:
         accepted = amount_text(total_of((activity.accepted, more)))
         draft.put(f"activity/{part.activity_id}", replace(activity, accepted=accepted))
-        agreement = draft.row(Agreement, f"agreement/{activity.agreement_id}")
+        agreement = draft.row(LedgerAgreementRow, f"agreement/{activity.agreement_id}")
         assert agreement is not None, activity
         accepted = amount_text(total_of((agreement.accepted, more)))
         draft.put(f"agreement/{agreement.agreement_id}", replace(agreement, accepted=accepted))
@@ -233,7 +235,7 @@ def payment_sent(draft: Draft, message: PaymentSent) -> None:
     parts += [_positive(part.amount) for part in body.activity_payments]
     if total_of(parts) != total:
         raise Violation("the parts of the payment do not make its amount")
-    row = draft.row(Payment, f"payment/{body.payment_id}")
+    row = draft.row(PaymentRow, f"payment/{body.payment_id}")
     said = (PAYEE, sender, VERIFIED, tx_hash, amount_text(total))
     if row is not None and (row.role, row.peer, row.state, row.tx_hash, row.amount) == said:
         draft.send(draft.meta.sender, PaymentAcknowledged(body.payment_id, True))  # perhaps in new words: its disk went back
@@ -252,7 +254,7 @@ def payment_sent(draft: Draft, message: PaymentSent) -> None:
     if row is None:
         _count_payment(draft, body, len(document.body))
         keep(draft, sender, len(document.body))
-    row = Payment(
+    row = PaymentRow(
         payment_id=body.payment_id,
         role=PAYEE,
         peer=sender,
@@ -276,14 +278,14 @@ def _objection(draft: Draft, sender: str, body: PaymentBody, size: int) -> str:
     """Why a well-formed payment is not for anything here; "" if it is."""
     agreement_ids = [part.agreement_id for part in body.agreement_payments]
     for part in body.activity_payments:
-        activity = draft.row(Activity, f"activity/{part.activity_id}")
+        activity = draft.row(LedgerActivityRow, f"activity/{part.activity_id}")
         if activity is None:
             return f"activity {part.activity_id[:80]} is not known here"
         if Decimal(part.amount) > Decimal(activity.accepted):
             return _not_accepted(f"activity {part.activity_id}", activity.accepted, part.amount)
         agreement_ids.append(activity.agreement_id)
     for agreement_id in dict.fromkeys(agreement_ids):
-        agreement = draft.row(Agreement, f"agreement/{agreement_id}")
+        agreement = draft.row(LedgerAgreementRow, f"agreement/{agreement_id}")
         if agreement is None or agreement.role != PAYEE or agreement.peer != sender:
             return f"agreement {agreement_id[:80]} is not known here"
         addresses = agreement.payer_addr.lower(), agreement.payee_addr.lower()
@@ -292,11 +294,11 @@ def _objection(draft: Draft, sender: str, body: PaymentBody, size: int) -> str:
         if agreement.payments >= MAX_PAYMENTS:
             return f"{MAX_PAYMENTS} payments were claimed for agreement {agreement_id}, and no more are looked at"
     for agreement_part in body.agreement_payments:
-        agreement = draft.row(Agreement, f"agreement/{agreement_part.agreement_id}")
+        agreement = draft.row(LedgerAgreementRow, f"agreement/{agreement_part.agreement_id}")
         assert agreement is not None, agreement_part
         if Decimal(agreement_part.amount) > Decimal(agreement.accepted):
             return _not_accepted(f"agreement {agreement.agreement_id}", agreement.accepted, agreement_part.amount)
-    first = draft.row(Agreement, f"agreement/{agreement_ids[0]}")
+    first = draft.row(LedgerAgreementRow, f"agreement/{agreement_ids[0]}")
     if first is not None and first.payment_bytes >= MAX_PAYMENTS_BYTES:
         return f"{first.payment_bytes} bytes of payments were claimed for agreement {first.agreement_id} already"
     if full := no_room(draft, sender, size):
@@ -316,10 +318,10 @@ def _count_payment(draft: Draft, body: PaymentBody, size: int) -> None:
     if body.agreement_payments:
         agreement_id = body.agreement_payments[0].agreement_id
     else:
-        activity = draft.row(Activity, f"activity/{body.activity_payments[0].activity_id}")
+        activity = draft.row(LedgerActivityRow, f"activity/{body.activity_payments[0].activity_id}")
         assert activity is not None, body
         agreement_id = activity.agreement_id
-    agreement = draft.row(Agreement, f"agreement/{agreement_id}")
+    agreement = draft.row(LedgerAgreementRow, f"agreement/{agreement_id}")
     assert agreement is not None, body
     draft.put(f"agreement/{agreement_id}", replace(
         agreement, payments=agreement.payments + 1, payment_bytes=agreement.payment_bytes + size
@@ -328,7 +330,7 @@ def _count_payment(draft: Draft, body: PaymentBody, size: int) -> None:
 
 def transfer_verified(draft: Draft, fact: TransferVerified) -> None:
     """The chain confirms a claim: book it, settle, thank the payer."""
-    row = draft.row(Payment, f"payment/{fact.claim_id}")
+    row = draft.row(PaymentRow, f"payment/{fact.claim_id}")
     if row is None or row.state != VERIFYING or row.tx_hash != fact.tx_hash:
         return
     row = replace(row, state=VERIFIED, reason="", recorded_at=draft.now)
@@ -341,7 +343,7 @@ def transfer_verified(draft: Draft, fact: TransferVerified) -> None:
 
 def transfer_rejected(draft: Draft, fact: TransferRejected) -> None:
     """The chain denies a claim: give the reservation back and say why."""
-    row = draft.row(Payment, f"payment/{fact.claim_id}")
+    row = draft.row(PaymentRow, f"payment/{fact.claim_id}")
     if row is None or row.state != VERIFYING:
         return
     draft.put(f"payment/{row.payment_id}", replace(row, state=REFUSED, reason=fact.reason, tries=row.tries + 1))
@@ -360,12 +362,12 @@ def transfer_rejected(draft: Draft, fact: TransferRejected) -> None:
 
 def verify_again(draft: Draft, timer: VerifyAgain) -> None:
     """No answer about a claim so far: ask again (the chain port forgets its questions when the node restarts)."""
-    row = draft.row(Payment, f"payment/{timer.payment_id}")
+    row = draft.row(PaymentRow, f"payment/{timer.payment_id}")
     if row is not None and row.state == VERIFYING:
         _ask(draft, row)
 
 
-def _ask(draft: Draft, row: Payment) -> None:
+def _ask(draft: Draft, row: PaymentRow) -> None:
     body = decode_body(PaymentBody, row.body)
     claims = draft.row(TxClaims, _claims_key(body, row.tx_hash))
     assert claims is not None, row
@@ -390,7 +392,7 @@ def _ask(draft: Draft, row: Payment) -> None:
 
 def _not_before(draft: Draft, body: PaymentBody) -> float:
     """When the youngest of the agreements that are paid was made: money that moved earlier was for something else."""
-    agreements = (draft.row(Agreement, f"agreement/{agreement_id}") for agreement_id in _agreements_of(draft, body))
+    agreements = (draft.row(LedgerAgreementRow, f"agreement/{agreement_id}") for agreement_id in _agreements_of(draft, body))
     return max((row.approved_at for row in agreements if row is not None), default=0.0) - MAX_CLOCK_SKEW_S
 
 
@@ -398,7 +400,7 @@ def _agreements_of(draft: Draft, body: PaymentBody) -> list[str]:
     """The agreements that a payment is for, by itself or by their activities."""
     found = [part.agreement_id for part in body.agreement_payments]
     for part in body.activity_payments:
-        if activity := draft.row(Activity, f"activity/{part.activity_id}"):
+        if activity := draft.row(LedgerActivityRow, f"activity/{part.activity_id}"):
             found.append(activity.agreement_id)
     return list(dict.fromkeys(found))
 
@@ -411,7 +413,7 @@ def _book(draft: Draft, body: PaymentBody) -> None:
         _add_paid(draft, agreement_part.agreement_id, agreement_part.amount)
         touched.append(agreement_part.agreement_id)
     for part in body.activity_payments:
-        activity = draft.row(Activity, f"activity/{part.activity_id}")
+        activity = draft.row(LedgerActivityRow, f"activity/{part.activity_id}")
         assert activity is not None, part
         paid = amount_text(total_of((activity.paid, part.amount)))
         draft.put(f"activity/{part.activity_id}", replace(activity, paid=paid))
@@ -422,15 +424,15 @@ def _book(draft: Draft, body: PaymentBody) -> None:
 
 
 def _add_paid(draft: Draft, agreement_id: str, paid: str) -> None:
-    agreement = draft.row(Agreement, f"agreement/{agreement_id}")
+    agreement = draft.row(LedgerAgreementRow, f"agreement/{agreement_id}")
     assert agreement is not None, agreement_id
     total = amount_text(total_of((agreement.paid, paid)))
     draft.put(f"agreement/{agreement_id}", replace(agreement, paid=total))
 
 
-def _event(draft: Draft, row: Payment) -> PaymentEvent:
+def _event(draft: Draft, row: PaymentRow) -> PaymentEvent:
     agreement_ids = _agreements_of(draft, decode_body(PaymentBody, row.body))
-    agreements = (draft.row(Agreement, f"agreement/{agreement_id}") for agreement_id in agreement_ids)
+    agreements = (draft.row(LedgerAgreementRow, f"agreement/{agreement_id}") for agreement_id in agreement_ids)
     sessions = dict.fromkeys(a.app_session_id for a in agreements if a is not None and a.app_session_id)
     return PaymentEvent(row.payment_id, row.role, row.platform, tuple(s for s in sessions if s))
 

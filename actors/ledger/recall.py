@@ -24,13 +24,13 @@ from actors.ledger.rows import (
     PAYER,
     REJECTED,
     SETTLED,
-    Activity,
-    Agreement,
     In,
+    LedgerActivityRow,
+    LedgerAgreementRow,
     Open,
     Order,
-    Payment,
     PaymentDocument,
+    PaymentRow,
     Told,
     acceptance_of,
 )
@@ -44,7 +44,6 @@ from protocol.ledger import (
     DocumentAccepted,
     DocumentReceived,
     DocumentSent,
-    Done,
     InvoiceBody,
     InvoiceRejected,
     PaymentBody,
@@ -55,7 +54,7 @@ from protocol.ledger import (
     decode_body,
 )
 from protocol.signing import Document, verify
-from protocol.types import PeerLost, Violation, address, amount, amount_text, node_of
+from protocol.types import Done, PeerLost, Violation, address, amount, amount_text, node_of
 
 NO_ALLOCATION = ""  # the debt stands whatever our agent sets aside now: no peer may spend of that
 TELL_EVERY_S = 600.0  # one peer
@@ -193,7 +192,7 @@ def _acceptance(draft: Draft, document: Document, sender: str) -> None:
 def _not_paid(draft: Draft, agreement_id: str) -> Decimal:
     """Return what is owed for an agreement, and neither paid nor ordered. An order that cannot be read may be for all of it:
     then `RowDamaged` is raised, and the peer's word waits."""
-    agreement = draft.row(Agreement, f"agreement/{agreement_id}")
+    agreement = draft.row(LedgerAgreementRow, f"agreement/{agreement_id}")
     assert agreement is not None, agreement_id
     orders = [row for _, row in draft.prefix("order/") if isinstance(row, Order) and row.agreement_id == agreement_id]
     under_way = total_of(row.amount for row in orders if not row.payment_id)
@@ -204,7 +203,7 @@ def _payment(draft: Draft, document: Document, sender: str) -> None:
     body = decode_body(PaymentBody, document.body)
     if body.payee_id != sender:
         raise Violation("a payment that was made to somebody else")
-    known = draft.row(Payment, f"payment/{body.payment_id}")
+    known = draft.row(PaymentRow, f"payment/{body.payment_id}")
     if known is not None:
         if known.role == PAYER and known.body == document.body and known.state in (SENT, REFUSED):
             draft.put(f"payment/{body.payment_id}", replace(known, state=ACKNOWLEDGED, reason=""))
@@ -221,13 +220,15 @@ def _own_document(draft: Draft, document: Document, sender: str) -> None:
     else:
         body = decode_body(InvoiceBody, document.body)
         own_id, activity_id, total = body.invoice_id, "", body.amount
-    agreement = draft.row(Agreement, f"agreement/{body.agreement_id}")
+    agreement = draft.row(LedgerAgreementRow, f"agreement/{body.agreement_id}")
     if agreement is None or (agreement.role, agreement.peer) != (PAYEE, sender) or body.recipient_id != sender:
         return
     if draft.row(PaymentDocument, f"{document.kind}/{own_id}") is not None:
         return
     if document.kind == DEBIT_NOTE:
-        activity = draft.row(Activity, f"activity/{activity_id}") or Activity(activity_id, agreement.agreement_id)
+        activity = draft.row(LedgerActivityRow, f"activity/{activity_id}") or LedgerActivityRow(
+            activity_id, agreement.agreement_id
+        )
         if activity.agreement_id != agreement.agreement_id:
             return
         draft.put(f"in/{agreement.agreement_id}/{activity_id}", In())

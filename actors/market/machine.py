@@ -19,7 +19,7 @@ from msgspec.structs import replace
 from actors.kernel.draft import Declined, Draft
 from actors.kernel.grammar import EDGE, ITSELF, PEER, On, Table, TableMachine
 from actors.kernel.machine import DropFeed, Emit, Publish, Reply, Send, Wake
-from actors.market.rows import Asked, DemandRow, Ended, OfferRow, Own, Owner, Refusal, Scan, Stats
+from actors.market.rows import Asked, DemandRow, EndedRow, OfferRefusal, OfferRow, Own, Owner, Scan, Stats
 from protocol.codec import Decoder
 from protocol.market import (
     MAX_IDS,
@@ -28,7 +28,6 @@ from protocol.market import (
     AnnounceDue,
     AskedDue,
     CloseScan,
-    Done,
     EndedDue,
     ExpiryDue,
     GetOffers,
@@ -57,7 +56,7 @@ from protocol.market import (
 )
 from protocol.signing import Document
 from protocol.terms import ConstraintSyntaxError, compile_constraint
-from protocol.types import Message, Undelivered, Violation, address, digest, node_of
+from protocol.types import Done, Message, Undelivered, Violation, address, digest, node_of
 
 NAME = "market"
 TOPIC = "offers"
@@ -141,7 +140,7 @@ def _end(draft: Draft, kind: str, subscription_id: str, reason: str) -> None:
     else:
         _count(draft, row.owner, offers=-1)
         if mine or reason == "withdrawn":
-            draft.put(f"ended/{subscription_id}", Ended(row.owner, reason, draft.now))
+            draft.put(f"ended/{subscription_id}", EndedRow(row.owner, reason, draft.now))
             forget_at = draft.now + KEEP_ENDED_S if mine else row.expires
             draft.do(Wake(f"ended/{subscription_id}", forget_at, EndedDue(subscription_id)))
     if mine and kind == "offer":
@@ -436,7 +435,7 @@ def _count(draft: Draft, node: str, offers: int = 0, asked: int = 0) -> None:
 
 def _refuse(draft: Draft, offer_id: str, reason: str) -> None:
     """Note an offer that is not kept, and why."""
-    stats, refusal = _stats(draft), Refusal(offer_id, reason[:MAX_REASON_CHARS], draft.now)
+    stats, refusal = _stats(draft), OfferRefusal(offer_id, reason[:MAX_REASON_CHARS], draft.now)
     draft.put("stats", replace(stats, refused=(*stats.refused, refusal)[-MAX_REFUSALS:]))
 
 
@@ -449,7 +448,7 @@ class Market(TableMachine):
     """The machine `market`."""
 
     name = NAME
-    rows = OfferRow | DemandRow | Ended | Asked | Owner | Scan | Own | Stats
+    rows = OfferRow | DemandRow | EndedRow | Asked | Owner | Scan | Own | Stats
     table = Table(
         On(PublishOffer, EDGE, _publish),
         On(PublishDemand, EDGE, _publish),

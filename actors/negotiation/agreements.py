@@ -34,12 +34,12 @@ from actors.negotiation.rows import (
     PROPOSAL,
     REJECTED,
     TERMINATED,
-    Agreement,
+    AgreementRow,
     ends_at,
     lapsed,
     state_error,
 )
-from protocol.market import MAX_CLOCK_SKEW_S, Done, Rematch, loads
+from protocol.market import MAX_CLOCK_SKEW_S, Rematch, loads
 from protocol.negotiation import (
     PROVIDER,
     REQUESTOR,
@@ -67,7 +67,7 @@ from protocol.negotiation import (
     reason_text,
 )
 from protocol.signing import verify
-from protocol.types import Violation, address, node_of, timestamp_text
+from protocol.types import Done, Violation, address, node_of, timestamp_text
 
 DELIVERY_S = 60.0  # to bring a confirmed agreement to the provider
 COMMIT_DELIVERY_S = 3600.0  # to bring the commit to the provider; after that the agreement is terminated
@@ -108,7 +108,7 @@ def create(draft: Draft, message: CreateAgreement) -> None:
     draft.reply(Created(agreement.agreement_id))
 
 
-def _from_proposals(proposal: Proposal, mine: Proposal, created: float, valid_to: float, state: str) -> Agreement:
+def _from_proposals(proposal: Proposal, mine: Proposal, created: float, valid_to: float, state: str) -> AgreementRow:
     """Return the agreement of a provider's proposal and the requestor's one that it answers."""
     demand = {
         "demandId": proposal.demand_id,
@@ -123,13 +123,13 @@ def _from_proposals(proposal: Proposal, mine: Proposal, created: float, valid_to
         "constraints": proposal.constraints,
     }
     agreement_id, body = agreement_body(proposal.proposal_id, created, valid_to, demand, offer)
-    return Agreement(
+    return AgreementRow(
         agreement_id, proposal.role, proposal.requestor, proposal.provider, proposal.proposal_id, proposal.demand_id,
         proposal.offer_id, body, state, created, valid_to,
     )  # fmt: skip
 
 
-def _accept(draft: Draft, proposal: Proposal, agreement: Agreement) -> None:
+def _accept(draft: Draft, proposal: Proposal, agreement: AgreementRow) -> None:
     """Write a new agreement, which takes its proposal."""
     agreement_id = agreement.agreement_id
     draft.put(f"proposal/{proposal.proposal_id}", replace(proposal, state=ACCEPTED, agreement_id=agreement_id))
@@ -163,7 +163,7 @@ def cancel(draft: Draft, message: CancelAgreement) -> None:
     draft.reply(Done())
 
 
-def _close(draft: Draft, agreement: Agreement, reason: str) -> None:
+def _close(draft: Draft, agreement: AgreementRow, reason: str) -> None:
     if agreement.state == PENDING:
         moves.tell_peer(draft, agreement, AgreementClosed(agreement.agreement_id, CANCELLED, reason))
     moves.cancelled(draft, agreement, reason)
@@ -258,9 +258,9 @@ def proposed(draft: Draft, message: AgreementProposed) -> None:
     draft.do(Send(address(requestor, "negotiation"), AgreementRejected(agreement_id, reason), ANSWER_S))
 
 
-def _from_peer(draft: Draft, agreement_id: str, role: str) -> Agreement | None:
+def _from_peer(draft: Draft, agreement_id: str, role: str) -> AgreementRow | None:
     """Return an agreement of the sender with us in which it has `role` (any if ""); raises `Violation` otherwise."""
-    agreement: Agreement | None = draft.get(f"agreement/{agreement_id}")
+    agreement: AgreementRow | None = draft.get(f"agreement/{agreement_id}")
     if agreement is None:
         return None  # forgotten
     if agreement.counterpart != node_of(draft.meta.sender) or agreement.role == role:
@@ -292,7 +292,7 @@ def approval(draft: Draft, message: AgreementApproval) -> None:
     moves.tell_peer(draft, agreement, AgreementCommitted(agreement.agreement_id, at), COMMIT_DELIVERY_S)
 
 
-def _insist(draft: Draft, agreement: Agreement) -> None:
+def _insist(draft: Draft, agreement: AgreementRow) -> None:
     """Tell the provider what we had decided when its word crossed ours."""
     if agreement.state in (CANCELLED, EXPIRED, REJECTED):
         moves.tell_peer(draft, agreement, AgreementClosed(agreement.agreement_id, agreement.state, agreement.reason))
@@ -392,7 +392,7 @@ def terminated(draft: Draft, message: AgreementTerminated) -> None:
 # -- time, and what did not arrive
 def due(draft: Draft, message: AgreementDue) -> None:
     """The time for the approval, or of the approval, is over."""
-    agreement: Agreement | None = draft.get(f"agreement/{message.agreement_id}")
+    agreement: AgreementRow | None = draft.get(f"agreement/{message.agreement_id}")
     if not agreement or agreement.state not in OPEN:
         return
     if lapsed(agreement, draft.now):
@@ -403,7 +403,7 @@ def due(draft: Draft, message: AgreementDue) -> None:
 
 def forget(draft: Draft, message: ForgetAgreement) -> None:
     """Delete an agreement that is long over."""
-    agreement: Agreement | None = draft.get(f"agreement/{message.agreement_id}")
+    agreement: AgreementRow | None = draft.get(f"agreement/{message.agreement_id}")
     if agreement and agreement.state not in (*OPEN, APPROVED):
         draft.put(f"agreement/{message.agreement_id}", None)
 
@@ -423,7 +423,7 @@ def undelivered(draft: Draft, message: MustArrive, why: str) -> None:
         agreement_id = loads(message.agreement.body)["agreementId"]
     else:
         agreement_id = message.agreement_id
-    agreement: Agreement | None = draft.get(f"agreement/{agreement_id}")
+    agreement: AgreementRow | None = draft.get(f"agreement/{agreement_id}")
     if not agreement:
         return
     other = PROVIDER if agreement.role == REQUESTOR else REQUESTOR

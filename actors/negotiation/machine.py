@@ -17,7 +17,7 @@ from actors.kernel.draft import Declined, Draft
 from actors.kernel.grammar import EDGE, ITSELF, PEER, On, Table, TableMachine
 from actors.negotiation import agreements, proposals
 from actors.negotiation import recall as agreement_recall
-from actors.negotiation.rows import Agreement
+from actors.negotiation.rows import AgreementRow
 from protocol.codec import Decoder
 from protocol.market import Matched, SubscriptionEnded, SubscriptionOpened
 from protocol.negotiation import (
@@ -67,7 +67,7 @@ class Negotiation(TableMachine):
         | proposals.Belongs
         | proposals.Talk
         | proposals.Proposal
-        | Agreement
+        | AgreementRow
     )
     table = Table(
         On(SubscriptionOpened, "market", proposals.opened),

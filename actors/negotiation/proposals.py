@@ -17,7 +17,6 @@ from msgspec.structs import replace
 from actors.kernel.draft import Declined, Draft
 from actors.kernel.machine import DropFeed, Emit, Reply, Send, Wake
 from protocol.market import (
-    Done,
     Matched,
     Rematch,
     Subscription,
@@ -48,7 +47,7 @@ from protocol.negotiation import (
     reason_text,
 )
 from protocol.signing import Document
-from protocol.types import Message, Violation, address, digest, node_of, timestamp_text
+from protocol.types import Done, Message, Violation, address, digest, node_of, timestamp_text
 
 DELIVERY_S = 60.0  # how long a proposal may take to the peer before its issuer hears that it did not arrive
 KEEP_ENDED_S = 3600.0  # proposals can be read this long after their subscription

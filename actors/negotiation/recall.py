@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from actors.kernel.draft import Draft
 from actors.negotiation.moves import tell_peer
-from actors.negotiation.rows import APPROVED, APPROVING, CANCELLED, EXPIRED, PENDING, REJECTED, TERMINATED, Agreement
+from actors.negotiation.rows import APPROVED, APPROVING, CANCELLED, EXPIRED, PENDING, REJECTED, TERMINATED, AgreementRow
 from protocol.negotiation import (
     REQUESTOR,
     AgreementApproval,
@@ -36,7 +36,7 @@ def tell_again(draft: Draft, message: PeerLost) -> None:
                 tell_peer(draft, agreement, word, 24 * 3600.0)
 
 
-def _last_word(agreement: Agreement) -> Message | None:
+def _last_word(agreement: AgreementRow) -> Message | None:
     agreement_id, requests = agreement.agreement_id, agreement.role == REQUESTOR
     state, reason = agreement.state, agreement.reason
     if state == PENDING and requests:

@@ -32,11 +32,11 @@ from actors.provider.rows import (
     STARTING,
     TERMINATING,
     WAITING,
-    ActivityRow,
     AgentRow,
-    AgreementRow,
     CapacityRow,
     CursorRow,
+    ProviderActivityRow,
+    ProviderAgreementRow,
     ProviderRow,
     ServedRow,
 )
@@ -124,7 +124,7 @@ def _task_ended(turn: Turn, message: TaskEnded) -> None:
     turn.put(f"task/{message.key}", None)
 
 
-def _resume_agreement(turn: Turn, row: AgreementRow) -> None:
+def _resume_agreement(turn: Turn, row: ProviderAgreementRow) -> None:
     """Do again whatever was under way for an agreement when the last run of the agent ended."""
     if row.state == APPROVING:
         negotiation.ask_approval(turn, row)
@@ -141,7 +141,7 @@ def _resume_agreement(turn: Turn, row: AgreementRow) -> None:
         turn.rest(SendInvoice(row.agreement_id, row.invoice_id))
 
 
-def _resume_activity(turn: Turn, row: AgreementRow, activity: ActivityRow) -> None:
+def _resume_activity(turn: Turn, row: ProviderAgreementRow, activity: ProviderActivityRow) -> None:
     if activity.state == STARTING:
         agreements.start_unit(turn, row, activity)
     elif activity.state in ALIVE:

@@ -34,9 +34,9 @@ from actors.wallet.rows import (
     PAID,
     QUEUED,
     SENDING,
-    Batch,
     Batches,
     Cycle,
+    PayBatchRow,
     Payee,
     PayOrder,
     Queued,
@@ -187,8 +187,8 @@ def _send_batch(draft: WalletDraft, platform: str, payer: str, payees: list[list
     number = (draft.row(Batches, counter) or Batches(0)).count
     order_ids = [order.order_id for orders in payees for order in orders]
     batch_id = digest("batch", platform, payer, str(number), *order_ids)[:32]  # unlike any of a journal that was lost
-    assert draft.row(Batch, f"batch/{batch_id}") is None, f"number {number} of {payer} is used twice"
-    batch = Batch(
+    assert draft.row(PayBatchRow, f"batch/{batch_id}") is None, f"number {number} of {payer} is used twice"
+    batch = PayBatchRow(
         batch_id=batch_id,
         platform=platform,
         payer=payer,
@@ -226,14 +226,14 @@ def _transfer_delayed(draft: WalletDraft, fact: TransferDelayed) -> None:
         _explain(draft, batch, fact.reason)
 
 
-def _explain(draft: WalletDraft, batch: Batch, reason: str) -> None:
+def _explain(draft: WalletDraft, batch: PayBatchRow, reason: str) -> None:
     draft.put(f"batch/{batch.batch_id}", replace(batch, reason=reason))
     order_ids = tuple(order.order_id for payee in batch.payees for order in _orders(draft, batch, payee))
     if order_ids:
         draft.send("ledger", PayOutDelayed(order_ids, reason))
 
 
-def _orders(draft: WalletDraft, batch: Batch, payee: Payee) -> list[PayOrder]:
+def _orders(draft: WalletDraft, batch: PayBatchRow, payee: Payee) -> list[PayOrder]:
     """Return the orders that a batch pays a payee for; those that this journal has forgotten are not among them."""
     found = []
     for order_id in payee.order_ids:
@@ -286,7 +286,7 @@ def _orders_known(draft: WalletDraft, fact: OrdersKnown) -> None:
     draft.put(f"batch/{batch.batch_id}", replace(batch, state=FAILED, reason=reason))
     known_in: dict[str, str] = {}
     for known in fact.batches:
-        row = draft.row(Batch, f"batch/{known.batch_id}") or _recalled(batch, known, draft.now)
+        row = draft.row(PayBatchRow, f"batch/{known.batch_id}") or _recalled(batch, known, draft.now)
         state = CONFIRMED if row.state == CONFIRMED else SENDING  # one that failed here has not failed there
         draft.put(f"batch/{known.batch_id}", replace(row, recalled=True, state=state))
         draft.send("chain", _transfer(row))  # it is there; its end is told again
@@ -299,9 +299,9 @@ def _orders_known(draft: WalletDraft, fact: OrdersKnown) -> None:
             _schedule(draft, batch.platform)
 
 
-def _recalled(like: Batch, known: KnownBatch, now: float) -> Batch:
+def _recalled(like: PayBatchRow, known: KnownBatch, now: float) -> PayBatchRow:
     payees = tuple(Payee(*payee, orders) for payee, orders in zip(known.payees, known.orders, strict=True))
-    return Batch(known.batch_id, like.platform, like.payer, 0, payees, SENDING, now)  # its number is not known any more
+    return PayBatchRow(known.batch_id, like.platform, like.payer, 0, payees, SENDING, now)  # its number is not known any more
 
 
 def _transfer_failed(draft: WalletDraft, fact: TransferFailed) -> None:
@@ -351,15 +351,15 @@ def _resume(draft: WalletDraft, command: ResumePayments) -> None:
             _schedule(draft, cycle.platform)
 
 
-def _batch(draft: WalletDraft, batch_id: str) -> Batch | None:
+def _batch(draft: WalletDraft, batch_id: str) -> PayBatchRow | None:
     """Return a batch; None for one of a time that this journal has forgotten, which is heard of with its orders."""
-    return draft.row(Batch, f"batch/{batch_id}")
+    return draft.row(PayBatchRow, f"batch/{batch_id}")
 
 
 _sent = Decoder[Any](Transfer | PaidOut | PayOutDelayed)
 
 
-def _transfer(batch: Batch) -> Transfer:
+def _transfer(batch: PayBatchRow) -> Transfer:
     payees = tuple((payee.payee, payee.amount) for payee in batch.payees)
     orders = tuple(payee.order_ids for payee in batch.payees)
     return Transfer(batch.batch_id, batch.platform, batch.payer, payees, orders)

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import httpx
 import trio
 
-from golem.chain.credentials import Fault, Unclear, fault_of
+from golem.chain.credentials import Fault, NoAnswer, fault_of
 from golem.chain.networks import Network
 
 TIMEOUT_S = 10.0
@@ -242,7 +242,7 @@ class Pool:
 
         try:
             endpoint.fault = await fault_of(self.network, ask)
-        except Unclear as unclear:
+        except NoAnswer as unclear:
             endpoint.failed(f"{endpoint.host}: {unclear}")
             raise RpcError(endpoint.trouble, "down") from None
         if endpoint.fault is not None:

@@ -1,4 +1,4 @@
-"""The facade of the network layer: one `Network` a node. It exists at once; the host comes up behind it.
+"""The facade of the network layer: one `PeerNetwork` a node. It exists at once; the host comes up behind it.
 
 The supervisor imports py-libp2p in a thread (0.6 s, the REST API must not wait for it), runs the host, and restarts it
 when it crashes; handlers, topics, the address book and what waits to be published outlive a restart.
@@ -44,7 +44,7 @@ StreamHandler = Callable[[str, PeerStream], Awaitable[None]]
 TopicHandler = Callable[[str, bytes], Awaitable[bool]]
 
 
-class Network:
+class PeerNetwork:
     """Everything the node says to other nodes goes through here. Make one with `open_network`."""
 
     def __init__(self, key: bytes, config: NetConfig, listen: list[tuple[str, int]]) -> None:
@@ -305,11 +305,11 @@ class Network:
 
 
 @asynccontextmanager
-async def open_network(key: bytes, config: NetConfig) -> AsyncIterator[Network]:
+async def open_network(key: bytes, config: NetConfig) -> AsyncIterator[PeerNetwork]:
     """A network node with a 32-byte private key. ListenError when a listen address is taken or not ours."""
     if len(key) != 32:
         raise ValueError(f"a private key has 32 bytes, not {len(key)}")
-    network = Network(key, config, _listen_addresses(config.listen))
+    network = PeerNetwork(key, config, _listen_addresses(config.listen))
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(network.supervise)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from quart import request
 
-from actors.ledger.machine import Activity, Order, Payment
+from actors.ledger.machine import LedgerActivityRow, Order, PaymentRow
 from golem.rest.edge import ApiError, listed, member, object_body
 from protocol.types import amount, timestamp, timestamp_text
 
@@ -77,7 +77,7 @@ def scan(
     return probe
 
 
-def render_payment(node: Node, row: Payment, at: float | None = None) -> dict[str, Any]:
+def render_payment(node: Node, row: PaymentRow, at: float | None = None) -> dict[str, Any]:
     """Return a payment in the form of the API."""
     body = json.loads(row.body)
     rows = node.system.rows("ledger")
@@ -95,12 +95,12 @@ def render_payment(node: Node, row: Payment, at: float | None = None) -> dict[st
     return {**body, "timestamp": timestamp_text(moment), **signed}
 
 
-def payments_of(node: Node, agreement_id: str) -> list[Payment]:
+def payments_of(node: Node, agreement_id: str) -> list[PaymentRow]:
     """Return the payments that hold a part for an agreement or one of its activities."""
     rows = node.system.rows("ledger")
 
     def belongs(activity_id: str) -> bool:
-        activity: Activity | None = rows.get(f"activity/{activity_id}")
+        activity: LedgerActivityRow | None = rows.get(f"activity/{activity_id}")
         return activity is not None and activity.agreement_id == agreement_id
 
     found = []

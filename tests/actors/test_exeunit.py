@@ -15,6 +15,7 @@ from protocol.exeunit import (
     MAX_SCRIPT_BYTES,
     CancelCommand,
     CommandFinished,
+    CopyFile,
     Deploy,
     Execute,
     Run,
@@ -22,7 +23,6 @@ from protocol.exeunit import (
     ScriptError,
     ShutDown,
     Stream,
-    Transfer,
     UnitStarted,
     UsageMeasured,
     parse_command,
@@ -249,7 +249,7 @@ def test_a_script_becomes_typed_commands() -> None:
     assert run.args.capture is not None
     assert run.args.capture.stdout is not None
     assert run.args.capture.stdout.stream == Stream(5)
-    assert isinstance(transfer.args, Transfer)
+    assert isinstance(transfer.args, CopyFile)
     assert transfer.args.source == "a"
     assert terminate.kind == "terminate"
     assert parse_command(run.text) == run

@@ -11,10 +11,10 @@ import pytest
 from worlds.money import KEYS, PLATFORM, Done, Node, World
 
 from actors.ledger.machine import (
-    Activity,
-    Agreement,
     Allocation,
-    Payment,
+    LedgerActivityRow,
+    LedgerAgreementRow,
+    PaymentRow,
     TxClaims,
     acceptance_of,
     decorations,
@@ -476,18 +476,18 @@ def test_a_payment_is_for_what_was_accepted_and_for_no_more() -> None:
 def test_a_refused_payment_is_offered_again_and_then_left() -> None:
     world, payer, payee = invoiced("1")
     world.accept(payer, "invoice", "i1", "al")
-    while not payer.all(Payment, "payment/") or payer.all(Payment, "payment/")[0].state != "SENT":
+    while not payer.all(PaymentRow, "payment/") or payer.all(PaymentRow, "payment/")[0].state != "SENT":
         world.step()
     moved, world.transfers = world.transfers, []  # the payee's chain node knows nothing of it yet
-    while payer.all(Payment, "payment/")[0].tries < 2:
+    while payer.all(PaymentRow, "payment/")[0].tries < 2:
         world.step()
-    (row,) = payer.all(Payment, "payment/")
+    (row,) = payer.all(PaymentRow, "payment/")
     assert row.state == "REFUSED"
     assert "refused the payment: 0 moved" in row.reason
     world.transfers = moved
     world.run()
     assert world.document(payee, "invoice", "i1").status == "SETTLED"
-    assert payer.all(Payment, "payment/")[0].state == "ACKNOWLEDGED"
+    assert payer.all(PaymentRow, "payment/")[0].state == "ACKNOWLEDGED"
 
 
 def test_waiting_documents_say_what_for() -> None:
@@ -507,14 +507,14 @@ def test_the_payment_tells_agreements_from_activities() -> None:
     world.accept(payer, "debit-note", "n1", "al")
     world.accept(payer, "invoice", "i1", "al")
     world.run()
-    (row,) = payee.all(Payment, "payment/")
+    (row,) = payee.all(PaymentRow, "payment/")
     body = msgspec.json.decode(row.body)
     assert body["agreementPayments"] == [{"agreementId": "a1", "amount": "0.75"}]
     assert body["activityPayments"] == [{"activityId": "act", "amount": "0.25"}]
     assert body["amount"] == "1"
     for node in (payer, payee):
-        assert node.all(Agreement, "agreement/")[0].paid == "1"
-        assert node.all(Activity, "activity/")[0].paid == "0.25"
+        assert node.all(LedgerAgreementRow, "agreement/")[0].paid == "1"
+        assert node.all(LedgerActivityRow, "activity/")[0].paid == "0.25"
 
 
 def test_a_signature_of_another_kind_does_not_serve() -> None:

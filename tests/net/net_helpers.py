@@ -20,7 +20,7 @@ from libp2p.security.noise.transport import Transport as Noise
 from multiaddr import Multiaddr
 from worlds.patience import within
 
-from golem.net import NetConfig, Network, Timing, open_network
+from golem.net import NetConfig, PeerNetwork, Timing, open_network
 from golem.net.host import Host
 
 FAST = Timing(
@@ -46,7 +46,7 @@ def config(path: Path, **changes: Any) -> NetConfig:
 
 
 @asynccontextmanager
-async def nodes(path: Path, count: int = 2, **changes: Any) -> AsyncIterator[list[Network]]:
+async def nodes(path: Path, count: int = 2, **changes: Any) -> AsyncIterator[list[PeerNetwork]]:
     """Some nodes that do not know each other."""
     async with AsyncExitStack() as stack:
         networks = [

@@ -15,7 +15,7 @@ from net_helpers import FAST, KEYS, config, echo, eventually, nodes
 from worlds.patience import patience, within
 from worlds.support import trio_test
 
-from golem.net import Network, Timing, Unreachable, open_network
+from golem.net import PeerNetwork, Timing, Unreachable, open_network
 from golem.net.host import Host
 from golem.net.links import MAX_QUEUED_BYTES, PING, PONG, REPLY, REQUEST, serve_link
 from golem.net.peerid import sign_record
@@ -41,7 +41,7 @@ async def _polite(node_id: str, stream: MuxStream) -> None:
 
 
 @asynccontextmanager
-async def victim_and_attacker(path: Path, timing: Timing = FAST) -> AsyncIterator[tuple[Network, Network, Host, Mux]]:
+async def victim_and_attacker(path: Path, timing: Timing = FAST) -> AsyncIterator[tuple[PeerNetwork, PeerNetwork, Host, Mux]]:
     """A node, a friend of it, and a bare host connected to it that may open any stream."""
     async with nodes(path, 2, timing=timing) as (victim, friend):
         victim.serve("echo", echo)
