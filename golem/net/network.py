@@ -33,7 +33,7 @@ from golem.net.types import (
 
 if TYPE_CHECKING:
     from golem.net.gossip import Gossip, Outbox
-    from golem.net.host import Host
+    from golem.net.host import Libp2pHost
     from golem.net.sessions import Sessions
 
 log = logging.getLogger(__name__)
@@ -207,11 +207,11 @@ class PeerNetwork:
     async def _run_host(self) -> None:
         from golem.net.discovery import Mdns
         from golem.net.gossip import Gossip, Outbox
-        from golem.net.host import Host
+        from golem.net.host import Libp2pHost
         from golem.net.sessions import Sessions
 
         config = self._config
-        host: Host = Host(self._key, config.timing)
+        host: Libp2pHost = Libp2pHost(self._key, config.timing)
         if self._outbox is None:
             self._outbox = Outbox()
             for topic, payload in self._outgoing:
