@@ -101,7 +101,8 @@ async def open_node(config: Config, ask_password: AskPassword | None = None) -> 
         gossip = MarketGossip(network)
         system = System(
             identity.node_id, journal, router, clock=time.time, new_trace=lambda: secrets.token_hex(6),
-            jitter=partial(random.uniform, 0.8, 1.2), publish=gossip.publish, step_log=step_log(config.data_dir),
+            jitter=partial(random.uniform, 0.8, 1.2), publish=gossip.publish, origin=network.origin,
+            step_log=step_log(config.data_dir),
         )  # fmt: skip
         for machine in (Market, Negotiation, Ledger):
             system.add(machine(identity.node_id))

@@ -63,7 +63,7 @@ class StopAgent(Message, frozen=True):
 
 # -- from polls
 class ProposalArrived(Message, frozen=True):
-    """A requestor's proposal; `previous` are the properties of ours that it answers."""
+    """A requestor's proposal; `previous` are the properties of ours that it answers, `origin` its network address if known."""
 
     preset: str
     offer_id: str
@@ -72,6 +72,7 @@ class ProposalArrived(Message, frozen=True):
     demand: str
     previous: str
     constraints: str
+    origin: str = ""
 
 
 class AgreementArrived(Message, frozen=True):

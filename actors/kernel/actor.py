@@ -331,7 +331,9 @@ class Actor(Mailbox):
 
     def _take_envelope(self, e: Envelope, batch: Batch) -> Outcome:
         """Step the machine with a message of a link; at a crash the link may not go on behind it."""
-        meta = Meta(e.sender, self.system.now(), e.trace)
+        node = node_of(e.sender)
+        origin = self.system.origin(node) if node != self.system.node else ""
+        meta = Meta(e.sender, self.system.now(), e.trace, origin)
         if self.held(e):
             return Outcome.CRASH
         try:

@@ -48,6 +48,7 @@ class Host(Protocol):
     new_trace: Callable[[], str]
     jitter: Callable[[], float]
     crash_point: Callable[[str, str], None]
+    origin: Callable[[str], str]
 
     @property
     def alarms(self) -> AlarmBoard: ...

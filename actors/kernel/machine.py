@@ -24,11 +24,15 @@ MAX_DEADLINE_S = 30 * 24 * 3600.0  # longer ones are cut: what is older than tha
 
 
 class Meta(msgspec.Struct, frozen=True, gc=False):
-    """About the message at hand: sender's address, the time (seconds since the epoch) and the trace it belongs to."""
+    """About the message at hand: sender's address, the time (seconds since the epoch) and the trace it belongs to.
+
+    `origin`: for a message of another node the network address that its session comes by, "" where that is not known.
+    """
 
     sender: str
     now: float
     trace: str
+    origin: str = ""
 
 
 class Rows(Protocol):

@@ -58,7 +58,8 @@ KEPT_OLDER = 64  # peers that spoke from older or copied journals
 class System:
     """All actors of one process.
 
-    `clock` gives seconds since the epoch, `new_trace` short unique ids, `jitter` factors around 1 for back-offs;
+    `clock` gives seconds since the epoch, `new_trace` short unique ids, `jitter` factors around 1 for back-offs,
+    `origin` the network address by which a node has its session;
     `crash_point` lets a simulation stop the process between any two moments that matter.
     """
 
@@ -72,11 +73,13 @@ class System:
         new_trace: Callable[[], str],
         jitter: Callable[[], float] = lambda: 1.0,
         publish: PublishHook = lambda topic, message: None,
+        origin: Callable[[str], str] = lambda node: "",
         step_log: StepLog | None = None,
         crash_point: Callable[[str, str], None] = lambda actor, moment: None,
     ) -> None:
         self.node, self.journal, self.transport = node, journal, transport
         self.new_trace, self.jitter, self.crash_point = new_trace, jitter, crash_point
+        self.origin = origin
         self.feeds = Feeds(journal)
         journal.clock = self.now
         self._clock, self._publish, self._step_log = clock, publish, step_log

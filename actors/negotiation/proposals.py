@@ -5,15 +5,15 @@ before the agent hears of its id, and the durable link brings it to the peer: wh
 a rejection with its reason, and so does the news that the peer cannot be reached.
 
 A subscription has room for `MAX_PROPOSALS`. When it is full, the oldest negotiation of the node that has most of them is
-forgotten, unless there is an agreement: who comes with many identities pushes out himself first, and closes nothing.
+forgotten, unless there is an agreement; once no node stands out, of the network address that has most, whatever the nodes.
+Who comes with many identities pushes out himself first, and closes nothing.
 """
 
 from __future__ import annotations
 
-import heapq
-
 from msgspec.structs import replace
 
+from actors.kernel.crowd import Occupant, by_crowd
 from actors.kernel.draft import Declined, Draft
 from actors.kernel.machine import DropFeed, Emit, Reply, Send, Wake
 from protocol.market import (
@@ -56,6 +56,7 @@ MAX_PROPOSALS = 20_000  # of one subscription
 MAX_OPENED_PER_NODE = 500  # negotiations about one offer: nobody uses it up for the others
 FORGET_AT_ONCE = 500
 ROOM_AT_ONCE = 60  # proposals that are forgotten together where there is no room
+STANDS_OUT = MAX_PROPOSALS_PER_PAIR  # proposals of a node
 
 IS_FINAL = "golem.proposal.rejection.is-final"  # in a reason: false where a later answer may be another
 INITIAL, DRAFT, REJECTED, ACCEPTED = "Initial", "Draft", "Rejected", "Accepted"
@@ -90,6 +91,7 @@ class Talk(Message, frozen=True, tag="talk"):
     """Index `talk/<subscription>/<node>/<since>/<its first proposal>`: a negotiation, and how many proposals it has."""
 
     proposals: int
+    origin: str = ""
 
 
 class Proposal(Message, frozen=True, tag="proposal"):
@@ -112,6 +114,7 @@ class Proposal(Message, frozen=True, tag="proposal"):
     agreement_id: str = ""
     reason: str = ""  # of its rejection
     wire_id: str = ""  # an Initial proposal's id on the requestor's node
+    origin: str = ""  # the network address by which the other side opened the negotiation
 
     @property
     def own_feed(self) -> str:
@@ -201,24 +204,17 @@ def _talk_key(first: Proposal) -> str:
 
 
 def _make_room(draft: Draft, besides: Proposal) -> bool:
-    """Forget the oldest negotiations of the nodes that have most proposals of a subscription; return whether any was.
+    """Forget the oldest negotiations of who has most proposals of a subscription; return whether any was.
 
     One with an agreement stays, and that of `besides`.
     """
-    subscription_id, own = besides.own_subscription, _talk_key(_first(draft, besides))
-    talks: dict[str, list[tuple[str, int]]] = {}
-    for key, row in draft.prefix(f"talk/{subscription_id}/"):
-        if key != own:
-            talks.setdefault(key.split("/")[2], []).append((key, row.proposals))
-    ranks = [(-sum(count for _, count in found), found[0][0].split("/")[3], node) for node, found in talks.items()]
-    heapq.heapify(ranks)
-    freed = 0
-    while ranks and freed < ROOM_AT_ONCE:
-        have, _, node = heapq.heappop(ranks)
-        key, count = talks[node].pop(0)
-        freed += _forget_talk(draft, key)
-        if talks[node]:
-            heapq.heappush(ranks, (have + count, talks[node][0][0].split("/")[3], node))
+    subscription_id, own, freed = besides.own_subscription, _talk_key(_first(draft, besides)), 0
+    talks = ((key, key.split("/"), row) for key, row in draft.prefix(f"talk/{subscription_id}/") if key != own)
+    entries = (Occupant(float(part[3]), key, part[2], row.origin, row.proposals) for key, part, row in talks)
+    for entry in by_crowd(entries, STANDS_OUT):
+        freed += _forget_talk(draft, entry.key)
+        if freed >= ROOM_AT_ONCE:
+            break
     row = draft.get(f"subscription/{subscription_id}")
     draft.put(f"subscription/{subscription_id}", replace(row, proposals=max(0, row.proposals - freed)))
     return freed > 0
@@ -265,8 +261,8 @@ def _add(draft: Draft, proposal: Proposal) -> None:
     draft.put(pair_key, Pair(pair.proposals + 1))
     draft.put(row_key, replace(row, proposals=row.proposals + 1))
     talk_key = _talk_key(_first(draft, proposal))
-    talk = draft.get(talk_key) or Talk(0)
-    draft.put(talk_key, Talk(talk.proposals + 1))
+    talk = draft.get(talk_key) or Talk(0, proposal.origin)
+    draft.put(talk_key, Talk(talk.proposals + 1, talk.origin))
 
 
 def mismatch(proposal: Proposal, other: Proposal) -> str:
@@ -426,6 +422,7 @@ def received_first(draft: Draft, message: ProposalOpened) -> None:
         created=draft.now,
         expires=min(offer.expires, demand.expires),
         wire_id=message.initial_id,
+        origin=draft.meta.origin,
     )
     proposal = _answer(initial, demand.owner, message.proposal_id, message.properties, message.constraints, message.created)
     if draft.get(f"proposal/{initial.proposal_id}"):

@@ -163,6 +163,16 @@ def debt_of(turn: Turn, row: ProviderAgreementRow) -> Decimal:
     return max(Decimal(0), worked - paid)
 
 
+def bound_funds(turn: Turn, requestor: str, platform: str, besides: str = "") -> Decimal:
+    """Return what of a payer's account is for agreements with us already, but that of id `besides`: it pays but one."""
+    total = Decimal(0)
+    for _, row in _debts(turn, requestor):
+        if row.platform == platform and row.agreement_id != besides:
+            may_need = Decimal(row.credit if row.unproven else row.needed) if is_live(row) else Decimal(0)
+            total += max(debt_of(turn, row), may_need)
+    return total
+
+
 def _debts(turn: Turn, requestor: str = "") -> Iterator[tuple[DebtRow, ProviderAgreementRow]]:
     prefix = f"debt/{requestor}/" if requestor else "debt/"
     for _, debt in list(turn.prefix(prefix)):
@@ -225,9 +235,10 @@ def judge(turn: Turn, requestor: str, demand: Mapping[str, Any], offer: Mapping[
         return Grant()
     credit, needed = credit_situation(turn, requestor), needed_funds(terms, demand, offer, turn.now)
     whole, funds = stranger_credit(terms, offer, platform), funds_of(turn, requestor, platform)
-    if funds is not None and funds < needed:
-        held = f"Your account holds {_text(funds)} GLM on {platform}, and this agreement takes {_text(needed)} GLM"
-        return TurnedDown(f"{held} there; the credit of who has it is {_text(whole)} GLM.", False)
+    if funds is not None and funds < needed + (bound := bound_funds(turn, requestor, platform)):
+        held = f"Your account holds {_text(funds)} GLM on {platform}, and this agreement takes {_text(needed)} GLM there"
+        besides = f", beside {_text(bound)} GLM for what is open here" if bound > 0 else ""
+        return TurnedDown(f"{held}{besides}; the credit of who has it is {_text(whole)} GLM.", False)
     raw = raw_credit(terms, offer, platform)
     proven = raw if funds is not None else Decimal(0)
     most = grant(terms, credit, offer, platform, raw)  # that the chain has not answered yet is no reason to refuse
@@ -277,8 +288,10 @@ def funds_known(turn: Turn, message: FundsKnown) -> None:
     if message.amount is None:
         return
     for _, one in _debts(turn, message.requestor):
-        fits = one.platform == message.platform and Decimal(message.amount) >= Decimal(one.needed)
-        if one.unproven and fits and is_live(one):
+        if not (one.unproven and one.platform == message.platform and is_live(one)):
+            continue
+        bound = bound_funds(turn, message.requestor, one.platform, one.agreement_id)
+        if Decimal(message.amount) >= Decimal(one.needed) + bound:
             credit, terms = credit_situation(turn, message.requestor), turn.config.terms
             whole = max(Decimal(repr(terms.credit_floor)), credit.raw + Decimal(one.unproven))
             added = max(Decimal(0), whole - credit.granted)

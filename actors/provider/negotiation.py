@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 from msgspec.structs import replace
 
+from actors.kernel.crowd import Occupant, by_crowd
 from actors.provider import agreements, credit, places
 from actors.provider.agreements import approved
 from actors.provider.rows import APPROVING, ProviderAgreementRow, ProviderOfferRow, RejectedRow
@@ -40,6 +40,7 @@ from protocol.provider import (
 from protocol.types import Violation, amount_text, node_id
 
 MAX_REJECTED = 200  # remembered proposals
+STANDS_OUT = 10  # of one requestor
 IS_FINAL = "golem.proposal.rejection.is-final"
 
 
@@ -101,13 +102,15 @@ def _reject(turn: Turn, row: RejectedRow, why: TurnedDown) -> None:
 def _remember(turn: Turn, row: RejectedRow) -> None:
     """Keep a proposal for when there is room.
 
-    Where there are too many, the oldest goes of who has most, with the answer that it waits for: nobody pushes others out.
+    Where there are too many, the oldest goes of who has most (a node, then a network address), with the answer that it
+    waits for: nobody pushes others out.
     """
     turn.put(f"rejected/{row.proposal_id}", row)
     kept: list[RejectedRow] = [one for _, one in turn.prefix("rejected/")]
     if len(kept) > MAX_REJECTED:
-        have = Counter(one.issuer for one in kept)
-        oldest = min(kept, key=lambda one: (-have[one.issuer], one.at, one.proposal_id))
+        entries = (Occupant(one.at, one.proposal_id, one.issuer, one.origin) for one in kept)
+        first = next(by_crowd(entries, STANDS_OUT))
+        oldest = next(one for one in kept if one.proposal_id == first.key)
         turn.put(f"rejected/{oldest.proposal_id}", None)
         if oldest.waits:
             turn.unwake(f"patience/{oldest.proposal_id}")

@@ -69,6 +69,7 @@ class RejectedRow(Message, frozen=True):
     constraints: str
     at: float
     waits: bool = False
+    origin: str = ""
 
 
 class Refusal(Message, frozen=True):

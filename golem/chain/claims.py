@@ -52,8 +52,8 @@ class Claims:
         first = self._sql.execute(f"select created from claim {where}", same).fetchone()
         if first is not None:
             claim = replace(claim, created=min(first[0], claim.created))
-        row = _texts(claim)
-        self._sql.execute("insert or replace into claim values(?,?,?,?,?,?,?,?,?,?)", (*row, _checksum(row)))
+        row = texts(claim)
+        self._sql.execute("insert or replace into claim values(?,?,?,?,?,?,?,?,?,?)", (*row, checksum(row)))
 
     def remove(self, claim_id: str) -> None:
         self._sql.execute("delete from claim where id=?", (claim_id,))
@@ -61,10 +61,9 @@ class Claims:
     def all(self) -> list[Claim]:
         """Oldest first. One that does not fit its checksum is dropped: the ledger asks again until it is answered."""
         found = []
-        for rowid, *row, checksum in self._sql.execute("select rowid, * from claim order by created, id").fetchall():
-            if _checksum(row) == checksum:
-                i, p, h, r, e, a, c, t, b = row
-                found.append(Claim(i, p, h, r, e, int(a), int(c), t, b))
+        for rowid, *row, check in self._sql.execute("select rowid, * from claim order by created, id").fetchall():
+            if checksum(row) == check:
+                found.append(claim_of(row))
             else:
                 log.error("a claim in chain.db is damaged (%s); it is forgotten, and asked for again", str(row[0])[:80])
                 self._sql.execute("delete from claim where rowid=?", (rowid,))
@@ -108,10 +107,18 @@ class Turns:
         self._due[claim.claim_id] = now + max(poll_s, min(age_s * REST, MAX_REST_S))
 
 
-def _texts(claim: Claim) -> tuple[Any, ...]:
+def texts(claim: Claim) -> tuple[Any, ...]:
+    """A claim as the columns of a row."""
     c = claim
     return (c.claim_id, c.platform, c.tx_hash, c.payer, c.payee, str(c.amount_wei), str(c.claimed_wei), c.created, c.not_before)
 
 
-def _checksum(row: Sequence[Any]) -> int:
+def claim_of(row: Sequence[Any]) -> Claim:
+    """The claim that `texts` was made of."""
+    i, p, h, r, e, a, c, t, b = row
+    return Claim(i, p, h, r, e, int(a), int(c), t, b)
+
+
+def checksum(row: Sequence[Any]) -> int:
+    """What tells a row from a damaged one."""
     return crc32(repr(tuple(row)).encode())

@@ -52,6 +52,8 @@ from protocol.wallet import (
 STUCK_BLOCKS = 6  # blocks that passed a well-paid transaction by, before it gets a higher fee
 PATIENT_LOOKS = 3  # in a row that must find the same before a nonce is given up or filled, or a person is bothered
 MAX_PROBLEMS = 100  # told at once
+WATCH_S = 60.0  # between looks whether the chain still has what was final, while that is so young that it may be lost
+WATCH_BLOCKS = 96  # is that young at least: a dev chain is `repeat_depth` deep in a moment
 MAY_COME = "the chain has lost blocks: what was signed for its orders before may yet be mined, and is used up first"
 
 TOO_LOW = ("nonce too low", "nonce is too low")
@@ -90,6 +92,8 @@ class Engine:
         self._checked = False
         self._problems: list[Problem] = []
         self._reviewed = False  # has the chain, since the start, still what was final?
+        self._young = False  # may it lose that yet?
+        self._review_at = 0.0  # on trio's clock: then it is looked again
         self._looks: dict[str, int] = {}  # what was found, and how often in a row
         self._refused: dict[str, tuple[float, Problem]] = {}  # batch that the token refuses -> when to try again
         self.unclear: dict[int, Unclear] = {}  # transaction that waits for a person -> what the RPCs say of it
@@ -128,12 +132,14 @@ class Engine:
         return (*self._problems, *(problem for problem in told if problem.detail not in said))
 
     async def run(self) -> None:
-        """Work until cancelled: at the network's poll interval while anything is open, else when something comes."""
+        """Work until cancelled: at the network's poll interval while anything is open, else when something comes; and now
+        and then while the chain may yet lose what was final."""
         while True:
             self._wake = trio.Event()
             await self.step()
             busy = self.store.open() or self.store.queued() or self.store.unannounced() or not self._reviewed
-            with trio.move_on_after(self.network.poll_s if busy else float("inf")):
+            idle_s = max(self._review_at - trio.current_time(), 0.0) if self._young else float("inf")
+            with trio.move_on_after(self.network.poll_s if busy else idle_s):
                 await self._wake.wait()
 
     def wake(self) -> None:
@@ -150,11 +156,13 @@ class Engine:
     async def step(self) -> None:
         """One look at everything that is not final. Never raises RpcError: that becomes a problem.
 
-        With nothing to do it asks the chain nothing, but once after the start whether all is still there, so that an idle
-        node leaves public endpoints alone.
+        With nothing to do it asks the chain nothing, but after the start whether all is still there, and every `WATCH_S`
+        while the last payment is young, so that an idle node leaves public endpoints alone.
         """
         problems: list[Problem] = []
         async with self.turn:
+            if self._young and trio.current_time() >= self._review_at:
+                self._reviewed = False
             if self.store.open() or self.store.queued() or not self._reviewed:
                 await self._look(problems)
             problems += self.lost.twice()
@@ -216,7 +224,7 @@ class Engine:
     # -- the chain under us
 
     async def _check_chain(self, problems: list[Problem]) -> None:
-        if not self._checked:
+        if not self._checked or not all(endpoint.genesis for endpoint in self.rpc.pool.endpoints):
             found, self._checked = await check_genesis(self.evidence, self.rpc, self.store, self.network, self.address)
             problems += found
 
@@ -227,6 +235,9 @@ class Engine:
             self.lost.reopen(lost, since)
             lost = []
         self._reviewed = not lost
+        age = newest(views).number - self.store.last_block()
+        self._young = age < max(WATCH_BLOCKS, self.network.repeat_depth)
+        self._review_at = trio.current_time() + WATCH_S
         return self._reviewed
 
     # -- transactions that are not final
@@ -346,6 +357,7 @@ class Engine:
 
     def end(self, tx: TxRow, state: str, reason: str, gas_used: int = 0, fee_wei: int = 0) -> None:
         """A transaction is final. `turn` is held."""
+        self._young = True
         self.store.note(tx.id, "this node", f"{state}{': ' if reason else ''}{reason}", self._clock())
         self.store.finish(tx, state, reason, gas_used, fee_wei)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import trio
 
 from golem.chain.draft import Wait
@@ -22,6 +24,7 @@ async def check_genesis(evidence: Evidence, rpc: Rpc, store: Store, network: Net
     stories = [Story(witness.name, f"genesis {genesis[:18]}...") for witness, genesis in said]
     hashes = {genesis for _, genesis in said}
     if len(hashes) > 1 and not store.ever_signed():
+        _ask_anew(said)
         raise Unclear(stories, contradiction=True)
     known = store.bind_genesis(network.chain, min(hashes))
     if known in hashes:
@@ -39,9 +42,16 @@ async def check_genesis(evidence: Evidence, rpc: Rpc, store: Store, network: Net
         text = f"the chain behind {network.name} was replaced by another one: its genesis is {min(hashes)[:18]}..., "
         text += f"the payments in this node's chain.db were made on {known[:18]}..."
     if text:
+        _ask_anew(said)
         raise Wait(Problem("InvalidChainId", text, address, chain_id=network.chain_id))
     store.change_chain(network.chain, min(hashes))  # play money of a chain that is gone: begin again
     return [], True
+
+
+def _ask_anew(said: Sequence[tuple[Witness, str]]) -> None:
+    """Believe nobody for good while nothing is decided: who was wrong may be mended without ever failing."""
+    for witness, _ in said:
+        witness.endpoint.genesis = ""
 
 
 async def _asked(evidence: Evidence, rpc: Rpc) -> tuple[list[tuple[Witness, str]], list[tuple[Witness, RpcError]]]:

@@ -35,6 +35,7 @@ from golem.chain.store import OrdersTaken, TransferBatch
 from golem.chain.totals import totals
 from golem.chain.verify import NotYet, Rejected, verify_transfer
 from golem.chain.vouch import Vouch, voucher
+from golem.chain.watch import Vigil
 from protocol.types import Message, Violation, address, amount, amount_text, from_wei, to_wei
 from protocol.wallet import (
     KnownBatch,
@@ -107,6 +108,7 @@ class Chain:
         )
         self._claims = Claims(config.data_dir / "chain.db")
         self._purses = Purses(config.data_dir / "chain.db")
+        self.watch = Vigil(config.data_dir / "chain.db", clock)
         self._claimed, self._turns = trio.Event(), Turns()
         self._unknown: dict[str, float] = {}  # claim -> since when all RPCs have answered that they know of no such thing
         self._up = trio.Event()
@@ -128,6 +130,7 @@ class Chain:
             if self._dev_dir:
                 nursery.start_soon(self._keep_devchain, self._dev_dir)
             nursery.start_soon(self._verify_claims)
+            nursery.start_soon(self._watch)
             for row in {row.chain: row for row in self.networks}.values():
                 nursery.start_soon(self._check, row)
             for engine in self._engines.values():
@@ -140,6 +143,11 @@ class Chain:
             engine.close()
         self._claims.close()
         self._purses.close()
+        self.watch.close()
+
+    async def _watch(self) -> None:
+        await self._up.wait()
+        await self.watch.run(self.networks, self._rpcs)
 
     async def _check(self, row: Network) -> None:
         """See at start whether each endpoint serves its network, and what we hold there; again until it is so. From then on
@@ -275,6 +283,7 @@ class Chain:
         elif isinstance(found, Rejected):
             answer = TransferRejected(claim.claim_id, found.reason)
         else:
+            self.watch.add(claim, found)
             answer = TransferVerified(claim.claim_id, claim.tx_hash)
         await self._system.post(self.name, [Send("ledger", answer)])
         self._claims.remove(claim.claim_id)
@@ -382,8 +391,10 @@ class Chain:
         return found
 
     def problems(self, network: str) -> tuple[Problem, ...]:
-        """Why payments wait on a network, and what is wrong with its endpoints; empty is healthy."""
-        return self._engines[self.networks.by_name(network).chain].problems()
+        """Why payments wait on a network, what is wrong with its endpoints, and what was paid to this node and is lost; empty
+        is healthy."""
+        row = self.networks.by_name(network)
+        return (*self._engines[row.chain].problems(), *self.watch.problems(row))
 
     def fault(self) -> str | None:
         """Say which network nothing can be paid on, since no endpoint serves it as its row says. None is healthy."""
@@ -403,6 +414,22 @@ class Chain:
     def story(self, platform: str, batch_id: str) -> dict[str, Any] | None:
         """What this node and the RPCs said of a batch; None when the chain port never had it. See `golem.chain.desk`."""
         return desk.story(self._engines[self.networks.by_platform(platform).chain], batch_id)
+
+    def lost(self, platform: str) -> dict[str, str]:
+        """Transactions, paid by this node or to it, whose blocks the chain has lost, and what is done about that."""
+        row = self.networks.by_platform(platform)
+        again = "its block is lost, and it is sent again, byte for byte"
+        none = "its block is lost, and an empty transaction takes its nonce"
+        ours = {tx.winner: none if tx.void else again for tx in self._engines[row.chain].store.open() if tx.reopened}
+        return ours | {one.claim.tx_hash: self.watch.words(one, row) for one in self.watch.lost(platform)}
+
+    def forget(self, payment_id: str) -> str | None:
+        """A person knows that a payment to this node is lost: what that was, in words. None when none of this id is."""
+        held = self.watch.forget(payment_id)
+        if held is None:
+            return None
+        owed = f"{amount_text(from_wei(held.claim.amount_wei))} from {held.claim.payer}"
+        return f"payment {payment_id} is not named any more: {owed} is lost, and its payer owes it to you"
 
     async def decide(self, platform: str, batch_id: str, paid_by: str | None, unseen: bool = False) -> str:
         """A person's word on a batch that the RPCs do not prove. ValueError, RpcError."""

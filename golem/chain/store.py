@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-SCHEMA_NUMBER = 6  # with each change of the tables one more
+SCHEMA_NUMBER = 7  # with each change of the tables one more
 SCHEMA = """
 create table batch(
   account text, id text, payees text, state text, reason text, announced int, seq integer primary key,
@@ -40,6 +40,10 @@ create table chain(id text primary key, genesis text);
 create table claim(
   id text primary key, platform text, tx_hash text, payer text, payee text, amount_wei text, claimed_wei text,
   created real, not_before real, checksum int);
+create table verified(
+  id text primary key, platform text, tx_hash text, payer text, payee text, amount_wei text, claimed_wei text,
+  created real, not_before real, block int, block_hash text, lost_at real, trouble text, checksum int,
+  genesis text not null default '', deep int not null default 0);
 create table purse(chain text, address text, gas_wei text, token_wei text, at real, primary key(chain, address));
 """
 OPEN = ("signed", "sent", "mined")
@@ -324,6 +328,11 @@ class Store:
             (self.account, MAX_NONCE if before is None else before),
         ).fetchone()
         return _tx(row) if row else None
+
+    def last_block(self) -> int:
+        """The newest block that holds what is final; far below all others where none does."""
+        row = self._sql.execute(f"select max(block) from tx where account=? and state not in {OPEN}", (self.account,)).fetchone()
+        return -MAX_NONCE if row[0] is None else int(row[0])
 
     def rivals(self, batch_id: str, tx_id: int = 0) -> list[TxRow]:
         """Other transactions that were signed for some order of a batch, and have paid it or may do so."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from golem.chain.contracts import TRANSFER_TOPIC
@@ -24,9 +24,11 @@ _HASH = re.compile(r"0x[0-9a-fA-F]{64}\Z")
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """Paid and final. `transferred_wei`: all that the transaction moves from payer to payee."""
+    """Paid and final. `transferred_wei`: all that the transaction moves from payer to payee; and the block that holds it."""
 
     transferred_wei: int
+    block: int = field(default=0, compare=False)
+    block_hash: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +120,7 @@ async def _verify(
             f"transaction {tx_hash} moves {moved} wei, {already_claimed_wei} of it settled before: "
             f"less than the {amount_wei} claimed"
         )
-    return Verified(moved)
+    return Verified(moved, final[0].block, final[0].block_hash)
 
 
 def when(seconds: float) -> str:

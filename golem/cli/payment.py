@@ -97,8 +97,8 @@ def status(network: str | None, **_: Any) -> None:
 def trace(debt: str) -> None:
     """Tell what became of a debt.
 
-    Name an invoice, debit note, order, batch or transaction. You see its orders and batches, each signed transaction, and
-    what this node and every RPC said of it, and when.
+    Name an invoice, debit note, order, batch, payment or transaction. You see its orders and batches, each signed
+    transaction, and what this node and every RPC said of it, and when; of what is owed to this node, how it was paid.
     """
     found = ask_node("payment_trace", id=ask_node("whole", kind="debt", id=debt))
     if wants_json():
@@ -118,6 +118,11 @@ def trace(debt: str) -> None:
                 text(f"    {attempt['at']}  {attempt['hash']}, up to {fee} gwei, sent {sent} times")
             for seen in tx["seen"]:
                 text(f"    {seen['at']}  {seen['by']}: {seen['what']}")
+    for paid in found["received"]:
+        text(f"payment {paid['paymentId']} of {paid['amount']} from {paid['from']} on {paid['platform']}: {paid['state']}")
+        text(f"  {paid['at']}  {paid['hash']}{_because(paid)}")
+        if paid["lost"]:
+            text(f"  {paid['lost']}")
 
 
 def _because(row: dict[str, Any]) -> str:
@@ -130,7 +135,7 @@ def _because(row: dict[str, Any]) -> str:
 @click.option("--unseen", is_flag=True, help="With --paid: count it though no RPC shows that it paid.")
 @click.option("--unpaid", is_flag=True, help="Nothing paid it, and nothing will: pay it anew.")
 def decide(batch: str, paid_by: str | None, unseen: bool, unpaid: bool) -> None:
-    """Say what became of a payment that the RPCs do not prove.
+    """Say what became of a payment that the RPCs do not prove, or that you know of one to this node that was lost.
 
     `golem payment status` names such payments, `golem payment trace` tells what each RPC says. Look at the payer's and the
     payee's accounts in an explorer that you trust: a payment that is called unpaid, and is not, is paid twice; one that is

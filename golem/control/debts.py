@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
+from actors.ledger.rows import PAYEE, PaymentRow
 from golem.control.command import command
+from golem.node.paid import lost_of, payments_of
 from golem.node.payout import payout_of, write_payout
 from protocol.ledger import DEBIT_NOTE, INVOICE
 from protocol.types import timestamp_text
@@ -29,16 +31,21 @@ async def wallet_payout(node: Node, args: dict[str, Any]) -> Any:
 
 @command
 async def payment_trace(node: Node, args: dict[str, Any]) -> Any:
-    """What became of a debt, by its invoice, debit note, order or batch: documents, orders, batches, transactions."""
+    """What became of a debt, by its invoice, debit note, order, batch or payment: orders, batches and transactions of this
+    node's own, and payments made to it."""
     wanted = str(args["id"])
     wallet = node.system.rows("wallet")
     names = [wanted, f"{INVOICE}:{wanted}", f"{DEBIT_NOTE}:{wanted}"]
     orders = [row for name in names if (row := wallet.get(f"order/{name}")) is not None]
     known, _ = node.system.listed("wallet", "batch/")
     batches = [row for _, row in known if _concerns(row, wanted, {order.order_id for order in orders})]
-    if not orders and not batches:
-        raise ValueError(f"no debt of this node is known as {wanted[:80]}: name an invoice, debit note, order or batch")
     ledger = node.system.rows("ledger")
+    document = ledger.get(f"{INVOICE}/{wanted}") or ledger.get(f"{DEBIT_NOTE}/{wanted}")
+    claims = [row for _, row in node.system.listed("ledger", "payment/")[0]]
+    claims = payments_of(node, document.agreement_id, claims) if document is not None else claims
+    claims = [row for row in claims if row.role == PAYEE and (document or wanted in (row.payment_id, row.tx_hash))]
+    if not orders and not batches and not claims:
+        raise ValueError(f"no debt of this node is known as {wanted[:80]}: name an invoice, debit note, order or batch")
     documents = {order.order_id: ledger.get(f"order/{order.order_id}") for order in orders}
     return {
         "orders": [
@@ -53,7 +60,15 @@ async def payment_trace(node: Node, args: dict[str, Any]) -> Any:
              "chain": node.chain.story(batch.platform, batch.batch_id)}
             for batch in sorted(batches, key=lambda each: each.created_at)
         ],
+        "received": [_received(node, row) for row in claims],
     }  # fmt: skip
+
+
+def _received(node: Node, row: PaymentRow) -> dict[str, Any]:
+    """A payment to this node, and what its chain says of it."""
+    lost = lost_of(node, [row]).get(row.tx_hash, "")
+    return {"paymentId": row.payment_id, "from": row.peer, "amount": row.amount, "platform": row.platform, "hash": row.tx_hash,
+            "state": row.state, "reason": row.reason, "at": timestamp_text(row.recorded_at), "lost": lost}  # fmt: skip
 
 
 def _concerns(batch: Any, wanted: str, order_ids: set[str]) -> bool:
@@ -66,6 +81,8 @@ def _concerns(batch: Any, wanted: str, order_ids: set[str]) -> bool:
 async def payment_decide(node: Node, args: dict[str, Any]) -> Any:
     """A person's word on a payment that the RPCs do not prove."""
     row = node.system.rows("wallet").get(f"batch/{args['batch']}")
+    if row is None and args["paid_by"] is None and (words := node.chain.forget(str(args["batch"]))):
+        return words
     if row is None:
         raise ValueError(f"no payment {str(args['batch'])[:64]} is known here")
     return await node.chain.decide(row.platform, row.batch_id, args["paid_by"], bool(args.get("unseen")))

@@ -63,11 +63,13 @@ def _known(node: Node, kind: str) -> list[str]:
         case "bill":
             return keys("ledger", "agreement", DEBIT_NOTE, INVOICE)
         case "payment":
-            return keys("wallet", "batch")
+            return keys("wallet", "batch") + keys("ledger", "payment")
         case "debt":
             orders = keys("wallet", "order")
             hashes = [row.tx_hash for _, row in node.system.rows("wallet").prefix("batch/") if row.tx_hash]
-            return [one.partition(":")[2] or one for one in orders] + orders + keys("wallet", "batch") + hashes
+            hashes += [row.tx_hash for _, row in node.system.rows("ledger").prefix("payment/")]
+            known = orders + keys("wallet", "batch") + keys("ledger", "payment", DEBIT_NOTE, INVOICE) + hashes
+            return list(dict.fromkeys([*(one.partition(":")[2] or one for one in orders), *known]))
     raise LookupError(f"ids of what? Not of {kind!r}")
 
 

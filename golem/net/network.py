@@ -134,6 +134,10 @@ class PeerNetwork:
         elif len(self._outgoing) < 1024:
             self._outgoing.append((topic, payload))
 
+    def origin(self, node_id: str) -> str:
+        """The address a peer's session comes by, of IPv6 its /64, which one machine has to itself; "" without a session."""
+        return self._sessions.origin(node_id) if self._sessions is not None else ""
+
     def sessions(self) -> list[Session]:
         """The sessions that are up."""
         return self._sessions.list() if self._sessions is not None else []

@@ -8,6 +8,7 @@ Neighbours: `host.py` below, `links.py` and `streams.py` beside, `network.py` ab
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -199,6 +200,12 @@ class Sessions:
             for peer in self._peers.values()
             if peer.link is not None
         ]
+
+    def origin(self, node_id: str) -> str:
+        """The address that a peer's session comes by, of IPv6 its /64; "" without one."""
+        peer = self._peers.get(node_id)
+        conns = [] if peer is None else [peer.link_conn, *peer.conns]
+        return next((_origin(conn) for conn in conns if conn is not None), "")
 
     # connections come and go
 
@@ -415,6 +422,16 @@ class Sessions:
                     self._book.add_record(record)
         except (NetError, ValueError, msgpack.UnpackException) as error:
             log.debug("peer exchange with %s: %s", link.peer, error)
+
+
+def _origin(conn: Mux) -> str:
+    remote = conn.get_remote_address()
+    if remote is None:
+        return ""
+    address = ipaddress.ip_address(remote[0].partition("%")[0])
+    if isinstance(address, ipaddress.IPv4Address):
+        return str(address)
+    return str(address.ipv4_mapped or ipaddress.ip_network((address, 64), strict=False))
 
 
 def _address(conn: Mux | None) -> str:

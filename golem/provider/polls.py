@@ -122,7 +122,8 @@ async def _offer_event(client: NodeClient, cache: ProposalCache, path: str, offe
         found = await client.call("GET", f"{path}/proposals/{part(previous_id)}")
         ours = json.dumps(found["properties"]), str(found["constraints"])
     demand = json.dumps(proposal["properties"])
-    return ProposalArrived(offer.preset, offer.offer_id, str(proposal["proposalId"]), str(proposal["issuerId"]), demand, *ours)
+    names = str(proposal["proposalId"]), str(proposal["issuerId"])
+    return ProposalArrived(offer.preset, offer.offer_id, *names, demand, *ours, origin=str(proposal.get("origin", ""))[:100])
 
 
 async def follow(client: NodeClient, system: System, feed: str, session_id: str, since: float) -> None:

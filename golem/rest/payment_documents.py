@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from quart import Blueprint, Response, request
 
 from actors.ledger.machine import LedgerAgreementRow, PaymentDocument, acceptance_of
+from golem.node.paid import lost_of, payments_of
 from golem.rest.calculation import waiting
 from golem.rest.edge import (
     ApiError,
@@ -34,7 +35,6 @@ from golem.rest.payment_forms import (
     body_amount,
     body_time,
     exact_body,
-    payments_of,
     render_payment,
     scan,
 )
@@ -239,7 +239,9 @@ def _invoices_only(api: Blueprint, node: Node) -> None:
     @api.get("/invoices/<invoice_id>/payments")
     async def invoice_payments(invoice_id: str) -> Response:
         row = _document(node, INVOICE, invoice_id)
-        return respond_json([render_payment(node, payment) for payment in payments_of(node, row.agreement_id)])
+        return respond_json(
+            [render_payment(node, payment) for payment in payments_of(node, row.agreement_id, listed(node, "ledger", "payment/"))]
+        )
 
 
 def _not_there(api: Blueprint) -> None:
@@ -263,20 +265,23 @@ def explained(node: Node, kind: DocumentNames, row: PaymentDocument) -> dict[str
     """Return where a document stands and, in words, what it waits for."""
     agreement = _agreement(node, row)
     order = node.system.rows("ledger").get(f"order/{row.kind}:{row.document_id}")
+    payments = payments_of(node, row.agreement_id, listed(node, "ledger", "payment/"))
+    lost = lost_of(node, payments)
     return {
         kind.id_field: row.document_id,
         "role": row.role,
         "status": row.status,
         "amount": row.amount,
-        "waiting": waiting(node.system.rows("ledger"), row),
+        "waiting": waiting(node.system.rows("ledger"), row) or "; ".join(lost.values()),
         "changed": timestamp_text(row.changed_at),
         "agreement": {"agreementId": row.agreement_id, "accepted": agreement.accepted, "paid": agreement.paid},
         "ordered": order.amount if order is not None else None,
         "payments": [
-            {"paymentId": p.payment_id, "state": p.state, "transaction": p.tx_hash, "amount": p.amount, "reason": p.reason}
-            for p in payments_of(node, row.agreement_id)
+            {"paymentId": p.payment_id, "state": p.state, "transaction": p.tx_hash, "amount": p.amount,
+             "reason": lost.get(p.tx_hash, p.reason)}
+            for p in payments
         ],
-    }
+    }  # fmt: skip
 
 
 def _rendered_event(kind: DocumentNames, event: DocumentEvent, at: float) -> dict[str, Any]:

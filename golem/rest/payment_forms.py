@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from quart import request
 
-from actors.ledger.machine import LedgerActivityRow, Order, PaymentRow
-from golem.rest.edge import ApiError, listed, member, object_body
+from actors.ledger.machine import Order, PaymentRow
+from golem.rest.edge import ApiError, member, object_body
 from protocol.types import amount, timestamp, timestamp_text
 
 if TYPE_CHECKING:
@@ -93,21 +93,3 @@ def render_payment(node: Node, row: PaymentRow, at: float | None = None) -> dict
     moment = at if at is not None else row.recorded_at
     signed = {"signature": list(row.signature), "signedBytes": list(row.body)} if row.signature else {}
     return {**body, "timestamp": timestamp_text(moment), **signed}
-
-
-def payments_of(node: Node, agreement_id: str) -> list[PaymentRow]:
-    """Return the payments that hold a part for an agreement or one of its activities."""
-    rows = node.system.rows("ledger")
-
-    def belongs(activity_id: str) -> bool:
-        activity: LedgerActivityRow | None = rows.get(f"activity/{activity_id}")
-        return activity is not None and activity.agreement_id == agreement_id
-
-    found = []
-    for row in listed(node, "ledger", "payment/"):
-        body = json.loads(row.body)
-        if any(part["agreementId"] == agreement_id for part in body["agreementPayments"]) or any(
-            belongs(part["activityId"]) for part in body["activityPayments"]
-        ):
-            found.append(row)
-    return sorted(found, key=lambda row: row.recorded_at)

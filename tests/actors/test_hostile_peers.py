@@ -258,14 +258,14 @@ class Victim:
         self._peer = Decoder[Any](machine.peer | type(None))
         self._local = Decoder[Any](machine.local | machine.peer | type(None))
 
-    def hit(self, body: bytes, sender: str) -> Step | None:
+    def hit(self, body: bytes, sender: str, origin: str = "") -> Step | None:
         """Take a message as the kernel does; return the step, None for a violation. Whatever else is raised is a bug."""
         remote = node_of(sender) != node_of(self.address)
         try:
             message = (self._peer if remote else self._local)(body)
             if message is None:
                 return None
-            step = self.machine.handle(self.rows, message, Meta(sender, self.now, "trace"))
+            step = self.machine.handle(self.rows, message, Meta(sender, self.now, "trace", origin))
         except Violation as violation:
             str(violation).encode("utf-8", "replace")
             return None
@@ -478,7 +478,7 @@ class Offered:
         self.victim = Victim(f"{provider}/negotiation", life().play(provider, "negotiation").machine, rows, START)
         self.offer_id = next(key.partition("/")[2] for key in rows if key.startswith("subscription/"))
 
-    def opened(self, key: bytes, number: int) -> str:
+    def opened(self, key: bytes, number: int, origin: str = "") -> str:
         """Let a node open a negotiation; return its proposal's id where it was taken."""
         demand_id, document = demand_of(key, START, number)
         properties = json.dumps(json.loads(document.body)["properties"], separators=(",", ":"))
@@ -486,7 +486,7 @@ class Offered:
         named = proposal_id(demand_id, self.offer_id, initial, node_id_of(key), properties, constraints, START)
         message = ProposalOpened(named, initial, self.offer_id, document, properties, constraints, START)
         self.victim.now += 0.01
-        step = self.victim.hit(encode(message), f"{node_id_of(key)}/negotiation")
+        step = self.victim.hit(encode(message), f"{node_id_of(key)}/negotiation", origin)
         if step is None:
             return ""
         self.victim.apply(step)
@@ -531,6 +531,19 @@ def test_many_free_identities_close_no_offer(monkeypatch: pytest.MonkeyPatch) ->
         found.proposal_id for _, found in rows.prefix("proposal/") if found.offer_id == offered.offer_id
     }
     assert offered.opened(KEYS[0], 9), "the offer is open to whoever comes"
+
+
+def test_as_many_identities_as_proposals_close_no_offer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no node stands out, those behind one network address make room for one another, not the few of elsewhere."""
+    monkeypatch.setattr(proposals, "MAX_PROPOSALS", 200)
+    monkeypatch.setattr(proposals, "ROOM_AT_ONCE", 20)
+    offered = Offered()
+    honest = [offered.opened(key, 1, f"198.51.100.{place}") for place, key in enumerate((KEYS[0], KEYS[2]))]
+    assert all(honest), "they came first, and have as many as each of the others"
+    for number in range(300):
+        assert offered.opened(bytes([60, 1 + number % 200, 1 + number // 200, 7]) * 8, 1, "203.0.113.9"), number
+    assert [f"proposal/{one}" in offered.victim.rows for one in honest] == [True, True]
+    assert {row.origin for _, row in offered.victim.rows.prefix("talk/")} >= {"198.51.100.0", "203.0.113.9"}
 
 
 def test_the_words_are_there() -> None:

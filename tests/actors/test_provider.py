@@ -262,11 +262,9 @@ class Agent:
         self.play.sends.clear()
         self.play.ask(AgentStarted("prov-other", (SPEC,)))
 
-    def propose(self, proposal_id: str = "P-1", requestor: str = REQUESTOR, **changes: Any) -> None:
-        demand = {**DEMAND, **changes}
-        self.tell(
-            ProposalArrived("wasmtime", self.offer_id, proposal_id, requestor, json.dumps(demand), json.dumps(OFFER), "(&)")
-        )
+    def propose(self, proposal_id: str = "P-1", requestor: str = REQUESTOR, origin: str = "", **changes: Any) -> None:
+        demand, ours = json.dumps({**DEMAND, **changes}), json.dumps(OFFER)
+        self.tell(ProposalArrived("wasmtime", self.offer_id, proposal_id, requestor, demand, ours, "(&)", origin))
         self._fund()
 
     def _fund(self) -> None:
@@ -378,6 +376,15 @@ def test_who_asks_for_much_pushes_out_nobody_who_waits() -> None:
     agent.propose("P-other", "0x" + "7" * 40)
     for number in range(MAX_REJECTED + 50):
         agent.propose(f"P-{number}", OTHER)
+    assert "P-other" not in [one.proposal_id for one in agent.rest(RefuseProposal)]
+    assert agent.play.rows["rejected/P-other"].waits
+
+
+def test_many_identities_of_one_address_push_out_nobody_who_waits() -> None:
+    agent = Agent().begin().approved()
+    agent.propose("P-other", "0x" + "7" * 40, "198.51.100.1")
+    for number in range(MAX_REJECTED + 50):
+        agent.propose(f"P-{number}", f"0x{number:040x}", "203.0.113.9")
     assert "P-other" not in [one.proposal_id for one in agent.rest(RefuseProposal)]
     assert agent.play.rows["rejected/P-other"].waits
 

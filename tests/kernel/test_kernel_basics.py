@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from itertools import count
 from pathlib import Path
@@ -87,11 +87,13 @@ class Wire:
 
 
 @asynccontextmanager
-async def running(node: str, disk: sqlite3.Connection, wire: Wire) -> AsyncIterator[System]:
+async def running(
+    node: str, disk: sqlite3.Connection, wire: Wire, keeper: Keeper | None = None, origin: Callable[[str], str] = lambda node: ""
+) -> AsyncIterator[System]:
     numbers = count()
     journal = Journal.over(disk, lambda: f"epoch-{node}-{id(disk)}")
-    system = System(node, journal, wire, clock=trio.current_time, new_trace=lambda: f"t{next(numbers)}")
-    system.add(Keeper())
+    system = System(node, journal, wire, clock=trio.current_time, new_trace=lambda: f"t{next(numbers)}", origin=origin)
+    system.add(keeper or Keeper())
     async with trio.open_nursery() as nursery:
         await nursery.start(system.run)
         wire.systems[node] = system
@@ -127,6 +129,23 @@ async def test_many_messages_arrive_in_order_once_across_a_restart_of_the_receiv
         async with running("B", storage, wire) as b:
             assert await b.feeds.wait("notes", 299, 60)
             assert [row.value for _, row in b.rows("keeper").prefix("note/")] == [str(i) for i in range(300)]
+
+
+@mock_trio_test
+async def test_a_machine_hears_by_which_address_a_peer_comes() -> None:
+    heard: list[tuple[str, str]] = []
+
+    class Hears(Keeper):
+        def handle(self, rows: Rows, message: Any, meta: Meta) -> Step:
+            heard.append((type(message).__name__, meta.origin))
+            return super().handle(rows, message, meta)
+
+    wire = Wire()
+    async with running("A", disk(), wire) as a, running("B", disk(), wire, Hears(), lambda node: f"address of {node}") as b:
+        await a.ask("keeper", Forward("B/keeper", "x"))
+        await b.feeds.wait("notes", 0, 60)
+        await b.ask("keeper", Put("x", "1"))
+    assert heard == [("Note", "address of A"), ("Put", "")]
 
 
 @mock_trio_test

@@ -20,6 +20,7 @@ from worlds.patience import patience, within
 from worlds.support import trio_test
 
 from golem.net import LinkBusy, NetError, NetRefusal, PeerStream, RemoteError, Unreachable, open_network
+from golem.net.sessions import _origin
 from golem.net.types import MAX_REQUEST_BYTES
 
 REPO = Path(__file__).resolve().parents[2]
@@ -460,3 +461,29 @@ async def test_shutdown_is_quick_and_leaves_no_task(tmp_path: Path) -> None:
 def test_importing_the_package_does_not_load_libp2p() -> None:
     code = "import sys, golem.net; sys.exit('libp2p' in sys.modules or 'zeroconf' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPO, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("remote", "origin"),
+    [
+        (("198.51.100.7", 7465), "198.51.100.7"),
+        (("2001:db8:1:2:3:4:5:6", 7465), "2001:db8:1:2::/64"),
+        (("fe80::1%eth0", 7465), "fe80::/64"),
+        (("::ffff:198.51.100.7", 7465), "198.51.100.7"),
+        (None, ""),
+    ],
+)
+def test_a_machine_with_a_thousand_addresses_comes_by_one(remote: tuple[str, int] | None, origin: str) -> None:
+    class Conn:
+        def get_remote_address(self) -> tuple[str, int] | None:
+            return remote
+
+    assert _origin(Conn()) == origin  # type: ignore[arg-type]
+
+
+@trio_test
+async def test_the_address_of_a_session_is_told(tmp_path: Path) -> None:
+    async with nodes(tmp_path) as (one, two):
+        assert one.origin(two.node_id) == ""
+        await one.connect(two.addresses[0])
+        await eventually(lambda: two.origin(one.node_id) == one.origin(two.node_id) == "127.0.0.1")

@@ -166,6 +166,20 @@ def test_an_offer_says_what_it_must() -> None:
     assert offer["golem.inf.cpu.cores"] <= offer["golem.inf.cpu.threads"] == 2
 
 
+def test_an_offer_states_the_credit_of_a_stranger() -> None:
+    """1.5 x price x threads x (interval + time to accept + pace of payments), 0.01 GLM at least; the least of its platforms."""
+    prices = {"golem.usage.duration_sec": 5e-05, "golem.usage.cpu_sec": 1e-4}
+    mainnet = {**ACCOUNT, "platform": "erc20-mainnet-glm"}
+    for price, accounts, credit in (
+        (prices, [ACCOUNT], 1.5 * (5e-05 + 2 * 1e-4) * (120 + 240 + 360)),
+        (prices, [ACCOUNT, mainnet], 1.5 * (5e-05 + 2 * 1e-4) * (120 + 240 + 360)),
+        (prices, [mainnet], 1.5 * (5e-05 + 2 * 1e-4) * (120 + 240 + 25 * 3600)),
+        ({"golem.usage.duration_sec": 1e-9, "golem.usage.cpu_sec": 0.0}, [ACCOUNT], 0.01),
+    ):
+        spec = offer_spec(Preset("p", "wasmtime", price), TEMPLATE, Profile(2, 4.0, 10.0), accounts, "prov", "testnet", Terms())
+        assert json.loads(spec.properties)["golem.com.payment.credit"] == pytest.approx(credit, abs=1e-6)
+
+
 def test_an_offer_matches_a_demand_of_the_same_subnet() -> None:
     spec = offer_spec(Preset("p", "wasmtime"), TEMPLATE, Profile(2, 4.0, 10.0), [ACCOUNT], "prov", "testnet", Terms())
     wanted = "(&(golem.node.debug.subnet=testnet)(golem.com.pricing.model=linear)(golem.inf.mem.gib>=0.5))"

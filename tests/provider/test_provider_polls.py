@@ -15,7 +15,8 @@ from protocol.provider import AgreementArrived, EventArrived, OfferLost, Proposa
 from protocol.types import Violation
 
 OFFER = "/market-api/v1/offers/o1"
-DRAFT = {"proposalId": "P-2", "prevProposalId": "P-1", "issuerId": "0x1", "properties": {"a": 1.0}, "constraints": "()"}
+DRAFT = {"proposalId": "P-2", "prevProposalId": "P-1", "issuerId": "0x1", "properties": {"a": 1.0}, "constraints": "()",
+         "origin": "::1"}  # fmt: skip
 
 
 class Machine:
@@ -73,7 +74,7 @@ async def test_events_of_an_offer_reach_the_machine_until_the_offer_is_gone() ->
     lost = await watch_offer(node(answers, calls), machine, ProposalCache(), WatchOffer("p", "o1"))  # type: ignore[arg-type]
     assert lost == OfferLost("p", "o1")
     proposal, agreement = machine.asked
-    assert proposal == ProposalArrived("p", "o1", "P-2", "0x1", '{"a": 1.0}', '{"b": 2.0}', "(&(x=1))")
+    assert proposal == ProposalArrived("p", "o1", "P-2", "0x1", '{"a": 1.0}', '{"b": 2.0}', "(&(x=1))", "::1")
     assert agreement == AgreementArrived("p", "o1", json.dumps({"agreementId": "a1"}))
     assert calls[2].path == f"{OFFER}/proposals/P-1"
 

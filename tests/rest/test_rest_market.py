@@ -325,6 +325,7 @@ async def test_negotiation_between_two_nodes(tmp_path: Path) -> None:
         assert deal.countered.startswith("R-")
         at_provider = deal.at_provider["proposal"]
         assert at_provider["proposalId"] == "P-" + deal.countered[2:]
+        assert at_provider["origin"] == "127.0.0.1", "the agent may tell a crowd of identities from many people"
         assert (at_provider["state"], at_provider["issuerId"]) == ("Draft", r.node.node_id)
         status, previous = await p.get(f"{deal.offer}/proposals/{at_provider['prevProposalId']}")
         assert (status, previous["issuerId"], previous["state"]) == (200, p.node.node_id, "Initial")

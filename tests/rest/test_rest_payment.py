@@ -11,6 +11,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import trio
 from quart_trio import QuartTrio
@@ -18,8 +19,8 @@ from worlds.node_in_test import HEADERS, node_in_test
 from worlds.patience import patience, within
 from worlds.support import tell, trio_test
 
-from golem.chain import port
-from golem.chain.devchain import ensure_devchain, stop_devchain
+from golem.chain import engine, port, watch
+from golem.chain.devchain import INFO_NAME, ensure_devchain, stop_devchain
 from golem.control import debts as _registers_its_commands  # noqa: F401
 from golem.control.command import COMMANDS
 from golem.node.node import Node
@@ -469,6 +470,79 @@ async def test_an_invoice_is_settled_on_both_nodes_by_a_real_transfer(tmp_path: 
             nursery.cancel_scope.cancel()
     finally:
         await stop_devchain(tmp_path / "chain")
+
+
+async def developer(folder: Path, method: str, *params: Any) -> Any:
+    """A call that only the developer of a dev chain may make."""
+    info = json.loads((folder / INFO_NAME).read_text())
+    body = {"jsonrpc": "2.0", "id": 1, "method": method, "params": params}
+    async with httpx.AsyncClient(trust_env=False, headers={"Authorization": f"Bearer {info['token']}"}) as client:
+        return (await client.post(f"http://127.0.0.1:{info['port']}", json=body)).json()["result"]
+
+
+@pytest.mark.integration
+@trio_test
+async def test_both_sides_are_told_when_the_chain_loses_a_payment_until_it_is_there_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "WATCH_S", 0.1)
+    monkeypatch.setattr(watch, "WATCH_S", 0.1)
+    chain = tmp_path / "chain"
+
+    async def problems(agent: Agent) -> str:
+        return " ".join(each["message"] for each in await agent.get("/payments/status"))
+
+    async def until(agent: Agent, *words: str) -> str:
+        """Wait for a problem with all these words, or for none."""
+        with within(40):
+            while True:
+                said = await problems(agent)
+                if all(word in said for word in words) and bool(said) == bool(words):
+                    return said
+                await trio.sleep(0.05)
+
+    try:
+        async with two(tmp_path) as (r, p), trio.open_nursery() as nursery:
+            payer = trio.CancelScope()
+
+            async def pays() -> None:
+                with payer:
+                    await r.node.chain.connect()
+
+            nursery.start_soon(pays)
+            nursery.start_soon(p.node.chain.connect)
+            await r.node.chain.fund("holesky")
+            allocation_id = (await r.allocation("5"))["allocationId"]
+            before = await developer(chain, "evm_snapshot")
+            invoice = await p.made("/invoices", {"agreementId": "a1", "amount": "1", "paymentDueDate": DUE})
+            path = f"/invoices/{invoice['invoiceId']}"
+            assert await p.post(f"{path}/send") == (200, None)
+            accept = {"totalAmountAccepted": "1", "allocationId": allocation_id}
+            assert await r.post(f"{path}/accept", accept) == (200, None)
+            with within(40):
+                while (await p.get(path))["status"] != "SETTLED":
+                    await trio.sleep(0.05)
+            (paid,) = (await p.get(f"{path}/explain"))["payments"]
+            payer.cancel()
+            await developer(chain, "evm_revert", before)
+            payment_id, tx_hash = paid["paymentId"], paid["transaction"]
+            await until(p, "has lost that block", payment_id, tx_hash, "1 tGLM", r.node.node_id, "golem payment decide")
+            explained = await p.get(f"{path}/explain")
+            assert (explained["status"], "has lost that block" in explained["waiting"]) == ("SETTLED", True)
+            for debt in (payment_id, tx_hash, invoice["invoiceId"]):
+                (told,) = (await COMMANDS["payment_trace"](p.node, {"id": debt}))["received"]
+                assert (told["paymentId"], "has lost that block" in told["lost"]) == (payment_id, True)
+            (sender,) = r.node.chain._engines.values()
+            await sender.step()
+            await until(r, "has lost blocks")
+            payer = trio.CancelScope()
+            nursery.start_soon(pays)
+            await until(r)
+            await until(p)
+            assert (await p.node.chain.balances("holesky")).token_wei == 10**18
+            nursery.cancel_scope.cancel()
+    finally:
+        await stop_devchain(chain)
 
 
 @trio_test

@@ -357,6 +357,33 @@ def test_an_answer_of_the_chain_that_comes_late_gives_the_whole_credit() -> None
     assert world.asked_funds <= 1800 / 60
 
 
+def test_an_account_counts_once_for_all_agreements_with_its_payer() -> None:
+    """What is bound by one agreement is not there for the next."""
+    world = CheatWorld(Terms(max_agreements=3))
+    one = world.stranger(rent_s=1800.0, **SDK)
+    one.funds = str(3 * credit())  # two credits are what an agreement takes
+    world.run(60)
+    one.start()
+    world.run(240)
+    assert world.held() == 1
+    assert any("beside" in reason for reason in one.rejections), one.rejections
+    world.run(1800)
+    assert one.agreements >= 2, "what is over and paid binds nothing"
+
+
+def test_an_account_that_is_told_late_counts_once_as_well() -> None:
+    world = CheatWorld(Terms(max_agreements=3))
+    world.chain_s = 30.0
+    one = world.stranger(again=False, **SDK)
+    one.funds, one.pays = str(3 * credit()), False
+    world.run(5)
+    one.start()
+    world.run(15)
+    assert world.held() == 2
+    world.run(3600)
+    assert credit() / 2 < world.exposure(one) <= credit() + 2 * SECOND, "one credit, and not two"
+
+
 # -- the search
 SEEDS = int(os.environ.get("CHEAT_SEEDS", "100"))
 CHUNKS = 5

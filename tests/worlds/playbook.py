@@ -13,8 +13,9 @@ Everything goes through the codec on its way, with the unions that the machine d
 from __future__ import annotations
 
 import random
+from bisect import bisect_left, bisect_right, insort
 from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from actors.kernel.grammar import Table
@@ -26,10 +27,37 @@ START = 1_800_000_000.0
 
 
 class TableRows(dict[str, Any]):
-    """Rows over a dict."""
+    """Rows over a dict; its keys are kept in order, for long histories ask for prefixes all the time."""
+
+    def __init__(self, rows: Mapping[str, Any] | None = None) -> None:
+        super().__init__(rows or {})
+        self._ordered: list[str] = sorted(self)
+
+    def __setitem__(self, key: str, row: Any) -> None:
+        if key not in self:
+            insort(self._ordered, key)
+        super().__setitem__(key, row)
+
+    def __delitem__(self, key: str) -> None:
+        self.pop(key)
+
+    def pop(self, key: str, *default: Any) -> Any:
+        if key in self:
+            del self._ordered[bisect_left(self._ordered, key)]
+        return super().pop(key, *default)
+
+    def clear(self) -> None:
+        self._ordered.clear()
+        super().clear()
+
+    def update(self, rows: Mapping[str, Any]) -> None:  # type: ignore[override]
+        for key, row in rows.items():
+            self[key] = row
 
     def prefix(self, prefix: str) -> Iterator[tuple[str, Any]]:
-        for key in sorted([key for key in self if key[: len(prefix)] == prefix]):
+        assert len(self._ordered) == len(self), "rows are set one by one"
+        first, last = bisect_left(self._ordered, prefix), bisect_right(self._ordered, prefix + chr(0x10FFFF))
+        for key in self._ordered[first:last]:
             yield key, self[key]
 
 
@@ -52,7 +80,7 @@ class Playbook:
         """Give an edge's message; return the reply (None if there is none)."""
         return next((effect.message for effect in self.tell(message) if isinstance(effect, Reply)), None)
 
-    def tell(self, message: Message, sender: str = "") -> Sequence[Effect]:
+    def tell(self, message: Message, sender: str = "", origin: str = "") -> Sequence[Effect]:
         """Give a message of node or address `sender` (default: whoever of this node says it); return the effects.
 
         Raises `Violation`.
@@ -63,7 +91,7 @@ class Playbook:
         speaker = table.speaker(type(message), self.machine.name) if table else None
         sender = sender or f"{self.node}/{speaker or 'edge'}"
         decode = self._local if node_of(sender) == self.node else self._peer
-        step = self.machine.handle(self.rows, decode(encode(message)), Meta(sender, self.now, "trace"))
+        step = self.machine.handle(self.rows, decode(encode(message)), Meta(sender, self.now, "trace", origin))
         self._apply(step)
         return step.effects
 
