@@ -48,7 +48,7 @@ from golem.node.identity import APP_KEYS, KEYSTORE, PLAIN_KEY, AskPassword, open
 from golem.node.listen import bind_api, notify_systemd
 from golem.node.nearness import serve_nearness
 from golem.node.node import Node
-from golem.node.payout import read_payout, warn
+from golem.node.payout import GIVEN_KEY, OLD_KEY, read_payout, warn
 from golem.node.signer import SignerPort
 from golem.private_files import write_private
 from protocol.ledger import Recall
@@ -76,7 +76,8 @@ async def open_node(config: Config, ask_password: AskPassword | None = None) -> 
             check_network(net_config)
         except ValueError as error:
             raise ConfigError(str(error)) from None
-        old_key = any((config.data_dir / name).exists() for name in (KEYSTORE, PLAIN_KEY))
+        stored = any((config.data_dir / name).exists() for name in (KEYSTORE, PLAIN_KEY))
+        known_key = GIVEN_KEY if config.autoconf_id_secret else OLD_KEY if stored else ""
         identity = await trio.to_thread.run_sync(open_identity, config, ask_password)
         try:
             payout = read_payout(config.data_dir)
@@ -89,7 +90,7 @@ async def open_node(config: Config, ask_password: AskPassword | None = None) -> 
         elif app_keys.named(AUTOCONF) is not None:
             app_keys.drop(AUTOCONF)  # it was given for as long as its variable
         older = compare_generations(config.data_dir)
-        new_journal = old_key and not (config.data_dir / "node.db").exists()
+        new_journal = "" if (config.data_dir / "node.db").exists() else known_key
         journal = Journal(str(config.data_dir / "node.db"), lambda: secrets.token_hex(8))
         stack.callback(journal.close)
         try:

@@ -32,6 +32,9 @@ PUBLIC = bytes.fromhex("0488b21e")  # the version bytes of `xpub`
 _ALPHABET = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
 _ORDER = 0xFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFEBAAEDCE6AF48A03BBFD25E8CD0364141
 
+OLD_KEY = "an old key"
+GIVEN_KEY = "a key that was given to it (YAGNA_AUTOCONF_ID_SECRET), which may be an old one"
+
 
 @dataclass(frozen=True, slots=True)
 class Payout:
@@ -104,13 +107,16 @@ def write_payout(data_dir: Path, payout: Payout | None) -> None:
 
 
 # -- what a start has to say
-def warn(payout: Payout | None, own_id: str, offers: Iterable[tuple[str, Any]], new_journal: bool) -> list[str]:
-    """Return what may have old transfers taken for new ones. `offers`: the market's rows."""
+def warn(payout: Payout | None, own_id: str, offers: Iterable[tuple[str, Any]], new_journal: str) -> list[str]:
+    """Return what may have old transfers taken for new ones. `offers`: the market's rows.
+
+    `new_journal`: under which key it is new (`OLD_KEY`, `GIVEN_KEY`), "" where it is not.
+    """
     found = []
     address = payout.address if payout else own_id
     if new_journal:
         found.append(
-            "this node has a new journal under an old key: what was paid to it before is known to the chain alone; "
+            f"this node has a new journal under {new_journal}: what was paid to it before is known to the chain alone; "
             "transfers that are older than an agreement are not taken for its payment"
         )
     if payout is not None and not payout.path:

@@ -43,7 +43,7 @@ from protocol.ledger import (
     encode_body,
 )
 from protocol.signing import Document, sign
-from protocol.types import Refused, Undelivered, Violation
+from protocol.types import Refused, Undelivered, Violation, digest
 from protocol.wallet import PaidOut, PayOut, PayOutDelayed, TransferVerified
 
 
@@ -488,6 +488,29 @@ def test_a_refused_payment_is_offered_again_and_then_left() -> None:
     world.run()
     assert world.document(payee, "invoice", "i1").status == "SETTLED"
     assert payer.all(PaymentRow, "payment/")[0].state == "ACKNOWLEDGED"
+
+
+def test_of_a_payment_that_is_refused_for_good_id_reason_and_digest_are_kept() -> None:
+    """Claims are free: of one that is never looked at again the parts go, and a repeat of it is known by its digest."""
+    world, payer, payee = invoiced("1")
+    world.accept(payer, "invoice", "i1", "al")
+    while not payer.all(Payment, "payment/") or payer.all(Payment, "payment/")[0].state != "SENT":
+        world.step()
+    world.transfers = []  # nothing ever moved
+    world.run()
+    world.now += 30 * 86400  # the last time it is offered
+    world.run()
+    (sent,), (dead,) = payer.all(Payment, "payment/"), payee.all(Payment, "payment/")
+    assert (dead.payment_id, dead.state, dead.digest) == (sent.payment_id, "REFUSED", digest(sent.body))
+    assert "0 moved" in dead.reason
+    assert len(dead.body) < len(sent.body)
+    assert b'"agreementPayments":[],"activityPayments":[]' in dead.body
+    assert dead.signature == b""
+    world.tell(payee, PaymentSent(Document("payment", sent.body, sent.signature)), f"{payer.id}/ledger")
+    assert payee.all(Payment, "payment/") == [dead], "the chain is not asked again"
+    other = msgspec.json.encode(msgspec.json.decode(sent.body) | {"amount": "2"})
+    with pytest.raises(Violation):
+        world.tell(payee, PaymentSent(sign(payer.key, "payment", other)), f"{payer.id}/ledger")
 
 
 def test_waiting_documents_say_what_for() -> None:

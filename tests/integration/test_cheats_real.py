@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -141,3 +142,39 @@ async def test_a_modified_provider_is_paid_for_time_that_really_passed(tmp_path:
             assert 0 < paid <= second * Decimal(lasted_s * 1.001 + 5)
             explained = await honest.command("payment", "explain", row["agreement"])
             assert explained["refused"], explained
+
+
+@trio_test
+async def test_an_honest_stranger_with_many_notes_is_never_stopped_by_credit(tmp_path: Path) -> None:
+    """Hours at the SDKs' terms (a note each 120 s, paid within 300), a hundred times as fast by documented settings."""
+    price, pace_s = Decimal("0.001"), 20
+    credit = Decimal("1.5") * price * (1 + 5 + pace_s)
+    async with open_localnet(tmp_path) as net:
+        provider, honest = await net.start_node("provider"), await stranger(net, "")
+        tight = ("GOLEM_CREDIT_FLOOR=0.000001", "GOLEM_CREDIT_GROWTH=0", f"GOLEM_PAY_PACE={pace_s}")
+        await provider.command("provider", "settings", "set", *tight)
+        prices = ("--price", "CPU=0", "--price", f"Duration={price}")
+        await provider.command("provider", "preset", "update", "wasmtime", *prices)
+        net.start_agent(provider, subnet=net.name)
+        async with published(HELLO / "hello.wasm", honest.environment) as package, honest.client() as client:
+            deal, since = Deal(net, provider, client, package), datetime.now(UTC).isoformat()
+            agreement = await deal.agreement(**{INTERVAL: 1, ACCEPT: 5, TIMEOUT: 43200})
+            activity = await deal.requestor.create_activity(agreement)
+            await deal.requestor.run(activity, {"deploy": {}}, {"start": {}})
+            began = time.monotonic()
+            while price * Decimal(time.monotonic() - began) < 2 * credit:
+                await deal.accept_notes()
+                await deal.requestor.run(activity, {"run": {"entry_point": "hello", "args": ["x"]}})  # none is held back
+                await trio.sleep(0.2)
+            [row] = (await provider.command("provider", "status"))["agreements"]
+            assert (row["state"], row["reason"]) == ("Approved", "")
+            notes = await deal.requestor.call("GET", f"{PAYMENT}/debitNotes")
+            assert len(notes) >= 10
+            assert {"RECEIVED", "ACCEPTED", "SETTLED"} >= {note["status"] for note in notes}
+            assert sum(note["status"] == "SETTLED" for note in notes) > len(notes) / 2
+            await deal.requestor.destroy_activity(activity)
+            await deal.requestor.terminate(agreement)
+            invoice = await deal.requestor.invoice(agreement, since)
+            await deal.requestor.accept(invoice, deal.allocation)
+            settled = await deal.requestor.wait_settled(invoice["invoiceId"])
+            assert Decimal(settled["amount"]) >= 2 * credit, "which nobody is served who does not pay"

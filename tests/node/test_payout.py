@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
 from worlds.market_world import OTHER_ID, OTHER_KEY, PROVIDER_ID, offer
+from worlds.support import trio_test
 
 from actors.market.rows import OfferRow
-from golem.node.payout import Payout, _child, _read, payout_of, read_payout, warn, write_payout
+from golem.config import config_from
+from golem.daemon import open_node
+from golem.node.payout import OLD_KEY, Payout, _child, _read, payout_of, read_payout, warn, write_payout
 
 NOW = 1_800_000_000.0
 # the second test vector of BIP 32: m, and its child m/0
@@ -55,13 +59,33 @@ def test_the_choice_is_kept(tmp_path: Path) -> None:
 
 def test_a_start_says_what_may_have_old_transfers_taken_for_new_ones() -> None:
     own = payout_of(MASTER, PROVIDER_ID)
-    assert warn(None, PROVIDER_ID, (), False) == warn(own, PROVIDER_ID, (), False) == []
-    [said] = warn(None, PROVIDER_ID, (), True)
+    assert warn(None, PROVIDER_ID, (), "") == warn(own, PROVIDER_ID, (), "") == []
+    [said] = warn(None, PROVIDER_ID, (), OLD_KEY)
     assert "new journal under an old key" in said
-    [said] = warn(Payout(OTHER_ID), PROVIDER_ID, (), False)
+    [said] = warn(Payout(OTHER_ID), PROVIDER_ID, (), "")
     assert "may be shared" in said
     _, document = offer(NOW, OTHER_KEY, **{"golem.com.payment.platform.erc20-local-tglm.address": own.address})
     row = OfferRow(document, OTHER_ID, NOW + 60, 1)
-    [said] = warn(own, PROVIDER_ID, [("offer/x", row)], False)
+    [said] = warn(own, PROVIDER_ID, [("offer/x", row)], "")
     assert OTHER_ID in said
-    assert warn(None, PROVIDER_ID, [("offer/x", row)], False) == []
+    assert warn(None, PROVIDER_ID, [("offer/x", row)], "") == []
+
+
+@pytest.mark.parametrize("given", [True, False])
+@trio_test
+async def test_a_new_journal_is_told_of_at_the_start(tmp_path: Path, caplog: pytest.LogCaptureFixture, given: bool) -> None:
+    """A key that comes by the environment may be older than the journal, too; nobody can know."""
+    environment = {"YAGNA_AUTOCONF_ID_SECRET": "7" * 64} if given else {}
+    settings = {"data_dir": tmp_path / "node", "chain_dir": tmp_path / "chain", "plain_key": not given, "mdns": False,
+                "listen": ("127.0.0.1:0",), "network_name": "in-test"}  # fmt: skip
+    said = []
+    for start in range(3):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "golem.node"):
+            async with open_node(config_from(environment, **settings)):
+                pass
+        said.append(sum("has a new journal under" in record.getMessage() for record in caplog.records))
+        if start == 1:
+            for path in (tmp_path / "node").glob("node.db*"):
+                path.unlink()
+    assert said == [int(given), 0, 1]

@@ -16,10 +16,12 @@ import pytest
 from cheat_world import ACCEPT, ADDRESS, DAY_S, INTERVAL, SECOND, TIMEOUT, Cheat, CheatWorld
 from msgspec.structs import replace
 from sim_seeds import share
+from worlds.money import PLATFORM
 
 from actors.provider import credit as _provider_credit
 from actors.provider.machine import Provider
 from actors.provider.rules import Terms
+from protocol import activity as act
 from protocol import ledger as money
 from protocol import negotiation as talk
 from protocol.negotiation import agreement_body
@@ -224,6 +226,41 @@ def test_identities_that_come_and_go_take_one_pool_a_day() -> None:
     assert late.agreements == 1, "the pool refills"
 
 
+def test_whoever_comes_and_goes_takes_one_pool_in_any_day() -> None:
+    """A new identity every two hours, for three days: what they take within any 24 hours is bounded by places x one credit."""
+    places = 2
+    world = CheatWorld(Terms(max_agreements=places))
+    taken = [Decimal(0)]
+    for _ in range(36):
+        one = world.stranger(again=False, **{INTERVAL: 300, ACCEPT: 240, TIMEOUT: 86400})
+        one.pays = False
+        world.run(7200)
+        taken.append(sum((world.exposure(one) for one in world.strangers.values()), Decimal(0)))
+    pool = places * (credit({INTERVAL: 300, ACCEPT: 240}) + SECOND)
+    for start, before in enumerate(taken[:-12]):
+        assert taken[start + 12] - before <= pool, start
+    assert taken[-1] > 2 * pool, "the pool refills"
+
+
+@pytest.mark.parametrize("length_s", [5, 35, 65, 125, 300, 1500])
+@pytest.mark.parametrize("terms", [SDK, {INTERVAL: 60, ACCEPT: 30, TIMEOUT: 18000}, {ACCEPT: 240}, {}])
+def test_no_job_is_ended_by_an_sdk_for_notes_that_come_too_fast(length_s: float, terms: dict[str, Any]) -> None:
+    """As yapapi judges notes: `n` of them take (n - 1) x interval, less 30 s; and one with a due date needs a payment timeout."""
+    world = CheatWorld()
+    one = world.stranger(rent_s=1700, again=False, **terms)
+    world.run(3 + length_s)
+    activity_id = one.activity_id
+    one.plays["activity"].ask(act.DestroyActivity(activity_id))
+    world.run(120)
+    rows = one.plays["ledger"].rows
+    began = rows[f"activity/{activity_id}"].created_at
+    notes = sorted((row for _, row in rows.prefix("debit-note/")), key=lambda row: row.issued_at)
+    assert notes, world.refusals()
+    for number, note in enumerate(notes):
+        assert note.issued_at - began + 30 >= number * terms.get(INTERVAL, 0), (number, len(notes))
+        assert TIMEOUT in terms or not json.loads(note.body).get("paymentDueDate")
+
+
 def test_who_has_paid_before_is_never_held_back_by_strangers() -> None:
     world = CheatWorld(Terms(max_agreements=2))
     regular = world.stranger(rent_s=3600.0, again=False, **SDK)
@@ -248,6 +285,17 @@ def test_the_honest_are_not_hurt(pace_s: float, terms: dict[str, Any]) -> None:
     world.run(10 * 3600 if terms else 1600)
     assert (one.agreements, one.rejections) == (1, []), world.refusals()
     assert world.worked(one) > SECOND * (35000 if terms else 1500)
+
+
+def test_who_pays_once_a_day_is_not_hurt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ethereum's mainnet, where a payer's node gathers for a day: the credit is that of a day."""
+    monkeypatch.setattr(_provider_credit, "PAID_DAILY", frozenset({PLATFORM}))
+    world = CheatWorld()
+    one = world.stranger(pace_s=23 * 3600.0, rent_s=31 * 3600.0, again=False, **{INTERVAL: 120, ACCEPT: 120, TIMEOUT: 86400})
+    world.run(30 * 3600)
+    assert (one.agreements, one.rejections) == (1, []), world.refusals()
+    assert world.paid(one) > SECOND * 6 * 3600
+    assert not world.ever_held
 
 
 @pytest.mark.parametrize("pace_s", [1.0, 60.0, 300.0])
