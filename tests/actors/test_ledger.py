@@ -494,20 +494,20 @@ def test_of_a_payment_that_is_refused_for_good_id_reason_and_digest_are_kept() -
     """Claims are free: of one that is never looked at again the parts go, and a repeat of it is known by its digest."""
     world, payer, payee = invoiced("1")
     world.accept(payer, "invoice", "i1", "al")
-    while not payer.all(Payment, "payment/") or payer.all(Payment, "payment/")[0].state != "SENT":
+    while not payer.all(PaymentRow, "payment/") or payer.all(PaymentRow, "payment/")[0].state != "SENT":
         world.step()
     world.transfers = []  # nothing ever moved
     world.run()
     world.now += 30 * 86400  # the last time it is offered
     world.run()
-    (sent,), (dead,) = payer.all(Payment, "payment/"), payee.all(Payment, "payment/")
+    (sent,), (dead,) = payer.all(PaymentRow, "payment/"), payee.all(PaymentRow, "payment/")
     assert (dead.payment_id, dead.state, dead.digest) == (sent.payment_id, "REFUSED", digest(sent.body))
     assert "0 moved" in dead.reason
     assert len(dead.body) < len(sent.body)
     assert b'"agreementPayments":[],"activityPayments":[]' in dead.body
     assert dead.signature == b""
     world.tell(payee, PaymentSent(Document("payment", sent.body, sent.signature)), f"{payer.id}/ledger")
-    assert payee.all(Payment, "payment/") == [dead], "the chain is not asked again"
+    assert payee.all(PaymentRow, "payment/") == [dead], "the chain is not asked again"
     other = msgspec.json.encode(msgspec.json.decode(sent.body) | {"amount": "2"})
     with pytest.raises(Violation):
         world.tell(payee, PaymentSent(sign(payer.key, "payment", other)), f"{payer.id}/ledger")
