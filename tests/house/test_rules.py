@@ -65,6 +65,18 @@ def test_no_module_is_private() -> None:
     assert not hidden, "what is private is in a package and not imported from outside"
 
 
+def test_a_private_name_stays_in_its_module() -> None:
+    taken = [
+        f"{name}: {node.module}.{alias.name}"
+        for name, tree in modules().items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module in modules()
+        for alias in node.names
+        if alias.name.startswith("_")
+    ]
+    assert not taken
+
+
 def test_modules_and_functions_are_short() -> None:
     large = {name for name, tree in modules().items() if tree.body and (tree.body[-1].end_lineno or 0) > MAX_MODULE_LINES}
     assert large <= GROWN_MODULES, f"over {MAX_MODULE_LINES} lines: {sorted(large - GROWN_MODULES)}"
