@@ -7,12 +7,12 @@ are RFC 3339, times in commands are seconds since the epoch. `kind` is "debit-no
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
 from protocol.signing import Document
-from protocol.types import Message, Violation
+from protocol.types import Message, Violation, amount, timestamp
 
 DEBIT_NOTE = "debit-note"
 INVOICE = "invoice"
@@ -20,100 +20,151 @@ LOCAL_CHAIN = "golem.com.payment.local-chain"  # in offers and demands: on which
 MAX_USAGE_COUNTERS = 64
 MAX_ACTIVITIES = 1000  # of one invoice
 MAX_ID_CHARS = 80
-MAX_REJECTION_CHARS = 4096
+MAX_MESSAGE_CHARS = 2000  # of a rejection
+MAX_COUNTER = 1e18
 MAX_DOCUMENT_BYTES = 256 * 1024
+REJECTION_REASONS = ("UNSOLICITED_SERVICE", "BAD_SERVICE", "INCORRECT_AMOUNT")
+
+Id = Annotated[str, msgspec.Meta(pattern=rf"^[0-9A-Za-z_-]{{1,{MAX_ID_CHARS}}}\Z")]
+Short = Annotated[str, msgspec.Meta(max_length=100)]  # addresses, platforms, amounts, times: what they hold is checked besides
+Counter = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)] | float
 
 
 # -- bodies of signed documents
-class DebitNoteBody(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
+class DebitNoteBody(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=True, omit_defaults=True):
     """A running total for one activity. `status` is no part of what is signed."""
 
-    debit_note_id: str
-    issuer_id: str
-    recipient_id: str
-    payee_addr: str
-    payer_addr: str
-    payment_platform: str
-    timestamp: str
-    agreement_id: str
-    activity_id: str
-    total_amount_due: str
-    previous_debit_note_id: str | None = None
-    usage_counter_vector: tuple[int | float, ...] | None = None
-    payment_due_date: str | None = None
+    debit_note_id: Id
+    issuer_id: Short
+    recipient_id: Short
+    payee_addr: Short
+    payer_addr: Short
+    payment_platform: Short
+    timestamp: Short
+    agreement_id: Id
+    activity_id: Id
+    total_amount_due: Short
+    previous_debit_note_id: Id | None = None
+    usage_counter_vector: Annotated[tuple[Counter, ...], msgspec.Meta(max_length=MAX_USAGE_COUNTERS)] | None = None
+    payment_due_date: Short | None = None
 
 
-class InvoiceBody(msgspec.Struct, frozen=True, rename="camel"):
+class InvoiceBody(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=True):
     """The total of an agreement."""
 
-    invoice_id: str
-    issuer_id: str
-    recipient_id: str
-    payee_addr: str
-    payer_addr: str
-    payment_platform: str
-    timestamp: str
-    agreement_id: str
-    activity_ids: tuple[str, ...]
-    amount: str
-    payment_due_date: str
+    invoice_id: Id
+    issuer_id: Short
+    recipient_id: Short
+    payee_addr: Short
+    payer_addr: Short
+    payment_platform: Short
+    timestamp: Short
+    agreement_id: Id
+    activity_ids: Annotated[tuple[Id, ...], msgspec.Meta(max_length=MAX_ACTIVITIES)]
+    amount: Short
+    payment_due_date: Short
 
 
-class AcceptanceBody(msgspec.Struct, frozen=True, rename="camel"):
+class AcceptanceBody(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=True):
     """The payer's word that it owes what a document says; `digest` names the very bytes that were accepted."""
 
-    kind: str
-    document_id: str
-    digest: str
-    total_amount_accepted: str
+    kind: Short
+    document_id: Id
+    digest: Short
+    total_amount_accepted: Short
 
 
-class AgreementPayment(msgspec.Struct, frozen=True, rename="camel"):
+class AgreementPayment(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=True):
     """The part of a payment that is for an agreement as such (its invoice)."""
 
-    agreement_id: str
-    amount: str
+    agreement_id: Id
+    amount: Short
 
 
-class ActivityPayment(msgspec.Struct, frozen=True, rename="camel"):
+class ActivityPayment(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=True):
     """The part of a payment that is for an activity (its debit notes)."""
 
-    activity_id: str
-    amount: str
+    activity_id: Id
+    amount: Short
 
 
-class PaymentBody(msgspec.Struct, frozen=True, rename="camel"):
+class PaymentBody(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=True):
     """The payer's statement of what a transaction pays. `details` is the base64 of the 32 bytes of the hash."""
 
-    payment_id: str
-    payer_id: str
-    payee_id: str
-    payer_addr: str
-    payee_addr: str
-    payment_platform: str
-    amount: str
-    timestamp: str
+    payment_id: Id
+    payer_id: Short
+    payee_id: Short
+    payer_addr: Short
+    payee_addr: Short
+    payment_platform: Short
+    amount: Short
+    timestamp: Short
     agreement_payments: tuple[AgreementPayment, ...]
     activity_payments: tuple[ActivityPayment, ...]
-    details: str
+    details: Short
 
 
-B = TypeVar("B", DebitNoteBody, InvoiceBody, AcceptanceBody, PaymentBody)
+class RejectionBody(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=True, omit_defaults=True):
+    """Why an invoice is not paid; unsigned."""
+
+    rejection_reason: Short
+    total_amount_accepted: Short
+    message: Annotated[str, msgspec.Meta(max_length=MAX_MESSAGE_CHARS)] | None = None
 
 
-def encode_body(body: DebitNoteBody | InvoiceBody | AcceptanceBody | PaymentBody) -> bytes:
+Body = DebitNoteBody | InvoiceBody | AcceptanceBody | PaymentBody | RejectionBody
+B = TypeVar("B", DebitNoteBody, InvoiceBody, AcceptanceBody, PaymentBody, RejectionBody)
+
+
+def encode_body(body: Body) -> bytes:
     """Return the JSON that gets signed."""
     return msgspec.json.encode(body)
 
 
 def decode_body(kind: type[B], raw: bytes) -> B:
-    """Return the typed body of a document. Raises `Violation` for bytes that are none."""
+    """Return the typed body of a document: every member known, bounded, finite, and fit to be shown again.
+
+    Raises `Violation` for bytes that are none.
+    """
     if len(raw) > MAX_DOCUMENT_BYTES:
         raise Violation(f"a document of {len(raw)} bytes is over the limit of {MAX_DOCUMENT_BYTES}")
     try:
-        return msgspec.json.decode(raw, type=kind)
+        body = msgspec.json.decode(raw, type=kind)
+        _check(body)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError, ValueError) as error:
         raise Violation(f"malformed {kind.__name__}: {str(error)[:200]}") from None
+    return body
+
+
+def json_form(body: Body) -> dict[str, Any]:
+    """Return a body as JSON objects for agents, with their names."""
+    form: dict[str, Any] = msgspec.to_builtins(body)
+    return form
+
+
+def _check(body: Body) -> None:
+    """Raises `ValueError` for amounts, times and numbers that are none."""
+    match body:
+        case DebitNoteBody():
+            amounts: tuple[str, ...] = (body.total_amount_due,)
+            if any(not -MAX_COUNTER < number < MAX_COUNTER for number in body.usage_counter_vector or ()):
+                raise ValueError(f"a usage counter is not between -{MAX_COUNTER:g} and {MAX_COUNTER:g}")
+        case AcceptanceBody():
+            amounts = (body.total_amount_accepted,)
+        case RejectionBody():
+            amounts = (body.total_amount_accepted,)
+            if body.rejection_reason not in REJECTION_REASONS:
+                raise ValueError(f"a rejection's reason is none of {', '.join(REJECTION_REASONS)}")
+        case InvoiceBody():
+            amounts = (body.amount,)
+        case PaymentBody():
+            amounts = (body.amount, *(part.amount for part in body.agreement_payments))
+            amounts += tuple(part.amount for part in body.activity_payments)
+    for text in amounts:
+        amount(text)
+    for name in ("timestamp", "payment_due_date"):
+        if moment := getattr(body, name, None):
+            timestamp(moment)
 
 
 # -- commands of the node's edges; answered by `Done` or `Refused`

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from protocol import strict_json
 from protocol.properties import TermsError, flatten
 from protocol.signing import Document, verify
 from protocol.terms import MAX_CONSTRAINT_BYTES, MatchResult
@@ -219,18 +220,6 @@ def canonical(value: Any) -> bytes:
         raise ValueError("nested too deep for JSON") from None
 
 
-def _no_constant(text: str) -> Any:
-    raise ValueError(f"{text} is not JSON")
-
-
-def loads(data: bytes | str) -> Any:
-    """Parse JSON strictly (no NaN or Infinity). Raises `ValueError`."""
-    try:
-        return json.loads(data, parse_constant=_no_constant)
-    except RecursionError:
-        raise ValueError("JSON is nested too deep") from None
-
-
 def subscription_body(
     nonce: str, owner: str, properties: Mapping[str, Any], constraints: str, created: float, expires: float
 ) -> tuple[str, bytes]:
@@ -261,7 +250,7 @@ def _read_subscription(body: bytes) -> Subscription:
     if len(body) > MAX_DOCUMENT_BYTES:
         raise Violation(f"a document of {len(body)} bytes is over the limit of {MAX_DOCUMENT_BYTES}")
     try:
-        value = loads(body)
+        value = strict_json.loads(body)
         if not isinstance(value, dict) or list(value) != ["id", "owner", "properties", "constraints", "created", "expires"]:
             raise Violation("not an offer or demand: other keys than id, owner, properties, constraints, created, expires")
         if canonical(value) != body:

@@ -13,12 +13,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from protocol import strict_json
 from protocol.market import (
     MAX_DOCUMENT_BYTES,
     REMEMBERED_BYTES,
     SubscriptionEnded,
     canonical,
-    loads,
 )
 from protocol.properties import TermsError, flatten
 from protocol.signing import Document
@@ -293,7 +293,7 @@ def _read_properties(text: str) -> Mapping[str, Any]:
     if len(text) > MAX_DOCUMENT_BYTES:
         raise Violation(f"properties of {len(text)} characters are over the limit of {MAX_DOCUMENT_BYTES}")
     try:
-        properties = loads(text)
+        properties = strict_json.loads(text)
         if not isinstance(properties, dict) or flatten(properties) != properties:
             raise Violation("the properties are not flat")
         if len(text.encode()) > MAX_DOCUMENT_BYTES or canonical(properties).decode() != text:
@@ -336,7 +336,7 @@ def check_reason(reason: str) -> str:
     if len(reason) > MAX_REASON_BYTES:
         raise Violation(f"a reason has at most {MAX_REASON_BYTES} characters")
     try:
-        value = loads(reason) if reason else {}
+        value = strict_json.loads(reason) if reason else {}
         if not isinstance(value, dict):
             raise Violation("a reason is a JSON object")
         if not isinstance(value.get("message"), str):

@@ -16,6 +16,7 @@ import msgspec
 
 WEI_DIGITS = 18
 MAX_AMOUNT_DIGITS = 40
+END_OF_TIME_S = 253402300800.0  # the year 10000, which no date can say
 _EXACT = Context(prec=120, traps=[Inexact, InvalidOperation])
 _NODE_ID = re.compile(r"0x[0-9a-f]{40}\Z")
 _AMOUNT = re.compile(r"\+?(\d{1,40})(?:\.(\d{0,40}))?(?:[eE]([+-]?\d{1,2}))?\Z", re.ASCII)
@@ -137,7 +138,10 @@ def from_wei(wei: int) -> Decimal:
 
 
 def timestamp(text: str) -> float:
-    """Parse RFC 3339 with a zone and 0 to 9 fraction digits; digits past the microsecond are cut. Raises `ValueError`."""
+    """Parse RFC 3339 with a zone and 0 to 9 fraction digits; digits past the microsecond are cut.
+
+    Raises `ValueError`, also for what lies outside 1970 to 9999 in UTC: `timestamp_text` can write all that this reads.
+    """
     match = _DATE.match(text.strip())
     if not match:
         raise ValueError(f"not an RFC 3339 time with a zone: {text[:64]!r}")
@@ -150,7 +154,10 @@ def timestamp(text: str) -> float:
     if sign:
         offset = int(off_hour) * 3600 + int(off_minute) * 60
         seconds += -offset if sign == "+" else offset
-    return round(seconds + micros / 1_000_000, 6)
+    moment = round(seconds + micros / 1_000_000, 6)
+    if not 0 <= moment < END_OF_TIME_S:
+        raise ValueError(f"a time outside the years 1970 to 9999 (UTC): {text[:64]!r}")
+    return moment
 
 
 def timestamp_text(seconds: float) -> str:

@@ -39,7 +39,7 @@ def objection(rows: Rows, me: str, order_id: str) -> str:
         return f"order {order_id}: its {order.kind} is not accepted here"
     if fault := unlike_signed(document, order.peer) or _unlike_accepted(document, me):
         return fault
-    body = _body(document)
+    body = body_of(document)
     terms = (body.agreement_id, body.payment_platform, body.payee_addr.lower(), body.payer_addr.lower())
     if terms != (order.agreement_id, order.platform, order.payee_addr, order.payer_addr):
         return f"order {order_id} differs from the signed {order.kind} in agreement, platform or address"
@@ -55,11 +55,12 @@ def objection(rows: Rows, me: str, order_id: str) -> str:
 
 def signed_total(row: PaymentDocument) -> Decimal:
     """Return the amount in a document's signed bytes. Raises `Violation` or `ValueError`."""
-    body = _body(row)
+    body = body_of(row)
     return amount(body.total_amount_due if isinstance(body, DebitNoteBody) else body.amount)
 
 
-def _body(row: PaymentDocument) -> DebitNoteBody | InvoiceBody:
+def body_of(row: PaymentDocument) -> DebitNoteBody | InvoiceBody:
+    """Return what the issuer signed. Raises `Violation`, if the row is damaged."""
     return decode_body(DebitNoteBody, row.body) if row.kind == DEBIT_NOTE else decode_body(InvoiceBody, row.body)
 
 

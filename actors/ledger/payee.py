@@ -39,7 +39,6 @@ from protocol.ledger import (
     DEBIT_NOTE,
     INVOICE,
     MAX_ACTIVITIES,
-    MAX_REJECTION_CHARS,
     MAX_USAGE_COUNTERS,
     AcceptanceBody,
     CancelInvoice,
@@ -54,6 +53,7 @@ from protocol.ledger import (
     InvoiceRejected,
     IssueDebitNote,
     IssueInvoice,
+    RejectionBody,
     SendDocument,
     decode_body,
     encode_body,
@@ -213,8 +213,7 @@ def document_accepted(draft: Draft, message: DocumentAccepted) -> None:
 def invoice_rejected(draft: Draft, message: InvoiceRejected) -> None:
     """The payer will not pay."""
     row = _from_payer(draft, INVOICE, message.invoice_id)
-    if len(message.rejection) > MAX_REJECTION_CHARS:
-        raise Violation("a rejection that is too long")
+    decode_body(RejectionBody, message.rejection.encode(errors="replace"))
     if row.status in (ISSUED, RECEIVED):
         rejected(draft, row, message.rejection)
 

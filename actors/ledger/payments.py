@@ -20,7 +20,6 @@ from actors.ledger.documents import explain, keep, no_room, settle
 from actors.ledger.rows import PAYEE, PAYER, LedgerActivityRow, LedgerAgreementRow, Order, Owed, PaymentRow, TxClaims
 from protocol.amounts import minus, total_of
 from protocol.ledger import (
-    MAX_ID_CHARS,
     ActivityPayment,
     AgreementPayment,
     PaymentAcknowledged,
@@ -225,8 +224,8 @@ def payment_sent(draft: Draft, message: PaymentSent) -> None:
     sender, document = node_of(draft.meta.sender), message.payment
     verify(document, "payment", sender)
     body = decode_body(PaymentBody, document.body)
-    if len(body.payment_id) > MAX_ID_CHARS or (body.payer_id, body.payee_id) != (sender, draft.me):
-        raise Violation("a payment with a bad id or parties")
+    if (body.payer_id, body.payee_id) != (sender, draft.me):
+        raise Violation("a payment of other parties")
     if len(body.agreement_payments) + len(body.activity_payments) > MAX_PARTS:
         raise Violation("a payment of too many parts")
     tx_hash = _tx_hash(body.details)

@@ -39,7 +39,8 @@ from actors.negotiation.rows import (
     lapsed,
     state_error,
 )
-from protocol.market import MAX_CLOCK_SKEW_S, Rematch, loads
+from protocol import strict_json
+from protocol.market import MAX_CLOCK_SKEW_S, Rematch
 from protocol.negotiation import (
     PROVIDER,
     REQUESTOR,
@@ -225,7 +226,7 @@ def proposed(draft: Draft, message: AgreementProposed) -> None:
     requestor = node_of(draft.meta.sender)
     verify(message.agreement, "agreement", requestor)
     try:
-        body = loads(message.agreement.body)
+        body = strict_json.loads(message.agreement.body)
         agreement_id, proposal_id = check_hash(body["agreementId"]), check_hash(body["proposalId"])
         created, valid_to = body["created"], body["validTo"]
         if not isinstance(created, float) or not isinstance(valid_to, float) or not 0 <= created < 1e11:
@@ -312,7 +313,7 @@ def rejected(draft: Draft, message: AgreementRejected) -> None:
     if agreement.state == PENDING:
         reason = check_reason(message.reason)
         moves.refused(draft, agreement, reason)
-        if loads(reason).get(IS_FINAL) is False:
+        if strict_json.loads(reason).get(IS_FINAL) is False:
             draft.do(Send("market", Rematch(agreement.demand_id, agreement.offer_id)))
     elif agreement.state in (CANCELLED, EXPIRED):
         _insist(draft, agreement)
@@ -420,7 +421,7 @@ def undelivered(draft: Draft, message: MustArrive, why: str) -> None:
     approval is not: its time is over, and the withdrawal is told.
     """
     if isinstance(message, AgreementProposed):
-        agreement_id = loads(message.agreement.body)["agreementId"]
+        agreement_id = strict_json.loads(message.agreement.body)["agreementId"]
     else:
         agreement_id = message.agreement_id
     agreement: AgreementRow | None = draft.get(f"agreement/{agreement_id}")

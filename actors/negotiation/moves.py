@@ -24,7 +24,8 @@ from actors.negotiation.rows import (
     lapsed,
     state_error,
 )
-from protocol.market import Rematch, canonical, loads
+from protocol import strict_json
+from protocol.market import Rematch, canonical
 from protocol.negotiation import (
     PROVIDER,
     REQUESTOR,
@@ -109,7 +110,7 @@ def made(draft: Draft, agreement: AgreementRow, at: float) -> AgreementRow:
         committed_signature=agreement.proposed_signature,
     )  # fmt: skip
     draft.do(Wake(f"due/{agreement.agreement_id}", None), Wake(f"forget/{agreement.agreement_id}", None))
-    body = loads(agreement.body)
+    body = strict_json.loads(agreement.body)
     news = AgreementApproved(
         agreement.agreement_id,
         agreement.role,

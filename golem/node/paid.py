@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from actors.ledger.rows import LedgerActivityRow, PaymentRow
+from protocol.ledger import PaymentBody, decode_body
+from protocol.types import Violation
 
 if TYPE_CHECKING:
     from golem.node.node import Node
@@ -22,10 +23,12 @@ def payments_of(node: Node, agreement_id: str, payments: Iterable[PaymentRow]) -
 
     found = []
     for row in payments:
-        body = json.loads(row.body)
-        if any(part["agreementId"] == agreement_id for part in body["agreementPayments"]) or any(
-            belongs(part["activityId"]) for part in body["activityPayments"]
-        ):
+        try:
+            body = decode_body(PaymentBody, row.body)
+        except Violation:
+            continue  # damaged: the list of payments names it
+        by_agreement = any(part.agreement_id == agreement_id for part in body.agreement_payments)
+        if by_agreement or any(belongs(part.activity_id) for part in body.activity_payments):
             found.append(row)
     return sorted(found, key=lambda row: row.recorded_at)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from actors.provider.rules import Terms
 from golem.private_files import write_private
+from protocol import strict_json
 from protocol.types import node_id
 
 GLOBALS, RULES, STATUS, LOCK, JOURNAL = "globals.json", "rules.json", "status.json", "provider.lock", "provider.db"
@@ -69,18 +70,11 @@ def read_json(path: Path, what: str) -> Any:
     if len(data) > MAX_FILE_BYTES:
         raise SettingsError(f"the {what} {path} is over {MAX_FILE_BYTES} bytes")
     try:
-        found = json.loads(data, object_pairs_hook=_no_duplicates)
-    except (ValueError, RecursionError) as error:
+        found = strict_json.loads(data)
+    except ValueError as error:
         raise SettingsError(f"the {what} {path} is not JSON: {error}") from None
     if found is None:
         raise SettingsError(f"the {what} {path} holds nothing but null")
-    return found
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key stands twice in one object")
     return found
 
 

@@ -117,13 +117,14 @@ def _lifecycle(api: Blueprint, node: Node) -> None:
 
     @api.delete("/activity/<activity_id>")
     async def destroy(activity_id: str) -> Response:
+        timeout_s = query_float("timeout", DEFAULT_TIMEOUT_S)
         find(node, activity_id, "Requestor")
         await ask(node, "activity", DestroyActivity(activity_id))
 
         def probe() -> bool | None:
             return find(node, activity_id).ended or None
 
-        if not await until(node, [f"activity/{activity_id}"], probe, query_float("timeout", DEFAULT_TIMEOUT_S)):
+        if not await until(node, [f"activity/{activity_id}"], probe, timeout_s):
             raise ApiError(408, "Timeout")
         return null()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from quart.typing import ResponseTypes
 from werkzeug.exceptions import RequestEntityTooLarge
 
 from actors.kernel.machine import ActorFailed, AskTimeout, Busy
+from protocol import strict_json
 from protocol.types import Message, Refused, Violation, timestamp
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ MAX_TIMEOUT_S = 3600.0
 DAMAGED = "X-Damaged-Rows"  # left out of a list, since they cannot be read (`golem status` says why)
 MAX_NAMED, MAX_NAMED_CHARS = 20, 2000
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 REFUSAL_STATUS = {
     "bad_request": 400,
@@ -62,9 +65,19 @@ class Caller:
     allow_origins: tuple[str, ...] = field(default=())
 
 
-def listed(node: Node, actor: str, prefix: str) -> list[Any]:
-    """Return an actor's rows for a list; those that cannot be read are left out, and the answer names them in a header."""
-    found, damaged = node.system.listed(actor, prefix)
+def listed(node: Node, actor: str, prefix: str, form: Callable[[Any], Any] = lambda row: row) -> list[Any]:
+    """Return the forms of an actor's rows for a list; what cannot be read is left out, and the answer names it in a header.
+
+    A row whose content `form` cannot show (`Violation`, `ValueError`) is damaged as well: one bad row never fails a list.
+    """
+    rows, damaged = node.system.listed(actor, prefix)
+    found = []
+    for key, row in rows:
+        try:
+            found.append(form(row))
+        except (Violation, ValueError, LookupError) as error:
+            logger.warning("%s/%s cannot be shown: %s", actor, key, error)
+            damaged.append(key)
     if damaged:
         names = ", ".join(f"{actor}/{key}" for key in damaged[:MAX_NAMED])[:MAX_NAMED_CHARS]
 
@@ -74,7 +87,7 @@ def listed(node: Node, actor: str, prefix: str) -> list[Any]:
                 response.headers[DAMAGED] = quote(names, safe="/, :-._~")
             return response
 
-    return [row for _, row in found]
+    return found
 
 
 def caller() -> Caller:
@@ -84,19 +97,11 @@ def caller() -> Caller:
 
 
 # -- parsing
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key appears twice")
-    return found
+async def json_body(default: Any = ..., *, exact: bool = False) -> Any:
+    """Return the request's JSON body, with `exact` fractions as `Decimal`; `default` (if given) for an empty one.
 
-
-def _no_constant(text: str) -> Any:
-    raise ValueError(f"{text} is not a JSON number")
-
-
-async def json_body(default: Any = ...) -> Any:
-    """Return the request's JSON body; `default` (if given) for an empty one. Raises `ApiError` 400 or 413."""
+    Raises `ApiError` 400 or 413.
+    """
     try:
         raw = await request.get_data()
     except RequestEntityTooLarge:
@@ -106,19 +111,14 @@ async def json_body(default: Any = ...) -> Any:
             raise ApiError(400, "expected a JSON body, got none")
         return default
     try:
-        value = json.loads(raw, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"malformed JSON body: {str(error)[:200]}") from None
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise ApiError(400, "a text holds half of a surrogate pair") from None
-    return value
+        return strict_json.loads(raw, exact=exact)
+    except ValueError as error:
+        raise ApiError(400, f"malformed JSON body: {str(error)[:300]}") from None
 
 
-async def object_body(default: Any = ...) -> dict[str, Any]:
-    """Return the request's JSON object. Raises `ApiError` 400."""
-    value = await json_body(default)
+async def object_body(default: Any = ..., *, exact: bool = False) -> dict[str, Any]:
+    """Return the request's JSON object, as `json_body`. Raises `ApiError` 400 or 413."""
+    value = await json_body(default, exact=exact)
     if not isinstance(value, dict):
         raise ApiError(400, "expected a JSON object")
     return value

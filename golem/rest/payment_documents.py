@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from quart import Blueprint, Response, request
 
+from actors.ledger.audit import body_of
 from actors.ledger.machine import LedgerAgreementRow, PaymentDocument, acceptance_of
 from golem.node.paid import lost_of, payments_of
 from golem.rest.calculation import waiting
@@ -20,7 +21,6 @@ from golem.rest.edge import (
     listed,
     member,
     null,
-    object_body,
     query_float,
     query_int,
     query_text,
@@ -40,13 +40,21 @@ from golem.rest.payment_forms import (
 )
 from protocol.codec import Decoder
 from protocol.ledger import (
+    MAX_COUNTER,
+    MAX_MESSAGE_CHARS,
+    MAX_USAGE_COUNTERS,
+    REJECTION_REASONS,
     AcceptDocument,
     CancelInvoice,
     DocumentEvent,
     IssueDebitNote,
     IssueInvoice,
     RejectInvoice,
+    RejectionBody,
     SendDocument,
+    decode_body,
+    encode_body,
+    json_form,
 )
 from protocol.types import amount_text, timestamp, timestamp_text
 
@@ -54,8 +62,6 @@ if TYPE_CHECKING:
     from golem.node.node import Node
 
 ACK_TIMEOUT_S = 15.0
-MAX_TEXT = 2000
-REASONS = ("UNSOLICITED_SERVICE", "BAD_SERVICE", "INCORRECT_AMOUNT")
 EVENTS = {
     "RECEIVED": "ReceivedEvent",
     "ACCEPTED": "AcceptedEvent",
@@ -98,10 +104,9 @@ def _reading(api: Blueprint, node: Node, kind: DocumentNames) -> None:
     async def listing() -> Response:
         after = query_time("afterTimestamp")
         limit = query_int("maxItems", MAX_ITEMS, 1, MAX_ITEMS)
-        found = [(_issued(row), row) for row in listed(node, "ledger", f"{kind.kind}/")]
-        found = [(at, row) for at, row in found if after is None or at > after]
-        found.sort(key=lambda pair: (pair[0], pair[1].document_id))
-        return respond_json([render(row) for _, row in found[:limit]])
+        found = listed(node, "ledger", f"{kind.kind}/", lambda row: (_issued(row), row.document_id, render(row)))
+        found = sorted(each for each in found if after is None or each[0] > after)
+        return respond_json([form for _, _, form in found[:limit]])
 
     async def get(document_id: str) -> Response:
         return respond_json(render(_document(node, kind, document_id)))
@@ -115,7 +120,7 @@ def _reading(api: Blueprint, node: Node, kind: DocumentNames) -> None:
         def pick(event: DocumentEvent, at: float) -> dict[str, Any] | None:
             if event.what not in wanted[event.role] or session not in (None, event.app_session_id):
                 return None
-            return _rendered_event(kind, event, at)
+            return event_form(kind, event, at)
 
         limit = query_int("maxEvents", 100, 1, MAX_EVENTS)
         probe = scan(node, kind.feed, query_time("afterTimestamp"), limit, _event, pick)
@@ -166,15 +171,13 @@ def _moving(api: Blueprint, node: Node, kind: DocumentNames) -> None:
 def _issuing(api: Blueprint, node: Node) -> None:
     @api.post("/debitNotes")
     async def issue_debit_note() -> Response:
-        plain, body = await object_body(), await exact_body()
-        usage = member(plain, "usageCounterVector", list, None)
-        if usage is not None and any(isinstance(x, bool) or not isinstance(x, int | float) for x in usage):
-            raise ApiError(400, "field `usageCounterVector`: expected an array of numbers")
+        body = await exact_body()
+        usage = _usage(body)
         command = IssueDebitNote(
             str(uuid.uuid4()),
             member(body, "activityId", str),
             amount_text(body_amount(body, "totalAmountDue")),
-            None if usage is None else tuple(usage),
+            usage,
             body_time(body, "paymentDueDate"),
         )
         await ask(node, "ledger", command, statuses={"forbidden": 400})
@@ -223,16 +226,13 @@ def _invoices_only(api: Blueprint, node: Node) -> None:
         query_float("timeout", ACK_TIMEOUT_S)
         body = await exact_body()
         reason = member(body, "rejectionReason", str)
-        if reason not in REASONS:
-            raise ApiError(400, f"field `rejectionReason`: expected one of {', '.join(REASONS)}")
-        rejection = {
-            "rejectionReason": reason,
-            "totalAmountAccepted": amount_text(body_amount(body, "totalAmountAccepted")),
-        }
-        if text := member(body, "message", str, None):
-            rejection["message"] = text[:MAX_TEXT]
+        if reason not in REJECTION_REASONS:
+            raise ApiError(400, f"field `rejectionReason`: expected one of {', '.join(REJECTION_REASONS)}")
+        accepted = amount_text(body_amount(body, "totalAmountAccepted"))
+        text = member(body, "message", str, None)
+        rejection = RejectionBody(reason, accepted, text[:MAX_MESSAGE_CHARS] if text else None)
         _document(node, INVOICE, invoice_id)
-        command = RejectInvoice(invoice_id, json.dumps(rejection, ensure_ascii=False))
+        command = RejectInvoice(invoice_id, encode_body(rejection).decode())
         await ask(node, "ledger", command, statuses={"forbidden": 400})
         return null()
 
@@ -252,9 +252,21 @@ def _not_there(api: Blueprint) -> None:
         raise ApiError(501, None)
 
 
+def _usage(body: dict[str, Any]) -> tuple[int | float, ...] | None:
+    """Return the counters of a debit note's body. Raises `ApiError` 400."""
+    usage = member(body, "usageCounterVector", list, None)
+    if usage is None:
+        return None
+    if len(usage) > MAX_USAGE_COUNTERS or any(isinstance(x, bool) or not isinstance(x, int | Decimal) for x in usage):
+        raise ApiError(400, f"field `usageCounterVector`: expected an array of at most {MAX_USAGE_COUNTERS} numbers")
+    if any(not -MAX_COUNTER < x < MAX_COUNTER for x in usage):
+        raise ApiError(400, f"field `usageCounterVector`: expected numbers between -{MAX_COUNTER:g} and {MAX_COUNTER:g}")
+    return tuple(x if isinstance(x, int) else float(x) for x in usage)
+
+
 def render(row: PaymentDocument) -> dict[str, Any]:
     """Return a debit note or an invoice in the form of the API."""
-    body: dict[str, Any] = json.loads(row.body)
+    body = json_form(body_of(row))
     for name in ("timestamp", "paymentDueDate"):
         if name in body:
             body[name] = timestamp_text(timestamp(body[name]))
@@ -284,8 +296,11 @@ def explained(node: Node, kind: DocumentNames, row: PaymentDocument) -> dict[str
     }  # fmt: skip
 
 
-def _rendered_event(kind: DocumentNames, event: DocumentEvent, at: float) -> dict[str, Any]:
-    rejection = {"rejection": json.loads(event.detail)} if event.what == "REJECTED" and event.detail else {}
+def event_form(kind: DocumentNames, event: DocumentEvent, at: float) -> dict[str, Any]:
+    """Return an event of a debit note or an invoice in the form of the API. Raises `Violation` for a damaged one."""
+    rejection = {}
+    if event.what == "REJECTED" and event.detail:
+        rejection = {"rejection": json_form(decode_body(RejectionBody, event.detail.encode()))}
     return {
         kind.id_field: event.document_id,
         "eventDate": timestamp_text(at),
@@ -318,7 +333,7 @@ def _agreement(node: Node, row: PaymentDocument) -> LedgerAgreementRow:
 
 
 def _issued(row: PaymentDocument) -> float:
-    return timestamp(json.loads(row.body)["timestamp"])
+    return timestamp(body_of(row).timestamp)
 
 
 def _get(api: Blueprint, path: str, handler: Callable[..., Any]) -> None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import logging
 from collections.abc import Callable
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
-from quart import request
-
 from actors.ledger.machine import Order, PaymentRow
 from golem.rest.edge import ApiError, member, object_body
-from protocol.types import amount, timestamp, timestamp_text
+from protocol.ledger import PaymentBody, decode_body, json_form
+from protocol.types import Violation, amount, timestamp, timestamp_text
 
 if TYPE_CHECKING:
     from golem.node.node import Node
@@ -19,13 +18,12 @@ if TYPE_CHECKING:
 MAX_ITEMS = 5000
 MAX_EVENTS = 1000
 EVENT_TIMEOUT_S = 5.0
+logger = logging.getLogger(__name__)
 
 
 async def exact_body() -> dict[str, Any]:
     """Return the request's JSON object with fractions as `Decimal`. Raises `ApiError` 400."""
-    await object_body()
-    body: dict[str, Any] = json.loads(await request.get_data(), parse_float=Decimal)
-    return body
+    return await object_body(exact=True)
 
 
 def body_amount(body: dict[str, Any], name: str) -> Decimal:
@@ -59,6 +57,7 @@ def scan(
     """Return a probe for `until`: the first `limit` events of a feed later than `after` that `pick` makes something of.
 
     Events that were looked at are not looked at again by the same probe. The probe returns None while there are none.
+    An event that cannot be shown is passed over, and logged: those after it are what the agent waits for.
     """
     cursor = after or 0.0
 
@@ -68,7 +67,12 @@ def scan(
         while len(found) < limit and (page := node.system.feeds.read_after(feed, cursor, 100)):
             for event in page:
                 cursor = event.at
-                if (picked := pick(decode(event.body), event.at)) is not None:
+                try:
+                    picked = pick(decode(event.body), event.at)
+                except (Violation, ValueError, LookupError) as error:
+                    logger.warning("the event of %s on feed %s cannot be shown: %s", timestamp_text(event.at), feed, error)
+                    continue
+                if picked is not None:
                     found.append(picked)
                     if len(found) == limit:
                         break
@@ -79,7 +83,7 @@ def scan(
 
 def render_payment(node: Node, row: PaymentRow, at: float | None = None) -> dict[str, Any]:
     """Return a payment in the form of the API."""
-    body = json.loads(row.body)
+    body = json_form(decode_body(PaymentBody, row.body))
     rows = node.system.rows("ledger")
     sources: dict[tuple[str, str], str] = {}
     for order_id in row.order_ids:

@@ -26,12 +26,17 @@ from worlds.playbook import START, TableRows
 from worlds.whole_life import Life, demand_of, live, offer_of
 
 from actors.kernel.machine import DropFeed, Emit, Machine, Meta, Send, Step
+from actors.ledger.rows import PaymentDocument, PaymentRow
+from actors.market.rows import OfferRow
 from actors.negotiation import proposals
-from actors.negotiation.proposals import MAX_OPENED_PER_NODE
+from actors.negotiation.proposals import MAX_OPENED_PER_NODE, Proposal
+from actors.negotiation.rows import AgreementRow
+from golem.node.market_forms import agreement_event_form, agreement_form, agreement_summary, proposal_form, subscription_form
+from golem.rest import payment_documents
 from protocol.codec import MAX_ADDRESS_CHARS, MAX_BODY_BYTES, Decoder, encode
-from protocol.ledger import Recalled
+from protocol.ledger import DocumentEvent, PaymentBody, Recalled, decode_body, json_form
 from protocol.market import MAX_IDS, GetOffers, OffersAnnounced
-from protocol.negotiation import ProposalOpened, proposal_id
+from protocol.negotiation import AgreementEvents, ProposalOpened, proposal_id
 from protocol.signing import KINDS, Document, node_id_of, sign, verify
 from protocol.types import Message, Violation, actor_of, node_of
 
@@ -51,7 +56,8 @@ TEXTS = (
     "[]", "null", '{"message":1}', '{"message":"\\ud800"}', "[" * 985 + "]" * 985, "[" * 200_000,
     '{"a":' * 990 + "1" + "}" * 990, "0x" + "0" * 40, "0x" + "F" * 40,
     "a" * 32, "a" * 64, "A" * 64, "\u2028", "1" * 41, "0." + "1" * 19, "Terminated", "Requestor", "(", "(" * 3000,
-    "(a=*)", "9" * 5000,
+    "(a=*)", "9" * 5000, "9999-12-31T23:59:59-23:59", "0001-01-01T00:00:00+23:59", "not json",
+    '{"rejectionReason":"BAD_SERVICE","totalAmountAccepted":"0","zz":1e400}',
 )  # fmt: skip
 #: Where a field's usual values are found: the keys of the victim's rows, or these words.
 FIELDS: dict[str, str | tuple[str, ...]] = {
@@ -64,6 +70,9 @@ FIELDS: dict[str, str | tuple[str, ...]] = {
 INTS = (-(2**63), -1, 0, 1, 2, 3, 63, 64, 1000, 2**31, 2**53, 2**63 - 1, 2**64 - 1)
 FLOATS = (float("nan"), float("inf"), float("-inf"), -1.0, -0.0, 0.0, 1e-300, 1.5, START, START + 1e9, 1e11, 1e22, 1e308, -1e308)
 BYTES = (b"", b"\0", b"{}", b"[]", b"null", b"\xff\xfe", b"x" * 65, b"x" * 200_000, b'{"a":"\\ud800"}', b"[" * 990 + b"]" * 990)
+STRANGE_MEMBERS = (
+    b',"zz":1e400}', b',"zz":' + b"9" * 400 + b"}", b',"zz":[{"a":-1e999}]}', b',"status":"SETTLED"}', b',"message":1e400}',
+)  # fmt: skip
 
 
 @cache
@@ -201,7 +210,7 @@ class Maker:
             return body
         new = rng.choice((
             None, True, 0, -1, 1.5, 1e300, 10**30, "", "x", "\ud800", [], {}, [[]], {"a": {"b": 1}}, "é" * 300, "\0" * 64, "1e5",
-            START, START + 100.0, STRANGER, *rng.sample(words().texts, 5),
+            START, START + 100.0, STRANGER, "9999-12-31T23:59:59-23:59", *rng.sample(words().texts, 5),
         ))  # fmt: skip
         if isinstance(value[name], dict) and value[name] and rng.random() < 0.7:
             value[name][rng.choice(list(value[name]))] = new
@@ -209,7 +218,8 @@ class Maker:
             value[name] = value[name] * rng.choice((2, 1200)) or [new]
         else:
             value[name] = new
-        return json.dumps(value, separators=(",", ":"), ensure_ascii=rng.random() < 0.5).encode("utf-8", "surrogatepass")
+        made = json.dumps(value, separators=(",", ":"), ensure_ascii=rng.random() < 0.5).encode("utf-8", "surrogatepass")
+        return made[:-1] + rng.choice(STRANGE_MEMBERS) if rng.random() < 0.2 else made
 
     def message(self, kind: type) -> Any:
         """Return a message of a type: made up, or a real one with some of its fields made up, or a real one."""
@@ -312,6 +322,36 @@ def check_cost(victim: Victim, step: Step, body: bytes) -> None:
     assert sent <= MAX_SENT_BYTES + SENT_PER_BYTE * len(body), (sent, len(body))
 
 
+def check_shown(step: Step, now: float) -> None:
+    """Whatever a peer made us keep, agents can be shown: each list and each feed stays whole."""
+    for row in step.rows.values():
+        if shown := forms(row, now):
+            json.dumps(shown, ensure_ascii=False, allow_nan=False).encode()
+    for effect in step.effects:
+        if isinstance(effect, Emit) and isinstance(effect.message, DocumentEvent):
+            kind = {"debit-notes": payment_documents.NOTE, "invoices": payment_documents.INVOICE}[effect.feed]
+            form = payment_documents.event_form(kind, effect.message, now)
+            json.dumps(form, ensure_ascii=False, allow_nan=False).encode()
+        elif isinstance(effect, Emit) and isinstance(effect.message, AgreementEvents):
+            json.dumps(agreement_event_form(now, effect.message), ensure_ascii=False, allow_nan=False).encode()
+
+
+def forms(row: Any, now: float) -> list[Any]:
+    """Return what REST says of a row."""
+    match row:
+        case PaymentDocument():
+            return [payment_documents.render(row)]
+        case PaymentRow():
+            return [json_form(decode_body(PaymentBody, row.body))]
+        case Proposal():
+            return [proposal_form(row)]
+        case AgreementRow():
+            return [agreement_form(row, now), *([agreement_summary(row, now)] if row.body else [])]
+        case OfferRow():
+            return [subscription_form(row.document)]
+    return []
+
+
 _NODE = re.compile(r"0x[0-9a-f]{40}(?![0-9a-f])")
 
 
@@ -391,6 +431,7 @@ def attack(name: str, seed: int) -> int:
                     if step is not None:
                         check_cost(victim, step, body)
                         check_others(victim, step, sender, message)
+                        check_shown(step, victim.now)
                         effective += bool(step.rows or step.effects)
                         victim.apply(step)
                 except BaseException as error:

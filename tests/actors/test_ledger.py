@@ -230,11 +230,13 @@ def test_what_accepting_needs() -> None:
 def test_a_rejected_invoice_may_be_followed_by_a_lower_one() -> None:
     world, payer, payee = invoiced("2")
     assert code(world.invoice(payee, "i2", "a1", "1.9")) == "bad_request"
-    world.ask(payer, RejectInvoice("i1", '{"rejectionReason":"INCORRECT_AMOUNT"}'))
-    world.ask(payer, RejectInvoice("i1", '{"rejectionReason":"INCORRECT_AMOUNT"}'))
+    reason = '{"rejectionReason":"INCORRECT_AMOUNT","totalAmountAccepted":"0"}'
+    assert code(world.ask(payer, RejectInvoice("i1", "not json"))) == "bad_request"
+    world.ask(payer, RejectInvoice("i1", reason))
+    world.ask(payer, RejectInvoice("i1", reason))
     world.run()
     assert events(payee, "invoices")[-1] == ("i1", "REJECTED")
-    assert payee.feeds["invoices"][-1].detail == '{"rejectionReason":"INCORRECT_AMOUNT"}'
+    assert payee.feeds["invoices"][-1].detail == reason
     assert code(world.accept(payer, "invoice", "i1", "al")) == "bad_request"
     assert world.invoice(payee, "i2", "a1", "1.9") == Done()
 

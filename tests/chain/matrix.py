@@ -12,12 +12,14 @@ from collections.abc import Iterator
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from blind import FAULTS, HOSTS, Blind
 from chain_support import GLM, GWEI, Lab, Payer, Refused, address_of, payer
+from eth_hash.auto import keccak
 
 from golem.chain.signer import Key
-from golem.chain.store import TransferBatch
+from golem.chain.store import OrdersTaken, TransferBatch
 from protocol.wallet import TransferConfirmed, TransferFailed
 
 BLIND_STEPS = 9  # with the fault; a nonce was given up after three looks once
@@ -80,10 +82,19 @@ class History:
         self.owed: dict[str, tuple[tuple[str, int], ...]] = {}
         self.batches: dict[str, str] = {}
         self.settled: set[str] = set()
+        self.strange: list[bytes] = []  # transactions of the key that are not the engine's
         self.deadly = ""
         self.told: list[str] = []
         self.life = AsyncExitStack()
+        self.row: dict[str, Any] = {"depth": DEPTH}
+        self.last_fault, self.clear_steps = 0, CLEAR_STEPS
         self.wallet: Payer
+
+    async def weather(self, step: int) -> None:
+        """What else happens to the chain before a step."""
+
+    def is_over(self) -> bool:
+        return len(self.settled) == len(self.owed)
 
     async def live(self) -> None:
         """A new process on the old disk."""
@@ -92,7 +103,7 @@ class History:
         urls = tuple(f"http://{host}/" for host in HOSTS[: self.case.size])
         now = self.wallet.clock.now if hasattr(self, "wallet") else 1_000_000.0
         self.wallet = await self.life.enter_async_context(
-            payer(self.lab, self.key, self.db, checkpoint=self._die, transport=self.wire, rpc_urls=urls, depth=DEPTH)
+            payer(self.lab, self.key, self.db, checkpoint=self._die, transport=self.wire, rpc_urls=urls, **self.row)
         )
         self.wallet.clock.now = now
 
@@ -108,7 +119,8 @@ class History:
             deaths = {self.dice.randrange(BLIND_STEPS) for _ in range(2)}
             foreign = self.dice.randrange(BLIND_STEPS * 4)
             await self.owe(1)
-            while steps < onset + BLIND_STEPS:
+            while steps < max(onset + BLIND_STEPS, self.last_fault):
+                await self.weather(steps)
                 if steps == onset:
                     for place, fault in self.case.blind:
                         await self.wire.set(HOSTS[place], fault)
@@ -128,8 +140,8 @@ class History:
             await self.life.aclose()
 
     async def settle(self) -> None:
-        for _ in range(CLEAR_STEPS):
-            if len(self.settled) == len(self.owed):
+        for _ in range(self.clear_steps):
+            if self.is_over():
                 self.judge(exactly=True)
                 return
             await self.step()
@@ -144,11 +156,18 @@ class History:
     async def submit(self, debt: str) -> None:
         batch_id = f"{debt} #{sum(owner == debt for owner in self.batches.values())}"
         self.batches[batch_id] = debt
-        await self.wallet.engine.submit(TransferBatch(batch_id, self.owed[debt]))
+        orders = tuple((f"{debt} {i}",) for i in range(len(self.owed[debt])))
+        try:
+            await self.wallet.engine.submit(TransferBatch(batch_id, self.owed[debt], orders))
+        except OrdersTaken as taken:  # as the wallet does: those batches are asked for again
+            for batch in taken.batches:
+                await self.wallet.engine.submit(batch)
 
     def foreign(self) -> None:
+        signed = self.lab.sign(self.key, address_of("elsewhere"), value=1, gas=21_000, fee=90 * GWEI)
+        self.strange.append(signed.raw)
         with suppress(Refused):
-            self.lab.send(self.key, address_of("elsewhere"), value=1, gas=21_000, fee=90 * GWEI)
+            self.lab.call("eth_sendRawTransaction", "0x" + signed.raw.hex())
 
     async def step(self) -> None:
         try:
@@ -164,6 +183,7 @@ class History:
             if isinstance(event, TransferConfirmed):
                 self.settled.add(self.batches[event.batch_id])
             elif isinstance(event, TransferFailed):
+                assert self.batches[event.batch_id] not in self.settled, f"{self.case}: {event} was told to be paid; {self.told}"
                 await self.submit(self.batches[event.batch_id])
         self.judge()
 
@@ -175,3 +195,80 @@ class History:
                     raise PaidTwice(f"{self.case}: {debt} of {amount_wei} wei, paid {held}; {self.told}")
                 if exactly and held != amount_wei:
                     raise NotPaid(f"{self.case}: {debt} is called paid, and its payee holds {held} of {amount_wei} wei")
+
+
+MOST_LOST = 14  # blocks, from the highest there ever was
+
+
+class Torn(History):
+    """A case in which the chain loses blocks for good as well, deeper than `depth`, once or twice.
+
+    What was in them is dropped, or comes back to the mempool, or a stranger sends at some moment all that was ever signed.
+    Against strangers only depth helps: then what has failed is repeated when it is deeper than what is lost.
+    """
+
+    def __init__(self, lab: Lab, other_url: str, case: Case, directory: Path) -> None:
+        super().__init__(lab, other_url, case, directory)
+        dice = self.sky = random.Random(f"torn {case.seed}")
+        first = dice.randint(0, 9)
+        self.losses = [(first, first + dice.randint(DEPTH + 1, 11))]
+        if dice.random() < 0.5:
+            again = self.losses[0][1] + dice.randint(0, 4)
+            self.losses.append((again, again + dice.randint(DEPTH + 1, 8)))
+        self.stranger = {dice.randint(first, self.losses[-1][1] + 3) for _ in range(3)} if dice.random() < 0.4 else set()
+        if self.stranger:
+            self.row["repeat_depth"] = MOST_LOST + 2
+        self.last_fault = max(self.losses[-1][1], *self.stranger, 0) + 1
+        self.clear_steps = 4 * CLEAR_STEPS
+        self.snapshot, self.kept, self.highest = "", 0, 0
+
+    def head(self) -> int:
+        return self.lab.number("eth_blockNumber")
+
+    async def weather(self, step: int) -> None:
+        for take, lose in self.losses:
+            if step == take:
+                self.snapshot, self.kept = self.lab.call("evm_snapshot"), self.head()
+            if step == lose and max(self.highest, self.head()) - self.kept <= MOST_LOST:
+                self.lose()
+        if step in self.stranger:
+            self.send(self.signed())
+
+    def lose(self) -> None:
+        self.highest = max(self.highest, self.head())
+        lost = [tx for tx in self.strange if self.mined(tx)]
+        lost += [raw for raw in self.signed() if self.mined(raw)]
+        after = self.sky.choice(["dropped", "kept", "returned"])
+        self.told.append(f"lost {self.head() - self.kept} blocks, {after}")
+        assert self.lab.call("evm_revert", self.snapshot)
+        if after != "kept":
+            self.lab.call("anvil_dropAllTransactions")
+        if after == "returned":
+            self.send(lost)
+        self.lab.mine(self.sky.choice([0, 0, 1, 3, 6]))
+
+    def mined(self, raw: bytes) -> bool:
+        receipt = self.lab.call("eth_getTransactionReceipt", "0x" + keccak(raw).hex())
+        return receipt is not None and int(receipt["blockNumber"], 16) > self.kept
+
+    def signed(self) -> list[bytes]:
+        """All that the engine ever signed."""
+        store = self.wallet.engine.store
+        txs = [tx for batch_id in self.batches for tx in store.txs_of_batch(batch_id)]
+        return [attempt.raw for tx in txs for attempt in store.attempts(tx.id)]
+
+    def send(self, raws: list[bytes]) -> None:
+        self.sky.shuffle(raws)
+        for raw in raws:
+            with suppress(Refused):
+                self.lab.call("eth_sendRawTransaction", "0x" + raw.hex())
+
+    def is_over(self) -> bool:
+        engine = self.wallet.engine
+        stuck = [problem for problem in engine.problems() if problem.kind != "RpcError"]  # what RPCs said is told for a while
+        open_left = engine.store.open() or engine.store.queued() or stuck
+        return (
+            super().is_over()
+            and not open_left
+            and all(self.lab.tokens(payee) == wei for payees in self.owed.values() for payee, wei in payees)
+        )

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import pytest
 from chain_support import GWEI, Lab, anvil, devchain, find_anvil
-from matrix import Case, History, PaidTwice, cases
+from matrix import Case, History, PaidTwice, Torn, cases
 from worlds.support import trio_test
 
-from golem.chain import pool
+from golem.chain import engine, pool
 from golem.chain.bodies import BodyTx
 from golem.chain.engine import Engine
 from golem.chain.evidence import Evidence, Payment, Use, View, Witness
@@ -24,6 +24,7 @@ from golem.chain.store import TxRow
 
 SEEDS = int(os.environ.get("MATRIX_SEEDS", "0"))
 SAMPLES = {"devchain": 12, "anvil": 6}  # cases of each pool size in an ordinary run
+LOSSES = {"devchain": 3, "anvil": 8}  # and those in which blocks are lost as well
 
 
 class Scene(NamedTuple):
@@ -51,9 +52,10 @@ def scene(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def _short_rests(monkeypatch: pytest.MonkeyPatch) -> None:
     """An RPC that failed is asked again soon: a step here is a poll of seconds there."""
     monkeypatch.setattr(pool, "BACKOFF_S", (0.001, 0.005))
+    monkeypatch.setattr(engine, "WATCH_S", 0.0)  # and a look of each minute comes with each step
 
 
-def run(scene: Scene, tmp_path: Path, chosen: list[Case]) -> None:
+def run(scene: Scene, tmp_path: Path, chosen: list[Case], kind: type[History] = History) -> None:
     """All of them, whatever one of them says; then what they said."""
     failures: list[AssertionError] = []
 
@@ -63,7 +65,7 @@ def run(scene: Scene, tmp_path: Path, chosen: list[Case]) -> None:
             scene.lab.call("anvil_dropAllTransactions")
             scene.lab.base_fee(GWEI)
             try:
-                await History(scene.lab, scene.other_url, case, tmp_path).run()
+                await kind(scene.lab, scene.other_url, case, tmp_path).run()
             except AssertionError as failure:
                 if not SEEDS:
                     raise
@@ -74,10 +76,10 @@ def run(scene: Scene, tmp_path: Path, chosen: list[Case]) -> None:
     assert not failures, f"{len(failures)} of {len(chosen)} histories failed, the first: {failures[0]}"
 
 
-def sample(scene: Scene, size: int, seed: int) -> list[Case]:
+def sample(scene: Scene, size: int, seed: int, samples: dict[str, int] = SAMPLES) -> list[Case]:
     """A few of the cases; all of them where more seeds were asked for."""
     found = cases(size, seed)
-    return found if SEEDS else random.Random(seed).sample(found, SAMPLES[scene.lab.kind])
+    return found if SEEDS else random.Random(seed).sample(found, samples[scene.lab.kind])
 
 
 @pytest.mark.parametrize("seed", range(max(SEEDS, 1)))
@@ -85,6 +87,13 @@ def sample(scene: Scene, size: int, seed: int) -> list[Case]:
 @pytest.mark.timeout(3600)
 def test_whatever_the_rpcs_hide_each_debt_is_paid_once(scene: Scene, tmp_path: Path, size: int, seed: int) -> None:
     run(scene, tmp_path, sample(scene, size, seed))
+
+
+@pytest.mark.parametrize("seed", range(max(SEEDS, 1)))
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.timeout(3600)
+def test_whatever_blocks_are_lost_each_debt_is_paid_once(scene: Scene, tmp_path: Path, size: int, seed: int) -> None:
+    run(scene, tmp_path, sample(scene, size, seed, LOSSES), Torn)
 
 
 FOUND = [  # cases that failed once

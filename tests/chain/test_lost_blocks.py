@@ -156,6 +156,7 @@ async def test_old_bytes_that_were_mined_without_a_lower_nonce_are_noticed_by_th
         lab.mine(30)
     async with payer(lab, scene.key, db) as wallet:
         await steps(wallet, 12)
+        assert len(wallet.engine.problems()) == 1
         (problem,) = wallet.engine.problems()
         assert problem.kind == "TxStuck"
         for word in ("paid twice", "b1", "b2", scene.payee, "3 tGLM", "golem payment decide b2 --paid"):

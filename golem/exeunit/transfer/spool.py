@@ -5,9 +5,11 @@ Neighbours: `transfer`, which drives; `web` and `transfer.GftpRemote`, which fil
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
+import threading
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +23,7 @@ Write = Callable[[bytes], Awaitable[None]]
 
 CHUNK_BYTES = 1 << 16
 BLOCK_BYTES = 1 << 20  # what is stored and hashed at a time
+_LOOKS = threading.Lock()  # two blocks that look at once would both find the room that is there for one
 
 
 class TransferError(Exception):
@@ -167,10 +170,11 @@ class Spool:
     def _store(self, block: bytes | bytearray) -> None:
         view = memoryview(block)
         try:
-            if self._spare_bytes:
-                self._have_room(len(block))
-            while view:
-                view = view[os.write(self._descriptor, view) :]
+            with _LOOKS if self._spare_bytes else contextlib.nullcontext():
+                if self._spare_bytes:
+                    self._have_room(len(block))
+                while view:
+                    view = view[os.write(self._descriptor, view) :]
         except NoRoom as error:
             raise TransferError(f"cannot store the file: {error}") from None
         except OSError as error:

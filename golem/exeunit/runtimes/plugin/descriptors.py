@@ -14,7 +14,6 @@ Neighbours: `runtimes/__init__` looks a name up here; the provider agent lists a
 from __future__ import annotations
 
 import glob
-import json
 import os
 import re
 import stat
@@ -23,6 +22,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+from protocol import strict_json
 
 SEARCH = "EXE_UNIT_PATH"
 SUPERVISOR = "exe-unit"
@@ -149,8 +150,8 @@ def read_descriptors(file: Path) -> list[Descriptor]:
     Errors: DescriptorError.
     """
     try:
-        raw = json.loads(_content(file), object_pairs_hook=_once, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
+        raw = strict_json.loads(_content(file))
+    except ValueError as error:
         if isinstance(error, DescriptorError):
             raise
         raise DescriptorError(f"{file} is not JSON: {str(error)[:200]}") from None
@@ -187,17 +188,6 @@ def _check_owner(status: os.stat_result, error: Any, what: str) -> None:
         raise error(f"{what} belongs to user {status.st_uid}, neither to root nor to the user who runs the provider")
     if status.st_mode & stat.S_IWOTH:
         raise error(f"{what} may be written by anybody")
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key is there twice")
-    return found
-
-
-def _no_constant(text: str) -> Any:
-    raise ValueError(f"{text} is not a number of JSON")
 
 
 class _Reader:
