@@ -21,6 +21,7 @@ from actors.kernel.draft import Draft
 from actors.kernel.grammar import EDGE, ITSELF, Looked, On, Table, TableMachine
 from actors.kernel.machine import Meta, Rows
 from protocol.activity import MAX_OUTPUT_BYTES, CommandResult, StateReported, UsageReported, fit_output
+from protocol.codec import Decoder
 from protocol.exeunit import (
     CancelCommand,
     CommandFinished,
@@ -49,6 +50,8 @@ _EXPECTED = {
     "Deployed": "Activity is deployed - start() command is expected now",
     "Ready": "Activity is ready - run(), transfer() or terminate() command is expected now",
 }
+
+_sent = Decoder[Any](Execute | CancelCommand | CommandResult | StateReported | UsageReported)  # what `Undelivered` may hold
 
 
 class UnitRow(Message, frozen=True):
@@ -132,7 +135,12 @@ def _usage_measured(draft: UnitDraft, message: UsageMeasured) -> None:
 
 
 def _undelivered(draft: UnitDraft, message: Undelivered) -> None:
-    """The requestor or our node was away for a day: nobody is left to be told."""
+    """A command that the runtime did not take ends the activity: nobody knows what of it was done."""
+    lost, unit = _sent(message.body), draft.unit
+    if not isinstance(lost, Execute) or (unit.current, unit.index) != (lost.batch_id, lost.index):
+        return  # the requestor or our node was away for a day: nobody is left to be told
+    if unit.state != "Terminated":
+        _end(draft, "execution interrupted", f"the runtime did not take a command: {message.reason}", None)
 
 
 # -- batches

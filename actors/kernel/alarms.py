@@ -74,10 +74,12 @@ class Alarms:
                 self._more.add(name)
             for timer in timers:
                 actor.offer_alarm(TimerDue(timer))
-            for recipient, seq in deadlines:
-                actor.offer_alarm(DeadlinePassed(recipient, seq, journal.outgoing(name, recipient).epoch))
+            for recipient, seq, epoch in deadlines:
+                actor.offer_alarm(DeadlinePassed(recipient, seq, epoch))
         elif actor is None:  # a port hears nothing of it, it repeats itself; or an actor of a former version
-            keys, expired = [timer.key for timer in journal.due(name, now)], journal.overdue(name, now)
+            keys = [timer.key for timer in journal.due(name, now)]
+            overdue = [(recipient, seq) for recipient, seq, _ in journal.overdue(name, now)]
+            expired = [one for one in overdue if not self._system.is_broken(name, one[0])]  # it is about to be numbered anew
             if keys or expired:
                 commit = Commit(name, expired=expired, timers=dict.fromkeys(keys))
                 await journal.commit(commit)
@@ -99,7 +101,7 @@ class Alarms:
             self._changed.set()
 
     # -- what its recipient set aside
-    def refused(self, actor: str, recipient: str, owed: Sequence[int], reason: str) -> None:
+    def refused(self, actor: str, recipient: str, epoch: str, owed: Sequence[int], reason: str) -> None:
         """Messages were set aside by their recipient: tell their sender, at a pace that no recipient can drive up."""
         link, now = (actor, recipient), self._system.now()
         times, told_at = self._refusals.pop(link, (0, 0.0))
@@ -112,7 +114,6 @@ class Alarms:
         if len(self._refusals) > KEPT_REFUSALS:
             del self._refusals[next(iter(self._refusals))]
         if (machine := self._system.machine(actor)) is not None:
-            epoch = self._system.journal.outgoing(actor, recipient).epoch
             for seq in owed:
                 machine.offer_alarm(DeadlinePassed(recipient, seq, epoch, reason))
 

@@ -74,6 +74,11 @@ class Courier:
         self._asks = self.acked > 0 and self._may_go
         self._news.set()
 
+    @property
+    def is_broken(self) -> bool:
+        """Return whether the link waits for a new numbering."""
+        return self._broken is not None
+
     def restart(self) -> None:
         """The link is mended."""
         self._broken, self.trouble = None, ""
@@ -131,12 +136,13 @@ class Courier:
         room = min(MAX_BATCH, WINDOW - (self._next - self.acked))
         batch: list[Envelope] = []
         size = 0
+        now, waiting = self.system.now(), self._pending(self._next, room)
+        self._dry = len(waiting) < room
         # The first message that is not acknowledged comes behind the last one that is: those between were given up.
+        # Marks are read behind messages: a transaction that lands in between may have numbered no message we have.
         marks, before = self._marks(), self._next
         after_boot = boot_at(marks, before)
         settled = bool(marks) and first_of(marks[-1]) <= before  # the last start numbered all that comes
-        now, waiting = self.system.now(), self._pending(self._next, room)
-        self._dry = len(waiting) < room
         for posted in waiting:
             if posted.deadline <= now:
                 self._dry = False
@@ -217,7 +223,7 @@ class Courier:
         owed = [seq for seq in ack.refused if self.acked < seq <= ack.have and posted(self.actor, self.recipient, seq)]
         if not owed:
             return ack.have
-        self.system.alarms.refused(self.actor, self.recipient, owed, SET_ASIDE)
+        self.system.alarms.refused(self.actor, self.recipient, self._epoch, owed, SET_ASIDE)
         return min(owed) - 1
 
     def _is_doubtful(self, ack: Ack, acked_before: int) -> bool:

@@ -72,11 +72,13 @@ class Journal:
         self._begin()
 
     @classmethod
-    def over(cls, connection: sqlite3.Connection, new_epoch: Callable[[], str]) -> Journal:
-        """A journal over a connection that outlives it: the disk of a simulated machine."""
+    def over(
+        cls, connection: sqlite3.Connection, new_epoch: Callable[[], str], reader: sqlite3.Connection | None = None
+    ) -> Journal:
+        """A journal over a connection that outlives it: the disk of a simulated machine. `reader` is a second one to it."""
         journal = cls.__new__(cls)
         journal._threads = False
-        journal._writer = journal._reader = connection
+        journal._writer, journal._reader = connection, reader or connection
         connection.isolation_level = None
         bring_up(connection, new_epoch)
         journal._begin()
@@ -206,11 +208,15 @@ class Journal:
         query = "select actor, recipient from sent where recipient>? and recipient<? and acked>0 and recipient not like ? limit ?"
         return self._read(query, (f"{node}/", f"{node}/\U0010ffff", f"{node}/%:%", ASKED_LINKS)).fetchall()
 
-    def overdue(self, actor: str, now: float, limit: int = ALARMS_AT_ONCE) -> list[tuple[str, int]]:
-        """Return (recipient, seq) of an actor's messages whose deadline has passed and that nobody acknowledged."""
-        query = "select recipient, seq from outbox where actor=? and deadline<=? order by deadline, recipient, seq limit ?"
-        found = self._read(query, (actor, now, limit))
-        return [(recipient, seq) for recipient, seq in found if self.acked(actor, recipient) < seq]
+    def overdue(self, actor: str, now: float, limit: int = ALARMS_AT_ONCE) -> list[tuple[str, int, str]]:
+        """Return (recipient, seq, epoch) of an actor's messages whose deadline has passed and that nobody acknowledged."""
+        # one query: between two, a link may be numbered anew, and a number be another message's
+        query = """
+            select recipient, outbox.seq, epoch, acked from outbox join sent using (actor, recipient)
+            where actor=? and deadline<=? order by deadline, recipient, outbox.seq limit ?
+        """
+        found = self._read(query, (actor, now, limit)).fetchall()
+        return [(to, seq, epoch) for to, seq, epoch, acked in found if self._acked(actor, to, epoch, acked) < seq]
 
     def due(self, actor: str, now: float, limit: int = ALARMS_AT_ONCE) -> list[Timer]:
         """Return an actor's timers whose time has come, earliest first."""
@@ -306,7 +312,7 @@ class Journal:
         """Serve commits, all that are ready in one transaction. Runs as long as the process' actors do."""
         batch: list[Waiting] = []
         self._started.set()
-        self._looks = self._threads
+        self._looks = self._reader is not self._writer
         try:
             while True:
                 await self._wake.wait()

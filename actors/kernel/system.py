@@ -417,14 +417,16 @@ class System:
 
     async def link_broken(self, actor: str, broken: LinkBroken) -> None:
         """The sides of a link remember different things: have its sender told, and the link mended."""
-        lost = broken.lost
         if isinstance(found := self._actors.get(actor), Actor):
             found.offer_alarm(broken)
             return
         commit = Commit(actor, relinked=[broken.mend])
         await self.journal.commit(commit)
-        self._sent.pop((actor, lost.to), None)
         self.released(actor, commit, [])
+
+    def is_broken(self, actor: str, recipient: str) -> bool:
+        """Return whether a link waits for a new numbering."""
+        return (actor, recipient) in self._couriers and self._couriers[actor, recipient].is_broken
 
     async def forget_links(self) -> None:
         """Forget links that have been silent for long."""

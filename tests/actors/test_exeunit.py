@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import msgspec
 import pytest
 from worlds.playbook import START, Playbook, playbook
 
 from actors.exeunit import MAX_QUEUED, ExeUnit
 from protocol.activity import CommandResult, StateReported, UsageReported
+from protocol.codec import encode
 from protocol.exeunit import (
     MAX_COMMANDS,
     MAX_SCRIPT_BYTES,
@@ -28,10 +30,11 @@ from protocol.exeunit import (
     parse_command,
     parse_script,
 )
-from protocol.types import Violation
+from protocol.types import Undelivered, Violation
 
 R, P = "0x" + "1" * 40, "0x" + "2" * 40
 ACTIVITY = "c" * 32
+UNIT = f"{P}/exeunit:{ACTIVITY}"
 DEPLOY, START_UP, RUN = {"deploy": {}}, {"start": {}}, {"run": {"entry_point": "x"}}
 TRANSFER, TERMINATE, SIGN = {"transfer": {"from": "a", "to": "b"}}, {"terminate": {}}, {"sign": {}}
 
@@ -207,6 +210,20 @@ def test_the_next_process_ends_the_activity_and_runs_nothing() -> None:
     assert [one.batch_id for one in results(play)] == ["late"]
     play.tell(UnitStarted("third"))
     assert len(play.sent("activity")) == 1
+
+
+def test_a_command_that_the_runtime_did_not_take_ends_the_activity_with_words() -> None:
+    play = unit()
+    send(play, "b", DEPLOY)
+    (execute,) = executes(play)
+    play.sends.clear()
+    play.tell(Undelivered("runtime", encode(StateReported(ACTIVITY, "Initialized")), "late"), UNIT)
+    play.tell(Undelivered("runtime", encode(msgspec.structs.replace(execute, index=7)), "another one"), UNIT)
+    assert play.sends == []
+    play.tell(Undelivered("runtime", encode(execute), "it crashed there"), UNIT)
+    (over,) = play.take_sent("activity")
+    assert (over.state, over.reason, over.usage) == ("Terminated", "execution interrupted", None)
+    assert over.error_message == "the runtime did not take a command: it crashed there"
 
 
 def test_the_last_report_has_reason_and_usage_and_is_the_last() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import sim_checks
 import trio
 
 from actors.kernel import actor, alarms, courier, journal, row_view, system, tables
@@ -47,16 +48,15 @@ async def run_twice(world: World, name: str) -> None:
 
     host = world.hosts[name]
     while world.faults.copied and not world.calm:
-        await trio.sleep(world.rng.uniform(10, 40))
+        await trio.sleep(world.rng.uniform(5, 20))
         if world.calm or host.nursery is None or host.next_disk is not None:
             continue
         world.copies += 1
         twin = Host(world, name)
-        twin.db.close()
         twin.db, twin.disks = host.new_disk(host.db), 1000 * world.copies
-        world.spare.append(twin.db)
+        world.repeats.update(sim_checks.waiting_answers(twin.db))
         world.twin = twin
-        with trio.move_on_after(world.rng.uniform(5, 25)):
+        with trio.move_on_after(world.rng.uniform(5, 40)):
             await twin.keep_running()
         world.twin = None
         world.reached["copied disk"] += 1

@@ -9,6 +9,7 @@ blackout, in which agents wind up), the liveness phase has none; `sim_market_che
 from __future__ import annotations
 
 import logging
+import sqlite3
 from collections.abc import Sequence
 from dataclasses import replace
 from decimal import Decimal
@@ -18,7 +19,7 @@ from typing import Any
 import sim_market_checks as checks
 import trio
 from sim_market_agents import ProviderAgent, RequestorAgent
-from sim_world import EPOCH_S, SAFETY_S, Broken, Host, SimJournal, SimSystem, Wire, World
+from sim_world import EPOCH_S, SAFETY_S, Broken, Crash, Host, SimSystem, Wire, World
 from worlds.market_world import KEYS
 from worlds.money import PLATFORM
 from worlds.whole_life import demand_of, offer_of
@@ -26,6 +27,7 @@ from worlds.whole_life import demand_of, offer_of
 from actors.activity.machine import Activity
 from actors.exeunit import ExeUnit
 from actors.kernel.machine import ActorFailed, AskTimeout, Busy, LinkDown, Meta, Send
+from actors.kernel.records import RowDamaged
 from actors.ledger.machine import Ledger
 from actors.market.machine import Market
 from actors.negotiation.machine import Negotiation
@@ -50,6 +52,15 @@ from protocol.wallet import (
     VerifyTransfer,
 )
 
+
+class PortFailed(ValueError):
+    """What a bug in a port may raise."""
+
+
+PORT_ERRORS = (
+    OSError("no space left on device"), sqlite3.OperationalError("database is locked"), trio.TooSlowError(),
+    PortFailed("a bug that is gone later"),
+)  # fmt: skip
 CONVERGE_S = 40 * 3600.0  # a payment that was refused by mistake is offered again only hours later
 LOOK_S = 30.0
 
@@ -61,7 +72,17 @@ class MarketSystem(SimSystem):
         self.host.world.broken.append(f"{self.node}/{actor} finds fault with {meta.sender}: {violation}")
 
     def log_crash(self, actor: str, meta: Meta, error: Exception) -> None:
-        self.host.world.broken.append(f"{self.node}/{actor} crashed on a message of {meta.sender}: {error!r}")
+        if isinstance(error, PortFailed):
+            self.host.world.reached["port crashed"] += 1
+        else:
+            self.host.world.broken.append(f"{self.node}/{actor} crashed on a message of {meta.sender}: {error!r}")
+
+    def log_damaged(self, actor: str, meta: Meta, error: RowDamaged) -> None:
+        world = self.host.world
+        world.reached["damaged row met"] += 1
+        if (self.host.name, error.actor, error.key) not in world.bad_rows:
+            world.broken.append(f"{self.node}/{actor} finds a row damaged that is not: {error}")
+        super().log_damaged(actor, meta, error)
 
 
 class ChainPort:
@@ -77,6 +98,7 @@ class ChainPort:
 
     async def handle(self, message: Message, meta: Meta) -> Sequence[Send]:
         await self.world.pause(1)
+        self.world.may_fail(self.host.name, self.name)
         if isinstance(message, Transfer):
             if known := self.world.taken(message):
                 batches = tuple(KnownBatch(batch.batch_id, batch.payees, batch.orders) for batch in known)
@@ -122,6 +144,7 @@ class Runtime:
 
     async def handle(self, message: Message, meta: Meta) -> Sequence[Send]:
         world, key = self.unit.world, (message.batch_id, message.index)  # type: ignore[attr-defined]
+        world.may_fail(self.unit.provider, self.name)
         if not isinstance(message, Execute) or key in self.ran or self.lost:
             return []
         self.ran.add(key)
@@ -133,6 +156,18 @@ class Runtime:
         error = None if ok else message.refusal or "it did not work"
         done = CommandFinished(*key, ok, "out", None, error, EPOCH_S + trio.current_time(), [trio.current_time(), 1.0])
         return [Send(self.unit.actor, done)]
+
+
+class Signer(SignerPort):
+    """The node's signer, whose key may be out of reach for a while."""
+
+    def __init__(self, host: MarketHost) -> None:
+        super().__init__(host.name, lambda kind, body: sign(host.key, kind, body))
+        self.host = host
+
+    async def handle(self, message: Any, meta: Meta) -> Sequence[Send]:
+        self.host.world.may_fail(self.host.name, self.name)
+        return await super().handle(message, meta)
 
 
 class MarketHost(Host):
@@ -148,9 +183,7 @@ class MarketHost(Host):
     async def boot(self, nursery: trio.Nursery) -> None:
         """Open the disk, start the system and its ports."""
         world, numbers = self.world, count()
-        journal = SimJournal.over(self.db, lambda: f"{self.name[:8]}.{self.disks}")
-        journal.host = self
-        self.acked = {}
+        journal = self.open_journal(lambda: f"{self.name[:8]}.{self.disks}")
         system = MarketSystem(
             self.name, journal, Wire(world, self.name), clock=lambda: EPOCH_S + trio.current_time(),
             new_trace=lambda: f"{self.name[:6]}{next(numbers)}", jitter=lambda: world.rng.uniform(0.8, 1.2),
@@ -161,7 +194,7 @@ class MarketHost(Host):
         for machine in (Market, Negotiation, Activity, Ledger):
             system.add(machine(self.name), world.faults.capacity)
         system.add(Wallet(self.name, {PLATFORM: world.cycle_s}), world.faults.capacity)
-        system.add_port(SignerPort(self.name, lambda kind, body: sign(self.key, kind, body)))
+        system.add_port(Signer(self))
         chain = ChainPort(self)
         system.add_port(chain)
         await nursery.start(system.run)
@@ -211,9 +244,7 @@ class UnitHost(Host):
 
     async def boot(self, nursery: trio.Nursery) -> None:
         world, numbers = self.world, count()
-        journal = SimJournal.over(self.db, lambda: f"unit{self.activity_id[:8]}")
-        journal.host = self
-        self.acked = {}
+        journal = self.open_journal(lambda: f"unit{self.activity_id[:8]}")
         system = MarketSystem(
             self.provider, journal, self, clock=lambda: EPOCH_S + trio.current_time(),
             new_trace=lambda: f"{self.activity_id[:6]}{next(numbers)}", jitter=lambda: world.rng.uniform(0.8, 1.2),
@@ -221,7 +252,11 @@ class UnitHost(Host):
         )  # fmt: skip
         system.host = self
         system.add(ExeUnit(self.activity_id, self.requestor, self.provider), world.faults.capacity)
-        system.add_port(Runtime(self, lost="unit" in system.rows(self.actor)))
+        try:
+            lost = "unit" in system.rows(self.actor)
+        except RowDamaged:
+            raise Crash from None  # as the process does
+        system.add_port(Runtime(self, lost))
         self.starts += 1
         await nursery.start(system.run)
         instance = f"{self.starts}"
@@ -229,7 +264,7 @@ class UnitHost(Host):
             try:
                 await system.ask(self.actor, UnitStarted(instance))
                 break
-            except (AskTimeout, Busy):
+            except (AskTimeout, Busy, ActorFailed):
                 await trio.sleep(1)
         self.system, self.nursery = system, nursery
         nursery.start_soon(world.kill_sometime)
@@ -272,13 +307,14 @@ class MarketWorld(World):
         self.revert = rng.choice((0, 0.3))
         self.blackout_s = rng.choice((0, 0, 100, 1000, 4000))
         self.closing, self.pace_s = False, 10.0
-        for host in self.hosts.values():
-            host.db.close()
         self.hosts = {}
         for key in KEYS[:3]:
             host = MarketHost(self, key)
             self.hosts[host.name] = host
         self.units: dict[str, UnitHost] = {}
+        self.ports_fail_every_s = rng.choice((0, 5))
+        self.failing: dict[tuple[str, str], Exception] = {}  # (node, port) -> what it raises at present
+        self.bad_rows: dict[tuple[str, str, str], tuple[bytes, bytes]] = {}  # (host, actor, key) -> as it is, and as it was
         self.broken: list[str] = []
         self.ran: set[tuple[str, str, int]] = set()
         self.batches: dict[str, Transfer] = {}
@@ -297,6 +333,44 @@ class MarketWorld(World):
             await trio.sleep(self.rng.expovariate(1 / self.faults.partition_every_s))
             self.cut = set() if self.calm else {frozenset(self.rng.sample(names, 2)) for _ in range(self.rng.randrange(4))}
             self.note("cut", sorted(sorted(pair) for pair in self.cut))
+
+    # -- faults
+    def may_fail(self, node: str, port: str) -> None:
+        """Raise what a port of a node fails with at present, if it does."""
+        if not self.calm and (error := self.failing.get((node, port))) is not None:
+            self.reached[f"port raises {type(error).__name__}"] += 1
+            raise error
+
+    async def fail_port(self, port: str) -> None:
+        """Have a port fail for a while: with a whim of the world, or as a bug would, longer than a message is tried."""
+        while self.ports_fail_every_s and not self.calm:
+            await trio.sleep(self.rng.expovariate(1 / self.ports_fail_every_s))
+            place = self.rng.choice(list(self.hosts)), port
+            self.failing[place] = self.rng.choice(PORT_ERRORS)
+            await trio.sleep(self.rng.uniform(0.5, 80))
+            del self.failing[place]
+
+    async def damage_rows(self) -> None:
+        """Flip a bit of a row, anywhere; later it is set right again, unless it was written anew."""
+        while self.faults.damage_every_s and not self.calm:
+            await trio.sleep(self.rng.expovariate(3 / self.faults.damage_every_s))
+            host = self.rng.choice([*self.hosts.values(), *self.units.values()])
+            read = "select actor, key, body from row order by actor, key"
+            found = [] if host.system is None else host.db.execute(read).fetchall()
+            if self.calm or not found:
+                continue
+            actor, key, body = self.rng.choice(found)
+            bit = self.rng.randrange(8 * len(body))
+            bad = bytes([*body[: bit // 8], body[bit // 8] ^ (1 << bit % 8), *body[bit // 8 + 1 :]])
+            update = "update row set body=? where actor=? and key=? and body=?"
+            host.db.execute(update, (bad, actor, key, body))
+            self.bad_rows[host.name, actor, key] = bad, body
+            self.reached["damaged row"] += 1
+            if host.nursery is not None and self.rng.random() < 0.7:  # what is in memory is not read again
+                host.nursery.start_soon(self.die)
+            await trio.sleep(self.rng.uniform(0, 30))
+            host.db.execute(update, (body, actor, key, bad))
+            del self.bad_rows[host.name, actor, key]
 
     def gossip(self, origin: str, message: Message) -> None:
         """Best effort: to each other node, perhaps."""
@@ -373,6 +447,9 @@ class MarketWorld(World):
             for agent in (self.requestor, *self.providers):
                 self.nursery.start_soon(agent.run)
             self.nursery.start_soon(self.part)
+            for port in ("chain", "signer", "runtime"):
+                self.nursery.start_soon(self.fail_port, port)
+            self.nursery.start_soon(self.damage_rows)
             self.nursery.start_soon(self._observe)
             await trio.sleep(SAFETY_S)
             self.closing = True
@@ -411,8 +488,7 @@ class MarketWorld(World):
             raise Broken(self.broken[0])
 
     def close(self) -> None:
-        for host in (*self.hosts.values(), *self.units.values()):
-            host.db.close()
+        self.disks.close()
 
 
 def simulate_market(seed: int) -> MarketWorld:

@@ -15,7 +15,7 @@ from worlds.money import PLATFORM
 
 from actors.activity.rows import ActivityRow, BatchRow
 from actors.kernel.machine import ActorFailed, AskTimeout, Busy
-from actors.kernel.records import JournalError
+from actors.kernel.records import JournalError, RowDamaged
 from actors.ledger.machine import Allocation, PaymentDocument, acceptance_of
 from actors.negotiation.proposals import Proposal
 from actors.negotiation.rows import OPEN, AgreementRow, lapsed
@@ -69,7 +69,7 @@ class Agent:
             await trio.sleep(world.pace_s if world.closing else world.rng.uniform(0.3, 4))
             try:
                 await self.turn()
-            except (AskTimeout, Busy, ActorFailed, JournalError):
+            except (AskTimeout, Busy, ActorFailed, JournalError, RowDamaged):
                 pass  # the next look is soon
 
     async def turn(self) -> None:
@@ -93,7 +93,7 @@ class Agent:
         return random.Random(f"{self.world.seed} {self.name} {what}").random() < probability
 
     def rows(self, actor: str, prefix: str, kind: type) -> Iterator[Any]:
-        return iter([row for _, row in self.system.rows(actor).prefix(prefix) if isinstance(row, kind)])
+        return iter([row for _, row in self.system.listed(actor, prefix)[0] if isinstance(row, kind)])
 
     def now(self) -> float:
         return self.system.now()

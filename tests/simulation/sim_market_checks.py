@@ -31,7 +31,8 @@ def rows(host: MarketHost, actor: str, prefix: str, kind: type) -> Iterator[Any]
     """Yield the rows on a disk without the kernel's help."""
     query = "select key, body from row where actor=? and substr(key, 1, ?)=? order by key"
     for key, body in host.db.execute(query, (actor, len(prefix), prefix)).fetchall():
-        row = _decode[actor](unsealed(actor, key, body))
+        bad, good = host.world.bad_rows.get((host.name, actor, key), (b"", b""))
+        row = _decode[actor](unsealed(actor, key, good if body == bad else body))
         if isinstance(row, kind):
             yield row
 
@@ -58,13 +59,14 @@ def check_always(world: MarketWorld) -> None:
     """Money: never more than was allowed, never more than was accepted, never twice."""
     for host in world.hosts.values():
         if not ready(host):
-            continue
+            continue  # before its first start
         orders = list(rows(host, "ledger", "order/", Order))
         for allocation in rows(host, "ledger", "allocation/", Allocation):
             spent = total_of(order.amount for order in orders if order.allocation_id == allocation.allocation_id)
             if not spent == Decimal(allocation.spent) <= Decimal(allocation.total):
                 raise Broken(f"allocation {allocation} has orders of {spent}")
         for terms in rows(host, "ledger", "agreement/", Terms):
+            # a payee may hear of a payment before it hears of the acceptance: `check_end` holds its sums together
             if Decimal(terms.paid) > Decimal(terms.accepted) and terms.role == "payer":
                 raise Broken(f"more is paid than accepted: {terms}")
         for other in world.hosts:
@@ -90,9 +92,9 @@ def unsettled(world: MarketWorld) -> list[str]:
             if not row.ended:
                 waits.append(f"{short}: activity {row.activity_id[:8]} is {row.state} (destroying: {row.destroying})")
         for (kind, own_id), document in documents(host, "payee").items():
-            if document.status in ("ISSUED", "ACCEPTED") and not document.refused:
+            if document.status in ("ISSUED", "ACCEPTED") and not document.refused:  # a refused one stays ISSUED, and says so
                 waits.append(f"{short}: {kind} {own_id} is {document.status}: {document.waiting}")
-            if kind == "invoice" and document.status == "RECEIVED":
+            if kind == "invoice" and document.status == "RECEIVED":  # debit notes may be left unjudged, and are settled by it
                 waits.append(f"{short}: invoice {own_id} is {document.status}: {document.waiting}")
         accepted = [document for document in documents(host, "payer").values() if document.status == "ACCEPTED"]
         waits += [f"{short}: {document.document_id} is accepted: {document.waiting}" for document in accepted]
@@ -118,8 +120,10 @@ def check_end(world: MarketWorld) -> None:
         theirs = agreements(provider)
         for agreement_id in mine.keys() | theirs.keys():
             left, right = mine.get(agreement_id), theirs.get(agreement_id)
-            if right is None and left is not None and (left.state != "Terminated" or left.provider != provider.name):
-                continue  # it never arrived
+            if left is not None and left.provider != provider.name:
+                continue
+            if right is None and left is not None and left.state in ("Proposal", "Cancelled", "Expired"):
+                continue  # it was never sent, or never arrived
             if left is None or right is None:
                 raise Broken(f"agreement {agreement_id} is {left and left.state} here and {right and right.state} there")
             # A commit that passed its deadline is not made up for: the provider hears of the end alone, and nothing began.
@@ -175,5 +179,5 @@ def _check_activities(requestor: MarketHost, providers: list[MarketHost]) -> Non
             raise Broken(f"batch {batch} ended without a reason: {results[-1]}")
     there = {row.activity_id: row for host in providers for row in rows(host, "activity", "activity/", ActivityRow)}
     for row in rows(requestor, "activity", "activity/", ActivityRow):
-        if row.activity_id in there and not (row.ended and there[row.activity_id].ended):
+        if not row.ended or (row.activity_id in there and not there[row.activity_id].ended):  # else the request never came
             raise Broken(f"activity {row} goes on on one side")

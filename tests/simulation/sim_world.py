@@ -12,7 +12,7 @@ import logging
 import random
 import sqlite3
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, count
 from typing import Any
@@ -20,8 +20,11 @@ from typing import Any
 import sim_checks
 import sim_extremes
 import trio
+from sim_disk import DiskFails, Disks, SimJournal
 from sim_machines import (
+    FIRST_BALANCE,
     FOREVER_S,
+    Balance,
     Bank,
     Bomb,
     Chain,
@@ -36,9 +39,8 @@ from sim_machines import (
     SetAlarms,
 )
 
-from actors.kernel.journal import Journal
-from actors.kernel.machine import ActorFailed, AskTimeout, Busy, LinkDown, NodeFailed, Publish, Send
-from actors.kernel.records import Commit, JournalError
+from actors.kernel.machine import ActorFailed, AskTimeout, Busy, LinkDown, Publish, Send
+from actors.kernel.records import Commit, JournalClosed, RowDamaged
 from actors.kernel.system import System
 from protocol.codec import decode_ack
 from protocol.types import Message, Violation
@@ -91,6 +93,7 @@ class Faults:
     copied: bool  # a copy of a data directory runs on another machine
     tiny: bool  # caches, pages and windows are tiny
     big: bool  # some messages just fit
+    threaded: bool  # the journal is written in a thread of its own, and read on a connection of its own
 
     @classmethod
     def drawn(cls, rng: random.Random) -> Faults:
@@ -104,42 +107,8 @@ class Faults:
             capacity=rng.choice((1, 4, 256)), lose_disk=lose_disk, disk_errors=rng.choice((0, 0, 0.01)),
             damage_every_s=rng.choice((0, 30)), clocks_s=rng.choice((0, 20)), clock_steps_every_s=rng.choice((0, 25)),
             copied=lose_disk and rng.random() < 0.5, tiny=rng.random() < 0.3, big=rng.random() < 0.15,
+            threaded=rng.random() < 0.4,
         )  # fmt: skip
-
-
-class SimJournal(Journal):
-    """A journal whose disk takes its time, and whose process may die before, while and after it writes."""
-
-    host: Host
-
-    async def commit(self, commit: Commit) -> None:
-        host = self.host
-        for recipient, seq in commit.expired:
-            if host.acked.get((commit.actor, recipient), 0) >= seq:
-                raise Broken(f"{host.name}/{commit.actor} gave up {recipient}#{seq}, which was acknowledged")
-        for mend in commit.relinked:
-            host.acked.pop((commit.actor, mend.recipient), None)
-            host.world.reached[type(mend).__name__] += 1
-        await super().commit(commit)
-
-    async def _store(self, commits: list[Commit], acks: dict[tuple[str, str], int]) -> None:
-        world = self.host.world
-        await world.pause(world.faults.disk_s)
-        world.may_crash()
-        if world.chance(world.faults.disk_errors):
-            world.reached["disk full"] += 1
-            raise JournalError("cannot write the journal: database or disk is full")
-        self._write(commits, acks)
-        world.note("disk", self.host.name, len(commits), len(acks))
-        world.may_crash()
-        await world.pause(world.faults.disk_s)
-
-    def _read(self, query: str, values: tuple[Any, ...] = ()) -> sqlite3.Cursor:
-        world = self.host.world
-        if self.host.system is not None and world.chance(world.faults.disk_errors / 50):
-            world.reached["read error"] += 1
-            raise JournalError("cannot read the journal: disk I/O error")
-        return super()._read(query, values)
 
 
 class SimSystem(System):
@@ -240,10 +209,18 @@ class Host:
 
     def new_disk(self, like: sqlite3.Connection | None = None) -> sqlite3.Connection:
         """Return an empty disk, or a copy of one as it is now."""
-        disk = sqlite3.connect(":memory:", isolation_level=None)
+        disk = self.world.disks.new()
         if like is not None:
             like.backup(disk)
         return disk
+
+    def open_journal(self, new_epoch: Callable[[], str]) -> SimJournal:
+        """Begin a start of the process on the disk."""
+        reader = self.world.disks.reader(self.db) if self.world.faults.threaded else None
+        journal = SimJournal.over(self.db, new_epoch, reader)
+        journal.host = self
+        self.acked = {}
+        return journal
 
     async def keep_running(self) -> None:
         """Start the process again whenever it dies."""
@@ -256,9 +233,9 @@ class Host:
                         await trio.sleep_forever()
                     finally:
                         self.system = self.nursery = None
-            except* (Crash, NodeFailed):
+            except* (Crash, DiskFails):
                 pass
-            except* JournalError:  # a client was still at work when the process had died
+            except* JournalClosed:  # a client was still at work when the process had died
                 pass
             world.crashes += 1
             world.note("crash", self.name)
@@ -274,9 +251,8 @@ class Host:
         world, numbers = self.world, count()
         disk = self.disks
         self.starts += 1
-        journal = SimJournal.over(self.db, lambda: f"{self.name}{disk}.{self.starts}")
-        journal.host, journal.ack_flush_s = self, world.faults.ack_flush_s
-        self.acked = {}
+        journal = self.open_journal(lambda: f"{self.name}{disk}.{self.starts}")
+        journal.ack_flush_s = world.faults.ack_flush_s
         system = SimSystem(
             self.name, journal, Wire(world, self.name), clock=self.clock,
             new_trace=lambda: f"{self.name}{next(numbers)}", jitter=lambda: world.rng.uniform(0.8, 1.2),
@@ -297,6 +273,7 @@ class Host:
         nursery.start_soon(self.read_by_time, system, "rings")
         for _ in range(2):
             nursery.start_soon(self.take_jobs, system)
+        nursery.start_soon(self.look_at_books, system)
 
     async def take(self, frame: bytes, source: str) -> bytes:
         """Give a frame to the process, if there is one; a crash of it leaves the other side in silence."""
@@ -334,7 +311,9 @@ class Host:
                 try:
                     reply = await system.ask(actor, message, timeout_s=world.rng.choice((0.1, 10)))
                     break
-                except (ActorFailed, AskTimeout, Busy):  # the disk fails, a row cannot be read: all passes
+                except (ActorFailed, AskTimeout, Busy) as error:  # the disk fails, a row cannot be read: all passes
+                    if trio.current_time() > SETTLED_S and not isinstance(error, Busy):
+                        raise Broken(f"{name} is not answered in the calm phase: {error}") from error
                     await trio.sleep(1)
             world.note("answer", self.name, name, type(reply).__name__)
             self.client.promised.add(name)
@@ -375,6 +354,21 @@ class Host:
             after = seen[-1][1] if seen else 0.0
             seen += [(e.seq, e.at, e.body) for e in system.feeds.read_after(feed, after, 200)]
 
+    async def look_at_books(self, system: SimSystem) -> None:
+        """Look at rows and a feed at once, as REST does: what is seen is all of a step, or nothing of it."""
+        while True:
+            await trio.sleep(self.world.rng.uniform(0, 6))
+            try:
+                view = system.rows("bank")
+                got, out = [row for _, row in view.prefix("in/")], [row for _, row in view.prefix("out/")]
+                balance = view.get("balance", Balance()).coins
+                events = len(system.feeds.read("coins", 0, 1000))
+            except RowDamaged:
+                continue
+            ought = FIRST_BALANCE + sum(one.coins * one.times for one in got) - sum(one.coins for one in out)
+            if balance != ought or events != sum(one.times for one in got):
+                raise Broken(f"{self.name}'s books show half of a step: {balance} coins, {ought} by {len(got)} and {len(out)}")
+
     async def take_jobs(self, system: SimSystem) -> None:
         """Take events that are handed out once, with little patience."""
         while True:
@@ -397,15 +391,16 @@ class World:
     def __init__(self, seed: int) -> None:
         self.seed, self.rng = seed, random.Random(seed)
         self.faults = Faults.drawn(self.rng)
+        self.disks = Disks(self.faults.threaded)
         self.calm = False
         self.cut: set[frozenset[str]] = set()
         self.sessions: dict[frozenset[str], tuple[int, ...]] = {}
         self.chain: dict[tuple[str, int], str] = {}
         self.crashes = self.copies = 0
         self.twin: Host | None = None  # a second machine with the disk of the losing node
-        self.spare: list[sqlite3.Connection] = []
         self.attempts: Counter[str] = Counter()  # at what crashed whoever touched it
         self.reached: Counter[str] = Counter()  # states of the kernel
+        self.repeats: Counter[str] = Counter()  # answers that waited on a disk of which there was a copy -> how many
         self.history = hashlib.blake2b(digest_size=8)
         self.hosts: dict[str, Host] = {}
         for name in NODES:
@@ -449,7 +444,7 @@ class World:
                 if rng.random() < 0.6:
                     after_s = rng.choice((None, rng.uniform(0, 60)))
                     commands.append((start + rng.uniform(0, 60), "bank", MoveAlarm(id("move"), alarm, after_s)))
-            for _ in range(9 if lossy else rng.randrange(1, 4)):
+            for _ in range(30 if faults.copied else 9 if lossy else rng.randrange(1, 4)):
                 when = rng.randrange(1, 4) * 25.0 if rng.random() < 0.7 else at()  # bursts make desks busy
                 to = LOSING_NODE if lossy and rng.random() < 0.7 else rng.choice(others)
                 commands.append((when, "desk", Enquire(id("ask"), to)))
@@ -549,6 +544,7 @@ class World:
                 older = self.rng.choice((None, *host.backups))
                 host.next_disk = host.new_disk(older)
                 host.restored += older is not None
+                self.repeats.update(sim_checks.waiting_answers(host.next_disk))
                 host.nursery.start_soon(self.die)
 
     async def die(self) -> None:
@@ -630,9 +626,5 @@ def simulate(seed: int) -> World:
         with sim_extremes.bounds(world):
             run_seeded(seed, world.run)
     finally:
-        for disk in world.spare:
-            disk.close()
-        for host in world.hosts.values():
-            for disk in (host.db, *host.backups):
-                disk.close()
+        world.disks.close()
     return world

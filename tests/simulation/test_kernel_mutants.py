@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import trio
 from msgspec import structs
+from sim_disk import SimJournal
 from sim_world import Broken, World, simulate
 from test_simulation import first_cause
 
@@ -64,8 +65,6 @@ def inbox_not_advanced(patch: Patch) -> None:
     async def forgetful(self: Journal, changes: Commit) -> None:
         changes.inbox = {}
         await commit(self, changes)
-
-    from sim_world import SimJournal
 
     checked = SimJournal.commit
 
@@ -223,8 +222,6 @@ def port_answers_before_commit(patch: Patch) -> None:
         else:
             await commit(self, changes)
 
-    from sim_world import SimJournal
-
     patch.setattr(SimJournal, "commit", parted)
 
 
@@ -248,8 +245,6 @@ def number_used_twice(patch: Patch) -> None:
         if changes.actor == "chain" and not changes.inbox:
             await trio.sleep(self.host.world.rng.uniform(0, 1))
         await commit(self, changes)
-
-    from sim_world import SimJournal
 
     patch.setattr(SimJournal, "commit", late)
 
@@ -281,6 +276,11 @@ def alarm_given_up(patch: Patch) -> None:
     patch.setattr(Actor, "_defer", give_up)
 
 
+def half_of_a_step(patch: Patch) -> None:
+    """Who reads what others write does not read it of one moment."""
+    patch.setattr(Journal, "look", lambda self: None)
+
+
 def silent_notify(patch: Patch) -> None:
     from actors.kernel.feed import Feeds
 
@@ -297,7 +297,7 @@ MUTANTS = (
     no_dedupe, acknowledges_before_commit, inbox_not_advanced, no_gap_check, timer_stays, outbox_released_before_commit,
     epoch_ignored, retired_epoch_accepted, deadline_ignored, gives_up_what_is_acknowledged, event_without_its_step,
     replies_before_commit, quarantine_blocks_the_link, courier_forgets_news, port_answers_before_commit,
-    take_without_deleting, number_used_twice, have_is_believed, numbers_meet, hole_in_silence,
+    take_without_deleting, number_used_twice, have_is_believed, numbers_meet, hole_in_silence, half_of_a_step,
 )  # fmt: skip
 
 
