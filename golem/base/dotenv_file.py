@@ -84,7 +84,8 @@ def _values(path: Path) -> tuple[dict[str, str], str]:
         found = os.fstat(handle)
         if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_BYTES:
             return {}, f"{path} is not read: not a file of at most {MAX_BYTES} bytes"
-        if found.st_uid not in (os.geteuid(), 0) or found.st_mode & stat.S_IWOTH:
+        ours = {found.st_uid, os.lstat(path).st_uid} <= {os.geteuid(), 0}  # a link of his may lead to a file of ours
+        if not ours or found.st_mode & stat.S_IWOTH:
             return {}, f"{path} is not read: it is another user's, or all may write it"
         text = file.read(MAX_BYTES).decode("utf-8", "replace")
     values = dotenv_values(stream=io.StringIO(text), interpolate=False)

@@ -205,10 +205,12 @@ class Engine:
         """A restored file may not know what was paid since. Raises Wait."""
         if reason := self.store.held():
             unknown = max(view.count for view in views) - self.store.next_nonce()
-            if self._again("nothing sent since", unknown <= 0):
+            heard = [view.witness.endpoint for view in views]
+            silent = [each.host for each in self.rpc.pool.endpoints if each not in heard and not each.stranger]
+            if self._again("nothing sent since", unknown <= 0 and not silent):
                 self.store.release()
             else:
-                raise held_back(reason, unknown, PATIENT_LOOKS, self.address, self.network)
+                raise held_back(reason, unknown, silent, PATIENT_LOOKS, self.address, self.network)
 
     def _contradicted(self, unclear: Unclear) -> Problem:
         out = f"name those that are right in {self.network.name.upper()}_GETH_ADDR or networks.json if this lasts"

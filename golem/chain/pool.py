@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 import httpx
 import trio
 
+from golem.base.plain_http import trust_for
 from golem.chain.credentials import Fault, NoAnswer, fault_of
 from golem.chain.networks import Network
 
@@ -104,7 +105,10 @@ class Pool:
         self.endpoints = [Endpoint(url) for url in network.rpc_urls]
         local = all("//127.0.0.1" in url or "//localhost" in url for url in network.rpc_urls) or network.dev_faucet
         headers = {"content-type": "application/json"}
-        self._client = httpx.AsyncClient(timeout=timeout_s, transport=transport, headers=headers, trust_env=not local)
+        verify = trust_for(network.rpc_urls) if local else True  # else there may be a proxy that speaks TLS
+        self._client = httpx.AsyncClient(
+            timeout=timeout_s, transport=transport, headers=headers, trust_env=not local, verify=verify
+        )
         self._ids = itertools.count(1)
         self._surveyed = -SURVEY_S
         self._surveying = trio.Lock()

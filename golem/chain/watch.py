@@ -90,17 +90,18 @@ class Vigil:
     # -- looks
 
     async def run(self, networks: Networks, rpcs: Mapping[str, Rpc]) -> None:
-        """Look until cancelled: now, and every `WATCH_S` while something is young or lost."""
+        """Look until cancelled: now, and every `WATCH_S` while something is young or lost, however many payments come."""
         while True:
-            self._wake = trio.Event()
             for platform in sorted({row.claim.platform for row in self._rows()} & set(networks.platforms)):
                 row = networks.by_platform(platform)
                 try:
                     await self.look(row, rpcs[row.chain])
                 except RpcError as error:
                     log.info("%s: whether payments are still there cannot be seen: %s", row.name, error)
-            with trio.move_on_after(WATCH_S if self._rows("deep=0") else float("inf")):
+            self._wake = trio.Event()
+            if not self._rows("deep=0"):
                 await self._wake.wait()
+            await trio.sleep(WATCH_S)
 
     async def look(self, network: Network, rpc: Rpc) -> None:
         """One look at the payments of a network: all that are lost, those that are young, the newest of the others."""

@@ -2,8 +2,9 @@
 
 A `Collector` takes the bytes of one side (stdout or stderr) in the order they came, hands back what to emit as a live
 event, and gives the final value when the command ends. Buffers are bounded: whatever a mode allows, no more than
-`max_bytes` is held. Neighbours: `protocol.exeunit` (the modes as requestors write them); the exe-unit's ports,
-which feed it from `runtimes.base.Runtime.run`.
+`max_bytes` is held, and a text that had to be cut says so in a last line. What is sent live goes on for ever.
+Neighbours: `protocol.exeunit` (the modes as requestors write them); the exe-unit's ports, which feed it from
+`runtimes.base.Runtime.run`.
 
 Values are as messages carry them: text for `str`, bytes for `bin`; None when nothing was captured.
 """
@@ -14,12 +15,13 @@ import codecs
 from dataclasses import dataclass
 from typing import Literal
 
-from protocol.activity import MAX_OUTPUT_BYTES
+from protocol.activity import MAX_OUTPUT_BYTES, output_size
 from protocol.exeunit import CaptureMode, Stream
 
 Output = str | bytes
 Part = Literal["head", "tail", "headTail"]
 
+CUT_NOTE = "\n[cut by the provider: the output had {} bytes, of which a result takes less]\n"
 # What commands other than `run` are captured with.
 CAPTURE_ALL = CaptureMode(stream=Stream())
 
@@ -95,6 +97,7 @@ class Collector:
         self._tail_max = limit - self._head_max
         self._head, self._tail = bytearray(), bytearray()
         self._bounded = asked is None or asked > max_bytes
+        self._live_max = asked  # None: without end
         self._live = None if self._mode is None or self._mode.binary else _LiveText()
         self.total_bytes = 0
 
@@ -116,7 +119,9 @@ class Collector:
             del self._tail[: -self._tail_max]
         if not self._mode.stream:
             return None
-        return self._live.feed(taken) if self._live else decode(taken, binary=True)
+        if self._live_max is not None:
+            chunk = chunk[: max(0, self._live_max - (self.total_bytes - len(chunk)))]
+        return self._live.feed(chunk) if self._live else decode(chunk, binary=True)
 
     def finish(self) -> Output | None:
         """The output has ended; returns a last live event, if an unfinished character was held back."""
@@ -126,7 +131,42 @@ class Collector:
 
     def result(self) -> Output | None:
         """The command's final stdout or stderr value."""
-        return None if self._mode is None else decode(bytes(self._head + self._tail), self._mode.binary)
+        return self.fitted(None)
+
+    def size(self) -> int:
+        """Return the bytes of the final value as a message carries it: text that is no UTF-8 takes two for one."""
+        return output_size(self.result())
+
+    def fitted(self, max_bytes: int | None) -> Output | None:
+        """Return the final value, of at most `max_bytes` in a message: of what the mode keeps the part that it asks for."""
+        if self._mode is None:
+            return None
+        value = decode(bytes(self._head + self._tail), self._mode.binary)
+        cut = max_bytes is not None and output_size(value) > max_bytes
+        if value is None or not (cut or self.truncated):
+            return value
+        most = output_size(value) if max_bytes is None else max_bytes
+        if isinstance(value, bytes):
+            return self._cut(value, most)
+        note = CUT_NOTE.format(self.total_bytes).encode()
+        if most <= 2 * len(note):
+            note = b""
+        return (self._cut(value.encode(), most - len(note)) + note).decode("utf-8", "ignore")
+
+    def _cut(self, data: bytes, most: int) -> bytes:
+        if len(data) <= most:
+            return data
+        first = {"head": most, "tail": 0, "headTail": (most + 1) // 2}[self._mode.part if self._mode else "head"]
+        return data[:first] + data[len(data) - (most - first) :]
+
+
+def fit_sides(stdout: Collector, stderr: Collector, max_bytes: int = MAX_OUTPUT_BYTES) -> tuple[Output | None, Output | None]:
+    """Return the final values of both sides, of at most `max_bytes` together: what one does not take, the other may."""
+    out, err = stdout.size(), stderr.size()
+    if out + err <= max_bytes:
+        return stdout.fitted(out), stderr.fitted(err)
+    err_max = min(err, max(max_bytes // 2, max_bytes - out))
+    return stdout.fitted(max_bytes - err_max), stderr.fitted(err_max)
 
 
 class _LiveText:

@@ -7,8 +7,10 @@ Neighbours: `runtimes.base.Runtime.usage`; the exe-unit's reporting port.
 from __future__ import annotations
 
 import os
+import stat
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from golem.exeunit.runtime import Limits, Usage, Volume
 
 COUNTERS = ("golem.usage.duration_sec", "golem.usage.cpu_sec", "golem.usage.gib", "golem.usage.storage_gib")
 MAX_DEPTH = 128
+ENTRY_BYTES = 4096
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
@@ -79,6 +82,7 @@ class TreeSize:
 def measure_tree(root: Path, max_entries: int = 1_000_000, *, one_device: bool = False) -> TreeSize:
     """Walk a directory that a guest may be changing meanwhile: follows no symlink, never leaves it, is bounded.
 
+    An entry costs its blocks, and at least `ENTRY_BYTES`: what a disk keeps of an empty one, for its name and itself.
     A tree deeper than MAX_DEPTH or with more than `max_entries` entries is reported as not complete. `one_device`: what is
     mounted below it does not count.
     """
@@ -107,7 +111,7 @@ def measure_tree(root: Path, max_entries: int = 1_000_000, *, one_device: bool =
                     if found.st_ino in seen_links:
                         continue
                     seen_links.add(found.st_ino)
-                size += max(found.st_blocks * 512, 0)
+                size += max(found.st_blocks * 512, ENTRY_BYTES)
                 if entry.is_dir(follow_symlinks=False):
                     descend(entry.name, descriptor, depth + 1)
                 if not complete:
@@ -129,6 +133,18 @@ def measure_tree(root: Path, max_entries: int = 1_000_000, *, one_device: bool =
 
     descend(os.fspath(root), None, 0)
     return TreeSize(size, entries, complete)
+
+
+def unlinked_bytes(pid: int, spared: Collection[int] = ()) -> int:
+    """Return what a process holds open of files without a name, which no walk finds; `spared`: inodes that do not count."""
+    found: dict[tuple[int, int], int] = {}
+    with suppress(OSError):
+        for name in os.listdir(folder := f"/proc/{pid}/fd"):
+            with suppress(OSError):
+                status = os.stat(f"{folder}/{name}")
+                if stat.S_ISREG(status.st_mode) and not status.st_nlink and status.st_ino not in spared:
+                    found[status.st_dev, status.st_ino] = status.st_blocks * 512
+    return sum(found.values())
 
 
 def room_left(volumes: Iterable[Volume], limits: Limits) -> int:

@@ -20,7 +20,7 @@ import msgspec
 import trio
 
 from actors.kernel.machine import Meta, Send
-from golem.exeunit.capture import Collector, Output
+from golem.exeunit.capture import Collector, Output, fit_sides
 from golem.exeunit.live import LiveLog
 from golem.exeunit.runtime import (
     GIB,
@@ -39,6 +39,7 @@ from golem.exeunit.terms import AgreedTerms
 from golem.exeunit.transfer.packages import Image, ImageStore
 from golem.exeunit.transfer.transfers import TransferError, Transfers
 from golem.exeunit.usage import Counters, room_left
+from protocol.activity import MAX_TEXT, output_size
 from protocol.exeunit import (
     CancelCommand,
     Capture,
@@ -187,7 +188,7 @@ class RuntimePort:
             text = self._why_stopped
         self.tell(message, {"finished": {"return_code": 0 if ok else code or 1, "message": text}})
         finished = CommandFinished(
-            message.batch_id, message.index, ok, outputs["stdout"], outputs["stderr"], text,
+            message.batch_id, message.index, ok, outputs["stdout"], outputs["stderr"], text and text[:MAX_TEXT],
             round(time.time(), 6), self.usage(),
         )  # fmt: skip
         assert self._post is not None
@@ -303,8 +304,8 @@ class RuntimePort:
             for side, collector in collectors.items():
                 if (live := collector.finish()) is not None:
                     self.tell(message, {side: _json(live)})
-                outputs[side] = collector.result()
-        notes = [f"{side} cut to what an exe-unit keeps" for side, one in collectors.items() if one.truncated]
+            outputs["stdout"], outputs["stderr"] = fit_sides(collectors["stdout"], collectors["stderr"])
+        notes = [f"{side} cut to what a result takes" for side, one in collectors.items() if _is_cut(one, outputs[side])]
         if not status.ok:
             notes.insert(0, f"ExeScript command exited with code {status.code}")
             notes += [status.reason] if status.reason else []
@@ -356,6 +357,10 @@ class _Progress:
     def _tell(self, text: str | None) -> None:
         event = {"step": [0, 1], "message": text, "progress": list(self._last), "unit": "Bytes"}
         self._port.tell(self._message, {"progress": event}, asked=self._asked)
+
+
+def _is_cut(collector: Collector, output: Output | None) -> bool:
+    return collector.truncated or output_size(output) < collector.size()
 
 
 def _interval(text: str | None) -> float:

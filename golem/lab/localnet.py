@@ -21,6 +21,8 @@ from typing import Any
 import httpx
 import trio
 
+from golem.base.plain_http import trust_nobody
+
 START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 15.0
 PROGRAM = ("-m", "golem.cli")
@@ -89,7 +91,9 @@ class LocalNode:
     def client(self, timeout_s: float = 70.0) -> httpx.AsyncClient:
         """Return an HTTP client with this node's app-key."""
         headers = {"Authorization": f"Bearer {self.app_key}"}
-        return httpx.AsyncClient(base_url=self.api_url, headers=headers, timeout=timeout_s, trust_env=False)
+        return httpx.AsyncClient(
+            base_url=self.api_url, headers=headers, timeout=timeout_s, trust_env=False, verify=trust_nobody()
+        )
 
     async def wait_ready(self, timeout_s: float = START_TIMEOUT_S) -> None:
         """Return when the running process serves REST. Raises `LocalNetError`."""

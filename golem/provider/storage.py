@@ -4,7 +4,7 @@ A disk fills up, by another agent's activities or by anything else, and what an 
 deploy: so an offer of more than there is would be hired, fail, and be hired again. The agent looks at the disk at its
 start, every few seconds, and soon after an exe-unit ended badly. What its own live activities take up counts as there:
 the agreements they belong to are counted against the whole (`Capacity`).
-Neighbours: `offering` (which makes offers of it), `hardware` (the profile), `golem.exeunit.runtimes.vm.storage` (deploys).
+Neighbours: `offering` (which makes offers of it), `hardware` (the profile), `golem.exeunit.storage` (deploys).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import trio
 
+from golem.exeunit.storage import SPARE_BYTES
 from golem.exeunit.transfer.packages import MIN_FREE_BYTES
 from golem.exeunit.usage import measure_tree
 from golem.provider.hardware import GIB, MIN_STORAGE_GIB
@@ -24,8 +25,7 @@ from golem.provider.units import find_unit
 
 log = logging.getLogger("golem.provider")
 
-DEPLOY_SPARE_BYTES = 64 << 20  # SPARE_BYTES of `golem.exeunit.runtimes.vm.storage`: the agent imports nothing of the Engine's
-MARGIN_BYTES = DEPLOY_SPARE_BYTES + MIN_FREE_BYTES  # what a deploy and the cache of images leave free
+MARGIN_BYTES = SPARE_BYTES + MIN_FREE_BYTES  # what a deploy and the cache of images leave free
 HEADROOM = 0.9  # of the room, where that is less than the profile: so the next few files do not change the offers again
 GROWTH = 1.1  # offers grow by this factor at least, unless they grow to the whole profile
 LOOK_DISK_S = 10.0

@@ -237,6 +237,14 @@ def test_a_file_of_others_is_not_read(traps: Traps) -> None:
         os.chown(env, 54321, 54321)
         assert "NODE_NAME" not in load_environment()
         assert "not read" in dot_env().note()
+        env.unlink()
+        (traps.folder.parent / "ours").write_text("NODE_NAME=ours\n")  # of another project: his link brings it here
+        env.symlink_to("../ours")
+        assert load_environment()["NODE_NAME"] == "ours", "a link of our own is as good as a file"
+        os.lchown(env, 54321, 54321)
+        os.environ.pop("NODE_NAME")
+        assert "NODE_NAME" not in load_environment()
+        assert "not read" in dot_env().note()
     env.unlink()
     os.mkfifo(env)
     assert "NODE_NAME" not in load_environment(), "and nobody waits for its end"

@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 
+from golem.base.plain_http import trust_nobody
 from golem.chain.signer import Key, Transaction, checksum, sign
 
 HOSTS = ("rpc-a", "rpc-b", "rpc-c")
@@ -50,7 +51,7 @@ class Blind(httpx.AsyncHTTPTransport):
     """See the module. `key` is the payer's: whoever forges a fork has a transaction that was truly signed."""
 
     def __init__(self, url: str, key: Key, seed: int = 0, other_url: str = "") -> None:
-        super().__init__()
+        super().__init__(verify=trust_nobody())
         self.url, self.other_url, self.key, self.dice = url, other_url, key, random.Random(seed)
         self.faults: dict[str, str] = {}
         self.since: dict[str, int] = {}  # host -> head of the chain when its fault began

@@ -20,6 +20,7 @@ import trio
 from eth_hash.auto import keccak
 from worlds.patience import patience
 
+from golem.base.plain_http import trust_nobody
 from golem.chain import token
 from golem.chain.credentials import DECIMALS_CALL, SYMBOL_CALL
 from golem.chain.devchain import INFO_NAME, LOG_NAME, ensure_devchain, genesis, stop_devchain
@@ -120,7 +121,7 @@ class Client:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self._http = httpx.Client(timeout=patience(30), trust_env=False)
+        self._http = httpx.Client(timeout=patience(30), trust_env=False, verify=trust_nobody())
 
     def call(self, method: str, *params: Any) -> Any:
         body = {"jsonrpc": "2.0", "id": 1, "method": method, "params": list(params)}
@@ -215,7 +216,7 @@ class Faulty(httpx.AsyncHTTPTransport):
     """The wire as it can be: `plan` maps a method (or "*") to "refuse", "lose-reply" or "null"."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(verify=trust_nobody())
         self.plan: dict[str, str] = {}
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:

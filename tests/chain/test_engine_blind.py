@@ -5,6 +5,7 @@ chain is the judge: never more than was owed.
 from __future__ import annotations
 
 import json
+import sqlite3
 from pathlib import Path
 
 import httpx
@@ -13,9 +14,9 @@ from blind import HOSTS, Blind
 from chain_support import GLM, Lab, Payer, address_of, payer
 from worlds.support import trio_test
 
-from golem.chain import desk, token
+from golem.chain import desk, pool, token
 from golem.chain.engine import MAX_PROBLEMS
-from golem.chain.store import MAX_SEEN, TransferBatch
+from golem.chain.store import MAX_SEEN, Store, TransferBatch
 from golem.chain.vouch import Payees
 from protocol.wallet import TransferConfirmed, TransferDelayed, TransferFailed, TransferSent
 
@@ -392,3 +393,31 @@ async def test_a_payment_that_failed_is_made_anew_only_when_its_block_is_deep(la
         assert wallet.problems == []
         await steps(wallet, 8)
         assert [event.batch_id for event in wallet.told(TransferFailed)] == ["b1"]
+
+
+@trio_test
+async def test_a_restored_account_waits_until_every_rpc_says_that_it_has_sent_nothing(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One RPC's counts are stale, and the other, which knows of the payment that the backup does not, is silent for a while."""
+    key, payee = lab.rich("restored"), address_of("restored payee")
+    monkeypatch.setattr(pool, "BACKOFF_S", (0.001, 0.005))
+    wire, db = Blind(lab.url, key), tmp_path / "chain.db"
+    Store(db, "any").close()
+    with sqlite3.connect(db) as file:
+        file.execute("insert into hold values ('*', 'this node was restored')")
+        row = "(account, nonce, kind, recipient, data, gas, total_wei, state) values (?, 0, 'mint', '', '', 1, '0', 'confirmed')"
+        file.execute(f"insert into tx{row}", (f"1337/{key.address}",))
+    await wire.set(HOSTS[0], "stale-counts")
+    lab.do(key, lab.network.token, token.transfer_call(payee, GLM))
+    await wire.set(HOSTS[1], "down")
+    async with payer(lab, key, db, transport=wire, rpc_urls=urls(2)) as wallet:
+        await wallet.pay("b1", (payee, GLM))
+        await steps(wallet, 8)
+        assert wallet.told(TransferSent) == []
+        assert f"of every RPC: {HOSTS[1]} does not answer" in str(wallet.engine.problems())
+        await wire.set(HOSTS[1], "")
+        while "1 transactions have left its account" not in str(wallet.engine.problems()):  # it rests for a moment
+            await steps(wallet, 1)
+        assert wallet.told(TransferSent) == []
+    assert lab.tokens(payee) == GLM

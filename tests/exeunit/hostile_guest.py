@@ -5,6 +5,7 @@ there is, or plant things. Runs inside containers; of this file's own world only
 the names.
 """
 
+import contextlib
 import ctypes
 import errno
 import json
@@ -333,6 +334,124 @@ def greedy():
 def modest():
     """Take a few of each, as many a program does; how many there were."""
     print(json.dumps({name: take(name, 1 if name == "queues" else 4) for name in TABLES}))
+
+
+def threads():
+    """Make threads until nothing more comes; how many there were."""
+    import threading
+
+    threading.stack_size(32 << 10)
+    count, over = 0, threading.Event()
+    try:
+        while count < 100_000:
+            threading.Thread(target=over.wait, daemon=True).start()
+            count += 1
+    except (RuntimeError, MemoryError):
+        print(count, flush=True)
+    os._exit(0)
+
+
+def descriptors():
+    """Open files in many processes, as many as there may be; how many there were."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    pids, readers = [], []
+    for _ in range(12):
+        reader, writer = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            count = 0
+            try:
+                while count <= most:
+                    os.open("/dev/null", os.O_RDONLY)
+                    count += 1
+            except OSError:
+                pass
+            os.write(writer, str(count).encode())
+            time.sleep(1000)
+        os.close(writer)
+        pids.append(pid)
+        readers.append(reader)
+    counts = [int(os.read(reader, 100) or 0) for reader in readers]  # none of who was killed for want of memory
+    print(json.dumps([most, *counts]), flush=True)
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+
+
+def _fill_pipes():
+    while True:
+        writer = os.pipe()[1]
+        os.set_blocking(writer, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                yield os.write(writer, bytes(4096))
+
+
+def _fill_streams():
+    server = socket.create_server(("127.0.0.1", 0), backlog=1024)
+    kept = []
+    while True:
+        one = socket.create_connection(server.getsockname(), timeout=1)
+        kept += [one, server.accept()[0]]
+        one.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                yield one.send(bytes(65536))
+
+
+def _fill_datagrams(family=socket.AF_INET, address=("127.0.0.1", 0)):
+    kept = []
+    while True:
+        receiver, sender = (socket.socket(family, socket.SOCK_DGRAM) for _ in range(2))
+        receiver.bind(address)
+        kept.append(receiver)
+        sender.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            for _ in range(64):
+                yield sender.sendto(bytes(4096), receiver.getsockname())
+
+
+def _fill_local():
+    return _fill_datagrams(socket.AF_UNIX, "")
+
+
+BUFFERS = {"pipes": _fill_pipes, "streams": _fill_streams, "datagrams": _fill_datagrams, "local": _fill_local}
+
+
+def buffers(seconds):
+    """Put all that the kernel takes into each kind of buffer, and keep it; MiB by kind, also of who was killed for that."""
+    readers, until = {}, time.monotonic() + float(seconds)
+    for name, fill_one in BUFFERS.items():
+        readers[name], writer = os.pipe()
+        os.set_blocking(readers[name], False)
+        if os.fork() == 0:
+            with open("/proc/self/oom_score_adj", "w") as file:
+                file.write("1000")  # these go first, not who tells of them
+            total = 0
+            with contextlib.suppress(OSError):
+                for size in fill_one():
+                    if (total + size) >> 20 > total >> 20:
+                        os.write(writer, b".")
+                    total += size
+                    if time.monotonic() > until:
+                        break
+            time.sleep(1000)
+        os.close(writer)
+    time.sleep(max(0, until + 1 - time.monotonic()))
+    found = {}
+    for name, reader in readers.items():
+        try:
+            found[name] = len(os.read(reader, 65536))
+        except BlockingIOError:
+            found[name] = 0
+    print(json.dumps(found), flush=True)
+    time.sleep(1000)
+
+
+def spew(mib):
+    """Write so much to both sides."""
+    for _ in range(int(mib)):
+        os.write(1, bytes(1 << 20))
+        os.write(2, bytes(1 << 20))
 
 
 def fill_hidden(folder):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from golem.exeunit.capture import CAPTURE_ALL, Collector, Output
-from protocol.exeunit import CaptureMode
+from golem.exeunit.capture import CAPTURE_ALL, Collector, Output, fit_sides
+from protocol.activity import output_size
+from protocol.codec import MAX_BODY_BYTES, encode
+from protocol.exeunit import CaptureMode, CommandFinished
 
 ABC = b"abcdefghij"
 
@@ -87,6 +89,7 @@ def test_memory_is_bounded_whatever_the_mode() -> None:
             collector.feed(b"x" * 1000)
         assert len(str(collector.result())) == 100
         assert collector.truncated
+        assert collector.fitted(60) == "x" * 60
         assert collector.total_bytes == 50_000
 
 
@@ -109,3 +112,55 @@ def test_default_of_other_commands_streams_everything() -> None:
 def test_nonsense_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="capture"):
         Collector(mode(text))
+
+
+MODES = ('{"atEnd": {}}', '{"atEnd": {"head": 900000}}', '{"atEnd": {"tail": 900000}}', '{"atEnd": {"headTail": 900000}}',
+         '{"stream": {}}', '{"stream": {"format": "bin"}}', '{"atEnd": {"format": "bin"}}', None)  # fmt: skip
+
+
+@pytest.mark.parametrize("out", MODES)
+@pytest.mark.parametrize("err", MODES)
+def test_both_sides_fit_into_one_message(out: str | None, err: str | None) -> None:
+    """As encoded: a byte that is no UTF-8 becomes two."""
+    for number, (first, second) in enumerate(((600_000, 600_000), (800_000, 10), (0, 2_000_000), (300_000, 300_000))):
+        sides = [Collector(mode(text) if text else None) for text in (out, err)]
+        for side, size, byte in zip(sides, (first, second), ((b"a", b"b"), (b"\xff", b"\xfe"))[number % 2], strict=True):
+            for at in range(0, size, 65536):
+                side.feed(byte * min(65536, size - at))
+        found = fit_sides(*sides)
+        encoded = encode(CommandFinished("b" * 32, 0, True, *found, "x" * 4000, 0.0, [0.0] * 64))
+        assert len(encoded) < MAX_BODY_BYTES
+        for side, text, value, size in zip(sides, (out, err), found, (first, second), strict=True):
+            if text is None:
+                assert value is None
+            elif size and isinstance(value, str) and output_size(value) < min(side.size(), size):
+                assert value.endswith(f"[cut by the provider: the output had {size} bytes, of which a result takes less]\n")
+            elif not size:
+                assert value is None
+
+
+def test_what_is_cut_is_what_the_mode_asks_for_least() -> None:
+    data = b"".join(b"%07d\n" % number for number in range(200_000))
+    for text, first, last in (
+        ('{"atEnd": {"head": 1500000}}', True, False), ('{"atEnd": {"tail": 1500000}}', False, True),
+        ('{"atEnd": {"headTail": 1500000}}', True, True),
+    ):  # fmt: skip
+        side = Collector(mode(text))
+        side.feed(data)
+        value = fit_sides(side, Collector(None))[0]
+        assert isinstance(value, str)
+        assert (value.startswith("0000000\n"), "0199999\n" in value) == (first, last)
+        assert "[cut by the provider" in value[-100:]
+
+
+def test_streams_go_on_for_ever() -> None:
+    """A service that logs for a week is heard for a week; the result keeps the beginning and says so."""
+    side = Collector(mode('{"stream": {}}'), max_bytes=300)
+    heard = "".join(str(side.feed(b"line\n")) for _ in range(1000))
+    assert heard == "line\n" * 1000
+    value = side.result()
+    assert isinstance(value, str)
+    assert value.startswith("line\n" * 20)
+    assert value.endswith("[cut by the provider: the output had 5000 bytes, of which a result takes less]\n")
+    bounded = Collector(mode('{"stream": {"limit": 7}}'), max_bytes=3)
+    assert [bounded.feed(b"abcd") for _ in range(3)] == ["abcd", "abc", None]

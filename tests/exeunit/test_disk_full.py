@@ -19,7 +19,7 @@ from worlds.wire import two_nodes
 
 from actors.kernel.records import JournalError
 from golem.exeunit.disk import FLOOR_BYTES, LOW_LOOKS, NAME, RESERVE_BYTES, DiskWatch, free_bytes
-from golem.exeunit.runtimes.vm.storage import unmount_all
+from golem.exeunit.storage import unmount_all
 from golem.lab.engine import LocalEngine
 
 MIB = 1 << 20

@@ -8,6 +8,7 @@ import os
 import signal
 import struct
 import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -25,8 +26,9 @@ from golem.exeunit.runtimes.vm import left_pipes
 from golem.exeunit.runtimes.vm.admin import Admin, EngineFacts, EngineGone, InUse, NoSuch, spoken_api
 from golem.exeunit.runtimes.vm.client import MAX_BODY_BYTES, EngineClient
 from golem.exeunit.runtimes.vm.container import Plan, container_config
-from golem.exeunit.runtimes.vm.init_program import PROBE_TEXT, init_program, probe_program, supported
+from golem.exeunit.runtimes.vm.init_program import PROBE_TEXT, init_program, probe_program, relay_program, supported
 from golem.exeunit.runtimes.vm.left_pipes import LeftPipes
+from golem.exeunit.runtimes.vm.long_arguments import FILES_PATH, RELAY_PATH, check_command, write_arguments
 from golem.exeunit.runtimes.vm.self_test import _unfit
 from golem.lab.engine import LocalEngine
 
@@ -145,6 +147,52 @@ def test_the_programs_run_here(tmp_path: Path) -> None:
         process.kill()
 
 
+@pytest.mark.skipif(not supported(), reason="no programs for this machine")
+def test_arguments_by_file(tmp_path: Path) -> None:
+    """The relay becomes the program that the file names, as it would have been started at once."""
+    program, places = tmp_path / "run", tmp_path / "places"
+    program.write_bytes(relay_program())
+    program.chmod(0o755)
+    assert len(relay_program()) < 512
+    places.mkdir()
+    (places / "plain").write_text("no program")
+    (places / "folder").mkdir()
+    words = ["", "é" * 30_000, "x" * 131_000, *(str(number) for number in range(4000)), "a\nb"]
+    code = "import os, sys; sys.stdout.buffer.write('\\0'.join([*sys.argv[1:], os.environ['KEPT'], os.getcwd()]).encode())"
+    search = f"/nowhere:{program}:{places}:{Path(sys.executable).parent}"
+
+    def run(*argv: str, search: str = search) -> subprocess.CompletedProcess[bytes]:
+        check_command(argv, {})
+        file, line = write_arguments(tmp_path, argv, search)
+        assert line == [RELAY_PATH, f"{FILES_PATH}/{file.name}"]
+        return subprocess.run([program, file], capture_output=True, env={"KEPT": "yes"}, cwd="/usr", timeout=patience(20))
+
+    for name in (Path(sys.executable).name, sys.executable):
+        done = run(name, "-I", "-c", code, *words)
+        assert done.stdout.decode().split("\0") == [*words, "yes", "/usr"], done.stderr
+    assert run("sh", "-c", "exit 7", search="/usr/bin:/bin").returncode == 7
+    assert [run(name, "x").returncode for name in ("none", "plain", "folder", "./none", str(places / "plain"))] == [
+        127, 126, 126, 127, 126,
+    ]  # fmt: skip
+    assert run("true", search="/x:" * 500).returncode == 127
+    assert subprocess.run([program, tmp_path / "no-file"], timeout=patience(20)).returncode == 125
+    fits = ["x", *["y" * 131_071] * 7, *["z" * 20] * 5000][:4096]
+    assert not run("true", *fits[1:], search="/usr/bin:/bin").returncode
+
+
+@pytest.mark.parametrize(("argv", "env", "text"), [
+    (["x" * 4096], {}, "the name of the program is too long: 4096 bytes, at most 4095"),
+    (["é" * 2048], {}, "the name of the program is too long"),
+    (["x", "y" * 131_072], {}, "an argument or variable is too long: 131072 bytes, at most 131071"),
+    (["x"], {"A": "y" * 131_070}, "an argument or variable is too long"),
+    (["x"], {"A": "y" * 70_000, "B": "y" * 70_000}, "the environment is too long"),
+    (["x", *["y" * 100_000] * 11], {}, "arguments are too long"), (["x\0"], {}, "NUL"), (["\ud800"], {}, "Unicode"),
+])  # fmt: skip
+def test_what_the_kernel_takes_for_no_command(argv: list[str], env: dict[str, str], text: str) -> None:
+    with pytest.raises(RuntimeFault, match=text):
+        check_command(argv, env)
+
+
 def _waits(pid: int) -> bool:
     """Whether process 1 is through with its preparations: it ignores SIGCHLD and sleeps."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
@@ -154,7 +202,7 @@ def _waits(pid: int) -> bool:
 
 def test_programs_for_both_machines_are_elf_files_that_begin_behind_their_header() -> None:
     for machine, number in (("x86_64", 62), ("aarch64", 183)):
-        for content in (init_program(machine), probe_program(machine)):
+        for content in (init_program(machine), probe_program(machine), relay_program(machine)):
             assert content[:7] == b"\x7fELF\2\1\1"
             kind, found, _, entry = struct.unpack_from("<HHIQ", content, 16)
             assert (kind, found, entry) == (2, number, 0x400000 + 120)

@@ -17,7 +17,7 @@ from worlds.support import trio_test
 from golem.exeunit.runtime import GIB, RuntimeFault
 from golem.exeunit.runtimes.vm.meter import Layer, Meter, MeterError, upper_dir, upper_dir_of
 from golem.exeunit.runtimes.vm.seccomp_profile import profile
-from golem.exeunit.runtimes.vm.storage import Storage, open_storage
+from golem.exeunit.storage import Storage, open_storage
 
 MIB = 1 << 20
 OWNER = 100_000
@@ -197,7 +197,7 @@ async def test_a_disk_without_room_says_so(tmp_path: Path) -> None:
 
 @trio_test
 async def test_without_root_volumes_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("golem.exeunit.runtimes.vm.storage.can_mount", lambda: False)
+    monkeypatch.setattr("golem.exeunit.storage.can_mount", lambda: False)
     storage = await open_storage(tmp_path / "s", 4 * MIB, os.geteuid(), ram_bytes=MIB)
     assert not storage.limited
     sized, ram = await storage.sized("0", MIB), await storage.ram("1", MIB)
@@ -206,7 +206,7 @@ async def test_without_root_volumes_are_measured(tmp_path: Path, monkeypatch: py
     assert storage.used_bytes() == 0
     assert 3 * MIB <= await storage.measure() < 4 * MIB
     assert storage.used_bytes() == await storage.measure()
-    monkeypatch.setattr("golem.exeunit.runtimes.vm.storage.MAX_FILES", 2)
+    monkeypatch.setattr("golem.exeunit.storage.MAX_FILES", 2)
     for number in range(4):
         (sized / str(number)).touch()
     assert await storage.measure() > storage.size_bytes, "too many files to count are as good as full"
@@ -217,7 +217,7 @@ async def test_without_root_volumes_are_measured(tmp_path: Path, monkeypatch: py
 @pytest.mark.root
 @trio_test
 async def test_a_machine_that_cannot_mount_falls_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("golem.exeunit.runtimes.vm.storage._MOUNT_OPTIONS", "loop,no-such-option")
+    monkeypatch.setattr("golem.exeunit.storage._MOUNT_OPTIONS", "loop,no-such-option")
     storage: Storage = await open_storage(tmp_path / "s", 4 * MIB, 0)
     assert not storage.limited
     assert not (tmp_path / "s" / "storage.ext4").exists()

@@ -325,6 +325,10 @@ class Stub:
             raise KeyError("a bug")
         if entry_point == "flood":
             await output("stdout", b"x" * (900 << 10))
+        if entry_point in ("both", "noise"):
+            for _ in range(10):
+                await output("stdout", b"x" * 60_000 if entry_point == "both" else bytes(range(256)) * 320)
+                await output("stderr", b"y" * 60_000 if entry_point == "both" else b"")
         if entry_point == "nap":
             await trio.sleep(0.05)
         if entry_point == "eat":
@@ -492,6 +496,21 @@ async def test_a_bug_of_a_runtime_fails_its_command_and_nothing_else(tmp_path: P
         [row] = w.results(await w.exec(run("crash")))
         assert row.message == "internal error of the exe-unit: KeyError"
         assert [row.ok for row in w.results(await w.exec(run("fine")))] == [True]
+
+
+@pytest.mark.parametrize("entry_point", ["both", "noise"])
+@trio_test
+async def test_no_amount_of_output_ends_the_exe_unit(tmp_path: Path, entry_point: str) -> None:
+    """More than a message takes, as it is encoded: it is cut, which its last line says, and the activity goes on."""
+    async with stub_world(tmp_path) as (w, _, _, _, ended):
+        everything = {"stdout": {"atEnd": {}}, "stderr": {"atEnd": {}}}
+        [row] = w.results(await w.exec({"run": {"entry_point": entry_point, "capture": everything}}))
+        assert row.ok
+        size = 600_000 if entry_point == "both" else 819_200
+        assert f"[cut by the provider: the output had {size} bytes" in str(row.stdout)[-200:]
+        assert "cut to what a result takes" in str(row.message)
+        assert [row.ok for row in w.results(await w.exec(run("fine")))] == [True]
+        assert not ended
 
 
 @trio_test

@@ -231,12 +231,13 @@ DOCKER: dict[str, tuple[bytes, str]] = {
     "command-nul": (config(Cmd=["a\0b"]), "Cmd must be a text"),
     "command-many": (config(Cmd=["x"] * 5000), "Cmd must be a list of at most 4096"),
     "command-long": (config(Cmd=["x" * 100_000] * 11), "Cmd is longer than"),
-    "environment": (config(Env=["=x"]), "is not name=value"),
-    "directory": (config(WorkingDir="/a/../../etc"), "WorkingDir: .* is no path for a container"),
-    "volume": (config(Volumes={"/../etc": {}}), "Volumes: .* is no path for a container"),
+    "environment": (config(Env=[{"A": "x"}]), "Env must be a text"),
+    "directory": (config(WorkingDir="/a/\x1b[2J"), "WorkingDir: .* is no path for a container"),
+    "directory-long": (config(WorkingDir="/" + "é" * 2100), "WorkingDir: .* is no path for a container"),
+    "volume": (config(Volumes={"/x\ny": {}}), "Volumes: .* is no path for a container"),
     "volumes": (config(Volumes={f"/{n}": {} for n in range(65)}), "Volumes must be an object with at most 64 keys"),
     "user": (config(User="root\n"), "is no user"),
-    "port": (config(ExposedPorts={"all": {}}), "is no port"),
+    "port": (config(ExposedPorts=["80/tcp"]), "ExposedPorts must be an object"),
     "settings-text": (docker(config=image_json([LAYER]).replace(b'"config": {}', b'"config": "x"')), "no object 'config'"),
 }
 

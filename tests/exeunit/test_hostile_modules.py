@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,10 @@ ENDS = (
     ("stack", "stack overflow"),
     ("escape", "exited with code"),
 )
-FULL = (("file", "exited with code"), ("files", "storage limit"))  # these take all the storage there is: one an activity
+FULL = (
+    ("file", "exited with code"),
+    ("files", r"exited with code|storage limit"),
+)  # these take all the storage there is: one an activity
 MODULES = {
     "memory": wat.MEMORY_BOMB, "flood": wat.FLOOD, "trap": wat.TRAP, "stack": wat.DEEP,
     "escape": wat.read_file("../../../../../../etc/passwd"), "file": wat.FILE_BOMB, "files": wat.MANY_FILES,
@@ -110,7 +113,11 @@ async def slowest_answer(node: LocalNode, stop: trio.Event, found: list[float]) 
 def sandboxes(net: LocalNet) -> list[int]:
     """Return processes of exe-units of this market, their children included."""
     units = net.pids(lambda line: "golem.exeunit" in line)
-    return [*units, *(child.pid for unit in units for child in psutil.Process(unit).children(recursive=True))]
+    found = list(units)
+    for unit in units:
+        with suppress(psutil.NoSuchProcess):  # gone meanwhile
+            found += (child.pid for child in psutil.Process(unit).children(recursive=True))
+    return found
 
 
 @trio_test

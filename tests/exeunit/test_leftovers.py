@@ -22,7 +22,7 @@ from golem.exeunit.runtime import RuntimeFault
 from golem.exeunit.runtimes.vm.admin import Admin, socket_path
 from golem.exeunit.runtimes.vm.leftovers import SUPERVISOR_LABEL, sweep
 from golem.exeunit.runtimes.vm.runtime import VmRuntime
-from golem.exeunit.runtimes.vm.storage import MARK_FILE, PROCESS_FILE, unmount
+from golem.exeunit.storage import MARK_FILE, PROCESS_FILE, unmount
 from golem.exeunit.supervisor import is_dead, own_mark
 from golem.lab.engine import LocalEngine
 
@@ -91,7 +91,7 @@ def traces(engine: LocalEngine, root: Path) -> dict[str, list[str]]:
         "mounts": [point for point in mounts if point.startswith((f"{root}/", f"{data}/")) and "/overlay2/" not in point],
         "layers": [point for point in mounts if point.startswith(f"{data}/") and "/overlay2/" in point],
         "loops": [line for line in losetup.splitlines() if line.startswith(f"{root}/")],
-        "files": [str(path) for path in root.rglob("*") if path.is_file() and path.name != "init"],
+        "files": [str(path) for path in root.rglob("*") if path.is_file() and path.name not in ("init", "run")],
     }
     return {what: sorted(names) for what, names in found.items()}
 
@@ -247,7 +247,7 @@ async def test_a_folder_that_becomes_a_link_meanwhile_is_not_followed(tmp_path: 
         swapped.symlink_to(others)
         return True
 
-    monkeypatch.setattr("golem.exeunit.runtimes.vm.leftovers.is_dead", swap)
+    monkeypatch.setattr("golem.exeunit.stranded.is_dead", swap)
     with pytest.raises(RuntimeFault):
         await sweep(Admin(tmp_path / "no.sock"), root)
     assert (others / "file").exists()

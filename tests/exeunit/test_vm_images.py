@@ -23,6 +23,7 @@ from golem.exeunit.runtime import ImageFormat, RuntimeFault
 from golem.exeunit.runtimes.vm.admin import Admin
 from golem.exeunit.runtimes.vm.images import EngineImage, evict, image_tag, obtain_image
 from golem.exeunit.transfer.packages import detect_format
+from golem.exeunit.unpack.config import image_config
 from golem.lab.engine import LocalEngine
 
 CONFIG = {
@@ -411,3 +412,14 @@ async def test_a_full_disk_is_told_before_the_engine_fills_it(tmp_path: Path, mo
 async def test_an_engine_that_is_gone_is_named(tmp_path: Path) -> None:
     with pytest.raises(RuntimeFault, match="Docker Engine"):
         await obtain(Admin(tmp_path / "nothing.sock"), tmp_path, foreign.docker_archive(LAYERS))
+
+
+@pytest.mark.parametrize(("given", "kept"), [
+    ({"Env": ["A=b", "NOTHING", "=x", "", "B=", "C==d"]}, {"Env": ["A=b", "B=", "C==d"]}),
+    ({"ExposedPorts": {"80/tcp": {}, "x/tcp": {}, "all": {}, "53/udp": {}}}, {"ExposedPorts": {"80/tcp": {}, "53/udp": {}}}),
+    ({"WorkingDir": "/srv/../app/./x//"}, {"WorkingDir": "/app/x"}), ({"WorkingDir": "app/../.."}, {"WorkingDir": "/"}),
+    ({"WorkingDir": "//x"}, {"WorkingDir": "/x"}), ({"Volumes": {"/data/../out/": {}}}, {"Volumes": {"/out": {}}}),
+])  # fmt: skip
+def test_what_docker_takes_is_taken(given: dict[str, object], kept: dict[str, object]) -> None:
+    found = image_config(given, "amd64")["config"]
+    assert {key: found.get(key) for key in kept} == kept

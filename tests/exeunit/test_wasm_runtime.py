@@ -6,7 +6,8 @@ import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from golem.exeunit.runtime import DeployOptions, ExitStatus, Limits, Runtime, Ru
 from golem.exeunit.runtimes import make_runtime, runtime_names
 from golem.exeunit.runtimes.wasm import runtime as wasm
 from golem.exeunit.runtimes.wasm.runtime import WasmRuntime, WasmSettings
+from golem.exeunit.storage import unmount_all
 from golem.exeunit.usage import room_left
 
 MIB = 1 / 1024
@@ -63,6 +65,13 @@ class Bench:
         with within(30):
             status = await self.runtime.run(entry, args, output, env)
         return Ran(status, bytes(got["stdout"]), bytes(got["stderr"]))
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_mounted(tmp_path: Path) -> Iterator[None]:
+    """Also after a test that failed."""
+    yield
+    unmount_all(tmp_path)
 
 
 async def once(tmp_path: Path, image: bytes, limits: Limits = SMALL, **run: object) -> Ran:
@@ -299,32 +308,79 @@ async def test_output_flood(tmp_path: Path) -> None:
     assert len(ran.stdout) == 1 << 20
 
 
-@trio_test
-async def test_one_huge_file(tmp_path: Path) -> None:
-    bench = await Bench(tmp_path, settings=WasmSettings(storage_check_s=60)).up(wat.FILE_BOMB)
-    assert (await bench.run()).status == ExitStatus(22)  # EFBIG, told to the guest
-    (root,) = [volume.host_dir for volume in bench.deployment.volumes]
-    assert (root / "bomb").stat().st_size <= SMALL.storage_bytes
-    await bench.runtime.stop()
+EFBIG, EIO, EMFILE, ENOSPC = 22, 29, 33, 51  # as WASI tells them to a guest
+EATERS = {
+    "one huge file": wat.FILE_BOMB,
+    "many files": wat.MANY_FILES,
+    "empty files": wat.EMPTY_FILES,
+    "hidden": wat.HIDDEN_FILES,
+}
 
 
+@pytest.mark.root
+@pytest.mark.parametrize("eater", EATERS)
 @trio_test
-async def test_many_files(tmp_path: Path) -> None:
-    bench = await Bench(tmp_path).up(wat.MANY_FILES)
+async def test_storage_is_a_file_system_of_the_size_sold(tmp_path: Path, eater: str) -> None:
+    """Nothing of it can be overshot for a moment, and what is told is exact."""
+    bench = await Bench(tmp_path, settings=WasmSettings(storage_check_s=60)).up(wat.package(
+        {"eat.wasm": EATERS[eater], "say.wasm": wat.say("still here"), "more.wasm": wat.ARGS}, **{"mount-points": [{"rw": "/"}]}
+    ))  # fmt: skip
+    try:
+        (root,) = [volume.host_dir for volume in bench.deployment.volumes]
+        found = os.statvfs(root)
+        assert found.f_blocks * found.f_frsize <= SMALL.storage_bytes
+        (image,) = [path for path in bench.work.rglob("*.ext4") if path.is_file()]
+        assert image.stat().st_blocks * 512 >= SMALL.storage_bytes, "nobody else gets it"
+        assert (await bench.run("say")).status.ok
+        status = (await bench.run("eat")).status
+        assert status.code in (ENOSPC, EFBIG, EMFILE, EIO), status
+        assert image.stat().st_size <= SMALL.storage_bytes
+        assert bench.runtime.usage().storage_gib <= SMALL.storage_gib
+        if eater == "empty files":
+            next(root.iterdir()).unlink()  # its inodes are used up, not its bytes
+        with suppress(OSError), (root / "rest").open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(1024))
+        assert SMALL.storage_gib / 2 < bench.runtime.usage().storage_gib <= SMALL.storage_gib
+        with pytest.raises(RuntimeFault, match=r"machine code is part of it|compiling failed: output limit|No space"):
+            await bench.run("more")
+        assert (await bench.run("say")).stdout == b"still here"
+    finally:
+        await bench.runtime.stop()
+    assert not list(bench.work.iterdir())
+    assert str(tmp_path) not in Path("/proc/self/mountinfo").read_text()
+
+
+@pytest.mark.parametrize("eater", EATERS)
+@trio_test
+async def test_storage_that_is_only_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, eater: str) -> None:
+    """Names cost what a disk keeps of them, and files without a name count as well."""
+    monkeypatch.setattr("golem.exeunit.storage.can_mount", lambda: False)
+    bench = await Bench(tmp_path).up(EATERS[eater])
     ran = await bench.run()
-    assert ran.status == ExitStatus(137, "storage limit of 0.00390625 GiB and 100000 files reached")
-    with pytest.raises(RuntimeFault, match="storage limit"):  # and no further command until there is room
-        await bench.run()
+    if eater == "one huge file":
+        assert ran.status.code in (EFBIG, 137), "told to the guest, or it was seen before"
+    else:
+        assert ran.status == ExitStatus(137, "storage limit of 0.00390625 GiB and 100000 files reached")
+    if eater != "hidden":
+        with pytest.raises(RuntimeFault, match="storage limit"):  # and no further command until there is room
+            await bench.run()
     await bench.runtime.stop()
     assert not list(bench.work.iterdir())
 
 
+@pytest.mark.parametrize("limited", [pytest.param(True, marks=pytest.mark.root), False])
 @trio_test
-async def test_deep_directories_are_stopped_and_can_be_removed(tmp_path: Path) -> None:
+async def test_deep_directories_are_stopped_and_can_be_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limited: bool
+) -> None:
+    if not limited:
+        monkeypatch.setattr("golem.exeunit.storage.can_mount", lambda: False)
     bench = await Bench(tmp_path).up(wat.nested_directories(3000))
     await bench.run()
-    with pytest.raises(RuntimeFault, match="storage limit"):
-        await bench.run()
+    if not limited:
+        with pytest.raises(RuntimeFault, match="storage limit"):
+            await bench.run()
     await bench.runtime.stop()
     assert not list(bench.work.iterdir())
 
@@ -588,3 +644,6 @@ def test_child_dies_with_its_supervisor(tmp_path: Path) -> None:
         supervisor.kill()
         supervisor.communicate()
     trio.run(eventually, lambda: not is_alive(int(child)))
+    trio.run(WasmRuntime(tmp_path / "cache").sweep, tmp_path)
+    assert str(tmp_path) not in Path("/proc/self/mountinfo").read_text(), "nor its storage stay mounted"
+    assert not list(tmp_path.rglob("storage"))

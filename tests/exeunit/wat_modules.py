@@ -15,6 +15,7 @@ _IMPORTS = {
     "fd_close": "(param i32) (result i32)",
     "path_open": "(param i32 i32 i32 i32 i32 i64 i64 i32 i32) (result i32)",
     "path_create_directory": "(param i32 i32 i32) (result i32)",
+    "path_unlink_file": "(param i32 i32 i32) (result i32)",
     "path_symlink": "(param i32 i32 i32 i32 i32) (result i32)",
     "poll_oneoff": "(param i32 i32 i32 i32) (result i32)",
     "args_get": "(param i32 i32) (result i32)",
@@ -133,23 +134,36 @@ FILE_BOMB = program(
     pages=2,
 )
 
-# Make files named by a counter, 60 kB each, for ever.
-MANY_FILES = program(
-    f"""(loop $again
+
+# Make files named by a counter until that fails, and do something to each; exits with the error number.
+def _files(then: str) -> bytes:
+    letters = "".join(
+        f"""(i32.store8 (i32.const {1024 + at}) (i32.add (i32.const 65)
+            (i32.and (i32.shr_u (local.get $i) (i32.const {4 * at})) (i32.const 15))))"""
+        for at in range(5)
+    )
+    return program(
+        f"""(loop $again
           (local.set $i (i32.add (local.get $i) (i32.const 1)))
-          (i32.store8 (i32.const 1024) (i32.add (i32.const 65) (i32.and (local.get $i) (i32.const 15))))
-          (i32.store8 (i32.const 1025) (i32.add (i32.const 65)
-            (i32.and (i32.shr_u (local.get $i) (i32.const 4)) (i32.const 15))))
-          (i32.store8 (i32.const 1026) (i32.add (i32.const 65)
-            (i32.and (i32.shr_u (local.get $i) (i32.const 8)) (i32.const 15))))
-          (i32.store8 (i32.const 1027) (i32.add (i32.const 65)
-            (i32.and (i32.shr_u (local.get $i) (i32.const 12)) (i32.const 15))))
-          (drop {_open(1024, 4, 9)})
-          (drop (call $print (i32.load (i32.const 12)) (i32.const 2048) (i32.const 60000)))
-          (drop (call $fd_close (i32.load (i32.const 12))))
+          {letters}
+          (local.set $r {_open(1024, 5, 9)})
+          (if (local.get $r) (then (call $proc_exit (local.get $r))))
+          {then}
+          (if (local.get $r) (then (call $proc_exit (local.get $r))))
           (br $again))""",
-    data="AAAA",
-    pages=2,
+        data="AAAAA",
+        pages=2,
+    )
+
+
+_WRITE = "(local.set $r (call $print (i32.load (i32.const 12)) (i32.const 2048) (i32.const 60000)))"
+_CLOSE = "(drop (call $fd_close (i32.load (i32.const 12))))"
+MANY_FILES = _files(_WRITE + _CLOSE)  # 60 kB each
+EMPTY_FILES = _files(_CLOSE)
+# Files without a name, each written until that fails: then the next one.
+HIDDEN_FILES = _files(
+    f"""(drop (call $path_unlink_file (i32.const 3) (i32.const 1024) (i32.const 5)))
+        (loop $more {_WRITE} (br_if $more (i32.eqz (local.get $r)))) (local.set $r (i32.const 0))"""
 )
 
 

@@ -16,7 +16,6 @@ import trio.testing
 from worlds.support import mock_trio_test, trio_test
 
 from actors.provider.rules import VECTOR
-from golem.exeunit.runtimes.vm.storage import SPARE_BYTES
 from golem.provider.client import NodeClient
 from golem.provider.hardware import load_profile
 from golem.provider.offering import LOOK_S, Offering
@@ -24,7 +23,6 @@ from golem.provider.runtimes import ExeUnits, Template
 from golem.provider.settings import Settings, SettingsError
 from golem.provider.storage import (
     CLEANED_S,
-    DEPLOY_SPARE_BYTES,
     LOOK_DISK_S,
     MARGIN_BYTES,
     Disk,
@@ -75,10 +73,6 @@ def test_offers_never_pass_the_room_and_do_not_flap() -> None:
         changes += fresh != offered
         offered = fresh
     assert changes == 2
-
-
-def test_what_a_deploy_leaves_free_is_not_sold() -> None:
-    assert DEPLOY_SPARE_BYTES == SPARE_BYTES
 
 
 # -- the disk

@@ -18,6 +18,7 @@ import httpx
 import trio
 
 from golem.base.children import CWD, child_environment, python_line
+from golem.base.plain_http import trust_nobody
 
 INFO_NAME = "chain.json"
 LOCK_NAME = "chain.lock"
@@ -81,7 +82,7 @@ async def url_of(directory: Path | str) -> str | None:
     url = f"http://{LOOPBACK}:{info['port']}"
     call = {"jsonrpc": "2.0", "id": 1, "method": "web3_clientVersion", "params": []}
     try:
-        async with httpx.AsyncClient(timeout=5.0, trust_env=False) as client:
+        async with httpx.AsyncClient(timeout=5.0, trust_env=False, verify=trust_nobody()) as client:
             told = (await client.post(url, json=call)).json().get("result", "")
     except (httpx.HTTPError, ValueError, AttributeError):
         return None

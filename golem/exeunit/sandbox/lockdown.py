@@ -20,7 +20,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NO_NEW_PRIVS = 38
-_NAMESPACES = 0x40000000 | 0x08000000 | 0x04000000 | 0x00020000  # net, ipc, uts, mount
+# net, ipc, uts. None of mounts: it would hold on to the storage of every other activity, also after that was unmounted.
+_NAMESPACES = 0x40000000 | 0x08000000 | 0x04000000
 
 _CAPABILITY_VERSION_3 = 0x20080522
 
@@ -79,7 +80,7 @@ def use_cpus(count: int) -> None:
 
 
 def enter_namespaces() -> bool:
-    """Own, empty network and own IPC, host name and mounts; False where even root may not (in most containers).
+    """Own, empty network and own IPC and host name; False where even root may not (in most containers).
 
     They are a second wall: sockets and IPC are already out of reach by seccomp, files by Landlock.
     """

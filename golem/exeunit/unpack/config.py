@@ -1,6 +1,7 @@
 """An image's configuration: what of it is kept, and in which bounds.
 
-Kept: ENTRYPOINT, CMD, ENV, WORKDIR, USER, VOLUME and EXPOSE. Left behind: HEALTHCHECK (the Engine would run it by
+Kept: ENTRYPOINT, CMD, ENV, WORKDIR, USER, VOLUME and EXPOSE; of these, what Docker takes and then does nothing with (variables
+without a name or a value, ports that are none) is left out. Left behind: HEALTHCHECK (the Engine would run it by
 itself), labels (those of containers say whose they are), ONBUILD, STOPSIGNAL and everything about hosts.
 Runs in the sandboxed child of `images`. Neighbour: `archives`.
 """
@@ -8,6 +9,7 @@ Runs in the sandboxed child of `images`. Neighbour: `archives`.
 from __future__ import annotations
 
 import json
+import posixpath
 import re
 from typing import Any
 
@@ -18,6 +20,7 @@ MAX_WORD_BYTES = 128 << 10  # as much as Linux takes for one argument
 MAX_WORDS_BYTES = 1 << 20
 MAX_VOLUMES = 64
 MAX_PORTS = 1024
+_PORT = re.compile(r"\d{1,5}(-\d{1,5})?(/(tcp|udp|sctp))?")
 CREATED = "1970-01-01T00:00:00Z"  # equal packages become equal images
 
 
@@ -61,7 +64,7 @@ def image_config(given: Any, machine: str) -> dict[str, Any]:
         "WorkingDir": _path(given.get("WorkingDir") or "/", "WorkingDir"),
         "User": _user(given.get("User") or ""),
         "Volumes": {_path(path, "Volumes"): {} for path in _keys(given, "Volumes", MAX_VOLUMES)},
-        "ExposedPorts": {_port(port): {} for port in _keys(given, "ExposedPorts", MAX_PORTS)},
+        "ExposedPorts": {port: {} for port in _keys(given, "ExposedPorts", MAX_PORTS) if _PORT.fullmatch(port)},
     }
     return {
         "architecture": machine,
@@ -91,11 +94,7 @@ def _command(given: dict[str, Any], key: str) -> list[str]:
 
 
 def _environment(given: dict[str, Any]) -> list[str]:
-    words = _words(given, "Env")
-    for word in words:
-        if not word.partition("=")[0] or "=" not in word:
-            raise BadImage(f"Env: {word[:100]!r} is not name=value")
-    return words
+    return [word for word in _words(given, "Env") if "=" in word[1:]]
 
 
 def _keys(given: dict[str, Any], key: str, most: int) -> list[str]:
@@ -107,11 +106,13 @@ def _keys(given: dict[str, Any], key: str, most: int) -> list[str]:
 
 
 def _path(path: Any, what: str) -> str:
-    """Return an absolute path; "..", control characters and overlong ones are refused."""
-    parts = [part for part in text_of(path, what).split("/") if part not in ("", ".")]
-    if ".." in parts or len(path) > 4095 or any(ord(letter) < 32 for letter in path):
-        raise BadImage(f"{what}: {path[:100]!r} is no path for a container")
-    return "/" + "/".join(parts)
+    """Return an absolute path, as Docker reads it: ".." leads no higher than the root. Errors: BadImage for control characters
+    and overlong ones.
+    """
+    text = text_of(path, what)
+    if len(text.encode()) > 4095 or any(ord(letter) < 32 for letter in text):
+        raise BadImage(f"{what}: {text[:100]!r} is no path for a container")
+    return "/" + posixpath.normpath("/" + text).lstrip("/")
 
 
 def _user(user: Any) -> str:
@@ -120,9 +121,3 @@ def _user(user: Any) -> str:
     if not isinstance(user, str) or not re.fullmatch(r"[A-Za-z0-9_.$-]{0,64}(:[A-Za-z0-9_.$-]{1,64})?", user):
         raise BadImage(f"User: {str(user)[:100]!r} is no user or user:group")
     return user
-
-
-def _port(port: str) -> str:
-    if not re.fullmatch(r"\d{1,5}(-\d{1,5})?(/(tcp|udp|sctp))?", port):
-        raise BadImage(f"ExposedPorts: {port[:100]!r} is no port")
-    return port

@@ -129,6 +129,11 @@ class Admin:
         finally:
             self._idle.append(client)
 
+    def let_go(self) -> None:
+        """Close the connections that are kept for the next call; there may be one."""
+        while self._idle:
+            self._idle.pop().close()
+
     # -- the Engine
     async def version(self) -> dict[str, Any]:
         """Return what GET /version says."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +18,10 @@ from typing import Any
 
 from golem.exeunit.runtime import Limits, RuntimeFault
 from golem.exeunit.runtimes.vm.admin import EngineFacts
-from golem.exeunit.runtimes.vm.init_program import init_program
+from golem.exeunit.runtimes.vm.init_program import init_program, relay_program
 from golem.exeunit.runtimes.vm.kernel_tables import has_inotify
 from golem.exeunit.runtimes.vm.leftovers import SUPERVISOR_LABEL
+from golem.exeunit.runtimes.vm.long_arguments import FILES_PATH, RELAY_PATH
 from golem.exeunit.runtimes.vm.seccomp_profile import profile
 from golem.exeunit.supervisor import own_mark
 
@@ -38,7 +40,7 @@ _HOSTS = (
     "127.0.0.1\tlocalhost", "::1\tlocalhost ip6-localhost ip6-loopback", "fe00::0\tip6-localnet",
     "ff00::0\tip6-mcastprefix", "ff02::1\tip6-allnodes", "ff02::2\tip6-allrouters",
 )  # fmt: skip
-_INIT_FILE, _PROFILE_FILE = "init", "seccomp.json"
+_INIT_FILE, _RELAY_FILE, _PROFILE_FILE, ARGUMENTS = "init", "run", "seccomp.json", "arguments"
 _HOST_NAME = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)(\.(?!-)[A-Za-z0-9_-]{1,63}(?<!-))*")
 
 
@@ -75,16 +77,20 @@ def name_files(name: str, hosts: Mapping[str, str]) -> dict[str, bytes]:
 
 def lay_out(folder: Path, facts: EngineFacts) -> None:
     """Put the files that a container is started with into a folder, where they stay as long as it lives. Raises OSError."""
-    (folder / _INIT_FILE).write_bytes(init_program())
-    (folder / _INIT_FILE).chmod(0o755)
+    for name, program in ((_INIT_FILE, init_program()), (_RELAY_FILE, relay_program())):
+        (folder / name).write_bytes(program)
+        (folder / name).chmod(0o755)
+    (folder / ARGUMENTS).mkdir()
+    (folder / ARGUMENTS).chmod(0o711)
     if facts.podman:
         (folder / _PROFILE_FILE).write_text(profile(has_inotify(facts.root_id)))
 
 
 def clear_away(folder: Path) -> None:
     """Remove what `lay_out` made. Raises OSError."""
-    for name in (_INIT_FILE, _PROFILE_FILE):
+    for name in (_INIT_FILE, _RELAY_FILE, _PROFILE_FILE):
         (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / ARGUMENTS, ignore_errors=True)
 
 
 def labels(activity_id: str) -> dict[str, str]:
@@ -110,8 +116,9 @@ def container_config(plan: Plan, facts: EngineFacts) -> dict[str, Any]:
 
 def _host_config(plan: Plan, facts: EngineFacts) -> dict[str, Any]:
     memory = max(MIN_MEM_BYTES, plan.limits.mem_bytes)
+    ours = (_INIT_FILE, INIT_PATH), (_RELAY_FILE, RELAY_PATH), (ARGUMENTS, FILES_PATH)
     mounts: list[dict[str, Any]] = [
-        {"Type": "bind", "Source": str(plan.folder / _INIT_FILE), "Target": INIT_PATH, "ReadOnly": True}
+        {"Type": "bind", "Source": str(plan.folder / name), "Target": target, "ReadOnly": True} for name, target in ours
     ]
     mounts += [{"Type": "volume", "Source": name, "Target": path} for path, name in plan.mounts.items()]
     mounts += [{"Type": "bind", "Source": str(file), "Target": path} for path, file in plan.own_files.items()]
@@ -138,8 +145,6 @@ def _host_config(plan: Plan, facts: EngineFacts) -> dict[str, Any]:
         "LogConfig": {"Type": "none", "Config": {}},
         "Mounts": mounts,
     }
-    if facts.cgroups == "1" and not facts.podman:
-        host["KernelMemoryTCP"] = memory  # later versions count buffers of sockets as any memory
     if facts.podman:
         host["LogConfig"] = {}  # it has no driver called none
         host["SecurityOpt"] = ["no-new-privileges", f"seccomp={plan.folder / _PROFILE_FILE}"]  # it wants a file

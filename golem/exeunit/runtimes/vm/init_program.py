@@ -1,9 +1,10 @@
-"""Two tiny programs for containers, made here instruction by instruction: an image need not hold anything of its own.
+"""Tiny programs for containers, made here instruction by instruction: an image need not hold anything of its own.
 
 `init_program` is process 1 of every container. It does nothing but be there: children of dead commands that fall to it
 vanish by themselves (it ignores SIGCHLD), and it ends at a SIGTERM from outside the container; the guest cannot end it.
 `probe_program` tries, inside a container, what must not work there; the runtime's self-test reads its exit status.
-Both are static ELF files of a few hundred bytes without libraries, for x86-64 and aarch64. Every line of a listing has
+`relay_program` becomes a program whose arguments stand in a file (`long_arguments`), as its own are too few for them.
+All are static ELF files of a few hundred bytes without libraries, for x86-64 and aarch64. Every line of a listing has
 its assembly text beside it.
 Neighbours: `golem.exeunit.runtimes.vm.runtime` binds them into containers.
 """
@@ -19,6 +20,9 @@ from functools import cache
 # Exit statuses of the probe. A call of the i386 table may also be answered by SIGSYS, which is as good as 0.
 PROBE_TEXT = b"golem\n"
 PROBE_CLOSED, PROBE_VSOCK, PROBE_IO_URING, PROBE_I386 = 0, 1, 2, 4
+
+RELAY_BASE, RELAY_BYTES = 0x10_0000_0000, 2 << 20  # where the file of arguments is mapped, and the most of it
+RELAY_BROKEN, RELAY_CANNOT, RELAY_NOWHERE = 125, 126, 127
 
 _BASE = 0x400000
 _ALIGN = 0x10000  # the largest page of either machine
@@ -137,6 +141,54 @@ _PROBE_X86_64: tuple[_Line, ...] = (
     PROBE_TEXT,
 )  # fmt: skip
 
+_RELAY_X86_64: tuple[_Line, ...] = (
+    # openat(AT_FDCWD, argv[1], O_CLOEXEC)
+    _x("b8 01 01 00 00"),                       # mov eax, 257
+    _x("bf 9c ff ff ff"),                       # mov edi, -100
+    _x("48 8b 74 24 10"),                       # mov rsi, [rsp + 16]
+    _x("ba 00 00 08 00"),                       # mov edx, 0x80000
+    _x("0f 05"),                                # syscall
+    _x("85 c0"),                                # test eax, eax
+    _To("rel8", _x("78"), "broken"),            # js broken
+    # mmap(base, size, PROT_READ, MAP_PRIVATE | MAP_FIXED, it, 0)
+    _x("41 89 c0"),                             # mov r8d, eax
+    _x("b8 09 00 00 00"),                       # mov eax, 9
+    _x("48 bf") + struct.pack("<Q", RELAY_BASE),  # mov rdi, base
+    _x("be") + struct.pack("<I", RELAY_BYTES),  # mov esi, size
+    _x("ba 01 00 00 00"),                       # mov edx, 1
+    _x("41 ba 12 00 00 00"),                    # mov r10d, 0x12
+    _x("45 31 c9"),                             # xor r9d, r9d
+    _x("0f 05"),                                # syscall
+    _x("48 85 c0"),                             # test rax, rax
+    _To("rel8", _x("78"), "broken"),            # js broken
+    _x("49 89 c5"),                             # mov r13, rax
+    _x("48 8d 58 08"),                          # lea rbx, [rax + 8]
+    _x("41 bc 7f 00 00 00"),                    # mov r12d, 127      RELAY_NOWHERE
+    # execve(each path in turn, argv of the file, envp)
+    _At("next"),
+    _x("48 8b 3b"),                             # mov rdi, [rbx]
+    _x("48 83 c3 08"),                          # add rbx, 8
+    _x("48 85 ff"),                             # test rdi, rdi
+    _To("rel8", _x("74"), "exit"),              # jz exit
+    _x("49 8b 75 00"),                          # mov rsi, [r13]
+    _x("48 8d 54 24 20"),                       # lea rdx, [rsp + 32]
+    _x("b8 3b 00 00 00"),                       # mov eax, 59
+    _x("0f 05"),                                # syscall
+    _x("83 f8 fe"),                             # cmp eax, -2        ENOENT
+    _To("rel8", _x("74"), "next"),              # je next
+    _x("83 f8 ec"),                             # cmp eax, -20       ENOTDIR
+    _To("rel8", _x("74"), "next"),              # je next
+    _x("41 bc 7e 00 00 00"),                    # mov r12d, 126      RELAY_CANNOT
+    _To("rel8", _x("eb"), "next"),              # jmp next
+    _At("broken"),
+    _x("41 bc 7d 00 00 00"),                    # mov r12d, 125      RELAY_BROKEN
+    # exit_group(r12d)
+    _At("exit"),
+    _x("44 89 e7"),                             # mov edi, r12d
+    _x("b8 e7 00 00 00"),                       # mov eax, 231
+    _x("0f 05"),                                # syscall
+)  # fmt: skip
+
 # -- aarch64: number of the call in x8, arguments in x0 to x3; calls change x0 alone
 
 
@@ -217,9 +269,49 @@ _PROBE_AARCH64: tuple[_Line, ...] = (
     PROBE_TEXT,
 )  # fmt: skip
 
+_RELAY_AARCH64: tuple[_Line, ...] = (
+    _w(0x92800C60),                             # mov x0, #-100
+    _w(0xF9400BE1),                             # ldr x1, [sp, #16]
+    _w(0xD2A00102),                             # mov x2, #0x80000
+    _mov(8, 56),                                # openat
+    _SVC,
+    _To("branch", _w(0x37F80000), "broken"),    # tbnz w0, #31, broken
+    _w(0xAA0003E4),                             # mov x4, x0
+    _w(0xD2C00000 | (RELAY_BASE >> 32) << 5),   # mov x0, base
+    _w(0xD2A00001 | (RELAY_BYTES >> 16) << 5),  # mov x1, size
+    _mov(2, 1),
+    _mov(3, 0x12),
+    _mov(5, 0),
+    _mov(8, 222),                               # mmap
+    _SVC,
+    _To("branch", _w(0x37F80000), "broken"),    # tbnz w0, #31, broken   (no bit of the base)
+    _w(0xAA0003F3),                             # mov x19, x0
+    _w(0x91002274),                             # add x20, x19, #8
+    _mov(21, RELAY_NOWHERE),
+    _At("next"),
+    _w(0xF8408680),                             # ldr x0, [x20], #8
+    _To("branch", _w(0xB4000000), "exit"),      # cbz x0, exit
+    _w(0xF9400261),                             # ldr x1, [x19]
+    _w(0x910083E2),                             # add x2, sp, #32
+    _mov(8, 221),                               # execve
+    _SVC,
+    _w(0x3100081F),                             # cmn w0, #2             ENOENT
+    _To("branch", _w(0x54000000), "next"),      # b.eq next
+    _w(0x3100501F),                             # cmn w0, #20            ENOTDIR
+    _To("branch", _w(0x54000000), "next"),      # b.eq next
+    _mov(21, RELAY_CANNOT),
+    _To("branch", _w(0xB5000008), "next"),      # cbnz x8, next          (always)
+    _At("broken"),
+    _mov(21, RELAY_BROKEN),
+    _At("exit"),
+    _w(0xAA1503E0),                             # mov x0, x21
+    _mov(8, 94),
+    _SVC,
+)  # fmt: skip
+
 _LISTINGS = {
-    "x86_64": (_INIT_X86_64, _PROBE_X86_64),
-    "aarch64": (_INIT_AARCH64, _PROBE_AARCH64),
+    "x86_64": (_INIT_X86_64, _PROBE_X86_64, _RELAY_X86_64),
+    "aarch64": (_INIT_AARCH64, _PROBE_AARCH64, _RELAY_AARCH64),
 }
 
 
@@ -240,6 +332,13 @@ def probe_program(machine: str | None = None) -> bytes:
     """Return the file of the self-test's program. Raises KeyError for a machine that is not `supported`."""
     machine = machine or platform.machine()
     return _elf(_assemble(_LISTINGS[machine][1]), _MACHINES[machine])
+
+
+@cache
+def relay_program(machine: str | None = None) -> bytes:
+    """Return the file of the program that takes its arguments from a file. Raises KeyError as the others."""
+    machine = machine or platform.machine()
+    return _elf(_assemble(_LISTINGS[machine][2]), _MACHINES[machine])
 
 
 def _assemble(lines: Sequence[_Line]) -> bytes:

@@ -1,9 +1,9 @@
 """Tables of the kernel that all guests and this machine share, and how much of them one guest gets.
 
 Control groups do not count these. What a container can be told at its start is told there (`container`: pending signals,
-message queues, TCP buffers; no asynchronous I/O contexts by `seccomp_profile`); the rest is set from outside, once it is up:
-its pseudo-terminals at the mount of its /dev/pts, and inotify in its user namespace. Where an Engine does not remap ids a
-guest's inotify would be that of this machine's own root, so there it has none.
+message queues; no asynchronous I/O contexts by `seccomp_profile`); the rest is set from outside, once it is up: buffers of
+sockets, its pseudo-terminals at the mount of its /dev/pts, and inotify in its user namespace. Where an Engine does not remap
+ids a guest's inotify would be that of this machine's own root, so there it has none.
 Takes root's rights and Linux 5.2. Neighbour: `golem.exeunit.runtimes.vm.runtime`.
 """
 
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import trio
 
+from golem.exeunit.runtimes.vm.meter import group_file
 from golem.exeunit.transfer.beneath import open_in_root
 
 log = logging.getLogger("golem.exeunit")
@@ -24,6 +25,7 @@ log = logging.getLogger("golem.exeunit")
 CORE_PATTERN = Path("/proc/sys/kernel/core_pattern")
 PTYS = 64
 INOTIFY = {"max_inotify_instances": 32, "max_inotify_watches": 8192}
+SOCKETS_SHARE = 4  # of the memory, for buffers of sockets
 TOOL_TIMEOUT_S = 10.0
 _FSCONFIG, _FSPICK = 431, 433  # on every architecture
 _PICK_EMPTY_PATH, _PICK_CLOEXEC = 8, 1
@@ -36,10 +38,15 @@ def has_inotify(root_id: int) -> bool:
     return root_id != 0 and os.geteuid() == 0
 
 
-async def bound(init_pid: int, root_id: int) -> None:
-    """Bound what a container that has just started may take. Raises OSError."""
+async def bound(init_pid: int, root_id: int, mem_bytes: int) -> None:
+    """Bound what a container that has just started may take; `mem_bytes` is its memory. Raises OSError, MeterError."""
     if os.geteuid() != 0:
         return
+    # Control groups of version 1 count buffers of sockets from then on that there is a limit, which Engines no longer set.
+    # Each socket gets a little beyond it, so it is no wall: `meter` adds what they take to the memory.
+    sockets = group_file(init_pid, "memory", ("memory.kmem.tcp.limit_in_bytes",), ())
+    if sockets is not None:
+        sockets.write_text(str(mem_bytes // SOCKETS_SHARE))
     await trio.to_thread.run_sync(_bound_ptys, init_pid)
     if has_inotify(root_id):
         await _bound_inotify(init_pid)

@@ -34,6 +34,8 @@ class Meter:
         """`pid`: a live process of the container, as the machine numbers it. Raises MeterError."""
         self._cpu = group_file(pid, "cpuacct", ("cpuacct.usage",), ("cpu.stat",), proc)
         self._memory = group_file(pid, "memory", ("memory.max_usage_in_bytes",), ("memory.peak", "memory.current"), proc)
+        # Of version 1, where the memory does not hold them, and a limit of their own holds back nobody who has many sockets.
+        self._sockets = group_file(pid, "memory", ("memory.kmem.tcp.max_usage_in_bytes",), (), proc)
         if self._cpu is None or self._memory is None:
             raise MeterError(f"no figures for the control group of process {pid}")
         self._cpu_s, self._peak_bytes = 0.0, 0
@@ -45,7 +47,8 @@ class Meter:
         assert self._memory is not None
         try:
             self._cpu_s = max(self._cpu_s, _cpu_s(self._cpu))
-            self._peak_bytes = max(self._peak_bytes, int(self._memory.read_text()))
+            sockets_bytes = int(self._sockets.read_text()) if self._sockets is not None else 0
+            self._peak_bytes = max(self._peak_bytes, int(self._memory.read_text()) + sockets_bytes)
         except (OSError, ValueError, IndexError):
             pass  # the group went away, or is about to
         return self._cpu_s, self._peak_bytes

@@ -8,6 +8,7 @@ Neighbours: `client` (the streams); `golem.exeunit.runtimes.vm.runtime` starts p
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
@@ -21,6 +22,11 @@ QUIET_S = 0.3  # of silence after the end of a program whose streams another one
 DRAIN_S = 3.0  # no longer than that, even if the other one goes on writing
 START_TIMEOUT_S = 10.0  # an Engine that has begun no program by then waits for what the guest has put in its way
 _NOT_STARTED = b"OCI runtime exec failed: "  # how Engines say, as output, that there is no program
+_MISSING = ("executable file not found", "no such file or directory")
+_NO_PROGRAM = re.compile(
+    rb"exec [^\n]{1,4200}: (exec format error|permission denied|argument list too long)\n\Z"
+)  # the same of runc
+NOT_FOUND, CANNOT_RUN = 127, 126  # as shells tell them
 
 
 class NeverBegun(RuntimeFault):
@@ -43,6 +49,7 @@ class Program:
         self._ended: ExecState | None = None
         self._deadline = float("inf")  # to drain until, once it has ended
         self._first = True
+        self._doubt: bytes | None = None  # the only output so far, which may be runc's and not a program's
         self.problem: str | None = None  # why there is no program
 
     async def receive(self) -> tuple[Side, bytes] | None:
@@ -60,6 +67,10 @@ class Program:
                     if part[1].startswith(_NOT_STARTED):
                         self.problem = part[1][len(_NOT_STARTED) :].decode(errors="replace").strip()
                         continue
+                    match = _NO_PROGRAM.match(part[1])
+                    self._doubt = match[1] if match is not None else None
+                elif part is not None:
+                    self._doubt = None
                 return part
             if scope.cancelled_caught and self._ended is not None:
                 return None
@@ -94,6 +105,10 @@ class Program:
                 await trio.sleep(pause_s)
                 pause_s = min(0.5, pause_s + 0.01)
         assert self._ended.exit_code is not None
+        if self.problem is None and self._doubt is not None and self._ended.exit_code in (1, 255):
+            self.problem = self._doubt.decode()
+        if self.problem is not None:
+            return NOT_FOUND if any(text in self.problem for text in _MISSING) else CANNOT_RUN
         return self._ended.exit_code
 
     @property
@@ -162,7 +177,8 @@ class EngineTerminal:
     async def wait(self) -> ExitStatus:
         await self._over.wait()
         try:
-            return ExitStatus(await self._program.exit_code(), self._program.problem)
+            code = await self._program.exit_code()
+            return ExitStatus(code, self._program.problem)
         except RuntimeFault as fault:
             raise await self._died(fault) from None
 

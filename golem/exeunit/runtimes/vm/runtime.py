@@ -50,6 +50,7 @@ from golem.exeunit.runtimes.vm import accounts, kernel_tables
 from golem.exeunit.runtimes.vm.admin import Admin, EngineFacts, EngineGone, InUse, NoSuch, socket_path
 from golem.exeunit.runtimes.vm.client import EngineClient
 from golem.exeunit.runtimes.vm.container import (
+    ARGUMENTS,
     NAME_FILES,
     Plan,
     clear_away,
@@ -62,11 +63,12 @@ from golem.exeunit.runtimes.vm.container import (
 from golem.exeunit.runtimes.vm.images import FORMATS, EngineImage, obtain_image
 from golem.exeunit.runtimes.vm.inside import Inside, look_inside
 from golem.exeunit.runtimes.vm.leftovers import sweep
+from golem.exeunit.runtimes.vm.long_arguments import DEFAULT_PATH, MOST_BY_EXEC, check_command, is_long, write_arguments
 from golem.exeunit.runtimes.vm.meter import Layer, Meter, MeterError, open_layer, upper_dir
 from golem.exeunit.runtimes.vm.processes import ContainerProcesses
 from golem.exeunit.runtimes.vm.program import START_TIMEOUT_S, EngineTerminal, NeverBegun, Program
-from golem.exeunit.runtimes.vm.storage import FOLDER, Storage, open_storage
 from golem.exeunit.runtimes.vm.watch import Watch
+from golem.exeunit.storage import FOLDER, Storage, open_storage
 
 log = logging.getLogger("golem.exeunit")
 
@@ -96,6 +98,7 @@ class _Deployed:
     own_files: dict[str, Path] = field(default_factory=dict)  # by path inside
     name: str | None = None  # of the container
     watch: Watch | None = None
+    search: str = DEFAULT_PATH  # where programs are looked for, unless a command says otherwise
 
 
 class VmRuntime:
@@ -231,10 +234,13 @@ class VmRuntime:
             raise RuntimeFault("not deployed")
         if self._inside is not None:
             raise RuntimeFault("already started")
-        check_arguments(args)
+        command = [*deployed.image.entrypoint, *args]
+        if args:
+            check_command(command, {})
         await self._admin.start_container(deployed.name)
         try:
             inspected = await self._client.inspect(deployed.name)
+            deployed.search = _path_of(inspected) or DEFAULT_PATH
             pid = int(inspected["State"]["Pid"])
             self._inside = look_inside(pid)
             if int((await self._client.inspect(deployed.name))["State"]["Pid"]) != pid or not pid:
@@ -242,7 +248,7 @@ class VmRuntime:
             self._meter = Meter(pid)
             if deployed.storage is not None:
                 deployed.storage.note_process(pid)
-            await kernel_tables.bound(pid, deployed.facts.root_id)
+            await kernel_tables.bound(pid, deployed.facts.root_id, deployed.options.limits.mem_bytes)
         except (OSError, MeterError) as error:
             raise RuntimeFault(f"the container cannot be measured and bounded: {error}") from None
         if deployed.image.user:
@@ -250,7 +256,7 @@ class VmRuntime:
         if deployed.storage is not None and not deployed.storage.holds(pid):
             self._layer = await open_layer(pid, upper_dir(inspected), partial(self._client.layer_bytes, deployed.name))
         if args:
-            command = [*deployed.image.entrypoint, *args]
+            _, command = self._passed_on(command, {})
             with trio.move_on_after(START_TIMEOUT_S) as scope:
                 exec_id = await self._client.create_exec(deployed.name, command, attached=False)
                 await self._client.start_exec_detached(exec_id)
@@ -264,7 +270,7 @@ class VmRuntime:
         deployed, watch, inside = self._ready()
         assert deployed.image is not None
         argv = _command(deployed.image, entry_point, args)
-        check_arguments([*argv, *environment_words(env or {})])
+        check_command(argv, env or {})
         before, ooms = inside.running(), inside.oom_kills()
 
         def left() -> None:
@@ -275,6 +281,7 @@ class VmRuntime:
             with trio.CancelScope(shield=True):
                 await self._kill(exec_id, lambda processes, spared: processes.kill_since(before, spared))
 
+        file, argv = self._passed_on(argv, env or {})
         try:
             exec_id = await self._client.create_exec(str(deployed.name), argv, env=env)
             try:
@@ -293,12 +300,22 @@ class VmRuntime:
         finally:
             if inside.pipes is not None:
                 inside.pipes.release()
+            if file is not None:
+                file.unlink(missing_ok=True)
         if status.code in (KILLED, 128 + signal.SIGTERM) and status.reason is None:
             if (death := await watch.diagnose(inside)) is not None:
                 raise RuntimeFault(death)
             if inside.oom_kills() > ooms:
                 return ExitStatus(status.code, f"memory limit of {deployed.options.limits.mem_gib:g} GiB reached")
         return status
+
+    def _passed_on(self, argv: list[str], env: Mapping[str, str]) -> tuple[Path | None, list[str]]:
+        """Return what the Engine is told of a command, and the file in which the rest of it stands, if there is one."""
+        assert self._deployed is not None
+        if not is_long(argv):
+            return None, argv
+        folder = self._deployed.options.work_dir / ARGUMENTS
+        return write_arguments(folder, argv, env.get("PATH", self._deployed.search))
 
     async def _attend(self, program: Program, output: OutputSink, limits: Limits) -> ExitStatus:
         """Hand on what a program writes until it has ended, or a limit of the command has been reached."""
@@ -316,7 +333,8 @@ class VmRuntime:
                     else:
                         await output(*part)
                 elif not check.cancelled_caught:
-                    return ExitStatus(await program.exit_code(), program.problem)
+                    code = await program.exit_code()  # which may find out that there was no program
+                    return ExitStatus(code, program.problem)
                 if limits.cpu_time_s is not None and self._cpu_s() - began_cpu_s > limits.cpu_time_s:
                     why = f"CPU time limit of {limits.cpu_time_s:g} s reached"
         if time_limit.cancelled_caught:
@@ -352,6 +370,7 @@ class VmRuntime:
                     deployed.image.close()
                 with suppress(OSError):
                     clear_away(deployed.options.work_dir)
+                self._admin.let_go()
 
     async def _remove(self, deployed: _Deployed) -> None:
         if deployed.name is not None:
@@ -461,7 +480,9 @@ class VmRuntime:
         if len(self._terminals) >= MAX_TERMINALS:
             raise RuntimeFault(f"{MAX_TERMINALS} terminals are open already")
         command = [*(argv or SHELL)]
-        check_arguments([*command, *environment_words(env or {})])
+        check_command(command, env or {})
+        if is_long(command):
+            raise RuntimeFault(f"the arguments of a program in a terminal are too long: at most {MOST_BY_EXEC} bytes")
         given = {"TERM": "xterm", **(env or {})} if tty else env
         try:
             exec_id = await self._client.create_exec(str(deployed.name), command, env=given, tty=tty, stdin=True)
@@ -528,6 +549,12 @@ def _volume_requests(image: EngineImage, asked: Sequence[VolumeRequest]) -> list
         if path == "/" or path.split("/")[1] in ("proc", "sys", "dev", ".golem") or path in NAME_FILES:
             raise RuntimeFault(f"a volume cannot be at {path}")
     return list(found.values())
+
+
+def _path_of(inspected: Mapping[str, Any]) -> str:
+    """Return the PATH of a container, "" if it has none of its own."""
+    words = (inspected.get("Config") or {}).get("Env") or ()
+    return next((str(word)[5:] for word in reversed(words) if str(word).startswith("PATH=")), "")
 
 
 def _tcp_ports(image: EngineImage) -> tuple[int, ...]:

@@ -123,7 +123,7 @@ async def _check_process(client: EngineClient, name: str, engine: EngineFacts) -
     """Look at the container's first process from outside: what the kernel says of it counts."""
     pid = int((await client.inspect(name))["State"]["Pid"])
     try:
-        await bound(pid, engine.root_id)
+        await bound(pid, engine.root_id, _LIMITS.mem_bytes)
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
         Meter(pid)
     except (OSError, MeterError) as error:

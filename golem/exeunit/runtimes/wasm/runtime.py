@@ -3,10 +3,11 @@
 An image is one module (any entry point name; the guest's `/` is a writable volume) or a WASI package (named entry
 points and mount points). A module is compiled at start, those of a package when they are first used, in a child as locked
 down as the one that runs them, because compiling foreign code can take any amount of time and memory; the CPU time is
-charged, and machine code counts as the activity's storage. State between commands is in volumes only.
+charged, and machine code counts as the activity's storage. State between commands is in volumes only; where the exe-unit
+is root they lie on a file system of the size that was sold, elsewhere a command that goes beyond it is killed.
 
-Isolation of a child, outside in: own user, network, IPC and mount namespaces and no capabilities (where the supervisor
-is root), resource limits, Landlock to the volumes, a system-call allow-list, and WASI's own directory capabilities.
+Isolation of a child, outside in: own user, network and IPC namespaces and no capabilities (where the supervisor is
+root), resource limits, Landlock to the volumes, a system-call allow-list, and WASI's own directory capabilities.
 Neighbours: `wasm_child` (the inside), `wasm_package`, `wasm_cache`, `golem.exeunit.sandbox.process`.
 """
 
@@ -52,7 +53,9 @@ from golem.exeunit.runtimes.wasm.package import Mount, WasmPackage, copy_module,
 from golem.exeunit.sandbox import seccomp
 from golem.exeunit.sandbox.lockdown import landlock_abi
 from golem.exeunit.sandbox.process import Child, ChildEnd, open_child
-from golem.exeunit.usage import measure_tree, remove_tree
+from golem.exeunit.storage import FOLDER, Storage, open_storage
+from golem.exeunit.stranded import sweep_storage, told
+from golem.exeunit.usage import unlinked_bytes
 
 MAGIC = b"\0asm"
 CORE_MODULE = MAGIC + b"\1\0\0\0"
@@ -74,7 +77,7 @@ class WasmSettings:
     max_module_bytes: int = 256 << 20
     max_compiled_bytes: int = 2 << 30
     cache_bytes: int = 4 << 30
-    storage_check_s: float = 0.5
+    storage_check_s: float = 0.1  # where the kernel does not hold the limit
 
 
 @dataclass(frozen=True)
@@ -101,9 +104,9 @@ class WasmRuntime:
         self._volumes: tuple[Volume, ...] = ()
         self._entries: dict[str | None, _Entry] = {}  # None stands for any name (a bare module)
         self._code: dict[str | None, int] = {}  # descriptors of machine code by module; None: of a bare one
-        self._code_bytes = 0
+        self._storage: Storage | None = None
         self._children: dict[Child, trio.Event] = {}  # set when the child is gone
-        self._ended_cpu_s, self._peak_bytes, self._storage_bytes = 0.0, 0, 0
+        self._ended_cpu_s, self._peak_bytes = 0.0, 0
         self._uid = FIRST_UID
 
     # -- what is offered ------------------------------------------------------------------------------------------
@@ -152,16 +155,12 @@ class WasmRuntime:
             digest = hashlib.sha3_256(os.fsencode(options.work_dir.resolve())).digest()
             self._uid = FIRST_UID + int.from_bytes(digest[:4], "big") % UIDS
         self._image, self._options = image, options
-        self._volumes = tuple(self._make_volume(number, mount) for number, mount in enumerate(mounts))
+        storage = self._storage = await open_storage(options.work_dir / FOLDER, options.limits.storage_bytes, self._uid)
+        self._volumes = tuple(
+            Volume(mount.path, storage.directory(str(number)), read_only=mount.kind == "ro", private=mount.kind == "private")
+            for number, mount in enumerate(mounts)
+        )
         return Deployment(self._volumes, "empty")
-
-    def _make_volume(self, number: int, mount: Mount) -> Volume:
-        assert self._options is not None
-        host_dir = self._options.work_dir / "volumes" / str(number)
-        host_dir.mkdir(parents=True, mode=0o700)
-        if os.geteuid() == 0:
-            os.chown(host_dir, self._uid, self._uid)
-        return Volume(mount.path, host_dir, read_only=mount.kind == "ro", private=mount.kind == "private")
 
     async def start(self, args: Sequence[str]) -> None:
         """Compile a bare module, or find it in the cache. `args` are for service runtimes and mean nothing here."""
@@ -192,21 +191,23 @@ class WasmRuntime:
 
     def _keep_code(self, module: str | None, descriptor: int) -> None:
         """Hold machine code open; errors: RuntimeFault where all of it together is more than the activity's storage."""
-        if self._options is None:
+        if self._options is None or self._storage is None:
             os.close(descriptor)
             raise RuntimeFault("the activity was stopped")
-        size = os.fstat(descriptor).st_blocks * 512
-        if self._storage_bytes + size > self._options.limits.storage_bytes:
+        size = max(os.fstat(descriptor).st_blocks * 512, 1)
+        try:
+            if self._storage.used_bytes() + size > self._options.limits.storage_bytes:
+                raise OSError("full")
+            self._storage.set_aside(f"code-{len(self._code)}", size)
+        except OSError:
             os.close(descriptor)
-            raise RuntimeFault(f"{_storage_text(self._options.limits)}: machine code is part of it")
+            raise RuntimeFault(f"{_storage_text(self._options.limits)}: machine code is part of it") from None
         self._code[module] = descriptor
-        self._code_bytes += size
-        self._storage_bytes += size
 
     def _close_entries(self) -> None:
         for descriptor in self._code.values():
             os.close(descriptor)
-        self._entries, self._code, self._code_bytes = {}, {}, 0
+        self._entries, self._code = {}, {}
 
     async def _compiled(self, module: BinaryIO) -> int:
         """Descriptor of the machine code of an open module file."""
@@ -228,6 +229,7 @@ class WasmRuntime:
 
     async def _compile(self, module: BinaryIO, target: BinaryIO) -> None:
         assert self._options is not None
+        assert self._storage is not None
         settings, limits = self._settings, self._options.limits
         memory = max(limits.mem_bytes, int(settings.compile_mem_gib * GIB))
         cpu_s = min(settings.compile_cpu_s, limits.cpu_time_s or math.inf)
@@ -242,7 +244,7 @@ class WasmRuntime:
                     full.append(error)
 
         spec = self._spec("compile", limits, module.fileno(), memory, file_bytes=0, cpu_s=cpu_s)
-        room = max(0, limits.storage_bytes - self._storage_bytes)
+        room = max(0, limits.storage_bytes - self._storage.used_bytes())
         ended = await self._finish(
             spec, (module.fileno(),), store, min(settings.max_compiled_bytes, room), settings.compile_time_s
         )
@@ -266,10 +268,10 @@ class WasmRuntime:
         environment = {**self._options.env, **(env or {})}
         check_arguments([*argv, *environment_words(environment)])
         limits = self._options.limits
-        countable = await self._measure_storage()
+        used_bytes = await self._measure_storage()
         if not self._entries:
             raise RuntimeFault("the activity was stopped")
-        if not countable or self._storage_bytes >= limits.storage_bytes:
+        if used_bytes >= limits.storage_bytes:
             raise RuntimeFault(_storage_text(limits))
         code = await self._code_of(entry.module)
         if not self._entries:
@@ -289,20 +291,18 @@ class WasmRuntime:
         self._close_entries()
         for gone in tuple(self._children.values()):
             await gone.wait()
-        options, self._options = self._options, None
-        self._image = self._package = None
-        self._volumes, self._storage_bytes = (), 0
-        if options is not None:
-            with trio.CancelScope(shield=True):  # nobody else would do it later
-                await trio.to_thread.run_sync(remove_tree, options.work_dir / "volumes")
+        self._options = self._image = self._package = None
+        self._volumes, storage, self._storage = (), self._storage, None
+        if storage is not None:
+            await storage.close()
 
     def usage(self) -> Usage:
-        """Storage is counted at every command and while one runs; see `usage.room_left` for the moment between."""
+        """Where the kernel does not limit storage it is counted at every command and while one runs (`usage.room_left`)."""
         alive = tuple(self._children)
         return Usage(
             cpu_sec=self._ended_cpu_s + sum(child.cpu_s() for child in alive),
             gib=max([self._peak_bytes, *(child.peak_bytes() for child in alive)]) / GIB,
-            storage_gib=self._storage_bytes / GIB,
+            storage_gib=self._storage.used_bytes() / GIB if self._storage is not None else 0.0,
         )
 
     async def failure(self) -> str:
@@ -319,8 +319,11 @@ class WasmRuntime:
         raise RuntimeFault("programs in the wasmtime runtime have no network")
 
     async def sweep(self, work_root: Path) -> list[str]:
-        """Children die with their exe-unit and leave files in its working directory only."""
-        return []
+        """Children die with their exe-unit; what they stored is in its working directory. Raises RuntimeFault."""
+        removed: list[str] = []
+        problems: list[str] = []
+        await trio.to_thread.run_sync(sweep_storage, work_root.resolve(), removed, problems)
+        return told(removed, problems)
 
     # -- children -------------------------------------------------------------------------------------------------
 
@@ -354,7 +357,7 @@ class WasmRuntime:
     ) -> ChildEnd:
         """Run one child to its end and add what it used to the totals."""
         async with self._child(json.dumps(spec).encode(), files) as child, trio.open_nursery() as nursery:
-            if watch_storage:
+            if watch_storage and self._storage is not None and not self._storage.limited:
                 nursery.start_soon(self._watch_storage, child)
             ended = await child.wait(output, max_output_bytes=max_output_bytes, time_limit_s=time_limit_s)
             nursery.cancel_scope.cancel()
@@ -385,18 +388,20 @@ class WasmRuntime:
             # Looking takes long where there are many files: then look less often.
             await trio.sleep(max(self._settings.storage_check_s, 5 * took_s))
             began_s = trio.current_time()
-            if not await self._measure_storage() or self._storage_bytes > limits.storage_bytes:
+            if await self._measure_storage(child.pid) > limits.storage_bytes:
                 child.kill(_storage_text(limits))
             took_s = trio.current_time() - began_s
 
-    async def _measure_storage(self) -> bool:
-        """Update the storage counter; False if there are too many files to count."""
-        options = self._options
-        if options is None:  # stopped meanwhile
-            return True
-        size = await trio.to_thread.run_sync(measure_tree, options.work_dir / "volumes", options.limits.files)
-        self._storage_bytes = size.size_bytes + self._code_bytes
-        return size.complete
+    async def _measure_storage(self, pid: int | None = None) -> int:
+        """Return what is used, more than the whole if there are too many files to count.
+
+        `pid`: a child that runs; what it has open and has removed already is still on the disk.
+        """
+        if self._options is None or self._storage is None:  # stopped meanwhile
+            return 0
+        storage, code = self._storage, [os.fstat(one).st_ino for one in self._code.values()]
+        hidden = unlinked_bytes(pid, code) if pid is not None and not storage.limited else 0
+        return hidden + await storage.measure(self._options.limits.files)
 
 
 def _storage_text(limits: Limits) -> str:

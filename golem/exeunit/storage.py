@@ -3,11 +3,12 @@
 With root's rights an activity gets one ext4 file system in a file whose blocks are reserved at once: what is promised
 to one guest is not taken by another, and a disk that cannot give it says so at deploy. Volumes are directories on it;
 a volume with a size of its own is a file system in a file on it; `ram` volumes are tmpfs. The container's own layer
-over its image can lie on it too (`hold_layer`), so that one size bounds everything the guest writes. Elsewhere all of
-them are plain directories, and `measure` is what a limit can be held by. A supervisor that dies leaves its mounts below
-`folder`: `leftovers` finds them there.
-Neighbours: `golem.exeunit.runtimes.vm.runtime` binds the directories into the container; `golem.exeunit.transfer.beneath`
-opens files in them; `meter.Layer` measures the layer where it cannot be held.
+over its image can lie on it too (`hold_layer`), and what a guest has elsewhere counts as used here (`set_aside`), so that
+one size bounds everything. Elsewhere all of them are plain directories, and `measure` is what a limit can be held by. A
+supervisor that dies leaves its mounts below `folder`: `stranded` finds them there.
+Neighbours: `golem.exeunit.runtimes.vm.runtime` binds the directories into the container, children of
+`golem.exeunit.runtimes.wasm.runtime` open them; `golem.exeunit.transfer.beneath` opens files in them; `runtimes.vm.meter`
+measures a layer that cannot be held.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Storage:
         self.ram_left_bytes = ram_bytes
         self.limited = False
         self._empty_bytes = 0
-        self._measured_bytes = 0
+        self._measured_bytes = self._aside_bytes = 0
 
     @property
     def _root(self) -> Path:
@@ -97,14 +98,33 @@ class Storage:
 
     def file(self, name: str, content: bytes) -> Path:
         """Return a fresh file that the guest's root may write, with a start of ours; it shares the size. Raises OSError."""
+        path = self._own_folder() / name
+        path.write_bytes(content)
+        _give(path, self.owner_id, self.owner_id, 0o644)
+        return path
+
+    def set_aside(self, name: str, size_bytes: int) -> None:
+        """Count so many bytes as used: what lies elsewhere and is part of the activity's storage. Raises OSError if full."""
+        if not self.limited:
+            self._aside_bytes += size_bytes
+            return
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(path := self._own_folder() / name, flags, 0o600)
+        try:
+            os.posix_fallocate(descriptor, 0, size_bytes)
+        except OSError:
+            path.unlink()
+            raise
+        finally:
+            os.close(descriptor)
+
+    def _own_folder(self) -> Path:
+        """Return the place of what is not the guest's."""
         folder = self._root / _FILES
         if not folder.exists():
             folder.mkdir()
             _give(folder, 0, 0, 0o711)
-        path = folder / name
-        path.write_bytes(content)
-        _give(path, self.owner_id, self.owner_id, 0o644)
-        return path
+        return folder
 
     async def sized(self, name: str, size_bytes: int) -> Path:
         """Return a directory with a size of its own, set aside of the whole and counted as used from the start.
@@ -170,15 +190,15 @@ class Storage:
         return path
 
     def used_bytes(self) -> int:
-        """Return what the volumes hold: exact where the kernel limits them, else what `measure` found last."""
+        """Return what is used: exact where the kernel limits it, else what `measure` found last."""
         if self.limited:
             self._measured_bytes = max(0, self._filled() - self._empty_bytes)
-        return self._measured_bytes
+        return self._measured_bytes + self._aside_bytes
 
-    async def measure(self) -> int:
-        """Look how much the volumes hold, with bounded work; more than the whole if there are too many files to count."""
+    async def measure(self, max_files: int | None = None) -> int:
+        """Look how much is used, with bounded work; more than the whole if there are too many files to count."""
         if not self.limited:
-            size = await trio.to_thread.run_sync(measure_tree, self._root, MAX_FILES)
+            size = await trio.to_thread.run_sync(measure_tree, self._root, max_files or MAX_FILES)
             self._measured_bytes = size.size_bytes if size.complete else max(size.size_bytes, self.size_bytes + 1)
         return self.used_bytes()
 
