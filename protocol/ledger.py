@@ -178,6 +178,7 @@ class CreateAllocation(Message, frozen=True):
     balance: str | None
     timeout_at: float | None = None  # None: ten years
     extend_timeout_s: float | None = None  # each use moves the timeout at least this far ahead
+    agent: str = ""  # whose it is: the name of an app-key
 
 
 class AmendAllocation(Message, frozen=True):

@@ -57,6 +57,7 @@ class Matched(Message, frozen=True):
     offer_id: str
     demand: Document
     offer: Document
+    origin: str = ""  # the network address that the offer came by
 
 
 class SubscriptionOpened(Message, frozen=True):

@@ -19,7 +19,9 @@ MAX_AMOUNT_DIGITS = 40
 END_OF_TIME_S = 253402300800.0  # the year 10000, which no date can say
 _EXACT = Context(prec=120, traps=[Inexact, InvalidOperation])
 _NODE_ID = re.compile(r"0x[0-9a-f]{40}\Z")
-_AMOUNT = re.compile(r"\+?(\d{1,40})(?:\.(\d{0,40}))?(?:[eE]([+-]?\d{1,2}))?\Z", re.ASCII)
+_ROUGH = Context(prec=120, traps=[InvalidOperation])
+_WEI = Decimal(1).scaleb(-WEI_DIGITS)
+_AMOUNT = re.compile(r"\+?(\d{1,40})(?:\.(\d{0,80}))?(?:[eE]([+-]?\d{1,2}))?\Z", re.ASCII)
 _DATE = re.compile(
     r"(\d{4})-(\d\d)-(\d\d)[Tt ](\d\d):(\d\d):(\d\d)(?:\.(\d{1,9}))?(?:([Zz])|([+-])(\d\d):?(\d\d))\Z",
     re.ASCII,
@@ -103,8 +105,11 @@ def actor_of(actor_address: str) -> str:
     return actor_address.partition("/")[2]
 
 
-def amount(value: str | int | float | Decimal) -> Decimal:
-    """Return an exact, non-negative GLM amount with at most 18 decimal places. Raises `ValueError`."""
+def amount(value: str | int | float | Decimal, rounding: str = "") -> Decimal:
+    """Return an exact, non-negative GLM amount with at most 18 decimal places. Raises `ValueError`.
+
+    `rounding`: what becomes of one that is finer than a wei (`ROUND_CEILING` and the like of `decimal`); "": refused.
+    """
     text = str(value).strip()
     match = _AMOUNT.match(text)
     if not match:
@@ -117,6 +122,8 @@ def amount(value: str | int | float | Decimal) -> Decimal:
         raise ValueError(f"amount too large: {text[:64]!r}")
     exponent = number.normalize(_EXACT).as_tuple().exponent
     if isinstance(exponent, int) and exponent < -WEI_DIGITS:
+        if rounding:
+            return number.quantize(_WEI, rounding, context=_ROUGH)
         raise ValueError(f"amount has more than {WEI_DIGITS} decimal places: {text[:64]!r}")
     return number
 

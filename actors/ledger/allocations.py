@@ -56,6 +56,7 @@ def create(draft: Draft, command: CreateAllocation) -> None:
             updated_at=draft.now,
             timeout_at=timeout_at,
             extend_timeout_s=command.extend_timeout_s,
+            agent=command.agent,
         ),
     )
     draft.reply(Done())

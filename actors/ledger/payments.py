@@ -90,27 +90,26 @@ def _record_payment(draft: Draft, fact: PaidOut, peer: str, orders: list[tuple[s
         details=base64.b64encode(bytes.fromhex(fact.tx_hash.removeprefix("0x"))).decode(),
     )
     raw = encode_body(body)
-    draft.put(
-        f"payment/{payment_id}",
-        PaymentRow(
-            payment_id=payment_id,
-            role=PAYER,
-            peer=peer,
-            state=SIGNING,
-            body=raw,
-            signature=b"",
-            tx_hash=fact.tx_hash,
-            platform=fact.platform,
-            amount=total,
-            recorded_at=draft.now,
-            order_ids=order_ids,
-        ),
+    row = PaymentRow(
+        payment_id=payment_id,
+        role=PAYER,
+        peer=peer,
+        state=SIGNING,
+        body=raw,
+        signature=b"",
+        tx_hash=fact.tx_hash,
+        platform=fact.platform,
+        amount=total,
+        recorded_at=draft.now,
+        order_ids=order_ids,
     )
+    draft.put(f"payment/{payment_id}", row)
     for order_id, order in orders:
         draft.put(f"order/{order_id}", replace(order, payment_id=payment_id))
     debt = draft.row(Owed, f"owed/{fact.platform}") or Owed()
     draft.put(f"owed/{fact.platform}", Owed(amount_text(max(minus(debt.amount, total), Decimal(0)))))
     _book(draft, body)
+    draft.emit("payments", _event(draft, row))  # in one step with what it settles: who hears of that looks for the payment
     draft.send("signer", SignPayment(payment_id, raw))
 
 
@@ -125,7 +124,6 @@ def payment_signed(draft: Draft, fact: PaymentSigned) -> None:
     row = replace(row, state=SENT, signature=fact.payment.signature)
     draft.put(f"payment/{row.payment_id}", row)
     draft.send(address(row.peer, "ledger"), PaymentSent(fact.payment))
-    draft.emit("payments", _event(draft, row))
 
 
 def payment_acknowledged(draft: Draft, message: PaymentAcknowledged) -> None:

@@ -44,6 +44,7 @@ class Allocation(Message, frozen=True):
     timeout_at: float
     extend_timeout_s: float | None = None
     released_at: float | None = None
+    agent: str = ""  # the name of the app-key by which it was made
 
 
 class LedgerAgreementRow(Message, frozen=True, tag="Agreement"):

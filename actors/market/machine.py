@@ -7,19 +7,22 @@ noted with its reason in the row `stats`, for whoever asks why an offer does not
 
 Rows: `offer/<id>` and `demand/<id>` (living ones only), `ended/<id>` (offers that are over, so that a late announcement
 cannot bring them back and an agent learns that its offer is gone), `asked/<id>` (offers under way to us), `owner/<node>`
-(how much a node takes of our space), `scan/<id>`, `own` and `stats`.
+(how much a node takes of our space), `of/<owner>/<number>/<id>` (foreign offers in order), `scan/<id>`, `own` and `stats`.
+Where there are too many offers, or too many are under way, who has most of them makes room (`actors.kernel.crowd`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import islice
 
 from msgspec.structs import replace
 
+from actors.kernel.crowd import Occupant, by_crowd
 from actors.kernel.draft import Declined, Draft
 from actors.kernel.grammar import EDGE, ITSELF, PEER, On, Table, TableMachine
 from actors.kernel.machine import DropFeed, Emit, Publish, Reply, Send, Wake
-from actors.market.rows import Asked, DemandRow, EndedRow, OfferRefusal, OfferRow, Own, Owner, Scan, Stats
+from actors.market.rows import Asked, DemandRow, EndedRow, OfferRefusal, OfferRow, OfOwner, Own, Owner, Scan, Stats
 from protocol.codec import Decoder
 from protocol.market import (
     MAX_IDS,
@@ -69,6 +72,8 @@ MAX_OFFERS = 20_000  # that we keep in all
 MAX_OFFERS_PER_OWNER = 1000
 MAX_ASKED = 2000  # offers under way to us, in all
 MAX_ASKED_PER_NODE = 500
+STANDS_OUT = 100  # offers of a node
+ROOM_AT_ONCE = 60  # offers that are forgotten together where there is no room
 MAX_SCANS = 64
 MAX_SCAN_TIMEOUT_S = 3600.0
 MAX_WITHDRAWN = 100  # told again with each announcement
@@ -139,6 +144,7 @@ def _end(draft: Draft, kind: str, subscription_id: str, reason: str) -> None:
         draft.do(Wake(f"match/demand/{subscription_id}", None))
     else:
         _count(draft, row.owner, offers=-1)
+        draft.put(_of_owner(subscription_id, row), None)
         if mine or reason == "withdrawn":
             draft.put(f"ended/{subscription_id}", EndedRow(row.owner, reason, draft.now))
             forget_at = draft.now + KEEP_ENDED_S if mine else row.expires
@@ -201,7 +207,7 @@ def _hear(draft: Draft, origin: str, message: OffersAnnounced) -> None:
             _end(draft, "offer", offer_id, "withdrawn")
     unknown: list[str] = []
     room = MAX_ASKED_PER_NODE - (draft.get(f"owner/{origin}") or Owner()).asked
-    room = min(room, MAX_ASKED - (_stats(draft)).asked)
+    room = min(room, _room_to_ask(draft, origin, len(message.offer_ids)))
     for offer_id in dict.fromkeys(message.offer_ids):
         asked = draft.get(f"asked/{offer_id}")
         if draft.get(f"offer/{offer_id}") or draft.get(f"ended/{offer_id}"):
@@ -242,7 +248,8 @@ def _offers(draft: Draft, message: Offers) -> None:
             _refuse(draft, content.subscription_id, reason)
             continue
         if not draft.get(f"offer/{content.subscription_id}"):
-            _keep(draft, document, content)
+            sender = node_of(draft.meta.sender)
+            _keep(draft, document, content, draft.meta.origin if sender == content.owner else "")
             kind, offer_id = "offer", content.subscription_id
             draft.do(Wake(f"expire/{offer_id}", content.expires, ExpiryDue(kind, offer_id)))
             fresh.append((document, content))
@@ -254,18 +261,30 @@ def _no_room(draft: Draft, content: Subscription) -> str:
     """Return why an offer is not kept, or nothing."""
     if content.owner == draft.me:
         return "an offer of ours that we do not know; published before this journal began"
-    if (_stats(draft)).offers >= MAX_OFFERS:
-        return f"this node keeps {MAX_OFFERS} offers and no more"
     if (draft.get(f"owner/{content.owner}") or Owner()).offers >= MAX_OFFERS_PER_OWNER:
         return f"this node keeps {MAX_OFFERS_PER_OWNER} offers of one node and no more"
+    if (_stats(draft)).offers >= MAX_OFFERS and not _make_room(draft):
+        return f"this node keeps {MAX_OFFERS} offers and no more"
     return ""
 
 
-def _keep(draft: Draft, document: Document, content: Subscription) -> None:
+def _make_room(draft: Draft) -> bool:
+    """Forget the oldest offers of who has most of them; return whether any was. They are announced again each minute."""
+    found = ((key.split("/"), row.origin) for key, row in draft.prefix("of/"))
+    occupants = (Occupant(float(number), offer_id, owner, origin) for (_, owner, number, offer_id), origin in found)
+    ended = [one.key for one in islice(by_crowd(occupants, STANDS_OUT), ROOM_AT_ONCE)]
+    for offer_id in ended:
+        _end(draft, "offer", offer_id, "pushed out")
+    return bool(ended)
+
+
+def _keep(draft: Draft, document: Document, content: Subscription, origin: str = "") -> None:
     stats = _stats(draft)
     draft.put("stats", replace(stats, last_offer=stats.last_offer + 1))
-    row = OfferRow(document, content.owner, content.expires, stats.last_offer + 1)
+    row = OfferRow(document, content.owner, content.expires, stats.last_offer + 1, origin)
     draft.put(f"offer/{content.subscription_id}", row)
+    if content.owner != draft.me:
+        draft.put(_of_owner(content.subscription_id, row), OfOwner(origin))
     _count(draft, content.owner, offers=1)
     if content.owner == draft.me:
         _match_fresh(draft, [(document, content)])  # no demand of ours, but maybe a scan
@@ -329,7 +348,9 @@ def _match_part(draft: Draft, target: str, shard: int, digits: int) -> None:
 def _try(draft: Draft, row: DemandRow, document: Document, offer: Subscription) -> None:
     demand = read_subscription(row.document.body)
     if offer.owner != draft.me and offer.expires > draft.now < row.expires and matches(demand, offer):
-        matched = Matched(demand.subscription_id, offer.subscription_id, row.document, document)
+        known: OfferRow | None = draft.get(f"offer/{offer.subscription_id}")
+        origin = known.origin if known else ""
+        matched = Matched(demand.subscription_id, offer.subscription_id, row.document, document, origin)
         draft.do(Send("negotiation", matched))
 
 
@@ -416,6 +437,25 @@ def _answer(draft: Draft, message: GetOffers) -> None:
     draft.do(*(Send(draft.meta.sender, Offers(tuple(part)), ANSWER_DEADLINE_S) for part in parts if part))
 
 
+def _of_owner(offer_id: str, row: OfferRow) -> str:
+    return f"of/{row.owner}/{row.number:012}/{offer_id}"
+
+
+def _room_to_ask(draft: Draft, node: str, wanted: int) -> int:
+    """Return for how many more offers a node may be asked; where it is too few, who was asked for more loses its oldest."""
+    room = MAX_ASKED - (_stats(draft)).asked
+    if room >= wanted:
+        return room
+    own = (draft.get(f"owner/{node}") or Owner()).asked
+    asked: dict[str, list[str]] = {}
+    for key, row in sorted(draft.prefix("asked/"), key=lambda pair: -pair[1].until):
+        asked.setdefault(row.node, []).append(key.partition("/")[2])
+    while room < wanted and len(most := max(asked.values(), key=len, default=[])) > own:
+        _forget_asked(draft, [most.pop()], float("inf"))
+        room, own = room + 1, own + 1
+    return room
+
+
 def _forget_asked(draft: Draft, offer_ids: Iterable[str], before: float) -> None:
     """Give up what was asked for and should have come by now."""
     for offer_id in offer_ids:
@@ -448,7 +488,7 @@ class Market(TableMachine):
     """The machine `market`."""
 
     name = NAME
-    rows = OfferRow | DemandRow | EndedRow | Asked | Owner | Scan | Own | Stats
+    rows = OfferRow | OfOwner | DemandRow | EndedRow | Asked | Owner | Scan | Own | Stats
     table = Table(
         On(PublishOffer, EDGE, _publish),
         On(PublishDemand, EDGE, _publish),

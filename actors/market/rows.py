@@ -13,6 +13,13 @@ class OfferRow(Message, frozen=True, tag="offer"):
     owner: str
     expires: float
     number: int  # rises with each offer that we came to know
+    origin: str = ""  # the network address that it came by
+
+
+class OfOwner(Message, frozen=True, tag="of"):
+    """Index `of/<owner>/<number>/<id>`: a foreign offer, and the network address that it came by."""
+
+    origin: str
 
 
 class DemandRow(Message, frozen=True, tag="demand"):

@@ -292,6 +292,7 @@ def matched(draft: Draft, message: Matched) -> None:
         constraints=offer.constraints,
         created=draft.now,
         expires=min(offer.expires, demand.expires),
+        origin=message.origin,
     )
     if _over(draft, initial) or _no_room(draft, initial) or draft.get(f"proposal/{initial.proposal_id}"):
         return

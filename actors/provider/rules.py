@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from protocol.ledger import LOCAL_CHAIN
 from protocol.payment_terms import CHOSEN_PLATFORM, address_key, payment_terms
 from protocol.provider import Capacity
 
@@ -149,6 +150,9 @@ def _platform(terms: Terms, situation: Situation, demand: Properties, ours: dict
         return TurnedDown(f"Missing required property {PLATFORM}.", False)
     if address_key(chosen) not in ours:
         return TurnedDown(f"This provider is not paid on {chosen[:100]}.", False)
+    if (chain := ours.get(LOCAL_CHAIN)) is not None and demand.get(LOCAL_CHAIN) != chain:
+        theirs = str(demand.get(LOCAL_CHAIN, "none"))[:50]
+        return TurnedDown(f"This provider is paid on the dev chain {chain}; {LOCAL_CHAIN} of the demand is {theirs}.", True)
     if fault := payment_terms(demand, ours, situation.requestor, "").fault:
         return TurnedDown(f"Nothing could be billed under such an agreement: {fault}.", True)
     return None

@@ -404,6 +404,12 @@ class Chain:
                 return f"{row.name}: " + "; ".join(fault.words for fault in self._rpcs[row.chain].pool.faults())
         return None
 
+    def death(self) -> str | None:
+        """Say that no endpoint of the default network answers, since the start or for minutes. None is healthy."""
+        pool = self._rpcs[self.networks.by_name(self.default_network).chain].pool
+        silent = [f"{words} ({trouble})" for words, trouble in pool.silent()]
+        return f"{self.default_network}: {'; '.join(silent)}" if 0 < len(silent) == len(pool.endpoints) else None
+
     def silence(self) -> str | None:
         """Say which endpoints do not answer. None is healthy."""
         if not self._up.is_set():

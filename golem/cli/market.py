@@ -109,6 +109,12 @@ def _overview(found: dict[str, Any]) -> None:
     text(f"Offers known here: {counts['known']} (this node's own: {counts['own']}); matching: {counts['matching']}.")
     if counts["own"]:
         say("Offers and demands of one node never match: the other side is another node, on this machine or elsewhere.")
+    if found["answers"]:
+        columns = ["matching offer", "provider", "state", "why", "since (UTC)"]
+        table(columns, [
+            [one["offerId"][:SHORT], one["providerId"][:SHORT], one["state"], one["message"], _time(one["at"])]
+            for one in found["answers"]
+        ])  # fmt: skip
     for offer in found["nearest"]:
         text("", f"Offer {offer['offerId']} of {offer['providerId']}:")
         _reasons(offer["reasons"])

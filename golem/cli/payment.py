@@ -83,6 +83,11 @@ def status(network: str | None, **_: Any) -> None:
         ["address", found["address"]], ["platform", found["platform"]], ["balance", f"{amount} {token}{age}"],
         ["gas", f"{gas} {coin}"], ["reserved", f"{found['reserved']} {token}"],
     ]  # fmt: skip
+    for held in found["heldBy"]:
+        agent = f" of {held['agent']}" if held["agent"] else ""
+        rows.append(
+            ["held by", f"{held['amount']} by {held['allocationId']}{agent}, {held['paymentPlatform']}, {held['created']}"]
+        )
     if found.get("chain"):
         rows.append(["chain", f"{found['chain']} at {found['chainUrl']}"])
     for way in ("outgoing", "incoming"):
@@ -90,6 +95,31 @@ def status(network: str | None, **_: Any) -> None:
             rows.append([f"{way} {stage}", f"{sums['totalAmount']} {token} in {sums['agreementsCount']} agreements"])
     rows += [["problem", problem] for problem in found["problems"]]
     table(["", ""], rows, _simulated(found))
+
+
+@payment.command("release-allocations")
+@click.argument("ids", nargs=-1, metavar="[ID]...")
+@click.option("--older-than", metavar="DURATION", help="Only those made longer ago than this: 30min, 12h, or seconds.")
+def release_allocations(ids: tuple[str, ...], older_than: str | None) -> None:
+    """Free the money that allocations hold.
+
+    Those of these ids (the first characters are enough), or all. What was accepted is paid all the same; an agent that
+    works with one of them cannot accept more. `golem payment status` lists what holds the money.
+    """
+    from golem.config import ConfigError, read_duration
+
+    try:
+        older_than_s = read_duration({"--older-than": older_than or ""}, "--older-than", 0.0)
+    except ConfigError as error:
+        raise click.UsageError(str(error)) from None
+    found = ask_node("payment_release_allocations", ids=list(ids), older_than_s=older_than_s)
+    if wants_json():
+        value(found)
+        return
+    table(["allocation", "agent", "freed", "platform"],
+          [[row["allocationId"], row["agent"] or "", row["amount"], row["paymentPlatform"]] for row in found])  # fmt: skip
+    if not found:
+        say("No allocation was released.")
 
 
 @payment.command("trace")

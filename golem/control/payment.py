@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING, Any
 from golem.chain.networks import DRIVER, Network
 from golem.chain.rpc import RpcError
 from golem.control.command import command
+from golem.node.holds import MAX_SHOWN, allocations_on, platforms_of, render_hold, reserved_on
+from protocol.ledger import ReleaseAllocation
 from protocol.types import amount_text, from_wei, timestamp_text
 
 if TYPE_CHECKING:
+    from actors.ledger.machine import Allocation
     from golem.node.node import Node
 
 
@@ -34,7 +37,8 @@ async def payment_networks(node: Node, args: dict[str, Any]) -> Any:
 async def payment_status(node: Node, args: dict[str, Any]) -> Any:
     """Balances and sums of one network."""
     network = node.chain.networks.by_name(args.get("network") or node.chain.default_network)
-    totals = node.chain.totals(network.platform)
+    totals, ledger = node.chain.totals(network.platform), node.system.rows("ledger")
+    alike = platforms_of(node.chain.networks, network)
     purse, trouble = await _purse(node, network)
     head = await node.chain.head(network.name) if not trouble else None
     chain = {"chain": await node.chain.local_chain(), "chainUrl": node.chain.dev_url} if network.simulated_by and head else {}
@@ -43,7 +47,8 @@ async def payment_status(node: Node, args: dict[str, Any]) -> Any:
     if trouble and not any(problem.partition(": ")[2] in trouble for problem in problems):
         problems.append(f"RpcError: {trouble}")
     return {
-        "amount": purse.pop("amount"), "reserved": totals["reserved"],
+        "amount": purse.pop("amount"), "reserved": amount_text(reserved_on(ledger, alike)),
+        "heldBy": [render_hold(row) for row in allocations_on(ledger, alike)[:MAX_SHOWN]],
         "outgoing": totals["outgoing"], "incoming": totals["incoming"], "driver": DRIVER, "network": network.name,
         "token": network.symbol, "platform": network.platform, "simulatedBy": network.simulated_by, **chain,
         "gas": {"currency_short_name": network.coin, "currency_long_name": network.coin, "balance": purse.pop("gas")}, **purse,
@@ -62,6 +67,31 @@ def _is_said(detail: str, trouble: str) -> bool:
 async def payment_resume(node: Node, args: dict[str, Any]) -> Any:
     """Sign payments again after a restore; returns whether any were held."""
     return node.chain.release(args.get("network") or node.chain.default_network)
+
+
+@command
+async def payment_release_allocations(node: Node, args: dict[str, Any]) -> Any:
+    """Release allocations: those named by (the first characters of) their ids, or all; of these what is old enough.
+
+    Raises `LookupError` for a name that fits none or several; nothing is released then.
+    """
+    live = [row for _, row in node.system.rows("ledger").prefix("allocation/") if row.released_at is None]
+    names = [str(name) for name in args.get("ids") or ()]
+    chosen = [_named(name, live) for name in names] if names else live
+    before = node.clock() - float(args.get("older_than_s") or 0)
+    found = {row.allocation_id: row for row in chosen if row.created_at <= before}
+    for allocation_id in found:
+        await node.system.ask("ledger", ReleaseAllocation(allocation_id))
+    return [render_hold(row) for row in found.values()]
+
+
+def _named(name: str, live: list[Allocation]) -> Allocation:
+    found = [row for row in live if name and row.allocation_id.startswith(name)]
+    if len(found) != 1:
+        raise LookupError(
+            f"{name[:40]!r} is no living allocation" if not found else f"{name[:40]!r} fits {len(found)} allocations"
+        )
+    return found[0]
 
 
 async def _purse(node: Node, network: Network) -> tuple[dict[str, Any], str]:

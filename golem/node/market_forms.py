@@ -58,7 +58,7 @@ def proposal_form(proposal: Proposal) -> dict[str, Any]:
     }
     if proposal.previous_id:
         form["prevProposalId"] = f"{prefix}-{proposal.previous_id}"
-    if proposal.origin:
+    if proposal.origin and proposal.role != REQUESTOR:
         form["origin"] = proposal.origin  # ours: by it the provider's agent tells a crowd from many
     return form
 

@@ -57,7 +57,7 @@ class Node:
         """Return what is wrong with this node, `None` if nothing is."""
         if not self.network.is_up:
             return "the peer-to-peer host is not running (yet)"
-        return self.chain.fault() or self._debt()
+        return self.chain.fault() or self.chain.death() or self._debt()
 
     def _debt(self) -> str | None:
         """Return what of this node's own work is held up by our own fault; strangers' poison makes nobody unwell."""

@@ -72,6 +72,9 @@ def wanted_accounts(accounts: Any, networks: Sequence[str]) -> list[Mapping[str,
 
 
 def constraints(subnet: str, now: float, local_chain: str | None = None) -> str:
-    """Return the constraints of an offer that is published now; `local_chain` names the dev chain it is paid on, if any."""
-    chain = f"  ({LOCAL_CHAIN}={local_chain})\n" if local_chain else ""
+    """Return the constraints of an offer that is published now; `local_chain` names the dev chain it is paid on, if any.
+
+    A demand of another dev chain never matches. One that names none may look: without payment it gets no agreement.
+    """
+    chain = f"  (|({LOCAL_CHAIN}={local_chain})(!({LOCAL_CHAIN}=*)))\n" if local_chain else ""
     return f"(&\n  (golem.srv.comp.expiration>{int(now * 1000)})\n  (golem.node.debug.subnet={subnet})\n{chain})"

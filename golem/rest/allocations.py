@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import uuid
-from decimal import Decimal
+from decimal import ROUND_CEILING, Decimal
 from typing import TYPE_CHECKING, Any
 
 import trio
 from quart import Blueprint, Response, request
 
-from actors.ledger.machine import Allocation, decorations, minus, owed, paid_since, remaining, reserved, total_of
+from actors.ledger.machine import Allocation, decorations, minus, paid_since, remaining, total_of
 from golem.chain.networks import DRIVER, Network, parse_platform
 from golem.chain.rpc import RpcError
+from golem.node.holds import MAX_SHOWN, allocations_on, owed_on, platforms_of, render_hold, reserved_on, words
 from golem.rest.edge import (
     ApiError,
     ask,
@@ -46,7 +47,7 @@ def routes(api: Blueprint, node: Node) -> None:
         body = await exact_body()
         platform = _platform(node, body)
         address = member(body, "address", str, None) or caller().identity
-        total = body_amount(body, "totalAmount")
+        total = body_amount(body, "totalAmount", ROUND_CEILING)
         if body.get("makeDeposit") is True or body.get("deposit") is not None:
             raise _problem(400, "unsupported", "allocations from deposits are not supported by this node")
         extend = member(body, "extendTimeout", (int, Decimal), None)
@@ -58,8 +59,10 @@ def routes(api: Blueprint, node: Node) -> None:
         extend_s = None if extend is None else float(extend)
         async with one_at_a_time:
             balance, known = await _balance(node, row)
-            command = CreateAllocation(allocation_id, address, platform, amount_text(total), balance, timeout_at, extend_s)
-            await _ask(node, command, platform, address, total, balance, body)
+            command = CreateAllocation(
+                allocation_id, address, platform, amount_text(total), balance, timeout_at, extend_s, caller().name
+            )
+            await _ask(node, command, row, address, total, balance, body)
         return created(render(_live(node, allocation_id)) | known)
 
     @api.get("/allocations")
@@ -80,14 +83,15 @@ def routes(api: Blueprint, node: Node) -> None:
         row = _live(node, allocation_id)
         if body.get("deposit") is not None:
             raise _problem(400, "unsupported", "allocations from deposits are not supported by this node")
-        total = body_amount(body, "totalAmount") if body.get("totalAmount") is not None else None
+        total = body_amount(body, "totalAmount", ROUND_CEILING) if body.get("totalAmount") is not None else None
         text = None if total is None else amount_text(total)
         wanted = minus(total, row.spent) if total is not None else Decimal(0)
         timeout_at = body_time(body, "timeout")
         async with one_at_a_time:
-            balance, known = await _balance(node, _served(node, row.platform, row.address))
+            network = _served(node, row.platform, row.address)
+            balance, known = await _balance(node, network)
             command = AmendAllocation(allocation_id, text, timeout_at, balance)
-            await _ask(node, command, row.platform, row.address, wanted, balance, body, besides=allocation_id)
+            await _ask(node, command, network, row.address, wanted, balance, body, besides=allocation_id)
         return respond_json(render(_live(node, allocation_id)) | known)
 
     @api.delete("/allocations/<allocation_id>")
@@ -196,8 +200,8 @@ async def _balance(node: Node, row: Network) -> tuple[str | None, dict[str, Any]
     except RpcError as error:
         raise _problem(500, "balance-unknown", f"the balance cannot be read: {error}", paymentPlatform=row.platform) from None
     rows = node.system.rows("ledger")
-    alike = [r.platform for r in node.chain.networks if (r.chain, r.token) == (row.chain, row.token)]
-    gone = [each(rows, twin) for twin in alike if twin != row.platform for each in (reserved, owed)]
+    alike = platforms_of(node.chain.networks, row)
+    gone = [reserved_on(rows, alike[1:]), owed_on(rows, alike[1:])]
     if held.is_fresh:
         known = {}
     else:
@@ -208,7 +212,7 @@ async def _balance(node: Node, row: Network) -> tuple[str | None, dict[str, Any]
 
 
 async def _ask(
-    node: Node, command: CreateAllocation | AmendAllocation, platform: str, address: str, wanted: Decimal,
+    node: Node, command: CreateAllocation | AmendAllocation, network: Network, address: str, wanted: Decimal,
     balance: str | None, body: dict[str, Any], besides: str = ""
 ) -> None:  # fmt: skip
     """Ask the ledger; what it declines for want of funds is told with all figures."""
@@ -217,16 +221,25 @@ async def _ask(
     except ApiError as error:
         if error.status != UNFUNDED:
             raise
-        rows = node.system.rows("ledger")
-        held = reserved(rows, platform, besides)
+        rows, own = node.system.rows("ledger"), [network.platform]
+        gone = total_of((reserved_on(rows, own, besides), owed_on(rows, own)))  # `balance` is without that of the twins
+        alike = platforms_of(node.chain.networks, network)
+        holding = [row for row in allocations_on(rows, alike) if row.allocation_id != besides]
+        free, held, debt = max(minus(balance or "0", gone), Decimal(0)), reserved_on(rows, alike, besides), owed_on(rows, alike)
+        said = (
+            f"Insufficient funds to make allocation. Top up your account or release existing allocations to unlock the funds. "
+            f"Requested: {amount_text(wanted)}, available: {amount_text(free)}, reserved: {amount_text(held)}, "
+            f"accepted and not paid yet: {amount_text(debt)}"
+        )
         raise _problem(
             400,
             "insufficient-funds",
-            error.message or "",
+            "; ".join(filter(None, (said, words(holding)))),
             requestedFunds=amount_text(wanted),
-            availableFunds=amount_text(max(minus(balance or "0", total_of((held, owed(rows, platform)))), Decimal(0))),
+            availableFunds=amount_text(free),
             reservedFunds=amount_text(held),
-            paymentPlatform=platform,
+            heldBy=[render_hold(row) for row in holding[:MAX_SHOWN]],
+            paymentPlatform=network.platform,
             address=address,
             requestBody={name: str(value) if isinstance(value, Decimal) else value for name, value in body.items()},
         ) from None

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import heapq
+import json
 from typing import TYPE_CHECKING, Any
 
 import trio
 from quart import Blueprint, Response
 
 from actors.market.rows import OfferRefusal, Stats
+from actors.negotiation.proposals import Proposal
+from actors.negotiation.rows import state_at
 from golem.rest.edge import ApiError, query_text, respond_json
 from protocol.market import SUBSCRIPTION_ID, Subscription, read_subscription
+from protocol.negotiation import reason_text
 from protocol.terms import Reason, explain
 from protocol.types import timestamp_text
 
@@ -19,6 +23,7 @@ if TYPE_CHECKING:
 
 NEAREST = 10
 MAX_REASONS = 50
+PART = 500  # proposals that are looked at in one go
 
 
 def register(api: Blueprint, node: Node) -> None:
@@ -95,6 +100,40 @@ def _refused(refusal: OfferRefusal) -> dict[str, Any]:
     return {"offerId": refusal.offer_id or None, "reason": refusal.reason, "at": timestamp_text(refusal.at)}
 
 
+def _reason_text(reason: str) -> str:
+    return str((json.loads(reason) if reason else {}).get("message", ""))
+
+
+async def _answers(node: Node, demand_id: str) -> list[dict[str, Any]]:
+    """Return where the negotiation with each matching offer stands, and what its provider said, the newest first."""
+    rows = node.system.rows("negotiation")
+    last: dict[str, Proposal] = {}
+    for number, (key, _) in enumerate(rows.prefix(f"of/{demand_id}/")):
+        if number % PART == 0:
+            await trio.lowlevel.checkpoint()
+        proposal = rows.get("proposal/" + key.rpartition("/")[2])
+        if proposal is not None and proposal.created >= (last[proposal.offer_id].created if proposal.offer_id in last else 0):
+            last[proposal.offer_id] = proposal
+    newest = heapq.nlargest(NEAREST, last.values(), key=lambda proposal: proposal.created)
+    return [_answer(node, proposal) for proposal in newest]
+
+
+def _answer(node: Node, proposal: Proposal) -> dict[str, Any]:
+    agreement = node.system.rows("negotiation").get(f"agreement/{proposal.agreement_id}") if proposal.agreement_id else None
+    state, reason = proposal.state, proposal.reason
+    if agreement is not None:
+        state, reason = f"Agreement {state_at(agreement, node.clock())}", agreement.reason
+    elif state == "Rejected":
+        state = f"Rejected by {'the provider' if proposal.issuer == node.node_id else 'this node'}"
+    elif not reason:
+        waits = "the provider" if proposal.issuer == node.node_id else "the agent of this node"
+        reason = reason_text(f"waits for {waits}")
+    return {
+        "offerId": proposal.offer_id, "providerId": proposal.provider, "state": state, "message": _reason_text(reason),
+        "at": timestamp_text(proposal.created),
+    }  # fmt: skip
+
+
 async def _overview(node: Node, demand_id: str, demand: Subscription) -> dict[str, Any]:
     """Return how many offers are known and match, what the nearest others lack, and which offers were not kept."""
     counts = {"known": 0, "own": 0, "matching": 0, "notMatching": 0}
@@ -128,5 +167,6 @@ async def _overview(node: Node, demand_id: str, demand: Subscription) -> dict[st
             {"offerId": offer_id, "providerId": owner, "reasons": reasons[:MAX_REASONS]}
             for _, offer_id, reasons, owner in nearest
         ],
+        "answers": await _answers(node, demand_id),
         "refused": [_refused(refusal) for refusal in stats.refused],
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from decimal import Decimal
+from decimal import ROUND_FLOOR, Decimal
 from typing import TYPE_CHECKING, Any
 
 from quart import Blueprint, Response, request
@@ -176,7 +176,7 @@ def _issuing(api: Blueprint, node: Node) -> None:
         command = IssueDebitNote(
             str(uuid.uuid4()),
             member(body, "activityId", str),
-            amount_text(body_amount(body, "totalAmountDue")),
+            amount_text(body_amount(body, "totalAmountDue", ROUND_FLOOR)),
             usage,
             body_time(body, "paymentDueDate"),
         )
@@ -196,7 +196,7 @@ def _issuing(api: Blueprint, node: Node) -> None:
             str(uuid.uuid4()),
             member(body, "agreementId", str),
             tuple(activities),
-            amount_text(body_amount(body, "amount")),
+            amount_text(body_amount(body, "amount", ROUND_FLOOR)),
             due_at,
         )
         await ask(node, "ledger", command, statuses={"forbidden": 400})

@@ -26,15 +26,18 @@ async def exact_body() -> dict[str, Any]:
     return await object_body(exact=True)
 
 
-def body_amount(body: dict[str, Any], name: str) -> Decimal:
-    """Return an amount of a body, given as text or number. Raises `ApiError` 400."""
+def body_amount(body: dict[str, Any], name: str, rounding: str = "") -> Decimal:
+    """Return an amount of a body, given as text or number. Raises `ApiError` 400.
+
+    `rounding`: to whole wei, where agents compute amounts (a third of a budget); "" where they repeat one of ours.
+    """
     value = body.get(name)
     if value is None:
         raise ApiError(400, f"missing field `{name}`")
     if isinstance(value, bool) or not isinstance(value, str | int | Decimal):
         raise ApiError(400, f"field `{name}`: expected an amount as a text or a number")
     try:
-        return amount(value)
+        return amount(value, rounding)
     except ValueError as error:
         raise ApiError(400, f"field `{name}`: {error}") from None
 

@@ -470,8 +470,9 @@ def test_a_stranger_changes_nothing_of_ours() -> None:
                 step = victim.hit(encode(message), f"{STRANGER}/{actor_of(sender)}")
                 for key, row in (step.rows if step else {}).items():
                     mine = key == "stats" or STRANGER in key + repr(row)
-                    offer_id = key.partition("/")[2]  # of an offer that we asked for: it counts whoever brings it
-                    relayed = key.startswith(("owner/", "asked/")) or (key[:6] == "offer/" and f"asked/{offer_id}" in victim.rows)
+                    offer_id = key.rpartition("/")[2]  # of an offer that we asked for: it counts whoever brings it
+                    came = key.startswith(("offer/", "of/0x")) and f"asked/{offer_id}" in victim.rows
+                    relayed = key.startswith(("owner/", "asked/")) or came
                     assert mine or relayed or row == victim.rows.get(key), (name, key, row)
 
 

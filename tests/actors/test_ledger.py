@@ -475,6 +475,23 @@ def test_a_payment_is_for_what_was_accepted_and_for_no_more() -> None:
     assert "1 GLM were accepted for agreement a1, and 1.5 are claimed" in answered("p", "1.5").reason
 
 
+def test_what_is_settled_has_its_payment_in_the_list_on_both_nodes() -> None:
+    """Programs that hear of a settled document look for its payment: it is announced in the same step, not after a signature."""
+    world, payer, payee = invoiced("1")
+    world.accept(payer, "invoice", "i1", "al")
+    seen = set()
+    for _ in range(200):
+        for node in (payer, payee):
+            if world.document(node, "invoice", "i1").status == "SETTLED":
+                (row,) = node.all(PaymentRow, "payment/")
+                assert [event.payment_id for event in node.feeds["payments"]] == [row.payment_id], row.state
+                seen.add(node.id)
+        if len(seen) == 2:
+            break
+        world.step()
+    assert len(seen) == 2
+
+
 def test_a_refused_payment_is_offered_again_and_then_left() -> None:
     world, payer, payee = invoiced("1")
     world.accept(payer, "invoice", "i1", "al")

@@ -34,7 +34,7 @@ from protocol.market import (
     Withdraw,
     read_subscription,
 )
-from protocol.signing import Document, sign
+from protocol.signing import Document, node_id_of, sign
 from protocol.types import Done, Refused, Undelivered, Violation
 
 PROVIDER_MARKET, REQUESTOR_MARKET = f"{PROVIDER_ID}/market", f"{REQUESTOR_ID}/market"
@@ -211,8 +211,54 @@ def test_limits_per_node_and_in_total(requestor: Playbook, monkeypatch: pytest.M
     assert "of one node" in requestor.rows["stats"].refused[-1].reason
     feed_offer(requestor, *offer(START, OTHER_KEY, number=8), OTHER_ID)
     feed_offer(requestor, *offer(START, OTHER_KEY, number=9), OTHER_ID)
-    assert requestor.rows["stats"].offers == 3
-    assert "keeps 3 offers" in requestor.rows["stats"].refused[-1].reason
+    assert requestor.rows["stats"].offers == len(list(requestor.rows.prefix("offer/"))) <= 3
+    assert {row.owner for _, row in requestor.rows.prefix("offer/")} == {OTHER_ID}, "who had most makes room"
+
+
+def kept_by(play: Playbook) -> list[str]:
+    return [row.owner for _, row in play.rows.prefix("offer/")]
+
+
+def crowd_offer(play: Playbook, number: int, origin: str = "203.0.113.9") -> str:
+    """An offer of one more identity, by one network address."""
+    key = bytes([40, 1 + number % 200, 1 + number // 200, 7]) * 8
+    offer_id, document = offer(START, key, number=number)
+    node = node_id_of(key)
+    play.tell(Announced(node, OffersAnnounced((offer_id,))))
+    play.tell(Offers((document,)), node, origin)
+    return node
+
+
+def test_many_free_identities_close_no_market(requestor: Playbook, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where as many offers are known as we keep, those behind one address make room for one another."""
+    monkeypatch.setattr(market, "MAX_OFFERS", 50)
+    monkeypatch.setattr(market, "ROOM_AT_ONCE", 5)
+    offer_id, document = offer(START)
+    requestor.tell(Announced(PROVIDER_ID, OffersAnnounced((offer_id,))))
+    requestor.tell(Offers((document,)), PROVIDER_ID, "198.51.100.1")
+    nodes = [crowd_offer(requestor, number) for number in range(120)]
+    assert nodes[-1] in kept_by(requestor)
+    assert nodes[0] not in kept_by(requestor)
+    assert PROVIDER_ID in kept_by(requestor), "it was the first, and has as many as each of the others"
+    assert requestor.rows["stats"].offers == len(kept_by(requestor)) == len(list(requestor.rows.prefix("of/"))) <= 50
+    late_id, late = offer(START, OTHER_KEY, number=9)
+    requestor.tell(Announced(OTHER_ID, OffersAnnounced((late_id,))))
+    requestor.tell(Offers((late,)), OTHER_ID, "198.51.100.2")
+    assert f"offer/{late_id}" in requestor.rows, "the market is open to whoever comes"
+
+
+def test_offers_that_never_come_keep_nobody_from_being_asked(requestor: Playbook, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(market, "MAX_ASKED", 40)
+    monkeypatch.setattr(market, "MAX_ASKED_PER_NODE", 20)
+    for identity in range(4):
+        ids = tuple(offer(START, number=100 * identity + number)[0] for number in range(20))
+        requestor.tell(Announced(f"0x{identity:040x}", OffersAnnounced(ids)))
+    offer_id, document = offer(START, OTHER_KEY, number=9)
+    feed_offer(requestor, offer_id, document, OTHER_ID)
+    assert f"offer/{offer_id}" in requestor.rows
+    asked = [row.node for _, row in requestor.rows.prefix("asked/")]
+    assert requestor.rows["stats"].asked == len(asked) == 39
+    assert {asked.count(f"0x{identity:040x}") for identity in range(4)} == {9, 10}
 
 
 def test_a_node_that_tells_of_too_much_is_asked_for_little(requestor: Playbook, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,7 @@ from actors.provider.rules import (
 from actors.provider.turn import ProviderConfig
 from golem.exeunit.terms import read_terms
 from protocol.amounts import cost
+from protocol.ledger import LOCAL_CHAIN
 from protocol.provider import (
     AcceptAgreement,
     ActivityClosed,
@@ -331,6 +332,17 @@ def test_a_proposal_is_countered_or_rejected() -> None:
     assert reason["golem.proposal.rejection.is-final"] is True
     assert "accept-timeout" in reason["message"]
     assert [one.reason for one in agent.play.rows["refusals"].refusals] == [reason["message"]]
+
+
+@pytest.mark.parametrize(("theirs", "agrees"), [("00aa", True), ("00ab", False), (None, False)])
+def test_who_is_on_another_dev_chain_or_names_none_gets_no_agreement(theirs: str | None, agrees: bool) -> None:
+    agent = Agent().begin()
+    demand = json.dumps({**DEMAND, **({LOCAL_CHAIN: theirs} if theirs else {})})
+    ours = json.dumps({**OFFER, LOCAL_CHAIN: "00aa"})
+    agent.tell(ProposalArrived("wasmtime", agent.offer_id, "P-1", REQUESTOR, demand, ours, "(&)"))
+    assert bool(agent.rest(AnswerProposal)) is agrees
+    rejected = [json.loads(one.reason)["message"] for one in agent.rest(RefuseProposal)]
+    assert agrees or "paid on the dev chain 00aa; golem.com.payment.local-chain of the demand is" in rejected[0]
 
 
 def test_refusals_are_bounded() -> None:

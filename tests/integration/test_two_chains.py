@@ -47,6 +47,7 @@ async def test_nodes_on_different_chains_never_match_and_say_why(tmp_path: Path)
             assert clauses == {
                 ("demand", f"(golem.com.payment.local-chain={names[0]})", names[1]),
                 ("offer", f"(golem.com.payment.local-chain={names[1]})", names[0]),
+                ("offer", "(golem.com.payment.local-chain=*)", names[0]),  # one that names none may look
             }
             assert await walker.call("GET", f"{MARKET}/demands/{demand}/events", timeout=2, maxEvents=10) == []
 

@@ -515,6 +515,28 @@ async def test_scan_by_poll_and_by_stream(tmp_path: Path) -> None:
 
 
 @trio_test
+async def test_what_providers_of_matching_offers_said_is_explained(tmp_path: Path) -> None:
+    async with two(tmp_path) as (r, p):
+        deal = Deal(r, p)
+
+        async def answer() -> tuple[str, str]:
+            _, overview = await r.get(f"/demands/{deal.demand_id}/explain")
+            (found,) = overview["answers"]
+            assert (found["offerId"], found["providerId"]) == (deal.offer_id, p.node.node_id)
+            return found["state"], found["message"]
+
+        initial = await deal.begin()
+        assert await answer() == ("Initial", "waits for the agent of this node")
+        await r.made(f"{deal.demand}/proposals/{initial}", DEMAND)
+        assert await answer() == ("Draft", "waits for the provider")
+        (event,) = await p.events(deal.offer)
+        path = f"{deal.offer}/proposals/{event['proposal']['proposalId']}/reject"
+        assert await p.post(path, {"message": "You owe 0.01 GLM here"}) == (204, None)
+        await r.events(deal.demand)
+        assert await answer() == ("Rejected by the provider", "You owe 0.01 GLM here")
+
+
+@trio_test
 async def test_every_pair_that_does_not_match_can_be_explained(tmp_path: Path) -> None:
     async with two(tmp_path) as (r, p):
         offer_id = await p.made("/offers", OFFER, 201)

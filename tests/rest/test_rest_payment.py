@@ -166,6 +166,31 @@ async def test_an_allocation_in_its_shortest_forms(tmp_path: Path) -> None:
         assert (await agent.allocation("1", paymentPlatform={"token": "tglm"}))["paymentPlatform"] == PLATFORM
 
 
+@trio_test
+async def test_budgets_finer_than_a_wei_are_taken(tmp_path: Path) -> None:
+    """What SDKs compute of a budget: a third of an hour in Python's decimals and floats, and in JavaScript's numbers."""
+    async with one(tmp_path) as agent:
+        for asked, reserved in (
+            (str(Decimal("0.1") / 3), "0.033333333333333334"),
+            (str(Decimal(0.1)), "0.100000000000000006"),  # noqa: RUF032 - a float's 55 digits
+            (0.01 / 3, "0.003333333333333334"),
+            (0.1 * 1.25 / 3, "0.041666666666666664"),
+            ("1e-19", "0.000000000000000001"),
+            ("0", "0"),
+        ):
+            allocation = await agent.made("/allocations", {"paymentPlatform": PLATFORM, "totalAmount": asked})
+            assert allocation["totalAmount"] == allocation["remainingAmount"] == reserved, asked
+
+
+@trio_test
+async def test_bills_finer_than_a_wei_are_rounded_down(tmp_path: Path) -> None:
+    async with two(tmp_path) as (_, p):
+        note = await p.made("/debitNotes", {"activityId": "act", "totalAmountDue": str(Decimal("0.1") / 6)})
+        assert note["totalAmountDue"] == "0.016666666666666666"
+        invoice = await p.made("/invoices", {"agreementId": "a1", "amount": 0.05 / 3, "paymentDueDate": DUE})
+        assert invoice["amount"] == "0.016666666666666666"
+
+
 @pytest.mark.parametrize(
     ("change", "status", "words"),
     [
@@ -175,7 +200,7 @@ async def test_an_allocation_in_its_shortest_forms(tmp_path: Path) -> None:
         ({"paymentPlatform": "erc20-mumbai-tglm"}, 500, "not registered"),
         ({"address": "0x" + "1" * 40}, 500, "not registered"),
         ({"totalAmount": "-1"}, 400, "not an amount"),
-        ({"totalAmount": "1e-19"}, 400, "decimal places"),
+        ({"totalAmount": "1e-99999"}, 400, "not an amount"),
         ({"totalAmount": True}, 400, "text or a number"),
         ({"totalAmount": None}, 400, "missing field"),
         ({"timeout": "2001-01-01T00:00:00Z"}, 400, "passed"),
@@ -272,6 +297,8 @@ async def test_a_chain_that_is_not_reached_at_start_shows_in_the_status_of_the_n
         assert NOBODY.removeprefix("http://") in problem
         (listed,) = (await COMMANDS["payment_status"](agent.node, {}))["problems"]
         assert NOBODY.removeprefix("http://") in listed
+        assert {problem["kind"] for problem in await agent.get("/payments/status")} == {"RpcError"}
+        assert NOBODY.removeprefix("http://") in (agent.node.health_problem() or "")
         nursery.cancel_scope.cancel()
 
 
@@ -409,6 +436,23 @@ async def test_sending_to_who_is_not_there_is_504_and_says_so(tmp_path: Path) ->
         assert (await p.post("/invoices/none/send"))[0] == 404
 
 
+@trio_test
+async def test_allocations_are_released_by_id_by_age_or_all(tmp_path: Path) -> None:
+    async with node_in_test(tmp_path) as node:
+        agent, release = Agent(node), COMMANDS["payment_release_allocations"]
+        ids = sorted([(await agent.allocation("5"))["allocationId"] for _ in range(3)])
+        for wrong in ([ids[0], "nonsense"], [""]):
+            with pytest.raises(LookupError):
+                await release(node, {"ids": wrong, "older_than_s": 0})
+        assert await release(node, {"ids": [], "older_than_s": 3600}) == []
+        assert len(await agent.get("/allocations")) == 3, "nothing is released by what is refused, or is too young"
+        [freed] = await release(node, {"ids": [ids[0]], "older_than_s": 0})
+        assert (freed["allocationId"], freed["amount"], freed["agent"]) == (ids[0], "5", "autoconfigured")
+        assert sorted(row["allocationId"] for row in await agent.get("/allocations")) == ids[1:]
+        assert len(await release(node, {})) == 2
+        assert await agent.get("/allocations") == []
+
+
 # -- money
 @pytest.mark.integration
 @trio_test
@@ -425,7 +469,14 @@ async def test_an_invoice_is_settled_on_both_nodes_by_a_real_transfer(tmp_path: 
             await r.node.chain.fund("holesky")
             allocation_id = (await r.allocation("5"))["allocationId"]
             code, poor = await r.post("/allocations", {"totalAmount": "996", "paymentPlatform": "erc20-hoodi-tglm"})
-            assert (code, poor["availableFunds"]) == (400, "995"), "platforms of one chain share the purse"
+            assert (code, poor["availableFunds"], poor["reservedFunds"]) == (400, "995", "5"), (
+                "platforms of one chain share the purse"
+            )
+            holds = [(held["allocationId"], held["amount"], held["agent"]) for held in poor["heldBy"]]
+            assert holds == [(allocation_id, "5", "autoconfigured")]
+            assert f"held: 5 by {allocation_id} of autoconfigured on {PLATFORM}" in poor["detail"]
+            told = await COMMANDS["payment_status"](r.node, {"network": "hoodi"})
+            assert (told["reserved"], told["heldBy"]) == ("5", poor["heldBy"]), "the twin's status names it as well"
             note = await p.made("/debitNotes", {"activityId": "act", "totalAmountDue": "0.25"})
             invoice = await p.made("/invoices", {"agreementId": "a1", "amount": "1", "paymentDueDate": DUE})
             note_id, invoice_id = note["debitNoteId"], invoice["invoiceId"]
