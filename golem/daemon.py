@@ -122,7 +122,7 @@ async def open_node(config: Config, ask_password: AskPassword | None = None) -> 
         registry = await trio.to_thread.run_sync(open_registry, config, files)
         node = Node(config, identity, app_keys, router, system, network, bus, chain, files, registry)
         node.payout = payout
-        for said in warn(payout, identity.node_id, system.rows("market").prefix("offer/"), new_journal):
+        for said in warn(payout, identity.node_id, system.listed("market", "offer/")[0], new_journal):
             log.warning("%s", said)
         serve_commands(node)
         serve_nearness(node)

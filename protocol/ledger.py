@@ -144,26 +144,28 @@ def json_form(body: Body) -> dict[str, Any]:
 
 def _check(body: Body) -> None:
     """Raises `ValueError` for amounts, times and numbers that are none."""
+    moments: tuple[str | None, ...] = ()
     match body:
         case DebitNoteBody():
             amounts: tuple[str, ...] = (body.total_amount_due,)
+            moments = (body.timestamp, body.payment_due_date)
             if any(not -MAX_COUNTER < number < MAX_COUNTER for number in body.usage_counter_vector or ()):
                 raise ValueError(f"a usage counter is not between -{MAX_COUNTER:g} and {MAX_COUNTER:g}")
+        case InvoiceBody():
+            amounts, moments = (body.amount,), (body.timestamp, body.payment_due_date)
+        case PaymentBody():
+            amounts, moments = (body.amount, *(part.amount for part in body.agreement_payments)), (body.timestamp,)
+            amounts += tuple(part.amount for part in body.activity_payments)
         case AcceptanceBody():
             amounts = (body.total_amount_accepted,)
         case RejectionBody():
             amounts = (body.total_amount_accepted,)
             if body.rejection_reason not in REJECTION_REASONS:
                 raise ValueError(f"a rejection's reason is none of {', '.join(REJECTION_REASONS)}")
-        case InvoiceBody():
-            amounts = (body.amount,)
-        case PaymentBody():
-            amounts = (body.amount, *(part.amount for part in body.agreement_payments))
-            amounts += tuple(part.amount for part in body.activity_payments)
     for text in amounts:
         amount(text)
-    for name in ("timestamp", "payment_due_date"):
-        if moment := getattr(body, name, None):
+    for moment in moments:
+        if moment is not None:
             timestamp(moment)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
@@ -18,6 +18,7 @@ MAX_DEPTH = 100
 MAX_INTEGER_DIGITS = 40  # as many as an amount has
 MAX_EXPONENT_DIGITS = 4  # of an exact fraction: what has more is no amount, and costs memory to write out
 _ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_HALF = re.compile("[\ud800-\udfff]")
 _MARKS = (b",", b"[", b"{")
 
 
@@ -56,7 +57,9 @@ def loads(data: bytes | str, *, exact: bool = False) -> Any:
     except RecursionError:
         raise ValueError(f"nested more than {MAX_DEPTH} levels deep") from None
     if wrong:
-        raise ValueError(f"field `{_path_of(value)}`: {wrong[0].text} is not a number that can be kept")
+        raise ValueError(
+            f"field `{_path_of(value, lambda one: isinstance(one, _Wrong))}`: {wrong[0].text} is not a number that can be kept"
+        )
     if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH and _is_deep(value):
         raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
     if _ESCAPED_SURROGATE.search(raw):
@@ -83,10 +86,12 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_text(value: Any) -> None:
-    try:
-        json.dumps(value, ensure_ascii=False, default=str).encode()
-    except UnicodeEncodeError:
-        raise ValueError("a text holds half of a surrogate pair") from None
+    def is_half(one: Any) -> bool:
+        names = [one] if isinstance(one, str) else one if isinstance(one, dict) else []
+        return any(_HALF.search(name) for name in names)
+
+    if (path := _path_of(value, is_half)) is not None:
+        raise ValueError(f"field `{path}`: half of a surrogate pair is no text")
 
 
 def _members(value: Any) -> Iterator[tuple[str, Any]]:
@@ -105,12 +110,12 @@ def _is_deep(value: Any) -> bool:
     return True
 
 
-def _path_of(value: Any) -> str:
-    """Return where the first number that cannot be kept stands: `a.b.0`."""
+def _path_of(value: Any, is_wrong: Callable[[Any], bool]) -> str | None:
+    """Return where the first value that is wrong stands, `a.b.0`; None if there is none."""
     waiting: list[tuple[str, Any]] = [("", value)]
     while waiting:
         path, one = waiting.pop()
-        if isinstance(one, _Wrong):
-            return path[:200] or "."
+        if is_wrong(one):
+            return path.encode(errors="replace").decode()[:200] or "."
         waiting.extend((f"{path}.{name[:80]}" if path else name[:80], member) for name, member in reversed(list(_members(one))))
-    raise AssertionError("no such number")
+    return None

@@ -2,7 +2,8 @@
 
 One courier serves one link (an actor's messages to one recipient). A window of messages is under way in a few frames at
 once; acknowledgements are cumulative; on silence, a gap or a full mailbox the courier backs off and goes back to the
-first message that is not acknowledged. A courier ends when its link has nothing left, and starts with the next message.
+first message that is not acknowledged. A courier whose link has nothing left lingers for the next message; those that have
+lingered longest end where there are too many.
 
 An acknowledgement is believed only if the recipient names the start of this process, or a former one, that numbered the
 message (`lineage.py`). Else a disk went back in time, and the link begins a new numbering; or there are two of us.
@@ -43,6 +44,7 @@ class Courier:
         self._frames = 0
         self._backoff_s = FIRST_BACKOFF_S
         self._not_before = 0.0
+        self._over = False  # it ends when nothing waits
         self._news = trio.Event()
         self.trouble = ""  # why the link does not move, for people
 
@@ -62,6 +64,11 @@ class Courier:
     def nudge(self) -> None:
         """There may be more to deliver, or the peer may be back."""
         self._dry = False
+        self._news.set()
+
+    def end(self) -> None:
+        """There is no room to linger: end when nothing waits."""
+        self._over = True
         self._news.set()
 
     def hurry(self) -> None:
@@ -111,7 +118,10 @@ class Courier:
                     self._frames += 1
                     nursery.start_soon(self._exchange, self._question())
                 elif not self._frames and (self._dry or not self._pending(self.acked, 1)):
-                    return
+                    if self._over or self.trouble or not self._may_go:
+                        return
+                    self.system.lingers(self)  # on a link where messages go one by one, a new courier costs more than the rest
+                    await self._news.wait()
                 else:
                     await self._news.wait()
 

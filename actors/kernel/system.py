@@ -52,6 +52,7 @@ PEER_FRAMES = 16  # frames of one node that wait for one actor
 TAKEN_BYTES = 64 << 20  # of frames that wait, all in all
 KEPT_DAMAGED = 256  # rows that are named
 KEPT_HEARD = 65536  # links
+LINGERING = 256  # couriers with nothing to do
 KEPT_OLDER = 64  # peers that spoke from older or copied journals
 
 
@@ -89,6 +90,7 @@ class System:
         self._taking_bytes = 0
         self._actors: dict[str, Actor | PortActor] = {}
         self._couriers: dict[tuple[str, str], Courier] = {}
+        self._lingering: OrderedDict[Courier, None] = OrderedDict()  # in the order in which they fell idle
         self.older: OrderedDict[str, str] = OrderedDict()  # peers that spoke from older or copied journals -> what was amiss
         self._heard: set[tuple[str, str]] = set()  # links on which the recipient has acknowledged something to this process
         self._new_links: set[tuple[str, str]] = set()
@@ -428,8 +430,17 @@ class System:
         """Return whether a link waits for a new numbering."""
         return (actor, recipient) in self._couriers and self._couriers[actor, recipient].is_broken
 
+    def lingers(self, courier: Courier) -> None:
+        """A courier has nothing to do: it stays for what comes next, while it is not one of too many."""
+        self._lingering[courier] = None
+        self._lingering.move_to_end(courier)
+        if len(self._lingering) > LINGERING:
+            self._lingering.popitem(last=False)[0].end()
+
     async def forget_links(self) -> None:
         """Forget links that have been silent for long."""
+        while self._lingering:  # none of them may number or send by what it knew of a link that is forgotten
+            self._lingering.popitem()[0].end()
         for link in await self.journal.forget_links(self.now()):
             if courier := self._couriers.get(link):
                 courier.restart()  # nothing waits on it; whatever comes is numbered anew
@@ -441,6 +452,7 @@ class System:
             await courier.run()
         finally:
             del self._couriers[link]
+            self._lingering.pop(courier, None)
         if courier.was_nudged and self.journal.pending(*link, courier.acked, 1):  # posted between the last look and now
             self._new_links.add(link)
             self._links_changed.set()

@@ -53,7 +53,8 @@ def _known(node: Node, kind: str) -> list[str]:
     """Return the ids of a kind that this node knows. Raises `LookupError`."""
 
     def keys(actor: str, *prefixes: str) -> list[str]:
-        return [key.partition("/")[2] for prefix in prefixes for key, _ in node.system.rows(actor).prefix(f"{prefix}/")]
+        found = [node.system.listed(actor, f"{prefix}/") for prefix in prefixes]
+        return [key.partition("/")[2] for rows, damaged in found for key in (*dict(rows), *damaged)]
 
     match kind:
         case "offer" | "demand":
@@ -66,8 +67,8 @@ def _known(node: Node, kind: str) -> list[str]:
             return keys("wallet", "batch") + keys("ledger", "payment")
         case "debt":
             orders = keys("wallet", "order")
-            hashes = [row.tx_hash for _, row in node.system.rows("wallet").prefix("batch/") if row.tx_hash]
-            hashes += [row.tx_hash for _, row in node.system.rows("ledger").prefix("payment/")]
+            hashes = [row.tx_hash for _, row in node.system.listed("wallet", "batch/")[0] if row.tx_hash]
+            hashes += [row.tx_hash for _, row in node.system.listed("ledger", "payment/")[0]]
             known = orders + keys("wallet", "batch") + keys("ledger", "payment", DEBIT_NOTE, INVOICE) + hashes
             return list(dict.fromkeys([*(one.partition(":")[2] or one for one in orders), *known]))
     raise LookupError(f"ids of what? Not of {kind!r}")
@@ -86,7 +87,7 @@ async def market_list(node: Node, args: dict[str, Any]) -> Any:
     test = compile_constraint(args.get("constraints") or "()")
     now = node.clock()
     found = []
-    for _, row in node.system.rows("market").prefix(f"{kind}/"):
+    for _, row in node.system.rows("market").readable(f"{kind}/", []):
         await trio.lowlevel.checkpoint()  # there may be many thousands
         if row.expires <= now:
             continue

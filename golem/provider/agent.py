@@ -114,7 +114,11 @@ async def _take_back_offers(system: System, client: NodeClient, name: str) -> No
 
     Before the machine runs: from then on there may be new ones that it does not know of yet.
     """
-    known = {row.offer_id for _, row in system.rows("provider").prefix("offer/")}
+    rows, damaged = system.listed("provider", "offer/")
+    if damaged:
+        log.warning("offers that were left over are not looked for: %s cannot be read", ", ".join(damaged))
+        return
+    known = {row.offer_id for _, row in rows}
     try:
         for offer in await client.call("GET", f"{MARKET}/offers") or ():
             if offer["offerId"] not in known and offer["properties"].get("golem.node.id.name") == name:
@@ -129,7 +133,7 @@ async def _pick_up_agreements(system: System, client: NodeClient) -> None:
     for one in [one for one in waiting if one.get("role") == "Provider"][:MAX_PICKED_UP]:
         agreement = await client.call("GET", f"{MARKET}/agreements/{part(one['id'])}")
         offer_id = agreement["offer"]["offerId"]
-        offers = {row.offer_id: row.preset for _, row in system.rows("provider").prefix("offer/")}
+        offers = {row.offer_id: row.preset for _, row in system.listed("provider", "offer/")[0]}
         if offer_id in offers and agreement["state"] == "Pending":
             await system.ask("provider", AgreementArrived(offers[offer_id], offer_id, json.dumps(agreement)))
 
@@ -160,15 +164,17 @@ async def _until_stopped(system: System, signals: AsyncIterator[int], processes:
 
 def open_business(system: System) -> str:
     """Return what is still to be done for agreements, empty if nothing is."""
-    rows = system.rows("provider")
-    active = sum(1 for _ in rows.prefix("active/"))
-    unsent = sum(1 for _, row in rows.prefix("agreement/") if row.invoice in ("", "Issuing", "Sending"))
+    rows, unreadable = system.listed("provider", "active/")
+    active = len(rows) + len(unreadable)
+    agreements, damaged = system.listed("provider", "agreement/")
+    unsent = len(damaged) + sum(1 for _, row in agreements if row.invoice in ("", "Issuing", "Sending"))
     return f"{active} agreements, {unsent} invoices not sent" if active or unsent else ""
 
 
 def expected_units(system: System) -> list[str]:
     """Return the activities whose process is there, or will be looked for or started."""
-    return [row.activity_id for _, row in system.rows("provider").prefix("activity/") if row.state in (WAITING, *ALIVE)]
+    rows, damaged = system.listed("provider", "activity/")
+    return [row.activity_id for _, row in rows if row.state in (WAITING, *ALIVE)] + [key.partition("/")[2] for key in damaged]
 
 
 # -- the node

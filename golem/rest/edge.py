@@ -84,7 +84,7 @@ def listed(node: Node, actor: str, prefix: str, form: Callable[[Any], Any] = lam
         @after_this_request
         async def name_them(response: ResponseTypes) -> ResponseTypes:
             if isinstance(response, Response):
-                response.headers[DAMAGED] = quote(names, safe="/, :-._~")
+                response.headers.add(DAMAGED, quote(names, safe="/, :-._~"))
             return response
 
     return found

@@ -89,13 +89,13 @@ def _subscriptions(api: Blueprint, node: Node, kind: str) -> None:
         return created(new_id)
 
     async def own() -> Response:
-        rows, now = node.system.rows("market"), node.clock()
+        now = node.clock()
         if kind == "offer":
-            known = rows.get("own")
-            found = [rows.get(f"offer/{offer_id}") for offer_id in (known.offers if known else ())]
+            known = node.system.rows("market").get("own")
+            found = [row for offer_id in (known.offers if known else ()) for row in listed(node, "market", f"offer/{offer_id}")]
         else:
             found = listed(node, "market", "demand/")
-        return respond_json([subscription_form(row.document) for row in found if row and row.expires > now])
+        return respond_json([subscription_form(row.document) for row in found if row.expires > now])
 
     async def withdraw(wanted: str) -> Response:
         wanted_id = subscription_id(wanted)

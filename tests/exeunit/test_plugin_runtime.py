@@ -102,7 +102,7 @@ def test_default_places_need_not_be_there(tmp_path: Path, monkeypatch: pytest.Mo
         (json.dumps([descriptor(properties={"name": "vm"})]), "not for a descriptor"),
         (json.dumps([descriptor(properties={"a b": 1})]), "not for a descriptor"),
         (json.dumps([descriptor(properties={"x": {"y": 1}})]), "properties: x"),
-        ('[{"name":"a","version":"1","supervisor-path":"e","properties":{"x":1e999}}]', "properties: x"),
+        ('[{"name":"a","version":"1","supervisor-path":"e","properties":{"x":1e999}}]', "properties.x"),
         ('[{"name":"a","version":"1","supervisor-path":"e","properties":{"x":NaN}}]', "not JSON"),
         (json.dumps([descriptor(config={"counter": {}})]), "config"),
         (json.dumps([descriptor(config={"counters": {"golem.usage.gib": {"price": "yes"}}})]), "price"),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from pathlib import Path
 
 import pytest
 from test_rest_payment import PLATFORM, Agent, one
-from worlds.node_in_test import HEADERS
+from worlds.node_in_test import HEADERS, rest_in_test
 from worlds.patience import within
 from worlds.support import tell, trio_test
 
@@ -63,6 +64,28 @@ async def test_a_list_shows_what_can_be_read_and_names_what_cannot(tmp_path: Pat
         assert (code, "agreement/a2" in value["message"]) == (500, True), "who asks for it hears that it is damaged"
         waiting = (await COMMANDS["status"](node, {}))["damagedRows"]
         assert {row[1] for row in waiting} == {"agreement/a2", "activity/of-a3"}
+
+
+@pytest.mark.integration
+@trio_test
+async def test_a_node_with_a_damaged_offer_starts_and_lists_the_others(tmp_path: Path) -> None:
+    async with rest_in_test(tmp_path) as (_, client):
+        bodies = [{"properties": {"number": number}, "constraints": "()"} for number in range(3)]
+        ids = []
+        for body in bodies:
+            made = await client.post("/market-api/v1/offers", headers=HEADERS, json=body)
+            ids.append(json.loads(await made.get_data()))
+    db = sqlite3.connect(tmp_path / "node" / "node.db", isolation_level=None)
+    db.execute("update row set body=cast(substr(body, 1, length(body) - 1) || x'00' as blob) where key=?", (f"offer/{ids[1]}",))
+    db.close()
+    async with rest_in_test(tmp_path) as (node, client):
+        assert [row[:2] for row in node.system.damaged()] == [("market", f"offer/{ids[1]}")]
+        with within(60):
+            response = await client.get("/market-api/v1/offers", headers=HEADERS)
+        assert response.headers["X-Damaged-Rows"] == f"market/offer/{ids[1]}"
+        assert {row["offerId"] for row in json.loads(await response.get_data())} == {ids[0], ids[2]}
+        assert len(await COMMANDS["market_list"](node, {"kind": "offer"})) == 2
+        assert await COMMANDS["whole"](node, {"kind": "offer", "id": ids[1][:12]}) == ids[1], "what is damaged has a name"
 
 
 @pytest.mark.integration

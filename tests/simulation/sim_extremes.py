@@ -20,7 +20,7 @@ BIG_MEMO = MAX_BODY_BYTES - 200  # of a message that just fits
 TINY: tuple[tuple[Any, str, int], ...] = (
     (actor, "CACHED_LINKS", 1), (actor, "BATCH", 2), (row_view, "CACHED_ROWS", 2), (row_view, "CACHED_ROW_BYTES", 48),
     (journal, "READ_AT_ONCE", 2), (journal, "MERGED_COMMITS", 1), (tables, "KNOWN_MARKS", 1), (courier, "FRAME_BYTES", 60),
-    (courier, "WINDOW", 3), (alarms, "KEPT_REFUSALS", 1), (system, "KEPT_OLDER", 1),
+    (courier, "WINDOW", 3), (alarms, "KEPT_REFUSALS", 1), (system, "KEPT_OLDER", 1), (system, "LINGERING", 0),
 )  # fmt: skip
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sim_market import MarketHost, MarketWorld
 
 _decode = {machine.name: Decoder[Any](machine.rows, 1 << 26) for machine in (Market, Negotiation, Activity, Ledger, Wallet)}
+NOT_TAKEN = "Agreement not taken"
 OVER = ("Rejected", "Cancelled", "Expired", "Terminated")
 
 
@@ -124,6 +125,8 @@ def check_end(world: MarketWorld) -> None:
                 continue
             if right is None and left is not None and left.state in ("Proposal", "Cancelled", "Expired"):
                 continue  # it was never sent, or never arrived
+            if right is None and left is not None and left.state == "Rejected" and NOT_TAKEN in str(left.reason):
+                continue  # the provider's node itself turned it down: that leaves no row there
             if left is None or right is None:
                 raise Broken(f"agreement {agreement_id} is {left and left.state} here and {right and right.state} there")
             # A commit that passed its deadline is not made up for: the provider hears of the end alone, and nothing began.
