@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from actors.kernel.answers import Answers
 from actors.kernel.feed import Feeds
@@ -78,6 +78,8 @@ class Host(Protocol):
     def was_heard(self, actor: str, recipient: str) -> bool: ...
 
     async def link_broken(self, actor: str, broken: LinkBroken) -> None: ...
+
+    def lingers(self, courier: Any) -> None: ...  # a `Courier`, which knows its host by this class
 
     def log_step(self, actor: str, meta: Meta, tag: str, step: Step) -> None: ...
 
