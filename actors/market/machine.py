@@ -22,7 +22,8 @@ from actors.kernel.crowd import Occupant, by_crowd
 from actors.kernel.draft import Declined, Draft
 from actors.kernel.grammar import EDGE, ITSELF, PEER, On, Table, TableMachine
 from actors.kernel.machine import DropFeed, Emit, Publish, Reply, Send, Wake
-from actors.market.rows import Asked, DemandRow, EndedRow, OfferRefusal, OfferRow, OfOwner, Own, Owner, Scan, Stats
+from actors.market.books import count, refuse, stats_of
+from actors.market.rows import Asked, DemandRow, EndedRow, OfferRow, OfOwner, Own, Owner, Scan, Stats
 from protocol.codec import Decoder
 from protocol.market import (
     MAX_IDS,
@@ -77,7 +78,6 @@ ROOM_AT_ONCE = 60  # offers that are forgotten together where there is no room
 MAX_SCANS = 64
 MAX_SCAN_TIMEOUT_S = 3600.0
 MAX_WITHDRAWN = 100  # told again with each announcement
-MAX_REFUSALS, MAX_REASON_CHARS = 32, 300  # remembered for explanations
 ANSWER_BYTES, ANSWERS_BYTES = 512 * 1024, 2048 * 1024  # documents in one `Offers`, and in all of one question
 AT_ONCE = 400  # offers that a new demand is tried against in one step; more are taken part by part
 
@@ -103,7 +103,7 @@ def _publish(draft: Draft, message: PublishOffer | PublishDemand) -> None:
         Send("negotiation", SubscriptionOpened(subscription_id, message.document)),
     )
     if kind == "demand":
-        draft.put(f"demand/{subscription_id}", DemandRow(message.document, content.expires, _stats(draft).last_offer))
+        draft.put(f"demand/{subscription_id}", DemandRow(message.document, content.expires, stats_of(draft).last_offer))
         draft.put("own", Own(own.offers, own.demands + 1, own.withdrawn))
         _match_all(draft, f"demand/{subscription_id}")
         return
@@ -143,7 +143,7 @@ def _end(draft: Draft, kind: str, subscription_id: str, reason: str) -> None:
         draft.put("own", Own(own.offers, own.demands - 1, own.withdrawn))
         draft.do(Wake(f"match/demand/{subscription_id}", None))
     else:
-        _count(draft, row.owner, offers=-1)
+        count(draft, row.owner, offers=-1)
         draft.put(_of_owner(subscription_id, row), None)
         if mine or reason == "withdrawn":
             draft.put(f"ended/{subscription_id}", EndedRow(row.owner, reason, draft.now))
@@ -215,12 +215,12 @@ def _hear(draft: Draft, origin: str, message: OffersAnnounced) -> None:
         if asked and asked.until > draft.now and asked.node == origin:
             continue  # but who tells of offers and does not give them keeps nobody else from it
         if len(unknown) >= room:
-            _refuse(draft, offer_id, f"{origin} told of more offers than we ask for at a time")
+            refuse(draft, offer_id, f"{origin} told of more offers than we ask for at a time")
             break
         if asked:
-            _count(draft, asked.node, asked=-1)
+            count(draft, asked.node, asked=-1)
         draft.put(f"asked/{offer_id}", Asked(origin, draft.now + ASKED_FOR_S))
-        _count(draft, origin, asked=1)
+        count(draft, origin, asked=1)
         unknown.append(offer_id)
     if unknown:
         key = digest(*unknown)
@@ -237,15 +237,15 @@ def _offers(draft: Draft, message: Offers) -> None:
         try:
             content = verify_subscription(document, "offer", draft.now)
         except Violation as error:
-            _refuse(draft, "", f"from {node_of(draft.meta.sender)}: {error}")
+            refuse(draft, "", f"from {node_of(draft.meta.sender)}: {error}")
             continue
         asked = draft.get(f"asked/{content.subscription_id}")
         if not asked:
             continue  # nobody asked, or it came before
         draft.put(f"asked/{content.subscription_id}", None)
-        _count(draft, asked.node, asked=-1)
+        count(draft, asked.node, asked=-1)
         if reason := _no_room(draft, content):
-            _refuse(draft, content.subscription_id, reason)
+            refuse(draft, content.subscription_id, reason)
             continue
         if not draft.get(f"offer/{content.subscription_id}"):
             sender = node_of(draft.meta.sender)
@@ -263,7 +263,7 @@ def _no_room(draft: Draft, content: Subscription) -> str:
         return "an offer of ours that we do not know; published before this journal began"
     if (draft.get(f"owner/{content.owner}") or Owner()).offers >= MAX_OFFERS_PER_OWNER:
         return f"this node keeps {MAX_OFFERS_PER_OWNER} offers of one node and no more"
-    if (_stats(draft)).offers >= MAX_OFFERS and not _make_room(draft):
+    if (stats_of(draft)).offers >= MAX_OFFERS and not _make_room(draft):
         return f"this node keeps {MAX_OFFERS} offers and no more"
     return ""
 
@@ -279,13 +279,13 @@ def _make_room(draft: Draft) -> bool:
 
 
 def _keep(draft: Draft, document: Document, content: Subscription, origin: str = "") -> None:
-    stats = _stats(draft)
+    stats = stats_of(draft)
     draft.put("stats", replace(stats, last_offer=stats.last_offer + 1))
     row = OfferRow(document, content.owner, content.expires, stats.last_offer + 1, origin)
     draft.put(f"offer/{content.subscription_id}", row)
     if content.owner != draft.me:
         draft.put(_of_owner(content.subscription_id, row), OfOwner(origin))
-    _count(draft, content.owner, offers=1)
+    count(draft, content.owner, offers=1)
     if content.owner == draft.me:
         _match_fresh(draft, [(document, content)])  # no demand of ours, but maybe a scan
 
@@ -317,7 +317,7 @@ def _match_fresh(draft: Draft, offers: list[tuple[Document, Subscription]]) -> N
 
 def _match_all(draft: Draft, target: str) -> None:
     """Try a new demand or scan against all known offers: at once where they are few, else part by part."""
-    known = (_stats(draft)).offers
+    known = (stats_of(draft)).offers
     if known <= AT_ONCE:
         _match_part(draft, target, 0, 0)
     else:
@@ -389,14 +389,14 @@ def _scan_due(draft: Draft, message: ScanDue) -> None:
 
 
 def _end_scan(draft: Draft, key: str) -> None:
-    stats = _stats(draft)
+    stats = stats_of(draft)
     draft.put("stats", replace(stats, scans=stats.scans - 1))
     draft.put(key, None)
     draft.do(Wake(key, None), Wake(f"match/{key}", None), DropFeed(key), Emit(key, ScanEnded()))
 
 
 def _open_scan(draft: Draft, message: OpenScan) -> None:
-    stats = _stats(draft)
+    stats = stats_of(draft)
     try:
         compile_constraint(message.constraints)
     except ConstraintSyntaxError as error:
@@ -443,7 +443,7 @@ def _of_owner(offer_id: str, row: OfferRow) -> str:
 
 def _room_to_ask(draft: Draft, node: str, wanted: int) -> int:
     """Return for how many more offers a node may be asked; where it is too few, who was asked for more loses its oldest."""
-    room = MAX_ASKED - (_stats(draft)).asked
+    room = MAX_ASKED - (stats_of(draft)).asked
     if room >= wanted:
         return room
     own = (draft.get(f"owner/{node}") or Owner()).asked
@@ -462,26 +462,7 @@ def _forget_asked(draft: Draft, offer_ids: Iterable[str], before: float) -> None
         asked = draft.get(f"asked/{offer_id}")
         if asked and asked.until <= before:
             draft.put(f"asked/{offer_id}", None)
-            _count(draft, asked.node, asked=-1)
-
-
-def _count(draft: Draft, node: str, offers: int = 0, asked: int = 0) -> None:
-    """Keep the books of how much there is, of a node and in all."""
-    owner, stats = draft.get(f"owner/{node}") or Owner(), _stats(draft)
-    owner = Owner(owner.offers + offers, owner.asked + asked)
-    draft.put(f"owner/{node}", owner if owner.offers or owner.asked else None)
-    draft.put("stats", replace(stats, offers=stats.offers + offers, asked=stats.asked + asked))
-
-
-def _refuse(draft: Draft, offer_id: str, reason: str) -> None:
-    """Note an offer that is not kept, and why."""
-    stats, refusal = _stats(draft), OfferRefusal(offer_id, reason[:MAX_REASON_CHARS], draft.now)
-    draft.put("stats", replace(stats, refused=(*stats.refused, refusal)[-MAX_REFUSALS:]))
-
-
-def _stats(draft: Draft) -> Stats:
-    stats: Stats | None = draft.get("stats")
-    return stats or Stats()
+            count(draft, asked.node, asked=-1)
 
 
 class Market(TableMachine):
