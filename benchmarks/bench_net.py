@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import trio
 
-from golem.net import NetConfig, Network, PeerStream, open_network
+from golem.net import NetConfig, PeerNetwork, PeerStream, open_network
 
 KEYS = (b"\x31" * 32, b"\x32" * 32)
 PAYLOAD = bytes(32)
@@ -134,7 +134,7 @@ async def serve_ours(path: Path) -> None:
         await trio.sleep_forever()
 
 
-async def gossip_latency(network: Network, rounds: int) -> list[float]:
+async def gossip_latency(network: PeerNetwork, rounds: int) -> list[float]:
     """Seconds one way: half of there and back."""
     waiting: dict[bytes, trio.Event] = {}
 

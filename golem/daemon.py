@@ -22,9 +22,9 @@ from typing import Any
 import trio
 
 from actors.activity.machine import Activity
+from actors.kernel.grammar import EDGE
 from actors.kernel.journal import Journal
 from actors.kernel.machine import Send
-from actors.kernel.sources import EDGE
 from actors.kernel.system import System
 from actors.ledger.machine import Ledger
 from actors.market.machine import Market
@@ -43,7 +43,7 @@ from golem.net import NetConfig, check_network, open_network
 from golem.node.app_keys import AUTOCONF, AppKeys
 from golem.node.backup import CHAIN, JOURNAL, bind_generations, compare_generations, hold_payments, peers_asked, restored_at
 from golem.node.data_dir import lock_data_dir, make_folder, step_log
-from golem.node.gossip import Gossip
+from golem.node.gossip import MarketGossip
 from golem.node.identity import APP_KEYS, KEYSTORE, PLAIN_KEY, AskPassword, open_identity
 from golem.node.listen import bind_api, notify_systemd
 from golem.node.nearness import serve_nearness
@@ -99,7 +99,7 @@ async def open_node(config: Config, ask_password: AskPassword | None = None) -> 
             raise ConfigError(str(error)) from None
         bus = Bus(config.bus_path, identity.node_id, config.units_path)
         router = Router(identity.node_id, network, bus)
-        gossip = Gossip(network)
+        gossip = MarketGossip(network)
         system = System(
             identity.node_id, journal, router, clock=time.time, new_trace=lambda: secrets.token_hex(6),
             jitter=partial(random.uniform, 0.8, 1.2), publish=gossip.publish, origin=network.origin,

@@ -41,7 +41,7 @@ class ActivityOver(Message, frozen=True):
 
 # -- from edges of the node
 class CreateActivity(Message, frozen=True):
-    """edge -> activity at the requestor: begin an activity under an approved agreement. Answer: `Done` or `Refused`."""
+    """edge -> activity at the requestor: begin an activity under an approved agreement. Answer: `Accepted` or `Refused`."""
 
     activity_id: str
     agreement_id: str
@@ -49,13 +49,13 @@ class CreateActivity(Message, frozen=True):
 
 
 class DestroyActivity(Message, frozen=True):
-    """edge -> activity at the requestor: end an activity; harmless when it has ended. Answer: `Done` or `Refused`."""
+    """edge -> activity at the requestor: end an activity; harmless when it has ended. Answer: `Accepted` or `Refused`."""
 
     activity_id: str
 
 
 class Exec(Message, frozen=True):
-    """edge -> activity at the requestor: run a script. Answer: `Done` or `Refused`."""
+    """edge -> activity at the requestor: run a script. Answer: `Accepted` or `Refused`."""
 
     batch_id: str
     activity_id: str
@@ -82,7 +82,7 @@ class UsageReported(Message, frozen=True):
     at: float
 
 
-class Done(Message, frozen=True):
+class Accepted(Message, frozen=True, tag="Done"):
     """Answer to an edge: taken, under this id."""
 
     id: str

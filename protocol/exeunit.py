@@ -31,7 +31,7 @@ class Progress(_Args, frozen=True, rename="camel"):
     update_step: int | None = None
 
 
-class Network(_Args, frozen=True, rename="camel"):
+class VirtualNetwork(_Args, frozen=True, rename="camel"):
     """A virtual network the activity joins. `nodes`: node id by address."""
 
     id: str
@@ -49,7 +49,7 @@ class Sign(_Args, frozen=True):
 class Deploy(_Args, frozen=True):
     """Fetch the package and lay out volumes. `volumes` is a list of paths or a map of path to kind."""
 
-    net: list[Network] | None = None
+    net: list[VirtualNetwork] | None = None
     hosts: dict[str, str] | None = None
     hostname: str | None = None
     volumes: list[str] | dict[str, Any] | None = None
@@ -102,7 +102,7 @@ class Run(_Args, frozen=True):
     env: dict[str, str] | None = None
 
 
-class Transfer(_Args, frozen=True):
+class CopyFile(_Args, frozen=True):
     """Copy a file between the runtime's volumes and the outside."""
 
     source: str = msgspec.field(name="from")
@@ -117,13 +117,13 @@ class Terminate(_Args, frozen=True):
     """Stop other batches and the runtime; the activity is then as new."""
 
 
-Arguments = Sign | Deploy | Start | Run | Transfer | Terminate
+Arguments = Sign | Deploy | Start | Run | CopyFile | Terminate
 _KINDS: dict[str, type[Arguments]] = {
     "sign": Sign,
     "deploy": Deploy,
     "start": Start,
     "run": Run,
-    "transfer": Transfer,
+    "transfer": CopyFile,
     "terminate": Terminate,
 }
 

@@ -170,10 +170,6 @@ def _check(body: Body) -> None:
 
 
 # -- commands of the node's edges; answered by `Done` or `Refused`
-class Done(Message, frozen=True):
-    """The command is carried out (or was before)."""
-
-
 class CreateAllocation(Message, frozen=True):
     """Set money aside. `balance` is the wallet's on the platform as just read; None where it is not to be checked."""
 

@@ -19,7 +19,7 @@ from protocol.properties import TermsError, flatten
 from protocol.signing import Document, verify
 from protocol.terms import MAX_CONSTRAINT_BYTES, MatchResult
 from protocol.terms import match as match_terms
-from protocol.types import Message, Undelivered, Violation, digest, node_id
+from protocol.types import Message, Violation, digest, node_id
 
 MAX_DOCUMENT_BYTES = 128 * 1024  # the body of one offer or demand
 REMEMBERED_BYTES = 8 * 1024  # larger documents are parsed anew each time: a stranger's must not fill our memory
@@ -151,10 +151,6 @@ class ScanOpened(Message, frozen=True):
     scan_id: str
 
 
-class Done(Message, frozen=True):
-    """It is done and committed."""
-
-
 # -- in feeds `scan/<id>`
 class OfferSeen(Message, frozen=True):
     """An offer for a scan."""
@@ -202,15 +198,6 @@ class ScanDue(Message, frozen=True):
     """A scan may have been left alone for too long."""
 
     scan_id: str
-
-
-#: What the machine's neighbours on this node, its edge and its own timers may say.
-LocalMarket = (
-    PublishOffer | PublishDemand | Withdraw | OpenScan | TouchScan | CloseScan | PeerUp | Announced | Rematch
-    | AnnounceDue | ExpiryDue | MatchDue | AskedDue | EndedDue | ScanDue | Undelivered
-)  # fmt: skip
-#: What other nodes may say.
-PeerMarket = OffersAnnounced | GetOffers | Offers
 
 
 # -- documents

@@ -17,15 +17,13 @@ from protocol import strict_json
 from protocol.market import (
     MAX_DOCUMENT_BYTES,
     REMEMBERED_BYTES,
-    Matched,
     SubscriptionEnded,
-    SubscriptionOpened,
     canonical,
 )
 from protocol.properties import TermsError, flatten
 from protocol.signing import Document
 from protocol.terms import MAX_CONSTRAINT_BYTES, Reason, explain
-from protocol.types import Message, PeerLost, Undelivered, Violation, digest, timestamp_text
+from protocol.types import Message, Violation, digest, timestamp_text
 
 REQUESTOR, PROVIDER = "Requestor", "Provider"
 MAX_REASON_BYTES = 16 * 1024
@@ -277,17 +275,6 @@ class ForgetProposals(Message, frozen=True):
     subscription_id: str
 
 
-#: What the machine's neighbours on this node, its edge and its own timers may say.
-LocalNegotiation = (
-    CounterProposal | RejectProposal | CreateAgreement | ConfirmAgreement | CancelAgreement | ApproveAgreement
-    | RejectAgreement | TerminateAgreement | Matched | SubscriptionOpened | SubscriptionEnded | AgreementDue
-    | ForgetAgreement | ForgetProposals | Undelivered | PeerLost
-)  # fmt: skip
-#: What other nodes may say.
-PeerNegotiation = (
-    ProposalOpened | ProposalCountered | ProposalRejected | AgreementProposed | AgreementApproval | AgreementRejected
-    | AgreementCommitted | AgreementClosed | AgreementTerminated
-)  # fmt: skip
 #: Events of a demand's or offer's feed.
 SubscriptionEvents = ProposalEvent | ProposalRejectedEvent | AgreementEvent | SubscriptionEnded
 #: Events about agreements.

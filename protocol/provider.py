@@ -8,7 +8,7 @@ Properties, reasons and agreements travel as JSON text, as the API has them (pro
 
 from __future__ import annotations
 
-from protocol.types import Message, Undelivered
+from protocol.types import Message
 
 
 class OfferSpec(Message, frozen=True):
@@ -98,7 +98,7 @@ class EventArrived(Message, frozen=True):
 
 
 # -- to port `rest`, and its answers
-class PublishOffer(Message, frozen=True):
+class PlaceOffer(Message, frozen=True, tag="PublishOffer"):
     """Publish an offer, then say `OfferPublished`."""
 
     preset: str
@@ -135,7 +135,7 @@ class WithdrawOffer(Message, frozen=True):
     offer_id: str
 
 
-class CounterProposal(Message, frozen=True):
+class AnswerProposal(Message, frozen=True, tag="CounterProposal"):
     """Answer a proposal with our properties."""
 
     offer_id: str
@@ -144,7 +144,7 @@ class CounterProposal(Message, frozen=True):
     constraints: str
 
 
-class RejectProposal(Message, frozen=True):
+class RefuseProposal(Message, frozen=True, tag="RejectProposal"):
     """Refuse a proposal."""
 
     offer_id: str
@@ -152,7 +152,7 @@ class RejectProposal(Message, frozen=True):
     reason: str
 
 
-class ApproveAgreement(Message, frozen=True):
+class AcceptAgreement(Message, frozen=True, tag="ApproveAgreement"):
     """Approve an agreement, then say `ApprovalEnded`. Approving again does no harm."""
 
     agreement_id: str
@@ -168,14 +168,14 @@ class ApprovalEnded(Message, frozen=True):
     reason: str = ""
 
 
-class RejectAgreement(Message, frozen=True):
+class RefuseAgreement(Message, frozen=True, tag="RejectAgreement"):
     """Refuse an agreement."""
 
     agreement_id: str
     reason: str
 
 
-class TerminateAgreement(Message, frozen=True):
+class EndAgreement(Message, frozen=True, tag="TerminateAgreement"):
     """Terminate an agreement, then say `TerminationEnded`."""
 
     agreement_id: str
@@ -290,7 +290,7 @@ class NoteRead(Message, frozen=True):
     status: str
 
 
-class IssueInvoice(Message, frozen=True):
+class WriteInvoice(Message, frozen=True, tag="IssueInvoice"):
     """Issue the invoice of an agreement unless there is one beside the refused one, then say `InvoiceIssued`."""
 
     agreement_id: str
@@ -429,61 +429,29 @@ class TaskEnded(Message, frozen=True):
     key: str
 
 
-LocalProvider = (
-    AgentStarted
-    | OffersChanged
-    | RulesChanged
-    | StopAgent
-    | ProposalArrived
-    | AgreementArrived
-    | EventArrived
-    | OfferPublished
-    | OfferLost
-    | ApprovalEnded
-    | TerminationEnded
-    | ActivityClosed
-    | UsageRead
-    | NoteIssued
-    | NoteSent
-    | NoteRead
-    | FundsKnown
-    | InvoiceIssued
-    | InvoiceSent
-    | TaskEnded
-    | UnitRunning
-    | UnitExited
-    | IdleDue
-    | CreditDue
-    | ExpirationDue
-    | NoteDue
-    | DeadlineDue
-    | PatienceDue
-    | ForgetDue
-    | Undelivered
-)
 Timer = IdleDue | CreditDue | ExpirationDue | NoteDue | DeadlineDue | PatienceDue | ForgetDue
 ToRest = (
-    PublishOffer
+    PlaceOffer
     | WatchOffer
     | WithdrawOffer
-    | CounterProposal
-    | RejectProposal
-    | ApproveAgreement
-    | RejectAgreement
-    | TerminateAgreement
+    | AnswerProposal
+    | RefuseProposal
+    | AcceptAgreement
+    | RefuseAgreement
+    | EndAgreement
     | CloseActivity
     | ReadUsage
     | IssueNote
     | SendNote
     | ReadNote
     | AskFunds
-    | IssueInvoice
+    | WriteInvoice
     | SendInvoice
 )
 #: Messages to the port that nothing else would bring back after a kill: the machine keeps them until `TaskEnded`.
-Kept = CounterProposal | RejectProposal | RejectAgreement | ReadNote
+Kept = AnswerProposal | RefuseProposal | RefuseAgreement | ReadNote
 #: What anybody may cause, as often as he likes. It has a port of its own, so that no money waits behind it.
-Talk = CounterProposal | RejectProposal | RejectAgreement
+Talk = AnswerProposal | RefuseProposal | RefuseAgreement
 OfStrangers = Talk | AskFunds
 _IDS = ("preset", "offer_id", "proposal_id", "agreement_id", "activity_id", "number", "serial", "deadline", "note_id",
         "requestor", "platform")  # fmt: skip

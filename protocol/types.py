@@ -36,6 +36,10 @@ class Violation(Exception):
     """The other side broke the protocol: its fault, so the message is dropped and said so, never retried."""
 
 
+class Done(Message, frozen=True):
+    """The command is carried out (or was before), and committed."""
+
+
 class Refused(Message, frozen=True):
     """An expected no. `code` is one of the words of `REFUSALS`; `message` is for a person."""
 

@@ -6,7 +6,7 @@ from protocol.activity import Output
 from protocol.types import Message
 
 
-class AgreementRow(Message, frozen=True):
+class ActivityAgreementRow(Message, frozen=True, tag="AgreementRow"):
     """An approved agreement, as far as activities care."""
 
     agreement_id: str

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import TYPE_CHECKING, get_args
+from typing import get_args
 
 import msgspec
 import trio
 
 from actors.kernel.feed import next_head
+from actors.kernel.host import Host
 from actors.kernel.lineage import Lower, Position
 from actors.kernel.machine import (
     MAX_DEADLINE_S,
@@ -31,7 +32,7 @@ from actors.kernel.machine import (
     Wake,
     check_step,
 )
-from actors.kernel.mailbox import (
+from actors.kernel.mail import (
     BATCH,
     BATCH_BYTES,
     BATCH_S,
@@ -46,7 +47,6 @@ from actors.kernel.mailbox import (
     Delivery,
     LinkBatch,
     LinkBroken,
-    Mailbox,
     Outcome,
     Release,
     TimerDue,
@@ -54,13 +54,11 @@ from actors.kernel.mailbox import (
     fresh,
     key_of,
 )
+from actors.kernel.mailbox import Mailbox
 from actors.kernel.records import Commit, Event, JournalError, Posted, RowDamaged, Timer
 from actors.kernel.row_view import MAX_ROW_BYTES, RowView, row_decoder
 from protocol.codec import MAX_BODY_BYTES, Envelope, encode
 from protocol.types import Message, PeerLost, Undelivered, Violation, node_of
-
-if TYPE_CHECKING:
-    from actors.kernel.system import System
 
 CACHED_LINKS = 4096
 ON_FEEDS = (Emit, DropFeed)
@@ -97,7 +95,7 @@ class Decided(msgspec.Struct, frozen=True):
 class Actor(Mailbox):
     """Runs one machine on one journal."""
 
-    def __init__(self, system: System, machine: Machine, capacity: int = CAPACITY) -> None:
+    def __init__(self, system: Host, machine: Machine, capacity: int = CAPACITY) -> None:
         super().__init__(system, machine, capacity)
         self.machine = machine
         self._row_types = frozenset(get_args(machine.rows) or (machine.rows,))

@@ -9,16 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import trio
 
+from actors.kernel.host import Host
 from actors.kernel.journal import ALARMS_AT_ONCE
-from actors.kernel.mailbox import DeadlinePassed, TimerDue
+from actors.kernel.mail import DeadlinePassed, TimerDue
 from actors.kernel.records import Commit
-
-if TYPE_CHECKING:
-    from actors.kernel.system import System
 
 CLOCK_LOOK_S = 1.0  # how long an alarm may wait that found no room
 CLOCK_SLEEP_S = 60.0  # a clock that was set, or a machine that slept, is noticed this late at most
@@ -41,7 +38,7 @@ class Failing:
 class Alarms:
     """Watches the clock for all actors of a system."""
 
-    def __init__(self, system: System) -> None:
+    def __init__(self, system: Host) -> None:
         self._system = system
         self._changed = trio.Event()
         self._next: float | None = None  # nothing is to be done before

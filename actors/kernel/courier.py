@@ -11,19 +11,15 @@ message (`lineage.py`). Else a disk went back in time, and the link begins a new
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import trio
 
+from actors.kernel.host import Host
 from actors.kernel.lineage import Lower, Marks, Relink, agreed, boot_at, first_of
 from actors.kernel.machine import LinkDown
-from actors.kernel.mailbox import RETIRED, LinkBroken
+from actors.kernel.mail import RETIRED, LinkBroken
 from actors.kernel.records import Posted
 from protocol.codec import MAX_BATCH, MAX_UNDER_WAY, Ack, Envelope, decode_ack, encode_batch
 from protocol.types import PeerLost, Violation, node_of
-
-if TYPE_CHECKING:
-    from actors.kernel.system import System
 
 WINDOW = MAX_UNDER_WAY - MAX_BATCH  # messages of a link under way
 FRAMES = 4  # frames of a link under way
@@ -38,7 +34,7 @@ TWICE = "refused: another process with this node's key and a copy of its journal
 class Courier:
     """Delivers the messages of one link."""
 
-    def __init__(self, system: System, actor: str, recipient: str) -> None:
+    def __init__(self, system: Host, actor: str, recipient: str) -> None:
         self.system, self.actor, self.recipient = system, actor, recipient
         self._node, self._sender = node_of(recipient), f"{system.node}/{actor}"
         self._begin()

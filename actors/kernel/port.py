@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import logging
 import sqlite3
-from typing import TYPE_CHECKING
 
 import trio
 
+from actors.kernel.host import Host
 from actors.kernel.lineage import Position
 from actors.kernel.machine import ActorFailed, AskTimeout, Busy, LinkDown, Meta, Port
-from actors.kernel.mailbox import CAPACITY, RETIRED, Ask, Delivery, LinkBatch, Mailbox, Outcome, Release, fresh
+from actors.kernel.mail import CAPACITY, RETIRED, Ask, Delivery, LinkBatch, Outcome, Release, fresh
+from actors.kernel.mailbox import Mailbox
 from actors.kernel.records import Commit, JournalError, RowDamaged
 from protocol.codec import Envelope
 from protocol.types import Violation, node_of
-
-if TYPE_CHECKING:
-    from actors.kernel.system import System
 
 log = logging.getLogger("golem.kernel")
 
@@ -43,7 +41,7 @@ class PortActor(Mailbox):
 
     first_pause_s = 5.0
 
-    def __init__(self, system: System, port: Port, capacity: int = CAPACITY) -> None:
+    def __init__(self, system: Host, port: Port, capacity: int = CAPACITY) -> None:
         super().__init__(system, port, capacity)
         self.port = port
         self._whims: dict[str, str] = {}  # sender -> what its link waits for

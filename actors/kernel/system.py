@@ -36,7 +36,7 @@ from actors.kernel.machine import (
     Transport,
     check_send,
 )
-from actors.kernel.mailbox import CAPACITY, RETIRED, Ask, LinkBatch, LinkBroken, Release
+from actors.kernel.mail import CAPACITY, RETIRED, Ask, LinkBatch, LinkBroken, Release
 from actors.kernel.port import PortActor
 from actors.kernel.records import Commit, JournalError, Posted, RowDamaged, SetAside
 from actors.kernel.row_view import RowView

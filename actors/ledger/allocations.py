@@ -10,11 +10,11 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from actors.kernel.typed_draft import Declined, MoneyDraft
+from actors.kernel.draft import Declined, Draft
 from actors.ledger.rows import Allocation, owed, remaining, reserved
 from protocol.amounts import minus, total_of
-from protocol.ledger import AllocationTimeout, AmendAllocation, CreateAllocation, Done, ReleaseAllocation
-from protocol.types import amount, amount_text, node_id
+from protocol.ledger import AllocationTimeout, AmendAllocation, CreateAllocation, ReleaseAllocation
+from protocol.types import Done, amount, amount_text, node_id
 
 TEN_YEARS_S = 3652 * 24 * 3600.0
 
@@ -27,7 +27,7 @@ def amount_of(text: str) -> Decimal:
         raise Declined("bad_request", str(error)) from None
 
 
-def create(draft: MoneyDraft, me: str, command: CreateAllocation) -> None:
+def create(draft: Draft, command: CreateAllocation) -> None:
     """Set money aside if the wallet has it beyond what other live allocations hold and what is to be paid."""
     key = f"allocation/{command.allocation_id}"
     if draft.row(Allocation, key):
@@ -35,7 +35,7 @@ def create(draft: MoneyDraft, me: str, command: CreateAllocation) -> None:
         return
     total = amount_of(command.total)
     try:
-        own = node_id(command.address) == me
+        own = node_id(command.address) == draft.me
     except ValueError as error:
         raise Declined("bad_request", str(error)) from None
     if not own:
@@ -62,7 +62,7 @@ def create(draft: MoneyDraft, me: str, command: CreateAllocation) -> None:
     draft.reply(Done())
 
 
-def amend(draft: MoneyDraft, me: str, command: AmendAllocation) -> None:
+def amend(draft: Draft, command: AmendAllocation) -> None:
     """Change total (never below what is spent) or timeout."""
     row = _live(draft, command.allocation_id)
     total = amount_of(command.total) if command.total is not None else Decimal(row.total)
@@ -77,7 +77,7 @@ def amend(draft: MoneyDraft, me: str, command: AmendAllocation) -> None:
     draft.reply(Done())
 
 
-def release(draft: MoneyDraft, me: str, command: ReleaseAllocation) -> None:
+def release(draft: Draft, command: ReleaseAllocation) -> None:
     """Free the remainder. What was charged before stays owed and gets paid."""
     row = draft.row(Allocation, f"allocation/{command.allocation_id}")
     if row is None:
@@ -88,14 +88,14 @@ def release(draft: MoneyDraft, me: str, command: ReleaseAllocation) -> None:
     draft.reply(Done())
 
 
-def timeout(draft: MoneyDraft, me: str, timer: AllocationTimeout) -> None:
+def timeout(draft: Draft, timer: AllocationTimeout) -> None:
     """Release at the timeout; an amended one has set a timer of its own."""
     row = draft.row(Allocation, f"allocation/{timer.allocation_id}")
     if row is not None and row.released_at is None and row.timeout_at <= draft.now:
         _store(draft, row, released_at=draft.now)
 
 
-def usable(draft: MoneyDraft, allocation_id: str, payer_addr: str, platform: str) -> Allocation:
+def usable(draft: Draft, allocation_id: str, payer_addr: str, platform: str) -> Allocation:
     """Return a live allocation that may pay from this account on this platform; declines otherwise."""
     row = draft.row(Allocation, f"allocation/{allocation_id}")
     if row is None:
@@ -109,7 +109,7 @@ def usable(draft: MoneyDraft, allocation_id: str, payer_addr: str, platform: str
     return row
 
 
-def charge(draft: MoneyDraft, row: Allocation, sum_due: Decimal) -> None:
+def charge(draft: Draft, row: Allocation, sum_due: Decimal) -> None:
     """Spend `sum_due` of an allocation; declines where it holds less."""
     left = remaining(row)
     if sum_due > left:
@@ -120,14 +120,14 @@ def charge(draft: MoneyDraft, row: Allocation, sum_due: Decimal) -> None:
     _store(draft, row, spent=amount_text(total_of((row.spent, sum_due))), timeout_at=timeout_at)
 
 
-def _live(draft: MoneyDraft, allocation_id: str) -> Allocation:
+def _live(draft: Draft, allocation_id: str) -> Allocation:
     row = draft.row(Allocation, f"allocation/{allocation_id}")
     if row is None or row.released_at is not None:
         raise Declined("unknown", f"there is no live allocation {allocation_id}")
     return row
 
 
-def _check_funds(draft: MoneyDraft, platform: str, wanted: Decimal, balance: str | None, besides: str) -> None:
+def _check_funds(draft: Draft, platform: str, wanted: Decimal, balance: str | None, besides: str) -> None:
     if balance is None:
         return
     held, debt = reserved(draft, platform, besides), owed(draft, platform)
@@ -141,7 +141,7 @@ def _check_funds(draft: MoneyDraft, platform: str, wanted: Decimal, balance: str
         )
 
 
-def _store(draft: MoneyDraft, row: Allocation, **changes: Any) -> None:
+def _store(draft: Draft, row: Allocation, **changes: Any) -> None:
     row = replace(row, updated_at=draft.now, **changes)
     assert 0 <= Decimal(row.spent) <= Decimal(row.total), row
     key, live = f"allocation/{row.allocation_id}", row.released_at is None

@@ -19,8 +19,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from decimal import ROUND_DOWN, Context, Decimal
 from typing import Any, Protocol
 
-from actors.kernel.typed_draft import MoneyDraft
-from actors.ledger.rows import Activity, ClockRow, Pricing
+from actors.kernel.draft import Draft
+from actors.ledger.rows import ClockRow, LedgerActivityRow, Pricing
 from protocol.amounts import total_of
 from protocol.ledger import ClockSeen
 from protocol.types import WEI_DIGITS, amount_text
@@ -67,7 +67,7 @@ def _number(value: Any) -> float | None:
 
 
 # -- time
-def clock_seen(draft: MoneyDraft, me: str, fact: ClockSeen) -> None:
+def clock_seen(draft: Draft, fact: ClockSeen) -> None:
     """Compare the wall clock with one that nobody sets; what the wall clock lost is added to every running activity."""
     before = draft.row(ClockRow, "clock") or ClockRow(fact.boot_id, fact.boot_s, fact.wall_s)
     set_back_s = before.set_back_s
@@ -89,7 +89,7 @@ def set_back_s(rows: HasRows) -> float:
     return row.set_back_s if row else 0.0
 
 
-def age_s(rows: HasRows, activity: Activity, now: float) -> float:
+def age_s(rows: HasRows, activity: LedgerActivityRow, now: float) -> float:
     """Return how long an activity has been there, or was until its end."""
     if activity.ended_at is not None:
         return max(0.0, activity.ended_at - activity.created_at + activity.ended_set_back_s - activity.set_back_s)
@@ -138,7 +138,7 @@ def most_for(pricing: Pricing, usage: Sequence[float] | None, age: float) -> Dec
     return total.quantize(_WEI, ROUND_DOWN, _EXACT)
 
 
-def most_for_agreement(pricing: Pricing, activities: Iterable[tuple[Activity, float]]) -> Decimal:
+def most_for_agreement(pricing: Pricing, activities: Iterable[tuple[LedgerActivityRow, float]]) -> Decimal:
     """Return the most that an invoice may say: what each activity may cost, or what its last note said that was taken."""
     return total_of(max(most_for(pricing, None, age), Decimal(activity.due)) for activity, age in activities)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from actors.kernel.typed_draft import Declined, MoneyDraft
+from actors.kernel.draft import Declined, Draft
 from actors.ledger.ceiling import pricing_of, set_back_s
 from actors.ledger.rows import (
     ACCEPTED,
@@ -24,9 +24,9 @@ from actors.ledger.rows import (
     PAYER,
     REJECTED,
     SETTLED,
-    Activity,
-    Agreement,
     In,
+    LedgerActivityRow,
+    LedgerAgreementRow,
     PaymentDocument,
     Stored,
     Told,
@@ -44,10 +44,10 @@ DAY_S = 24 * 3600.0
 
 
 # -- facts from other actors
-def agreement_approved(draft: MoneyDraft, me: str, fact: AgreementApproved) -> None:
+def agreement_approved(draft: Draft, fact: AgreementApproved) -> None:
     """Learn the payment terms of an agreement."""
     key = f"agreement/{fact.agreement_id}"
-    if draft.row(Agreement, key):
+    if draft.row(LedgerAgreementRow, key):
         return
     demand, offer = json.loads(fact.demand_properties), json.loads(fact.offer_properties)
     terms = payment_terms(demand, offer, fact.requestor, fact.provider)
@@ -59,7 +59,7 @@ def agreement_approved(draft: MoneyDraft, me: str, fact: AgreementApproved) -> N
         _prices(draft, fact.agreement_id, demand, offer)
     draft.put(
         key,
-        Agreement(
+        LedgerAgreementRow(
             agreement_id=fact.agreement_id,
             role=PAYEE if provides else PAYER,
             peer=peer,
@@ -73,53 +73,55 @@ def agreement_approved(draft: MoneyDraft, me: str, fact: AgreementApproved) -> N
     )
 
 
-def _prices(draft: MoneyDraft, agreement_id: str, demand: Any, offer: Any) -> None:
+def _prices(draft: Draft, agreement_id: str, demand: Any, offer: Any) -> None:
     pricing = pricing_of(agreement_id, demand, offer)
     if pricing is not None:
         draft.put(f"pricing/{agreement_id}", pricing)
 
 
-def agreement_ended(draft: MoneyDraft, me: str, fact: AgreementEnded) -> None:
+def agreement_ended(draft: Draft, fact: AgreementEnded) -> None:
     """Note it; what is owed stays owed."""
-    row = draft.row(Agreement, f"agreement/{fact.agreement_id}")
+    row = draft.row(LedgerAgreementRow, f"agreement/{fact.agreement_id}")
     if row is not None:
         draft.put(f"agreement/{fact.agreement_id}", replace(row, ended=True))
 
 
-def activity_known(draft: MoneyDraft, me: str, fact: ActivityKnown) -> None:
+def activity_known(draft: Draft, fact: ActivityKnown) -> None:
     """Learn which agreement an activity is billed to."""
-    if draft.row(Activity, f"activity/{fact.activity_id}") is None:
-        row = Activity(fact.activity_id, fact.agreement_id, created_at=fact.at or draft.now, set_back_s=set_back_s(draft))
+    if draft.row(LedgerActivityRow, f"activity/{fact.activity_id}") is None:
+        row = LedgerActivityRow(
+            fact.activity_id, fact.agreement_id, created_at=fact.at or draft.now, set_back_s=set_back_s(draft)
+        )
         draft.put(f"activity/{fact.activity_id}", row)
         draft.put(f"in/{fact.agreement_id}/{fact.activity_id}", In())
 
 
-def activity_over(draft: MoneyDraft, me: str, fact: ActivityOver) -> None:
+def activity_over(draft: Draft, fact: ActivityOver) -> None:
     """Its time does not count any more."""
-    row = draft.row(Activity, f"activity/{fact.activity_id}")
+    row = draft.row(LedgerActivityRow, f"activity/{fact.activity_id}")
     if row is not None and row.ended_at is None:
         row = replace(row, ended_at=fact.at, ended_set_back_s=set_back_s(draft))
         draft.put(f"activity/{fact.activity_id}", row)
 
 
 # -- settling, also used when money moves
-def settle(draft: MoneyDraft, agreement_id: str) -> None:
+def settle(draft: Draft, agreement_id: str) -> None:
     """Settle the accepted documents of an agreement that payments cover by now."""
     for key, row in list(draft.prefix(f"open/{agreement_id}/")):
         document = draft.row(PaymentDocument, f"{row.kind}/{row.document_id}")
         assert document is not None, key
-        sums: Agreement | Activity | None
+        sums: LedgerAgreementRow | LedgerActivityRow | None
         if document.kind == DEBIT_NOTE:
-            sums = draft.row(Activity, f"activity/{document.activity_id}")
+            sums = draft.row(LedgerActivityRow, f"activity/{document.activity_id}")
         else:
-            sums = draft.row(Agreement, f"agreement/{agreement_id}")
+            sums = draft.row(LedgerAgreementRow, f"agreement/{agreement_id}")
         assert sums is not None, key
         if Decimal(sums.paid) >= Decimal(document.amount):
             draft.put(key, None)
             event(draft, put(draft, document, status=SETTLED, waiting=""), SETTLED)
 
 
-def explain(draft: MoneyDraft, kind: str, document_id: str, waiting: str) -> None:
+def explain(draft: Draft, kind: str, document_id: str, waiting: str) -> None:
     """Say why an accepted document is not settled yet."""
     row = draft.row(PaymentDocument, f"{kind}/{document_id}")
     if row is not None and row.status == ACCEPTED and row.waiting != waiting:
@@ -127,25 +129,25 @@ def explain(draft: MoneyDraft, kind: str, document_id: str, waiting: str) -> Non
 
 
 # -- what a peer may have us keep
-def no_room(draft: MoneyDraft, peer: str, size: int) -> str:
+def no_room(draft: Draft, peer: str, size: int) -> str:
     """Why nothing of this size is kept for a peer now, "" if it is."""
     if _stored(draft, peer) + size <= MAX_PEER_BYTES:
         return ""
     return f"{MAX_PEER_BYTES} bytes are kept for {peer} already; {PEER_BYTES_A_DAY} more are possible each day"
 
 
-def keep(draft: MoneyDraft, peer: str, size: int) -> None:
+def keep(draft: Draft, peer: str, size: int) -> None:
     """Count what is kept for a peer."""
     draft.put(f"stored/{peer}", Stored(_stored(draft, peer) + size, draft.now))
 
 
-def _stored(draft: MoneyDraft, peer: str) -> float:
+def _stored(draft: Draft, peer: str) -> float:
     row = draft.row(Stored, f"stored/{peer}")
     return max(0.0, row.size - max(0.0, draft.now - row.at) * PEER_BYTES_A_DAY / DAY_S) if row else 0.0
 
 
 # -- pieces
-def invoice_floor(draft: MoneyDraft, agreement: Agreement) -> Decimal:
+def invoice_floor(draft: Draft, agreement: LedgerAgreementRow) -> Decimal:
     """What an invoice must at least amount to."""
     last = draft.row(PaymentDocument, f"invoice/{agreement.invoice_id}")
     stands = last is not None and last.status not in (REJECTED, CANCELLED) and not last.refused
@@ -153,11 +155,11 @@ def invoice_floor(draft: MoneyDraft, agreement: Agreement) -> Decimal:
     return max(Decimal(agreement.accepted), Decimal(invoiced))
 
 
-def owe(draft: MoneyDraft, row: PaymentDocument) -> Decimal:
+def owe(draft: Draft, row: PaymentDocument) -> Decimal:
     """Book what accepting `row` adds to the debt, and return it."""
     agreement = agreement_of(draft, row)
     if row.kind == DEBIT_NOTE:
-        activity = draft.row(Activity, f"activity/{row.activity_id}")
+        activity = draft.row(LedgerActivityRow, f"activity/{row.activity_id}")
         assert activity is not None, row
         added = Decimal(0) if agreement.invoice_accepted else max(minus(row.amount, activity.accepted), Decimal(0))
         accepted = amount_text(total_of((activity.accepted, added)))
@@ -171,11 +173,11 @@ def owe(draft: MoneyDraft, row: PaymentDocument) -> Decimal:
 
 
 def add(
-    draft: MoneyDraft,
+    draft: Draft,
     kind: str,
     document_id: str,
     role: str,
-    agreement: Agreement,
+    agreement: LedgerAgreementRow,
     activity_id: str,
     total: Decimal,
     body: bytes,
@@ -199,30 +201,30 @@ def add(
     return row
 
 
-def put(draft: MoneyDraft, row: PaymentDocument, **changes: Any) -> PaymentDocument:
+def put(draft: Draft, row: PaymentDocument, **changes: Any) -> PaymentDocument:
     """Store a document with changes, and return it."""
     row = replace(row, changed_at=draft.now, **changes)
     draft.put(f"{row.kind}/{row.document_id}", row)
     return row
 
 
-def event(draft: MoneyDraft, row: PaymentDocument, what: str) -> None:
+def event(draft: Draft, row: PaymentDocument, what: str) -> None:
     """Tell those who watch the feed what happened to a document."""
     session = agreement_of(draft, row).app_session_id
     draft.emit(FEEDS[row.kind], DocumentEvent(row.document_id, what, row.role, session, row.rejection))
 
 
-def cancelled(draft: MoneyDraft, row: PaymentDocument) -> None:
+def cancelled(draft: Draft, row: PaymentDocument) -> None:
     """End a document that was withdrawn."""
     event(draft, put(draft, row, status=CANCELLED, waiting=""), CANCELLED)
 
 
-def rejected(draft: MoneyDraft, row: PaymentDocument, rejection: str) -> None:
+def rejected(draft: Draft, row: PaymentDocument, rejection: str) -> None:
     """End an invoice that will not be paid."""
     event(draft, put(draft, row, status=REJECTED, waiting="", rejection=rejection), REJECTED)
 
 
-def document_of(draft: MoneyDraft, kind: str, document_id: str, role: str) -> PaymentDocument:
+def document_of(draft: Draft, kind: str, document_id: str, role: str) -> PaymentDocument:
     """Return the document that a command is about; declines one that is unknown or of the other role."""
     row = draft.row(PaymentDocument, f"{kind}/{document_id}") if kind in FEEDS else None
     if row is None:
@@ -232,14 +234,14 @@ def document_of(draft: MoneyDraft, kind: str, document_id: str, role: str) -> Pa
     return row
 
 
-def check_sender(draft: MoneyDraft, row: PaymentDocument, role: str) -> None:
+def check_sender(draft: Draft, row: PaymentDocument, role: str) -> None:
     """Raise `Violation` unless we have this role in the document and the sender the other."""
     if row.role != role or agreement_of(draft, row).peer != node_of(draft.meta.sender):
         raise Violation(f"{draft.meta.sender} has no say about {row.kind} {row.document_id}")
 
 
-def agreement_of(draft: MoneyDraft, row: PaymentDocument) -> Agreement:
+def agreement_of(draft: Draft, row: PaymentDocument) -> LedgerAgreementRow:
     """Return the agreement that a document belongs to."""
-    agreement = draft.row(Agreement, f"agreement/{row.agreement_id}")
+    agreement = draft.row(LedgerAgreementRow, f"agreement/{row.agreement_id}")
     assert agreement is not None, row
     return agreement

@@ -15,24 +15,22 @@ The machine has its parts in `allocations`, `documents` (`_payee`, `_payer`), `p
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-from actors.kernel.machine import Meta, Reply, Rows, Step
-from actors.kernel.sources import EDGE, check_source
-from actors.kernel.typed_draft import Declined, MoneyDraft
+from actors.kernel.draft import Draft
+from actors.kernel.grammar import EDGE, ITSELF, PEER, On, Table, TableMachine
 from actors.ledger import allocations, ceiling, documents, payee, payer, payments
 from actors.ledger import recall as recalls
 from actors.ledger.audit import objection
 from actors.ledger.rows import (
-    Activity,
-    Agreement,
     Allocation,
+    LedgerActivityRow,
+    LedgerAgreementRow,
     LedgerRow,
     Open,
     Order,
-    Payment,
     PaymentDocument,
+    PaymentRow,
     TxClaims,
     acceptance_of,
     decorations,
@@ -79,14 +77,14 @@ from protocol.types import PeerLost, Undelivered
 from protocol.wallet import PaidOut, PayOut, PayOutDelayed, TransferRejected, TransferVerified, VerifyTransfer
 
 __all__ = [
-    "Activity",
-    "Agreement",
     "Allocation",
     "Ledger",
+    "LedgerActivityRow",
+    "LedgerAgreementRow",
     "Open",
     "Order",
-    "Payment",
     "PaymentDocument",
+    "PaymentRow",
     "TxClaims",
     "acceptance_of",
     "decorations",
@@ -100,25 +98,9 @@ __all__ = [
 ]
 
 RESEND = (DocumentAccepted, InvoiceRejected, InvoiceCancelRequested, PayOut, SignPayment, VerifyTransfer)
-_sent = Decoder[Any](
-    DocumentSent
-    | DocumentReceived
-    | DocumentRefused
-    | DocumentAccepted
-    | InvoiceRejected
-    | InvoiceCancelRequested
-    | InvoiceCancelled
-    | PaymentSent
-    | PaymentAcknowledged
-    | PayOut
-    | SignPayment
-    | VerifyTransfer
-    | AskAgain
-    | Recalled
-)
 
 
-def _undelivered(draft: MoneyDraft, me: str, fact: Undelivered) -> None:
+def _undelivered(draft: Draft, fact: Undelivered) -> None:
     """What carries a duty is sent again; a document and a payment say that they could not be delivered."""
     message = _sent(fact.body)
     if isinstance(message, DocumentSent):
@@ -129,136 +111,52 @@ def _undelivered(draft: MoneyDraft, me: str, fact: Undelivered) -> None:
         draft.send(fact.to, message)
 
 
-_Handler = Callable[[MoneyDraft, str, Any], None]
-
-_HANDLERS: dict[type, _Handler] = {
-    AgreementApproved: documents.agreement_approved,
-    AgreementEnded: documents.agreement_ended,
-    ActivityKnown: documents.activity_known,
-    ActivityOver: documents.activity_over,
-    ClockSeen: ceiling.clock_seen,
-    CreateAllocation: allocations.create,
-    AmendAllocation: allocations.amend,
-    ReleaseAllocation: allocations.release,
-    AllocationTimeout: allocations.timeout,
-    IssueDebitNote: payee.issue_debit_note,
-    IssueInvoice: payee.issue_invoice,
-    SendDocument: payee.send_document,
-    CancelInvoice: payee.cancel_invoice,
-    AcceptDocument: payer.accept,
-    RejectInvoice: payer.reject_invoice,
-    DocumentSent: payer.document_sent,
-    InvoiceCancelRequested: payer.cancel_requested,
-    DocumentReceived: payee.document_received,
-    DocumentRefused: payee.document_refused,
-    DocumentAccepted: payee.document_accepted,
-    InvoiceRejected: payee.invoice_rejected,
-    InvoiceCancelled: payee.invoice_cancelled,
-    PaidOut: payments.paid_out,
-    PayOutDelayed: payments.pay_out_delayed,
-    PaymentSigned: payments.payment_signed,
-    PaymentAcknowledged: payments.payment_acknowledged,
-    SendPaymentAgain: payments.send_payment_again,
-    PaymentSent: payments.payment_sent,
-    TransferVerified: payments.transfer_verified,
-    TransferRejected: payments.transfer_rejected,
-    VerifyAgain: payments.verify_again,
-    Recall: recalls.recall,
-    TellAgain: recalls.tell_again,
-    AskAgain: recalls.ask_again,
-    Recalled: recalls.recalled,
-    PeerLost: recalls.peer_lost,
-    Undelivered: _undelivered,
-}
-
-#: Who alone on this node may say what; the rest is said by ledgers of other nodes.
-_SOURCES: dict[type, str] = {
-    AgreementApproved: "negotiation",
-    AgreementEnded: "negotiation",
-    ActivityKnown: "activity",
-    ActivityOver: "activity",
-    ClockSeen: "clock",
-    CreateAllocation: EDGE,
-    AmendAllocation: EDGE,
-    ReleaseAllocation: EDGE,
-    IssueDebitNote: EDGE,
-    IssueInvoice: EDGE,
-    SendDocument: EDGE,
-    CancelInvoice: EDGE,
-    AcceptDocument: EDGE,
-    RejectInvoice: EDGE,
-    PaidOut: "wallet",
-    PayOutDelayed: "wallet",
-    PaymentSigned: "signer",
-    TransferVerified: "chain",
-    TransferRejected: "chain",
-    AllocationTimeout: "ledger",
-    VerifyAgain: "ledger",
-    SendPaymentAgain: "ledger",
-    Undelivered: "ledger",
-    PeerLost: "ledger",
-    TellAgain: "ledger",
-    Recall: EDGE,
-}
+TABLE = Table(
+    On(AgreementApproved, "negotiation", documents.agreement_approved),
+    On(AgreementEnded, "negotiation", documents.agreement_ended),
+    On(ActivityKnown, "activity", documents.activity_known),
+    On(ActivityOver, "activity", documents.activity_over),
+    On(ClockSeen, "clock", ceiling.clock_seen),
+    On(CreateAllocation, EDGE, allocations.create),
+    On(AmendAllocation, EDGE, allocations.amend),
+    On(ReleaseAllocation, EDGE, allocations.release),
+    On(AllocationTimeout, ITSELF, allocations.timeout),
+    On(IssueDebitNote, EDGE, payee.issue_debit_note),
+    On(IssueInvoice, EDGE, payee.issue_invoice),
+    On(SendDocument, EDGE, payee.send_document),
+    On(CancelInvoice, EDGE, payee.cancel_invoice),
+    On(AcceptDocument, EDGE, payer.accept),
+    On(RejectInvoice, EDGE, payer.reject_invoice),
+    On(DocumentSent, PEER, payer.document_sent),
+    On(InvoiceCancelRequested, PEER, payer.cancel_requested),
+    On(DocumentReceived, PEER, payee.document_received),
+    On(DocumentRefused, PEER, payee.document_refused),
+    On(DocumentAccepted, PEER, payee.document_accepted),
+    On(InvoiceRejected, PEER, payee.invoice_rejected),
+    On(InvoiceCancelled, PEER, payee.invoice_cancelled),
+    On(PaidOut, "wallet", payments.paid_out),
+    On(PayOutDelayed, "wallet", payments.pay_out_delayed),
+    On(PaymentSigned, "signer", payments.payment_signed),
+    On(PaymentAcknowledged, PEER, payments.payment_acknowledged),
+    On(SendPaymentAgain, ITSELF, payments.send_payment_again),
+    On(PaymentSent, PEER, payments.payment_sent),
+    On(TransferVerified, "chain", payments.transfer_verified),
+    On(TransferRejected, "chain", payments.transfer_rejected),
+    On(VerifyAgain, ITSELF, payments.verify_again),
+    On(Recall, EDGE, recalls.recall),
+    On(TellAgain, ITSELF, recalls.tell_again),
+    On(AskAgain, PEER, recalls.ask_again),
+    On(Recalled, PEER, recalls.recalled),
+    On(PeerLost, ITSELF, recalls.peer_lost),
+    On(Undelivered, ITSELF, _undelivered),
+)
+#: What `Undelivered` may hold: ledgers say to one another what they hear, and ask the ports.
+_sent = Decoder[Any](TABLE.peer | PayOut | SignPayment | VerifyTransfer)
 
 
-class Ledger:
+class Ledger(TableMachine):
     """The machine; see the module's docstring."""
 
     name = "ledger"
-    local = (
-        AgreementApproved
-        | AgreementEnded
-        | ActivityKnown
-        | ActivityOver
-        | ClockSeen
-        | CreateAllocation
-        | AmendAllocation
-        | ReleaseAllocation
-        | AllocationTimeout
-        | IssueDebitNote
-        | IssueInvoice
-        | SendDocument
-        | CancelInvoice
-        | AcceptDocument
-        | RejectInvoice
-        | PaidOut
-        | PayOutDelayed
-        | PaymentSigned
-        | SendPaymentAgain
-        | TransferVerified
-        | TransferRejected
-        | VerifyAgain
-        | Recall
-        | TellAgain
-        | Undelivered
-        | PeerLost
-    )
-    peer = (
-        DocumentSent
-        | InvoiceCancelRequested
-        | DocumentReceived
-        | DocumentRefused
-        | DocumentAccepted
-        | InvoiceRejected
-        | InvoiceCancelled
-        | PaymentSent
-        | PaymentAcknowledged
-        | AskAgain
-        | Recalled
-    )
+    table = TABLE
     rows = LedgerRow
-    sources = _SOURCES
-
-    def __init__(self, node_id: str) -> None:
-        self._me = node_id
-
-    def handle(self, rows: Rows, message: Any, meta: Meta) -> Step:
-        """Carry out a message. An expected no changes nothing and is the reply. Raises `Violation`."""
-        check_source(message, meta, self._me, self.name, self.sources)
-        draft = MoneyDraft(rows, meta)
-        try:
-            _HANDLERS[type(message)](draft, self._me, message)
-        except Declined as no:
-            return Step(effects=[Reply(no.refusal)])
-        return draft.step()

@@ -6,7 +6,7 @@ from decimal import Decimal
 
 from msgspec.structs import replace
 
-from actors.kernel.typed_draft import Declined, MoneyDraft
+from actors.kernel.draft import Declined, Draft
 from actors.ledger.allocations import amount_of
 from actors.ledger.documents import (
     add,
@@ -29,8 +29,8 @@ from actors.ledger.rows import (
     PAYEE,
     RECEIVED,
     SETTLED,
-    Activity,
-    Agreement,
+    LedgerActivityRow,
+    LedgerAgreementRow,
     Open,
     PaymentDocument,
     acceptance_of,
@@ -47,7 +47,6 @@ from protocol.ledger import (
     DocumentReceived,
     DocumentRefused,
     DocumentSent,
-    Done,
     InvoiceBody,
     InvoiceCancelled,
     InvoiceCancelRequested,
@@ -60,17 +59,17 @@ from protocol.ledger import (
     encode_body,
 )
 from protocol.signing import Document, verify
-from protocol.types import Violation, address, amount, amount_text, timestamp_text
+from protocol.types import Done, Violation, address, amount, amount_text, timestamp_text
 
 
 # -- the payee's commands
-def issue_debit_note(draft: MoneyDraft, me: str, command: IssueDebitNote) -> None:
+def issue_debit_note(draft: Draft, command: IssueDebitNote) -> None:
     """Write a debit note over the running total of an activity."""
     key = f"debit-note/{command.debit_note_id}"
     if draft.row(PaymentDocument, key):
         draft.reply(Done())
         return
-    activity = draft.row(Activity, f"activity/{command.activity_id}")
+    activity = draft.row(LedgerActivityRow, f"activity/{command.activity_id}")
     if activity is None:
         raise Declined("bad_request", f"there is no activity {command.activity_id}")
     agreement = _billable(draft, activity.agreement_id)
@@ -81,7 +80,7 @@ def issue_debit_note(draft: MoneyDraft, me: str, command: IssueDebitNote) -> Non
         raise Declined("bad_request", f"a usage vector has at most {MAX_USAGE_COUNTERS} counters")
     body = DebitNoteBody(
         debit_note_id=command.debit_note_id,
-        issuer_id=me,
+        issuer_id=draft.me,
         recipient_id=agreement.peer,
         payee_addr=agreement.payee_addr,
         payer_addr=agreement.payer_addr,
@@ -100,7 +99,7 @@ def issue_debit_note(draft: MoneyDraft, me: str, command: IssueDebitNote) -> Non
     draft.reply(Done())
 
 
-def issue_invoice(draft: MoneyDraft, me: str, command: IssueInvoice) -> None:
+def issue_invoice(draft: Draft, command: IssueInvoice) -> None:
     """Write an invoice over the total of an agreement."""
     key = f"invoice/{command.invoice_id}"
     if draft.row(PaymentDocument, key):
@@ -111,14 +110,14 @@ def issue_invoice(draft: MoneyDraft, me: str, command: IssueInvoice) -> None:
     if len(command.activity_ids) > MAX_ACTIVITIES:
         raise Declined("bad_request", f"an invoice covers at most {MAX_ACTIVITIES} activities")
     for activity_id in command.activity_ids:
-        activity = draft.row(Activity, f"activity/{activity_id}")
+        activity = draft.row(LedgerActivityRow, f"activity/{activity_id}")
         if activity is None or activity.agreement_id != agreement.agreement_id:
             raise Declined("bad_request", f"activity {activity_id} is not one of the agreement")
     if total < invoice_floor(draft, agreement):
         raise Declined("bad_request", "totals never decrease: more than this was invoiced or accepted already")
     body = InvoiceBody(
         invoice_id=command.invoice_id,
-        issuer_id=me,
+        issuer_id=draft.me,
         recipient_id=agreement.peer,
         payee_addr=agreement.payee_addr,
         payer_addr=agreement.payer_addr,
@@ -134,7 +133,7 @@ def issue_invoice(draft: MoneyDraft, me: str, command: IssueInvoice) -> None:
     draft.reply(Done())
 
 
-def send_document(draft: MoneyDraft, me: str, command: SendDocument) -> None:
+def send_document(draft: Draft, command: SendDocument) -> None:
     """Send an issued document to the payer. Its status changes when the receipt comes."""
     row = document_of(draft, command.kind, command.document_id, PAYEE)
     if row.status == CANCELLED:
@@ -142,14 +141,14 @@ def send_document(draft: MoneyDraft, me: str, command: SendDocument) -> None:
     if row.status == ISSUED:
         if command.document.body != row.body:
             raise Declined("bad_request", "what was signed is not the document")
-        verify(command.document, row.kind, me)
+        verify(command.document, row.kind, draft.me)
         agreement = agreement_of(draft, row)
         put(draft, row, signature=command.document.signature, refused=False, waiting="sent; no receipt yet")
         draft.send(address(agreement.peer, "ledger"), DocumentSent(command.document), command.timeout_s)
     draft.reply(Done())
 
 
-def cancel_invoice(draft: MoneyDraft, me: str, command: CancelInvoice) -> None:
+def cancel_invoice(draft: Draft, command: CancelInvoice) -> None:
     """Withdraw an invoice: at once if it never left, else the payer is asked (an acceptance under way wins)."""
     row = document_of(draft, INVOICE, command.invoice_id, PAYEE)
     if row.status in (ACCEPTED, SETTLED):
@@ -163,14 +162,14 @@ def cancel_invoice(draft: MoneyDraft, me: str, command: CancelInvoice) -> None:
 
 
 # -- from the payer
-def document_received(draft: MoneyDraft, me: str, message: DocumentReceived) -> None:
+def document_received(draft: Draft, message: DocumentReceived) -> None:
     """The payer has it."""
     row = _from_payer(draft, message.kind, message.document_id)
     if row.status == ISSUED:
         event(draft, put(draft, row, status=RECEIVED, waiting="waiting for the requestor to accept"), RECEIVED)
 
 
-def document_refused(draft: MoneyDraft, me: str, message: DocumentRefused) -> None:
+def document_refused(draft: Draft, message: DocumentRefused) -> None:
     """The payer would not take it: it stays issued, with the reason."""
     row = _from_payer(draft, message.kind, message.document_id)
     if row.status == ISSUED:
@@ -187,15 +186,15 @@ def _most(text: str) -> str:
         raise Violation(str(error)) from None
 
 
-def _take_back(draft: MoneyDraft, row: PaymentDocument) -> None:
+def _take_back(draft: Draft, row: PaymentDocument) -> None:
     """What was refused counts for nothing: a lower note may follow."""
-    activity = draft.row(Activity, f"activity/{row.activity_id}")
+    activity = draft.row(LedgerActivityRow, f"activity/{row.activity_id}")
     if activity is not None and activity.due == row.amount:
         due = max(Decimal(activity.accepted), min(Decimal(row.most or "0"), Decimal(activity.due)))
         draft.put(f"activity/{row.activity_id}", replace(activity, due=amount_text(due)))
 
 
-def document_accepted(draft: MoneyDraft, me: str, message: DocumentAccepted) -> None:
+def document_accepted(draft: Draft, message: DocumentAccepted) -> None:
     """The payer owes it."""
     body = decode_body(AcceptanceBody, message.acceptance.body)
     row = _from_payer(draft, body.kind, body.document_id)
@@ -211,7 +210,7 @@ def document_accepted(draft: MoneyDraft, me: str, message: DocumentAccepted) -> 
     settle(draft, row.agreement_id)
 
 
-def invoice_rejected(draft: MoneyDraft, me: str, message: InvoiceRejected) -> None:
+def invoice_rejected(draft: Draft, message: InvoiceRejected) -> None:
     """The payer will not pay."""
     row = _from_payer(draft, INVOICE, message.invoice_id)
     decode_body(RejectionBody, message.rejection.encode(errors="replace"))
@@ -219,14 +218,14 @@ def invoice_rejected(draft: MoneyDraft, me: str, message: InvoiceRejected) -> No
         rejected(draft, row, message.rejection)
 
 
-def invoice_cancelled(draft: MoneyDraft, me: str, message: InvoiceCancelled) -> None:
+def invoice_cancelled(draft: Draft, message: InvoiceCancelled) -> None:
     """The payer agrees to the withdrawal."""
     row = _from_payer(draft, INVOICE, message.invoice_id)
     if row.status in (ISSUED, RECEIVED):
         cancelled(draft, row)
 
 
-def undelivered(draft: MoneyDraft, document: Document, reason: str) -> None:
+def undelivered(draft: Draft, document: Document, reason: str) -> None:
     """A document did not reach the payer: it stays issued and says why."""
     if document.kind == DEBIT_NOTE:
         own_id = decode_body(DebitNoteBody, document.body).debit_note_id
@@ -237,8 +236,8 @@ def undelivered(draft: MoneyDraft, document: Document, reason: str) -> None:
         put(draft, row, waiting=f"not delivered: {reason[:300]}")
 
 
-def _billable(draft: MoneyDraft, agreement_id: str) -> Agreement:
-    agreement = draft.row(Agreement, f"agreement/{agreement_id}")
+def _billable(draft: Draft, agreement_id: str) -> LedgerAgreementRow:
+    agreement = draft.row(LedgerAgreementRow, f"agreement/{agreement_id}")
     if agreement is None:
         raise Declined("bad_request", f"there is no agreement {agreement_id}")
     if agreement.role != PAYEE:
@@ -248,7 +247,7 @@ def _billable(draft: MoneyDraft, agreement_id: str) -> Agreement:
     return agreement
 
 
-def _from_payer(draft: MoneyDraft, kind: str, document_id: str) -> PaymentDocument:
+def _from_payer(draft: Draft, kind: str, document_id: str) -> PaymentDocument:
     row = draft.row(PaymentDocument, f"{kind}/{document_id}") if kind in FEEDS else None
     if row is None:
         raise Violation(f"about a {kind[:32]} that does not exist")

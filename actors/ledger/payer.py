@@ -7,7 +7,7 @@ from decimal import Decimal
 
 from msgspec.structs import replace
 
-from actors.kernel.typed_draft import Declined, MoneyDraft
+from actors.kernel.draft import Declined, Draft
 from actors.ledger.allocations import amount_of, charge, usable
 from actors.ledger.audit import unlike_signed
 from actors.ledger.ceiling import age_s, most_for, most_for_agreement, over
@@ -33,8 +33,8 @@ from actors.ledger.rows import (
     RECEIVED,
     REJECTED,
     SETTLED,
-    Activity,
-    Agreement,
+    LedgerActivityRow,
+    LedgerAgreementRow,
     Open,
     Order,
     Owed,
@@ -55,7 +55,6 @@ from protocol.ledger import (
     DocumentReceived,
     DocumentRefused,
     DocumentSent,
-    Done,
     InvoiceBody,
     InvoiceCancelled,
     InvoiceCancelRequested,
@@ -65,7 +64,7 @@ from protocol.ledger import (
     decode_body,
 )
 from protocol.signing import Document, verify
-from protocol.types import Violation, address, amount, amount_text, node_of
+from protocol.types import Done, Violation, address, amount, amount_text, node_of
 from protocol.wallet import PayOut
 
 MAX_DOCUMENTS = 50_000  # from the payee of one agreement
@@ -77,7 +76,7 @@ _ID = re.compile(rf"[0-9A-Za-z_-]{{1,{MAX_ID_CHARS}}}\Z")
 
 
 # -- the payer's commands
-def accept(draft: MoneyDraft, me: str, command: AcceptDocument) -> None:
+def accept(draft: Draft, command: AcceptDocument) -> None:
     """Owe what a document adds to the debt: charge the allocation, order the payment, tell the payee."""
     row = document_of(draft, command.kind, command.document_id, PAYER)
     agreement = agreement_of(draft, row)
@@ -94,7 +93,7 @@ def accept(draft: MoneyDraft, me: str, command: AcceptDocument) -> None:
         raise Declined("bad_request", f"{agreement.accepted} was accepted for this agreement already")
     if command.acceptance.body != acceptance_of(row):
         raise Declined("bad_request", "what was signed is not the acceptance of this document")
-    verify(command.acceptance, "acceptance", me)
+    verify(command.acceptance, "acceptance", draft.me)
     allocation = usable(draft, command.allocation_id, agreement.payer_addr, agreement.platform)
     added = owe(draft, row)
     charge(draft, allocation, added)
@@ -109,7 +108,7 @@ def accept(draft: MoneyDraft, me: str, command: AcceptDocument) -> None:
     draft.reply(Done())
 
 
-def reject_invoice(draft: MoneyDraft, me: str, command: RejectInvoice) -> None:
+def reject_invoice(draft: Draft, command: RejectInvoice) -> None:
     """Refuse to pay an invoice that is not accepted."""
     row = document_of(draft, INVOICE, command.invoice_id, PAYER)
     if row.status in (ACCEPTED, SETTLED, CANCELLED):
@@ -126,7 +125,7 @@ def reject_invoice(draft: MoneyDraft, me: str, command: RejectInvoice) -> None:
 
 
 # -- from the payee
-def document_sent(draft: MoneyDraft, me: str, message: DocumentSent) -> None:
+def document_sent(draft: Draft, message: DocumentSent) -> None:
     """Take a document in, or say why not; the receipt is repeated as often as the document comes."""
     sender, document = node_of(draft.meta.sender), message.document
     if document.kind not in (DEBIT_NOTE, INVOICE):
@@ -141,7 +140,7 @@ def document_sent(draft: MoneyDraft, me: str, message: DocumentSent) -> None:
     else:
         body = decode_body(InvoiceBody, document.body)
         own_id, activity_id, total = body.invoice_id, "", amount(body.amount)
-    if (body.issuer_id, body.recipient_id) != (sender, me):
+    if (body.issuer_id, body.recipient_id) != (sender, draft.me):
         raise Violation(f"a {document.kind} of other parties")
     receipt = address(sender, "ledger"), DocumentReceived(document.kind, own_id)
     known = draft.row(PaymentDocument, f"{document.kind}/{own_id}")
@@ -150,7 +149,7 @@ def document_sent(draft: MoneyDraft, me: str, message: DocumentSent) -> None:
             raise Violation(f"another {document.kind} with the id {own_id} exists")
         draft.send(*receipt)
         return
-    agreement = draft.row(Agreement, f"agreement/{body.agreement_id}")
+    agreement = draft.row(LedgerAgreementRow, f"agreement/{body.agreement_id}")
     if agreement is not None and (agreement.peer, agreement.role) != (sender, PAYER):
         raise Violation(f"{sender} is not the provider of agreement {body.agreement_id}")
     reason, most = _objection(draft, agreement, body, activity_id, total, len(document.body))
@@ -163,17 +162,17 @@ def document_sent(draft: MoneyDraft, me: str, message: DocumentSent) -> None:
     draft.send(*receipt)
 
 
-def _refused(draft: MoneyDraft, agreement_id: str, refused: RefusedDocument) -> None:
+def _refused(draft: Draft, agreement_id: str, refused: RefusedDocument) -> None:
     """Remember for people what was not taken, if it is about an agreement of ours."""
-    if draft.row(Agreement, f"agreement/{agreement_id}") is not None:
+    if draft.row(LedgerAgreementRow, f"agreement/{agreement_id}") is not None:
         row = draft.row(RefusedDocuments, f"refused/{agreement_id}") or RefusedDocuments()
         others = [one for one in row.documents if one.document_id != refused.document_id]
         draft.put(f"refused/{agreement_id}", RefusedDocuments((*others, refused)[-MAX_REFUSED:]))
 
 
 def _objection(
-    draft: MoneyDraft,
-    agreement: Agreement | None,
+    draft: Draft,
+    agreement: LedgerAgreementRow | None,
     body: DebitNoteBody | InvoiceBody,
     activity_id: str,
     total: Decimal,
@@ -199,9 +198,9 @@ def _objection(
 
 
 def _against_note(
-    draft: MoneyDraft, agreement: Agreement, body: DebitNoteBody, activity_id: str, total: Decimal
+    draft: Draft, agreement: LedgerAgreementRow, body: DebitNoteBody, activity_id: str, total: Decimal
 ) -> tuple[str, str]:
-    activity = draft.row(Activity, f"activity/{activity_id}")
+    activity = draft.row(LedgerActivityRow, f"activity/{activity_id}")
     if activity is None or activity.agreement_id != agreement.agreement_id:
         return f"this node has created no activity {activity_id} under the agreement", ""
     if total < Decimal(activity.due):
@@ -215,7 +214,7 @@ def _against_note(
     return reason, amount_text(most) if reason else ""
 
 
-def _against_invoice(draft: MoneyDraft, agreement: Agreement, body: InvoiceBody, total: Decimal) -> tuple[str, str]:
+def _against_invoice(draft: Draft, agreement: LedgerAgreementRow, body: InvoiceBody, total: Decimal) -> tuple[str, str]:
     ids = [key.rpartition("/")[2] for key, _ in draft.prefix(f"in/{agreement.agreement_id}/")]
     if strange := set(body.activity_ids) - set(ids):
         return f"this node has created no activity {min(strange)[:80]} under the agreement", ""
@@ -227,7 +226,7 @@ def _against_invoice(draft: MoneyDraft, agreement: Agreement, body: InvoiceBody,
     standing = draft.row(PaymentDocument, f"invoice/{agreement.invoice_id}")
     if standing is not None and standing.status in (RECEIVED, ACCEPTED):
         return f"the agreement has an invoice already: {standing.document_id}", ""
-    rows = [draft.row(Activity, f"activity/{one}") for one in ids]
+    rows = [draft.row(LedgerActivityRow, f"activity/{one}") for one in ids]
     activities = [(row, age_s(draft, row, draft.now)) for row in rows if row is not None]
     most = max(most_for_agreement(pricing, activities), Decimal(agreement.accepted))
     time_s = sum(age for _, age in activities)
@@ -235,9 +234,11 @@ def _against_invoice(draft: MoneyDraft, agreement: Agreement, body: InvoiceBody,
     return reason, amount_text(most) if reason else ""
 
 
-def _receive(draft: MoneyDraft, document: Document, own_id: str, agreement: Agreement, activity_id: str, total: Decimal) -> None:
+def _receive(
+    draft: Draft, document: Document, own_id: str, agreement: LedgerAgreementRow, activity_id: str, total: Decimal
+) -> None:
     if document.kind == DEBIT_NOTE:
-        activity = draft.row(Activity, f"activity/{activity_id}")
+        activity = draft.row(LedgerActivityRow, f"activity/{activity_id}")
         assert activity is not None, activity_id
         draft.put(f"activity/{activity_id}", replace(activity, due=amount_text(total), last_debit_note_id=own_id))
     else:
@@ -251,7 +252,7 @@ def _receive(draft: MoneyDraft, document: Document, own_id: str, agreement: Agre
     event(draft, row, RECEIVED)
 
 
-def cancel_requested(draft: MoneyDraft, me: str, message: InvoiceCancelRequested) -> None:
+def cancel_requested(draft: Draft, message: InvoiceCancelRequested) -> None:
     """Agree, unless the invoice is accepted: the payee learns that from the acceptance."""
     if not _ID.match(message.invoice_id):
         raise Violation("no id of an invoice")
@@ -266,7 +267,7 @@ def cancel_requested(draft: MoneyDraft, me: str, message: InvoiceCancelRequested
         draft.send(draft.meta.sender, InvoiceCancelled(message.invoice_id))
 
 
-def order(draft: MoneyDraft, row: PaymentDocument, agreement: Agreement, allocation_id: str, added: Decimal) -> None:
+def order(draft: Draft, row: PaymentDocument, agreement: LedgerAgreementRow, allocation_id: str, added: Decimal) -> None:
     """Order the payment of what accepting a document added to the debt."""
     order_id = f"{row.kind}:{row.document_id}"
     assert draft.row(Order, f"order/{order_id}") is None, f"{order_id} is ordered twice"

@@ -1,6 +1,6 @@
 """Payments: the part of the ledger that turns final transfers into settled documents, on both nodes.
 
-Payer: `PaidOut` -> documents settled, a `Payment` signed and sent to the payee until it acknowledges.
+Payer: `PaidOut` -> documents settled, a `PaymentRow` signed and sent to the payee until it acknowledges.
 Payee: `PaymentSent` -> the claim is reserved on the transaction's row, checked on chain, then booked. The reservation
 comes before the question, so that two claims on one transaction cannot both be granted the same money.
 """
@@ -15,9 +15,9 @@ from decimal import Decimal
 
 from msgspec.structs import replace
 
-from actors.kernel.typed_draft import MoneyDraft
+from actors.kernel.draft import Draft
 from actors.ledger.documents import explain, keep, no_room, settle
-from actors.ledger.rows import PAYEE, PAYER, Activity, Agreement, Order, Owed, Payment, TxClaims
+from actors.ledger.rows import PAYEE, PAYER, LedgerActivityRow, LedgerAgreementRow, Order, Owed, PaymentRow, TxClaims
 from protocol.amounts import minus, total_of
 from protocol.ledger import (
     ActivityPayment,
@@ -56,7 +56,7 @@ SIGNING, SENT, ACKNOWLEDGED, VERIFYING, VERIFIED, REFUSED = (
 
 
 # -- the payer
-def paid_out(draft: MoneyDraft, me: str, fact: PaidOut) -> None:
+def paid_out(draft: Draft, fact: PaidOut) -> None:
     """Orders are paid, final: settle what they cover and tell each payee. A repeat finds nothing left to do."""
     by_peer: dict[str, list[tuple[str, Order]]] = {}
     for order_id in dict.fromkeys(fact.order_ids):
@@ -67,10 +67,10 @@ def paid_out(draft: MoneyDraft, me: str, fact: PaidOut) -> None:
         assert (order.platform, order.payer_addr, order.payee_addr) == (fact.platform, fact.payer, fact.payee), order
         by_peer.setdefault(order.peer, []).append((order_id, order))
     for peer, orders in by_peer.items():
-        _record_payment(draft, me, fact, peer, orders)
+        _record_payment(draft, fact, peer, orders)
 
 
-def _record_payment(draft: MoneyDraft, me: str, fact: PaidOut, peer: str, orders: list[tuple[str, Order]]) -> None:
+def _record_payment(draft: Draft, fact: PaidOut, peer: str, orders: list[tuple[str, Order]]) -> None:
     agreements = _sums((order.agreement_id, order.amount) for _, order in orders if not order.activity_id)
     activities = _sums((order.activity_id, order.amount) for _, order in orders if order.activity_id)
     total = amount_text(total_of(order.amount for _, order in orders))
@@ -78,7 +78,7 @@ def _record_payment(draft: MoneyDraft, me: str, fact: PaidOut, peer: str, orders
     payment_id = str(uuid.UUID(hex=digest("payment", fact.tx_hash, peer, fact.payee, *order_ids)[:32]))
     body = PaymentBody(
         payment_id=payment_id,
-        payer_id=me,
+        payer_id=draft.me,
         payee_id=peer,
         payer_addr=fact.payer,
         payee_addr=fact.payee,
@@ -90,7 +90,7 @@ def _record_payment(draft: MoneyDraft, me: str, fact: PaidOut, peer: str, orders
         details=base64.b64encode(bytes.fromhex(fact.tx_hash.removeprefix("0x"))).decode(),
     )
     raw = encode_body(body)
-    row = Payment(
+    row = PaymentRow(
         payment_id=payment_id,
         role=PAYER,
         peer=peer,
@@ -113,22 +113,22 @@ def _record_payment(draft: MoneyDraft, me: str, fact: PaidOut, peer: str, orders
     draft.send("signer", SignPayment(payment_id, raw))
 
 
-def payment_signed(draft: MoneyDraft, me: str, fact: PaymentSigned) -> None:
+def payment_signed(draft: Draft, fact: PaymentSigned) -> None:
     """Send the payment to its payee."""
-    row = draft.row(Payment, f"payment/{fact.payment_id}")
+    row = draft.row(PaymentRow, f"payment/{fact.payment_id}")
     assert row is not None, f"a payment was signed that the ledger does not know: {fact.payment_id}"
     if row.state != SIGNING:
         return
     assert fact.payment.body == row.body, f"the signer signed something else than payment {fact.payment_id}"
-    verify(fact.payment, "payment", me)
+    verify(fact.payment, "payment", draft.me)
     row = replace(row, state=SENT, signature=fact.payment.signature)
     draft.put(f"payment/{row.payment_id}", row)
     draft.send(address(row.peer, "ledger"), PaymentSent(fact.payment))
 
 
-def payment_acknowledged(draft: MoneyDraft, me: str, message: PaymentAcknowledged) -> None:
+def payment_acknowledged(draft: Draft, message: PaymentAcknowledged) -> None:
     """The payee's word on a payment. A refusal is shown, and the payment offered again a bounded number of times."""
-    row = draft.row(Payment, f"payment/{message.payment_id}")
+    row = draft.row(PaymentRow, f"payment/{message.payment_id}")
     if row is None or row.role != PAYER or row.peer != node_of(draft.meta.sender):
         raise Violation(f"about a payment that was not made to {draft.meta.sender}")
     if row.state not in (SENT, REFUSED):
@@ -140,37 +140,37 @@ def payment_acknowledged(draft: MoneyDraft, me: str, message: PaymentAcknowledge
         _offer_later(draft, row, f"the payee refused the payment: {message.reason[:500]}")
 
 
-def undelivered(draft: MoneyDraft, document: Document, reason: str) -> None:
+def undelivered(draft: Draft, document: Document, reason: str) -> None:
     """A payment did not reach its payee: the money is there, so only the news is repeated."""
-    row = draft.row(Payment, f"payment/{decode_body(PaymentBody, document.body).payment_id}")
+    row = draft.row(PaymentRow, f"payment/{decode_body(PaymentBody, document.body).payment_id}")
     if row is not None and row.state == SENT:
         _offer_later(draft, row, f"the payee could not be told: {reason[:300]}")
 
 
-def send_payment_again(draft: MoneyDraft, me: str, timer: SendPaymentAgain) -> None:
+def send_payment_again(draft: Draft, timer: SendPaymentAgain) -> None:
     """Offer a refused payment once more."""
-    row = draft.row(Payment, f"payment/{timer.payment_id}")
+    row = draft.row(PaymentRow, f"payment/{timer.payment_id}")
     if row is not None and row.role == PAYER and row.state == REFUSED:
         draft.put(f"payment/{row.payment_id}", replace(row, state=SENT))
         draft.send(address(row.peer, "ledger"), PaymentSent(Document("payment", row.body, row.signature)))
 
 
-def _offer_later(draft: MoneyDraft, row: Payment, reason: str) -> None:
+def _offer_later(draft: Draft, row: PaymentRow, reason: str) -> None:
     draft.put(f"payment/{row.payment_id}", replace(row, state=REFUSED, reason=reason, tries=row.tries + 1))
     if row.tries < RESEND_TRIES:
         draft.wake(f"resend/{row.payment_id}", draft.now + RESEND_FIRST_S * 6**row.tries, SendPaymentAgain(row.payment_id))
 
 
-def booked_again(draft: MoneyDraft, document: Document, body: PaymentBody) -> None:
+def booked_again(draft: Draft, document: Document, body: PaymentBody) -> None:
     """Book a payment of our own that we had forgotten; its payee, who gives it back, has verified it on chain."""
     agreement_ids = [part.agreement_id for part in body.agreement_payments]
     for part in body.activity_payments:
-        activity = draft.row(Activity, f"activity/{part.activity_id}")
+        activity = draft.row(LedgerActivityRow, f"activity/{part.activity_id}")
         agreement_ids.append(activity.agreement_id if activity is not None else "")
-    agreements = [draft.row(Agreement, f"agreement/{agreement_id}") for agreement_id in agreement_ids]
+    agreements = [draft.row(LedgerAgreementRow, f"agreement/{agreement_id}") for agreement_id in agreement_ids]
     if any(row is None or (row.role, row.peer) != (PAYER, body.payee_id) for row in agreements):
         return  # what it was for was forgotten as well, and cannot be paid again either
-    row = Payment(
+    row = PaymentRow(
         payment_id=body.payment_id,
         role=PAYER,
         peer=body.payee_id,
@@ -186,27 +186,29 @@ def booked_again(draft: MoneyDraft, document: Document, body: PaymentBody) -> No
     for part in body.activity_payments:
         _owe_what_is_paid(draft, part)
     _book(draft, body)
-    for agreement in (draft.row(Agreement, f"agreement/{agreement_id}") for agreement_id in dict.fromkeys(agreement_ids)):
+    for agreement in (
+        draft.row(LedgerAgreementRow, f"agreement/{agreement_id}") for agreement_id in dict.fromkeys(agreement_ids)
+    ):
         if agreement is not None and Decimal(agreement.paid) > Decimal(agreement.accepted):
             draft.put(f"agreement/{agreement.agreement_id}", replace(agreement, accepted=agreement.paid))
     draft.emit("payments", _event(draft, row))
 
 
-def _owe_what_is_paid(draft: MoneyDraft, part: ActivityPayment) -> None:
+def _owe_what_is_paid(draft: Draft, part: ActivityPayment) -> None:
     """What was paid for an activity had been accepted: nothing of it is to be owed once more."""
-    activity = draft.row(Activity, f"activity/{part.activity_id}")
+    activity = draft.row(LedgerActivityRow, f"activity/{part.activity_id}")
     assert activity is not None, part
     more = minus(total_of((activity.paid, part.amount)), activity.accepted)
     if more > 0:
         accepted = amount_text(total_of((activity.accepted, more)))
         draft.put(f"activity/{part.activity_id}", replace(activity, accepted=accepted))
-        agreement = draft.row(Agreement, f"agreement/{activity.agreement_id}")
+        agreement = draft.row(LedgerAgreementRow, f"agreement/{activity.agreement_id}")
         assert agreement is not None, activity
         accepted = amount_text(total_of((agreement.accepted, more)))
         draft.put(f"agreement/{agreement.agreement_id}", replace(agreement, accepted=accepted))
 
 
-def pay_out_delayed(draft: MoneyDraft, me: str, fact: PayOutDelayed) -> None:
+def pay_out_delayed(draft: Draft, fact: PayOutDelayed) -> None:
     """Say on the documents why their money does not move."""
     for order_id in fact.order_ids:
         order = draft.row(Order, f"order/{order_id}")
@@ -215,12 +217,12 @@ def pay_out_delayed(draft: MoneyDraft, me: str, fact: PayOutDelayed) -> None:
 
 
 # -- the payee
-def payment_sent(draft: MoneyDraft, me: str, message: PaymentSent) -> None:
+def payment_sent(draft: Draft, message: PaymentSent) -> None:
     """Check a payment's form and parties, then ask the chain. Repeats are answered by what is known already."""
     sender, document = node_of(draft.meta.sender), message.payment
     verify(document, "payment", sender)
     body = decode_body(PaymentBody, document.body)
-    if (body.payer_id, body.payee_id) != (sender, me):
+    if (body.payer_id, body.payee_id) != (sender, draft.me):
         raise Violation("a payment of other parties")
     if len(body.agreement_payments) + len(body.activity_payments) > MAX_PARTS:
         raise Violation("a payment of too many parts")
@@ -230,7 +232,7 @@ def payment_sent(draft: MoneyDraft, me: str, message: PaymentSent) -> None:
     parts += [_positive(part.amount) for part in body.activity_payments]
     if total_of(parts) != total:
         raise Violation("the parts of the payment do not make its amount")
-    row = draft.row(Payment, f"payment/{body.payment_id}")
+    row = draft.row(PaymentRow, f"payment/{body.payment_id}")
     said = (PAYEE, sender, VERIFIED, tx_hash, amount_text(total))
     if row is not None and (row.role, row.peer, row.state, row.tx_hash, row.amount) == said:
         draft.send(draft.meta.sender, PaymentAcknowledged(body.payment_id, True))  # perhaps in new words: its disk went back
@@ -249,7 +251,7 @@ def payment_sent(draft: MoneyDraft, me: str, message: PaymentSent) -> None:
     if row is None:
         _count_payment(draft, body, len(document.body))
         keep(draft, sender, len(document.body))
-    row = Payment(
+    row = PaymentRow(
         payment_id=body.payment_id,
         role=PAYEE,
         peer=sender,
@@ -269,18 +271,18 @@ def payment_sent(draft: MoneyDraft, me: str, message: PaymentSent) -> None:
     _ask(draft, row)
 
 
-def _objection(draft: MoneyDraft, sender: str, body: PaymentBody, size: int) -> str:
+def _objection(draft: Draft, sender: str, body: PaymentBody, size: int) -> str:
     """Why a well-formed payment is not for anything here; "" if it is."""
     agreement_ids = [part.agreement_id for part in body.agreement_payments]
     for part in body.activity_payments:
-        activity = draft.row(Activity, f"activity/{part.activity_id}")
+        activity = draft.row(LedgerActivityRow, f"activity/{part.activity_id}")
         if activity is None:
             return f"activity {part.activity_id[:80]} is not known here"
         if Decimal(part.amount) > Decimal(activity.accepted):
             return _not_accepted(f"activity {part.activity_id}", activity.accepted, part.amount)
         agreement_ids.append(activity.agreement_id)
     for agreement_id in dict.fromkeys(agreement_ids):
-        agreement = draft.row(Agreement, f"agreement/{agreement_id}")
+        agreement = draft.row(LedgerAgreementRow, f"agreement/{agreement_id}")
         if agreement is None or agreement.role != PAYEE or agreement.peer != sender:
             return f"agreement {agreement_id[:80]} is not known here"
         addresses = agreement.payer_addr.lower(), agreement.payee_addr.lower()
@@ -289,11 +291,11 @@ def _objection(draft: MoneyDraft, sender: str, body: PaymentBody, size: int) -> 
         if agreement.payments >= MAX_PAYMENTS:
             return f"{MAX_PAYMENTS} payments were claimed for agreement {agreement_id}, and no more are looked at"
     for agreement_part in body.agreement_payments:
-        agreement = draft.row(Agreement, f"agreement/{agreement_part.agreement_id}")
+        agreement = draft.row(LedgerAgreementRow, f"agreement/{agreement_part.agreement_id}")
         assert agreement is not None, agreement_part
         if Decimal(agreement_part.amount) > Decimal(agreement.accepted):
             return _not_accepted(f"agreement {agreement.agreement_id}", agreement.accepted, agreement_part.amount)
-    first = draft.row(Agreement, f"agreement/{agreement_ids[0]}")
+    first = draft.row(LedgerAgreementRow, f"agreement/{agreement_ids[0]}")
     if first is not None and first.payment_bytes >= MAX_PAYMENTS_BYTES:
         return f"{first.payment_bytes} bytes of payments were claimed for agreement {first.agreement_id} already"
     if full := no_room(draft, sender, size):
@@ -308,24 +310,24 @@ def _not_accepted(what: str, accepted: str, claimed: str) -> str:
     return f"{accepted} GLM were accepted for {what}, and {claimed} are claimed to be paid: the acceptance comes first"
 
 
-def _count_payment(draft: MoneyDraft, body: PaymentBody, size: int) -> None:
+def _count_payment(draft: Draft, body: PaymentBody, size: int) -> None:
     """Note on an agreement that one more payment is claimed for it."""
     if body.agreement_payments:
         agreement_id = body.agreement_payments[0].agreement_id
     else:
-        activity = draft.row(Activity, f"activity/{body.activity_payments[0].activity_id}")
+        activity = draft.row(LedgerActivityRow, f"activity/{body.activity_payments[0].activity_id}")
         assert activity is not None, body
         agreement_id = activity.agreement_id
-    agreement = draft.row(Agreement, f"agreement/{agreement_id}")
+    agreement = draft.row(LedgerAgreementRow, f"agreement/{agreement_id}")
     assert agreement is not None, body
     draft.put(f"agreement/{agreement_id}", replace(
         agreement, payments=agreement.payments + 1, payment_bytes=agreement.payment_bytes + size
     ))  # fmt: skip
 
 
-def transfer_verified(draft: MoneyDraft, me: str, fact: TransferVerified) -> None:
+def transfer_verified(draft: Draft, fact: TransferVerified) -> None:
     """The chain confirms a claim: book it, settle, thank the payer."""
-    row = draft.row(Payment, f"payment/{fact.claim_id}")
+    row = draft.row(PaymentRow, f"payment/{fact.claim_id}")
     if row is None or row.state != VERIFYING or row.tx_hash != fact.tx_hash:
         return
     row = replace(row, state=VERIFIED, reason="", recorded_at=draft.now)
@@ -336,9 +338,9 @@ def transfer_verified(draft: MoneyDraft, me: str, fact: TransferVerified) -> Non
     draft.emit("payments", _event(draft, row))
 
 
-def transfer_rejected(draft: MoneyDraft, me: str, fact: TransferRejected) -> None:
+def transfer_rejected(draft: Draft, fact: TransferRejected) -> None:
     """The chain denies a claim: give the reservation back and say why."""
-    row = draft.row(Payment, f"payment/{fact.claim_id}")
+    row = draft.row(PaymentRow, f"payment/{fact.claim_id}")
     if row is None or row.state != VERIFYING:
         return
     draft.put(f"payment/{row.payment_id}", replace(row, state=REFUSED, reason=fact.reason, tries=row.tries + 1))
@@ -355,14 +357,14 @@ def transfer_rejected(draft: MoneyDraft, me: str, fact: TransferRejected) -> Non
     draft.send(address(row.peer, "ledger"), PaymentAcknowledged(row.payment_id, False, fact.reason))
 
 
-def verify_again(draft: MoneyDraft, me: str, timer: VerifyAgain) -> None:
+def verify_again(draft: Draft, timer: VerifyAgain) -> None:
     """No answer about a claim so far: ask again (the chain port forgets its questions when the node restarts)."""
-    row = draft.row(Payment, f"payment/{timer.payment_id}")
+    row = draft.row(PaymentRow, f"payment/{timer.payment_id}")
     if row is not None and row.state == VERIFYING:
         _ask(draft, row)
 
 
-def _ask(draft: MoneyDraft, row: Payment) -> None:
+def _ask(draft: Draft, row: PaymentRow) -> None:
     body = decode_body(PaymentBody, row.body)
     claims = draft.row(TxClaims, _claims_key(body, row.tx_hash))
     assert claims is not None, row
@@ -385,30 +387,30 @@ def _ask(draft: MoneyDraft, row: Payment) -> None:
     draft.wake(f"verify/{row.payment_id}", draft.now + pause_s, VerifyAgain(row.payment_id))
 
 
-def _not_before(draft: MoneyDraft, body: PaymentBody) -> float:
+def _not_before(draft: Draft, body: PaymentBody) -> float:
     """When the youngest of the agreements that are paid was made: money that moved earlier was for something else."""
-    agreements = (draft.row(Agreement, f"agreement/{agreement_id}") for agreement_id in _agreements_of(draft, body))
+    agreements = (draft.row(LedgerAgreementRow, f"agreement/{agreement_id}") for agreement_id in _agreements_of(draft, body))
     return max((row.approved_at for row in agreements if row is not None), default=0.0) - MAX_CLOCK_SKEW_S
 
 
-def _agreements_of(draft: MoneyDraft, body: PaymentBody) -> list[str]:
+def _agreements_of(draft: Draft, body: PaymentBody) -> list[str]:
     """The agreements that a payment is for, by itself or by their activities."""
     found = [part.agreement_id for part in body.agreement_payments]
     for part in body.activity_payments:
-        if activity := draft.row(Activity, f"activity/{part.activity_id}"):
+        if activity := draft.row(LedgerActivityRow, f"activity/{part.activity_id}"):
             found.append(activity.agreement_id)
     return list(dict.fromkeys(found))
 
 
 # -- both
-def _book(draft: MoneyDraft, body: PaymentBody) -> None:
+def _book(draft: Draft, body: PaymentBody) -> None:
     """Add a payment to the sums of agreements and activities, and settle what they cover."""
     touched: list[str] = []
     for agreement_part in body.agreement_payments:
         _add_paid(draft, agreement_part.agreement_id, agreement_part.amount)
         touched.append(agreement_part.agreement_id)
     for part in body.activity_payments:
-        activity = draft.row(Activity, f"activity/{part.activity_id}")
+        activity = draft.row(LedgerActivityRow, f"activity/{part.activity_id}")
         assert activity is not None, part
         paid = amount_text(total_of((activity.paid, part.amount)))
         draft.put(f"activity/{part.activity_id}", replace(activity, paid=paid))
@@ -418,16 +420,16 @@ def _book(draft: MoneyDraft, body: PaymentBody) -> None:
         settle(draft, agreement_id)
 
 
-def _add_paid(draft: MoneyDraft, agreement_id: str, paid: str) -> None:
-    agreement = draft.row(Agreement, f"agreement/{agreement_id}")
+def _add_paid(draft: Draft, agreement_id: str, paid: str) -> None:
+    agreement = draft.row(LedgerAgreementRow, f"agreement/{agreement_id}")
     assert agreement is not None, agreement_id
     total = amount_text(total_of((agreement.paid, paid)))
     draft.put(f"agreement/{agreement_id}", replace(agreement, paid=total))
 
 
-def _event(draft: MoneyDraft, row: Payment) -> PaymentEvent:
+def _event(draft: Draft, row: PaymentRow) -> PaymentEvent:
     agreement_ids = _agreements_of(draft, decode_body(PaymentBody, row.body))
-    agreements = (draft.row(Agreement, f"agreement/{agreement_id}") for agreement_id in agreement_ids)
+    agreements = (draft.row(LedgerAgreementRow, f"agreement/{agreement_id}") for agreement_id in agreement_ids)
     sessions = dict.fromkeys(a.app_session_id for a in agreements if a is not None and a.app_session_id)
     return PaymentEvent(row.payment_id, row.role, row.platform, tuple(s for s in sessions if s))
 

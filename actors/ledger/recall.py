@@ -13,7 +13,7 @@ from decimal import Decimal
 
 from msgspec.structs import replace
 
-from actors.kernel.typed_draft import MoneyDraft
+from actors.kernel.draft import Draft
 from actors.ledger.documents import add, agreement_of, event, owe, put, settle
 from actors.ledger.payer import order
 from actors.ledger.payments import ACKNOWLEDGED, REFUSED, SENT, VERIFIED, booked_again
@@ -24,13 +24,13 @@ from actors.ledger.rows import (
     PAYER,
     REJECTED,
     SETTLED,
-    Activity,
-    Agreement,
     In,
+    LedgerActivityRow,
+    LedgerAgreementRow,
     Open,
     Order,
-    Payment,
     PaymentDocument,
+    PaymentRow,
     Told,
     acceptance_of,
 )
@@ -44,7 +44,6 @@ from protocol.ledger import (
     DocumentAccepted,
     DocumentReceived,
     DocumentSent,
-    Done,
     InvoiceBody,
     InvoiceRejected,
     PaymentBody,
@@ -55,7 +54,7 @@ from protocol.ledger import (
     decode_body,
 )
 from protocol.signing import Document, verify
-from protocol.types import PeerLost, Violation, address, amount, amount_text, node_of
+from protocol.types import Done, PeerLost, Violation, address, amount, amount_text, node_of
 
 NO_ALLOCATION = ""  # the debt stands whatever our agent sets aside now: no peer may spend of that
 TELL_EVERY_S = 600.0  # one peer
@@ -63,28 +62,28 @@ TOLD_BACK_S = 60 * 24 * 3600.0  # what changed since is told again: older backup
 
 
 # -- telling
-def peer_lost(draft: MoneyDraft, me: str, fact: PeerLost) -> None:
+def peer_lost(draft: Draft, fact: PeerLost) -> None:
     """One of the two disks went back in time: tell what we know, and ask for what the peer knows."""
     peer = node_of(fact.to)
-    if peer != me and _may_tell(draft, peer):
+    if peer != draft.me and _may_tell(draft, peer):
         draft.send(address(peer, "ledger"), AskAgain())
         _tell(draft, peer)
 
 
-def ask_again(draft: MoneyDraft, me: str, message: AskAgain) -> None:
+def ask_again(draft: Draft, message: AskAgain) -> None:
     """A peer forgot something."""
     peer = node_of(draft.meta.sender)
     if _may_tell(draft, peer):
         _tell(draft, peer)
 
 
-def tell_again(draft: MoneyDraft, me: str, timer: TellAgain) -> None:
+def tell_again(draft: Draft, timer: TellAgain) -> None:
     """A peer had to wait."""
     if _may_tell(draft, timer.peer):
         _tell(draft, timer.peer)
 
 
-def recall(draft: MoneyDraft, me: str, command: Recall) -> None:
+def recall(draft: Draft, command: Recall) -> None:
     """This node was restored from a backup: ask everybody we had to do with."""
     for peer in [key.partition("/")[2] for key in (*[key for key, _ in draft.readable("told/")], *draft.left_out)]:
         draft.put(f"told/{peer}", Told(draft.now))
@@ -93,7 +92,7 @@ def recall(draft: MoneyDraft, me: str, command: Recall) -> None:
     draft.reply(Done())
 
 
-def _may_tell(draft: MoneyDraft, peer: str) -> bool:
+def _may_tell(draft: Draft, peer: str) -> bool:
     """Return whether it is long enough since the peer was told everything; else it is told later, a stranger never."""
     told = draft.row(Told, f"told/{peer}")
     if told is None:
@@ -105,7 +104,7 @@ def _may_tell(draft: MoneyDraft, peer: str) -> bool:
     return True
 
 
-def _tell(draft: MoneyDraft, peer: str) -> None:
+def _tell(draft: Draft, peer: str) -> None:
     """The payee's word on payments comes first: an acceptance that they cover is not ordered again. The payer's comes last:
     what it pays was accepted before. What cannot be read is not told: the rest is."""
     to, since = address(peer, "ledger"), draft.now - TOLD_BACK_S
@@ -128,7 +127,7 @@ def _tell(draft: MoneyDraft, peer: str) -> None:
             draft.send(to, PaymentSent(Document("payment", payment.body, payment.signature)))
 
 
-def _accepted_notes(draft: MoneyDraft, agreements: Container[str]) -> list[str]:
+def _accepted_notes(draft: Draft, agreements: Container[str]) -> list[str]:
     """The highest accepted note of each activity: it is owed, although a later one may not be."""
     highest: dict[str, PaymentDocument] = {}
     for _, row in draft.readable(f"{DEBIT_NOTE}/"):
@@ -139,7 +138,7 @@ def _accepted_notes(draft: MoneyDraft, agreements: Container[str]) -> list[str]:
     return [row.document_id for row in highest.values()]
 
 
-def _tell_document(draft: MoneyDraft, to: str, row: PaymentDocument) -> None:
+def _tell_document(draft: Draft, to: str, row: PaymentDocument) -> None:
     document = Document(row.kind, row.body, row.signature)
     acceptance = Document("acceptance", acceptance_of(row), row.acceptance) if row.acceptance else None
     if row.role == PAYEE:
@@ -156,12 +155,12 @@ def _tell_document(draft: MoneyDraft, to: str, row: PaymentDocument) -> None:
 
 
 # -- hearing
-def recalled(draft: MoneyDraft, me: str, message: Recalled) -> None:
+def recalled(draft: Draft, message: Recalled) -> None:
     """The peer gives us back what we signed."""
     document, sender = message.document, node_of(draft.meta.sender)
     if document.kind not in (DEBIT_NOTE, INVOICE, "acceptance", "payment"):
         raise Violation(f"a {document.kind[:32]!r} is nothing that a ledger signs")
-    verify(document, document.kind, me)
+    verify(document, document.kind, draft.me)
     if document.kind == "acceptance":
         _acceptance(draft, document, sender)
     elif document.kind == "payment":
@@ -170,7 +169,7 @@ def recalled(draft: MoneyDraft, me: str, message: Recalled) -> None:
         _own_document(draft, document, sender)
 
 
-def _acceptance(draft: MoneyDraft, document: Document, sender: str) -> None:
+def _acceptance(draft: Draft, document: Document, sender: str) -> None:
     body = decode_body(AcceptanceBody, document.body)
     row = draft.row(PaymentDocument, f"{body.kind}/{body.document_id}") if body.kind in (DEBIT_NOTE, INVOICE) else None
     if row is None or row.role != PAYER or row.status in (ACCEPTED, SETTLED):
@@ -190,21 +189,21 @@ def _acceptance(draft: MoneyDraft, document: Document, sender: str) -> None:
     settle(draft, row.agreement_id)
 
 
-def _not_paid(draft: MoneyDraft, agreement_id: str) -> Decimal:
+def _not_paid(draft: Draft, agreement_id: str) -> Decimal:
     """Return what is owed for an agreement, and neither paid nor ordered. An order that cannot be read may be for all of it:
     then `RowDamaged` is raised, and the peer's word waits."""
-    agreement = draft.row(Agreement, f"agreement/{agreement_id}")
+    agreement = draft.row(LedgerAgreementRow, f"agreement/{agreement_id}")
     assert agreement is not None, agreement_id
     orders = [row for _, row in draft.prefix("order/") if isinstance(row, Order) and row.agreement_id == agreement_id]
     under_way = total_of(row.amount for row in orders if not row.payment_id)
     return max(minus(agreement.accepted, amount_text(total_of((agreement.paid, amount_text(under_way))))), Decimal(0))
 
 
-def _payment(draft: MoneyDraft, document: Document, sender: str) -> None:
+def _payment(draft: Draft, document: Document, sender: str) -> None:
     body = decode_body(PaymentBody, document.body)
     if body.payee_id != sender:
         raise Violation("a payment that was made to somebody else")
-    known = draft.row(Payment, f"payment/{body.payment_id}")
+    known = draft.row(PaymentRow, f"payment/{body.payment_id}")
     if known is not None:
         if known.role == PAYER and known.body == document.body and known.state in (SENT, REFUSED):
             draft.put(f"payment/{body.payment_id}", replace(known, state=ACKNOWLEDGED, reason=""))
@@ -213,7 +212,7 @@ def _payment(draft: MoneyDraft, document: Document, sender: str) -> None:
     booked_again(draft, document, body)
 
 
-def _own_document(draft: MoneyDraft, document: Document, sender: str) -> None:
+def _own_document(draft: Draft, document: Document, sender: str) -> None:
     body: DebitNoteBody | InvoiceBody
     if document.kind == DEBIT_NOTE:
         body = decode_body(DebitNoteBody, document.body)
@@ -221,13 +220,15 @@ def _own_document(draft: MoneyDraft, document: Document, sender: str) -> None:
     else:
         body = decode_body(InvoiceBody, document.body)
         own_id, activity_id, total = body.invoice_id, "", body.amount
-    agreement = draft.row(Agreement, f"agreement/{body.agreement_id}")
+    agreement = draft.row(LedgerAgreementRow, f"agreement/{body.agreement_id}")
     if agreement is None or (agreement.role, agreement.peer) != (PAYEE, sender) or body.recipient_id != sender:
         return
     if draft.row(PaymentDocument, f"{document.kind}/{own_id}") is not None:
         return
     if document.kind == DEBIT_NOTE:
-        activity = draft.row(Activity, f"activity/{activity_id}") or Activity(activity_id, agreement.agreement_id)
+        activity = draft.row(LedgerActivityRow, f"activity/{activity_id}") or LedgerActivityRow(
+            activity_id, agreement.agreement_id
+        )
         if activity.agreement_id != agreement.agreement_id:
             return
         draft.put(f"in/{agreement.agreement_id}/{activity_id}", In())

@@ -47,7 +47,7 @@ class Allocation(Message, frozen=True):
     agent: str = ""  # the name of the app-key by which it was made
 
 
-class Agreement(Message, frozen=True):
+class LedgerAgreementRow(Message, frozen=True, tag="Agreement"):
     """The payment terms of an agreement and its sums. `fault` says why it cannot be billed, "" if it can."""
 
     agreement_id: str
@@ -70,7 +70,7 @@ class Agreement(Message, frozen=True):
     payment_bytes: int = 0  # of the claims
 
 
-class Activity(Message, frozen=True):
+class LedgerActivityRow(Message, frozen=True, tag="Activity"):
     """Sums of one activity. `due` is the highest running total seen in a debit note."""
 
     activity_id: str
@@ -165,7 +165,7 @@ class Order(Message, frozen=True):
     payment_id: str = ""  # set once it is paid
 
 
-class Payment(Message, frozen=True):
+class PaymentRow(Message, frozen=True, tag="Payment"):
     """A payment made (payer) or claimed (payee). States: SIGNING SENT ACKNOWLEDGED REFUSED | VERIFYING VERIFIED REFUSED."""
 
     payment_id: str
@@ -218,15 +218,15 @@ class Owed(Message, frozen=True):
 
 LedgerRow = (
     Allocation
-    | Agreement
-    | Activity
+    | LedgerAgreementRow
+    | LedgerActivityRow
     | Pricing
     | ClockRow
     | In
     | RefusedDocuments
     | PaymentDocument
     | Order
-    | Payment
+    | PaymentRow
     | TxClaims
     | Open
     | Owed

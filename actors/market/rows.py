@@ -30,7 +30,7 @@ class DemandRow(Message, frozen=True, tag="demand"):
     known: int  # `number` of the last offer that we knew when it was published
 
 
-class Ended(Message, frozen=True, tag="ended"):
+class EndedRow(Message, frozen=True, tag="ended"):
     """An offer that is over. `reason` is `withdrawn` or `expired`."""
 
     owner: str
@@ -71,7 +71,7 @@ class Own(Message, frozen=True, tag="own"):
     withdrawn: tuple[tuple[str, float], ...] = ()
 
 
-class Refusal(Message, frozen=True, tag="refusal"):
+class OfferRefusal(Message, frozen=True, tag="refusal"):
     """An offer that a peer sent and we did not keep."""
 
     offer_id: str
@@ -87,4 +87,4 @@ class Stats(Message, frozen=True, tag="stats"):
     scans: int = 0
     last_scan: int = 0
     last_offer: int = 0  # `number` of the offer that came last
-    refused: tuple[Refusal, ...] = ()
+    refused: tuple[OfferRefusal, ...] = ()

@@ -20,8 +20,8 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
-from actors.kernel.draft import Draft
-from actors.kernel.machine import Emit, Meta, Reply, Send, Wake
+from actors.kernel.draft import Declined, Draft
+from actors.kernel.machine import Emit, Send, Wake
 from actors.negotiation import moves
 from actors.negotiation.proposals import ACCEPTED, DRAFT, INITIAL, IS_FINAL, Proposal
 from actors.negotiation.rows import (
@@ -34,13 +34,13 @@ from actors.negotiation.rows import (
     PROPOSAL,
     REJECTED,
     TERMINATED,
-    Agreement,
+    AgreementRow,
     ends_at,
     lapsed,
     state_error,
 )
 from protocol import strict_json
-from protocol.market import MAX_CLOCK_SKEW_S, Done, Rematch
+from protocol.market import MAX_CLOCK_SKEW_S, Rematch
 from protocol.negotiation import (
     PROVIDER,
     REQUESTOR,
@@ -68,7 +68,7 @@ from protocol.negotiation import (
     reason_text,
 )
 from protocol.signing import verify
-from protocol.types import Refused, Violation, address, node_of, timestamp_text
+from protocol.types import Done, Violation, address, node_of, timestamp_text
 
 DELIVERY_S = 60.0  # to bring a confirmed agreement to the provider
 COMMIT_DELIVERY_S = 3600.0  # to bring the commit to the provider; after that the agreement is terminated
@@ -78,14 +78,14 @@ MAX_VALID_S = 366 * 24 * 3600.0 * 100
 
 
 # -- what our agent says
-def create(draft: Draft, node: str, message: CreateAgreement, now: float) -> None:
+def create(draft: Draft, message: CreateAgreement) -> None:
     """Make an agreement of the last proposals of both sides."""
     proposal: Proposal | None = draft.get(f"proposal/{message.proposal_id}")
     label = f"Proposal [R-{message.proposal_id}]"
     code, why = "bad_request", ""
     if proposal is None or proposal.role != REQUESTOR:
         why = "not found."
-    elif proposal.issuer == node:
+    elif proposal.issuer == draft.me:
         why = "is your own: only the provider's can become an agreement."
     elif proposal.state == INITIAL or not proposal.previous_id:
         why = "is initial. No negotiation with Provider took place, so there is nothing to agree on."
@@ -95,22 +95,21 @@ def create(draft: Draft, node: str, message: CreateAgreement, now: float) -> Non
         why = "was already countered."
     elif proposal.state == REJECTED:
         why = "was rejected."
-    elif proposal.expires <= now:
+    elif proposal.expires <= draft.now:
         code, why = "gone", "has expired."
-    elif not now < message.valid_to < now + MAX_VALID_S:
+    elif not draft.now < message.valid_to < draft.now + MAX_VALID_S:
         why = "cannot become an agreement: validTo is in the past or too far ahead."
     mine: Proposal | None = draft.get(f"proposal/{proposal.previous_id}") if proposal else None
     if not why and mine is None:
         why = "not found."
     if why or proposal is None or mine is None:
-        draft.do(Reply(Refused(code, f"{label} {why}")))
-        return
-    agreement = _from_proposals(proposal, mine, round(now, 6), round(message.valid_to, 6), PROPOSAL)
+        raise Declined(code, f"{label} {why}")
+    agreement = _from_proposals(proposal, mine, round(draft.now, 6), round(message.valid_to, 6), PROPOSAL)
     _accept(draft, proposal, agreement)
-    draft.do(Reply(Created(agreement.agreement_id)))
+    draft.reply(Created(agreement.agreement_id))
 
 
-def _from_proposals(proposal: Proposal, mine: Proposal, created: float, valid_to: float, state: str) -> Agreement:
+def _from_proposals(proposal: Proposal, mine: Proposal, created: float, valid_to: float, state: str) -> AgreementRow:
     """Return the agreement of a provider's proposal and the requestor's one that it answers."""
     demand = {
         "demandId": proposal.demand_id,
@@ -125,13 +124,13 @@ def _from_proposals(proposal: Proposal, mine: Proposal, created: float, valid_to
         "constraints": proposal.constraints,
     }
     agreement_id, body = agreement_body(proposal.proposal_id, created, valid_to, demand, offer)
-    return Agreement(
+    return AgreementRow(
         agreement_id, proposal.role, proposal.requestor, proposal.provider, proposal.proposal_id, proposal.demand_id,
         proposal.offer_id, body, state, created, valid_to,
     )  # fmt: skip
 
 
-def _accept(draft: Draft, proposal: Proposal, agreement: Agreement) -> None:
+def _accept(draft: Draft, proposal: Proposal, agreement: AgreementRow) -> None:
     """Write a new agreement, which takes its proposal."""
     agreement_id = agreement.agreement_id
     draft.put(f"proposal/{proposal.proposal_id}", replace(proposal, state=ACCEPTED, agreement_id=agreement_id))
@@ -139,110 +138,92 @@ def _accept(draft: Draft, proposal: Proposal, agreement: Agreement) -> None:
     draft.do(Wake(f"due/{agreement_id}", agreement.valid_to, AgreementDue(agreement_id)))
 
 
-def confirm(draft: Draft, node: str, message: ConfirmAgreement, now: float) -> None:
+def confirm(draft: Draft, message: ConfirmAgreement) -> None:
     """Send the agreement to the provider."""
-    agreement = moves.find(draft, message.agreement_id, REQUESTOR, now)
-    if not agreement:
-        return
+    agreement = moves.find(draft, message.agreement_id, REQUESTOR)
     if agreement.state != PROPOSAL:
-        moves.wrong_state(draft, agreement, PENDING, now)
-        return
+        raise moves.wrong_state(draft, agreement, PENDING)
     try:
-        verify(message.agreement, "agreement", node)
+        verify(message.agreement, "agreement", draft.me)
         if message.agreement.body != agreement.body:
             raise Violation("the signature is of another agreement")
     except Violation as error:
-        draft.do(Reply(Refused("bad_request", str(error))))
-        return
+        raise Declined("bad_request", str(error)) from None
     signature = message.agreement.signature.hex()
     moves.put(draft, agreement, state=PENDING, app_session_id=message.app_session_id, proposed_signature=signature)
-    moves.tell_peer(draft, agreement, AgreementProposed(message.agreement), min(DELIVERY_S, agreement.valid_to - now))
-    draft.do(Reply(Done()))
+    moves.tell_peer(draft, agreement, AgreementProposed(message.agreement), min(DELIVERY_S, agreement.valid_to - draft.now))
+    draft.reply(Done())
 
 
-def cancel(draft: Draft, message: CancelAgreement, now: float) -> None:
+def cancel(draft: Draft, message: CancelAgreement) -> None:
     """Take back an agreement that we have not committed to; the provider follows, even if it has approved."""
-    agreement = moves.find(draft, message.agreement_id, REQUESTOR, now)
-    if not agreement:
-        return
+    agreement = moves.find(draft, message.agreement_id, REQUESTOR)
     if agreement.state not in (PROPOSAL, PENDING):
-        moves.wrong_state(draft, agreement, CANCELLED, now)
-        return
-    _close(draft, agreement, check_reason(message.reason), now)
-    draft.do(Reply(Done()))
+        raise moves.wrong_state(draft, agreement, CANCELLED)
+    _close(draft, agreement, check_reason(message.reason))
+    draft.reply(Done())
 
 
-def _close(draft: Draft, agreement: Agreement, reason: str, now: float) -> None:
+def _close(draft: Draft, agreement: AgreementRow, reason: str) -> None:
     if agreement.state == PENDING:
         moves.tell_peer(draft, agreement, AgreementClosed(agreement.agreement_id, CANCELLED, reason))
-    moves.cancelled(draft, agreement, reason, now)
+    moves.cancelled(draft, agreement, reason)
 
 
-def approve(draft: Draft, node: str, message: ApproveAgreement, now: float) -> None:
+def approve(draft: Draft, message: ApproveAgreement) -> None:
     """Send our approval; the agreement is made when the requestor's commit comes back."""
-    agreement = moves.find(draft, message.agreement_id, PROVIDER, now)
-    if not agreement:
-        return
+    agreement = moves.find(draft, message.agreement_id, PROVIDER)
     if agreement.state == APPROVING:  # asked again while the requestor decides
-        draft.do(Reply(Done()))
+        draft.reply(Done())
         return
     if agreement.state != PENDING:
-        moves.wrong_state(draft, agreement, APPROVED, now, early="conflict")
-        return
-    if agreement.valid_to - now <= LAST_APPROVAL_S:
-        draft.do(Reply(Refused("gone", f"Agreement [{agreement.agreement_id}] expires before an approval can arrive.")))
-        return
+        raise moves.wrong_state(draft, agreement, APPROVED, early="conflict")
+    if agreement.valid_to - draft.now <= LAST_APPROVAL_S:
+        raise Declined("gone", f"Agreement [{agreement.agreement_id}] expires before an approval can arrive.")
     try:
-        verify(message.approval, "approval", node)
+        verify(message.approval, "approval", draft.me)
         if message.approval.body != agreement.body:
             raise Violation("the signature is of another agreement")
     except Violation as error:
-        draft.do(Reply(Refused("bad_request", str(error))))
-        return
+        raise Declined("bad_request", str(error)) from None
     signature = message.approval.signature.hex()
-    until = now + moves.APPROVAL_S
+    until = draft.now + moves.APPROVAL_S
     moves.put(
         draft, agreement, state=APPROVING, app_session_id=message.app_session_id, approved_signature=signature,
         approval_until=until,
     )  # fmt: skip
     approval = AgreementApproval(agreement.agreement_id, message.approval)
-    moves.tell_peer(draft, agreement, approval, min(agreement.valid_to, until) - now)
+    moves.tell_peer(draft, agreement, approval, min(agreement.valid_to, until) - draft.now)
     draft.do(Wake(f"due/{agreement.agreement_id}", until, AgreementDue(agreement.agreement_id)))
-    draft.do(Reply(Done()))
+    draft.reply(Done())
 
 
-def reject(draft: Draft, message: RejectAgreement, now: float) -> None:
+def reject(draft: Draft, message: RejectAgreement) -> None:
     """Do not agree."""
-    agreement = moves.find(draft, message.agreement_id, PROVIDER, now)
-    if not agreement:
-        return
+    agreement = moves.find(draft, message.agreement_id, PROVIDER)
     if agreement.state != PENDING:
-        moves.wrong_state(draft, agreement, REJECTED, now, early="conflict")
-        return
+        raise moves.wrong_state(draft, agreement, REJECTED, early="conflict")
     reason = check_reason(message.reason)
-    moves.refused(draft, agreement, reason, now)
+    moves.refused(draft, agreement, reason)
     moves.tell_peer(draft, agreement, AgreementRejected(agreement.agreement_id, reason))
-    draft.do(Reply(Done()))
+    draft.reply(Done())
 
 
-def terminate(draft: Draft, message: TerminateAgreement, now: float) -> None:
+def terminate(draft: Draft, message: TerminateAgreement) -> None:
     """End an approved agreement, from either side."""
-    agreement = moves.find(draft, message.agreement_id, "", now)
-    if not agreement:
-        return
+    agreement = moves.find(draft, message.agreement_id, "")
     if agreement.state != APPROVED:
-        moves.wrong_state(draft, agreement, TERMINATED, now, early="conflict")
-        return
+        raise moves.wrong_state(draft, agreement, TERMINATED, early="conflict")
     reason = check_reason(message.reason)
-    moves.terminated_by(draft, agreement, agreement.role, reason, now)
+    moves.terminated_by(draft, agreement, agreement.role, reason)
     moves.tell_peer(draft, agreement, AgreementTerminated(agreement.agreement_id, agreement.role, reason))
-    draft.do(Reply(Done()))
+    draft.reply(Done())
 
 
 # -- what the other side says
-def proposed(draft: Draft, node: str, message: AgreementProposed, meta: Meta) -> None:
+def proposed(draft: Draft, message: AgreementProposed) -> None:
     """Provider: a requestor sends an agreement. It must be, to the byte, what the last proposals say."""
-    requestor = node_of(meta.sender)
+    requestor = node_of(draft.meta.sender)
     verify(message.agreement, "agreement", requestor)
     try:
         body = strict_json.loads(message.agreement.body)
@@ -257,15 +238,15 @@ def proposed(draft: Draft, node: str, message: AgreementProposed, meta: Meta) ->
     proposal: Proposal | None = draft.get(f"proposal/{proposal_id}")
     mine = draft.get(f"proposal/{proposal.previous_id}") if proposal else None
     why = ""
-    if proposal is None or mine is None or proposal.requestor != requestor or proposal.issuer != node:
+    if proposal is None or mine is None or proposal.requestor != requestor or proposal.issuer != draft.me:
         why = "it is about a proposal that is not known here."
     elif proposal.agreement_id or proposal.answer_id or proposal.state != DRAFT:
         state = "countered" if proposal.answer_id else proposal.state
         why = f"its proposal is {state} here."
-    elif proposal.expires <= meta.now or not meta.now < valid_to < meta.now + MAX_VALID_S:
+    elif proposal.expires <= draft.now or not draft.now < valid_to < draft.now + MAX_VALID_S:
         why = "it has expired."
-    elif not proposal.created - MAX_CLOCK_SKEW_S <= created <= meta.now + MAX_CLOCK_SKEW_S:
-        why = f"it says that it was made at {timestamp_text(created)}, and here it is {timestamp_text(meta.now)}."
+    elif not proposal.created - MAX_CLOCK_SKEW_S <= created <= draft.now + MAX_CLOCK_SKEW_S:
+        why = f"it says that it was made at {timestamp_text(created)}, and here it is {timestamp_text(draft.now)}."
     else:
         agreement = _from_proposals(proposal, mine, created, valid_to, PENDING)
         if agreement.body == message.agreement.body:
@@ -278,26 +259,26 @@ def proposed(draft: Draft, node: str, message: AgreementProposed, meta: Meta) ->
     draft.do(Send(address(requestor, "negotiation"), AgreementRejected(agreement_id, reason), ANSWER_S))
 
 
-def _from_peer(draft: Draft, agreement_id: str, role: str, meta: Meta) -> Agreement | None:
+def _from_peer(draft: Draft, agreement_id: str, role: str) -> AgreementRow | None:
     """Return an agreement of the sender with us in which it has `role` (any if ""); raises `Violation` otherwise."""
-    agreement: Agreement | None = draft.get(f"agreement/{agreement_id}")
+    agreement: AgreementRow | None = draft.get(f"agreement/{agreement_id}")
     if agreement is None:
         return None  # forgotten
-    if agreement.counterpart != node_of(meta.sender) or agreement.role == role:
+    if agreement.counterpart != node_of(draft.meta.sender) or agreement.role == role:
         raise Violation(f"agreement {agreement_id} does not allow the sender to say this")
     return agreement
 
 
-def approval(draft: Draft, message: AgreementApproval, meta: Meta) -> None:
+def approval(draft: Draft, message: AgreementApproval) -> None:
     """Requestor: the provider agrees. In time, that makes the agreement; else it hears what we decided before."""
-    agreement = _from_peer(draft, message.agreement_id, PROVIDER, meta)
+    agreement = _from_peer(draft, message.agreement_id, PROVIDER)
     if not agreement:
         check_hash(message.agreement_id)
         closed_message = AgreementClosed(message.agreement_id, EXPIRED, reason_text("The agreement is not known here."))
-        draft.do(Send(meta.sender, closed_message, ANSWER_S))
+        draft.do(Send(draft.meta.sender, closed_message, ANSWER_S))
         return
-    if lapsed(agreement, meta.now):
-        agreement = moves.lapse(draft, agreement, meta.now)
+    if lapsed(agreement, draft.now):
+        agreement = moves.lapse(draft, agreement)
     if agreement.state in (APPROVED, TERMINATED):
         return
     if agreement.state != PENDING:
@@ -307,43 +288,43 @@ def approval(draft: Draft, message: AgreementApproval, meta: Meta) -> None:
     if message.approval.body != agreement.body:
         raise Violation("the approval is of another agreement")
     agreement = replace(agreement, approved_signature=message.approval.signature.hex())
-    at = round(meta.now, 6)
+    at = round(draft.now, 6)
     moves.made(draft, agreement, at)
     moves.tell_peer(draft, agreement, AgreementCommitted(agreement.agreement_id, at), COMMIT_DELIVERY_S)
 
 
-def _insist(draft: Draft, agreement: Agreement) -> None:
+def _insist(draft: Draft, agreement: AgreementRow) -> None:
     """Tell the provider what we had decided when its word crossed ours."""
     if agreement.state in (CANCELLED, EXPIRED, REJECTED):
         moves.tell_peer(draft, agreement, AgreementClosed(agreement.agreement_id, agreement.state, agreement.reason))
 
 
-def rejected(draft: Draft, message: AgreementRejected, meta: Meta) -> None:
+def rejected(draft: Draft, message: AgreementRejected) -> None:
     """Requestor: the provider does not agree.
 
     If it may do so later (another requestor was faster), there is a fresh Initial proposal: agents that do not counter the
     last proposal once more would never hear of this provider again.
     """
-    agreement = _from_peer(draft, message.agreement_id, PROVIDER, meta)
+    agreement = _from_peer(draft, message.agreement_id, PROVIDER)
     if not agreement:
         return
-    if lapsed(agreement, meta.now):
-        agreement = moves.lapse(draft, agreement, meta.now)
+    if lapsed(agreement, draft.now):
+        agreement = moves.lapse(draft, agreement)
     if agreement.state == PENDING:
         reason = check_reason(message.reason)
-        moves.refused(draft, agreement, reason, meta.now)
+        moves.refused(draft, agreement, reason)
         if strict_json.loads(reason).get(IS_FINAL) is False:
             draft.do(Send("market", Rematch(agreement.demand_id, agreement.offer_id)))
     elif agreement.state in (CANCELLED, EXPIRED):
         _insist(draft, agreement)
     elif agreement.state == PROPOSAL:
-        raise Violation(state_error(agreement, REJECTED, meta.now))
+        raise Violation(state_error(agreement, REJECTED, draft.now))
     # else the withdrawal of an approval crosses our commit, which is answered with a termination
 
 
-def committed(draft: Draft, message: AgreementCommitted, meta: Meta) -> None:
+def committed(draft: Draft, message: AgreementCommitted) -> None:
     """Provider: the agreement is made; or, if our approval was withdrawn meanwhile, it ends at once."""
-    agreement = _from_peer(draft, message.agreement_id, REQUESTOR, meta)
+    agreement = _from_peer(draft, message.agreement_id, REQUESTOR)
     if not agreement or agreement.state in (APPROVED, TERMINATED):
         return
     if not agreement.approved_signature and message.approval is not None and agreement.state == PENDING:
@@ -356,74 +337,74 @@ def committed(draft: Draft, message: AgreementCommitted, meta: Meta) -> None:
         raise Violation("a commit to an agreement that was not approved")
     if not 0 <= message.approved_at < 1e11:
         raise Violation("the time of the approval is not in seconds since the epoch")
-    if lapsed(agreement, meta.now):
-        agreement = moves.withdraw(draft, agreement, meta.now)
+    if lapsed(agreement, draft.now):
+        agreement = moves.withdraw(draft, agreement)
     if agreement.state == APPROVING:
-        plausible = agreement.created - MAX_CLOCK_SKEW_S <= message.approved_at <= meta.now + MAX_CLOCK_SKEW_S
-        moves.made(draft, agreement, message.approved_at if plausible else meta.now)
+        plausible = agreement.created - MAX_CLOCK_SKEW_S <= message.approved_at <= draft.now + MAX_CLOCK_SKEW_S
+        moves.made(draft, agreement, message.approved_at if plausible else draft.now)
     elif agreement.state == REJECTED:
-        moves.terminated_by(draft, agreement, PROVIDER, agreement.reason, meta.now)
+        moves.terminated_by(draft, agreement, PROVIDER, agreement.reason)
         moves.tell_peer(draft, agreement, AgreementTerminated(agreement.agreement_id, PROVIDER, agreement.reason))
     else:
         raise Violation(f"a commit to an agreement that the requestor itself has {agreement.state.lower()}")
 
 
-def closed(draft: Draft, message: AgreementClosed, meta: Meta) -> None:
+def closed(draft: Draft, message: AgreementClosed) -> None:
     """Provider: the requestor decided that there will be no agreement; what we thought of it meanwhile gives way."""
-    agreement = _from_peer(draft, message.agreement_id, REQUESTOR, meta)
+    agreement = _from_peer(draft, message.agreement_id, REQUESTOR)
     if not agreement or agreement.state == message.state:
         return
     reason = check_reason(message.reason) if message.reason else ""
     if agreement.state == APPROVED and message.state == EXPIRED:  # it had committed, and lost the disk that knew it
-        moves.terminated_by(draft, agreement, REQUESTOR, reason, meta.now)
+        moves.terminated_by(draft, agreement, REQUESTOR, reason)
         return
     if agreement.state in (APPROVED, TERMINATED) or message.state not in (CANCELLED, EXPIRED, REJECTED):
-        raise Violation(state_error(agreement, message.state[:20], meta.now))
+        raise Violation(state_error(agreement, message.state[:20], draft.now))
     if message.state == CANCELLED:
-        moves.cancelled(draft, agreement, reason, meta.now)
+        moves.cancelled(draft, agreement, reason)
     elif message.state == EXPIRED:
         draft.do(Emit(f"agreement/{agreement.agreement_id}", AgreementExpired(agreement.agreement_id)))
-        moves.end(draft, agreement, EXPIRED, meta.now, reason)
+        moves.end(draft, agreement, EXPIRED, reason)
     else:
-        moves.refused(draft, agreement, reason, meta.now)
+        moves.refused(draft, agreement, reason)
 
 
-def terminated(draft: Draft, message: AgreementTerminated, meta: Meta) -> None:
+def terminated(draft: Draft, message: AgreementTerminated) -> None:
     """The other side ends the agreement; of two at once the requestor's reason stands."""
-    agreement = _from_peer(draft, message.agreement_id, "", meta)
+    agreement = _from_peer(draft, message.agreement_id, "")
     if not agreement:
         return
     if message.terminator != (PROVIDER if agreement.role == REQUESTOR else REQUESTOR):
         raise Violation("who terminates says so of itself")
     reason = check_reason(message.reason)
     if agreement.state == PENDING and not agreement.approved_signature:  # approved once, and forgotten here with a disk
-        (moves.refused if agreement.role == REQUESTOR else moves.cancelled)(draft, agreement, reason, meta.now)
+        (moves.refused if agreement.role == REQUESTOR else moves.cancelled)(draft, agreement, reason)
         return
     if agreement.state == APPROVED or (agreement.role == PROVIDER and agreement.state != TERMINATED):
         if not agreement.approved_signature:
-            raise Violation(state_error(agreement, TERMINATED, meta.now))
-        moves.terminated_by(draft, agreement, message.terminator, reason, meta.now)
+            raise Violation(state_error(agreement, TERMINATED, draft.now))
+        moves.terminated_by(draft, agreement, message.terminator, reason)
     elif agreement.state != TERMINATED:
-        raise Violation(state_error(agreement, TERMINATED, meta.now))
+        raise Violation(state_error(agreement, TERMINATED, draft.now))
     elif agreement.terminator == PROVIDER and message.terminator == REQUESTOR:
         moves.put(draft, agreement, terminator=REQUESTOR, reason=reason)
 
 
 # -- time, and what did not arrive
-def due(draft: Draft, message: AgreementDue, now: float) -> None:
+def due(draft: Draft, message: AgreementDue) -> None:
     """The time for the approval, or of the approval, is over."""
-    agreement: Agreement | None = draft.get(f"agreement/{message.agreement_id}")
+    agreement: AgreementRow | None = draft.get(f"agreement/{message.agreement_id}")
     if not agreement or agreement.state not in OPEN:
         return
-    if lapsed(agreement, now):
-        moves.lapse(draft, agreement, now)
+    if lapsed(agreement, draft.now):
+        moves.lapse(draft, agreement)
     else:
         draft.do(Wake(f"due/{agreement.agreement_id}", ends_at(agreement), message))
 
 
 def forget(draft: Draft, message: ForgetAgreement) -> None:
     """Delete an agreement that is long over."""
-    agreement: Agreement | None = draft.get(f"agreement/{message.agreement_id}")
+    agreement: AgreementRow | None = draft.get(f"agreement/{message.agreement_id}")
     if agreement and agreement.state not in (*OPEN, APPROVED):
         draft.put(f"agreement/{message.agreement_id}", None)
 
@@ -433,7 +414,7 @@ MustArrive = (
 )  # fmt: skip
 
 
-def undelivered(draft: Draft, message: MustArrive, why: str, now: float) -> None:
+def undelivered(draft: Draft, message: MustArrive, why: str) -> None:
     """Something that the other side had to know did not arrive, or nobody said that it did.
 
     An end is told again, as long as we remember the agreement ourselves: the other side must not think it goes on. An
@@ -443,15 +424,15 @@ def undelivered(draft: Draft, message: MustArrive, why: str, now: float) -> None
         agreement_id = strict_json.loads(message.agreement.body)["agreementId"]
     else:
         agreement_id = message.agreement_id
-    agreement: Agreement | None = draft.get(f"agreement/{agreement_id}")
+    agreement: AgreementRow | None = draft.get(f"agreement/{agreement_id}")
     if not agreement:
         return
     other = PROVIDER if agreement.role == REQUESTOR else REQUESTOR
     reason = reason_text(f"{other} {agreement.counterpart} could not be reached: {why}")
     if isinstance(message, AgreementProposed) and agreement.state == PENDING:
-        _close(draft, agreement, reason, now)
+        _close(draft, agreement, reason)
     elif isinstance(message, AgreementCommitted) and agreement.state == APPROVED:
-        moves.terminated_by(draft, agreement, agreement.role, reason, now)
+        moves.terminated_by(draft, agreement, agreement.role, reason)
         moves.tell_peer(draft, agreement, AgreementTerminated(agreement.agreement_id, agreement.role, reason))
     elif isinstance(message, AgreementClosed | AgreementRejected | AgreementTerminated):
         moves.tell_peer(draft, agreement, message)

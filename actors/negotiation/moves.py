@@ -9,8 +9,8 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from actors.kernel.draft import Draft
-from actors.kernel.machine import Emit, Reply, Send, Wake
+from actors.kernel.draft import Declined, Draft
+from actors.kernel.machine import Emit, Send, Wake
 from actors.negotiation.proposals import IS_FINAL
 from actors.negotiation.rows import (
     APPROVED,
@@ -20,7 +20,7 @@ from actors.negotiation.rows import (
     PROPOSAL,
     REJECTED,
     TERMINATED,
-    Agreement,
+    AgreementRow,
     lapsed,
     state_error,
 )
@@ -40,71 +40,70 @@ from protocol.negotiation import (
     ForgetAgreement,
     reason_text,
 )
-from protocol.types import Message, Refused, address
+from protocol.types import Message, address
 
 KEEP_ENDED_S = 90 * 24 * 3600.0
 APPROVAL_S = 30.0  # a requestor's node commits at once; its agent gives up after 15 s
 
 
-def find(draft: Draft, agreement_id: str, role: str, now: float) -> Agreement | None:
-    """Return an agreement in which we have `role` (any if ""), expired if its time is over; else refuse as unknown."""
-    agreement: Agreement | None = draft.get(f"agreement/{agreement_id}")
+def find(draft: Draft, agreement_id: str, role: str) -> AgreementRow:
+    """Return an agreement in which we have `role` (any if ""), expired if its time is over. Raises `Declined`."""
+    agreement: AgreementRow | None = draft.get(f"agreement/{agreement_id}")
     if agreement is None or role not in ("", agreement.role):
-        draft.do(Reply(Refused("unknown", f"Agreement [{agreement_id}] not found{role and f' with us as {role}'}.")))
-        return None
-    return lapse(draft, agreement, now) if lapsed(agreement, now) else agreement
+        raise Declined("unknown", f"Agreement [{agreement_id}] not found{role and f' with us as {role}'}.")
+    return lapse(draft, agreement) if lapsed(agreement, draft.now) else agreement
 
 
-def put(draft: Draft, agreement: Agreement, **changes: Any) -> Agreement:
+def put(draft: Draft, agreement: AgreementRow, **changes: Any) -> AgreementRow:
     agreement = replace(agreement, **changes)
     draft.put(f"agreement/{agreement.agreement_id}", agreement)
     return agreement
 
 
-def end(draft: Draft, agreement: Agreement, state: str, now: float, reason: str = "", **changes: Any) -> Agreement:
+def end(draft: Draft, agreement: AgreementRow, state: str, reason: str = "", **changes: Any) -> AgreementRow:
     """Put a final state, which is forgotten after a long time.
 
     Of what a requestor proposed to us and what was never made, the terms go at once; its id is their digest.
     """
     if agreement.role == PROVIDER and state in (CANCELLED, REJECTED, EXPIRED):
         changes["body"] = b""
-    draft.do(Wake(f"forget/{agreement.agreement_id}", now + KEEP_ENDED_S, ForgetAgreement(agreement.agreement_id)))
-    return put(draft, agreement, state=state, reason=reason, ended_at=now, **changes)
+    draft.do(Wake(f"forget/{agreement.agreement_id}", draft.now + KEEP_ENDED_S, ForgetAgreement(agreement.agreement_id)))
+    return put(draft, agreement, state=state, reason=reason, ended_at=draft.now, **changes)
 
 
 def tell_agent(draft: Draft, agreement_id: str, event: Message) -> None:
     draft.do(Emit("agreements", event), Emit(f"agreement/{agreement_id}", event))
 
 
-def tell_peer(draft: Draft, agreement: Agreement, message: Message, deadline_s: float | None = None) -> None:
+def tell_peer(draft: Draft, agreement: AgreementRow, message: Message, deadline_s: float | None = None) -> None:
     to = address(agreement.counterpart, "negotiation")
     draft.do(Send(to, message) if deadline_s is None else Send(to, message, max(deadline_s, 1.0)))
 
 
-def lapse(draft: Draft, agreement: Agreement, now: float) -> Agreement:
+def lapse(draft: Draft, agreement: AgreementRow) -> AgreementRow:
     """End an agreement whose time is over."""
-    return withdraw(draft, agreement, now) if agreement.state == APPROVING else expire(draft, agreement, now)
+    return withdraw(draft, agreement) if agreement.state == APPROVING else expire(draft, agreement)
 
 
-def withdraw(draft: Draft, agreement: Agreement, now: float) -> Agreement:
+def withdraw(draft: Draft, agreement: AgreementRow) -> AgreementRow:
     """Take back our approval, which the requestor has not committed to."""
     reason = reason_text(f"The approval was withdrawn: there was no commit within {APPROVAL_S:g} s.", **{IS_FINAL: False})
     tell_peer(draft, agreement, AgreementRejected(agreement.agreement_id, reason))
-    return refused(draft, agreement, reason, now)
+    return refused(draft, agreement, reason)
 
 
-def expire(draft: Draft, agreement: Agreement, now: float) -> Agreement:
+def expire(draft: Draft, agreement: AgreementRow) -> AgreementRow:
     draft.do(Emit(f"agreement/{agreement.agreement_id}", AgreementExpired(agreement.agreement_id)))
-    return end(draft, agreement, EXPIRED, now)
+    return end(draft, agreement, EXPIRED)
 
 
-def wrong_state(draft: Draft, agreement: Agreement, new: str, now: float, early: str = "gone") -> None:
-    """Refuse; `early` is the code where the agreement was never sent."""
+def wrong_state(draft: Draft, agreement: AgreementRow, new: str, early: str = "gone") -> Declined:
+    """Return the refusal; `early` is its code where the agreement was never sent. That a time was over stays."""
     code = early if agreement.state == PROPOSAL else "gone"
-    draft.do(Reply(Refused(code, state_error(agreement, new, now))))
+    return Declined(code, state_error(agreement, new, draft.now), keep=True)
 
 
-def made(draft: Draft, agreement: Agreement, at: float) -> Agreement:
+def made(draft: Draft, agreement: AgreementRow, at: float) -> AgreementRow:
     """Both sides have committed: tell the agent, and whoever deals with activities and money."""
     agreement = put(
         draft, agreement, state=APPROVED, approved_at=at, reason="", ended_at=None,
@@ -127,9 +126,9 @@ def made(draft: Draft, agreement: Agreement, at: float) -> Agreement:
     return agreement
 
 
-def terminated_by(draft: Draft, agreement: Agreement, terminator: str, reason: str, now: float) -> None:
+def terminated_by(draft: Draft, agreement: AgreementRow, terminator: str, reason: str) -> None:
     was_approved = agreement.state == APPROVED
-    end(draft, agreement, TERMINATED, now, reason, terminator=terminator)
+    end(draft, agreement, TERMINATED, reason, terminator=terminator)
     if was_approved:
         ended = AgreementEnded(agreement.agreement_id, terminator, reason)
         draft.do(Send("activity", ended), Send("ledger", ended))
@@ -139,13 +138,13 @@ def terminated_by(draft: Draft, agreement: Agreement, terminator: str, reason: s
     tell_agent(draft, agreement.agreement_id, event)
 
 
-def cancelled(draft: Draft, agreement: Agreement, reason: str, now: float) -> None:
-    end(draft, agreement, CANCELLED, now, reason)
+def cancelled(draft: Draft, agreement: AgreementRow, reason: str) -> None:
+    end(draft, agreement, CANCELLED, reason)
     event = AgreementCancelledEvent(agreement.agreement_id, agreement.app_session_id, reason)
     tell_agent(draft, agreement.agreement_id, event)
 
 
-def refused(draft: Draft, agreement: Agreement, reason: str, now: float) -> Agreement:
+def refused(draft: Draft, agreement: AgreementRow, reason: str) -> AgreementRow:
     event = AgreementRejectedEvent(agreement.agreement_id, agreement.app_session_id, reason)
     tell_agent(draft, agreement.agreement_id, event)
-    return end(draft, agreement, REJECTED, now, reason)
+    return end(draft, agreement, REJECTED, reason)

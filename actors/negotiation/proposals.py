@@ -14,10 +14,9 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from actors.kernel.crowd import Occupant, by_crowd
-from actors.kernel.draft import Draft
-from actors.kernel.machine import DropFeed, Emit, Meta, Reply, Send, Wake
+from actors.kernel.draft import Declined, Draft
+from actors.kernel.machine import DropFeed, Emit, Reply, Send, Wake
 from protocol.market import (
-    Done,
     Matched,
     Rematch,
     Subscription,
@@ -48,7 +47,7 @@ from protocol.negotiation import (
     reason_text,
 )
 from protocol.signing import Document
-from protocol.types import Message, Refused, Violation, address, digest, node_of, timestamp_text
+from protocol.types import Done, Message, Violation, address, digest, node_of, timestamp_text
 
 DELIVERY_S = 60.0  # how long a proposal may take to the peer before its issuer hears that it did not arrive
 KEEP_ENDED_S = 3600.0  # proposals can be read this long after their subscription
@@ -141,22 +140,23 @@ def opened(draft: Draft, message: SubscriptionOpened) -> None:
         draft.put(key, SubscriptionRow(message.document, expires))
 
 
-def ended(draft: Draft, message: SubscriptionEnded, now: float) -> None:
+def ended(draft: Draft, message: SubscriptionEnded) -> None:
     """No proposals any more; wake whoever polls the subscription's events."""
     key = f"subscription/{message.subscription_id}"
     row = draft.get(key)
     if row and not row.ended:
         draft.put(key, replace(row, ended=message.reason))
         draft.do(Emit(f"{row.document.kind}/{message.subscription_id}", message))
-        draft.do(Wake(f"forget/{message.subscription_id}", now + KEEP_ENDED_S, ForgetProposals(message.subscription_id)))
+        draft.do(Wake(f"forget/{message.subscription_id}", draft.now + KEEP_ENDED_S, ForgetProposals(message.subscription_id)))
 
 
-def forget(draft: Draft, subscription_id: str, now: float) -> None:
+def forget(draft: Draft, message: ForgetProposals) -> None:
     """Delete a subscription that is long over, and its proposals, in steps of bounded size."""
+    subscription_id = message.subscription_id
     row = draft.get(f"subscription/{subscription_id}")
     for count, (key, _) in enumerate(draft.prefix(f"of/{subscription_id}/")):
         if count == FORGET_AT_ONCE:
-            draft.do(Wake(f"forget/{subscription_id}", now, ForgetProposals(subscription_id)))
+            draft.do(Wake(f"forget/{subscription_id}", draft.now, ForgetProposals(subscription_id)))
             return
         proposal = draft.get("proposal/" + key.rpartition("/")[2])
         draft.put(key, None)
@@ -171,14 +171,14 @@ def forget(draft: Draft, subscription_id: str, now: float) -> None:
         draft.do(DropFeed(f"{row.document.kind}/{subscription_id}"))
 
 
-def _over(draft: Draft, proposal: Proposal, now: float) -> str:
+def _over(draft: Draft, proposal: Proposal) -> str:
     """Return why there can be no more proposals in this negotiation, or nothing."""
     row = draft.get(f"subscription/{proposal.own_subscription}")
     if not row:
         return "the subscription is not known any more"
-    if row.ended or row.expires <= now:
+    if row.ended or row.expires <= draft.now:
         return f"the subscription is {row.ended or 'expired'}"
-    return "the proposal has expired" if proposal.expires <= now else ""
+    return "the proposal has expired" if proposal.expires <= draft.now else ""
 
 
 def _no_room(draft: Draft, proposal: Proposal) -> str:
@@ -244,12 +244,12 @@ def _forget_talk(draft: Draft, key: str) -> int:
     return len(chain)
 
 
-def _taken(draft: Draft, proposal: Proposal, now: float) -> bool:
+def _taken(draft: Draft, proposal: Proposal) -> bool:
     """Return whether a proposal has an agreement that was or may yet be made; after one that was not, talks may go on."""
     agreement = draft.get(f"agreement/{proposal.agreement_id}") if proposal.agreement_id else None
     if agreement is None or agreement.state in ("Rejected", "Cancelled", "Expired"):
         return False
-    return agreement.state not in ("Proposal", "Pending") or bool(agreement.valid_to > now)
+    return agreement.state not in ("Proposal", "Pending") or bool(agreement.valid_to > draft.now)
 
 
 def _add(draft: Draft, proposal: Proposal) -> None:
@@ -276,25 +276,25 @@ def _properties(content: Subscription) -> str:
 
 
 # -- what the market found
-def matched(draft: Draft, node: str, message: Matched, now: float) -> None:
+def matched(draft: Draft, message: Matched) -> None:
     """Make the provider's offer the Initial proposal of a negotiation, and show it to the requestor."""
     demand, offer = read_subscription(message.demand.body), read_subscription(message.offer.body)
     initial = Proposal(
-        proposal_id=digest("initial", REQUESTOR, message.demand_id, message.offer_id, timestamp_text(now)),
+        proposal_id=digest("initial", REQUESTOR, message.demand_id, message.offer_id, timestamp_text(draft.now)),
         role=REQUESTOR,
         demand_id=message.demand_id,
         offer_id=message.offer_id,
-        requestor=node,
+        requestor=draft.me,
         provider=offer.owner,
         issuer=offer.owner,
         state=INITIAL,
         properties=_properties(offer),
         constraints=offer.constraints,
-        created=now,
+        created=draft.now,
         expires=min(offer.expires, demand.expires),
         origin=message.origin,
     )
-    if _over(draft, initial, now) or _no_room(draft, initial) or draft.get(f"proposal/{initial.proposal_id}"):
+    if _over(draft, initial) or _no_room(draft, initial) or draft.get(f"proposal/{initial.proposal_id}"):
         return
     _add(draft, initial)
     draft.do(Emit(initial.own_feed, ProposalEvent(initial.proposal_id)))
@@ -306,37 +306,33 @@ def _find(draft: Draft, subscription_id: str, wanted_id: str) -> Proposal | None
     return proposal if proposal and proposal.own_subscription == subscription_id else None
 
 
-def _refuse(draft: Draft, code: str, text: str) -> None:
-    draft.do(Reply(Refused(code, text)))
-
-
-def counter(draft: Draft, node: str, message: CounterProposal, now: float) -> None:
+def counter(draft: Draft, message: CounterProposal) -> None:
     """Answer the other side's last proposal; one that we had rejected is thereby open again."""
     previous = _find(draft, message.subscription_id, message.proposal_id)
     if not draft.get(f"subscription/{message.subscription_id}"):
-        return _refuse(draft, "bad_request", f"Subscription [{message.subscription_id}] not found.")
+        raise Declined("bad_request", f"Subscription [{message.subscription_id}] not found.")
     if not previous:
-        return _refuse(draft, "unknown", f"Proposal [{message.proposal_id}] not found for this subscription.")
+        raise Declined("unknown", f"Proposal [{message.proposal_id}] not found for this subscription.")
     label = f"Proposal [{previous.role[0]}-{previous.proposal_id}]"
-    if previous.issuer == node:
-        return _refuse(draft, "bad_request", f"{label} is your own: it cannot be countered.")
-    if over := _over(draft, previous, now):
-        return _refuse(draft, "gone", f"{label} cannot be countered: {over}.")
+    if previous.issuer == draft.me:
+        raise Declined("bad_request", f"{label} is your own: it cannot be countered.")
+    if over := _over(draft, previous):
+        raise Declined("gone", f"{label} cannot be countered: {over}.")
     if previous.answer_id:
-        return _refuse(draft, "gone", f"{label} was already countered.")
-    if _taken(draft, previous, now):
-        return _refuse(draft, "bad_request", f"{label} was accepted: it has an agreement.")
+        raise Declined("gone", f"{label} was already countered.")
+    if _taken(draft, previous):
+        raise Declined("bad_request", f"{label} was accepted: it has an agreement.")
     if full := _no_room(draft, previous):
-        return _refuse(draft, "busy", f"{label} cannot be countered: {full}.")
+        raise Declined("busy", f"{label} cannot be countered: {full}.")
     try:
         read_properties(message.properties)
         check_constraints(message.constraints)
     except Violation as error:
-        return _refuse(draft, "bad_request", str(error))
-    proposal = _answer(previous, node, "", message.properties, message.constraints, now)
+        raise Declined("bad_request", str(error)) from None
+    proposal = _answer(previous, draft.me, "", message.properties, message.constraints, draft.now)
     if why := mismatch(proposal, previous):
         prefix = f"Proposal properties [{message.proposal_id}] doesn't match previous Proposal [{previous.proposal_id}]."
-        return _refuse(draft, "bad_request", f"{prefix} {why}")
+        raise Declined("bad_request", f"{prefix} {why}")
     _link(draft, previous, proposal)
     draft.do(Reply(Created(proposal.proposal_id)))
     wire: ProposalOpened | ProposalCountered
@@ -350,9 +346,9 @@ def counter(draft: Draft, node: str, message: CounterProposal, now: float) -> No
         wire = ProposalCountered(
             proposal.proposal_id, previous.proposal_id, message.properties, message.constraints, proposal.created
         )
-    deadline_s = max(1.0, min(DELIVERY_S, previous.expires - now))
+    deadline_s = max(1.0, min(DELIVERY_S, previous.expires - draft.now))
     draft.do(Send(address(previous.counterpart, "negotiation"), wire, deadline_s))
-    return None
+    return
 
 
 def _answer(previous: Proposal, issuer: str, known_id: str, properties: str, constraints: str, created: float) -> Proposal:
@@ -375,28 +371,28 @@ def _link(draft: Draft, previous: Proposal, proposal: Proposal) -> None:
     _add(draft, proposal)
 
 
-def reject(draft: Draft, node: str, message: RejectProposal) -> None:
+def reject(draft: Draft, message: RejectProposal) -> None:
     """Say no to a proposal of the other side; the Initial one only to ourselves, for it is our own node's making."""
     proposal = _find(draft, message.subscription_id, message.proposal_id)
     if not proposal:
-        return _refuse(draft, "unknown", f"Proposal [{message.proposal_id}] not found for this subscription.")
+        raise Declined("unknown", f"Proposal [{message.proposal_id}] not found for this subscription.")
     label = f"Proposal [{proposal.role[0]}-{proposal.proposal_id}]"
-    if proposal.issuer == node:
-        return _refuse(draft, "bad_request", f"{label} is your own: it cannot be rejected.")
+    if proposal.issuer == draft.me:
+        raise Declined("bad_request", f"{label} is your own: it cannot be rejected.")
     if proposal.answer_id or proposal.state not in (INITIAL, DRAFT):
         state = "countered" if proposal.answer_id else proposal.state
-        return _refuse(draft, "bad_request", f"{label} cannot be rejected: it is {state}.")
+        raise Declined("bad_request", f"{label} cannot be rejected: it is {state}.")
     reason = check_reason(message.reason)
     draft.put(f"proposal/{proposal.proposal_id}", replace(proposal, state=REJECTED, reason=reason))
     draft.do(Reply(Done()))
     if proposal.state == DRAFT:
         to = address(proposal.counterpart, "negotiation")
         draft.do(Send(to, ProposalRejected(proposal.proposal_id, reason), max(DELIVERY_S, 1.0)))
-    return None
+    return
 
 
 # -- what the other side says
-def received_first(draft: Draft, node: str, message: ProposalOpened, meta: Meta) -> None:
+def received_first(draft: Draft, message: ProposalOpened) -> None:
     """A requestor opens a negotiation about an offer of ours. Raises `Violation`."""
     check_hash(message.proposal_id)
     check_hash(message.initial_id)
@@ -404,12 +400,12 @@ def received_first(draft: Draft, node: str, message: ProposalOpened, meta: Meta)
         return None
     row = draft.get(f"subscription/{message.offer_id}")
     if not row or row.document.kind != "offer":
-        return _send_back(draft, meta.sender, message.proposal_id, "the offer is not known here")
+        return _send_back(draft, draft.meta.sender, message.proposal_id, "the offer is not known here")
     try:
-        demand = verify_subscription(message.demand, "demand", meta.now)
+        demand = verify_subscription(message.demand, "demand", draft.now)
     except Violation as error:
-        return _send_back(draft, meta.sender, message.proposal_id, str(error))
-    if demand.owner != node_of(meta.sender):
+        return _send_back(draft, draft.meta.sender, message.proposal_id, str(error))
+    if demand.owner != node_of(draft.meta.sender):
         raise Violation(f"the demand belongs to {demand.owner}, not to who negotiates with it")
     offer = read_subscription(row.document.body)
     _check_terms(message)
@@ -419,15 +415,15 @@ def received_first(draft: Draft, node: str, message: ProposalOpened, meta: Meta)
         demand_id=demand.subscription_id,
         offer_id=message.offer_id,
         requestor=demand.owner,
-        provider=node,
-        issuer=node,
+        provider=draft.me,
+        issuer=draft.me,
         state=INITIAL,
         properties=_properties(offer),
         constraints=offer.constraints,
-        created=meta.now,
+        created=draft.now,
         expires=min(offer.expires, demand.expires),
         wire_id=message.initial_id,
-        origin=meta.origin,
+        origin=draft.meta.origin,
     )
     proposal = _answer(initial, demand.owner, message.proposal_id, message.properties, message.constraints, message.created)
     if draft.get(f"proposal/{initial.proposal_id}"):
@@ -435,9 +431,9 @@ def received_first(draft: Draft, node: str, message: ProposalOpened, meta: Meta)
     opened_key = f"opened/{message.offer_id}/{demand.owner}"
     count = (draft.get(opened_key) or Opened(0)).negotiations
     full = f"there were {count} negotiations about this offer" if count >= MAX_OPENED_PER_NODE else ""
-    why = _over(draft, initial, meta.now) or full or _no_room(draft, initial) or mismatch(proposal, initial)
+    why = _over(draft, initial) or full or _no_room(draft, initial) or mismatch(proposal, initial)
     if why:
-        return _send_back(draft, meta.sender, message.proposal_id, why)
+        return _send_back(draft, draft.meta.sender, message.proposal_id, why)
     draft.put(opened_key, Opened(count + 1))
     _add(draft, initial)
     _link(draft, initial, proposal)
@@ -445,14 +441,14 @@ def received_first(draft: Draft, node: str, message: ProposalOpened, meta: Meta)
     return None
 
 
-def received(draft: Draft, node: str, message: ProposalCountered, meta: Meta) -> None:
+def received(draft: Draft, message: ProposalCountered) -> None:
     """The other side counters our proposal. Raises `Violation`."""
     check_hash(message.proposal_id)
     previous = draft.get(f"proposal/{message.previous_id}")
     if not previous:
-        return _send_back(draft, meta.sender, message.proposal_id, "the proposal that it answers is not known here")
-    sender = node_of(meta.sender)
-    if previous.issuer != node or previous.counterpart != sender or not previous.previous_id:
+        return _send_back(draft, draft.meta.sender, message.proposal_id, "the proposal that it answers is not known here")
+    sender = node_of(draft.meta.sender)
+    if previous.issuer != draft.me or previous.counterpart != sender or not previous.previous_id:
         raise Violation("only the other side's proposal can be countered")
     if previous.answer_id == message.proposal_id:
         return None
@@ -460,10 +456,10 @@ def received(draft: Draft, node: str, message: ProposalCountered, meta: Meta) ->
         raise Violation("the proposal was already countered")
     _check_terms(message)
     proposal = _answer(previous, sender, message.proposal_id, message.properties, message.constraints, message.created)
-    taken = "it was accepted: it has an agreement" if _taken(draft, previous, meta.now) else ""
-    why = taken or _over(draft, previous, meta.now) or _no_room(draft, previous) or mismatch(proposal, previous)
+    taken = "it was accepted: it has an agreement" if _taken(draft, previous) else ""
+    why = taken or _over(draft, previous) or _no_room(draft, previous) or mismatch(proposal, previous)
     if why:
-        return _send_back(draft, meta.sender, message.proposal_id, why)
+        return _send_back(draft, draft.meta.sender, message.proposal_id, why)
     _link(draft, previous, proposal)
     draft.do(Emit(proposal.own_feed, ProposalEvent(proposal.proposal_id)))
     return None
@@ -481,12 +477,12 @@ def _send_back(draft: Draft, to: str, rejected_id: str, why: str) -> None:
     draft.do(Send(to, ProposalRejected(rejected_id, reason_text(f"Proposal not taken: {why}.")), DELIVERY_S))
 
 
-def rejected(draft: Draft, node: str, message: ProposalRejected, meta: Meta) -> None:
+def rejected(draft: Draft, message: ProposalRejected) -> None:
     """The other side says no to a proposal of ours. Raises `Violation`."""
     proposal = draft.get(f"proposal/{message.proposal_id}")
     if not proposal:
         return
-    if proposal.issuer != node or proposal.counterpart != node_of(meta.sender):
+    if proposal.issuer != draft.me or proposal.counterpart != node_of(draft.meta.sender):
         raise Violation("only the other side's proposal can be rejected")
     _mark_rejected(draft, proposal, check_reason(message.reason))
 

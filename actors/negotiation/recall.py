@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from actors.kernel.draft import Draft
 from actors.negotiation.moves import tell_peer
-from actors.negotiation.rows import APPROVED, APPROVING, CANCELLED, EXPIRED, PENDING, REJECTED, TERMINATED, Agreement
+from actors.negotiation.rows import APPROVED, APPROVING, CANCELLED, EXPIRED, PENDING, REJECTED, TERMINATED, AgreementRow
 from protocol.negotiation import (
     REQUESTOR,
     AgreementApproval,
@@ -20,22 +20,23 @@ from protocol.negotiation import (
     reason_text,
 )
 from protocol.signing import Document
-from protocol.types import Message
+from protocol.types import Message, PeerLost, node_of
 
 OVER = reason_text("The agreement is over.")
 TOLD_BACK_S = 60 * 24 * 3600.0  # as in `recall`
 
 
-def tell_again(draft: Draft, peer: str, now: float) -> None:
+def tell_again(draft: Draft, message: PeerLost) -> None:
     """Repeat our last word on every agreement with a node that is open, or was not long ago."""
+    peer = node_of(message.to)
     for _, agreement in list(draft.readable("agreement/")):
-        if agreement.counterpart == peer and (agreement.ended_at is None or agreement.ended_at > now - TOLD_BACK_S):
-            message = _last_word(agreement)
-            if message is not None:
-                tell_peer(draft, agreement, message, 24 * 3600.0)
+        if agreement.counterpart == peer and (agreement.ended_at is None or agreement.ended_at > draft.now - TOLD_BACK_S):
+            word = _last_word(agreement)
+            if word is not None:
+                tell_peer(draft, agreement, word, 24 * 3600.0)
 
 
-def _last_word(agreement: Agreement) -> Message | None:
+def _last_word(agreement: AgreementRow) -> Message | None:
     agreement_id, requests = agreement.agreement_id, agreement.role == REQUESTOR
     state, reason = agreement.state, agreement.reason
     if state == PENDING and requests:

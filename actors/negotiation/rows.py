@@ -10,7 +10,7 @@ CANCELLED, REJECTED, EXPIRED, TERMINATED = "Cancelled", "Rejected", "Expired", "
 OPEN = (PROPOSAL, PENDING, APPROVING)
 
 
-class Agreement(Message, frozen=True, tag="agreement"):
+class AgreementRow(Message, frozen=True, tag="agreement"):
     """An agreement as this node sees it. `body` is what both sign; signatures are hex, "" as long as there is none."""
 
     agreement_id: str
@@ -40,17 +40,17 @@ class Agreement(Message, frozen=True, tag="agreement"):
         return self.provider if self.role == REQUESTOR else self.requestor
 
 
-def lapsed(agreement: Agreement, now: float) -> bool:
+def lapsed(agreement: AgreementRow, now: float) -> bool:
     """Return whether the agreement's time is over, whatever its row says."""
     return agreement.state in OPEN and ends_at(agreement) <= now
 
 
-def ends_at(agreement: Agreement) -> float:
+def ends_at(agreement: AgreementRow) -> float:
     """Return when an open agreement ends by itself: at `validTo`, or with the provider's approval."""
     return agreement.approval_until if agreement.state == APPROVING else agreement.valid_to
 
 
-def state_at(agreement: Agreement, now: float) -> str:
+def state_at(agreement: AgreementRow, now: float) -> str:
     """Return the state that an agent is shown: the end of the time is seen at once, `Approving` as `Pending`."""
     state = agreement.state
     if lapsed(agreement, now):
@@ -58,7 +58,7 @@ def state_at(agreement: Agreement, now: float) -> str:
     return PENDING if state == APPROVING else state
 
 
-def state_error(agreement: Agreement, new: str, now: float) -> str:
+def state_error(agreement: AgreementRow, new: str, now: float) -> str:
     """Return the text that agents know for a step that the state does not allow."""
     state = agreement.state if not lapsed(agreement, now) else state_at(agreement, now)
     return f"Agreement [{agreement.agreement_id}]. Error: Can't update Agreement state from {state} to {new}."

@@ -21,20 +21,20 @@ from actors.provider.rows import (
     STOPPING,
     TERMINATING,
     WAITING,
-    ActivityRow,
-    AgreementRow,
+    ProviderActivityRow,
+    ProviderAgreementRow,
 )
 from actors.provider.turn import Turn, reason
 from protocol.provider import (
     CloseActivity,
     CreditDue,
+    EndAgreement,
     EventArrived,
     ExpirationDue,
     IdleDue,
     NoteDue,
     StartUnit,
     StopUnit,
-    TerminateAgreement,
     UnitExited,
     UnitRunning,
 )
@@ -65,7 +65,7 @@ MAX_WAITING = 4  # activities of one agreement that wait for the process before 
 
 
 # -- the agreement
-def approved(turn: Turn, row: AgreementRow) -> None:
+def approved(turn: Turn, row: ProviderAgreementRow) -> None:
     """The agreement is in force; all its intervals count from now, by our clock, whatever dates the requestor gave it."""
     row = replace(row, state=APPROVED, at=turn.now, payable_at=turn.now)
     turn.save(row)
@@ -75,12 +75,12 @@ def approved(turn: Turn, row: AgreementRow) -> None:
         end_agreement(turn, row, SHUTDOWN)
 
 
-def rest_idle(turn: Turn, row: AgreementRow) -> None:
+def rest_idle(turn: Turn, row: ProviderAgreementRow) -> None:
     """Count the time without an activity from now on."""
     turn.wake(f"idle/{row.agreement_id}", turn.now + turn.config.idle_s, IdleDue(row.agreement_id))
 
 
-def end_agreement(turn: Turn, row: AgreementRow, code: str, why: str = "") -> None:
+def end_agreement(turn: Turn, row: ProviderAgreementRow, code: str, why: str = "") -> None:
     """Terminate an agreement from our side (`why` beside the usual text); harmless when it is ending already."""
     if row.state != APPROVED:
         return
@@ -93,11 +93,11 @@ def end_agreement(turn: Turn, row: AgreementRow, code: str, why: str = "") -> No
     vacate_if_done(turn, row.agreement_id)
 
 
-def terminate(turn: Turn, row: AgreementRow) -> None:
-    turn.rest(TerminateAgreement(row.agreement_id, reason(row.reason, **{CODE: row.code})))
+def terminate(turn: Turn, row: ProviderAgreementRow) -> None:
+    turn.rest(EndAgreement(row.agreement_id, reason(row.reason, **{CODE: row.code})))
 
 
-def ended(turn: Turn, row: AgreementRow, by: str = "Provider", why: str = "") -> None:
+def ended(turn: Turn, row: ProviderAgreementRow, by: str = "Provider", why: str = "") -> None:
     """The agreement is not in force any more, on both sides."""
     if row.state == ENDED:
         return
@@ -111,7 +111,7 @@ def ended(turn: Turn, row: AgreementRow, by: str = "Provider", why: str = "") ->
     vacate_if_done(turn, row.agreement_id)
 
 
-def never_made(turn: Turn, row: AgreementRow) -> None:
+def never_made(turn: Turn, row: ProviderAgreementRow) -> None:
     """The requestor has not committed: forget the agreement."""
     places.unused(turn, row)
     turn.put(f"agreement/{row.agreement_id}", None)
@@ -126,7 +126,7 @@ def vacate_if_done(turn: Turn, agreement_id: str) -> None:
         turn.vacate(agreement_id)
 
 
-def _stop_activities(turn: Turn, row: AgreementRow) -> None:
+def _stop_activities(turn: Turn, row: ProviderAgreementRow) -> None:
     for activity in turn.activities(row):
         stop_activity(turn, activity)
 
@@ -151,13 +151,13 @@ def create_activity(turn: Turn, event: EventArrived) -> None:
     turn.save(row)
     places.used(turn, row)
     turn.unwake(f"idle/{row.agreement_id}")
-    activity = ActivityRow(activity_id, row.agreement_id, WAITING, turn.now, billed_at=turn.now)
+    activity = ProviderActivityRow(activity_id, row.agreement_id, WAITING, turn.now, billed_at=turn.now)
     turn.save(activity)
     if not others:
         _start(turn, row, activity)
 
 
-def _start(turn: Turn, row: AgreementRow, activity: ActivityRow) -> None:
+def _start(turn: Turn, row: ProviderAgreementRow, activity: ProviderActivityRow) -> None:
     activity = replace(activity, state=STARTING, billed_at=turn.now, counted_at=turn.now)
     turn.save(activity)
     credit.watch(turn, row.requestor)
@@ -165,17 +165,17 @@ def _start(turn: Turn, row: AgreementRow, activity: ActivityRow) -> None:
     turn.wake(f"note/{activity.activity_id}", _first_note_at(turn, row), NoteDue(activity.activity_id))
 
 
-def start_unit(turn: Turn, row: AgreementRow, activity: ActivityRow) -> None:
+def start_unit(turn: Turn, row: ProviderAgreementRow, activity: ProviderActivityRow) -> None:
     turn.processes(StartUnit(activity.activity_id, row.agreement_id, row.runtime, row.document))
 
 
-def next_note_at(turn: Turn, row: AgreementRow) -> float:
+def next_note_at(turn: Turn, row: ProviderAgreementRow) -> float:
     """Return the next time of a debit note: the approval plus whole intervals."""
     intervals = max(0, int((turn.now - row.at) // row.interval_s)) + 1
     return row.at + intervals * row.interval_s
 
 
-def _first_note_at(turn: Turn, row: AgreementRow) -> float:
+def _first_note_at(turn: Turn, row: ProviderAgreementRow) -> float:
     """Return when the first debit note of an activity is due: for strangers soon, for who does not answer it is gone."""
     usual_at = next_note_at(turn, row)
     if row.interval_agreed or len(row.activities) > 1 or credit.has_paid(turn, row.requestor):
@@ -183,7 +183,7 @@ def _first_note_at(turn: Turn, row: AgreementRow) -> float:
     return min(usual_at, turn.now + FIRST_NOTE_S)
 
 
-def stop_activity(turn: Turn, activity: ActivityRow) -> None:
+def stop_activity(turn: Turn, activity: ProviderActivityRow) -> None:
     """End an activity; what is not running yet will not."""
     match activity.state:
         case "Waiting":
@@ -238,7 +238,7 @@ def unit_exited(turn: Turn, message: UnitExited) -> None:
     _gone(turn, activity, why, text)
 
 
-def _gone(turn: Turn, activity: ActivityRow, why: str, text: str) -> None:
+def _gone(turn: Turn, activity: ProviderActivityRow, why: str, text: str) -> None:
     """No process of this activity is there (any more): report it, bill it, go on with the agreement."""
     turn.save(replace(activity, state=EXITED, reason=why, error_message=text[:1000]))
     turn.unwake(f"note/{activity.activity_id}")
@@ -297,5 +297,5 @@ def agreement_event(turn: Turn, event: EventArrived) -> None:
             never_made(turn, row)
 
 
-def all_closed(turn: Turn, row: AgreementRow) -> bool:
+def all_closed(turn: Turn, row: ProviderAgreementRow) -> bool:
     return all(one.state == CLOSED for one in turn.activities(row))

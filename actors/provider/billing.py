@@ -44,10 +44,10 @@ from actors.provider.rows import (
     SENT,
     SETTLED,
     STARTING,
-    ActivityRow,
-    AgreementRow,
     DocumentRow,
     NoteRow,
+    ProviderActivityRow,
+    ProviderAgreementRow,
 )
 from actors.provider.turn import DAY_S, Turn
 from protocol.amounts import cost, sum_of
@@ -59,7 +59,6 @@ from protocol.provider import (
     ForgetDue,
     InvoiceIssued,
     InvoiceSent,
-    IssueInvoice,
     IssueNote,
     NoteDue,
     NoteIssued,
@@ -70,6 +69,7 @@ from protocol.provider import (
     SendInvoice,
     SendNote,
     UsageRead,
+    WriteInvoice,
 )
 
 FINAL_NOTE_S = 7 * DAY_S  # how long the last note of an activity is offered to a requestor that is away
@@ -101,7 +101,7 @@ def note_due(turn: Turn, message: NoteDue) -> None:
         turn.rest(ReadUsage(activity.activity_id))
 
 
-def _accept_s(turn: Turn, row: AgreementRow) -> float:
+def _accept_s(turn: Turn, row: ProviderAgreementRow) -> float:
     """How long the requestor may take to accept a note: as agreed, else what we would have asked for."""
     return float(turn.config.terms.accept_timeout_s) if row.accept_timeout_s is None else row.accept_timeout_s
 
@@ -130,13 +130,13 @@ def activity_closed(turn: Turn, message: ActivityClosed) -> None:
         _make_note(turn, row, activity, final=True)
 
 
-def _agreement(turn: Turn, activity: ActivityRow) -> AgreementRow:
+def _agreement(turn: Turn, activity: ProviderActivityRow) -> ProviderAgreementRow:
     row = turn.agreement(activity.agreement_id)
     assert row is not None, "an activity's agreement is kept as long as the activity"
     return row
 
 
-def _merged(row: AgreementRow, activity: ActivityRow, usage: Sequence[float]) -> tuple[float, ...] | None:
+def _merged(row: ProviderAgreementRow, activity: ProviderActivityRow, usage: Sequence[float]) -> tuple[float, ...] | None:
     """Return each counter's highest value so far (no report: zeros); None where the vector is not the agreed one."""
     counters = len(row.coeffs) - 1
     before = activity.usage or (0.0,) * counters
@@ -147,7 +147,7 @@ def _merged(row: AgreementRow, activity: ActivityRow, usage: Sequence[float]) ->
     return tuple(max(float(new), old) for new, old in zip(usage, before, strict=True))
 
 
-def _make_note(turn: Turn, row: AgreementRow, activity: ActivityRow, *, final: bool) -> None:
+def _make_note(turn: Turn, row: ProviderAgreementRow, activity: ProviderActivityRow, *, final: bool) -> None:
     amount = max(cost(row.coeffs, activity.usage), activity.amount, key=Decimal)
     due_at = None
     if row.payment_timeout_s is not None and (final or turn.now >= row.payable_at + row.payment_timeout_s):
@@ -161,7 +161,7 @@ def _make_note(turn: Turn, row: AgreementRow, activity: ActivityRow, *, final: b
     issue_note(turn, row, note)
 
 
-def issue_note(turn: Turn, row: AgreementRow, note: NoteRow) -> None:
+def issue_note(turn: Turn, row: ProviderAgreementRow, note: NoteRow) -> None:
     """Have a note issued that is in its row."""
     usage, instance = list(note.usage), turn.config.instance
     turn.rest(IssueNote(note.activity_id, note.number, note.amount, usage, note.due_at, note.previous_id, row.at, instance))
@@ -198,7 +198,7 @@ def note_issued(turn: Turn, message: NoteIssued) -> None:
         _make_note(turn, row, activity, final=True)
 
 
-def send_note(turn: Turn, row: AgreementRow, note: NoteRow) -> None:
+def send_note(turn: Turn, row: ProviderAgreementRow, note: NoteRow) -> None:
     give_up_s = row.accept_timeout_s if not note.final and row.accept_timeout_s is not None else FINAL_NOTE_S
     turn.rest(SendNote(note.activity_id, note.number, note.note_id, note.issued_at + give_up_s))
 
@@ -221,7 +221,7 @@ def note_sent(turn: Turn, message: NoteSent) -> None:
         _arm(turn, note, ACCEPT, turn.now + row.accept_timeout_s)
 
 
-def _correct(turn: Turn, row: AgreementRow, activity: ActivityRow, note: NoteRow, most: str) -> None:
+def _correct(turn: Turn, row: ProviderAgreementRow, activity: ProviderActivityRow, note: NoteRow, most: str) -> None:
     """Ask once for the highest amount that the requestor's node would take; two clocks may differ a little."""
     if note.corrected or note.number != activity.notes or Decimal(most) >= Decimal(note.amount):
         end_agreement(turn, row, NOTE_REJECTED)
@@ -296,10 +296,10 @@ def bill_if_done(turn: Turn, agreement_id: str) -> None:
     issue_invoice(turn, row)
 
 
-def issue_invoice(turn: Turn, row: AgreementRow) -> None:
+def issue_invoice(turn: Turn, row: ProviderAgreementRow) -> None:
     """Have the invoice issued that is in the agreement's row."""
     turn.rest(
-        IssueInvoice(
+        WriteInvoice(
             row.agreement_id, row.activities, row.amount, row.invoice_due_at, row.at, turn.config.instance, row.refused_id
         )
     )
@@ -329,7 +329,7 @@ def invoice_sent(turn: Turn, message: InvoiceSent) -> None:
     _billed(turn, row, FAILED if message.error else SENT)
 
 
-def _billed(turn: Turn, row: AgreementRow, state: str) -> None:
+def _billed(turn: Turn, row: ProviderAgreementRow, state: str) -> None:
     """Nothing is left to do for an agreement but to hear what becomes of its invoice."""
     turn.save(replace(row, invoice=state, document=""))
     turn.wake(f"forget/{row.agreement_id}", turn.now + turn.config.keep_s, ForgetDue(row.agreement_id))

@@ -25,11 +25,11 @@ from actors.provider.rows import (
     BILLING,
     EXITED,
     SETTLED,
-    ActivityRow,
-    AgreementRow,
     DebtRow,
     FundsRow,
     PayerRow,
+    ProviderActivityRow,
+    ProviderAgreementRow,
     StrangerRow,
 )
 from actors.provider.rules import (
@@ -39,8 +39,8 @@ from actors.provider.rules import (
     MAX_PRICE,
     PAYMENT_TIMEOUT,
     VECTOR,
-    Rejected,
     Terms,
+    TurnedDown,
     expiration_s,
     whole_number,
 )
@@ -147,7 +147,7 @@ def _money(value: float) -> Decimal:
 
 
 # -- what is open
-def debt_of(turn: Turn, row: AgreementRow) -> Decimal:
+def debt_of(turn: Turn, row: ProviderAgreementRow) -> Decimal:
     """Return what was served under an agreement and is not paid; what runs counts as if it were busy on all threads."""
     worked, paid = Decimal(0), Decimal(0)
     for activity in turn.activities(row):
@@ -173,7 +173,7 @@ def bound_funds(turn: Turn, requestor: str, platform: str, besides: str = "") ->
     return total
 
 
-def _debts(turn: Turn, requestor: str = "") -> Iterator[tuple[DebtRow, AgreementRow]]:
+def _debts(turn: Turn, requestor: str = "") -> Iterator[tuple[DebtRow, ProviderAgreementRow]]:
     prefix = f"debt/{requestor}/" if requestor else "debt/"
     for _, debt in list(turn.prefix(prefix)):
         row = turn.agreement(debt.agreement_id)
@@ -186,7 +186,7 @@ def has_paid(turn: Turn, requestor: str) -> bool:
     return turn.get(f"agent/payer/{requestor}") is not None
 
 
-def is_live(row: AgreementRow) -> bool:
+def is_live(row: ProviderAgreementRow) -> bool:
     return row.state in (APPROVING, APPROVED)
 
 
@@ -228,7 +228,7 @@ def limit_of(turn: Turn, credit: Credit) -> Decimal:
     return credit.granted + grown
 
 
-def judge(turn: Turn, requestor: str, demand: Mapping[str, Any], offer: Mapping[str, Any]) -> Rejected | Grant:
+def judge(turn: Turn, requestor: str, demand: Mapping[str, Any], offer: Mapping[str, Any]) -> TurnedDown | Grant:
     """Return what one more agreement on this offer adds to a requestor's credit, or why there is none."""
     terms, platform = turn.config.terms, str(demand.get(CHOSEN_PLATFORM))
     if rate_of(offer) <= 0:
@@ -238,18 +238,18 @@ def judge(turn: Turn, requestor: str, demand: Mapping[str, Any], offer: Mapping[
     if funds is not None and funds < needed + (bound := bound_funds(turn, requestor, platform)):
         held = f"Your account holds {_text(funds)} GLM on {platform}, and this agreement takes {_text(needed)} GLM there"
         besides = f", beside {_text(bound)} GLM for what is open here" if bound > 0 else ""
-        return Rejected(f"{held}{besides}; the credit of who has it is {_text(whole)} GLM.", False)
+        return TurnedDown(f"{held}{besides}; the credit of who has it is {_text(whole)} GLM.", False)
     raw = raw_credit(terms, offer, platform)
     proven = raw if funds is not None else Decimal(0)
     most = grant(terms, credit, offer, platform, raw)  # that the chain has not answered yet is no reason to refuse
     limit = limit_of(turn, replace_granted(credit, credit.granted + most))
     if credit.debt >= limit and credit.debt > 0:
         said = f"You owe {_text(credit.debt)} GLM here, and your credit is {_text(limit)} GLM"
-        return Rejected(f"{said}; it grows with what you pay.", False)
+        return TurnedDown(f"{said}; it grows with what you pay.", False)
     if credit.granted + most < whole * LEAST_SHARE:
         pool = _text(terms.max_agreements * whole)
         said = f"Requestors that never paid here share {pool} GLM of credit a day, which is used up for now"
-        return Rejected(f"{said}; the credit of one is {_text(whole)} GLM.", False)
+        return TurnedDown(f"{said}; the credit of one is {_text(whole)} GLM.", False)
     added = grant(terms, credit, offer, platform, proven)
     return Grant(added, proven, Decimal(0) if funds is not None else raw, needed)
 
@@ -303,21 +303,21 @@ def funds_known(turn: Turn, message: FundsKnown) -> None:
     watch(turn, message.requestor)
 
 
-def prove(turn: Turn, row: AgreementRow) -> None:
+def prove(turn: Turn, row: ProviderAgreementRow) -> None:
     """Ask again for a payer whose account nobody could tell."""
     if row.unproven and row.state == APPROVED:
         ask_funds(turn, row.requestor, row.platform)
 
 
 # -- what happens
-def begin(turn: Turn, row: AgreementRow) -> None:
+def begin(turn: Turn, row: ProviderAgreementRow) -> None:
     """From now on this agreement may leave something open."""
     turn.put(f"debt/{row.requestor}/{row.agreement_id}", DebtRow(row.agreement_id, turn.now))
     if not has_paid(turn, row.requestor):
         turn.put(f"stranger/{row.requestor}", StrangerRow())
 
 
-def over(turn: Turn, row: AgreementRow) -> None:
+def over(turn: Turn, row: ProviderAgreementRow) -> None:
     """The agreement is over: its place in the pool is what it leaves open, which is nothing where nobody worked."""
     key = f"debt/{row.requestor}/{row.agreement_id}"
     if turn.get(key) is not None:
@@ -342,13 +342,13 @@ def watch(turn: Turn, requestor: str) -> None:
         turn.wake(f"credit/{requestor}", turn.now + max(left_s, LEAST_WAKE_S), CreditDue(requestor))
 
 
-def hold_unit(turn: Turn, activity: ActivityRow, held: bool) -> None:
+def hold_unit(turn: Turn, activity: ProviderActivityRow, held: bool) -> None:
     if activity.held != held:
         turn.save(replace(activity, held=held))
         turn.processes(HoldUnit(activity.activity_id, activity.agreement_id, held))
 
 
-def exhausted(turn: Turn, requestor: str) -> tuple[list[AgreementRow], str]:
+def exhausted(turn: Turn, requestor: str) -> tuple[list[ProviderAgreementRow], str]:
     """Return the agreements that end because a requestor's debt has reached its credit, and why; else look again later."""
     credit = credit_situation(turn, requestor)
     limit = limit_of(turn, credit)
@@ -359,7 +359,7 @@ def exhausted(turn: Turn, requestor: str) -> tuple[list[AgreementRow], str]:
     return live, f"Unpaid work of {_text(credit.debt)} GLM has reached the credit of this requestor, {_text(limit)} GLM."
 
 
-def settled(turn: Turn, row: AgreementRow, activity: ActivityRow | None, total: str) -> None:
+def settled(turn: Turn, row: ProviderAgreementRow, activity: ProviderActivityRow | None, total: str) -> None:
     """A note of an activity (or the invoice) was paid up to `total`: the payer is known from now on."""
     if activity is not None:
         added = max(Decimal(0), Decimal(total) - Decimal(activity.paid))

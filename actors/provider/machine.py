@@ -14,12 +14,12 @@ names this agent at the node through restarts, which the process id would not.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from msgspec.structs import replace
 
-from actors.kernel.machine import NOTHING, Meta, Reply, Rows, Step, Wake
+from actors.kernel.grammar import EDGE, ITSELF, Looked, On, Table, TableMachine
+from actors.kernel.machine import Meta, Reply, Rows
 from actors.provider import agreements, billing, credit, negotiation, offers
 from actors.provider.rows import (
     ALIVE,
@@ -32,11 +32,11 @@ from actors.provider.rows import (
     STARTING,
     TERMINATING,
     WAITING,
-    ActivityRow,
     AgentRow,
-    AgreementRow,
     CapacityRow,
     CursorRow,
+    ProviderActivityRow,
+    ProviderAgreementRow,
     ProviderRow,
     ServedRow,
 )
@@ -58,7 +58,6 @@ from protocol.provider import (
     IdleDue,
     InvoiceIssued,
     InvoiceSent,
-    LocalProvider,
     NoteDue,
     NoteIssued,
     NoteRead,
@@ -83,31 +82,8 @@ from protocol.provider import (
 from protocol.types import Undelivered
 
 EARLY_TIMER_S = 1.0
-
-
-class Provider:
-    """The machine `provider`; see the module's docstring. `node_id` names the process's own kernel, not the node."""
-
-    name = "provider"
-    local = LocalProvider
-    peer = None
-    rows = ProviderRow
-
-    def __init__(self, node_id: str, config: ProviderConfig) -> None:
-        self.node, self.config = node_id, config
-
-    def handle(self, rows: Rows, message: LocalProvider, meta: Meta) -> Step:
-        """Decide. Raises `Violation` for what the node cannot have meant."""
-        if isinstance(message, Undelivered):
-            return NOTHING  # ports are of this process; they are reached or the agent is not there
-        turn = Turn(rows, self.config, meta.now)
-        if isinstance(message, Timer) and turn.agent.instance != self.config.instance:
-            # due while the agent was away: not before it has taken up its work and heard what happened meanwhile
-            return Step(effects=(Wake(_timer_key(message), meta.now + EARLY_TIMER_S, message),))
-        _HANDLERS[type(message)](turn, message)
-        if turn.vacated:
-            negotiation.renegotiate(turn)
-        return turn.step()
+#: Several ports bring news of the node; all are of this process, as everybody who has an address here.
+_PORTS = Looked("its ports", here=True)
 
 
 def _timer_key(message: Timer) -> str:
@@ -148,7 +124,7 @@ def _task_ended(turn: Turn, message: TaskEnded) -> None:
     turn.put(f"task/{message.key}", None)
 
 
-def _resume_agreement(turn: Turn, row: AgreementRow) -> None:
+def _resume_agreement(turn: Turn, row: ProviderAgreementRow) -> None:
     """Do again whatever was under way for an agreement when the last run of the agent ended."""
     if row.state == APPROVING:
         negotiation.ask_approval(turn, row)
@@ -165,7 +141,7 @@ def _resume_agreement(turn: Turn, row: AgreementRow) -> None:
         turn.rest(SendInvoice(row.agreement_id, row.invoice_id))
 
 
-def _resume_activity(turn: Turn, row: AgreementRow, activity: ActivityRow) -> None:
+def _resume_activity(turn: Turn, row: ProviderAgreementRow, activity: ProviderActivityRow) -> None:
     if activity.state == STARTING:
         agreements.start_unit(turn, row, activity)
     elif activity.state in ALIVE:
@@ -231,34 +207,62 @@ def _termination_ended(turn: Turn, message: TerminationEnded) -> None:
         billing.bill_if_done(turn, message.agreement_id)
 
 
-_HANDLERS: dict[type, Callable[[Turn, Any], None]] = {
-    AgentStarted: _started,
-    OffersChanged: _offers_changed,
-    RulesChanged: _rules_changed,
-    StopAgent: _stop,
-    ProposalArrived: negotiation.proposal_arrived,
-    AgreementArrived: negotiation.agreement_arrived,
-    ApprovalEnded: negotiation.approval_ended,
-    EventArrived: _event,
-    OfferPublished: offers.published,
-    OfferLost: offers.lost,
-    TerminationEnded: _termination_ended,
-    TaskEnded: _task_ended,
-    UnitRunning: agreements.unit_running,
-    UnitExited: agreements.unit_exited,
-    IdleDue: agreements.idle_due,
-    CreditDue: agreements.credit_due,
-    FundsKnown: credit.funds_known,
-    ExpirationDue: agreements.expiration_due,
-    ActivityClosed: billing.activity_closed,
-    UsageRead: billing.usage_read,
-    NoteDue: billing.note_due,
-    NoteIssued: billing.note_issued,
-    NoteSent: billing.note_sent,
-    NoteRead: billing.note_read,
-    DeadlineDue: billing.deadline_due,
-    PatienceDue: negotiation.patience_due,
-    InvoiceIssued: billing.invoice_issued,
-    InvoiceSent: billing.invoice_sent,
-    ForgetDue: billing.forget,
-}
+def _undelivered(turn: Turn, message: Undelivered) -> None:
+    """Ports are of this process; they are reached or the agent is not there."""
+
+
+class Provider(TableMachine):
+    """The machine `provider`; see the module's docstring. `node` names the process's own kernel, not the node's."""
+
+    name = "provider"
+    rows = ProviderRow
+    table = Table(
+        On(AgentStarted, EDGE, _started),
+        On(OffersChanged, EDGE, _offers_changed),
+        On(RulesChanged, EDGE, _rules_changed),
+        On(StopAgent, EDGE, _stop),
+        On(ProposalArrived, EDGE, negotiation.proposal_arrived),
+        On(AgreementArrived, EDGE, negotiation.agreement_arrived),
+        On(ApprovalEnded, _PORTS, negotiation.approval_ended),
+        On(EventArrived, EDGE, _event),
+        On(OfferPublished, _PORTS, offers.published),
+        On(OfferLost, _PORTS, offers.lost),
+        On(TerminationEnded, _PORTS, _termination_ended),
+        On(TaskEnded, _PORTS, _task_ended),
+        On(UnitRunning, "processes", agreements.unit_running),
+        On(UnitExited, "processes", agreements.unit_exited),
+        On(IdleDue, ITSELF, agreements.idle_due),
+        On(CreditDue, ITSELF, agreements.credit_due),
+        On(FundsKnown, _PORTS, credit.funds_known),
+        On(ExpirationDue, ITSELF, agreements.expiration_due),
+        On(ActivityClosed, _PORTS, billing.activity_closed),
+        On(UsageRead, _PORTS, billing.usage_read),
+        On(NoteDue, ITSELF, billing.note_due),
+        On(NoteIssued, _PORTS, billing.note_issued),
+        On(NoteSent, _PORTS, billing.note_sent),
+        On(NoteRead, _PORTS, billing.note_read),
+        On(DeadlineDue, ITSELF, billing.deadline_due),
+        On(PatienceDue, ITSELF, negotiation.patience_due),
+        On(InvoiceIssued, _PORTS, billing.invoice_issued),
+        On(InvoiceSent, _PORTS, billing.invoice_sent),
+        On(ForgetDue, ITSELF, billing.forget),
+        On(Undelivered, ITSELF, _undelivered),
+    )
+
+    def __init__(self, node: str, config: ProviderConfig) -> None:
+        super().__init__(node)
+        self.config = config
+
+    def draft(self, rows: Rows, meta: Meta) -> Turn:
+        """Return the step to be."""
+        return Turn(rows, meta, self.node, self.config)
+
+    def carry_out(self, turn: Turn, message: Any) -> None:
+        """Decide. Raises `Violation` for what the node cannot have meant."""
+        if isinstance(message, Timer) and turn.agent.instance != self.config.instance:
+            # due while the agent was away: not before it has taken up its work and heard what happened meanwhile
+            turn.wake(_timer_key(message), turn.now + EARLY_TIMER_S, message)
+            return
+        super().carry_out(turn, message)
+        if turn.vacated:
+            negotiation.renegotiate(turn)

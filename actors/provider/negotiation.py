@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from actors.kernel.crowd import Occupant, by_crowd
 from actors.provider import agreements, credit, places
 from actors.provider.agreements import approved
-from actors.provider.rows import APPROVING, AgreementRow, OfferRow, RejectedRow
+from actors.provider.rows import APPROVING, ProviderAgreementRow, ProviderOfferRow, RejectedRow
 from actors.provider.rules import (
     ACCEPT_TIMEOUT,
     COEFFS,
@@ -20,7 +20,7 @@ from actors.provider.rules import (
     PLATFORM,
     VECTOR,
     Agreed,
-    Rejected,
+    TurnedDown,
     expiration_s,
     negotiate,
     share_of,
@@ -28,14 +28,14 @@ from actors.provider.rules import (
 )
 from actors.provider.turn import Turn, json_object, json_text, reason
 from protocol.provider import (
+    AcceptAgreement,
     AgreementArrived,
+    AnswerProposal,
     ApprovalEnded,
-    ApproveAgreement,
-    CounterProposal,
     PatienceDue,
     ProposalArrived,
-    RejectAgreement,
-    RejectProposal,
+    RefuseAgreement,
+    RefuseProposal,
 )
 from protocol.types import Violation, amount_text, node_id
 
@@ -52,7 +52,7 @@ def proposal_arrived(turn: Turn, message: ProposalArrived) -> None:
     """
     row = RejectedRow(**{name: getattr(message, name) for name in message.__struct_fields__}, at=turn.now)
     found = _negotiate(turn, row)
-    if isinstance(found, Rejected) and found.full:
+    if isinstance(found, TurnedDown) and found.full:
         _remember(turn, replace(row, waits=True))
         turn.wake(f"patience/{row.proposal_id}", turn.now + turn.config.patience_s, PatienceDue(row.proposal_id))
     else:
@@ -67,9 +67,9 @@ def patience_due(turn: Turn, message: PatienceDue) -> None:
         _answer(turn, row, _negotiate(turn, row))
 
 
-def _negotiate(turn: Turn, row: RejectedRow) -> Agreed | Rejected:
+def _negotiate(turn: Turn, row: RejectedRow) -> Agreed | TurnedDown:
     found = negotiate(turn.terms, turn.situation(row.issuer), json_object(row.demand), json_object(row.previous))
-    if isinstance(found, Rejected):
+    if isinstance(found, TurnedDown):
         return found
     if (no_place := places.judge(turn, row.issuer)) is not None:
         return no_place
@@ -77,12 +77,12 @@ def _negotiate(turn: Turn, row: RejectedRow) -> Agreed | Rejected:
     if credit.rate_of(found.offer) > 0:
         credit.ask_funds(turn, row.issuer, str(demand.get(PLATFORM)))
     judged = credit.judge(turn, row.issuer, demand, found.offer)
-    return judged if isinstance(judged, Rejected) else found
+    return judged if isinstance(judged, TurnedDown) else found
 
 
-def _answer(turn: Turn, row: RejectedRow, found: Agreed | Rejected) -> None:
+def _answer(turn: Turn, row: RejectedRow, found: Agreed | TurnedDown) -> None:
     """Counter or reject; what is not rejected for good is remembered."""
-    if not isinstance(found, Rejected):
+    if not isinstance(found, TurnedDown):
         _counter(turn, row, found.offer)
         return
     _reject(turn, row, found)
@@ -91,11 +91,11 @@ def _answer(turn: Turn, row: RejectedRow, found: Agreed | Rejected) -> None:
 
 
 def _counter(turn: Turn, row: RejectedRow, offer: dict[str, Any]) -> None:
-    turn.rest(CounterProposal(row.offer_id, row.proposal_id, json_text(offer), row.constraints))
+    turn.rest(AnswerProposal(row.offer_id, row.proposal_id, json_text(offer), row.constraints))
 
 
-def _reject(turn: Turn, row: RejectedRow, why: Rejected) -> None:
-    turn.rest(RejectProposal(row.offer_id, row.proposal_id, reason(why.message, **{IS_FINAL: why.final})))
+def _reject(turn: Turn, row: RejectedRow, why: TurnedDown) -> None:
+    turn.rest(RefuseProposal(row.offer_id, row.proposal_id, reason(why.message, **{IS_FINAL: why.final})))
     turn.refuse(row.issuer, row.preset, why.message, final=why.final)
 
 
@@ -114,7 +114,7 @@ def _remember(turn: Turn, row: RejectedRow) -> None:
         turn.put(f"rejected/{oldest.proposal_id}", None)
         if oldest.waits:
             turn.unwake(f"patience/{oldest.proposal_id}")
-            _reject(turn, oldest, Rejected("No capacity available.", False))
+            _reject(turn, oldest, TurnedDown("No capacity available.", False))
 
 
 def renegotiate(turn: Turn) -> None:
@@ -123,10 +123,10 @@ def renegotiate(turn: Turn) -> None:
         return
     rows: list[tuple[str, RejectedRow]] = sorted(turn.prefix("rejected/"), key=lambda pair: pair[1].at)
     for key, row in rows:
-        offer: OfferRow | None = turn.get(f"offer/{row.preset}")
+        offer: ProviderOfferRow | None = turn.get(f"offer/{row.preset}")
         over = turn.now - row.at > turn.config.reject_memory_s or offer is None or offer.offer_id != row.offer_id
-        found = Rejected("The offer is over.", True) if over else _negotiate(turn, row)
-        if not isinstance(found, Rejected):
+        found = TurnedDown("The offer is over.", True) if over else _negotiate(turn, row)
+        if not isinstance(found, TurnedDown):
             turn.put(key, None)
             turn.unwake(f"patience/{row.proposal_id}")
             _counter(turn, row, found.offer)
@@ -148,9 +148,9 @@ def agreement_arrived(turn: Turn, message: AgreementArrived) -> None:
     if turn.agreement(agreement_id) is not None:
         return
     found = negotiate(turn.terms, turn.situation(requestor), demand, offer)
-    refusal = found if isinstance(found, Rejected) else None
-    if refusal is None and not isinstance(found, Rejected) and found.changed:
-        refusal = Rejected("Negotiations aren't finished.", False)
+    refusal = found if isinstance(found, TurnedDown) else None
+    if refusal is None and not isinstance(found, TurnedDown) and found.changed:
+        refusal = TurnedDown("Negotiations aren't finished.", False)
     granted = credit.Grant()
     if refusal is None:
         refusal = places.judge(turn, requestor)
@@ -158,7 +158,7 @@ def agreement_arrived(turn: Turn, message: AgreementArrived) -> None:
         if credit.rate_of(offer) > 0:
             credit.ask_funds(turn, requestor, str(demand.get(PLATFORM)))
         judged = credit.judge(turn, requestor, demand, offer)
-        if isinstance(judged, Rejected):
+        if isinstance(judged, TurnedDown):
             refusal = judged
         else:
             granted = judged
@@ -166,9 +166,9 @@ def agreement_arrived(turn: Turn, message: AgreementArrived) -> None:
         try:
             row = _row(turn, message, agreement, demand, offer, requestor)
         except ValueError as error:
-            refusal = Rejected(f"The agreement is not in order: {error}"[:300], True)
+            refusal = TurnedDown(f"The agreement is not in order: {error}"[:300], True)
     if refusal is not None:
-        turn.rest(RejectAgreement(agreement_id, reason(refusal.message, **{IS_FINAL: refusal.final})))
+        turn.rest(RefuseAgreement(agreement_id, reason(refusal.message, **{IS_FINAL: refusal.final})))
         turn.refuse(requestor, message.preset, f"agreement rejected: {refusal.message}", final=refusal.final)
         return
     row = replace(
@@ -185,8 +185,8 @@ def agreement_arrived(turn: Turn, message: AgreementArrived) -> None:
     ask_approval(turn, row)
 
 
-def ask_approval(turn: Turn, row: AgreementRow) -> None:
-    turn.rest(ApproveAgreement(row.agreement_id, turn.agent.session_id, turn.config.approve_timeout_s))
+def ask_approval(turn: Turn, row: ProviderAgreementRow) -> None:
+    turn.rest(AcceptAgreement(row.agreement_id, turn.agent.session_id, turn.config.approve_timeout_s))
 
 
 def _row(
@@ -196,7 +196,7 @@ def _row(
     demand: dict[str, Any],
     offer: dict[str, Any],
     requestor: str,
-) -> AgreementRow:
+) -> ProviderAgreementRow:
     """Return the row of a new agreement. Raises `ValueError` where its terms cannot be kept."""
     coeffs, vector = offer.get(COEFFS), offer.get(VECTOR)
     if not isinstance(coeffs, list) or not isinstance(vector, list) or len(coeffs) != len(vector) + 1:
@@ -204,7 +204,7 @@ def _row(
     if not all(isinstance(one, int | float) and not isinstance(one, bool) and 0 <= one <= MAX_PRICE for one in coeffs):
         raise ValueError("prices are not numbers")
     accept, payment = whole_number(offer.get(ACCEPT_TIMEOUT)), whole_number(offer.get(PAYMENT_TIMEOUT))
-    return AgreementRow(
+    return ProviderAgreementRow(
         agreement_id=str(agreement["agreementId"]),
         preset=message.preset,
         runtime=str(offer.get("golem.runtime.name", "")),

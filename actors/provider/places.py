@@ -7,8 +7,8 @@ is free, for honest agents hold agreements in reserve, too; an activity wipes th
 
 from __future__ import annotations
 
-from actors.provider.rows import AgreementRow, RejectedRow, UnusedRow
-from actors.provider.rules import Rejected
+from actors.provider.rows import ProviderAgreementRow, RejectedRow, UnusedRow
+from actors.provider.rules import TurnedDown
 from actors.provider.turn import DAY_S, Turn
 
 ASKING_S = 300.0  # who was turned away counts as waiting for this long
@@ -16,15 +16,15 @@ HELD_S = 5.0  # a place taken for less is no matter
 FIRST_WAIT_S, LAST_WAIT_S = 90.0, DAY_S
 
 
-def judge(turn: Turn, requestor: str) -> Rejected | None:
+def judge(turn: Turn, requestor: str) -> TurnedDown | None:
     """Return why this requestor gets no (further) place now, if it does not."""
     unused: UnusedRow | None = turn.get(f"agent/unused/{requestor}")
     if unused is not None and turn.now < unused.until:
         said = f"{unused.count} agreements of yours were left unused"
-        return Rejected(f"{said}; the next is possible in {unused.until - turn.now:.0f} s.", False)
+        return TurnedDown(f"{said}; the next is possible in {unused.until - turn.now:.0f} s.", False)
     share = max(1, turn.config.terms.max_agreements // 2)
     if _places_of(turn, requestor) >= share and _others_ask(turn, requestor):
-        return Rejected(f"No capacity available: others ask, and one requestor gets {share} places then.", False, full=True)
+        return TurnedDown(f"No capacity available: others ask, and one requestor gets {share} places then.", False, full=True)
     return None
 
 
@@ -38,7 +38,7 @@ def _others_ask(turn: Turn, requestor: str) -> bool:
     return any(row.issuer != requestor and (row.waits or turn.now - row.at < ASKING_S) for row in rows)
 
 
-def unused(turn: Turn, row: AgreementRow) -> None:
+def unused(turn: Turn, row: ProviderAgreementRow) -> None:
     """An agreement took a place for nothing."""
     if row.activities or turn.now - row.at < HELD_S:
         return
@@ -49,7 +49,7 @@ def unused(turn: Turn, row: AgreementRow) -> None:
     turn.put(key, UnusedRow(count, turn.now + wait_s))
 
 
-def used(turn: Turn, row: AgreementRow) -> None:
+def used(turn: Turn, row: ProviderAgreementRow) -> None:
     """The requestor works here."""
     if turn.get(f"agent/unused/{row.requestor}") is not None:
         turn.put(f"agent/unused/{row.requestor}", None)

@@ -46,7 +46,7 @@ class CursorRow(Message, frozen=True):
     at: float
 
 
-class OfferRow(Message, frozen=True):
+class ProviderOfferRow(Message, frozen=True, tag="OfferRow"):
     """An offer of a preset. `offer_id` empty: being published under `serial`."""
 
     preset: str
@@ -88,7 +88,7 @@ class RefusalsRow(Message, frozen=True):
     refusals: tuple[Refusal, ...] = ()
 
 
-class AgreementRow(Message, frozen=True):
+class ProviderAgreementRow(Message, frozen=True, tag="AgreementRow"):
     """An agreement, its terms and what is left to do for it. `document` is the API's JSON of it, until it is billed.
 
     `at`: since when it is in force, by our clock. `payable_at`: the last note with a due date, or the same.
@@ -139,7 +139,7 @@ class ActiveRow(Message, frozen=True):
     share: Capacity = Capacity()
 
 
-class ActivityRow(Message, frozen=True):
+class ProviderActivityRow(Message, frozen=True, tag="ActivityRow"):
     """An activity, its process and what it was billed so far. `notes`: how many debit notes there are."""
 
     activity_id: str
@@ -235,13 +235,13 @@ ProviderRow = (
     AgentRow
     | ServedRow
     | CursorRow
-    | OfferRow
+    | ProviderOfferRow
     | RejectedRow
     | RefusalsRow
-    | AgreementRow
+    | ProviderAgreementRow
     | ActiveRow
     | CapacityRow
-    | ActivityRow
+    | ProviderActivityRow
     | NoteRow
     | DebtRow
     | UnusedRow

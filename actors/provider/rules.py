@@ -82,7 +82,7 @@ class Agreed:
 
 
 @dataclass(frozen=True, slots=True)
-class Rejected:
+class TurnedDown:
     """No; `final` means that asking again is of no use, `full` that there is no room at the moment."""
 
     message: str
@@ -90,10 +90,10 @@ class Rejected:
     full: bool = False
 
 
-Rule = Callable[[Terms, Situation, Properties, dict[str, Any]], Rejected | None]
+Rule = Callable[[Terms, Situation, Properties, dict[str, Any]], TurnedDown | None]
 
 
-def negotiate(terms: Terms, situation: Situation, demand: Properties, offer: Properties) -> Agreed | Rejected:
+def negotiate(terms: Terms, situation: Situation, demand: Properties, offer: Properties) -> Agreed | TurnedDown:
     """Apply every rule to a demand and our last offer; the first rejection counts, adjustments add up."""
     ours = dict(offer)
     for rule in RULES:
@@ -132,45 +132,45 @@ def expiration_s(demand: Properties) -> float | None:
 
 
 # -- the rules
-def _running(terms: Terms, situation: Situation, demand: Properties, ours: dict[str, Any]) -> Rejected | None:
-    return Rejected("The provider is shutting down.", False) if situation.stopping else None
+def _running(terms: Terms, situation: Situation, demand: Properties, ours: dict[str, Any]) -> TurnedDown | None:
+    return TurnedDown("The provider is shutting down.", False) if situation.stopping else None
 
 
-def _requestor(terms: Terms, situation: Situation, demand: Properties, ours: dict[str, Any]) -> Rejected | None:
+def _requestor(terms: Terms, situation: Situation, demand: Properties, ours: dict[str, Any]) -> TurnedDown | None:
     if situation.requestor in terms.blacklist:
-        return Rejected("Requestor is on the blacklist of this provider.", True)
+        return TurnedDown("Requestor is on the blacklist of this provider.", True)
     if terms.allow_only is not None and situation.requestor not in terms.allow_only:
-        return Rejected("This provider serves chosen requestors only.", True)
+        return TurnedDown("This provider serves chosen requestors only.", True)
     return None
 
 
-def _platform(terms: Terms, situation: Situation, demand: Properties, ours: dict[str, Any]) -> Rejected | None:
+def _platform(terms: Terms, situation: Situation, demand: Properties, ours: dict[str, Any]) -> TurnedDown | None:
     chosen = demand.get(PLATFORM)
     if not isinstance(chosen, str):
-        return Rejected(f"Missing required property {PLATFORM}.", False)
+        return TurnedDown(f"Missing required property {PLATFORM}.", False)
     if address_key(chosen) not in ours:
-        return Rejected(f"This provider is not paid on {chosen[:100]}.", False)
+        return TurnedDown(f"This provider is not paid on {chosen[:100]}.", False)
     if (chain := ours.get(LOCAL_CHAIN)) is not None and demand.get(LOCAL_CHAIN) != chain:
         theirs = str(demand.get(LOCAL_CHAIN, "none"))[:50]
-        return Rejected(f"This provider is paid on the dev chain {chain}; {LOCAL_CHAIN} of the demand is {theirs}.", True)
+        return TurnedDown(f"This provider is paid on the dev chain {chain}; {LOCAL_CHAIN} of the demand is {theirs}.", True)
     if fault := payment_terms(demand, ours, situation.requestor, "").fault:
-        return Rejected(f"Nothing could be billed under such an agreement: {fault}.", True)
+        return TurnedDown(f"Nothing could be billed under such an agreement: {fault}.", True)
     return None
 
 
-def _manifest(terms: Terms, situation: Situation, demand: Properties, ours: dict[str, Any]) -> Rejected | None:
+def _manifest(terms: Terms, situation: Situation, demand: Properties, ours: dict[str, Any]) -> TurnedDown | None:
     if PAYLOAD in demand and ours.get(PAYLOAD_CAPABILITY) is not True:
-        return Rejected("This runtime takes no computation manifests.", True)
+        return TurnedDown("This runtime takes no computation manifests.", True)
     return None
 
 
-def _agreements(terms: Terms, situation: Situation, demand: Properties, ours: dict[str, Any]) -> Rejected | None:
+def _agreements(terms: Terms, situation: Situation, demand: Properties, ours: dict[str, Any]) -> TurnedDown | None:
     if situation.active_agreements >= terms.max_agreements:
-        return Rejected(f"No capacity available. Reached Agreements limit: {terms.max_agreements}", False, full=True)
+        return TurnedDown(f"No capacity available. Reached Agreements limit: {terms.max_agreements}", False, full=True)
     return None
 
 
-def _room(terms: Terms, situation: Situation, demand: Properties, ours: dict[str, Any]) -> Rejected | None:
+def _room(terms: Terms, situation: Situation, demand: Properties, ours: dict[str, Any]) -> TurnedDown | None:
     """All agreements together stay within what is for sale, whatever each was offered when (and by which preset)."""
     if situation.room is None:
         return None
@@ -178,67 +178,67 @@ def _room(terms: Terms, situation: Situation, demand: Properties, ours: dict[str
     for name, (_, unit) in RESOURCES.items():
         wanted, left = getattr(share, name), max(0, getattr(situation.room, name))
         if wanted > left + SLACK:
-            return Rejected(f"No capacity available: {left:g} {unit} left, this offer takes {wanted:g}.", False, full=True)
+            return TurnedDown(f"No capacity available: {left:g} {unit} left, this offer takes {wanted:g}.", False, full=True)
     return None
 
 
-def _expiration(terms: Terms, situation: Situation, demand: Properties, ours: dict[str, Any]) -> Rejected | None:
+def _expiration(terms: Terms, situation: Situation, demand: Properties, ours: dict[str, Any]) -> TurnedDown | None:
     ends_at = expiration_s(demand)
     if ends_at is None:
-        return Rejected(f"Property {EXPIRATION} must be an integer, in milliseconds since the epoch.", True)
+        return TurnedDown(f"Property {EXPIRATION} must be an integer, in milliseconds since the epoch.", True)
     lasts_s = ends_at - situation.now
     if lasts_s < terms.min_expiration_s:
-        return Rejected(f"Proposal expires in {lasts_s:.0f} s; at least {terms.min_expiration_s:.0f} s are required.", True)
+        return TurnedDown(f"Proposal expires in {lasts_s:.0f} s; at least {terms.min_expiration_s:.0f} s are required.", True)
     if lasts_s > terms.max_expiration_s:
-        return Rejected(f"Proposal expires in {lasts_s:.0f} s; at most {terms.max_expiration_s:.0f} s are allowed.", False)
+        return TurnedDown(f"Proposal expires in {lasts_s:.0f} s; at most {terms.max_expiration_s:.0f} s are allowed.", False)
     longest_s = terms.max_expiration_without_deadline_s
     if ACCEPT_TIMEOUT not in demand and lasts_s > longest_s:
-        return Rejected(f"Without {ACCEPT_TIMEOUT} an agreement may last {longest_s:.0f} s, not {lasts_s:.0f} s.", False)
+        return TurnedDown(f"Without {ACCEPT_TIMEOUT} an agreement may last {longest_s:.0f} s, not {lasts_s:.0f} s.", False)
     return None
 
 
-def _accept_timeout(terms: Terms, situation: Situation, demand: Properties, ours: dict[str, Any]) -> Rejected | None:
+def _accept_timeout(terms: Terms, situation: Situation, demand: Properties, ours: dict[str, Any]) -> TurnedDown | None:
     return _adopt(ACCEPT_TIMEOUT, terms.min_accept_timeout_s, terms.accept_timeout_s, demand, ours)
 
 
-def _interval(terms: Terms, situation: Situation, demand: Properties, ours: dict[str, Any]) -> Rejected | None:
+def _interval(terms: Terms, situation: Situation, demand: Properties, ours: dict[str, Any]) -> TurnedDown | None:
     return _adopt(INTERVAL, terms.min_interval_s, terms.max_interval_s, demand, ours)
 
 
-def _payment_timeout(terms: Terms, situation: Situation, demand: Properties, ours: dict[str, Any]) -> Rejected | None:
+def _payment_timeout(terms: Terms, situation: Situation, demand: Properties, ours: dict[str, Any]) -> TurnedDown | None:
     lasts_s = (expiration_s(demand) or 0.0) - situation.now
     if lasts_s <= 0:
-        return Rejected("Proposal has expired.", True)
+        return TurnedDown("Proposal has expired.", True)
     if PAYMENT_TIMEOUT not in demand and lasts_s >= terms.payment_timeout_required_s:
         text = f"An agreement of {terms.payment_timeout_required_s:.0f} s or more must have {PAYMENT_TIMEOUT}."
-        return Rejected(text, True)
+        return TurnedDown(text, True)
     return _adopt(PAYMENT_TIMEOUT, terms.min_payment_timeout_s, terms.max_payment_timeout_s, demand, ours)
 
 
-def _adopt(name: str, low: int, high: int, demand: Properties, ours: dict[str, Any]) -> Rejected | None:
+def _adopt(name: str, low: int, high: int, demand: Properties, ours: dict[str, Any]) -> TurnedDown | None:
     """Take over the demand's value of a negotiable property within its limits; drop ours where the demand has none."""
     if name not in demand:
         ours.pop(name, None)
         return None
     value = whole_number(demand[name])
     if value is None or not low <= value <= high:
-        return Rejected(f"Property {name} must be an integer from {low} to {high}, not {str(demand[name])[:50]}.", True)
+        return TurnedDown(f"Property {name} must be an integer from {low} to {high}, not {str(demand[name])[:50]}.", True)
     if value != ours.get(name):
         ours[name] = value
     return None
 
 
-def _price(terms: Terms, situation: Situation, demand: Properties, ours: dict[str, Any]) -> Rejected | None:
+def _price(terms: Terms, situation: Situation, demand: Properties, ours: dict[str, Any]) -> TurnedDown | None:
     if COEFFS not in demand:
         return None
     theirs, own = demand[COEFFS], ours.get(COEFFS)
     if not isinstance(own, list) or not isinstance(theirs, list) or len(theirs) != len(own):
-        return Rejected("Prices of the demand do not fit the usage vector of the offer.", True)
+        return TurnedDown("Prices of the demand do not fit the usage vector of the offer.", True)
     for price, least in zip(theirs, own, strict=True):
         if isinstance(price, bool) or not isinstance(price, int | float) or not 0 <= price <= MAX_PRICE:
-            return Rejected(f"Prices of the demand must be numbers from 0 to {MAX_PRICE:g}.", True)
+            return TurnedDown(f"Prices of the demand must be numbers from 0 to {MAX_PRICE:g}.", True)
         if price < least:
-            return Rejected(f"Prices of the demand are too low: {price!r} instead of {least!r}.", True)
+            return TurnedDown(f"Prices of the demand are too low: {price!r} instead of {least!r}.", True)
     ours[COEFFS] = [float(price) for price in theirs]
     return None
 

@@ -8,15 +8,15 @@ from typing import Any
 import msgspec
 
 from actors.kernel.draft import Draft
-from actors.kernel.machine import Rows, Send, Wake
+from actors.kernel.machine import Meta, Rows, Send, Wake
 from actors.provider.rows import (
     ALIVE,
     ActiveRow,
-    ActivityRow,
     AgentRow,
-    AgreementRow,
     CapacityRow,
     NoteRow,
+    ProviderActivityRow,
+    ProviderAgreementRow,
     Refusal,
     RefusalsRow,
     ServedRow,
@@ -24,7 +24,7 @@ from actors.provider.rows import (
 )
 from actors.provider.rules import Situation, Terms
 from protocol.provider import Capacity, Kept, ToProcesses, ToRest, port_of, task_key
-from protocol.types import Message, Violation
+from protocol.types import Violation
 
 MAX_REFUSALS = 20
 DAY_S = 24 * 3600.0
@@ -46,11 +46,11 @@ class ProviderConfig:
 
 
 class Turn(Draft):
-    """A step in the making at time `now`."""
+    """A step of the agent, which knows its settings."""
 
-    def __init__(self, rows: Rows, config: ProviderConfig, now: float) -> None:
-        super().__init__(rows)
-        self.config, self.now = config, now
+    def __init__(self, rows: Rows, meta: Meta, me: str, config: ProviderConfig) -> None:
+        super().__init__(rows, meta, me)
+        self.config = config
         self.vacated = False  # capacity became free
 
     # -- rows
@@ -67,33 +67,33 @@ class Turn(Draft):
         allowed = None if served.allow_only is None else frozenset(served.allow_only)
         return replace(self.config.terms, blacklist=frozenset(served.blacklist), allow_only=allowed)
 
-    def agreement(self, agreement_id: str) -> AgreementRow | None:
-        found: AgreementRow | None = self.get(f"agreement/{agreement_id}")
+    def agreement(self, agreement_id: str) -> ProviderAgreementRow | None:
+        found: ProviderAgreementRow | None = self.get(f"agreement/{agreement_id}")
         return found
 
-    def activity(self, activity_id: str) -> ActivityRow | None:
-        found: ActivityRow | None = self.get(f"activity/{activity_id}")
+    def activity(self, activity_id: str) -> ProviderActivityRow | None:
+        found: ProviderActivityRow | None = self.get(f"activity/{activity_id}")
         return found
 
     def note(self, activity_id: str, number: int) -> NoteRow | None:
         found: NoteRow | None = self.get(note_key(activity_id, number))
         return found
 
-    def save(self, row: AgreementRow | ActivityRow | NoteRow) -> None:
+    def save(self, row: ProviderAgreementRow | ProviderActivityRow | NoteRow) -> None:
         """Write a row under its own key."""
         match row:
-            case AgreementRow():
+            case ProviderAgreementRow():
                 self.put(f"agreement/{row.agreement_id}", row)
-            case ActivityRow():
+            case ProviderActivityRow():
                 self.put(f"activity/{row.activity_id}", row)
             case NoteRow():
                 self.put(note_key(row.activity_id, row.number), row)
 
-    def activities(self, agreement: AgreementRow) -> list[ActivityRow]:
+    def activities(self, agreement: ProviderAgreementRow) -> list[ProviderActivityRow]:
         found = (self.activity(one) for one in agreement.activities)
         return [row for row in found if row is not None]
 
-    def alive(self, agreement: AgreementRow) -> bool:
+    def alive(self, agreement: ProviderAgreementRow) -> bool:
         """Return whether a process of this agreement is (or may be) there."""
         return any(one.state in ALIVE for one in self.activities(agreement))
 
@@ -136,9 +136,6 @@ class Turn(Draft):
 
     def processes(self, message: ToProcesses) -> None:
         self.do(Send("processes", message))
-
-    def wake(self, key: str, at: float, message: Message) -> None:
-        self.do(Wake(key, at, message))
 
     def unwake(self, *keys: str) -> None:
         self.do(*(Wake(key, None) for key in keys))

@@ -16,16 +16,16 @@ chain port's alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from itertools import islice
 from typing import Any
 
 from msgspec.structs import replace
 
-from actors.kernel.machine import Meta, Reply, Rows, Step
-from actors.kernel.sources import EDGE, check_source
-from actors.kernel.typed_draft import Declined, MoneyDraft
+from actors.kernel.draft import Declined, Draft
+from actors.kernel.grammar import EDGE, ITSELF, On, Table, TableMachine
+from actors.kernel.machine import Meta, Rows
 from actors.wallet.rows import (
     BATCHED,
     CONFIRMED,
@@ -34,9 +34,9 @@ from actors.wallet.rows import (
     PAID,
     QUEUED,
     SENDING,
-    Batch,
     Batches,
     Cycle,
+    PayBatchRow,
     Payee,
     PayOrder,
     Queued,
@@ -71,351 +71,295 @@ MAX_RUN_ORDERS = 20_000  # gathered in one step; the rest follows a second later
 MAX_TRIES = 5
 SOON_S = 60.0  # until a payee who is owed much is paid, whatever the cycle
 INTERVALS_S = (0.5, 30 * 24 * 3600.0)
-#: Who alone on this node may say what.
-_SOURCES: dict[type, str] = {
-    PayOut: "ledger",
-    SetCycle: EDGE,
-    RunCycle: EDGE,
-    ResumePayments: EDGE,
-    CycleDue: "wallet",
-    TransferSent: "chain",
-    TransferMined: "chain",
-    TransferConfirmed: "chain",
-    TransferFailed: "chain",
-    TransferDelayed: "chain",
-    OrdersKnown: "chain",
-    Undelivered: "wallet",
-}
 
 
-class Wallet:
-    """The machine; see the module's docstring.
+class WalletDraft(Draft):
+    """A step of the wallet, which knows how the wallet is set."""
 
-    `intervals_s` gives cycle lengths of platforms, `default_interval_s` that of all others; a payee's sum below
-    `minimum` (GLM) waits for more. `payees` bounds a batch per platform where a network takes fewer than 50.
-    """
+    def __init__(self, rows: Rows, meta: Meta, wallet: Wallet) -> None:
+        super().__init__(rows, meta, wallet.node)
+        self.interval_s, self.minimum, self.payees = wallet.interval_s, wallet.minimum, wallet.payees
 
-    name = "wallet"
-    local = (
-        PayOut
-        | SetCycle
-        | RunCycle
-        | ResumePayments
-        | CycleDue
-        | TransferSent
-        | TransferMined
-        | TransferConfirmed
-        | TransferFailed
-        | TransferDelayed
-        | OrdersKnown
-        | Undelivered
+
+# -- orders and cycles
+def _pay_out(draft: WalletDraft, order: PayOut) -> None:
+    key = f"order/{order.order_id}"
+    if draft.row(PayOrder, key) is not None:
+        return
+    assert Decimal(order.amount) > 0, order
+    row = PayOrder(
+        order_id=order.order_id,
+        platform=order.platform,
+        payer=order.payer,
+        payee=order.payee,
+        amount=order.amount,
+        state=QUEUED,
+        queued_at=draft.now,
     )
-    peer = None
-    rows = WalletRow
-    sources = _SOURCES
+    _queue(draft, row)
+    at = _schedule(draft, order.platform)
+    if at > draft.now + SOON_S and order.platform not in PAID_DAILY and _is_much(draft, row):
+        _schedule(draft, order.platform, draft.now + SOON_S)
 
-    def __init__(
-        self,
-        node_id: str,
-        intervals_s: Mapping[str, float] | None = None,
-        default_interval_s: float = 300.0,
-        minimum: str = "0",
-        payees: Mapping[str, int] | None = None,
-    ) -> None:
-        self._me = node_id
-        self._intervals_s = dict(intervals_s or {})
-        self._default_interval_s = default_interval_s
-        self._minimum = Decimal(minimum)
-        self._payees = dict(payees or {})
-        self._handlers: dict[type, Callable[[MoneyDraft, Any], None]] = {
-            PayOut: self._pay_out,
-            SetCycle: self._set_cycle,
-            RunCycle: self._run_cycle,
-            CycleDue: self._cycle_due,
-            TransferSent: self._transfer_sent,
-            TransferMined: self._transfer_mined,
-            TransferConfirmed: self._transfer_confirmed,
-            TransferFailed: self._transfer_failed,
-            TransferDelayed: self._transfer_delayed,
-            OrdersKnown: self._orders_known,
-            Undelivered: self._undelivered,
-            ResumePayments: self._resume,
-        }
 
-    def handle(self, rows: Rows, message: Any, meta: Meta) -> Step:
-        """Carry out a message. Raises `Violation` where somebody else speaks for ledger or chain."""
-        check_source(message, meta, self._me, self.name, self.sources)
-        draft = MoneyDraft(rows, meta)
-        try:
-            self._handlers[type(message)](draft, message)
-        except Declined as no:
-            return Step(effects=[Reply(no.refusal)])
-        return draft.step()
+def _is_much(draft: WalletDraft, order: PayOrder) -> bool:
+    """Return whether a payee is owed so much that it would not work on for long: it is paid before the cycle."""
+    queue = islice(draft.readable(f"queue/{order.platform}/{order.payer}/"), MAX_RUN_ORDERS)
+    rows = (draft.sound(f"order/{one.order_id}") for _, one in queue)
+    theirs = (row.amount for row in rows if isinstance(row, PayOrder) and row.payee == order.payee)
+    return total_of(theirs) >= Decimal(SOON_GLM)
 
-    def cycle_of(self, rows: Rows, platform: str) -> Cycle:
-        """Return the cycle of a platform as it is or would be."""
-        row = rows.get(f"cycle/{platform}")
-        assert row is None or isinstance(row, Cycle)
-        return row or Cycle(platform, self._intervals_s.get(platform, self._default_interval_s), 0.0)
 
-    # -- orders and cycles
-    def _pay_out(self, draft: MoneyDraft, order: PayOut) -> None:
-        key = f"order/{order.order_id}"
-        if draft.row(PayOrder, key) is not None:
-            return
-        assert Decimal(order.amount) > 0, order
-        row = PayOrder(
-            order_id=order.order_id,
-            platform=order.platform,
-            payer=order.payer,
-            payee=order.payee,
-            amount=order.amount,
-            state=QUEUED,
-            queued_at=draft.now,
-        )
-        self._queue(draft, row)
-        at = self._schedule(draft, order.platform)
-        if at > draft.now + SOON_S and order.platform not in PAID_DAILY and self._is_much(draft, row):
-            self._schedule(draft, order.platform, draft.now + SOON_S)
+def _queue(draft: WalletDraft, row: PayOrder) -> None:
+    draft.put(f"order/{row.order_id}", row)
+    draft.put(f"queue/{row.platform}/{row.payer}/{row.order_id}", Queued(row.order_id))
 
-    def _is_much(self, draft: MoneyDraft, order: PayOrder) -> bool:
-        """Return whether a payee is owed so much that it would not work on for long: it is paid before the cycle."""
-        queue = islice(draft.readable(f"queue/{order.platform}/{order.payer}/"), MAX_RUN_ORDERS)
-        rows = (draft.sound(f"order/{one.order_id}") for _, one in queue)
-        theirs = (row.amount for row in rows if isinstance(row, PayOrder) and row.payee == order.payee)
-        return total_of(theirs) >= Decimal(SOON_GLM)
 
-    def _queue(self, draft: MoneyDraft, row: PayOrder) -> None:
-        draft.put(f"order/{row.order_id}", row)
-        draft.put(f"queue/{row.platform}/{row.payer}/{row.order_id}", Queued(row.order_id))
+def _cycle(draft: WalletDraft, platform: str) -> Cycle:
+    row = draft.row(Cycle, f"cycle/{platform}")
+    return row or Cycle(platform, draft.interval_s(platform), 0.0)
 
-    def _cycle(self, draft: MoneyDraft, platform: str) -> Cycle:
-        row = draft.row(Cycle, f"cycle/{platform}")
-        return row or Cycle(platform, self._intervals_s.get(platform, self._default_interval_s), 0.0)
 
-    def _schedule(self, draft: MoneyDraft, platform: str, at: float | None = None) -> float:
-        """Make sure that the platform's next run is set; `at` moves it. Returns its time."""
-        cycle = self._cycle(draft, platform)
-        if at is None and cycle.next_at is not None:
-            draft.wake(f"cycle/{platform}", cycle.next_at, CycleDue(platform), keep=True)
-            return cycle.next_at
-        next_at = draft.now + cycle.interval_s if at is None else at
-        draft.put(f"cycle/{platform}", replace(cycle, next_at=next_at))
-        draft.wake(f"cycle/{platform}", next_at, CycleDue(platform))
-        return next_at
+def _schedule(draft: WalletDraft, platform: str, at: float | None = None) -> float:
+    """Make sure that the platform's next run is set; `at` moves it. Returns its time."""
+    cycle = _cycle(draft, platform)
+    if at is None and cycle.next_at is not None:
+        draft.wake(f"cycle/{platform}", cycle.next_at, CycleDue(platform), keep=True)
+        return cycle.next_at
+    next_at = draft.now + cycle.interval_s if at is None else at
+    draft.put(f"cycle/{platform}", replace(cycle, next_at=next_at))
+    draft.wake(f"cycle/{platform}", next_at, CycleDue(platform))
+    return next_at
 
-    def _set_cycle(self, draft: MoneyDraft, command: SetCycle) -> None:
-        cycle = self._cycle(draft, command.platform)
-        interval_s = cycle.interval_s if command.interval_s is None else command.interval_s
-        extra_s = cycle.extra_pay_time_s if command.extra_pay_time_s is None else command.extra_pay_time_s
-        if not INTERVALS_S[0] <= interval_s <= INTERVALS_S[1] or not 0 <= extra_s <= INTERVALS_S[1]:
-            raise Declined("bad_request", f"an interval is {INTERVALS_S[0]:g} to {INTERVALS_S[1]:g} seconds")
-        draft.put(f"cycle/{command.platform}", replace(cycle, interval_s=interval_s, extra_pay_time_s=extra_s))
-        at = command.next_at if command.next_at is not None else draft.now + interval_s
-        draft.reply(CycleSet(command.platform, self._schedule(draft, command.platform, max(at, draft.now))))
 
-    def _run_cycle(self, draft: MoneyDraft, command: RunCycle) -> None:
-        for _, row in list(draft.prefix("order/")):
-            if row.platform == command.platform and row.state == GIVEN_UP:
-                self._queue(draft, replace(row, state=QUEUED, tries=0))
-        draft.reply(CycleSet(command.platform, self._schedule(draft, command.platform, draft.now)))
+def _set_cycle(draft: WalletDraft, command: SetCycle) -> None:
+    cycle = _cycle(draft, command.platform)
+    interval_s = cycle.interval_s if command.interval_s is None else command.interval_s
+    extra_s = cycle.extra_pay_time_s if command.extra_pay_time_s is None else command.extra_pay_time_s
+    if not INTERVALS_S[0] <= interval_s <= INTERVALS_S[1] or not 0 <= extra_s <= INTERVALS_S[1]:
+        raise Declined("bad_request", f"an interval is {INTERVALS_S[0]:g} to {INTERVALS_S[1]:g} seconds")
+    draft.put(f"cycle/{command.platform}", replace(cycle, interval_s=interval_s, extra_pay_time_s=extra_s))
+    at = command.next_at if command.next_at is not None else draft.now + interval_s
+    draft.reply(CycleSet(command.platform, _schedule(draft, command.platform, max(at, draft.now))))
 
-    def _cycle_due(self, draft: MoneyDraft, timer: CycleDue) -> None:
-        cycle = replace(self._cycle(draft, timer.platform), next_at=None, last_at=draft.now)
-        draft.put(f"cycle/{timer.platform}", cycle)
-        queue = list(islice(draft.readable(f"queue/{timer.platform}/"), MAX_RUN_ORDERS + 1))
-        more = len(queue) > MAX_RUN_ORDERS
-        queued = self._waiting(draft, queue[:MAX_RUN_ORDERS])
-        by_payer: dict[str, list[PayOrder]] = {}
-        for row in sorted(queued, key=lambda row: (row.queued_at, row.order_id)):
-            by_payer.setdefault(row.payer, []).append(row)
-        for payer, orders in by_payer.items():
-            for payees in _batches(orders, self._minimum, self._payees.get(timer.platform, MAX_PAYEES)):
-                self._send_batch(draft, timer.platform, payer, payees)
-        # of a rest that can be read nobody is owed enough: the next order sets a run
-        if more or draft.left_out or len(queued) < len(queue):
-            self._schedule(draft, timer.platform, draft.now + 1.0 if more else None)
 
-    def _waiting(self, draft: MoneyDraft, queue: list[tuple[str, Queued]]) -> list[PayOrder]:
-        """Return the orders of a piece of the queue. One that cannot be read waits alone, and its document says why."""
-        found: list[PayOrder] = []
-        for key, queued in queue:
-            row = draft.sound(f"order/{queued.order_id}")
-            if isinstance(row, PayOrder):
-                found.append(row)
-            elif not queued.told:
-                draft.put(key, replace(queued, told=True))
-                text = "the wallet's row of this order is damaged on this node's disk: it is not paid before a person has looked"
-                draft.send("ledger", PayOutDelayed((queued.order_id,), text))
-        return found
+def _run_cycle(draft: WalletDraft, command: RunCycle) -> None:
+    for _, row in list(draft.prefix("order/")):
+        if row.platform == command.platform and row.state == GIVEN_UP:
+            _queue(draft, replace(row, state=QUEUED, tries=0))
+    draft.reply(CycleSet(command.platform, _schedule(draft, command.platform, draft.now)))
 
-    # -- batches
-    def _send_batch(self, draft: MoneyDraft, platform: str, payer: str, payees: list[list[PayOrder]]) -> None:
-        counter = f"batches/{platform}/{payer}"
-        number = (draft.row(Batches, counter) or Batches(0)).count
-        order_ids = [order.order_id for orders in payees for order in orders]
-        batch_id = digest("batch", platform, payer, str(number), *order_ids)[:32]  # unlike any of a journal that was lost
-        assert draft.row(Batch, f"batch/{batch_id}") is None, f"number {number} of {payer} is used twice"
-        batch = Batch(
-            batch_id=batch_id,
-            platform=platform,
-            payer=payer,
-            number=number,
-            payees=tuple(
-                Payee(
-                    orders[0].payee,
-                    amount_text(total_of(order.amount for order in orders)),
-                    tuple(order.order_id for order in orders),
-                )
-                for orders in payees
-            ),
-            state=SENDING,
-            created_at=draft.now,
-        )
-        draft.put(counter, Batches(number + 1))
-        draft.put(f"batch/{batch_id}", batch)
-        for order in (order for orders in payees for order in orders):
-            assert order.state == QUEUED, order
-            draft.put(f"order/{order.order_id}", replace(order, state=BATCHED, batch_id=batch_id, reason=""))
-            draft.put(f"queue/{platform}/{payer}/{order.order_id}", None)
-        draft.send("chain", _transfer(batch))
 
-    def _transfer_sent(self, draft: MoneyDraft, fact: TransferSent) -> None:
-        batch = self._batch(draft, fact.batch_id)
-        if batch and batch.state == SENDING and batch.tx_hash != fact.tx_hash:
-            reason = f"transaction {fact.tx_hash} sent; waiting for its confirmation"
-            self._explain(draft, replace(batch, tx_hash=fact.tx_hash), reason)
+def _cycle_due(draft: WalletDraft, timer: CycleDue) -> None:
+    cycle = replace(_cycle(draft, timer.platform), next_at=None, last_at=draft.now)
+    draft.put(f"cycle/{timer.platform}", cycle)
+    queue = list(islice(draft.readable(f"queue/{timer.platform}/"), MAX_RUN_ORDERS + 1))
+    more = len(queue) > MAX_RUN_ORDERS
+    queued = _waiting(draft, queue[:MAX_RUN_ORDERS])
+    by_payer: dict[str, list[PayOrder]] = {}
+    for row in sorted(queued, key=lambda row: (row.queued_at, row.order_id)):
+        by_payer.setdefault(row.payer, []).append(row)
+    for payer, orders in by_payer.items():
+        for payees in _batches(orders, draft.minimum, draft.payees.get(timer.platform, MAX_PAYEES)):
+            _send_batch(draft, timer.platform, payer, payees)
+    # of a rest that can be read nobody is owed enough: the next order sets a run
+    if more or draft.left_out or len(queued) < len(queue):
+        _schedule(draft, timer.platform, draft.now + 1.0 if more else None)
 
-    def _transfer_delayed(self, draft: MoneyDraft, fact: TransferDelayed) -> None:
-        batch = self._batch(draft, fact.batch_id)
-        if batch and batch.state == SENDING and batch.reason != fact.reason:
-            self._explain(draft, batch, fact.reason)
 
-    def _explain(self, draft: MoneyDraft, batch: Batch, reason: str) -> None:
-        draft.put(f"batch/{batch.batch_id}", replace(batch, reason=reason))
-        order_ids = tuple(order.order_id for payee in batch.payees for order in self._orders(draft, batch, payee))
-        if order_ids:
-            draft.send("ledger", PayOutDelayed(order_ids, reason))
+def _waiting(draft: WalletDraft, queue: list[tuple[str, Queued]]) -> list[PayOrder]:
+    """Return the orders of a piece of the queue. One that cannot be read waits alone, and its document says why."""
+    found: list[PayOrder] = []
+    for key, queued in queue:
+        row = draft.sound(f"order/{queued.order_id}")
+        if isinstance(row, PayOrder):
+            found.append(row)
+        elif not queued.told:
+            draft.put(key, replace(queued, told=True))
+            text = "the wallet's row of this order is damaged on this node's disk: it is not paid before a person has looked"
+            draft.send("ledger", PayOutDelayed((queued.order_id,), text))
+    return found
 
-    def _orders(self, draft: MoneyDraft, batch: Batch, payee: Payee) -> list[PayOrder]:
-        """Return the orders that a batch pays a payee for; those that this journal has forgotten are not among them."""
-        found = []
-        for order_id in payee.order_ids:
-            order = draft.row(PayOrder, f"order/{order_id}")
-            assert batch.recalled or (order and (order.state, order.batch_id) == (BATCHED, batch.batch_id)), order_id
-            if order is not None and (order.state, order.batch_id) == (BATCHED, batch.batch_id):
-                found.append(order)
-        return found
 
-    def _transfer_mined(self, draft: MoneyDraft, fact: TransferMined) -> None:
-        reason = f"transaction {fact.tx_hash} is in block {fact.block}; waiting until that is final"
-        if (batch := self._batch(draft, fact.batch_id)) and batch.state == SENDING and batch.reason != reason:
-            self._explain(draft, replace(batch, tx_hash=fact.tx_hash), reason)
+# -- batches
+def _send_batch(draft: WalletDraft, platform: str, payer: str, payees: list[list[PayOrder]]) -> None:
+    counter = f"batches/{platform}/{payer}"
+    number = (draft.row(Batches, counter) or Batches(0)).count
+    order_ids = [order.order_id for orders in payees for order in orders]
+    batch_id = digest("batch", platform, payer, str(number), *order_ids)[:32]  # unlike any of a journal that was lost
+    assert draft.row(PayBatchRow, f"batch/{batch_id}") is None, f"number {number} of {payer} is used twice"
+    batch = PayBatchRow(
+        batch_id=batch_id,
+        platform=platform,
+        payer=payer,
+        number=number,
+        payees=tuple(
+            Payee(
+                orders[0].payee,
+                amount_text(total_of(order.amount for order in orders)),
+                tuple(order.order_id for order in orders),
+            )
+            for orders in payees
+        ),
+        state=SENDING,
+        created_at=draft.now,
+    )
+    draft.put(counter, Batches(number + 1))
+    draft.put(f"batch/{batch_id}", batch)
+    for order in (order for orders in payees for order in orders):
+        assert order.state == QUEUED, order
+        draft.put(f"order/{order.order_id}", replace(order, state=BATCHED, batch_id=batch_id, reason=""))
+        draft.put(f"queue/{platform}/{payer}/{order.order_id}", None)
+    draft.send("chain", _transfer(batch))
 
-    def _transfer_confirmed(self, draft: MoneyDraft, fact: TransferConfirmed) -> None:
-        batch = self._batch(draft, fact.batch_id)
-        if batch is None or (batch.state == CONFIRMED and not batch.recalled):
-            return
-        assert batch.state != FAILED, f"batch {batch.batch_id} was final as failed, and now is confirmed"
-        draft.put(
-            f"batch/{batch.batch_id}",
-            replace(
-                batch,
-                state=CONFIRMED,
-                tx_hash=fact.tx_hash,
-                reason="",
-                block=fact.block,
-                gas_used=fact.gas_used,
-                fee=fact.fee,
-            ),
-        )
-        for payee in batch.payees:
-            orders = self._orders(draft, batch, payee)
-            for order in orders:
-                draft.put(f"order/{order.order_id}", replace(order, state=PAID, reason=""))
-            if orders:
-                paid = amount_text(total_of(order.amount for order in orders))
-                order_ids = tuple(order.order_id for order in orders)
-                draft.send("ledger", PaidOut(order_ids, batch.platform, batch.payer, payee.payee, paid, fact.tx_hash))
 
-    def _orders_known(self, draft: MoneyDraft, fact: OrdersKnown) -> None:
-        """The chain port has orders of a batch in others: this journal is older. Hear what became of them there."""
-        batch = self._batch(draft, fact.batch_id)
-        if batch is None or batch.state != SENDING:
-            return
-        reason = "some of its orders are in other batches of a time that this node's journal has forgotten"
-        draft.put(f"batch/{batch.batch_id}", replace(batch, state=FAILED, reason=reason))
-        known_in: dict[str, str] = {}
-        for known in fact.batches:
-            row = draft.row(Batch, f"batch/{known.batch_id}") or self._recalled(batch, known, draft.now)
-            state = CONFIRMED if row.state == CONFIRMED else SENDING  # one that failed here has not failed there
-            draft.put(f"batch/{known.batch_id}", replace(row, recalled=True, state=state))
-            draft.send("chain", _transfer(row))  # it is there; its end is told again
-            known_in |= {order_id: known.batch_id for orders in known.orders for order_id in orders}
-        for order in (order for payee in batch.payees for order in self._orders(draft, batch, payee)):
-            if order.order_id in known_in:
-                draft.put(f"order/{order.order_id}", replace(order, batch_id=known_in[order.order_id]))
-            else:
-                self._queue(draft, replace(order, state=QUEUED))
-                self._schedule(draft, batch.platform)
+def _transfer_sent(draft: WalletDraft, fact: TransferSent) -> None:
+    batch = _batch(draft, fact.batch_id)
+    if batch and batch.state == SENDING and batch.tx_hash != fact.tx_hash:
+        reason = f"transaction {fact.tx_hash} sent; waiting for its confirmation"
+        _explain(draft, replace(batch, tx_hash=fact.tx_hash), reason)
 
-    def _recalled(self, like: Batch, known: KnownBatch, now: float) -> Batch:
-        payees = tuple(Payee(*payee, orders) for payee, orders in zip(known.payees, known.orders, strict=True))
-        return Batch(known.batch_id, like.platform, like.payer, 0, payees, SENDING, now)  # its number is not known any more
 
-    def _transfer_failed(self, draft: MoneyDraft, fact: TransferFailed) -> None:
-        batch = self._batch(draft, fact.batch_id)
-        if batch is None or batch.state == FAILED:
-            return
-        assert batch.state == SENDING, f"batch {batch.batch_id} was final as confirmed, and now has failed"
-        draft.put(f"batch/{batch.batch_id}", replace(batch, state=FAILED, reason=fact.reason))
-        given_up: list[str] = []
-        queued: list[str] = []
-        for order in (order for payee in batch.payees for order in self._orders(draft, batch, payee)):
-            order_id = order.order_id
-            at_fault = not fact.refused or order.payee in fact.refused
-            order = replace(order, tries=order.tries + at_fault, reason=fact.reason)
-            if order.tries < MAX_TRIES:
-                self._queue(draft, replace(order, state=QUEUED))
-                queued.append(order_id)
-            else:
-                draft.put(f"order/{order_id}", replace(order, state=GIVEN_UP))
-                given_up.append(order_id)
-        if queued:
-            draft.send("ledger", PayOutDelayed(tuple(queued), f"a transfer failed, to be repeated: {fact.reason}"))
-            self._schedule(draft, batch.platform)
-        if given_up:
-            text = f"given up after {MAX_TRIES} transfers failed, until a payment cycle is run by hand: {fact.reason}"
-            draft.send("ledger", PayOutDelayed(tuple(given_up), text))
+def _transfer_delayed(draft: WalletDraft, fact: TransferDelayed) -> None:
+    batch = _batch(draft, fact.batch_id)
+    if batch and batch.state == SENDING and batch.reason != fact.reason:
+        _explain(draft, batch, fact.reason)
 
-    def _undelivered(self, draft: MoneyDraft, fact: Undelivered) -> None:
-        """Money messages stay on this node: whatever kept them back, they are sent again."""
-        message = _sent(fact.body)
-        if isinstance(message, Transfer):
-            batch = self._batch(draft, message.batch_id)
-            reason = f"{fact.to.rpartition('/')[2]} did not take the transfer, which is asked for again: {fact.reason}"
-            if batch and batch.state == SENDING and batch.reason != reason:
-                self._explain(draft, batch, reason)
-        draft.send(fact.to, message)
 
-    def _resume(self, draft: MoneyDraft, command: ResumePayments) -> None:
-        """The chain port repeats its last word on what it knows, and takes on what it does not."""
-        for _, batch in draft.readable("batch/"):
-            if batch.state == SENDING:
-                draft.send("chain", _transfer(batch))
-        for _, cycle in draft.readable("cycle/"):
-            if cycle.next_at is not None:
-                self._schedule(draft, cycle.platform)
+def _explain(draft: WalletDraft, batch: PayBatchRow, reason: str) -> None:
+    draft.put(f"batch/{batch.batch_id}", replace(batch, reason=reason))
+    order_ids = tuple(order.order_id for payee in batch.payees for order in _orders(draft, batch, payee))
+    if order_ids:
+        draft.send("ledger", PayOutDelayed(order_ids, reason))
 
-    def _batch(self, draft: MoneyDraft, batch_id: str) -> Batch | None:
-        """Return a batch; None for one of a time that this journal has forgotten, which is heard of with its orders."""
-        return draft.row(Batch, f"batch/{batch_id}")
+
+def _orders(draft: WalletDraft, batch: PayBatchRow, payee: Payee) -> list[PayOrder]:
+    """Return the orders that a batch pays a payee for; those that this journal has forgotten are not among them."""
+    found = []
+    for order_id in payee.order_ids:
+        order = draft.row(PayOrder, f"order/{order_id}")
+        assert batch.recalled or (order and (order.state, order.batch_id) == (BATCHED, batch.batch_id)), order_id
+        if order is not None and (order.state, order.batch_id) == (BATCHED, batch.batch_id):
+            found.append(order)
+    return found
+
+
+def _transfer_mined(draft: WalletDraft, fact: TransferMined) -> None:
+    reason = f"transaction {fact.tx_hash} is in block {fact.block}; waiting until that is final"
+    if (batch := _batch(draft, fact.batch_id)) and batch.state == SENDING and batch.reason != reason:
+        _explain(draft, replace(batch, tx_hash=fact.tx_hash), reason)
+
+
+def _transfer_confirmed(draft: WalletDraft, fact: TransferConfirmed) -> None:
+    batch = _batch(draft, fact.batch_id)
+    if batch is None or (batch.state == CONFIRMED and not batch.recalled):
+        return
+    assert batch.state != FAILED, f"batch {batch.batch_id} was final as failed, and now is confirmed"
+    draft.put(
+        f"batch/{batch.batch_id}",
+        replace(
+            batch,
+            state=CONFIRMED,
+            tx_hash=fact.tx_hash,
+            reason="",
+            block=fact.block,
+            gas_used=fact.gas_used,
+            fee=fact.fee,
+        ),
+    )
+    for payee in batch.payees:
+        orders = _orders(draft, batch, payee)
+        for order in orders:
+            draft.put(f"order/{order.order_id}", replace(order, state=PAID, reason=""))
+        if orders:
+            paid = amount_text(total_of(order.amount for order in orders))
+            order_ids = tuple(order.order_id for order in orders)
+            draft.send("ledger", PaidOut(order_ids, batch.platform, batch.payer, payee.payee, paid, fact.tx_hash))
+
+
+def _orders_known(draft: WalletDraft, fact: OrdersKnown) -> None:
+    """The chain port has orders of a batch in others: this journal is older. Hear what became of them there."""
+    batch = _batch(draft, fact.batch_id)
+    if batch is None or batch.state != SENDING:
+        return
+    reason = "some of its orders are in other batches of a time that this node's journal has forgotten"
+    draft.put(f"batch/{batch.batch_id}", replace(batch, state=FAILED, reason=reason))
+    known_in: dict[str, str] = {}
+    for known in fact.batches:
+        row = draft.row(PayBatchRow, f"batch/{known.batch_id}") or _recalled(batch, known, draft.now)
+        state = CONFIRMED if row.state == CONFIRMED else SENDING  # one that failed here has not failed there
+        draft.put(f"batch/{known.batch_id}", replace(row, recalled=True, state=state))
+        draft.send("chain", _transfer(row))  # it is there; its end is told again
+        known_in |= {order_id: known.batch_id for orders in known.orders for order_id in orders}
+    for order in (order for payee in batch.payees for order in _orders(draft, batch, payee)):
+        if order.order_id in known_in:
+            draft.put(f"order/{order.order_id}", replace(order, batch_id=known_in[order.order_id]))
+        else:
+            _queue(draft, replace(order, state=QUEUED))
+            _schedule(draft, batch.platform)
+
+
+def _recalled(like: PayBatchRow, known: KnownBatch, now: float) -> PayBatchRow:
+    payees = tuple(Payee(*payee, orders) for payee, orders in zip(known.payees, known.orders, strict=True))
+    return PayBatchRow(known.batch_id, like.platform, like.payer, 0, payees, SENDING, now)  # its number is not known any more
+
+
+def _transfer_failed(draft: WalletDraft, fact: TransferFailed) -> None:
+    batch = _batch(draft, fact.batch_id)
+    if batch is None or batch.state == FAILED:
+        return
+    assert batch.state == SENDING, f"batch {batch.batch_id} was final as confirmed, and now has failed"
+    draft.put(f"batch/{batch.batch_id}", replace(batch, state=FAILED, reason=fact.reason))
+    given_up: list[str] = []
+    queued: list[str] = []
+    for order in (order for payee in batch.payees for order in _orders(draft, batch, payee)):
+        order_id = order.order_id
+        at_fault = not fact.refused or order.payee in fact.refused
+        order = replace(order, tries=order.tries + at_fault, reason=fact.reason)
+        if order.tries < MAX_TRIES:
+            _queue(draft, replace(order, state=QUEUED))
+            queued.append(order_id)
+        else:
+            draft.put(f"order/{order_id}", replace(order, state=GIVEN_UP))
+            given_up.append(order_id)
+    if queued:
+        draft.send("ledger", PayOutDelayed(tuple(queued), f"a transfer failed, to be repeated: {fact.reason}"))
+        _schedule(draft, batch.platform)
+    if given_up:
+        text = f"given up after {MAX_TRIES} transfers failed, until a payment cycle is run by hand: {fact.reason}"
+        draft.send("ledger", PayOutDelayed(tuple(given_up), text))
+
+
+def _undelivered(draft: WalletDraft, fact: Undelivered) -> None:
+    """Money messages stay on this node: whatever kept them back, they are sent again."""
+    message = _sent(fact.body)
+    if isinstance(message, Transfer):
+        batch = _batch(draft, message.batch_id)
+        reason = f"{fact.to.rpartition('/')[2]} did not take the transfer, which is asked for again: {fact.reason}"
+        if batch and batch.state == SENDING and batch.reason != reason:
+            _explain(draft, batch, reason)
+    draft.send(fact.to, message)
+
+
+def _resume(draft: WalletDraft, command: ResumePayments) -> None:
+    """The chain port repeats its last word on what it knows, and takes on what it does not."""
+    for _, batch in draft.readable("batch/"):
+        if batch.state == SENDING:
+            draft.send("chain", _transfer(batch))
+    for _, cycle in draft.readable("cycle/"):
+        if cycle.next_at is not None:
+            _schedule(draft, cycle.platform)
+
+
+def _batch(draft: WalletDraft, batch_id: str) -> PayBatchRow | None:
+    """Return a batch; None for one of a time that this journal has forgotten, which is heard of with its orders."""
+    return draft.row(PayBatchRow, f"batch/{batch_id}")
 
 
 _sent = Decoder[Any](Transfer | PaidOut | PayOutDelayed)
 
 
-def _transfer(batch: Batch) -> Transfer:
+def _transfer(batch: PayBatchRow) -> Transfer:
     payees = tuple((payee.payee, payee.amount) for payee in batch.payees)
     orders = tuple(payee.order_ids for payee in batch.payees)
     return Transfer(batch.batch_id, batch.platform, batch.payer, payees, orders)
@@ -446,3 +390,50 @@ def _batches(orders: list[PayOrder], minimum: Decimal, max_payees: int) -> Itera
             size += len(part)
     if batch:
         yield batch
+
+
+class Wallet(TableMachine):
+    """The machine; see the module's docstring.
+
+    `intervals_s` gives cycle lengths of platforms, `default_interval_s` that of all others; a payee's sum below
+    `minimum` (GLM) waits for more. `payees` bounds a batch per platform where a network takes fewer than 50.
+    """
+
+    name = "wallet"
+    rows = WalletRow
+    table = Table(
+        On(PayOut, "ledger", _pay_out),
+        On(SetCycle, EDGE, _set_cycle),
+        On(RunCycle, EDGE, _run_cycle),
+        On(ResumePayments, EDGE, _resume),
+        On(CycleDue, ITSELF, _cycle_due),
+        On(TransferSent, "chain", _transfer_sent),
+        On(TransferMined, "chain", _transfer_mined),
+        On(TransferConfirmed, "chain", _transfer_confirmed),
+        On(TransferFailed, "chain", _transfer_failed),
+        On(TransferDelayed, "chain", _transfer_delayed),
+        On(OrdersKnown, "chain", _orders_known),
+        On(Undelivered, ITSELF, _undelivered),
+    )
+
+    def __init__(
+        self,
+        node: str,
+        intervals_s: Mapping[str, float] | None = None,
+        default_interval_s: float = 300.0,
+        minimum: str = "0",
+        payees: Mapping[str, int] | None = None,
+    ) -> None:
+        super().__init__(node)
+        self._intervals_s = dict(intervals_s or {})
+        self._default_interval_s = default_interval_s
+        self.minimum = Decimal(minimum)
+        self.payees = dict(payees or {})
+
+    def draft(self, rows: Rows, meta: Meta) -> WalletDraft:
+        """Return the step to be."""
+        return WalletDraft(rows, meta, self)
+
+    def interval_s(self, platform: str) -> float:
+        """Return how often a platform pays, unless a person set it."""
+        return self._intervals_s.get(platform, self._default_interval_s)

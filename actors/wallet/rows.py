@@ -31,7 +31,7 @@ class Payee(Message, frozen=True):
     order_ids: tuple[str, ...]
 
 
-class Batch(Message, frozen=True):
+class PayBatchRow(Message, frozen=True, tag="Batch"):
     """One transfer to several payees."""
 
     batch_id: str
@@ -72,4 +72,4 @@ class Cycle(Message, frozen=True):
     last_at: float | None = None
 
 
-WalletRow = PayOrder | Batch | Batches | Queued | Cycle
+WalletRow = PayOrder | PayBatchRow | Batches | Queued | Cycle

@@ -11,8 +11,8 @@ from typing import Any
 import trio
 
 from actors.kernel.machine import LinkDown
-from golem.bus.server import _nobody
-from golem.bus.wire import MAX_BUS_FRAME_BYTES, VERSION, BusError, Connection, _first_frame, _frame, connect
+from golem.bus.server import not_ready
+from golem.bus.wire import MAX_BUS_FRAME_BYTES, VERSION, BusError, Connection, connect, first_frame, frame_of
 from golem.net.types import RemoteError, Unreachable
 from protocol.codec import Framer
 from protocol.types import Violation
@@ -35,8 +35,8 @@ class BusClient:
         name: str,
         role: str,
         *,
-        on_mail: Callable[[bytes], Awaitable[bytes]] = _nobody,
-        on_call: Callable[[str, str, bytes], Awaitable[bytes]] = _nobody,
+        on_mail: Callable[[bytes], Awaitable[bytes]] = not_ready,
+        on_call: Callable[[str, str, bytes], Awaitable[bytes]] = not_ready,
         on_connect: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self._path, self._name, self._role = path, name, role
@@ -101,8 +101,8 @@ class BusClient:
         async with stream:
             framer = Framer(MAX_BUS_FRAME_BYTES)
             try:
-                await stream.send_all(_frame("hello", VERSION, self._name, self._role))
-                self.node_id = _welcome(await _first_frame(stream, framer))
+                await stream.send_all(frame_of("hello", VERSION, self._name, self._role))
+                self.node_id = _welcome(await first_frame(stream, framer))
             except (Violation, trio.BrokenResourceError, trio.ClosedResourceError) as error:
                 raise BusError(f"the node at {self._path} does not answer: {error}") from None
             connection = Connection(stream, framer, self._answer)
@@ -149,7 +149,7 @@ async def open_stream(path: Path, node: str, name: str, timeout_s: float = 10) -
     opened = False
     try:
         with trio.move_on_after(timeout_s):
-            await stream.send_all(_frame("stream", VERSION, node, name))
+            await stream.send_all(frame_of("stream", VERSION, node, name))
             framer = Framer(4096)
             while not opened:
                 byte = await stream.receive_some(1)  # what follows the frame belongs to the stream

@@ -35,9 +35,9 @@ from golem.bus.wire import (
     VERSION,
     BusError,
     Connection,
-    _first_frame,
-    _frame,
-    _short_path,
+    first_frame,
+    frame_of,
+    short_path,
 )
 from golem.net.types import RemoteError, Unreachable
 from protocol.codec import Framer
@@ -58,7 +58,7 @@ def _listen(path: Path) -> trio.SocketListener:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     mask = os.umask(0o177)
     try:
-        with _short_path(path) as name:
+        with short_path(path) as name:
             sock.bind(name)
         sock.listen(128)
     except OSError as error:
@@ -90,9 +90,9 @@ class Bus:
         self._path, self._node_id, self._units_path = path, node_id, units_path
         self._peers: dict[str, BusPeer] = {}
         self._connections = 0
-        self.on_mail: Callable[[BusPeer, bytes], Awaitable[bytes]] = _nobody
-        self.on_call: Callable[[BusPeer, str, str, bytes], Awaitable[bytes]] = _nobody
-        self.on_stream: Callable[[str, str], Awaitable[Any]] = _nobody
+        self.on_mail: Callable[[BusPeer, bytes], Awaitable[bytes]] = not_ready
+        self.on_call: Callable[[BusPeer, str, str, bytes], Awaitable[bytes]] = not_ready
+        self.on_stream: Callable[[str, str], Awaitable[Any]] = not_ready
         self.on_leave: list[Callable[[BusPeer], None]] = []  # called when a client's connection has ended
 
     def peers(self) -> list[BusPeer]:
@@ -137,17 +137,17 @@ class Bus:
         framer = Framer(MAX_BUS_FRAME_BYTES)
         try:
             async with stream:
-                match await _first_frame(stream, framer):
+                match await first_frame(stream, framer):
                     case ["hello", 1, str() as name, str()] if narrow and not name.startswith(UNIT):
-                        await stream.send_all(_frame("refused", "this socket is for exe-units"))
+                        await stream.send_all(frame_of("refused", "this socket is for exe-units"))
                     case ["stream", 1, str(), str() as name] if narrow and name not in UNIT_STREAMS:
-                        await stream.send_all(_frame("refused", "this socket is for exe-units"))
+                        await stream.send_all(frame_of("refused", "this socket is for exe-units"))
                     case ["hello", 1, str() as name, str() as role] if _NAME.match(name):
                         await self._serve_client(stream, framer, name, role)
                     case ["stream", 1, str() as node, str() as name]:
                         await self._serve_stream(stream, node, name)
                     case _:
-                        await stream.send_all(_frame("refused", f"expected a hello of version {VERSION}"))
+                        await stream.send_all(frame_of("refused", f"expected a hello of version {VERSION}"))
         except (Violation, trio.BrokenResourceError, trio.ClosedResourceError) as error:
             log.debug("bus connection: %s", error)
         finally:
@@ -167,7 +167,7 @@ class Bus:
             former.connection.close()  # the client came back before its old connection was seen to be dead
         self._peers[name] = peer
         try:
-            await stream.send_all(_frame("welcome", self._node_id))
+            await stream.send_all(frame_of("welcome", self._node_id))
             await peer.connection.run()
         finally:
             if self._peers.get(name) is peer:
@@ -179,7 +179,7 @@ class Bus:
         try:
             serve = await self.on_stream(node, name)
         except (Unreachable, RemoteError) as error:
-            await stream.send_all(_frame("refused", sayable(error, 2000)))
+            await stream.send_all(frame_of("refused", sayable(error, 2000)))
             return
         try:
             await serve(stream)
@@ -192,5 +192,6 @@ class Bus:
             log.exception("stream %s failed", name)
 
 
-async def _nobody(*_: Any) -> Any:
+async def not_ready(*_: Any) -> Any:
+    """What answers before the node does. Raises `Unreachable`."""
     raise Unreachable("the node is not ready")

@@ -38,7 +38,7 @@ class BusError(Exception):
 
 
 @contextmanager
-def _short_path(path: Path) -> Any:
+def short_path(path: Path) -> Any:
     """Yield a name of `path` that fits a socket address: a long directory is reached through a descriptor."""
     if len(os.fsencode(path)) <= _MAX_SOCKET_PATH_BYTES:
         yield str(path)
@@ -54,7 +54,7 @@ async def connect(path: Path) -> trio.SocketStream:
     """Open a connection to a bus. Raises `BusError`."""
     sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        with _short_path(path) as name:
+        with short_path(path) as name:
             await sock.connect(name)
     except OSError as error:
         sock.close()
@@ -91,7 +91,7 @@ class Connection:
         self._waiting[number] = (answered, answer)
         try:
             with trio.move_on_after(timeout_s):
-                await self._out_send.send(_frame(kind, number, *args))
+                await self._out_send.send(frame_of(kind, number, *args))
                 await answered.wait()
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             raise Unreachable("the bus connection is closed") from None
@@ -154,33 +154,34 @@ class Connection:
 
     async def _serve(self, kind: str, number: int, args: list[Any]) -> None:
         if self._serving >= MAX_IN_FLIGHT:
-            reply = _frame("error", number, "down", "busy")
+            reply = frame_of("error", number, "down", "busy")
         else:
             self._serving += 1
             try:
-                reply = _frame("reply", number, await self._answer(kind, args))
+                reply = frame_of("reply", number, await self._answer(kind, args))
             except (RemoteError, Violation) as error:
-                reply = _frame("error", number, "refused", sayable(error, 2000))
+                reply = frame_of("error", number, "refused", sayable(error, 2000))
             except (Unreachable, LinkDown) as error:
-                reply = _frame("error", number, "down", sayable(error, 2000))
+                reply = frame_of("error", number, "down", sayable(error, 2000))
             except Exception:
                 # a bug in a handler of ours must not end the connection with everything else on it
                 log.exception("bus request %s failed", kind)
-                reply = _frame("error", number, "refused", "internal error")
+                reply = frame_of("error", number, "refused", "internal error")
             finally:
                 self._serving -= 1
         with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
             await self._out_send.send(reply)
 
 
-def _frame(*parts: Any) -> bytes:
+def frame_of(*parts: Any) -> bytes:
+    """Return the frame of these parts. Raises `RemoteError` where it is too large."""
     frame = encode(parts)
     if len(frame) > MAX_BUS_FRAME_BYTES:
         raise RemoteError(f"a bus frame of {len(frame)} bytes is over the limit of {MAX_BUS_FRAME_BYTES}")
     return frame
 
 
-async def _first_frame(stream: trio.abc.Stream, framer: Framer) -> list[Any]:
+async def first_frame(stream: trio.abc.Stream, framer: Framer) -> list[Any]:
     """Return the first frame of a connection; it comes alone. Raises `Violation`."""
     with trio.move_on_after(HELLO_TIMEOUT_S):
         while data := await stream.receive_some(READ_BYTES):

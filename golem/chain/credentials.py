@@ -25,12 +25,12 @@ class Fault(NamedTuple):
     words: str
 
 
-class Unclear(Exception):
+class NoAnswer(Exception):
     """The endpoint did not answer what was asked: nothing is known about it."""
 
 
 async def fault_of(network: Network, ask: Ask) -> Fault | None:
-    """What is wrong with the endpoint that `ask` asks; None if it serves `network`. Raises `Unclear`."""
+    """What is wrong with the endpoint that `ask` asks; None if it serves `network`. Raises `NoAnswer`."""
     seen = _number(_result(await ask("eth_chainId", [])))
     if seen != network.chain_id:
         return Fault("chain_id", f"serves chain id {seen}, expected {network.chain_id}")
@@ -46,7 +46,7 @@ async def _token_fault(network: Network, ask: Ask) -> Fault | None:
         answer = await ask("eth_call", [{"to": network.token, "data": data}, "latest"])
         error = answer.get("error")
         if error is not None and "revert" not in str(error).lower():
-            raise Unclear(f"{name}() of the token: {str(error)[:200]}")
+            raise NoAnswer(f"{name}() of the token: {str(error)[:200]}")
         raw = b"" if error is not None else _bytes(_result(answer))
         if len(raw) < 32:
             return Fault("token", f"has no ERC20 token at {network.token}: it has no {name}()")
@@ -68,7 +68,7 @@ def _text(raw: bytes) -> str:
 
 def _result(answer: dict[str, Any]) -> Any:
     if answer.get("error") is not None:
-        raise Unclear(str(answer["error"])[:200])
+        raise NoAnswer(str(answer["error"])[:200])
     return answer.get("result")
 
 
@@ -76,11 +76,11 @@ def _number(value: Any) -> int:
     try:
         return int(value, 16)
     except (TypeError, ValueError):
-        raise Unclear("a quantity was expected") from None
+        raise NoAnswer("a quantity was expected") from None
 
 
 def _bytes(value: Any) -> bytes:
     try:
         return bytes.fromhex(value.removeprefix("0x"))
     except (AttributeError, TypeError, ValueError):
-        raise Unclear("bytes were expected") from None
+        raise NoAnswer("bytes were expected") from None

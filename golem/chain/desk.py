@@ -9,7 +9,7 @@ from golem.chain.engine import Engine
 from golem.chain.evidence import Story, Unclear
 from golem.chain.lost import named
 from golem.chain.rpc import Receipt
-from golem.chain.store import Attempt, BatchRow, TxRow
+from golem.chain.store import Attempt, ChainBatchRow, TxRow
 from golem.chain.verify import shortfall
 from protocol.types import amount_text, from_wei, timestamp_text
 
@@ -87,7 +87,7 @@ def _known(engine: Engine, newer: TxRow, tx_hash: str | None) -> str:
     return f"payment {newer.batch_id} is not named any more; its payee owes you what was paid twice"
 
 
-def _unsigned(engine: Engine, row: BatchRow, tx_hash: str | None, unseen: bool) -> str:
+def _unsigned(engine: Engine, row: ChainBatchRow, tx_hash: str | None, unseen: bool) -> str:
     """A batch for which nothing was signed, since it is not what is owed: it goes back, or was paid by an older one."""
     batch_id, payer = row.batch.batch_id, engine.lost.paid_by(row.batch.batch_id)
     if payer and payer.winner == tx_hash and unseen:

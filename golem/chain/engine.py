@@ -36,7 +36,7 @@ from golem.chain.networks import Network
 from golem.chain.problem import Problem
 from golem.chain.rpc import Head, Receipt, Rpc, RpcError
 from golem.chain.signer import Key, address_bytes
-from golem.chain.store import Attempt, BatchRow, Store, TransferBatch, TxRow
+from golem.chain.store import Attempt, ChainBatchRow, Store, TransferBatch, TxRow
 from golem.chain.verify import shortfall
 from golem.chain.vouch import Vouch, vouch_nothing
 from protocol.types import amount_text, from_wei
@@ -576,7 +576,7 @@ class Engine:
             self.store.announced(row.batch.batch_id)
             self._told.pop(row.batch.batch_id, None)
 
-    def _ending(self, row: BatchRow) -> TransferNews:
+    def _ending(self, row: ChainBatchRow) -> TransferNews:
         batch_id = row.batch.batch_id
         if row.state in ("failed", "nonce_lost"):
             return TransferFailed(batch_id, row.reason, row.refused)

@@ -18,7 +18,7 @@ import httpx
 import trio
 
 from golem.base.plain_http import trust_for
-from golem.chain.credentials import Fault, Unclear, fault_of
+from golem.chain.credentials import Fault, NoAnswer, fault_of
 from golem.chain.networks import Network
 
 TIMEOUT_S = 10.0
@@ -246,7 +246,7 @@ class Pool:
 
         try:
             endpoint.fault = await fault_of(self.network, ask)
-        except Unclear as unclear:
+        except NoAnswer as unclear:
             endpoint.failed(f"{endpoint.host}: {unclear}")
             raise RpcError(endpoint.trouble, "down") from None
         if endpoint.fault is not None:

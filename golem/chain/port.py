@@ -68,7 +68,7 @@ NAME_DIGITS = 16
 EXTRA_ROWS = "networks.json"  # in the data directory: rows of the user's own
 
 
-class Settings(Protocol):
+class ChainSettings(Protocol):
     """The part of the node's configuration that is read here."""
 
     @property
@@ -95,7 +95,7 @@ class Chain:
     peer: Any = None
 
     def __init__(
-        self, config: Settings, key: Key, system: System, clock: Callable[[], float] = time.time, vouch: Vouch | None = None
+        self, config: ChainSettings, key: Key, system: System, clock: Callable[[], float] = time.time, vouch: Vouch | None = None
     ) -> None:
         self.address, self._system, self._clock = key.address, system, clock
         self._dev_url = config.chain_url if config.profile == "local" else ""  # given, not ours to start
@@ -472,7 +472,7 @@ def _words(error: Exception) -> str:
 
 
 @asynccontextmanager
-async def open_chain(config: Settings, identity: Secret, system: System, vouch: Vouch | None = None) -> AsyncIterator[Chain]:
+async def open_chain(config: ChainSettings, identity: Secret, system: System, vouch: Vouch | None = None) -> AsyncIterator[Chain]:
     """The chain port, added to `system`; its `connect` has to be run. ValueError for a bad profile or network file.
 
     `vouch`: the last look before a payment is signed, where it is not the one at the rows of `system`.

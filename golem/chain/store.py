@@ -77,7 +77,7 @@ class OrdersTaken(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class BatchRow:
+class ChainBatchRow:
     """A batch and how far it is: queued, assigned (to a transaction), confirmed, failed or nonce_lost."""
 
     batch: TransferBatch
@@ -267,25 +267,25 @@ class Store:
             orders[payee].append(order_id)
         return replace(row.batch, orders=tuple(map(tuple, orders)))
 
-    def batches(self, where: str) -> list[BatchRow]:
+    def batches(self, where: str) -> list[ChainBatchRow]:
         """Batches in order of arrival; `where` is one of this module's own conditions."""
         rows = self._sql.execute(
             f"select id, payees, state, reason, refused from batch where account=? and {where} order by seq",
             (self.account,),
         )
         return [
-            BatchRow(TransferBatch(i, tuple((a, int(w)) for a, w in json.loads(p))), state, reason, tuple(refused.split()))
+            ChainBatchRow(TransferBatch(i, tuple((a, int(w)) for a, w in json.loads(p))), state, reason, tuple(refused.split()))
             for i, p, state, reason, refused in rows
         ]
 
-    def queued(self) -> list[BatchRow]:
+    def queued(self) -> list[ChainBatchRow]:
         return self.batches("state='queued'")
 
-    def unannounced(self) -> list[BatchRow]:
+    def unannounced(self) -> list[ChainBatchRow]:
         """Finished batches whose end nobody has taken note of."""
         return self.batches("announced=0 and state in ('confirmed','failed','nonce_lost')")
 
-    def batch(self, batch_id: str) -> BatchRow | None:
+    def batch(self, batch_id: str) -> ChainBatchRow | None:
         rows = self._sql.execute("select seq from batch where account=? and id=?", (self.account, batch_id)).fetchone()
         return self.batches(f"seq={int(rows[0])}")[0] if rows else None
 

@@ -6,7 +6,7 @@ from collections import defaultdict
 from decimal import Decimal
 from typing import Any
 
-from actors.ledger.rows import PAYEE, PAYER, Agreement, HasPrefix, reserved
+from actors.ledger.rows import PAYEE, PAYER, HasPrefix, LedgerAgreementRow, reserved
 from protocol.amounts import total_of
 from protocol.ledger import INVOICE
 from protocol.types import amount_text
@@ -34,7 +34,7 @@ def totals(rows: HasPrefix, platform: str) -> dict[str, Any]:
     return {"reserved": amount_text(reserved(rows, platform)), "outgoing": stages(PAYER), "incoming": stages(PAYEE)}
 
 
-def _paid(agreement: Agreement) -> Decimal:
+def _paid(agreement: LedgerAgreementRow) -> Decimal:
     return Decimal(agreement.paid)
 
 

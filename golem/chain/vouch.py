@@ -15,7 +15,7 @@ import trio
 from actors.kernel.records import RowDamaged
 from actors.kernel.system import System
 from actors.ledger import machine as ledger
-from actors.wallet.rows import BATCHED, PAID, Batch, PayOrder
+from actors.wallet.rows import BATCHED, PAID, PayBatchRow, PayOrder
 from golem.chain.networks import Network, Networks
 from protocol.types import amount, to_wei
 
@@ -43,7 +43,7 @@ def voucher(system: System, networks: Networks, network: Network) -> Vouch:
 async def _objection(system: System, networks: Networks, network: Network, batch_id: str, payees: Payees) -> str:
     wallet: Any = system.rows("wallet")
     batch = wallet.get(f"batch/{batch_id}")
-    if not isinstance(batch, Batch):
+    if not isinstance(batch, PayBatchRow):
         return f"the wallet has no batch {batch_id}"
     if networks.by_platform(batch.platform).chain != network.chain:
         return f"batch {batch_id} is for {batch.platform}, and would be paid on {network.name}"

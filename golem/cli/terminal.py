@@ -31,7 +31,7 @@ CONNECT_S, CLOSE_S = 60.0, 2.0
 LOST = 255  # exit status where the program's own is not known, as ssh has it
 
 
-class Lost(click.ClickException):
+class ProgramLost(click.ClickException):
     """A program that could not be begun, or that was lost."""
 
     exit_code = LOST
@@ -81,7 +81,7 @@ def run_program(
 ) -> int:
     """Run a program in an activity with this process's terminal or pipes; returns its exit status.
 
-    `access`: REST address and key. `terminal`: give it one, ours. `stdin`: hand our input on. Raises `Lost`.
+    `access`: REST address and key. `terminal`: give it one, ours. `stdin`: hand our input on. Raises `ProgramLost`.
     """
     size = os.get_terminal_size(sys.stdin.fileno()) if terminal else os.terminal_size((80, 24))
     query: list[tuple[str, Any]] = [("flow", 1), ("tty", int(terminal))]
@@ -100,11 +100,11 @@ async def _connect(url: str, key: str, terminal: bool, stdin: bool) -> int:
             program = _Program(socket, terminal, stdin)
             await program.run()
     except ConnectionRejected as refused:
-        raise Lost(_message(refused)) from None
+        raise ProgramLost(_message(refused)) from None
     except (HandshakeError, OSError) as error:
-        raise Lost(f"the node's REST API did not answer: {str(error) or type(error).__name__}") from None
+        raise ProgramLost(f"the node's REST API did not answer: {str(error) or type(error).__name__}") from None
     if program.problem is not None:
-        raise Lost(program.problem)
+        raise ProgramLost(program.problem)
     return LOST if program.status is None else program.status
 
 

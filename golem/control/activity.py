@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from actors.activity.machine import ActivityRow, BatchRow, ResultRow, result_key
+from actors.activity.rows import ActivityRow, BatchRow, ResultRow, result_key
 from golem.control.command import COMMANDS, command
 from golem.exeunit.terms import flat
 from golem.net import RemoteError, Unreachable

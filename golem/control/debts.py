@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from actors.ledger.rows import PAYEE, Payment
+from actors.ledger.rows import PAYEE, PaymentRow
 from golem.control.command import command
 from golem.node.paid import lost_of, payments_of
 from golem.node.payout import payout_of, write_payout
@@ -64,7 +64,7 @@ async def payment_trace(node: Node, args: dict[str, Any]) -> Any:
     }  # fmt: skip
 
 
-def _received(node: Node, row: Payment) -> dict[str, Any]:
+def _received(node: Node, row: PaymentRow) -> dict[str, Any]:
     """A payment to this node, and what its chain says of it."""
     lost = lost_of(node, [row]).get(row.tx_hash, "")
     return {"paymentId": row.payment_id, "from": row.peer, "amount": row.amount, "platform": row.platform, "hash": row.tx_hash,

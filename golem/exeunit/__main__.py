@@ -94,9 +94,9 @@ def offer_template(runtime_properties: dict[str, Any], allowed: frozenset[Intera
 
 def _run(args: argparse.Namespace) -> int:
     from actors.kernel.records import JournalError
-    from golem.exeunit.process import Settings, serve
+    from golem.exeunit.process import UnitSettings, serve
     from golem.exeunit.sandbox.lockdown import limit_memory
-    from golem.exeunit.terms import TermsError
+    from golem.exeunit.terms import AgreementError
     from golem.exeunit.transfer.spool import TransferPolicy
 
     missing = [name for name in ("activity", "bus", "agreement", "work", "cache") if getattr(args, name) is None]
@@ -108,11 +108,13 @@ def _run(args: argparse.Namespace) -> int:
         return 2
     local = args.transfer_policy == "local"
     policy = TransferPolicy(allow_loopback=local, allow_private=local, file_roots=tuple(args.file_root))
-    settings = Settings(args.runtime, args.activity, args.bus, args.agreement, args.work, args.cache, policy, args.interaction)
+    settings = UnitSettings(
+        args.runtime, args.activity, args.bus, args.agreement, args.work, args.cache, policy, args.interaction
+    )
     limit_memory(MAX_DATA_BYTES)
     try:
         return serve(settings)
-    except (TermsError, JournalError) as error:
+    except (AgreementError, JournalError) as error:
         print(f"exe-unit: {quoted(str(error))}", file=sys.stderr)
         return 2
 

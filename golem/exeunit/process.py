@@ -34,13 +34,13 @@ from golem.exeunit.interaction import UnitInteractions, allowed_interactions
 from golem.exeunit.live import LiveLog
 from golem.exeunit.runtime import Runtime
 from golem.exeunit.runtimes import make_runtime
-from golem.exeunit.terms import Terms, read_terms
+from golem.exeunit.terms import AgreedTerms, read_terms
 from golem.exeunit.transfer.packages import ImageStore
 from golem.exeunit.transfer.spool import TransferError, TransferPolicy
 from golem.exeunit.transfer.transfers import Transfers
 from golem.exeunit.work import RuntimePort
 from golem.files.client import GftpPeer
-from golem.files.outgoing import Outgoing
+from golem.files.outgoing import OutgoingFile
 from golem.files.wire import FileFault
 from golem.interaction.wire import BACK
 from golem.net.types import RemoteError, Unreachable
@@ -65,7 +65,7 @@ NEARNESS = "unit:nearness"  # see golem/node/nearness.py
 
 
 @dataclass(frozen=True)
-class Settings:
+class UnitSettings:
     """What the provider agent says on the command line."""
 
     runtime: str
@@ -90,7 +90,7 @@ class BusGftp:
     async def download(self, url: str, offset: int, write: Callable[[bytes], Awaitable[None]]) -> None:
         await _transfer(self._peer.download(url, offset, write))
 
-    async def upload(self, url: str, file: Outgoing, progress: Callable[[int, int], None] | None) -> None:
+    async def upload(self, url: str, file: OutgoingFile, progress: Callable[[int, int], None] | None) -> None:
         await _transfer(self._peer.upload(url, file, progress))
 
 
@@ -104,7 +104,7 @@ async def _transfer(work: Awaitable[int]) -> int:
 class Unit:
     """One activity's process."""
 
-    def __init__(self, settings: Settings, terms: Terms, runtime: Runtime, journal: Journal) -> None:
+    def __init__(self, settings: UnitSettings, terms: AgreedTerms, runtime: Runtime, journal: Journal) -> None:
         self.settings, self.terms = settings, terms
         self.name = f"exeunit:{settings.activity_id}"
         self.live = LiveLog()
@@ -289,7 +289,7 @@ def _first(group: BaseExceptionGroup[Any]) -> BaseException:
     return found
 
 
-def serve(settings: Settings) -> int:
+def serve(settings: UnitSettings) -> int:
     """Run one activity; returns the exit status. Raises `TermsError`, `JournalError`, `ValueError`."""
     terms = read_terms(settings.agreement)
     settings.work_dir.mkdir(parents=True, exist_ok=True)
@@ -302,5 +302,5 @@ def serve(settings: Settings) -> int:
         journal.close()
 
 
-async def _serve(settings: Settings, terms: Terms, runtime: Runtime, journal: Journal) -> int:
+async def _serve(settings: UnitSettings, terms: AgreedTerms, runtime: Runtime, journal: Journal) -> int:
     return await Unit(settings, terms, runtime, journal).run()

@@ -15,12 +15,12 @@ from protocol.types import node_id
 MAX_FILE_BYTES = 4 << 20
 
 
-class TermsError(Exception):
+class AgreementError(Exception):
     """The agreement file cannot be used; the text says why."""
 
 
 @dataclass(frozen=True)
-class Terms:
+class AgreedTerms:
     """An agreement, as far as the exe-unit cares."""
 
     agreement_id: str
@@ -32,25 +32,25 @@ class Terms:
     expires_at: float | None  # seconds since the epoch
 
 
-def read_terms(path: Path) -> Terms:
-    """Read an agreement as the REST API shows it; properties may be flat or a tree. Raises `TermsError`."""
+def read_terms(path: Path) -> AgreedTerms:
+    """Read an agreement as the REST API shows it; properties may be flat or a tree. Raises `AgreementError`."""
     try:
         raw = path.read_bytes()
         if len(raw) > MAX_FILE_BYTES:
-            raise TermsError(f"{path} is larger than {MAX_FILE_BYTES} bytes")
+            raise AgreementError(f"{path} is larger than {MAX_FILE_BYTES} bytes")
         agreement = json.loads(raw)
         demand, offer = agreement["demand"], agreement["offer"]
         wanted, offered = flat(demand["properties"]), flat(offer["properties"])
         parties = node_id(demand["requestorId"]), node_id(offer["providerId"])
         agreement_id = str(agreement["agreementId"])
     except OSError as error:
-        raise TermsError(f"cannot read {path}: {error.strerror}") from None
+        raise AgreementError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise TermsError(f"{path} is not an agreement: {error!r}") from None
+        raise AgreementError(f"{path} is not an agreement: {error!r}") from None
     package = wanted.get("golem.srv.comp.task_package")
     vector = offered.get("golem.com.usage.vector")
     expiration = _number(wanted, "golem.srv.comp.expiration", math.inf)
-    return Terms(
+    return AgreedTerms(
         agreement_id,
         *parties,
         task_package=package if isinstance(package, str) else None,

@@ -35,7 +35,7 @@ from golem.exeunit.runtime import (
     parse_volumes,
 )
 from golem.exeunit.supervisor import HOLD
-from golem.exeunit.terms import Terms
+from golem.exeunit.terms import AgreedTerms
 from golem.exeunit.transfer.packages import Image, ImageStore
 from golem.exeunit.transfer.transfers import TransferError, Transfers
 from golem.exeunit.usage import Counters, room_left
@@ -45,13 +45,13 @@ from protocol.exeunit import (
     Capture,
     Command,
     CommandFinished,
+    CopyFile,
     Deploy,
     Execute,
     Progress,
     Run,
     Start,
     Terminate,
-    Transfer,
     parse_command,
 )
 
@@ -81,7 +81,7 @@ class RuntimePort:
     def __init__(
         self,
         unit: str,
-        terms: Terms,
+        terms: AgreedTerms,
         work_dir: Path,
         runtime: Runtime,
         transfers: Transfers,
@@ -225,7 +225,7 @@ class RuntimePort:
                 await self._runtime.start(args or [])
             case Run() as run:
                 return await self._run(message, run, outputs)
-            case Transfer() as transfer:
+            case CopyFile() as transfer:
                 await self._transfer(message, transfer)
             case Terminate():
                 await self._clear()
@@ -311,7 +311,7 @@ class RuntimePort:
             notes += [status.reason] if status.reason else []
         return "; ".join(notes) or None, 0 if status.ok else status.code or 1
 
-    async def _transfer(self, message: Execute, transfer: Transfer) -> None:
+    async def _transfer(self, message: Execute, transfer: CopyFile) -> None:
         progress = _Progress(self, message, transfer.progress)
         volumes: Sequence[Volume] = self._deployment.volumes if self._deployment else ()
         room = await trio.to_thread.run_sync(room_left, volumes, self._terms.limits)

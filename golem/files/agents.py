@@ -49,7 +49,7 @@ class ServiceRefused(Exception):
     """A service that cannot be opened; the text says why."""
 
 
-class Connection(Protocol):
+class AgentSocket(Protocol):
     """An accepted websocket."""
 
     async def send(self, frame: bytes) -> None:
@@ -76,7 +76,7 @@ class _Question:
 class _Carrier:
     """One websocket for as long as it serves."""
 
-    connection: Connection
+    connection: AgentSocket
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     closing: Closing | None = None
 
@@ -123,7 +123,7 @@ class Conversation:
         text = f"the requestor's application {what}: {component} after {ANSWER_TIMEOUT_S:g} s"
         raise FileFault("InternalError", text, passing=True)
 
-    async def serve(self, connection: Connection) -> Closing:
+    async def serve(self, connection: AgentSocket) -> Closing:
         """Ask over a websocket until it ends (then we are cancelled) or is to be closed; returns with what."""
         if self._ended:
             return CloseReason.NORMAL_CLOSURE, "the service has ended"
@@ -249,7 +249,7 @@ class Download:
         raise _nonsense("no chunk of the offset that was asked for")
 
 
-class Upload:
+class AgentUpload:
     """Where an agent takes an upload, as a `Sink`.
 
     Chunks go strictly in order, one after the other's answer: golem-js writes them as they come. It cannot be told to begin
@@ -352,7 +352,7 @@ class Services:
             raise ServiceRefused(f"more than {MAX_SERVICES} services")
         conversation = Conversation()
         service = Service(service_id, on, match[1], tuple(components), owner, conversation)
-        what: Download | Upload = Download(conversation) if set(components) == DOWNLOAD else Upload(conversation)
+        what: Download | AgentUpload = Download(conversation) if set(components) == DOWNLOAD else AgentUpload(conversation)
         try:
             self._files.offer(service.name, what, service)
         except FileFault as fault:

@@ -18,7 +18,7 @@ from typing import Any
 import trio
 
 from golem.bus.client import open_stream
-from golem.files.outgoing import Outgoing
+from golem.files.outgoing import OutgoingFile
 from golem.files.wire import (
     BLOCK_BYTES,
     END,
@@ -106,7 +106,7 @@ class GftpPeer:
                     await _Download(name, offset, size, write).run(stream, reader, streams, lambda: self._open(node))
         return size
 
-    async def upload(self, url: str, file: Outgoing, progress: Progress | None = None) -> int:
+    async def upload(self, url: str, file: OutgoingFile, progress: Progress | None = None) -> int:
         """Send a file; returns its size. `progress(sent, size)` hears of every block."""
         node, name = parse_url(url)
         with self._patience(url):
@@ -214,7 +214,7 @@ class _Download:
 class _Upload:
     """One attempt to send a file from its offset on."""
 
-    def __init__(self, file: Outgoing, key: str, progress: Progress | None) -> None:
+    def __init__(self, file: OutgoingFile, key: str, progress: Progress | None) -> None:
         self._file, self._key, self._progress = file, key, progress
         self._sent = file.offset
         self._fault: FileFault | None = None

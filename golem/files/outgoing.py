@@ -22,7 +22,7 @@ def identity_of(status: os.stat_result) -> FileIdentity:
     return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
-class Outgoing:
+class OutgoingFile:
     """An open file on its way out, `size` bytes of it: its blocks in order, and the hash of all before.
 
     One object serves all attempts of an upload: hashes at some offsets are kept, so that a later attempt need not read it all.

@@ -29,7 +29,7 @@ from golem.bus.client import BusClient
 from golem.bus.wire import BusError
 from golem.config import VERSION, data_dir_from
 from golem.files.client import GftpPeer
-from golem.files.outgoing import FileIdentity, Outgoing, identity_of
+from golem.files.outgoing import FileIdentity, OutgoingFile, identity_of
 from golem.files.wire import FileFault, parse_url, part_name, sha3_of
 from golem.net.types import RemoteError, Unreachable
 
@@ -42,7 +42,7 @@ SHUTDOWN_S = 1.0
 RETRY_DELAYS_S = (1.0, 2.0, 4.0, 8.0)  # after failures that may pass; anew whenever something came over
 
 
-class RpcError(Exception):
+class CallError(Exception):
     """A JSON-RPC error."""
 
     def __init__(self, code: int, message: str) -> None:
@@ -86,9 +86,9 @@ class Gftp:
         try:
             return (await self._bus.call("", target, _encode(list(args)))).decode()
         except Unreachable as error:
-            raise RpcError(SERVER_ERROR, f"no node at {self._bus_path} ({error}): is it running?") from None
+            raise CallError(SERVER_ERROR, f"no node at {self._bus_path} ({error}): is it running?") from None
         except RemoteError as error:
-            raise RpcError(SERVER_ERROR, str(error)) from None
+            raise CallError(SERVER_ERROR, str(error)) from None
 
     async def publish(self, files: list[str]) -> list[dict[str, str]]:
         """Publish files; the same content has the same URL."""
@@ -144,9 +144,9 @@ class Gftp:
                 raise FileFault("IntegrityError", f"{url}: the content has another hash")
             part.replace(path)
         except OSError as error:
-            raise RpcError(SERVER_ERROR, f"cannot write {path}: {error.strerror}") from None
+            raise CallError(SERVER_ERROR, f"cannot write {path}: {error.strerror}") from None
         except FileFault as fault:
-            raise RpcError(SERVER_ERROR, f"{fault.variant}: {fault}") from None
+            raise CallError(SERVER_ERROR, f"{fault.variant}: {fault}") from None
         finally:
             part.unlink(missing_ok=True)
         return {"file": output_file, "url": url}
@@ -156,16 +156,16 @@ class Gftp:
         path = _absolute(file)
         try:
             with path.open("rb") as source:
-                outgoing = Outgoing(source.fileno(), os.fstat(source.fileno()).st_size)
+                outgoing = OutgoingFile(source.fileno(), os.fstat(source.fileno()).st_size)
 
                 async def send() -> None:
                     await self._peer.upload(url, outgoing)
 
                 await _persist(send, lambda: outgoing.kept)
         except OSError as error:
-            raise RpcError(SERVER_ERROR, f"cannot read {path}: {error.strerror}") from None
+            raise CallError(SERVER_ERROR, f"cannot read {path}: {error.strerror}") from None
         except FileFault as fault:
-            raise RpcError(SERVER_ERROR, f"{fault.variant}: {fault}") from None
+            raise CallError(SERVER_ERROR, f"{fault.variant}: {fault}") from None
         return {"file": file, "url": url}
 
     def clean_up(self) -> None:
@@ -200,25 +200,25 @@ def _absolute(path: str) -> Path:
 
 
 def _sha3_of(path: Path) -> tuple[str, FileIdentity]:
-    """Return the SHA3-256 of a regular file, and which file that was. Raises `RpcError`."""
+    """Return the SHA3-256 of a regular file, and which file that was. Raises `CallError`."""
     try:
         if not path.is_file():
-            raise RpcError(SERVER_ERROR, f"not a regular file: {path}")
+            raise CallError(SERVER_ERROR, f"not a regular file: {path}")
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
         with os.fdopen(descriptor, "rb") as file:
             before = os.fstat(descriptor)
             if not stat.S_ISREG(before.st_mode):
-                raise RpcError(SERVER_ERROR, f"not a regular file: {path}")
+                raise CallError(SERVER_ERROR, f"not a regular file: {path}")
             digest = hashlib.file_digest(file, "sha3_256").hexdigest()
             if identity_of(os.fstat(descriptor)) != identity_of(before):
-                raise RpcError(SERVER_ERROR, f"{path} changed while it was read")
+                raise CallError(SERVER_ERROR, f"{path} changed while it was read")
             return digest, identity_of(before)
     except OSError as error:
-        raise RpcError(SERVER_ERROR, f"cannot read {path}: {error.strerror}") from None
+        raise CallError(SERVER_ERROR, f"cannot read {path}: {error.strerror}") from None
 
 
 # -- JSON-RPC
-class Server:
+class StdioServer:
     """Answers requests of stdin in the order they came; only answers are ever written to stdout."""
 
     def __init__(self, gftp: Gftp, write: Callable[[bytes], None]) -> None:
@@ -249,12 +249,12 @@ class Server:
             try:
                 request = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise RpcError(PARSE_ERROR, f"not JSON: {error}") from None
+                raise CallError(PARSE_ERROR, f"not JSON: {error}") from None
             if not isinstance(request, dict):
-                raise RpcError(INVALID_REQUEST, "expected a request object")
+                raise CallError(INVALID_REQUEST, "expected a request object")
             number = request.get("id")
             answer: dict[str, Any] = {"result": await self._call(request)}
-        except RpcError as error:
+        except CallError as error:
             answer = {"error": {"code": error.code, "message": str(error)}}
         if isinstance(request, dict) and "method" in request and "id" not in request:
             return  # a notification has no answer
@@ -263,25 +263,25 @@ class Server:
     async def _call(self, request: dict[str, Any]) -> Any:
         method = request.get("method")
         if not isinstance(method, str):
-            raise RpcError(INVALID_REQUEST, "expected a method")
+            raise CallError(INVALID_REQUEST, "expected a method")
         if method not in self._methods:
-            raise RpcError(METHOD_NOT_FOUND, f"no such method: {method[:64]}")
+            raise CallError(METHOD_NOT_FOUND, f"no such method: {method[:64]}")
         wanted, call = self._methods[method]
         params = request.get("params") or {}
         if isinstance(params, list) and len(params) <= len(wanted):
             params = dict(zip(wanted, params, strict=False))
         if not isinstance(params, dict):
-            raise RpcError(INVALID_PARAMS, "expected parameters by name")
+            raise CallError(INVALID_PARAMS, "expected parameters by name")
         arguments = {}
         for name, kind in wanted.items():
             value = params.get(name)
             texts = value if isinstance(value, list) else [value]
             if not isinstance(value, kind) or not all(isinstance(text, str) and "\0" not in text for text in texts):
-                raise RpcError(INVALID_PARAMS, f"{method} needs {name}: {'texts' if kind is list else 'a text'}")
+                raise CallError(INVALID_PARAMS, f"{method} needs {name}: {'texts' if kind is list else 'a text'}")
             arguments[name] = value
         if method == "receive" and (most := params.get("max_bytes")) is not None:
             if not isinstance(most, int) or isinstance(most, bool) or most < 0:
-                raise RpcError(INVALID_PARAMS, "receive takes max_bytes: a number of bytes")
+                raise CallError(INVALID_PARAMS, "receive takes max_bytes: a number of bytes")
             arguments["max_bytes"] = most
         return await call(**arguments)
 
@@ -308,7 +308,7 @@ def _write_stdout(data: bytes) -> None:
 async def serve(bus_path: Path) -> None:
     """Run `gftp server` until stdin ends, `shutdown`, or a signal."""
     gftp = Gftp(bus_path)
-    server = Server(gftp, _write_stdout)
+    server = StdioServer(gftp, _write_stdout)
     with _open_stdin() as receive:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_until_signal, nursery.cancel_scope)
@@ -358,7 +358,7 @@ def _run_once(act: Callable[[Gftp], Awaitable[Any]], stay: bool) -> None:
     failure: BaseException | None = None
     try:
         trio.run(_once, act, stay)
-    except* (RpcError, BusError) as errors:  # what is raised in here leaves in a group, in some versions of Python
+    except* (CallError, BusError) as errors:  # what is raised in here leaves in a group, in some versions of Python
         failure = errors.exceptions[0]
     if failure is not None:
         click.echo(f"gftp: {quoted(str(failure))}", err=True)

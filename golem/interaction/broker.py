@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 import trio
 
-from actors.activity.machine import ActivityRow
+from actors.activity.rows import ActivityRow
 from golem.bus.router import EXEUNIT, Router, splice
 from golem.interaction.wire import (
     ACK_BYTES,

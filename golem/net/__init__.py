@@ -7,7 +7,7 @@ Cheap to import: py-libp2p itself is loaded in a thread by `open_network`, and w
 from typing import TYPE_CHECKING, Any
 
 from golem.net.types import (
-    Busy,
+    LinkBusy,
     ListenError,
     NetConfig,
     NetError,
@@ -20,15 +20,15 @@ from golem.net.types import (
 )
 
 if TYPE_CHECKING:
-    from golem.net.network import Network, check_network, open_network
+    from golem.net.network import PeerNetwork, check_network, open_network
 
 __all__ = [
-    "Busy",
+    "LinkBusy",
     "ListenError",
     "NetConfig",
     "NetError",
     "NetRefusal",
-    "Network",
+    "PeerNetwork",
     "PeerStream",
     "RemoteError",
     "Session",
@@ -40,7 +40,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in ("Network", "check_network", "open_network"):
+    if name not in ("PeerNetwork", "check_network", "open_network"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from golem.net import network
 

@@ -20,7 +20,7 @@ import msgpack
 import trio
 from libp2p.peer.id import ID
 
-from golem.net.host import Host
+from golem.net.host import Libp2pHost
 from golem.net.peerid import CLOCK_SKEW_S, MAX_RECORD_BYTES, NodeRecord, node_id_of, pubkey_of, read_record
 from golem.net.types import MAX_GOSSIP_BYTES
 
@@ -84,7 +84,7 @@ class Gossip:
 
     def __init__(
         self,
-        host: Host,
+        host: Libp2pHost,
         network: str,
         outbox: Outbox,
         handlers: dict[str, TopicHandler],

@@ -86,7 +86,7 @@ MAX_MESSAGES_PER_S = 200  # gossip that one neighbour may forward to us
 StreamHandler = Callable[[str, MuxStream], Awaitable[None]]
 
 
-class Host:
+class Libp2pHost:
     """A running host. Peers are named by node id; `Mux` is a connection, `MuxStream` a stream."""
 
     def __init__(self, key: bytes, timing: Timing) -> None:
@@ -342,7 +342,7 @@ class Host:
 class _Notifee(INotifee):
     """Tells the host of new connections; their end is told by the connection itself."""
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Libp2pHost) -> None:
         self._host = host
 
     async def connected(self, network: Any, conn: Any) -> None:

@@ -16,7 +16,7 @@ import trio
 from libp2p.stream_muxer.exceptions import MuxedConnError, MuxedStreamError
 
 from golem.base.printing import sayable
-from golem.net.types import MAX_REQUEST_BYTES, Busy, NetError, NetRefusal, RemoteError, Timing, Unreachable
+from golem.net.types import MAX_REQUEST_BYTES, LinkBusy, NetError, NetRefusal, RemoteError, Timing, Unreachable
 from golem.net.yamux import MuxStream
 
 log = logging.getLogger(__name__)
@@ -150,7 +150,7 @@ class Link:
         if kind == REPLY:
             return answer
         if kind == BUSY:
-            raise Busy(f"{self.peer} is busy")
+            raise LinkBusy(f"{self.peer} is busy")
         raise RemoteError(text)
 
     async def ping(self, timeout_s: float) -> float:
@@ -165,7 +165,7 @@ class Link:
         if kind == REQUEST and (
             len(self._waiting) >= MAX_IN_FLIGHT or self._channel.queued_bytes > MAX_QUEUED_BYTES
         ):  # the keepalive's pings pass: a busy link is not a dead one
-            raise Busy(f"{len(self._waiting)} requests to {self.peer} wait for an answer")
+            raise LinkBusy(f"{len(self._waiting)} requests to {self.peer} wait for an answer")
         self._last_id += 1
         number, waiter = self._last_id, _Waiter()
         self._waiting[number] = waiter

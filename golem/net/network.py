@@ -1,4 +1,4 @@
-"""The facade of the network layer: one `Network` a node. It exists at once; the host comes up behind it.
+"""The facade of the network layer: one `PeerNetwork` a node. It exists at once; the host comes up behind it.
 
 The supervisor imports py-libp2p in a thread (0.6 s, the REST API must not wait for it), runs the host, and restarts it
 when it crashes; handlers, topics, the address book and what waits to be published outlive a restart.
@@ -33,7 +33,7 @@ from golem.net.types import (
 
 if TYPE_CHECKING:
     from golem.net.gossip import Gossip, Outbox
-    from golem.net.host import Host
+    from golem.net.host import Libp2pHost
     from golem.net.sessions import Sessions
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ StreamHandler = Callable[[str, PeerStream], Awaitable[None]]
 TopicHandler = Callable[[str, bytes], Awaitable[bool]]
 
 
-class Network:
+class PeerNetwork:
     """Everything the node says to other nodes goes through here. Make one with `open_network`."""
 
     def __init__(self, key: bytes, config: NetConfig, listen: list[tuple[str, int]]) -> None:
@@ -211,11 +211,11 @@ class Network:
     async def _run_host(self) -> None:
         from golem.net.discovery import Mdns
         from golem.net.gossip import Gossip, Outbox
-        from golem.net.host import Host
+        from golem.net.host import Libp2pHost
         from golem.net.sessions import Sessions
 
         config = self._config
-        host: Host = Host(self._key, config.timing)
+        host: Libp2pHost = Libp2pHost(self._key, config.timing)
         if self._outbox is None:
             self._outbox = Outbox()
             for topic, payload in self._outgoing:
@@ -309,11 +309,11 @@ class Network:
 
 
 @asynccontextmanager
-async def open_network(key: bytes, config: NetConfig) -> AsyncIterator[Network]:
+async def open_network(key: bytes, config: NetConfig) -> AsyncIterator[PeerNetwork]:
     """A network node with a 32-byte private key. ListenError when a listen address is taken or not ours."""
     if len(key) != 32:
         raise ValueError(f"a private key has 32 bytes, not {len(key)}")
-    network = Network(key, config, _listen_addresses(config.listen))
+    network = PeerNetwork(key, config, _listen_addresses(config.listen))
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(network.supervise)

@@ -18,7 +18,7 @@ import msgpack
 import trio
 
 from golem.net.book import Book
-from golem.net.host import Host
+from golem.net.host import Libp2pHost
 from golem.net.links import Handler, Link, serve_link
 from golem.net.peerid import MAX_RECORD_BYTES, NodeRecord, read_record
 from golem.net.streams import StreamHandler, StreamServer, ask_for
@@ -71,7 +71,7 @@ class Sessions:
 
     def __init__(
         self,
-        host: Host,
+        host: Libp2pHost,
         book: Book,
         config: NetConfig,
         services: dict[str, Handler],

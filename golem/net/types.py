@@ -19,7 +19,7 @@ class Unreachable(NetError):
     """No route to the peer, it is dead, or it did not answer in time."""
 
 
-class Busy(Unreachable):
+class LinkBusy(Unreachable):
     """We or the peer have too many requests in flight on the link; try again later."""
 
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from golem.node.identity import IdentityError, _read
+from golem.node.identity import IdentityError, read_secret
 from golem.private_files import write_private
 from protocol.types import timestamp_text
 
@@ -37,7 +37,7 @@ class AppKeys:
         self.session: AppKey | None = None
         if path.exists():
             try:
-                for entry in json.loads(_read(path)):
+                for entry in json.loads(read_secret(path)):
                     found = AppKey(**{**entry, "allow_origins": tuple(entry.get("allow_origins", ()))})
                     self._by_key[found.key] = found
             except (ValueError, TypeError, AttributeError) as error:

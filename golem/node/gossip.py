@@ -8,7 +8,7 @@ import trio
 
 from actors.kernel.machine import ActorFailed, AskTimeout, Busy, Send
 from actors.kernel.system import System
-from golem.net import Network
+from golem.net import PeerNetwork
 from protocol.codec import Decoder, encode
 from protocol.market import Announced, OffersAnnounced, PeerUp
 from protocol.types import Message, Violation
@@ -19,10 +19,10 @@ OFFERS = "offers"
 MAX_GOSSIP_BYTES = 64 * 1024
 
 
-class Gossip:
+class MarketGossip:
     """The market's ear and mouth on the network."""
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: PeerNetwork) -> None:
         self._network = network
         self._system: System | None = None
         self._decode: Decoder[OffersAnnounced] = Decoder(OffersAnnounced, MAX_GOSSIP_BYTES)

@@ -83,7 +83,7 @@ def open_identity(config: Config, ask_password: AskPassword | None = None) -> Id
     if plain.exists() and (config.password or config.password_file):
         return _encrypted(config, plain, keystore)
     if plain.exists():
-        text = _read(plain)
+        text = read_secret(plain)
         try:
             return Identity(parse_key(text), encrypted=False)
         except IdentityError as error:
@@ -105,7 +105,7 @@ def _encrypted(config: Config, plain: Path, keystore: Path) -> Identity:
     if config.plain_key:
         raise IdentityError("a password and --plain-key contradict each other: name one of them")
     try:
-        key = parse_key(_read(plain))
+        key = parse_key(read_secret(plain))
     except IdentityError as error:
         raise IdentityError(f"cannot use {plain}: {error}") from None
     if keystore.exists():  # from an attempt that was cut short, or of another key
@@ -121,8 +121,8 @@ def stored_node_id(data_dir: Path) -> str:
     """Return whose key a data directory holds, as far as that can be read without a password; "" where it cannot."""
     try:
         if (data_dir / PLAIN_KEY).exists():
-            return Identity(parse_key(_read(data_dir / PLAIN_KEY)), encrypted=False).node_id
-        return "0x" + str(json.loads(_read(data_dir / KEYSTORE))["address"]).lower().removeprefix("0x")
+            return Identity(parse_key(read_secret(data_dir / PLAIN_KEY)), encrypted=False).node_id
+        return "0x" + str(json.loads(read_secret(data_dir / KEYSTORE))["address"]).lower().removeprefix("0x")
     except (IdentityError, ValueError, KeyError, TypeError):
         return ""
 
@@ -140,7 +140,7 @@ def _decrypt(path: Path, password: str) -> bytes:
     import eth_keyfile
 
     try:
-        keystore = json.loads(_read(path))
+        keystore = json.loads(read_secret(path))
         keystore["crypto"]["mac"]
     except (ValueError, KeyError, TypeError):
         raise IdentityError(f"{path} is damaged: it is no keystore") from None
@@ -150,7 +150,8 @@ def _decrypt(path: Path, password: str) -> bytes:
         raise IdentityError(f"wrong password for {path}") from None
 
 
-def _read(path: Path) -> str:
+def read_secret(path: Path) -> str:
+    """Return the text of a file of this node alone. Raises `IdentityError`."""
     try:
         return path.read_text()
     except OSError as error:
@@ -167,7 +168,7 @@ def _password(config: Config, ask_password: AskPassword | None, *, twice: bool) 
 
 def _given_password(config: Config, ask_password: AskPassword | None, *, twice: bool) -> str:
     if config.password_file:
-        password = _read(config.password_file).rstrip("\r\n")
+        password = read_secret(config.password_file).rstrip("\r\n")
         if not password:
             raise IdentityError(f"the password file {config.password_file} is empty")
         return password

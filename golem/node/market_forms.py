@@ -8,7 +8,7 @@ from typing import Any
 from actors.kernel.machine import Rows
 from actors.kernel.records import Event
 from actors.negotiation.proposals import Proposal
-from actors.negotiation.rows import Agreement, state_at
+from actors.negotiation.rows import AgreementRow, state_at
 from protocol.codec import Decoder
 from protocol.market import SubscriptionEnded, read_subscription
 from protocol.negotiation import (
@@ -69,7 +69,7 @@ def is_unanswered(proposal: Proposal, now: float) -> bool:
     return theirs and not proposal.answer_id and not proposal.agreement_id and proposal.expires > now
 
 
-def agreement_form(agreement: Agreement, now: float) -> dict[str, Any]:
+def agreement_form(agreement: AgreementRow, now: float) -> dict[str, Any]:
     """Return an Agreement as of time `now`."""
     body = json.loads(agreement.body) if agreement.body else _gone(agreement)
     created = timestamp_text(agreement.created)
@@ -92,7 +92,7 @@ def agreement_form(agreement: Agreement, now: float) -> dict[str, Any]:
     return form | {name: value for name, value in optional.items() if value}
 
 
-def _gone(agreement: Agreement) -> dict[str, Any]:
+def _gone(agreement: AgreementRow) -> dict[str, Any]:
     """Return what is kept of the terms of an agreement that was never made."""
     nothing = {"properties": {}, "constraints": "()"}
     return {
@@ -144,7 +144,7 @@ def agreement_event_form(at: float, message: AgreementEvents) -> dict[str, Any] 
             return None
 
 
-def agreement_summary(agreement: Agreement, now: float) -> dict[str, Any]:
+def agreement_summary(agreement: AgreementRow, now: float) -> dict[str, Any]:
     """Return an agreement's line in the list of agreements. `state`, `peerId`, `runtime` and `validTo` are ours."""
     approved = agreement.approved_at
     return {
@@ -159,6 +159,6 @@ def agreement_summary(agreement: Agreement, now: float) -> dict[str, Any]:
     }
 
 
-def _runtime(agreement: Agreement) -> str:
+def _runtime(agreement: AgreementRow) -> str:
     found = flatten(json.loads(agreement.body)["offer"]["properties"]).get("golem.runtime.name")
     return found if isinstance(found, str) else ""

@@ -7,7 +7,7 @@ import uuid
 
 import trio
 
-from actors.activity.machine import ActivityRow
+from actors.activity.rows import ActivityRow
 from actors.kernel.system import System
 from golem.bus.router import Router
 from golem.bus.server import Bus
@@ -17,7 +17,7 @@ from golem.files.agents import Services
 from golem.files.server import FileServer
 from golem.images.store import Registry
 from golem.interaction.broker import Interactions
-from golem.net import Network
+from golem.net import PeerNetwork
 from golem.node.app_keys import AppKeys
 from golem.node.identity import Identity
 from golem.node.payout import Payout
@@ -27,7 +27,7 @@ class Node:
     """What edges use. Built by `open_node`."""
 
     def __init__(self, config: Config, identity: Identity, app_keys: AppKeys, router: Router, system: System,
-                 network: Network, bus: Bus, chain: Chain, files: FileServer, registry: Registry) -> None:  # fmt: skip
+                 network: PeerNetwork, bus: Bus, chain: Chain, files: FileServer, registry: Registry) -> None:  # fmt: skip
         self.config, self.identity, self.app_keys = config, identity, app_keys
         self.router, self.calls, self.system = router, router.calls, system
         self.network, self.bus, self.chain, self.files, self.registry = network, bus, chain, files, registry

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from actors.ledger.rows import Activity, Payment
+from actors.ledger.rows import LedgerActivityRow, PaymentRow
 from protocol.ledger import PaymentBody, decode_body
 from protocol.types import Violation
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from golem.node.node import Node
 
 
-def payments_of(node: Node, agreement_id: str, payments: Iterable[Payment]) -> list[Payment]:
+def payments_of(node: Node, agreement_id: str, payments: Iterable[PaymentRow]) -> list[PaymentRow]:
     """Return of these payments those that hold a part for an agreement or one of its activities, oldest first."""
     rows = node.system.rows("ledger")
 
     def belongs(activity_id: str) -> bool:
-        activity: Activity | None = rows.get(f"activity/{activity_id}")
+        activity: LedgerActivityRow | None = rows.get(f"activity/{activity_id}")
         return activity is not None and activity.agreement_id == agreement_id
 
     found = []
@@ -33,7 +33,7 @@ def payments_of(node: Node, agreement_id: str, payments: Iterable[Payment]) -> l
     return sorted(found, key=lambda row: row.recorded_at)
 
 
-def lost_of(node: Node, payments: Iterable[Payment]) -> dict[str, str]:
+def lost_of(node: Node, payments: Iterable[PaymentRow]) -> dict[str, str]:
     """Return of these payments the transactions whose blocks the chain has lost, and what is done about it."""
     hashes: dict[str, set[str]] = {}
     for row in payments:

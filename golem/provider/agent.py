@@ -32,7 +32,7 @@ from actors.provider.turn import ProviderConfig
 from golem.base.ports import may_hear_keys, of_others
 from golem.config import DEFAULT_API_URL, parse_api_url
 from golem.private_files import check_ours
-from golem.provider.client import MARKET, ApiError, NodeAway, NodeClient, NodeError, part
+from golem.provider.client import MARKET, NodeApiError, NodeAway, NodeClient, NodeError, part
 from golem.provider.leftovers import Leftovers
 from golem.provider.offering import AgentError, Offering
 from golem.provider.polls import FEEDS, follow
@@ -104,7 +104,7 @@ async def _begin(system: System, client: NodeClient, settings: Settings, started
     assert isinstance(answer, SessionNamed)
     try:
         await _pick_up_agreements(system, client)
-    except (ApiError, NodeAway, ActorFailed, Violation, KeyError, TypeError, AttributeError) as error:
+    except (NodeApiError, NodeAway, ActorFailed, Violation, KeyError, TypeError, AttributeError) as error:
         log.warning("looking for agreements that wait: %r", error)
     return answer.session_id
 
@@ -123,7 +123,7 @@ async def _take_back_offers(system: System, client: NodeClient, name: str) -> No
         for offer in await client.call("GET", f"{MARKET}/offers") or ():
             if offer["offerId"] not in known and offer["properties"].get("golem.node.id.name") == name:
                 await client.call("DELETE", f"{MARKET}/offers/{part(offer['offerId'])}")
-    except (ApiError, NodeAway, KeyError, TypeError, AttributeError) as error:
+    except (NodeApiError, NodeAway, KeyError, TypeError, AttributeError) as error:
         log.warning("looking for offers that were left over: %r", error)
 
 
@@ -228,7 +228,7 @@ async def _node_id(client: NodeClient) -> str:
         found = await client.persist("asking the node who it is", call, until=trio.current_time() + NODE_PATIENCE_S, last_s=2)
         return str(found["identity"])
     except (NodeError, KeyError, TypeError) as error:
-        if isinstance(error, ApiError) and error.status == 401:
+        if isinstance(error, NodeApiError) and error.status == 401:
             raise AgentError("the node does not know this app-key (YAGNA_APPKEY)") from None
         raise AgentError(f"the node cannot be used: {error}") from None
 

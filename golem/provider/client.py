@@ -31,7 +31,7 @@ class NodeAway(NodeError):
     """The node does not answer (now)."""
 
 
-class ApiError(NodeError):
+class NodeApiError(NodeError):
     """The node says no."""
 
     def __init__(self, status: int, message: str, highest_amount: str = "") -> None:
@@ -65,7 +65,7 @@ class NodeClient:
     async def call(
         self, method: str, path: str, *, params: Mapping[str, Any] | None = None, body: Any = ..., timeout_s: float = REQUEST_S
     ) -> Any:
-        """Return the JSON of an answer (None for an empty one). Raises `ApiError`, `NodeAway`.
+        """Return the JSON of an answer (None for an empty one). Raises `NodeApiError`, `NodeAway`.
 
         `body` is sent as JSON (`None` as `null`); without it there is none.
         """
@@ -86,10 +86,10 @@ class NodeClient:
             raise NodeAway(f"no answer from {url}: {type(error).__name__} {error}".strip()) from None
 
     async def poll(self, path: str, params: Mapping[str, Any]) -> list[Any]:
-        """Return the events of a long poll, which may be none. Raises `ApiError`, `NodeAway`."""
+        """Return the events of a long poll, which may be none. Raises `NodeApiError`, `NodeAway`."""
         try:
             found = await self.call("GET", path, params={"timeout": POLL_S, **params}, timeout_s=POLL_S + POLL_MARGIN_S)
-        except ApiError as error:
+        except NodeApiError as error:
             if error.status == 408:
                 return []
             raise
@@ -113,8 +113,8 @@ class NodeClient:
         while True:
             try:
                 return await call()
-            except (NodeAway, ApiError) as error:
-                if (isinstance(error, ApiError) and not error.passing) or (until is not None and now() >= until):
+            except (NodeAway, NodeApiError) as error:
+                if (isinstance(error, NodeApiError) and not error.passing) or (until is not None and now() >= until):
                     raise
                 tries += 1
                 if tries in (3, 30, 300):
@@ -128,7 +128,7 @@ async def _read(response: httpx.Response) -> bytes:
     async for chunk in response.aiter_bytes():
         data += chunk
         if len(data) > MAX_ANSWER_BYTES:
-            raise ApiError(response.status_code, f"an answer of more than {MAX_ANSWER_BYTES} bytes")
+            raise NodeApiError(response.status_code, f"an answer of more than {MAX_ANSWER_BYTES} bytes")
     return bytes(data)
 
 
@@ -137,7 +137,7 @@ def _answer(status: int, data: bytes) -> Any:
         try:
             return json.loads(data) if data.strip() else None
         except (ValueError, RecursionError):
-            raise ApiError(status, "an answer that is not JSON") from None
+            raise NodeApiError(status, "an answer that is not JSON") from None
     highest = ""
     try:
         found = json.loads(data)
@@ -145,7 +145,7 @@ def _answer(status: int, data: bytes) -> Any:
         highest = str(found.get("highestAmount") or "")[:100]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         text = data.decode("utf-8", "replace")
-    raise ApiError(status, str(text)[:500], highest)
+    raise NodeApiError(status, str(text)[:500], highest)
 
 
 def part(text: str) -> str:

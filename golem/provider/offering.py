@@ -16,7 +16,7 @@ from typing import Any
 import trio
 
 from actors.kernel.system import System
-from golem.provider.client import PAYMENT, ApiError, NodeAway, NodeClient
+from golem.provider.client import PAYMENT, NodeApiError, NodeAway, NodeClient
 from golem.provider.hardware import HARDWARE, Profile, load_profile
 from golem.provider.offer import offer_spec, wanted_accounts
 from golem.provider.presets import PRESETS, Preset, default_preset, load_presets, save_presets
@@ -182,7 +182,7 @@ class Offering:
         """Ask for the accounts again; while the node or its chain does not say, they stay as they are."""
         try:
             raw = await self._client.call("GET", f"{PAYMENT}/providerAccounts")
-        except (ApiError, NodeAway):
+        except (NodeApiError, NodeAway):
             return False
         found = list(wanted_accounts(raw, self._settings.networks))
         if not found or found == self._accounts:

@@ -13,7 +13,7 @@ import trio
 
 from actors.kernel.machine import ActorFailed, AskTimeout, Busy
 from actors.kernel.system import System
-from golem.provider.client import ACTIVITY, MARKET, PAYMENT, ApiError, NodeAway, NodeClient, part
+from golem.provider.client import ACTIVITY, MARKET, PAYMENT, NodeApiError, NodeAway, NodeClient, part
 from protocol.provider import AgreementArrived, EventArrived, OfferLost, ProposalArrived, WatchOffer
 from protocol.types import Message, Violation, timestamp, timestamp_text
 
@@ -51,7 +51,7 @@ async def watch_offer(
         try:
             events = await client.poll(f"{path}/events", {"maxEvents": MAX_EVENTS})
             pause_s = FIRST_PAUSE_S
-        except ApiError as error:
+        except NodeApiError as error:
             if error.status in (404, 410):
                 log.info("offer %s is over at the node", offer.offer_id[:12])
                 return OfferLost(offer.preset, offer.offer_id)
@@ -75,8 +75,8 @@ async def _give_offer_event(client: NodeClient, system: System, cache: ProposalC
             if message is not None:
                 await system.ask("provider", message)
             return
-        except (ApiError, NodeAway, AskTimeout, Busy, ActorFailed, Violation, *_NONSENSE) as error:
-            if not isinstance(error, NodeAway | AskTimeout | Busy) and not (isinstance(error, ApiError) and error.passing):
+        except (NodeApiError, NodeAway, AskTimeout, Busy, ActorFailed, Violation, *_NONSENSE) as error:
+            if not isinstance(error, NodeAway | AskTimeout | Busy) and not (isinstance(error, NodeApiError) and error.passing):
                 log.warning("an event of offer %s is left out: %r", offer.offer_id[:12], error)
                 return
             pause_s = await _pause(f"an event of offer {offer.offer_id[:12]} waits", error, pause_s)
@@ -89,7 +89,7 @@ async def pick_up_proposals(client: NodeClient, system: System, cache: ProposalC
             "looking for proposals that wait",
             partial(client.call, "GET", f"{MARKET}/offers/{part(offer.offer_id)}/proposals"),
         )
-    except ApiError as error:
+    except NodeApiError as error:
         log.debug("no proposals of offer %s that wait: %s", offer.offer_id[:12], error)
         return set()
     waiting = found if isinstance(found, list) else []
@@ -105,7 +105,7 @@ def _proposal_id(event: Any) -> str:
 
 
 async def _offer_event(client: NodeClient, cache: ProposalCache, path: str, offer: WatchOffer, event: Any) -> Message | None:
-    """Return what an event of an offer means to the machine. Raises `ApiError`, `NodeAway` and `KeyError` and the like."""
+    """Return what an event of an offer means to the machine. Raises `NodeApiError`, `NodeAway` and `KeyError` and the like."""
     kind = event["eventType"]
     if kind == "AgreementEvent":
         return AgreementArrived(offer.preset, offer.offer_id, json.dumps(event["agreement"]))
@@ -142,7 +142,7 @@ async def follow(client: NodeClient, system: System, feed: str, session_id: str,
                 await _give(system, feed, read, event, at)
                 after = max(after, at)
             pause_s = FIRST_PAUSE_S
-        except (ApiError, NodeAway, AskTimeout, Busy, *_NONSENSE) as error:
+        except (NodeApiError, NodeAway, AskTimeout, Busy, *_NONSENSE) as error:
             pause_s = await _pause(f"events ({feed})", error, pause_s)
             continue
         await _not_too_fast(events, started_at)

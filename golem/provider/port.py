@@ -20,21 +20,21 @@ import trio
 
 from actors.kernel.machine import Meta, Send
 from actors.kernel.system import System
-from golem.provider.client import ACTIVITY, MARKET, PAYMENT, ApiError, NodeAway, NodeClient, part
+from golem.provider.client import ACTIVITY, MARKET, PAYMENT, NodeApiError, NodeAway, NodeClient, part
 from golem.provider.offer import constraints
 from golem.provider.polls import ProposalCache, pick_up_proposals, watch_offer
 from protocol.ledger import LOCAL_CHAIN
 from protocol.provider import (
+    AcceptAgreement,
     ActivityClosed,
+    AnswerProposal,
     ApprovalEnded,
-    ApproveAgreement,
     AskFunds,
     CloseActivity,
-    CounterProposal,
+    EndAgreement,
     FundsKnown,
     InvoiceIssued,
     InvoiceSent,
-    IssueInvoice,
     IssueNote,
     Kept,
     NoteIssued,
@@ -42,21 +42,21 @@ from protocol.provider import (
     NoteSent,
     OfferPublished,
     OfStrangers,
-    PublishOffer,
+    PlaceOffer,
     ReadNote,
     ReadUsage,
-    RejectAgreement,
-    RejectProposal,
+    RefuseAgreement,
+    RefuseProposal,
     SendInvoice,
     SendNote,
     Talk,
     TaskEnded,
-    TerminateAgreement,
     TerminationEnded,
     ToRest,
     UsageRead,
     WatchOffer,
     WithdrawOffer,
+    WriteInvoice,
     task_key,
 )
 from protocol.types import Message, amount_text, timestamp_text
@@ -94,20 +94,20 @@ class RestPort:
         self._nursery: trio.Nursery | None = None
         self._up = trio.Event()
         self._do: dict[type, Callable[[Any], Awaitable[Message | None]]] = {
-            PublishOffer: self._publish,
+            PlaceOffer: self._publish,
             WithdrawOffer: self._withdraw,
-            CounterProposal: self._counter,
-            RejectProposal: self._reject_proposal,
-            ApproveAgreement: self._approve,
-            RejectAgreement: self._reject_agreement,
-            TerminateAgreement: self._terminate,
+            AnswerProposal: self._counter,
+            RefuseProposal: self._reject_proposal,
+            AcceptAgreement: self._approve,
+            RefuseAgreement: self._reject_agreement,
+            EndAgreement: self._terminate,
             CloseActivity: self._close_activity,
             ReadUsage: self._read_usage,
             IssueNote: self._issue_note,
             SendNote: self._send_note,
             ReadNote: self._read_note,
             AskFunds: self._ask_funds,
-            IssueInvoice: self._issue_invoice,
+            WriteInvoice: self._issue_invoice,
             SendInvoice: self._send_invoice,
         }
 
@@ -159,7 +159,7 @@ class RestPort:
     async def _outcome(self, key: str, message: ToRest) -> Message | None:
         try:
             return await self._do[type(message)](message)
-        except (ApiError, NodeAway) as error:
+        except (NodeApiError, NodeAway) as error:
             log.warning("%s: %s", key[:40], error)
         except (KeyError, TypeError, ValueError, AttributeError):
             # an answer of another form than agreed; one document must not take the agent's other work with it
@@ -176,7 +176,7 @@ class RestPort:
             del self._watches[message.offer_id]
 
     # -- offers and negotiation
-    async def _publish(self, message: PublishOffer) -> Message:
+    async def _publish(self, message: PlaceOffer) -> Message:
         properties = json.loads(message.properties)
         text = constraints(message.subnet, time.time(), properties.get(LOCAL_CHAIN))
         body = {"properties": properties, "constraints": text}
@@ -192,11 +192,11 @@ class RestPort:
         try:
             await self._until(15, "withdrawing an offer", "DELETE", f"{MARKET}/offers/{part(message.offer_id)}")
             log.info("offer %s is withdrawn", message.offer_id[:12])
-        except ApiError as error:
+        except NodeApiError as error:
             if error.status not in (404, 410):
                 raise
 
-    async def _counter(self, message: CounterProposal) -> None:
+    async def _counter(self, message: AnswerProposal) -> None:
         path = f"{MARKET}/offers/{part(message.offer_id)}/proposals/{part(message.proposal_id)}"
         properties = json.loads(message.properties)
         body = {"properties": properties, "constraints": message.constraints}
@@ -204,7 +204,7 @@ class RestPort:
         self._proposals.put(str(new_id), message.properties, message.constraints)
         log.info("proposal %s countered", message.proposal_id[:14])
 
-    async def _reject_proposal(self, message: RejectProposal) -> None:
+    async def _reject_proposal(self, message: RefuseProposal) -> None:
         path = f"{MARKET}/offers/{part(message.offer_id)}/proposals/{part(message.proposal_id)}/reject"
         log.info("proposal %s rejected: %s", message.proposal_id[:14], _text(message.reason))
         await self._until(NEGOTIATION_S, "rejecting a proposal", "POST", path, json.loads(message.reason))
@@ -214,7 +214,7 @@ class RestPort:
         return await self._client.persist(what, call, until=trio.current_time() + patience_s)
 
     # -- agreements
-    async def _approve(self, message: ApproveAgreement) -> Message:
+    async def _approve(self, message: AcceptAgreement) -> Message:
         """Approve, and be sure of what came of it: an answer may be lost while the requestor commits all the same."""
         path = f"{MARKET}/agreements/{part(message.agreement_id)}"
         params = {"appSessionId": message.session_id, "timeout": message.timeout_s}
@@ -222,11 +222,11 @@ class RestPort:
         try:
             await self._client.call("POST", f"{path}/approve", params=params, timeout_s=message.timeout_s + MARGIN_S)
             state = "Approved"
-        except (ApiError, NodeAway) as error:
+        except (NodeApiError, NodeAway) as error:
             why = str(error)
             state = await self._state(path)
         if state == "Pending":  # nobody waits for it that long: no, then, unless it is approved meanwhile
-            with suppress(ApiError, NodeAway):
+            with suppress(NodeApiError, NodeAway):
                 await self._client.call("POST", f"{path}/reject", body={"message": f"The approval failed: {why}"})
         while state == "Pending":
             state = await self._state(path)
@@ -238,22 +238,22 @@ class RestPort:
     async def _state(self, path: str) -> str:
         try:
             found = await self._client.persist("reading an agreement", partial(self._client.call, "GET", path))
-        except ApiError as error:
+        except NodeApiError as error:
             return str(error)
         return str(found["state"])
 
-    async def _reject_agreement(self, message: RejectAgreement) -> None:
+    async def _reject_agreement(self, message: RefuseAgreement) -> None:
         path = f"{MARKET}/agreements/{part(message.agreement_id)}/reject"
         log.info("agreement %s rejected: %s", message.agreement_id[:12], _text(message.reason))
         await self._until(NEGOTIATION_S, "rejecting an agreement", "POST", path, json.loads(message.reason))
 
-    async def _terminate(self, message: TerminateAgreement) -> Message:
+    async def _terminate(self, message: EndAgreement) -> Message:
         path = f"{MARKET}/agreements/{part(message.agreement_id)}/terminate"
         log.info("agreement %s ends: %s", message.agreement_id[:12], _text(message.reason))
         call = partial(self._client.call, "POST", path, body=json.loads(message.reason))
         try:
             await self._client.persist("terminating an agreement", call, first_s=TERMINATE_FIRST_S, last_s=TERMINATE_LAST_S)
-        except ApiError as error:
+        except NodeApiError as error:
             level = logging.DEBUG if error.status in (404, 409, 410) else logging.WARNING  # those mean: it is over already
             log.log(level, "terminating agreement %s: %s", message.agreement_id[:12], error)
         return TerminationEnded(message.agreement_id)
@@ -267,11 +267,11 @@ class RestPort:
         log.info("activity %s ended: %s", message.activity_id[:8], f"{message.reason} {message.error_message}".strip())
         try:
             await self._until(FINAL_USAGE_S, "reporting the end of an activity", "PUT", f"{path}/state", state)
-        except (ApiError, NodeAway) as error:
+        except (NodeApiError, NodeAway) as error:
             log.warning("the end of activity %s could not be reported: %s", message.activity_id[:8], error)
         try:
             usage = _usage(await self._until(FINAL_USAGE_S, "reading the last usage", "GET", f"{path}/usage"))
-        except (ApiError, NodeAway) as error:
+        except (NodeApiError, NodeAway) as error:
             log.warning("the last usage of activity %s could not be read: %s", message.activity_id[:8], error)
             usage = None
         return ActivityClosed(message.activity_id, usage)
@@ -280,7 +280,7 @@ class RestPort:
         path = f"{ACTIVITY}/activity/{part(message.activity_id)}/usage"
         try:
             return UsageRead(message.activity_id, _usage(await self._client.call("GET", path)))
-        except (ApiError, NodeAway) as error:
+        except (NodeApiError, NodeAway) as error:
             log.warning("usage of activity %s: %s", message.activity_id[:8], error)
             return UsageRead(message.activity_id, None)
 
@@ -290,7 +290,7 @@ class RestPort:
         try:
             found = await self._client.call("GET", path, params=params, timeout_s=FUNDS_S)
             amount = amount_text(parse_amount(str(found["amount"])))
-        except (ApiError, NodeAway, KeyError, TypeError, ValueError) as error:
+        except (NodeApiError, NodeAway, KeyError, TypeError, ValueError) as error:
             log.warning("what %s can pay on %s is not known: %s", message.requestor, message.platform[:40], error)
         return FundsKnown(message.requestor, message.platform, amount)
 
@@ -308,13 +308,13 @@ class RestPort:
 
         try:
             found = await self._once("debitNotes", body, same, message.since, message.instance)
-        except ApiError as error:
+        except NodeApiError as error:
             log.error("debit note %d of activity %s was refused: %s", message.number, message.activity_id[:8], error)
             return NoteIssued(message.activity_id, message.number, "", str(error))
         return NoteIssued(message.activity_id, message.number, str(found["debitNoteId"]))
 
     async def _once(self, path: str, body: Any, same: Callable[[Any], bool], since: float, instance: str) -> Any:
-        """Create a document that does not exist yet, or return the one that does. Raises `ApiError`."""
+        """Create a document that does not exist yet, or return the one that does. Raises `NodeApiError`."""
         look_first = instance != self._instance
 
         async def attempt() -> Any:
@@ -335,9 +335,9 @@ class RestPort:
         call = partial(self._client.call, "POST", path, params={"timeout": 15}, timeout_s=15 + MARGIN_S)
         try:
             await self._client.persist("sending a debit note", call, until=message.give_up_at, now=time.time)
-        except (ApiError, NodeAway) as error:
+        except (NodeApiError, NodeAway) as error:
             log.warning("debit note %d of activity %s could not be sent: %s", message.number, message.activity_id[:8], error)
-            most = error.highest_amount if isinstance(error, ApiError) else ""
+            most = error.highest_amount if isinstance(error, NodeApiError) else ""
             return NoteSent(message.activity_id, message.number, False, str(error), most)
         log.info("debit note %d of activity %s is sent", message.number, message.activity_id[:8])
         return NoteSent(message.activity_id, message.number, True)
@@ -348,7 +348,7 @@ class RestPort:
         return NoteRead(message.activity_id, message.number, message.deadline, str(found["status"]))
 
     # -- invoices
-    async def _issue_invoice(self, message: IssueInvoice) -> Message:
+    async def _issue_invoice(self, message: WriteInvoice) -> Message:
         body = {
             "agreementId": message.agreement_id,
             "activityIds": list(message.activity_ids),
@@ -361,7 +361,7 @@ class RestPort:
 
         try:
             found = await self._once("invoices", body, same, message.since, message.instance)
-        except ApiError as error:
+        except NodeApiError as error:
             log.error("the invoice of agreement %s was refused: %s", message.agreement_id[:12], error)
             return InvoiceIssued(message.agreement_id, "", str(error))
         log.info("invoice of agreement %s: %s GLM", message.agreement_id[:12], message.amount)
@@ -372,7 +372,7 @@ class RestPort:
         call = partial(self._client.call, "POST", path, params={"timeout": 15}, timeout_s=15 + MARGIN_S)
         try:
             await self._client.persist("sending an invoice", call)
-        except ApiError as error:
+        except NodeApiError as error:
             log.error("the invoice of agreement %s cannot be sent: %s", message.agreement_id[:12], error)
             return InvoiceSent(message.agreement_id, str(error), error.highest_amount)
         log.info("invoice of agreement %s is sent", message.agreement_id[:12])

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from quart import Blueprint, Response, request
 
-from actors.activity.machine import ActivityRow, AgreementRow, BatchRow, ResultRow, batch_key, result_key
+from actors.activity.rows import ActivityAgreementRow, ActivityRow, BatchRow, ResultRow, batch_key, result_key
 from golem.net.types import NetError
 from golem.rest.activity_stream import monitor, stream_events
 from golem.rest.edge import (
@@ -212,7 +212,7 @@ def _reads(api: Blueprint, node: Node) -> None:
         if named is None:
             return respond_json([row.activity_id for row in listed(node, "activity", "activity/")])
         match = _AGREEMENT_ID.match(named)
-        agreement: AgreementRow | None = rows.get(f"agreement/{match[1]}") if match else None
+        agreement: ActivityAgreementRow | None = rows.get(f"agreement/{match[1]}") if match else None
         return respond_json(list(agreement.activities) if agreement else [])
 
     @api.get("/activity/<activity_id>/state")

@@ -16,7 +16,7 @@ import msgspec
 import trio
 from quart import Response
 
-from actors.activity.machine import ActivityRow, BatchRow, ResultRow, batch_key, result_key
+from actors.activity.rows import ActivityRow, BatchRow, ResultRow, batch_key, result_key
 from golem.net.types import NetError
 from golem.rest.edge import until
 from protocol.types import timestamp_text

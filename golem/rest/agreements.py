@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 from quart import Blueprint, Response
 
-from actors.negotiation.rows import APPROVED, CANCELLED, EXPIRED, PROPOSAL, REJECTED, TERMINATED, Agreement, state_at
+from actors.negotiation.rows import APPROVED, CANCELLED, EXPIRED, PROPOSAL, REJECTED, TERMINATED, AgreementRow, state_at
 from golem.node.market_forms import agreement_event_form, agreement_form, agreement_summary, decode_agreement_event
 from golem.rest.edge import (
     ApiError,
@@ -73,10 +73,10 @@ def agreement_id(text: str) -> str:
     return match[1]
 
 
-def find(node: Node, wanted: str, role: str = "") -> Agreement:
+def find(node: Node, wanted: str, role: str = "") -> AgreementRow:
     """Return an agreement in which this node has `role` (any if ""). Raises `ApiError` 400 or 404."""
     wanted_id = agreement_id(wanted)
-    agreement: Agreement | None = node.system.rows("negotiation").get(f"agreement/{wanted_id}")
+    agreement: AgreementRow | None = node.system.rows("negotiation").get(f"agreement/{wanted_id}")
     if agreement is None or role not in ("", agreement.role):
         raise ApiError(404, f"Agreement [{wanted_id}] not found{role and f' with this node as {role}'}.")
     return agreement

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 from quart import Blueprint, Response
 
-from actors.market.rows import Refusal, Stats
+from actors.market.rows import OfferRefusal, Stats
 from actors.negotiation.proposals import Proposal
 from actors.negotiation.rows import state_at
 from golem.rest.edge import ApiError, query_text, respond_json
@@ -96,7 +96,7 @@ def _missing_offer(node: Node, offer_id: str) -> str:
     return f"offer {offer_id} has not been heard of by this node: no peer announced it, or it is over"
 
 
-def _refused(refusal: Refusal) -> dict[str, Any]:
+def _refused(refusal: OfferRefusal) -> dict[str, Any]:
     return {"offerId": refusal.offer_id or None, "reason": refusal.reason, "at": timestamp_text(refusal.at)}
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from quart import Blueprint, Response, request
 
 from actors.ledger.audit import body_of
-from actors.ledger.machine import Agreement, PaymentDocument, acceptance_of
+from actors.ledger.machine import LedgerAgreementRow, PaymentDocument, acceptance_of
 from golem.node.paid import lost_of, payments_of
 from golem.rest.calculation import waiting
 from golem.rest.edge import (
@@ -76,7 +76,7 @@ _event = Decoder[DocumentEvent](DocumentEvent)
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class DocumentNames:
     """The names that debit notes and invoices go by."""
 
     kind: str
@@ -86,8 +86,8 @@ class Kind:
     feed: str
 
 
-NOTE = Kind("debit-note", "debitNotes", "debitNoteId", "DebitNote", "debit-notes")
-INVOICE = Kind("invoice", "invoices", "invoiceId", "Invoice", "invoices")
+NOTE = DocumentNames("debit-note", "debitNotes", "debitNoteId", "DebitNote", "debit-notes")
+INVOICE = DocumentNames("invoice", "invoices", "invoiceId", "Invoice", "invoices")
 
 
 def routes(api: Blueprint, node: Node) -> None:
@@ -100,7 +100,7 @@ def routes(api: Blueprint, node: Node) -> None:
     _not_there(api)
 
 
-def _reading(api: Blueprint, node: Node, kind: Kind) -> None:
+def _reading(api: Blueprint, node: Node, kind: DocumentNames) -> None:
     async def listing() -> Response:
         after = query_time("afterTimestamp")
         limit = query_int("maxItems", MAX_ITEMS, 1, MAX_ITEMS)
@@ -133,7 +133,7 @@ def _reading(api: Blueprint, node: Node, kind: Kind) -> None:
     _get(api, f"/{kind.path[:-1]}Events", events)
 
 
-def _moving(api: Blueprint, node: Node, kind: Kind) -> None:
+def _moving(api: Blueprint, node: Node, kind: DocumentNames) -> None:
     async def send(document_id: str) -> Response:
         timeout_s = query_float("timeout", ACK_TIMEOUT_S)
         row = _document(node, kind, document_id)
@@ -273,7 +273,7 @@ def render(row: PaymentDocument) -> dict[str, Any]:
     return {**body, "status": row.status}
 
 
-def explained(node: Node, kind: Kind, row: PaymentDocument) -> dict[str, Any]:
+def explained(node: Node, kind: DocumentNames, row: PaymentDocument) -> dict[str, Any]:
     """Return where a document stands and, in words, what it waits for."""
     agreement = _agreement(node, row)
     order = node.system.rows("ledger").get(f"order/{row.kind}:{row.document_id}")
@@ -296,7 +296,7 @@ def explained(node: Node, kind: Kind, row: PaymentDocument) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def event_form(kind: Kind, event: DocumentEvent, at: float) -> dict[str, Any]:
+def event_form(kind: DocumentNames, event: DocumentEvent, at: float) -> dict[str, Any]:
     """Return an event of a debit note or an invoice in the form of the API. Raises `Violation` for a damaged one."""
     rejection = {}
     if event.what == "REJECTED" and event.detail:
@@ -320,15 +320,15 @@ def _wanted() -> dict[str, set[str]]:
     return wanted
 
 
-def _document(node: Node, kind: Kind, document_id: str) -> PaymentDocument:
+def _document(node: Node, kind: DocumentNames, document_id: str) -> PaymentDocument:
     row: PaymentDocument | None = node.system.rows("ledger").get(f"{kind.kind}/{document_id}")
     if row is None:
         raise ApiError(404, None)
     return row
 
 
-def _agreement(node: Node, row: PaymentDocument) -> Agreement:
-    agreement: Agreement = node.system.rows("ledger")[f"agreement/{row.agreement_id}"]
+def _agreement(node: Node, row: PaymentDocument) -> LedgerAgreementRow:
+    agreement: LedgerAgreementRow = node.system.rows("ledger")[f"agreement/{row.agreement_id}"]
     return agreement
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
-from actors.ledger.machine import Order, Payment
+from actors.ledger.machine import Order, PaymentRow
 from golem.rest.edge import ApiError, member, object_body
 from protocol.ledger import PaymentBody, decode_body, json_form
 from protocol.types import Violation, amount, timestamp, timestamp_text
@@ -84,7 +84,7 @@ def scan(
     return probe
 
 
-def render_payment(node: Node, row: Payment, at: float | None = None) -> dict[str, Any]:
+def render_payment(node: Node, row: PaymentRow, at: float | None = None) -> dict[str, Any]:
     """Return a payment in the form of the API."""
     body = json_form(decode_body(PaymentBody, row.body))
     rows = node.system.rows("ledger")

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from quart import Blueprint, Response
 
-from actors.ledger.machine import Activity, Agreement, Order
-from actors.wallet.rows import Batch
+from actors.ledger.machine import LedgerActivityRow, LedgerAgreementRow, Order
+from actors.wallet.rows import PayBatchRow
 from golem.rest.edge import ApiError, listed, query_int, respond_json
 from golem.rest.payment_forms import MAX_ITEMS
 from protocol.types import timestamp_text
@@ -79,7 +79,7 @@ def routes(api: Blueprint, node: Node) -> None:
         return respond_json(_batch(one("wallet", f"batch/{batch_id}"))["items"])
 
 
-def _agreement(row: Agreement) -> dict[str, Any]:
+def _agreement(row: LedgerAgreementRow) -> dict[str, Any]:
     return {
         "id": row.agreement_id,
         "role": "P" if row.role == "payee" else "R",
@@ -95,7 +95,7 @@ def _agreement(row: Agreement) -> dict[str, Any]:
     }
 
 
-def _activity(row: Activity) -> dict[str, Any]:
+def _activity(row: LedgerActivityRow) -> dict[str, Any]:
     return {
         "id": row.activity_id,
         "agreementId": row.agreement_id,
@@ -122,7 +122,7 @@ def _order(row: Order) -> dict[str, Any]:
     }
 
 
-def _batch(row: Batch) -> dict[str, Any]:
+def _batch(row: PayBatchRow) -> dict[str, Any]:
     return {
         "id": row.batch_id,
         "platform": row.platform,

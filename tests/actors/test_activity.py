@@ -10,22 +10,15 @@ import msgspec
 import pytest
 from worlds.playbook import START, Nodes, Playbook, playbook
 
-from actors.activity.machine import (
-    INACTIVITY_S,
-    KEEP_AGREEMENT_S,
-    KEEP_S,
-    MAX_HELD,
-    MAX_HELD_PER_NODE,
-    MAX_UNFINISHED,
-    UNREACHABLE,
-    UNRESPONSIVE_S,
-    Activity,
-    batch_key,
-    result_key,
-)
+from actors.activity.machine import UNREACHABLE, Activity
+from actors.activity.moves import INACTIVITY_S, KEEP_AGREEMENT_S, KEEP_S, UNRESPONSIVE_S
+from actors.activity.provider import MAX_HELD, MAX_HELD_PER_NODE
+from actors.activity.requestor import MAX_UNFINISHED
+from actors.activity.rows import batch_key, result_key
 from actors.exeunit import ExeUnit
 from protocol.activity import (
     MAX_OUTPUT_BYTES,
+    Accepted,
     ActivityEvent,
     ActivityKnown,
     ActivityRequested,
@@ -33,7 +26,6 @@ from protocol.activity import (
     CreateActivity,
     DestroyActivity,
     DestroyRequested,
-    Done,
     Exec,
     StateChanged,
     StateReported,
@@ -70,14 +62,14 @@ def provider() -> Playbook:
 
 
 def created(play: Playbook) -> Playbook:
-    assert play.ask(CreateActivity(ACTIVITY, AGREEMENT, 5.0)) == Done(ACTIVITY)
+    assert play.ask(CreateActivity(ACTIVITY, AGREEMENT, 5.0)) == Accepted(ACTIVITY)
     return play
 
 
 def running(play: Playbook) -> Playbook:
     """A requestor's activity that is initialized and has one batch under way."""
     created(play).tell(StateChanged(ACTIVITY, "Initialized", at=play.now), P)
-    assert play.ask(Exec(BATCH, ACTIVITY, SCRIPT)) == Done(BATCH)
+    assert play.ask(Exec(BATCH, ACTIVITY, SCRIPT)) == Accepted(BATCH)
     return play
 
 
@@ -180,7 +172,7 @@ def test_exec_refusals() -> None:
     assert reply.code == "bad_request"
     assert reply.message.startswith("Bad request: command 0: unknown command 'fly'")
     for number in range(MAX_UNFINISHED):
-        assert play.ask(Exec(f"{number:032x}", ACTIVITY, SCRIPT)) == Done(f"{number:032x}")
+        assert play.ask(Exec(f"{number:032x}", ACTIVITY, SCRIPT)) == Accepted(f"{number:032x}")
     assert play.ask(Exec(BATCH, ACTIVITY, SCRIPT)).code == "busy"
     play.tell(StateChanged(ACTIVITY, "Terminated"), P)
     assert play.ask(Exec(BATCH, ACTIVITY, SCRIPT)).code == "unreachable"
@@ -193,7 +185,7 @@ def test_exec_refusals() -> None:
 
 def test_the_end_of_an_activity_gives_every_batch_a_last_result() -> None:
     play = running(requestor())
-    assert play.ask(Exec("d" * 32, ACTIVITY, SCRIPT)) == Done("d" * 32)
+    assert play.ask(Exec("d" * 32, ACTIVITY, SCRIPT)) == Accepted("d" * 32)
     play.tell(result(0), UNIT)
     play.tell(StateChanged(ACTIVITY, "Terminated", reason="Usage limit exceeded", error_message="memory"), P)
     for batch, index in ((BATCH, 1), ("d" * 32, 0)):
@@ -298,7 +290,7 @@ def test_reports_go_on_to_the_requestor_and_come_from_the_unit_or_the_agent() ->
     play.tell(StateReported(ACTIVITY, "Initialized", usage=[0.0], at=START), UNIT)
     play.tell(UsageReported(ACTIVITY, [2.0], START + 1), UNIT)
     assert list(play.timers) == [f"silence/{ACTIVITY}"]
-    assert play.ask(StateReported(ACTIVITY, "Terminated", reason="execution aborted")) == Done(ACTIVITY)
+    assert play.ask(StateReported(ACTIVITY, "Terminated", reason="execution aborted")) == Accepted(ACTIVITY)
     play.tell(StateReported(ACTIVITY, "Ready"), UNIT)  # over is over
     told = play.sent(f"{R}/activity")
     assert [getattr(one, "state", "usage") for one in told] == ["Initialized", "usage", "Terminated"]

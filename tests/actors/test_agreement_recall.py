@@ -9,9 +9,8 @@ from test_negotiation import REASON, Pair
 from worlds.market_world import PROVIDER_ID, REQUESTOR_ID
 from worlds.playbook import Playbook
 
-from protocol.market import Done
 from protocol.negotiation import CancelAgreement, RejectAgreement, TerminateAgreement
-from protocol.types import PeerLost
+from protocol.types import Done, PeerLost
 
 
 def restore(pair: Pair, play: Playbook, rows: dict[str, object]) -> None:

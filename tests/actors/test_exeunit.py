@@ -17,6 +17,7 @@ from protocol.exeunit import (
     MAX_SCRIPT_BYTES,
     CancelCommand,
     CommandFinished,
+    CopyFile,
     Deploy,
     Execute,
     Run,
@@ -24,7 +25,6 @@ from protocol.exeunit import (
     ScriptError,
     ShutDown,
     Stream,
-    Transfer,
     UnitStarted,
     UsageMeasured,
     parse_command,
@@ -266,7 +266,7 @@ def test_a_script_becomes_typed_commands() -> None:
     assert run.args.capture is not None
     assert run.args.capture.stdout is not None
     assert run.args.capture.stdout.stream == Stream(5)
-    assert isinstance(transfer.args, Transfer)
+    assert isinstance(transfer.args, CopyFile)
     assert transfer.args.source == "a"
     assert terminate.kind == "terminate"
     assert parse_command(run.text) == run

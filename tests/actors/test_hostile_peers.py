@@ -26,11 +26,11 @@ from worlds.playbook import START, TableRows
 from worlds.whole_life import Life, demand_of, live, offer_of
 
 from actors.kernel.machine import DropFeed, Emit, Machine, Meta, Send, Step
-from actors.ledger.rows import Payment, PaymentDocument
+from actors.ledger.rows import PaymentDocument, PaymentRow
 from actors.market.rows import OfferRow
 from actors.negotiation import proposals
 from actors.negotiation.proposals import MAX_OPENED_PER_NODE, Proposal
-from actors.negotiation.rows import Agreement
+from actors.negotiation.rows import AgreementRow
 from golem.node.market_forms import agreement_event_form, agreement_form, agreement_summary, proposal_form, subscription_form
 from golem.rest import payment_documents
 from protocol.codec import MAX_ADDRESS_CHARS, MAX_BODY_BYTES, Decoder, encode
@@ -341,11 +341,11 @@ def forms(row: Any, now: float) -> list[Any]:
     match row:
         case PaymentDocument():
             return [payment_documents.render(row)]
-        case Payment():
+        case PaymentRow():
             return [json_form(decode_body(PaymentBody, row.body))]
         case Proposal():
             return [proposal_form(row)]
-        case Agreement():
+        case AgreementRow():
             return [agreement_form(row, now), *([agreement_summary(row, now)] if row.body else [])]
         case OfferRow():
             return [subscription_form(row.document)]
@@ -374,7 +374,7 @@ def check_others(victim: Victim, step: Step, sender: str, message: Message) -> N
     """Rows about others stay as they are; of what is nobody's, only counters move."""
     me, peer = node_of(victim.address), node_of(sender)
     if actor_of(victim.address).startswith("exeunit"):
-        assert not step.rows or sender == victim.machine._requestor, f"{sender} changed rows"  # type: ignore[attr-defined]
+        assert not step.rows or sender == victim.machine.requestor, f"{sender} changed rows"  # type: ignore[attr-defined]
         return
     for key, row in step.rows.items():
         old = victim.rows.get(key)

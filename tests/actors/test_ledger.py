@@ -11,10 +11,10 @@ import pytest
 from worlds.money import KEYS, PLATFORM, Done, Node, World
 
 from actors.ledger.machine import (
-    Activity,
-    Agreement,
     Allocation,
-    Payment,
+    LedgerActivityRow,
+    LedgerAgreementRow,
+    PaymentRow,
     TxClaims,
     acceptance_of,
     decorations,
@@ -483,7 +483,7 @@ def test_what_is_settled_has_its_payment_in_the_list_on_both_nodes() -> None:
     for _ in range(200):
         for node in (payer, payee):
             if world.document(node, "invoice", "i1").status == "SETTLED":
-                (row,) = node.all(Payment, "payment/")
+                (row,) = node.all(PaymentRow, "payment/")
                 assert [event.payment_id for event in node.feeds["payments"]] == [row.payment_id], row.state
                 seen.add(node.id)
         if len(seen) == 2:
@@ -495,38 +495,38 @@ def test_what_is_settled_has_its_payment_in_the_list_on_both_nodes() -> None:
 def test_a_refused_payment_is_offered_again_and_then_left() -> None:
     world, payer, payee = invoiced("1")
     world.accept(payer, "invoice", "i1", "al")
-    while not payer.all(Payment, "payment/") or payer.all(Payment, "payment/")[0].state != "SENT":
+    while not payer.all(PaymentRow, "payment/") or payer.all(PaymentRow, "payment/")[0].state != "SENT":
         world.step()
     moved, world.transfers = world.transfers, []  # the payee's chain node knows nothing of it yet
-    while payer.all(Payment, "payment/")[0].tries < 2:
+    while payer.all(PaymentRow, "payment/")[0].tries < 2:
         world.step()
-    (row,) = payer.all(Payment, "payment/")
+    (row,) = payer.all(PaymentRow, "payment/")
     assert row.state == "REFUSED"
     assert "refused the payment: 0 moved" in row.reason
     world.transfers = moved
     world.run()
     assert world.document(payee, "invoice", "i1").status == "SETTLED"
-    assert payer.all(Payment, "payment/")[0].state == "ACKNOWLEDGED"
+    assert payer.all(PaymentRow, "payment/")[0].state == "ACKNOWLEDGED"
 
 
 def test_of_a_payment_that_is_refused_for_good_id_reason_and_digest_are_kept() -> None:
     """Claims are free: of one that is never looked at again the parts go, and a repeat of it is known by its digest."""
     world, payer, payee = invoiced("1")
     world.accept(payer, "invoice", "i1", "al")
-    while not payer.all(Payment, "payment/") or payer.all(Payment, "payment/")[0].state != "SENT":
+    while not payer.all(PaymentRow, "payment/") or payer.all(PaymentRow, "payment/")[0].state != "SENT":
         world.step()
     world.transfers = []  # nothing ever moved
     world.run()
     world.now += 30 * 86400  # the last time it is offered
     world.run()
-    (sent,), (dead,) = payer.all(Payment, "payment/"), payee.all(Payment, "payment/")
+    (sent,), (dead,) = payer.all(PaymentRow, "payment/"), payee.all(PaymentRow, "payment/")
     assert (dead.payment_id, dead.state, dead.digest) == (sent.payment_id, "REFUSED", digest(sent.body))
     assert "0 moved" in dead.reason
     assert len(dead.body) < len(sent.body)
     assert b'"agreementPayments":[],"activityPayments":[]' in dead.body
     assert dead.signature == b""
     world.tell(payee, PaymentSent(Document("payment", sent.body, sent.signature)), f"{payer.id}/ledger")
-    assert payee.all(Payment, "payment/") == [dead], "the chain is not asked again"
+    assert payee.all(PaymentRow, "payment/") == [dead], "the chain is not asked again"
     other = msgspec.json.encode(msgspec.json.decode(sent.body) | {"amount": "2"})
     with pytest.raises(Violation):
         world.tell(payee, PaymentSent(sign(payer.key, "payment", other)), f"{payer.id}/ledger")
@@ -549,14 +549,14 @@ def test_the_payment_tells_agreements_from_activities() -> None:
     world.accept(payer, "debit-note", "n1", "al")
     world.accept(payer, "invoice", "i1", "al")
     world.run()
-    (row,) = payee.all(Payment, "payment/")
+    (row,) = payee.all(PaymentRow, "payment/")
     body = msgspec.json.decode(row.body)
     assert body["agreementPayments"] == [{"agreementId": "a1", "amount": "0.75"}]
     assert body["activityPayments"] == [{"activityId": "act", "amount": "0.25"}]
     assert body["amount"] == "1"
     for node in (payer, payee):
-        assert node.all(Agreement, "agreement/")[0].paid == "1"
-        assert node.all(Activity, "activity/")[0].paid == "0.25"
+        assert node.all(LedgerAgreementRow, "agreement/")[0].paid == "1"
+        assert node.all(LedgerActivityRow, "activity/")[0].paid == "0.25"
 
 
 def test_a_signature_of_another_kind_does_not_serve() -> None:

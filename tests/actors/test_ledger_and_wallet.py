@@ -8,7 +8,7 @@ from decimal import Decimal
 import pytest
 from worlds.money import Done, Node, World
 
-from actors.ledger.machine import Agreement, Order, Payment, PaymentDocument, total_of
+from actors.ledger.machine import LedgerAgreementRow, Order, PaymentDocument, PaymentRow, total_of
 from protocol.ledger import CancelInvoice, RejectInvoice, ReleaseAllocation
 from protocol.types import Refused
 from protocol.wallet import RunCycle
@@ -33,13 +33,13 @@ def check_settled(world: World) -> None:
         for order in node.all(Order, "order/"):
             pair = (order.payer_addr, order.payee_addr)
             owed[pair] = total_of((owed.get(pair, Decimal(0)), order.amount))
-        for agreement in node.all(Agreement, "agreement/"):
+        for agreement in node.all(LedgerAgreementRow, "agreement/"):
             other = world.by_id[agreement.peer].rows["ledger"][f"agreement/{agreement.agreement_id}"]
             assert agreement.accepted == agreement.paid == other.accepted == other.paid
         for kind in ("debit-note", "invoice"):
             for row in node.all(PaymentDocument, f"{kind}/"):
                 assert row.status != "ACCEPTED", row
-        for payment in node.all(Payment, "payment/"):
+        for payment in node.all(PaymentRow, "payment/"):
             assert payment.state in ("ACKNOWLEDGED", "VERIFIED"), payment
     assert paid == owed
     assert not world.violations

@@ -16,7 +16,6 @@ from protocol.codec import encode
 from protocol.market import (
     Announced,
     CloseScan,
-    Done,
     GetOffers,
     Matched,
     Offers,
@@ -36,7 +35,7 @@ from protocol.market import (
     read_subscription,
 )
 from protocol.signing import Document, node_id_of, sign
-from protocol.types import Refused, Undelivered, Violation
+from protocol.types import Done, Refused, Undelivered, Violation
 
 PROVIDER_MARKET, REQUESTOR_MARKET = f"{PROVIDER_ID}/market", f"{REQUESTOR_ID}/market"
 

@@ -15,9 +15,9 @@ from actors.negotiation import moves as agreement_moves
 from actors.negotiation import proposals
 from actors.negotiation.machine import Negotiation
 from actors.negotiation.proposals import Proposal
-from actors.negotiation.rows import Agreement, state_at
+from actors.negotiation.rows import AgreementRow, state_at
 from golem.node.market_forms import agreement_form
-from protocol.market import Done, Matched, Rematch, SubscriptionEnded, SubscriptionOpened
+from protocol.market import Matched, Rematch, SubscriptionEnded, SubscriptionOpened
 from protocol.negotiation import (
     AgreementApproval,
     AgreementApproved,
@@ -46,7 +46,7 @@ from protocol.negotiation import (
     agreement_body,
 )
 from protocol.signing import Document, sign
-from protocol.types import Refused, Violation
+from protocol.types import Done, Refused, Violation
 
 R_ADDRESS, P_ADDRESS = f"{REQUESTOR_ID}/negotiation", f"{PROVIDER_ID}/negotiation"
 DEMAND_ID, DEMAND = demand(START)
@@ -383,7 +383,7 @@ def test_random_talks_end_alike_on_both_sides(block: int) -> None:
 def test_the_whole_way_to_an_agreement_and_its_end(pair: Pair) -> None:
     agreement_id = pair.created()
     assert pair.waiting() == []
-    row: Agreement = pair.r.rows[f"agreement/{agreement_id}"]
+    row: AgreementRow = pair.r.rows[f"agreement/{agreement_id}"]
     body = json.loads(row.body)
     assert row.state == "Proposal"
     assert (body["demand"]["demandId"], body["offer"]["offerId"]) == (DEMAND_ID, OFFER_ID)

@@ -22,9 +22,9 @@ from actors.provider.rules import (
     PAYMENT_TIMEOUT,
     PLATFORM,
     Agreed,
-    Rejected,
     Situation,
     Terms,
+    TurnedDown,
     negotiate,
     share_of,
 )
@@ -33,21 +33,21 @@ from golem.exeunit.terms import read_terms
 from protocol.amounts import cost
 from protocol.ledger import LOCAL_CHAIN
 from protocol.provider import (
+    AcceptAgreement,
     ActivityClosed,
     AgentStarted,
     AgreementArrived,
+    AnswerProposal,
     ApprovalEnded,
-    ApproveAgreement,
     AskFunds,
     Capacity,
     CloseActivity,
-    CounterProposal,
+    EndAgreement,
     EventArrived,
     FindUnit,
     FundsKnown,
     InvoiceIssued,
     InvoiceSent,
-    IssueInvoice,
     IssueNote,
     NoteIssued,
     NoteRead,
@@ -56,12 +56,12 @@ from protocol.provider import (
     OfferPublished,
     OffersChanged,
     OfferSpec,
+    PlaceOffer,
     ProposalArrived,
-    PublishOffer,
     ReadNote,
     ReadUsage,
-    RejectAgreement,
-    RejectProposal,
+    RefuseAgreement,
+    RefuseProposal,
     RulesChanged,
     SendInvoice,
     SendNote,
@@ -69,13 +69,13 @@ from protocol.provider import (
     StartUnit,
     StopAgent,
     StopUnit,
-    TerminateAgreement,
     TerminationEnded,
     UnitExited,
     UnitRunning,
     UsageRead,
     WatchOffer,
     WithdrawOffer,
+    WriteInvoice,
 )
 from protocol.types import timestamp_text
 
@@ -160,7 +160,7 @@ def test_rules(demand: dict[str, Any], offer: dict[str, Any], outcome: Any) -> N
     ours = {key: value for key, value in {**OFFER, **offer}.items() if value is not GONE}
     found = negotiate(Terms(), Situation(REQUESTOR, NOW, 0), wanted, ours)
     if isinstance(outcome, tuple):
-        assert isinstance(found, Rejected)
+        assert isinstance(found, TurnedDown)
         assert found.final is outcome[1], found.message
         return
     assert isinstance(found, Agreed), found
@@ -180,7 +180,7 @@ def test_rules(demand: dict[str, Any], offer: dict[str, Any], outcome: Any) -> N
 )
 def test_rules_about_the_situation(terms: Terms, situation: Situation, final: bool) -> None:
     found = negotiate(terms, situation, DEMAND, OFFER)
-    assert isinstance(found, Rejected)
+    assert isinstance(found, TurnedDown)
     assert found.final is final
 
 
@@ -252,7 +252,7 @@ class Agent:
     def begin(self) -> Agent:
         answer = self.play.ask(AgentStarted("prov-abcd", (SPEC,)))
         assert answer == SessionNamed("prov-abcd")
-        (publish,) = self.rest(PublishOffer)
+        (publish,) = self.rest(PlaceOffer)
         self.tell(OfferPublished("wasmtime", publish.serial, self.offer_id))
         assert self.rest(WatchOffer) == [WatchOffer("wasmtime", self.offer_id)]
         return self
@@ -285,7 +285,7 @@ class Agent:
 
     def approved(self, agreement_id: str = "a1", **terms: Any) -> Agent:
         self.offered_agreement(agreement_id, **terms)
-        (approve,) = self.rest(ApproveAgreement)
+        (approve,) = self.rest(AcceptAgreement)
         assert approve.session_id == "prov-abcd"
         self.tell(ApprovalEnded(agreement_id, True))
         return self
@@ -323,11 +323,11 @@ class Agent:
 def test_a_proposal_is_countered_or_rejected() -> None:
     agent = Agent().begin()
     agent.propose(**{ACCEPT_TIMEOUT: 60})
-    (counter,) = agent.rest(CounterProposal)
+    (counter,) = agent.rest(AnswerProposal)
     properties = json.loads(counter.properties)
     assert (counter.proposal_id, properties[ACCEPT_TIMEOUT], properties[COEFFS]) == ("P-1", 60, [0.0001, 5e-05, 0.0])
     agent.propose("P-2", **{ACCEPT_TIMEOUT: 999})
-    (reject,) = agent.rest(RejectProposal)
+    (reject,) = agent.rest(RefuseProposal)
     reason = json.loads(reject.reason)
     assert reason["golem.proposal.rejection.is-final"] is True
     assert "accept-timeout" in reason["message"]
@@ -340,8 +340,8 @@ def test_who_is_on_another_dev_chain_or_names_none_gets_no_agreement(theirs: str
     demand = json.dumps({**DEMAND, **({LOCAL_CHAIN: theirs} if theirs else {})})
     ours = json.dumps({**OFFER, LOCAL_CHAIN: "00aa"})
     agent.tell(ProposalArrived("wasmtime", agent.offer_id, "P-1", REQUESTOR, demand, ours, "(&)"))
-    assert bool(agent.rest(CounterProposal)) is agrees
-    rejected = [json.loads(one.reason)["message"] for one in agent.rest(RejectProposal)]
+    assert bool(agent.rest(AnswerProposal)) is agrees
+    rejected = [json.loads(one.reason)["message"] for one in agent.rest(RefuseProposal)]
     assert agrees or "paid on the dev chain 00aa; golem.com.payment.local-chain of the demand is" in rejected[0]
 
 
@@ -357,11 +357,11 @@ def test_refusals_are_bounded() -> None:
 def test_a_proposal_that_there_is_no_room_for_waits_a_moment() -> None:
     agent = Agent().begin().approved()
     agent.propose("P-again", OTHER)  # came before the news that the agreement has ended
-    assert agent.rest(RejectProposal) == []
+    assert agent.rest(RefuseProposal) == []
     agent.event("agreements", "AgreementTerminatedEvent", "a1", "Requestor", "done")
-    assert [one.proposal_id for one in agent.rest(CounterProposal)] == ["P-again"]
+    assert [one.proposal_id for one in agent.rest(AnswerProposal)] == ["P-again"]
     agent.play.at(+60)
-    assert agent.rest(RejectProposal) == agent.rest(CounterProposal) == []
+    assert agent.rest(RefuseProposal) == agent.rest(AnswerProposal) == []
     assert not list(agent.play.rows.prefix("rejected/"))
 
 
@@ -370,7 +370,7 @@ def test_a_proposal_does_not_wait_for_long() -> None:
     agent.propose("P-busy", OTHER)
     agent.crash()
     agent.play.at(+ProviderConfig("").patience_s)
-    (reject,) = agent.rest(RejectProposal)
+    (reject,) = agent.rest(RefuseProposal)
     assert (reject.proposal_id, "Agreements limit: 1" in reject.reason) == ("P-busy", True)
     assert json.loads(reject.reason)["golem.proposal.rejection.is-final"] is False
 
@@ -379,7 +379,7 @@ def test_of_many_that_wait_the_oldest_is_rejected() -> None:
     agent = Agent().begin().approved()
     for number in range(MAX_REJECTED + 1):
         agent.propose(f"P-{number}", OTHER)
-    assert [one.proposal_id for one in agent.rest(RejectProposal)] == ["P-0"]
+    assert [one.proposal_id for one in agent.rest(RefuseProposal)] == ["P-0"]
     assert len(list(agent.play.rows.prefix("rejected/"))) == MAX_REJECTED
 
 
@@ -388,7 +388,7 @@ def test_who_asks_for_much_pushes_out_nobody_who_waits() -> None:
     agent.propose("P-other", "0x" + "7" * 40)
     for number in range(MAX_REJECTED + 50):
         agent.propose(f"P-{number}", OTHER)
-    assert "P-other" not in [one.proposal_id for one in agent.rest(RejectProposal)]
+    assert "P-other" not in [one.proposal_id for one in agent.rest(RefuseProposal)]
     assert agent.play.rows["rejected/P-other"].waits
 
 
@@ -397,7 +397,7 @@ def test_many_identities_of_one_address_push_out_nobody_who_waits() -> None:
     agent.propose("P-other", "0x" + "7" * 40, "198.51.100.1")
     for number in range(MAX_REJECTED + 50):
         agent.propose(f"P-{number}", f"0x{number:040x}", "203.0.113.9")
-    assert "P-other" not in [one.proposal_id for one in agent.rest(RejectProposal)]
+    assert "P-other" not in [one.proposal_id for one in agent.rest(RefuseProposal)]
     assert agent.play.rows["rejected/P-other"].waits
 
 
@@ -405,19 +405,19 @@ def test_what_was_rejected_for_lack_of_room_is_taken_up_when_there_is_room() -> 
     agent = Agent().begin().approved()
     agent.propose("P-later", OTHER)
     agent.play.at(+ProviderConfig("").patience_s)
-    assert len(agent.rest(RejectProposal)) == 1
+    assert len(agent.rest(RefuseProposal)) == 1
     agent.event("agreements", "AgreementTerminatedEvent", "a1", "Requestor", "done")
-    assert [one.proposal_id for one in agent.rest(CounterProposal)] == ["P-later"]
+    assert [one.proposal_id for one in agent.rest(AnswerProposal)] == ["P-later"]
     assert not list(agent.play.rows.prefix("rejected/"))
 
 
 def test_an_agreement_must_be_what_was_negotiated() -> None:
     agent = Agent().begin()
     agent.offered_agreement(demand={INTERVAL: 60})
-    (reject,) = agent.rest(RejectAgreement)
+    (reject,) = agent.rest(RefuseAgreement)
     assert json.loads(reject.reason)["message"] == "Negotiations aren't finished."
     agent.offered_agreement("a2", offer={"golem.com.usage.vector": ["golem.usage.cpu_sec"]})
-    assert len(agent.rest(RejectAgreement)) == 1
+    assert len(agent.rest(RefuseAgreement)) == 1
     assert not list(agent.play.rows.prefix("active/"))
 
 
@@ -425,11 +425,11 @@ def test_the_limit_counts_from_the_approval_on() -> None:
     agent = Agent(max_agreements=2).begin()
     for name in ("a1", "a2", "a3"):
         agent.offered_agreement(name)
-    assert [one.agreement_id for one in agent.rest(ApproveAgreement)] == ["a1", "a2"]
-    assert [one.agreement_id for one in agent.rest(RejectAgreement)] == ["a3"]
+    assert [one.agreement_id for one in agent.rest(AcceptAgreement)] == ["a1", "a2"]
+    assert [one.agreement_id for one in agent.rest(RefuseAgreement)] == ["a3"]
     agent.tell(ApprovalEnded("a1", False, "410: Cancelled"))
     agent.offered_agreement("a4")
-    assert [one.agreement_id for one in agent.rest(ApproveAgreement)] == ["a4"]
+    assert [one.agreement_id for one in agent.rest(AcceptAgreement)] == ["a4"]
 
 
 def test_life_of_an_agreement_with_notes_and_an_invoice() -> None:
@@ -445,11 +445,11 @@ def test_life_of_an_agreement_with_notes_and_an_invoice() -> None:
     agent.event("activities", "DestroyActivity", "x1", "a1")
     assert agent.processes(StopUnit) == [StopUnit("x1", 100, 5100)]
     agent.event("agreements", "AgreementTerminatedEvent", "a1", "Requestor", "done")
-    assert not agent.rest(IssueInvoice), "not before the last debit note"
+    assert not agent.rest(WriteInvoice), "not before the last debit note"
     assert agent.exited(usage=[110.0, 140.0]).reason == "destroyed"
     last = agent.issue()
     assert (last.amount, last.number, last.previous_id, last.usage) == ("0.018", 2, "note-x1-1", [110.0, 140.0])
-    (invoice,) = agent.rest(IssueInvoice)
+    (invoice,) = agent.rest(WriteInvoice)
     assert (invoice.amount, invoice.activity_ids, invoice.due_at) == ("0.018", ("x1",), agent.play.now + 120)
     agent.tell(InvoiceIssued("a1", "inv-1"))
     assert agent.rest(SendInvoice) == [SendInvoice("a1", "inv-1")]
@@ -457,7 +457,7 @@ def test_life_of_an_agreement_with_notes_and_an_invoice() -> None:
     agent.event("invoices", "InvoiceAcceptedEvent", "inv-1")
     agent.event("invoices", "InvoiceSettledEvent", "inv-1")
     assert agent.play.rows["agreement/a1"].invoice == "Settled"
-    assert not agent.rest(TerminateAgreement), "the requestor did"
+    assert not agent.rest(EndAgreement), "the requestor did"
     agent.play.at(8 * 86400)
     left = [key for key in agent.play.rows if not key.startswith(("agent", "capacity", "cursor", "offer"))]
     assert left == []
@@ -490,7 +490,7 @@ def test_activities_run_one_after_another() -> None:
     agent.event("agreements", "AgreementTerminatedEvent", "a1", "Requestor")
     agent.exited("x3", [3.0, 4.0])
     agent.issue()
-    (invoice,) = agent.rest(IssueInvoice)
+    (invoice,) = agent.rest(WriteInvoice)
     assert invoice.activity_ids == ("x1", "x3")
     assert invoice.amount == "0.0007"
 
@@ -507,7 +507,7 @@ def test_a_destroyed_activity_that_was_only_starting_never_stays() -> None:
 def test_without_multi_activity_the_agreement_ends_with_its_first_activity() -> None:
     agent = Agent().begin().approved(demand={"golem.srv.caps.multi-activity": False}).started()
     agent.exited(usage=[1.0, 1.0])
-    (terminate,) = agent.rest(TerminateAgreement)
+    (terminate,) = agent.rest(EndAgreement)
     assert json.loads(terminate.reason)["golem.provider.code"] == "Success"
 
 
@@ -520,26 +520,26 @@ def test_an_idle_agreement_is_ended() -> None:
     assert agent.state() == "Approved", "an activity runs"
     agent.exited(usage=[1.0, 1.0])
     agent.play.at(91)
-    (terminate,) = agent.rest(TerminateAgreement)
+    (terminate,) = agent.rest(EndAgreement)
     assert json.loads(terminate.reason)["golem.provider.code"] == "NoActivity"
     agent.issue()
     agent.tell(TerminationEnded("a1"))
-    assert len(agent.rest(IssueInvoice)) == 1
+    assert len(agent.rest(WriteInvoice)) == 1
 
 
 def test_room_is_free_when_the_last_process_is_gone() -> None:
     agent = Agent().begin().approved().started()
     agent.play.at(1001)  # expired: terminated, but the exe-unit is still there
     agent.propose("P-2", **{EXPIRATION: int((agent.play.now + 1000) * 1000)})
-    assert not agent.rest(CounterProposal)
+    assert not agent.rest(AnswerProposal)
     agent.exited(usage=[1.0, 1.0])
-    assert [one.proposal_id for one in agent.rest(CounterProposal)] == ["P-2"], "whenever the node hears of the end"
+    assert [one.proposal_id for one in agent.rest(AnswerProposal)] == ["P-2"], "whenever the node hears of the end"
 
 
 def test_an_agreement_expires() -> None:
     agent = Agent().begin().approved(demand={EXPIRATION: int((NOW + 320) * 1000)}).started()
     agent.play.at(321)
-    (terminate,) = agent.rest(TerminateAgreement)
+    (terminate,) = agent.rest(EndAgreement)
     assert json.loads(terminate.reason)["golem.provider.code"] == "Expired"
     assert agent.processes(StopUnit) == [StopUnit("x1", 100, 5100)]
 
@@ -570,7 +570,7 @@ def test_deadlines_of_debit_notes(wait_s: float, deadline: str, status: str, cod
     agent.play.at(wait_s)
     assert agent.rest(ReadNote) == [ReadNote("x1", 1, "note-x1-1", deadline)], "the node is asked before anything is done"
     agent.tell(NoteRead("x1", 1, deadline, status))
-    codes = [json.loads(one.reason)["golem.provider.code"] for one in agent.rest(TerminateAgreement)]
+    codes = [json.loads(one.reason)["golem.provider.code"] for one in agent.rest(EndAgreement)]
     assert codes == ([code] if code else [])
 
 
@@ -581,7 +581,7 @@ def test_deadlines_of_debit_notes(wait_s: float, deadline: str, status: str, cod
 def test_a_refused_debit_note_ends_the_agreement(kind: str, code: str) -> None:
     agent = noted()
     agent.event("debit-notes", kind, "note-x1-1")
-    assert [json.loads(one.reason)["golem.provider.code"] for one in agent.rest(TerminateAgreement)] == [code]
+    assert [json.loads(one.reason)["golem.provider.code"] for one in agent.rest(EndAgreement)] == [code]
 
 
 def test_a_requestor_that_takes_no_debit_note_is_unreachable() -> None:
@@ -593,7 +593,7 @@ def test_a_requestor_that_takes_no_debit_note_is_unreachable() -> None:
     (send,) = agent.rest(SendNote)
     assert send.give_up_at == agent.play.now + 240
     agent.tell(NoteSent("x1", 1, False, "504"))
-    assert [json.loads(one.reason)["golem.provider.code"] for one in agent.rest(TerminateAgreement)] == ["RequestorUnreachable"]
+    assert [json.loads(one.reason)["golem.provider.code"] for one in agent.rest(EndAgreement)] == ["RequestorUnreachable"]
 
 
 def test_payable_notes_keep_their_distance() -> None:
@@ -621,7 +621,7 @@ def test_no_due_dates_without_a_payment_timeout() -> None:
         "offer": {"providerId": OTHER, "properties": {k: v for k, v in OFFER.items() if k != PAYMENT_TIMEOUT}},
     }
     agent.tell(AgreementArrived("wasmtime", agent.offer_id, json.dumps(agreement)))
-    agent.rest(ApproveAgreement)
+    agent.rest(AcceptAgreement)
     agent.tell(ApprovalEnded("a1", True))
     agent.started().exited(usage=[1.0, 1.0])
     assert agent.issue().due_at is None
@@ -643,8 +643,8 @@ def test_what_comes_twice_counts_once() -> None:
     assert len(agent.rest(CloseActivity)) == 1
     agent.offered_agreement()
     agent.offered_agreement()
-    assert len(agent.rest(ApproveAgreement)) == 1
-    assert not agent.rest(RejectAgreement)
+    assert len(agent.rest(AcceptAgreement)) == 1
+    assert not agent.rest(RefuseAgreement)
     agent.tell(ApprovalEnded("a1", True))
     agent.started()
     agent.event("activities", "CreateActivity", "x1", "a1")
@@ -655,7 +655,7 @@ def test_what_comes_twice_counts_once() -> None:
     agent.issue()
     agent.event("agreements", "AgreementTerminatedEvent", "a1", "Requestor")
     agent.tell(TerminationEnded("a1"))
-    assert len(agent.rest(IssueInvoice)) == 1
+    assert len(agent.rest(WriteInvoice)) == 1
 
 
 def test_one_note_of_an_activity_is_issued_at_a_time() -> None:
@@ -699,10 +699,10 @@ def test_a_waiting_activity_may_be_destroyed() -> None:
 def test_a_stale_offer_is_withdrawn() -> None:
     agent = Agent()
     agent.play.ask(AgentStarted("prov-abcd", (SPEC,)))
-    (first,) = agent.rest(PublishOffer)
+    (first,) = agent.rest(PlaceOffer)
     agent.play.at(1)
     agent.crash()
-    (second,) = agent.rest(PublishOffer)
+    (second,) = agent.rest(PlaceOffer)
     agent.tell(OfferPublished("wasmtime", first.serial, "offer-old"))
     agent.tell(OfferPublished("wasmtime", second.serial, "offer-new"))
     assert agent.rest(WithdrawOffer) == [WithdrawOffer("offer-old")]
@@ -715,27 +715,27 @@ def test_changed_presets_replace_offers() -> None:
     other = OfferSpec("vm", "vm", json.dumps(OFFER), "public")
     agent.tell(OffersChanged((dearer, other)))
     assert agent.rest(WithdrawOffer) == [WithdrawOffer("offer-1")]
-    assert sorted(one.preset for one in agent.rest(PublishOffer)) == ["vm", "wasmtime"]
+    assert sorted(one.preset for one in agent.rest(PlaceOffer)) == ["vm", "wasmtime"]
     agent.tell(OffersChanged((dearer, other)))
-    assert not agent.rest(PublishOffer)
+    assert not agent.rest(PlaceOffer)
 
 
 def test_changed_rules_count_at_once() -> None:
     agent = Agent().begin()
     agent.tell(RulesChanged((), ()))
     agent.propose("P-1")
-    assert [one.proposal_id for one in agent.rest(RejectProposal)] == ["P-1"]
+    assert [one.proposal_id for one in agent.rest(RefuseProposal)] == ["P-1"]
     agent.offered_agreement("a1")
-    assert agent.rest(RejectAgreement), "what was agreed to before is looked at again"
+    assert agent.rest(RefuseAgreement), "what was agreed to before is looked at again"
     agent.tell(RulesChanged((), (REQUESTOR,)))
     agent.propose("P-2")
-    assert not agent.rest(RejectProposal)
+    assert not agent.rest(RefuseProposal)
     agent.tell(RulesChanged((REQUESTOR,), None))
     agent.propose("P-3")
-    assert [one.proposal_id for one in agent.rest(RejectProposal)] == ["P-3"]
+    assert [one.proposal_id for one in agent.rest(RefuseProposal)] == ["P-3"]
     agent.play.ask(AgentStarted("prov-abcd", (SPEC,)))
     agent.propose("P-4")
-    assert not agent.rest(RejectProposal), "a new run has its own"
+    assert not agent.rest(RefuseProposal), "a new run has its own"
 
 
 def test_an_activity_may_be_faster_than_the_answer_to_the_approval() -> None:
@@ -767,9 +767,9 @@ def test_an_exe_unit_that_cannot_start_is_reported() -> None:
 def test_offers_follow_presets_and_the_node() -> None:
     agent = Agent().begin()
     agent.tell(OfferLost("wasmtime", "offer-0"))
-    assert not agent.rest(PublishOffer), "that one is long gone"
+    assert not agent.rest(PlaceOffer), "that one is long gone"
     agent.tell(OfferLost("wasmtime", "offer-1"))
-    (again,) = agent.rest(PublishOffer)
+    (again,) = agent.rest(PlaceOffer)
     agent.tell(StopAgent())
     agent.tell(OfferPublished("wasmtime", again.serial, "offer-2"))
     assert agent.rest(WithdrawOffer) == [WithdrawOffer("offer-2")], "withdrawn while it was being published"
@@ -780,16 +780,16 @@ def test_stopping_withdraws_ends_and_bills() -> None:
     agent = Agent().begin().approved().started()
     agent.tell(StopAgent())
     assert agent.rest(WithdrawOffer) == [WithdrawOffer("offer-1")]
-    (terminate,) = agent.rest(TerminateAgreement)
+    (terminate,) = agent.rest(EndAgreement)
     assert json.loads(terminate.reason)["golem.provider.code"] == "Shutdown"
     assert len(agent.processes(StopUnit)) == 1
     agent.propose("P-5")
-    (reject,) = agent.rest(RejectProposal)
+    (reject,) = agent.rest(RefuseProposal)
     assert "shutting down" in reject.reason
     agent.exited(usage=[1.0, 1.0])
     agent.issue()
     agent.tell(TerminationEnded("a1"))
-    assert len(agent.rest(IssueInvoice)) == 1
+    assert len(agent.rest(WriteInvoice)) == 1
 
 
 def test_killed_while_running_everything_is_taken_up_again() -> None:
@@ -809,14 +809,14 @@ def test_killed_while_running_everything_is_taken_up_again() -> None:
 @pytest.mark.parametrize(
     ("steps", "kind", "check"),
     [
-        ("approve", ApproveAgreement, lambda one: one.session_id == "prov-abcd"),
+        ("approve", AcceptAgreement, lambda one: one.session_id == "prov-abcd"),
         ("start", StartUnit, lambda one: one.activity_id == "x1"),
         ("close", CloseActivity, lambda one: one.reason == "finished"),
         ("issue", IssueNote, lambda one: (one.number, one.instance, one.amount) == (1, "run-2", "0.00015")),
         ("send", SendNote, lambda one: one.note_id == "n1"),
-        ("invoice", IssueInvoice, lambda one: (one.instance, one.amount) == ("run-2", "0.00015")),
+        ("invoice", WriteInvoice, lambda one: (one.instance, one.amount) == ("run-2", "0.00015")),
         ("send invoice", SendInvoice, lambda one: one.invoice_id == "inv-1"),
-        ("terminate", TerminateAgreement, lambda one: json.loads(one.reason)["golem.provider.code"] == "NoActivity"),
+        ("terminate", EndAgreement, lambda one: json.loads(one.reason)["golem.provider.code"] == "NoActivity"),
     ],
 )
 def test_killed_at_any_step_the_step_is_repeated(steps: str, kind: type, check: Any) -> None:
@@ -857,7 +857,7 @@ def test_an_invoice_the_node_refuses_leaves_no_open_business() -> None:
     agent.tell(InvoiceIssued("a1", "", "400: unknown agreement"))
     assert agent.play.rows["agreement/a1"].invoice == "Failed"
     agent.crash()
-    assert not agent.rest(IssueInvoice)
+    assert not agent.rest(WriteInvoice)
 
 
 def test_timers_wait_until_the_agent_has_taken_up_its_work() -> None:
@@ -914,17 +914,17 @@ def test_agreements_of_all_presets_share_one_machine(second: dict[str, Any], rea
     }
     agent.tell(AgreementArrived("vm", "offer-vm", json.dumps(agreement)))
     if reason is None:
-        assert [one.agreement_id for one in agent.rest(ApproveAgreement)] == ["a2"]
+        assert [one.agreement_id for one in agent.rest(AcceptAgreement)] == ["a2"]
         agent.tell(OffersChanged((SPEC, vm), Capacity(2, 1.0, 10.0)))  # the profile shrinks below what is in force
         agent.offered_agreement("a3", offer=sized(1, 0.1, 0.1))
-        assert "0 threads left" in agent.rest(RejectAgreement)[0].reason
+        assert "0 threads left" in agent.rest(RefuseAgreement)[0].reason
         return
-    (reject,) = agent.rest(RejectAgreement)
+    (reject,) = agent.rest(RefuseAgreement)
     assert reason in json.loads(reject.reason)["message"]
     assert json.loads(reject.reason)["golem.proposal.rejection.is-final"] is False
     agent.event("agreements", "AgreementTerminatedEvent", "a1", "Requestor", "done")
     agent.tell(AgreementArrived("vm", "offer-vm", json.dumps({**agreement, "agreementId": "a3"})))
-    assert [one.agreement_id for one in agent.rest(ApproveAgreement)] == ["a3"], "what is given back is sold again"
+    assert [one.agreement_id for one in agent.rest(AcceptAgreement)] == ["a3"], "what is given back is sold again"
 
 
 def test_room_that_a_larger_profile_makes_is_offered_to_who_was_rejected() -> None:
@@ -933,9 +933,9 @@ def test_room_that_a_larger_profile_makes_is_offered_to_who_was_rejected() -> No
     large = {**OFFER, **sized(2, 1.0, 1.0)}
     agent.tell(ProposalArrived("wasmtime", agent.offer_id, "P-1", REQUESTOR, json.dumps(DEMAND), json.dumps(large), "(&)"))
     agent.play.at(+10)
-    assert "1 threads left" in agent.rest(RejectProposal)[0].reason
+    assert "1 threads left" in agent.rest(RefuseProposal)[0].reason
     agent.tell(OffersChanged((SPEC,), Capacity(2, 1.0, 1.0)))
-    assert [one.proposal_id for one in agent.rest(CounterProposal)] == ["P-1"]
+    assert [one.proposal_id for one in agent.rest(AnswerProposal)] == ["P-1"]
 
 
 def test_whatever_happens_what_is_promised_stays_within_what_there_is() -> None:
@@ -959,7 +959,7 @@ def test_whatever_happens_what_is_promised_stays_within_what_there_is() -> None:
                     offer = sized(share.cpu_threads, share.mem_gib, share.storage_gib)
                     ends = {EXPIRATION: int((agent.play.now + 1000) * 1000)}
                     agent.offered_agreement(f"a{serial}", demand=ends, offer=offer)
-                    approved = bool(agent.rest(ApproveAgreement))
+                    approved = bool(agent.rest(AcceptAgreement))
                     assert approved is (fits and len(active) < 4)
                     accepted, refused = accepted + approved, refused + (not approved)
                     if approved:
@@ -1018,7 +1018,7 @@ def test_an_agreement_whose_note_cannot_be_issued_ends() -> None:
     agent.tell(UsageRead("x1", [1.0, 1.0]))
     (note,) = agent.rest(IssueNote)
     agent.tell(NoteIssued("x1", note.number, "", "400: the demand would pay from another account"))
-    assert [code_of(one) for one in agent.rest(TerminateAgreement)] == ["DebitNoteNotIssued"]
+    assert [code_of(one) for one in agent.rest(EndAgreement)] == ["DebitNoteNotIssued"]
     assert agent.processes(StopUnit)
 
 
@@ -1034,7 +1034,7 @@ def test_work_that_is_not_billed_for_any_reason_ends(usage: Any) -> None:
                 agent.tell(UsageRead(read.activity_id, [2.0]))
             elif usage != "silence":
                 agent.tell(UsageRead(read.activity_id, usage))
-    assert [code_of(one) for one in agent.rest(TerminateAgreement)] == ["DebitNoteNotIssued"]
+    assert [code_of(one) for one in agent.rest(EndAgreement)] == ["DebitNoteNotIssued"]
 
 
 def test_the_agreements_dates_are_our_own() -> None:
@@ -1083,7 +1083,7 @@ def test_a_payable_note_is_paid_in_time_or_the_agreement_ends_in_every_order(len
         agent.play.at(note.due_at - agent.play.now + 1)
         for read in agent.rest(ReadNote):
             agent.tell(NoteRead("x1", 1, read.deadline, status))
-        ended = [code_of(one) for one in agent.rest(TerminateAgreement)]
+        ended = [code_of(one) for one in agent.rest(EndAgreement)]
         away = "not sent" in order and not {"accepted", "settled"} & set(order[: order.index("not sent")])
         assert bool(ended) is (away or status != "SETTLED"), order
 
@@ -1102,7 +1102,7 @@ def test_a_note_whose_receipt_never_comes_is_accepted_in_time_or_the_agreement_e
         agent.tell(UnitExited(f"y{_}", 0))
     for read in agent.rest(ReadNote):
         agent.tell(NoteRead("x1", 1, read.deadline, "ISSUED"))
-    assert code_of(agent.rest(TerminateAgreement)[0]) == "DebitNotesDeadline"
+    assert code_of(agent.rest(EndAgreement)[0]) == "DebitNotesDeadline"
 
 
 def test_a_note_that_the_requestors_node_refuses_is_corrected_once() -> None:
@@ -1114,10 +1114,10 @@ def test_a_note_that_the_requestors_node_refuses_is_corrected_once() -> None:
     agent.tell(NoteSent("x1", 1, False, "400: the requestor refused it", "0.012"))
     (again,) = agent.rest(IssueNote)
     assert (again.amount, again.number, again.previous_id, again.due_at) == ("0.012", 2, "note-1", first.due_at)
-    assert agent.rest(TerminateAgreement) == []
+    assert agent.rest(EndAgreement) == []
     agent.tell(NoteIssued("x1", 2, "note-2"))
     agent.tell(NoteSent("x1", 2, False, "400: the requestor refused it", "0.001"))
-    assert [code_of(one) for one in agent.rest(TerminateAgreement)] == ["DebitNoteRejected"]
+    assert [code_of(one) for one in agent.rest(EndAgreement)] == ["DebitNoteRejected"]
     agent.event("agreements", "AgreementTerminatedEvent", "a1", "Provider")
     agent.tell(UnitExited("x1", 0))
     assert agent.play.rows["activity/x1"].amount == "0.012"
@@ -1131,13 +1131,13 @@ def test_an_invoice_that_the_requestors_node_refuses_is_corrected_once() -> None
         agent.event("agreements", "AgreementTerminatedEvent", "a1", "Requestor", "done")
         issued = []
         for number, most in enumerate(answers):
-            (invoice,) = agent.rest(IssueInvoice)
+            (invoice,) = agent.rest(WriteInvoice)
             issued.append((invoice.amount, invoice.refused_id))
             agent.tell(InvoiceIssued("a1", f"inv-{number}"))
             agent.tell(InvoiceSent("a1", "400: refused" if most else "", most))
         assert agent.play.rows["agreement/a1"].invoice == last
         assert issued == [("0.018", ""), ("0.012", "inv-0")][: len(answers)]
-        assert agent.rest(IssueInvoice) == []
+        assert agent.rest(WriteInvoice) == []
         agent.play.at(8 * 86400)
         assert list(agent.play.rows.prefix("agreement/")), "what is not paid is not forgotten so soon"
         agent.play.at(91 * 86400)
@@ -1156,4 +1156,4 @@ def test_a_payable_note_over_dust_need_not_be_paid() -> None:
         agent.play.at(note.due_at - agent.play.now + 1)
         for read in agent.rest(ReadNote):
             agent.tell(NoteRead("x1", 1, read.deadline, "ACCEPTED"))
-        assert [code_of(one) for one in agent.rest(TerminateAgreement)] == code
+        assert [code_of(one) for one in agent.rest(EndAgreement)] == code

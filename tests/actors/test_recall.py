@@ -9,7 +9,7 @@ import pytest
 from msgspec.structs import replace
 from worlds.money import PLATFORM, Done, Node, World
 
-from actors.ledger.machine import Agreement, Order, Payment, acceptance_of, total_of
+from actors.ledger.machine import LedgerAgreementRow, Order, PaymentRow, acceptance_of, total_of
 from protocol.ledger import AgreementPayment, PaymentBody, PaymentSent, Recall, Recalled, decode_body, encode_body
 from protocol.market import MAX_CLOCK_SKEW_S
 from protocol.types import PeerLost, Violation
@@ -55,7 +55,7 @@ def test_a_payer_that_forgot_a_paid_invoice_does_not_pay_it_again(world: World) 
     assert world.accept(payer, "invoice", "in", "al") == Done()  # its agent was restored as well, and accepts again
     world.run()
     assert paid(world) == 10
-    assert [row.state for row in payer.all(Payment, "payment/")] == ["ACKNOWLEDGED"]
+    assert [row.state for row in payer.all(PaymentRow, "payment/")] == ["ACKNOWLEDGED"]
     assert not world.violations
 
 
@@ -127,7 +127,7 @@ def test_a_payee_gets_its_own_invoice_back_and_what_became_of_it(world: World) -
     assert (status(payer), status(payee), paid(world)) == ("SETTLED", "SETTLED", 10)
     assert status(payee, "n1", "debit-note") == "RECEIVED"
     agreement = payee.rows["ledger"]["agreement/ag"]
-    assert isinstance(agreement, Agreement)
+    assert isinstance(agreement, LedgerAgreementRow)
     assert (agreement.accepted, agreement.paid) == ("10", "10")
     assert not world.violations
 
@@ -215,7 +215,7 @@ def test_a_payee_that_forgot_what_was_paid_is_not_paid_with_the_same_money(world
     ((tx_hash, *_),) = world.transfers
     forget(world, payee, backup)
     world.now += MAX_CLOCK_SKEW_S + 1
-    paying = next(row for row in payer.all(Payment, "payment/"))
+    paying = next(row for row in payer.all(PaymentRow, "payment/"))
     world.agree(payer, payee, "later")
     assert world.invoice(payee, "in-later", "later", "10") == Done()
     assert world.send(payee, "invoice", "in-later") == Done()
@@ -229,7 +229,7 @@ def test_a_payee_that_forgot_what_was_paid_is_not_paid_with_the_same_money(world
         world.tell(payee, PaymentSent(payer.sign("payment", encode_body(body))), f"{payer.id}/ledger")
     while world.pool:
         world.step()
-    old = {row.payment_id: (row.state, row.reason) for row in payee.all(Payment, "payment/") if row.tx_hash == tx_hash}
+    old = {row.payment_id: (row.state, row.reason) for row in payee.all(PaymentRow, "payment/") if row.tx_hash == tx_hash}
     assert {state for state, _ in old.values()} == {"REFUSED"}, old
     assert all("older than" in reason for _, reason in old.values()), old
 
@@ -283,7 +283,7 @@ def test_news_of_a_batch_that_was_forgotten_crash_nothing(world: World) -> None:
         TransferFailed(batch_id, "x"),
     ):
         world.tell(payer, fact, f"{payer.id}/chain", "wallet")
-    assert not payer.all(Payment, "payment/")
+    assert not payer.all(PaymentRow, "payment/")
 
 
 def forgetful_life(seed: int) -> None:

@@ -8,7 +8,7 @@ import pytest
 from worlds.money import PLATFORM, Node, World
 
 from actors.wallet.machine import MAX_TRIES
-from actors.wallet.rows import Batch, PayOrder
+from actors.wallet.rows import PayBatchRow, PayOrder
 from protocol.codec import Decoder
 from protocol.types import Refused, Violation
 from protocol.wallet import (
@@ -100,7 +100,7 @@ def test_a_batch_has_at_most_fifty_payees_and_every_order_is_in_one() -> None:
     assert len({batch.batch_id for batch in batches}) == 3
     assert len({payee for batch in batches for payee, _ in batch.payees}) == 107
     rows = [row for _, row in desk.node.rows["wallet"].prefix("batch/")]
-    assert all(isinstance(row, Batch) for row in rows)
+    assert all(isinstance(row, PayBatchRow) for row in rows)
     assert sum(len(payee.order_ids) for row in rows for payee in row.payees) == 120
 
 
@@ -155,7 +155,7 @@ def test_the_first_order_starts_the_cycle_and_all_before_its_end_go_together() -
     ((at, _),) = desk.node.wakes.values()
     assert at == desk.world.now + 0.5
     assert len(desk.cycle()[0].payees) == 2
-    assert desk.node.machines["wallet"].cycle_of(desk.node.rows["wallet"], PLATFORM).next_at is None
+    assert desk.node.rows["wallet"][f"cycle/{PLATFORM}"].next_at is None
 
 
 def test_the_cycle_can_be_set_and_run_now() -> None:

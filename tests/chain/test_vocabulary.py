@@ -17,7 +17,7 @@ SIMULATED = ("tests/worlds/money.py", "tests/simulation/sim_market.py")
 
 def heard() -> set[str]:
     """The messages that wallet and ledger take from a chain."""
-    return {kind.__name__ for machine in (Wallet, Ledger) for kind, who in machine.sources.items() if who == "chain"}
+    return {kind.__name__ for machine in (Wallet, Ledger) for kind, on in machine.table.entries.items() if on.source == "chain"}
 
 
 def said(*files: str) -> set[str]:

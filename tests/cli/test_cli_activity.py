@@ -26,10 +26,10 @@ from worlds.hand_world import HandWorld, hand_world
 from worlds.patience import within
 from worlds.support import trio_test
 
-from actors.activity.machine import ActivityRow
-from actors.negotiation.rows import Agreement
+from actors.activity.rows import ActivityRow
+from actors.negotiation.rows import AgreementRow
 from golem.cli.output import fail, printable, table, value
-from golem.cli.terminal import Escapes, Lost, _Program
+from golem.cli.terminal import Escapes, ProgramLost, _Program
 from golem.cli.watch import Watcher, describe
 from golem.control.activity import _form
 from golem.node.node import Node
@@ -107,7 +107,7 @@ def test_the_end_of_a_program_is_told_without_commands_to_the_terminal(
     assert capsys.readouterr().err == "gone\ufffd]0;title\ufffd\ufffd2J" + ("\r\n" if terminal else "\n")
     program = _Program(Says({"error": bad}), terminal, stdin=False)  # type: ignore[arg-type]
     trio.run(program._output)
-    assert Lost(program.problem or "").message == "gone\ufffd]0;title\ufffd\ufffd2J"
+    assert ProgramLost(program.problem or "").message == "gone\ufffd]0;title\ufffd\ufffd2J"
 
 
 @pytest.mark.integration
@@ -350,7 +350,7 @@ async def test_watch(tmp_path: Path) -> None:
 def test_usage_is_named_and_priced_as_the_agreement_says() -> None:
     counters = ["golem.usage.duration_sec", "golem.usage.cpu_sec"]
     offer = {"golem": {"com": {"usage": {"vector": counters}, "pricing": {"model": {"linear": {"coeffs": [0.1, 2, 1]}}}}}}
-    signed = Agreement(
+    signed = AgreementRow(
         "e" * 64, "Requestor", "0xr", "0xp", "", "", "", json.dumps({"offer": {"properties": offer}}).encode(), "Approved", 0, 0
     )
     rows = {"negotiation": {f"agreement/{'e' * 64}": signed}, "activity": {}}

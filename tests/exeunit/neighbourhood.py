@@ -17,7 +17,7 @@ import trio
 
 from golem.exeunit.transfer import web
 from golem.exeunit.transfer.spool import Spool, TransferError, TransferPolicy
-from golem.files.outgoing import Outgoing
+from golem.files.outgoing import OutgoingFile
 
 PORT = 8080
 OWN = ("9.9.9.9", "2a00:1450::5", "198.41.0.4", "8.8.4.77", "2a02:26f0::5")
@@ -76,7 +76,7 @@ async def attempt(policy: TransferPolicy, host: str, way: str, folder: Path) -> 
             if way == "put":
                 file.write(b"planted")
                 file.flush()
-                await web.Web(policy).upload(url, Outgoing(file.fileno(), 7), None)
+                await web.Web(policy).upload(url, OutgoingFile(file.fileno(), 7), None)
                 return "put"
             spool = Spool(file.fileno(), 1 << 20, None, None)
             await web.Web(policy).download(url, spool)

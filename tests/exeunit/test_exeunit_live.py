@@ -12,7 +12,7 @@ from worlds.support import mock_trio_test
 
 from golem.exeunit.live import MAX_KEPT_BYTES, MAX_REPLY_BYTES, LiveLog
 from golem.exeunit.runtime import Limits
-from golem.exeunit.terms import TermsError, flat, read_terms
+from golem.exeunit.terms import AgreementError, flat, read_terms
 from golem.exeunit.usage import COUNTERS
 
 R, P = "0x" + "1" * 40, "0x" + "2" * 40
@@ -92,7 +92,7 @@ def test_terms_from_flat_and_nested_properties(tmp_path: Path) -> None:
 def test_what_is_no_agreement_is_said(tmp_path: Path, text: str) -> None:
     file = tmp_path / "agreement.json"
     file.write_text(text)
-    with pytest.raises(TermsError, match="is not an agreement"):
+    with pytest.raises(AgreementError, match="is not an agreement"):
         read_terms(file)
-    with pytest.raises(TermsError, match="cannot read"):
+    with pytest.raises(AgreementError, match="cannot read"):
         read_terms(tmp_path / "none")

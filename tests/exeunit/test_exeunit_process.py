@@ -23,12 +23,13 @@ from worlds.patience import patience, within
 from worlds.support import tell, trio_test
 from worlds.wire import A, B, Node, two_nodes
 
-from actors.activity.machine import Activity, ActivityRow, BatchRow, ResultRow, batch_key
+from actors.activity.machine import Activity
+from actors.activity.rows import ActivityRow, BatchRow, ResultRow, batch_key
 from actors.exeunit import ExeUnit
 from actors.kernel.journal import Journal
 from actors.kernel.machine import LinkDown, Meta, Send
 from actors.kernel.system import System
-from golem.exeunit.process import Settings, Unit
+from golem.exeunit.process import Unit, UnitSettings
 from golem.exeunit.runtime import (
     GIB,
     Deployment,
@@ -46,7 +47,7 @@ from golem.exeunit.terms import read_terms
 from golem.exeunit.transfer.spool import TransferPolicy
 from golem.files.server import FileServer, FileSink, FileSource
 from golem.net.types import RemoteError
-from protocol.activity import ActivityKnown, CreateActivity, DestroyActivity, Done, Exec, StateReported
+from protocol.activity import Accepted, ActivityKnown, CreateActivity, DestroyActivity, Exec, StateReported
 from protocol.codec import Envelope, encode, encode_batch
 from protocol.exeunit import RunBatch, UnitStarted
 from protocol.negotiation import AgreementApproved
@@ -108,7 +109,7 @@ class World:
             },
         }
         (self.tmp_path / "agreement.json").write_text(json.dumps(agreement))
-        assert await self.requestor.ask("activity", CreateActivity(ACTIVITY, AGREEMENT, 30.0)) == Done(ACTIVITY)
+        assert await self.requestor.ask("activity", CreateActivity(ACTIVITY, AGREEMENT, 30.0)) == Accepted(ACTIVITY)
         await self.until(lambda: self.provider.feeds.read("activities"))
 
     async def start(self, runtime: str = "wasmtime", docker_host: str = "") -> trio.Process:
@@ -132,7 +133,7 @@ class World:
     async def exec(self, *commands: dict[str, Any], wait: bool = True) -> str:
         batch_id = secrets.token_hex(16)
         script = json.dumps(commands)
-        assert await self.requestor.ask("activity", Exec(batch_id, ACTIVITY, script)) == Done(batch_id)
+        assert await self.requestor.ask("activity", Exec(batch_id, ACTIVITY, script)) == Accepted(batch_id)
         if wait:
             await self.until(lambda: self.batch(batch_id).finished, 60)
         return batch_id
@@ -283,7 +284,7 @@ async def test_the_agent_reports_a_unit_that_never_came(tmp_path: Path) -> None:
         process.kill()
         await process.wait()
         gone = StateReported(ACTIVITY, "Terminated", reason="execution aborted", error_message="exit code -9")
-        assert await w.provider.ask("activity", gone) == Done(ACTIVITY)
+        assert await w.provider.ask("activity", gone) == Accepted(ACTIVITY)
         await w.state("Terminated")
         assert w.row(w.requestor).reason == "execution aborted"
 
@@ -361,7 +362,7 @@ async def stub_world(tmp_path: Path) -> AsyncIterator[tuple[World, Stub, Unit, N
         made, stub = World(tmp_path, a, b, nursery), Stub()
         await made.begin()
         (tmp_path / "work").mkdir()
-        settings = Settings(
+        settings = UnitSettings(
             "stub", ACTIVITY, tmp_path / "a.sock", tmp_path / "agreement.json", tmp_path / "work", tmp_path / "cache",
             TransferPolicy(),
         )  # fmt: skip
@@ -428,7 +429,7 @@ async def test_a_command_that_another_process_was_given_is_not_run_again(tmp_pat
         made, stub = World(tmp_path, a, b, nursery), Stub()
         await made.begin()
         (tmp_path / "work").mkdir()
-        settings = Settings(
+        settings = UnitSettings(
             "stub", ACTIVITY, tmp_path / "a.sock", tmp_path / "agreement.json", tmp_path / "work", tmp_path / "cache",
             TransferPolicy(),
         )  # fmt: skip

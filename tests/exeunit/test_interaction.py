@@ -20,7 +20,7 @@ from worlds.patience import within
 from worlds.support import trio_test
 from worlds.wire import A, B, Node, two_nodes
 
-from actors.activity.machine import ActivityRow
+from actors.activity.rows import ActivityRow
 from golem.bus.client import BusClient, open_stream
 from golem.exeunit.__main__ import offer_template
 from golem.exeunit.interaction import MAX_STREAMS, UnitInteractions, allowed_interactions

@@ -29,7 +29,7 @@ from golem.exeunit.transfer.nearby import is_neighbour, is_own, links
 from golem.exeunit.transfer.spool import Spool, TransferError, TransferPolicy
 from golem.exeunit.transfer.transfers import Transfers, parse_location
 from golem.exeunit.transfer.web import Web, _CheckedBackend, refusal
-from golem.files.outgoing import Outgoing
+from golem.files.outgoing import OutgoingFile
 from golem.node.nearness import nearness
 
 BOMB = gzip.compress(b"\0" * (8 << 20)) * 200  # 1.6 GB of nothing
@@ -298,7 +298,7 @@ async def test_a_body_that_drips_ends(tmp_path: Path, monkeypatch: pytest.Monkey
             assert caught.value.passing
             file.truncate(64 << 20)
             with pytest.raises(TransferError, match="too slow"):
-                await Web(LOCAL).upload(url, Outgoing(file.fileno(), 64 << 20), None)
+                await Web(LOCAL).upload(url, OutgoingFile(file.fileno(), 64 << 20), None)
             monkeypatch.setattr("golem.exeunit.transfer.web.HEAD_S", 0.3)
             silent: list[Any] = await nursery.start(trio.serve_tcp, drip_head, 0)
             url = f"http://127.0.0.1:{silent[0].socket.getsockname()[1]}/x"

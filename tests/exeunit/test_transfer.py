@@ -28,7 +28,7 @@ from golem.exeunit.runtime import Volume
 from golem.exeunit.transfer.spool import Write
 from golem.exeunit.transfer.transfers import HashMismatch, TransferError, TransferPolicy, Transfers, find_volume, parse_location
 from golem.exeunit.transfer.web import refusal
-from golem.files.outgoing import Outgoing
+from golem.files.outgoing import OutgoingFile
 
 CONTENT = bytes(range(256)) * 1000
 SHA = hashlib.sha3_224(CONTENT).hexdigest()
@@ -139,7 +139,7 @@ class MemoryGftp:
                 self.failures -= 1
                 raise TransferError("link lost", passing=True)
 
-    async def upload(self, url: str, file: Outgoing, progress: Callable[[int, int], None] | None) -> None:
+    async def upload(self, url: str, file: OutgoingFile, progress: Callable[[int, int], None] | None) -> None:
         if self.failures:
             self.failures -= 1
             raise TransferError("link lost", passing=True)

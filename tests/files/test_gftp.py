@@ -26,9 +26,9 @@ from worlds.wire import A, two_nodes
 
 import golem.files.tool
 from golem.files.client import GftpPeer
-from golem.files.outgoing import Outgoing
+from golem.files.outgoing import OutgoingFile
 from golem.files.server import FileServer, FileSource
-from golem.files.tool import Gftp, RpcError, Server, _sha3_of
+from golem.files.tool import CallError, Gftp, StdioServer, _sha3_of
 from golem.files.wire import FileFault
 
 
@@ -72,7 +72,7 @@ async def send(peer: GftpPeer, url: str, data: bytes) -> int:
     with tempfile.TemporaryFile() as file:
         file.write(data)
         file.flush()
-        outgoing = Outgoing(file.fileno(), len(data))
+        outgoing = OutgoingFile(file.fileno(), len(data))
         await peer.upload(url, outgoing)
         return outgoing.kept
 
@@ -114,7 +114,7 @@ async def test_who_guesses_the_content_of_a_file_does_not_know_its_name(tmp_path
         assert await fetch(peer, entry["url"]) == b"PIN=4711"
         assert files.published() == [files.name_of(guessed)], "the same name after a restart"
         for bad in ("a" * 63, "A" * 64, "../" + "a" * 61):
-            with pytest.raises(RpcError, match="expected a SHA3-256"):
+            with pytest.raises(CallError, match="expected a SHA3-256"):
                 await gftp._call("gftp:publish", str(tmp_path / "pin"), bad)
 
 
@@ -143,7 +143,7 @@ async def test_only_regular_readable_unchanged_files(tmp_path: Path) -> None:
     (tmp_path / "forged").write_bytes(b"forged")
     async with session(tmp_path) as (gftp, peer, files, _):
         for bad in (tmp_path / "fifo", tmp_path, tmp_path / "missing", Path("/dev/zero")):
-            with pytest.raises(RpcError):
+            with pytest.raises(CallError):
                 await gftp.publish([str(bad)])
         [entry] = await gftp.publish([str(tmp_path / "changes")])
         (tmp_path / "changes").write_bytes(b"three")
@@ -152,11 +152,11 @@ async def test_only_regular_readable_unchanged_files(tmp_path: Path) -> None:
         from golem.files.server import FileSource
 
         files.offer("a" * 64, FileSource(tmp_path / "forged"), "test")
-        with pytest.raises(RpcError, match="another hash"):
+        with pytest.raises(CallError, match="another hash"):
             await gftp.download(f"gftp://{A}/{'a' * 64}", str(tmp_path / "got"))
         assert not (tmp_path / "got").exists()
         assert leftovers(tmp_path) == []
-        with pytest.raises(RpcError, match="no such directory"):
+        with pytest.raises(CallError, match="no such directory"):
             await gftp.receive(str(tmp_path / "none" / "out"))
 
 
@@ -186,10 +186,10 @@ async def test_a_download_resumes_and_checks_the_whole_hash(tmp_path: Path, monk
         await gftp.download(f"gftp://{A}/{name}", str(tmp_path / "got"))
         assert (tmp_path / "got").read_bytes() == data
         files.offer("b" * 64, Breaking(data), "test")
-        with pytest.raises(RpcError, match="IntegrityError"):
+        with pytest.raises(CallError, match="IntegrityError"):
             await gftp.download(f"gftp://{A}/{'b' * 64}", str(tmp_path / "bad"))
         files.offer(f"{'b' * 64}-{'c' * 32}", Breaking(data), "test")
-        with pytest.raises(RpcError, match="IntegrityError"):
+        with pytest.raises(CallError, match="IntegrityError"):
             await gftp.download(f"gftp://{A}/{'b' * 64}-{'c' * 32}", str(tmp_path / "bad"))
         assert not (tmp_path / "bad").exists()
 
@@ -220,7 +220,7 @@ async def test_json_rpc(tmp_path: Path) -> None:
     (tmp_path / "in").write_bytes(b"x")
     async with session(tmp_path) as (gftp, _, _, _):
         lines: list[bytes] = []
-        server = Server(gftp, lines.append)
+        server = StdioServer(gftp, lines.append)
 
         async def ask(request: Any) -> dict[str, Any]:
             await server.line(request if isinstance(request, bytes) else json.dumps(request).encode())
@@ -341,5 +341,5 @@ def test_a_file_that_is_reached_by_a_link_is_published(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"content")
     (tmp_path / "link").symlink_to("file")
     assert trio.run(FileSource(tmp_path / "link").read, 0, 100) == b"content"
-    with pytest.raises(RpcError):
+    with pytest.raises(CallError):
         _sha3_of(tmp_path / "link")

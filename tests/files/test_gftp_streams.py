@@ -23,9 +23,9 @@ import golem.files.server
 import golem.files.tool
 import golem.files.wire
 from golem.files.client import GftpPeer
-from golem.files.outgoing import Outgoing
+from golem.files.outgoing import OutgoingFile
 from golem.files.server import FileServer, FileSink
-from golem.files.tool import Gftp, RpcError
+from golem.files.tool import CallError, Gftp
 from golem.files.wire import BLOCK_BYTES, END, FileFault, Reader, read_header, send_block, send_header
 from golem.net.types import Unreachable
 
@@ -133,11 +133,11 @@ class Got:
 
 
 @asynccontextmanager
-async def outgoing(content: bytes) -> AsyncIterator[Outgoing]:
+async def outgoing(content: bytes) -> AsyncIterator[OutgoingFile]:
     with tempfile.TemporaryFile() as file:
         file.write(content)
         file.flush()
-        yield Outgoing(file.fileno(), len(content))
+        yield OutgoingFile(file.fileno(), len(content))
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -506,7 +506,7 @@ def test_hashes_are_kept_on_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(golem.files.outgoing, "CHECKPOINT_BYTES", 2 << 20)
     (tmp_path / "f").write_bytes(CONTENT)
     with (tmp_path / "f").open("rb") as file:
-        sent = Outgoing(file.fileno(), SIZE)
+        sent = OutgoingFile(file.fileno(), SIZE)
         for offset in (0, 3 << 20, SIZE, 5_000_000, 5_000_001, 0, SIZE):
             for name in ("sha256", "sha3_256"):
                 assert sent.rewind(offset, name) == hashlib.new(name, CONTENT[:offset]).hexdigest()
@@ -580,7 +580,7 @@ async def test_a_publisher_without_end_gives_what_it_promised(tmp_path: Path) ->
         await here.peer().download(f"gftp://{A}/{NAME}", 0, got.write)
         assert len(got.data) == 100
         tool = Gftp(tmp_path / "b.sock")
-        with pytest.raises(RpcError, match="another hash"):
+        with pytest.raises(CallError, match="another hash"):
             await tool.download(f"gftp://{A}/{NAME}", str(tmp_path / "got"))
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The message map of docs/architecture.md, made from what the machines declare: their unions of messages and their sources.
+"""The message map of docs/architecture.md, made from the tables of the machines and the unions of the ports.
 
 .venv/bin/python tests/house/message_map.py --write
 """
@@ -16,8 +16,7 @@ from typing import Any, Union, get_args, get_origin
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs/architecture.md"
 ARROWS = re.compile(r"^[\w@, ()-]+-> [\w@, -]+?(, when [\w ]+)?: ")  # who says it stands in a column of its own
-#: What two sources may say, each checked by the machine itself.
-BESIDE = {"StateReported": "the exe-unit, edge", "UsageReported": "the exe-unit"}
+KERNEL = ("Undelivered", "PeerLost")
 BEGIN, END = "<!-- message map -->\n", "<!-- end of the message map -->\n"
 
 
@@ -38,51 +37,38 @@ def first_sentence(message: type) -> str:
     return sentence.replace("|", "\\|").replace("<", "&lt;")
 
 
-def machines() -> Iterator[tuple[str, Any, dict[type, str]]]:
-    """Yield (name, machine or port, who alone says what) of all actors with a vocabulary of their own."""
+def actors() -> Iterator[tuple[str, dict[type, str]]]:
+    """Yield (name, who says what) of all actors with a vocabulary of their own."""
     sys.path.insert(0, str(ROOT))
-    from actors import exeunit
-    from actors.activity import machine as activity
-    from actors.ledger import machine as ledger
-    from actors.market import machine as market
-    from actors.negotiation import machine as negotiation
-    from actors.provider import machine as provider
-    from actors.wallet import machine as wallet
+    from actors.activity.machine import Activity
+    from actors.exeunit import ExeUnit
+    from actors.kernel.grammar import Looked, On
+    from actors.ledger.machine import Ledger
+    from actors.market.machine import Market
+    from actors.negotiation.machine import Negotiation
+    from actors.provider.machine import Provider
+    from actors.wallet.machine import Wallet
     from golem.chain.port import Chain
     from golem.node.signer import SignerPort
 
-    yield "market", market.Market, market._SOURCES
-    yield "negotiation", negotiation.Negotiation, negotiation._SOURCES
-    yield "activity", activity.Activity, activity._SOURCES
-    yield "exeunit", exeunit.ExeUnit, exeunit._SOURCES
-    yield "ledger", ledger.Ledger, ledger._SOURCES
-    yield "wallet", wallet.Wallet, wallet._SOURCES
-    yield "provider", provider.Provider, {}
-    yield "chain", Chain, {}
-    yield "signer", SignerPort, {}
+    def source(on: On) -> str:
+        if on.message.__name__ in KERNEL:
+            return "the kernel"
+        return on.source.who if isinstance(on.source, Looked) else on.source
 
-
-def source_of(name: str, message: type, peers: set[type], sources: dict[type, str]) -> str:
-    """Return who says a message to an actor."""
-    if message.__name__ in ("Undelivered", "PeerLost"):
-        return "the kernel"
-    if message.__name__ in BESIDE:
-        return BESIDE[message.__name__]
-    source = sources.get(message)
-    if source is None and message in peers:
-        return "activity" if name == "exeunit" else "peer"
-    if source is None:
-        return {"chain": "wallet, ledger", "signer": "ledger", "provider": "its ports and timers"}.get(name, "itself")
-    return "itself" if source in (name, "") else source
+    for machine in (Market, Negotiation, Activity, ExeUnit, Ledger, Wallet, Provider):
+        name = getattr(machine, "name", "exeunit")
+        yield name, {message: source(on) for message, on in machine.table.entries.items()}
+    yield "chain", dict.fromkeys(members(Chain.local), "wallet, ledger")
+    yield "signer", dict.fromkeys(members(SignerPort.local), "ledger")
 
 
 def message_map() -> str:
     """Return the whole map as Markdown."""
     parts = []
-    for name, machine, sources in machines():
-        peers = set(members(machine.peer))
-        rows = sorted({*members(machine.local), *peers}, key=lambda one: (source_of(name, one, peers, sources), one.__name__))
-        lines = [f"| `{one.__name__}` | {source_of(name, one, peers, sources)} | {first_sentence(one)} |" for one in rows]
+    for name, said in actors():
+        rows = sorted((source, one.__name__, first_sentence(one)) for one, source in said.items())
+        lines = [f"| `{message}` | {source} | {says} |" for source, message, says in rows]
         parts.append("\n".join([f"### {name}", "", "| message | from | says |", "|---|---|---|", *lines, ""]))
     return "\n".join(parts)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from actors.kernel.typed_draft import MoneyDraft  # noqa: E402
+from actors.kernel.draft import Draft  # noqa: E402
 from actors.negotiation import agreements  # noqa: E402
 from actors.provider import billing as _provider_billing  # noqa: E402
 from golem.cli import main  # noqa: E402
@@ -29,13 +29,13 @@ def dated() -> None:
 
 def silent() -> None:
     """A requestor's node acknowledges no document, and orders no payment."""
-    honest: Callable[..., None] = MoneyDraft.send
+    honest: Callable[..., None] = Draft.send
 
-    def send(draft: MoneyDraft, to: str, message: Any, *rest: Any) -> None:
+    def send(draft: Draft, to: str, message: Any, *rest: Any) -> None:
         if not isinstance(message, DocumentReceived | PayOut):
             honest(draft, to, message, *rest)
 
-    MoneyDraft.send = send  # type: ignore[method-assign]
+    Draft.send = send  # type: ignore[method-assign]
 
 
 def uncommitted() -> None:

@@ -16,7 +16,7 @@ from actors.kernel import journal as journal_module
 from actors.kernel.answers import MAX_BYTES, MAX_MESSAGES
 from actors.kernel.journal import Journal
 from actors.kernel.machine import Emit, LinkDown, Meta, Reply, Rows, Send, Step, Wake
-from actors.kernel.mailbox import BATCH_BYTES
+from actors.kernel.mail import BATCH_BYTES
 from actors.kernel.records import Commit
 from actors.kernel.system import System
 from protocol.codec import Envelope, decode_ack, encode, encode_batch

@@ -38,7 +38,7 @@ from actors.kernel.machine import (
     Step,
     Wake,
 )
-from actors.kernel.mailbox import LinkBatch
+from actors.kernel.mail import LinkBatch
 from actors.kernel.records import Commit, JournalClosed, JournalError
 from actors.kernel.system import System
 from protocol.codec import MAX_BODY_BYTES, Ack, Envelope, decode_ack, encode, encode_ack, encode_batch

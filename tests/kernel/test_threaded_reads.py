@@ -19,7 +19,7 @@ from actors.kernel.courier import Courier
 from actors.kernel.journal import Journal
 from actors.kernel.lineage import Relink
 from actors.kernel.machine import LinkDown, Meta, Rows, Step
-from actors.kernel.mailbox import DeadlinePassed
+from actors.kernel.mail import DeadlinePassed
 from actors.kernel.records import Commit, Posted
 from actors.kernel.system import System
 from protocol.types import Message, Undelivered

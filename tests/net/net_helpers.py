@@ -20,8 +20,8 @@ from libp2p.security.noise.transport import Transport as Noise
 from multiaddr import Multiaddr
 from worlds.patience import within
 
-from golem.net import NetConfig, Network, Timing, open_network
-from golem.net.host import Host
+from golem.net import NetConfig, PeerNetwork, Timing, open_network
+from golem.net.host import Libp2pHost
 
 FAST = Timing(
     dial_timeout_s=15,  # both ends of a dial share this machine with all that else runs there
@@ -46,7 +46,7 @@ def config(path: Path, **changes: Any) -> NetConfig:
 
 
 @asynccontextmanager
-async def nodes(path: Path, count: int = 2, **changes: Any) -> AsyncIterator[list[Network]]:
+async def nodes(path: Path, count: int = 2, **changes: Any) -> AsyncIterator[list[PeerNetwork]]:
     """Some nodes that do not know each other."""
     async with AsyncExitStack() as stack:
         networks = [
@@ -59,10 +59,10 @@ async def nodes(path: Path, count: int = 2, **changes: Any) -> AsyncIterator[lis
 
 
 @asynccontextmanager
-async def hosts(count: int = 2, timing: Timing = FAST) -> AsyncIterator[list[Host]]:
+async def hosts(count: int = 2, timing: Timing = FAST) -> AsyncIterator[list[Libp2pHost]]:
     """Some bare guarded hosts."""
     async with AsyncExitStack() as stack:
-        found = [Host(KEYS[number], timing) for number in range(count)]
+        found = [Libp2pHost(KEYS[number], timing) for number in range(count)]
         for host in found:
             await stack.enter_async_context(host.run([("127.0.0.1", 0)]))
         yield found
@@ -100,7 +100,7 @@ async def stock_host(key: bytes, security: dict[Any, Any] | None = None) -> Asyn
         yield host
 
 
-async def dial_stock(attacker: Any, host: Host) -> Any:
+async def dial_stock(attacker: Any, host: Libp2pHost) -> Any:
     """Connect a stock host to a guarded one; gives its unguarded Yamux."""
     conn = await attacker.get_network().dial_addr(Multiaddr(host.addresses()[0]), ID.from_base58(host.peer_id))
     return conn.muxed_conn
@@ -111,7 +111,7 @@ def frame(kind: int, flags: int, stream_id: int, length: int, payload: bytes = b
     return struct.pack("!BBHII", 0, kind, flags, stream_id, length) + payload
 
 
-async def is_serving(host: Host, other: Host) -> bool:
+async def is_serving(host: Libp2pHost, other: Libp2pHost) -> bool:
     """Whether a host answers a well-behaved peer (it must serve /echo)."""
     with within(5):
         conn = await other.dial(host.peer_id, host.addresses())

@@ -34,10 +34,10 @@ def test_the_node_id_is_the_ethereum_address_of_the_key() -> None:
 
 
 def test_the_peer_id_is_libp2ps() -> None:
-    from golem.net.host import Host
+    from golem.net.host import Libp2pHost
     from golem.net.types import Timing
 
-    host = Host(KEY, Timing())
+    host = Libp2pHost(KEY, Timing())
     assert host.peer_id == PEER
     assert host.node_id == NODE
 

@@ -14,7 +14,7 @@ from net_helpers import KEYS, config, eventually, nodes
 from worlds.patience import within
 from worlds.support import trio_test
 
-from golem.net import NetError, Network, open_network
+from golem.net import NetError, PeerNetwork, open_network
 from golem.net.gossip import Outbox
 from golem.net.peerid import sign_record
 
@@ -24,7 +24,7 @@ WARM = b"warm"  # begins what is published until the mesh is there; it may come 
 class Ear:
     """Hears a topic; says "invalid" to what begins with "bad"."""
 
-    def __init__(self, network: Network, topic: str = "news") -> None:
+    def __init__(self, network: PeerNetwork, topic: str = "news") -> None:
         self.heard: list[tuple[str, bytes]] = []
         self.warm: set[bytes] = set()
         network.subscribe(topic, self._hear)
@@ -43,7 +43,7 @@ class Ear:
         return [payload for _, payload in self.heard]
 
 
-async def until_heard(sender: Network, ear: Ear, payload: bytes = WARM) -> None:
+async def until_heard(sender: PeerNetwork, ear: Ear, payload: bytes = WARM) -> None:
     """Publish again and again until the mesh is there."""
     with within(10):
         while payload not in ear.warm:

@@ -23,7 +23,7 @@ from worlds.patience import patience, within
 from worlds.support import trio_test
 
 from golem.net import ListenError, NetConfig, Unreachable, open_network
-from golem.net.host import MAX_HANDSHAKES_PER_IP, Host
+from golem.net.host import MAX_HANDSHAKES_PER_IP, Libp2pHost
 from golem.net.yamux import ACK, DATA, FULL_WINDOW, MAX_STREAMS, PING, SYN, WINDOW_UPDATE
 
 
@@ -491,14 +491,14 @@ async def test_two_hosts_never_share_a_port() -> None:
     async with hosts(1) as (host,):
         port = int(host.addresses()[0].split("/")[4])
         with pytest.RaisesGroup(ListenError, flatten_subgroups=True):
-            async with Host(KEYS[1], FAST).run([("127.0.0.1", port)]):
+            async with Libp2pHost(KEYS[1], FAST).run([("127.0.0.1", port)]):
                 pass
 
 
 @trio_test
 async def test_a_stopped_host_leaves_no_listener_and_no_task() -> None:
     before = trio.lowlevel.current_statistics().tasks_living
-    host = Host(KEYS[0], FAST)
+    host = Libp2pHost(KEYS[0], FAST)
     with trio.move_on_after(0.3):
         async with host.run([("127.0.0.1", 0)]):
             port = int(host.addresses()[0].split("/")[4])

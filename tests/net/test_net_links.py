@@ -15,8 +15,8 @@ from net_helpers import FAST, KEYS, config, echo, eventually, nodes
 from worlds.patience import patience, within
 from worlds.support import trio_test
 
-from golem.net import Network, Timing, Unreachable, open_network
-from golem.net.host import Host
+from golem.net import PeerNetwork, Timing, Unreachable, open_network
+from golem.net.host import Libp2pHost
 from golem.net.links import MAX_QUEUED_BYTES, PING, PONG, REPLY, REQUEST, serve_link
 from golem.net.peerid import sign_record
 from golem.net.types import MAX_REQUEST_BYTES
@@ -41,12 +41,14 @@ async def _polite(node_id: str, stream: MuxStream) -> None:
 
 
 @asynccontextmanager
-async def victim_and_attacker(path: Path, timing: Timing = FAST) -> AsyncIterator[tuple[Network, Network, Host, Mux]]:
+async def victim_and_attacker(
+    path: Path, timing: Timing = FAST
+) -> AsyncIterator[tuple[PeerNetwork, PeerNetwork, Libp2pHost, Mux]]:
     """A node, a friend of it, and a bare host connected to it that may open any stream."""
     async with nodes(path, 2, timing=timing) as (victim, friend):
         victim.serve("echo", echo)
         await friend.connect(victim.addresses[0])
-        attacker = Host(KEYS[9], FAST)
+        attacker = Libp2pHost(KEYS[9], FAST)
         attacker.serve_streams(LINK, _polite)
         async with attacker.run([("127.0.0.1", 0)]):
             conn = await attacker.dial(victim.peer_id, [victim.addresses[0].split("/p2p/")[0]])
@@ -151,7 +153,7 @@ async def test_a_false_hello_is_refused(tmp_path: Path) -> None:
 async def test_a_peer_that_accepts_and_says_nothing_is_unreachable(tmp_path: Path) -> None:
     """It completes the handshakes, takes our link and never answers the hello."""
     async with open_network(KEYS[0], config(tmp_path / "0")) as one:
-        mute = Host(KEYS[9], FAST)
+        mute = Libp2pHost(KEYS[9], FAST)
 
         async def hold(node_id: str, stream: MuxStream) -> None:
             await trio.sleep_forever()
@@ -175,7 +177,7 @@ async def test_a_peer_that_answers_with_the_record_of_another_gets_no_session(tm
         await serve_link(node_id, stream, {"net/hello": lie}, FAST)
 
     async with open_network(KEYS[0], config(tmp_path / "0")) as one:
-        liar = Host(KEYS[9], FAST)
+        liar = Libp2pHost(KEYS[9], FAST)
         liar.serve_streams(LINK, serve)
         async with liar.run([("127.0.0.1", 0)]):
             await one.wait_up()

@@ -19,7 +19,7 @@ from net_helpers import FAST, KEYS, config, echo, eventually, nodes
 from worlds.patience import patience, within
 from worlds.support import trio_test
 
-from golem.net import Busy, NetError, NetRefusal, PeerStream, RemoteError, Unreachable, open_network
+from golem.net import LinkBusy, NetError, NetRefusal, PeerStream, RemoteError, Unreachable, open_network
 from golem.net.sessions import _origin
 from golem.net.types import MAX_REQUEST_BYTES
 
@@ -174,7 +174,7 @@ async def test_too_many_requests_are_refused_not_queued(tmp_path: Path) -> None:
         async def ask() -> None:
             try:
                 outcomes.append((await two.request(one.node_id, "wait", b"")).decode())
-            except Busy:
+            except LinkBusy:
                 outcomes.append("busy")
 
         async with trio.open_nursery() as nursery:

@@ -24,7 +24,8 @@ from golem.node import backup
 from golem.node.backup import BackupError, bind_generations, compare_generations, restore, write_backup
 from golem.node.identity import Identity, save_encrypted
 from golem.private_files import write_private
-from protocol.ledger import CreateAllocation, Done
+from protocol.ledger import CreateAllocation
+from protocol.types import Done
 
 PAYEE = "0x" + "aa" * 20
 

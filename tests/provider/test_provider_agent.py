@@ -21,7 +21,7 @@ from worlds.support import trio_test
 from golem.lab.localnet import LocalNet, LocalNode, Process, open_localnet
 from golem.provider.client import NodeClient
 from golem.provider.port import RestPort
-from protocol.provider import InvoiceIssued, IssueInvoice, IssueNote, NoteIssued
+from protocol.provider import InvoiceIssued, IssueNote, NoteIssued, WriteInvoice
 
 pytestmark = [pytest.mark.integration]
 T = TypeVar("T")
@@ -59,7 +59,7 @@ async def issued_again_it_is_the_same(seller: LocalNode, agreement: str, activit
         for number, (note_id, previous_id) in enumerate(before.items(), 1):
             note = IssueNote(activity, number, "9", [], None, previous_id, time.time() - 600, "an earlier run")
             assert await port._issue_note(note) == NoteIssued(activity, number, note_id)
-        invoice = IssueInvoice(agreement, (activity,), "9", time.time(), time.time() - 600, "an earlier run")
+        invoice = WriteInvoice(agreement, (activity,), "9", time.time(), time.time() - 600, "an earlier run")
         (found,) = [one for one in (await http.get("/payment-api/v1/invoices")).json() if one["agreementId"] == agreement]
         assert await port._issue_invoice(invoice) == InvoiceIssued(agreement, found["invoiceId"])
         assert len((await http.get("/payment-api/v1/debitNotes")).json()) == len(before)

@@ -19,33 +19,33 @@ from worlds.support import mock_trio_test, trio_test
 
 from actors.kernel.machine import Meta, Send
 from golem.exeunit.supervisor import HOLD, start_ticks
-from golem.provider.client import MAX_ANSWER_BYTES, ApiError, NodeAway, NodeClient
+from golem.provider.client import MAX_ANSWER_BYTES, NodeApiError, NodeAway, NodeClient
 from golem.provider.leftovers import Leftovers
 from golem.provider.port import RestPort
 from golem.provider.processes import Processes
 from golem.provider.runtimes import ExeUnits
 from golem.provider.units import find_unit, is_unit, unit_environment
 from protocol.provider import (
+    AcceptAgreement,
     ApprovalEnded,
-    ApproveAgreement,
     AskFunds,
     CloseActivity,
     FindUnit,
     FundsKnown,
     HoldUnit,
     InvoiceIssued,
-    IssueInvoice,
     IssueNote,
     NoteIssued,
     NoteSent,
     SendNote,
     StopUnit,
     UnitExited,
+    WriteInvoice,
 )
 
 META = Meta("agent/provider", 0.0, "trace")
 NOTE = IssueNote("x1", 2, "0.5", [1.0, 2.0], None, "n1", 1_800_000_000.0, "run-1")
-INVOICE = IssueInvoice("a1", ("x1",), "0.5", 1_800_000_100.0, 1_800_000_000.0, "run-1")
+INVOICE = WriteInvoice("a1", ("x1",), "0.5", 1_800_000_100.0, 1_800_000_000.0, "run-1")
 
 
 class Outbox:
@@ -171,7 +171,7 @@ def test_a_failed_approval_is_looked_into(state: str, approved: bool) -> None:
         node = Node()
         node.handlers["POST /market-api/v1/agreements/a1/approve"] = lambda request: httpx.Response(500, text="timeout")
         node.handlers["GET /market-api/v1/agreements/a1"] = lambda request: httpx.Response(200, json={"state": state})
-        found = await outcome_of(node, ApproveAgreement("a1", "s", 10.0))
+        found = await outcome_of(node, AcceptAgreement("a1", "s", 10.0))
         assert found == ApprovalEnded("a1", approved, "500: timeout")
 
     body()
@@ -189,7 +189,7 @@ async def test_an_approval_that_hangs_is_rejected() -> None:
     node.handlers[f"POST {path}/approve"] = lambda request: httpx.Response(500, text="timeout")
     node.handlers[f"GET {path}"] = lambda request: httpx.Response(200, json={"state": node.state})
     node.handlers[f"POST {path}/reject"] = reject
-    assert (await outcome_of(node, ApproveAgreement("a1", "s", 10.0))).approved is False
+    assert (await outcome_of(node, AcceptAgreement("a1", "s", 10.0))).approved is False
     assert node.state == "Rejected"
 
 
@@ -217,7 +217,7 @@ async def test_answers_are_bounded_and_typed() -> None:
     client = node.client()
     assert await client.call("GET", "/nothing") is None
     for path in ("/big", "/text"):
-        with pytest.raises(ApiError):
+        with pytest.raises(NodeApiError):
             await client.call("GET", path)
 
 
@@ -246,7 +246,7 @@ async def test_the_node_is_looked_for_again_when_another_one_answers() -> None:
         return httpx.Response(401, json={"message": "Invalid application key"}) if refused else httpx.Response(200, json=1)
 
     client = NodeClient(lambda: next(urls), "secret-key", httpx.MockTransport(answer))
-    with pytest.raises(ApiError, match="401"):
+    with pytest.raises(NodeApiError, match="401"):
         await client.call("GET", "/me")
     assert await client.call("GET", "/me") == 1
 

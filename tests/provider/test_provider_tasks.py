@@ -23,12 +23,12 @@ from golem.provider.agent import NoTransport
 from golem.provider.port import MAX_PROPOSALS, ProposalPort, RestPort
 from protocol.provider import (
     AgentStarted,
+    AnswerProposal,
     Capacity,
-    CounterProposal,
     NoteSent,
     ReadNote,
-    RejectAgreement,
-    RejectProposal,
+    RefuseAgreement,
+    RefuseProposal,
     SendNote,
     TaskEnded,
     port_of,
@@ -37,9 +37,9 @@ from protocol.provider import (
 from protocol.types import Message
 
 KEPT = (
-    CounterProposal("o1", "p1", "{}", "()"),
-    RejectProposal("o1", "p2", '{"message": "no"}'),
-    RejectAgreement("a1", '{"message": "no"}'),
+    AnswerProposal("o1", "p1", "{}", "()"),
+    RefuseProposal("o1", "p2", '{"message": "no"}'),
+    RefuseAgreement("a1", '{"message": "no"}'),
     ReadNote("x1", 3, "n3", "accept"),
 )
 
@@ -79,7 +79,7 @@ async def test_a_debit_note_leaves_though_hundreds_of_proposals_wait() -> None:
         await nursery.start(port.run)
         with trio.fail_after(5):
             for number in range(3 * MAX_PROPOSALS):
-                await port.handle(CounterProposal("o1", f"p{number}", "{}", "()"), META)
+                await port.handle(AnswerProposal("o1", f"p{number}", "{}", "()"), META)
             await port.handle(SendNote("x1", 1, "n1", 2e9), META)
             assert await outbox.receive.receive() == NoteSent("x1", 1, True)
         slow.set()
@@ -106,7 +106,7 @@ class Mouth:
     def handle(self, rows: Rows, message: Any, meta: Meta) -> Step:
         if not isinstance(message, Flood):
             return Step({}, [Emit("told", message)])
-        talk = [CounterProposal("o1", f"p{number}", "{}", "()") for number in range(message.proposals)]
+        talk = [AnswerProposal("o1", f"p{number}", "{}", "()") for number in range(message.proposals)]
         return Step({}, [Send(port_of(one), one) for one in (*talk, SendNote("x1", 1, "n1", 2e9))])
 
 

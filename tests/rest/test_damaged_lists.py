@@ -15,8 +15,9 @@ from worlds.support import tell, trio_test
 from golem.control.command import COMMANDS
 from golem.node.node import Node
 from protocol.activity import ActivityKnown
-from protocol.ledger import Done, Recall
+from protocol.ledger import Recall
 from protocol.negotiation import AgreementApproved
+from protocol.types import Done
 
 PEER = "0x" + "7" * 40
 

@@ -19,10 +19,10 @@ from actors.ledger.machine import acceptance_of
 from golem.chain.devchain import ensure_devchain, stop_devchain
 from golem.node.node import Node
 from protocol.codec import Envelope, decode_ack, encode, encode_batch
-from protocol.ledger import AcceptDocument, CreateAllocation, DocumentSent, Done, InvoiceBody, encode_body
+from protocol.ledger import AcceptDocument, CreateAllocation, DocumentSent, InvoiceBody, encode_body
 from protocol.negotiation import AgreementApproved
 from protocol.signing import node_id_of, sign
-from protocol.types import address
+from protocol.types import Done, address
 
 PLATFORM = "erc20-holesky-tglm"
 PAYEE_KEY = bytes([7]) * 32

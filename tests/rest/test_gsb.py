@@ -25,7 +25,7 @@ from worlds.support import mock_trio_test, trio_test
 
 from golem.daemon import serve_rest
 from golem.files import agents as gsb
-from golem.files.agents import ANSWER_TIMEOUT_S, CHUNK_BYTES, IN_FLIGHT, Conversation, Download, Upload
+from golem.files.agents import ANSWER_TIMEOUT_S, CHUNK_BYTES, IN_FLIGHT, AgentUpload, Conversation, Download
 from golem.files.client import GftpPeer
 from golem.files.flexbuffers import decode, encode
 from golem.files.wire import FileFault
@@ -502,7 +502,7 @@ async def test_questions_beyond_the_bound_wait() -> None:
 async def test_an_upload_that_is_repeated_leaves_out_what_the_agent_has() -> None:
     data = content(3 * CHUNK_BYTES)
     conversation, line = Conversation(), Line()
-    sink = Upload(conversation)
+    sink = AgentUpload(conversation)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(conversation.serve, line)
         with trio.CancelScope() as broken:
@@ -543,7 +543,7 @@ async def test_an_upload_that_is_repeated_leaves_out_what_the_agent_has() -> Non
 @mock_trio_test
 async def test_after_a_chunk_without_an_answer_no_upload_is_begun() -> None:
     conversation, line = Conversation(), Line()
-    sink = Upload(conversation)
+    sink = AgentUpload(conversation)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(conversation.serve, line)
         with pytest.raises(FileFault, match="does not answer"):

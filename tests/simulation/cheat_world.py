@@ -450,22 +450,22 @@ class CheatWorld:
     def _rest(self, message: Any) -> None:
         negotiation, ledger = self.plays["negotiation"], self.plays["ledger"]
         match message:
-            case agent.PublishOffer(preset, serial):
+            case agent.PlaceOffer(preset, serial):
                 negotiation.tell(SubscriptionOpened(self.offer_id, self.offer))
                 self.agent.tell(agent.OfferPublished(preset, serial, self.offer_id))
-            case agent.CounterProposal(offer_id, proposal_id, properties, constraints):
+            case agent.AnswerProposal(offer_id, proposal_id, properties, constraints):
                 text = canonical(json.loads(properties)).decode()
                 reply = negotiation.ask(talk.CounterProposal(offer_id, proposal_id, text, constraints))
                 assert not isinstance(reply, Refused), reply
-            case agent.RejectProposal(offer_id, proposal_id, reason):
+            case agent.RefuseProposal(offer_id, proposal_id, reason):
                 negotiation.ask(talk.RejectProposal(offer_id, proposal_id, reason))
-            case agent.ApproveAgreement(agreement_id, session):
+            case agent.AcceptAgreement(agreement_id, session):
                 raw = negotiation.rows[f"agreement/{agreement_id}"].body
                 negotiation.ask(talk.ApproveAgreement(agreement_id, sign(PROVIDER_KEY, "approval", raw), session))
                 self.approving[agreement_id] = self.now
-            case agent.RejectAgreement(agreement_id, reason):
+            case agent.RefuseAgreement(agreement_id, reason):
                 negotiation.ask(talk.RejectAgreement(agreement_id, reason))
-            case agent.TerminateAgreement(agreement_id, reason):
+            case agent.EndAgreement(agreement_id, reason):
                 negotiation.ask(talk.TerminateAgreement(agreement_id, reason))
                 self.agent.tell(agent.TerminationEnded(agreement_id))
             case agent.CloseActivity(activity_id, reason, error):
@@ -480,7 +480,7 @@ class CheatWorld:
                 self.later(self.chain_s, lambda: self.agent.tell(known))
             case agent.IssueNote():
                 self._issue_note(message)
-            case agent.IssueInvoice():
+            case agent.WriteInvoice():
                 self._issue_invoice(message)
             case agent.SendNote(note_id=note_id):
                 self._send_document("debit-note", note_id, message, message.give_up_at)
@@ -497,7 +497,7 @@ class CheatWorld:
         error = reply.message if isinstance(reply, Refused) else ""
         self.agent.tell(agent.NoteIssued(message.activity_id, message.number, "" if error else note_id, error))
 
-    def _issue_invoice(self, message: agent.IssueInvoice) -> None:
+    def _issue_invoice(self, message: agent.WriteInvoice) -> None:
         invoice_id = f"invoice-{message.agreement_id[:40]}{'-again' * bool(message.refused_id)}"
         command = money.IssueInvoice(invoice_id, message.agreement_id, message.activity_ids, message.amount, message.due_at)
         reply = self.plays["ledger"].ask(command)

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import trio
 from worlds.money import PLATFORM
 
-from actors.activity.machine import ActivityRow, BatchRow
+from actors.activity.rows import ActivityRow, BatchRow
 from actors.kernel.machine import ActorFailed, AskTimeout, Busy
 from actors.kernel.records import JournalError, RowDamaged
 from actors.ledger.machine import Allocation, PaymentDocument, acceptance_of
 from actors.negotiation.proposals import Proposal
-from actors.negotiation.rows import OPEN, Agreement, lapsed
+from actors.negotiation.rows import OPEN, AgreementRow, lapsed
 from actors.wallet.rows import PayOrder
 from protocol.activity import CreateActivity, DestroyActivity, Exec
 from protocol.exeunit import ShutDown
@@ -138,7 +138,7 @@ class RequestorAgent(Agent):
 
     async def turn(self) -> None:
         await self.publish(PublishDemand, 3)
-        for agreement in self.rows("negotiation", "agreement/", Agreement):
+        for agreement in self.rows("negotiation", "agreement/", AgreementRow):
             await self.carry_on(agreement)
         for kind in ("debit-note", "invoice"):
             for row in self.rows("ledger", f"{kind}/", PaymentDocument):
@@ -148,7 +148,7 @@ class RequestorAgent(Agent):
             await self.ask("wallet", RunCycle(PLATFORM))
 
     async def answer(self, proposal: Proposal) -> None:
-        agreements = list(self.rows("negotiation", "agreement/", Agreement))
+        agreements = list(self.rows("negotiation", "agreement/", AgreementRow))
         if len(agreements) >= MAX_AGREEMENTS:
             return
         if proposal.state == "Initial" or self.decide(proposal.proposal_id, 0.2):
@@ -157,7 +157,7 @@ class RequestorAgent(Agent):
             valid_s = self.world.rng.choice((8.0, 60.0, 600.0))
             await self.ask("negotiation", CreateAgreement(proposal.proposal_id, self.now() + valid_s))
 
-    async def carry_on(self, agreement: Agreement) -> None:
+    async def carry_on(self, agreement: AgreementRow) -> None:
         """Take an agreement through its life."""
         agreement_id, now = agreement.agreement_id, self.now()
         if agreement.state in OPEN and lapsed(agreement, now):
@@ -221,14 +221,14 @@ class ProviderAgent(Agent):
 
     async def turn(self) -> None:
         await self.publish(PublishOffer, 2)
-        for agreement in self.rows("negotiation", "agreement/", Agreement):
+        for agreement in self.rows("negotiation", "agreement/", AgreementRow):
             if agreement.state == "Pending" and not lapsed(agreement, self.now()) and not self.world.closing:
                 await self.consider(agreement)
             if agreement.state == "Approved" and self.decide(f"leave {agreement.agreement_id} {self.now() // 10}", 0.02):
                 await self.ask("negotiation", TerminateAgreement(agreement.agreement_id, REASON))
         for row in self.rows("activity", "activity/", ActivityRow):
             await self.serve(row)
-        for agreement in self.rows("negotiation", "agreement/", Agreement):
+        for agreement in self.rows("negotiation", "agreement/", AgreementRow):
             if agreement.state in ("Approved", "Terminated"):
                 await self.bill(agreement)
 
@@ -240,7 +240,7 @@ class ProviderAgent(Agent):
         else:
             await self.counter(proposal)
 
-    async def consider(self, agreement: Agreement) -> None:
+    async def consider(self, agreement: AgreementRow) -> None:
         agreement_id = agreement.agreement_id
         if self.decide(f"reject {agreement_id}", 0.1):
             await self.ask("negotiation", RejectAgreement(agreement_id, REASON))
@@ -257,7 +257,7 @@ class ProviderAgent(Agent):
         if row.destroying and unit.system is not None:
             await unit.system.ask(unit.actor, ShutDown("done", None, [1.0, 2.0]), timeout_s=5)
 
-    async def bill(self, agreement: Agreement) -> None:
+    async def bill(self, agreement: AgreementRow) -> None:
         """Debit notes while it runs, an invoice at its end."""
         agreement_id, total = agreement.agreement_id, 0.0
         running = agreement.state == "Approved"

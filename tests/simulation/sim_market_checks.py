@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from sim_world import Broken
 
-from actors.activity.machine import Activity, ActivityRow, BatchRow, ResultRow
+from actors.activity.machine import Activity
+from actors.activity.rows import ActivityRow, BatchRow, ResultRow
 from actors.kernel.records import unsealed
-from actors.ledger.machine import Agreement as Terms
-from actors.ledger.machine import Allocation, Ledger, Order, Payment, PaymentDocument, total_of
+from actors.ledger.machine import Allocation, Ledger, Order, PaymentDocument, PaymentRow, total_of
+from actors.ledger.machine import LedgerAgreementRow as Terms
 from actors.market.machine import Market
 from actors.negotiation.machine import Negotiation
-from actors.negotiation.rows import Agreement
+from actors.negotiation.rows import AgreementRow
 from actors.wallet.machine import Wallet
 from actors.wallet.rows import PayOrder
 from protocol.codec import Decoder
@@ -37,8 +38,8 @@ def rows(host: MarketHost, actor: str, prefix: str, kind: type) -> Iterator[Any]
             yield row
 
 
-def agreements(host: MarketHost) -> dict[str, Agreement]:
-    return {row.agreement_id: row for row in rows(host, "negotiation", "agreement/", Agreement)}
+def agreements(host: MarketHost) -> dict[str, AgreementRow]:
+    return {row.agreement_id: row for row in rows(host, "negotiation", "agreement/", AgreementRow)}
 
 
 def documents(host: MarketHost, role: str) -> dict[tuple[str, str], PaymentDocument]:
@@ -98,7 +99,7 @@ def unsettled(world: MarketWorld) -> list[str]:
                 waits.append(f"{short}: invoice {own_id} is {document.status}: {document.waiting}")
         accepted = [document for document in documents(host, "payer").values() if document.status == "ACCEPTED"]
         waits += [f"{short}: {document.document_id} is accepted: {document.waiting}" for document in accepted]
-        for payment in rows(host, "ledger", "payment/", Payment):
+        for payment in rows(host, "ledger", "payment/", PaymentRow):
             if payment.state not in ("ACKNOWLEDGED", "VERIFIED"):
                 waits.append(f"{short}: {payment.role}'s payment {payment.payment_id[:8]} is {payment.state}: {payment.reason}")
         unpaid = [order for order in rows(host, "wallet", "order/", PayOrder) if order.state != "PAID"]

@@ -19,7 +19,7 @@ from sim_seeds import share
 from worlds.money import PLATFORM
 
 from actors.provider import credit as _provider_credit
-from actors.provider import machine as provider
+from actors.provider.machine import Provider
 from actors.provider.rules import Terms
 from protocol import activity as act
 from protocol import ledger as money
@@ -536,7 +536,7 @@ def nothing(*args: Any, **kwargs: Any) -> Any:
 
 MUTANTS: dict[str, Any] = {
     "nobody looks at the credit": lambda m: (
-        m.setitem(provider._HANDLERS, CreditDue, nothing),
+        m.setitem(Provider.table.handlers, CreditDue, nothing),
         m.setattr(_provider_credit, "judge", lambda *args: _provider_credit.Grant(Decimal(1000))),
     ),
     "debts are forgotten with their agreement": lambda m: m.setattr(

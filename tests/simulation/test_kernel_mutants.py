@@ -24,7 +24,7 @@ from actors.kernel.alarms import Alarms
 from actors.kernel.courier import Courier
 from actors.kernel.journal import Journal
 from actors.kernel.lineage import Position, marked
-from actors.kernel.mailbox import LinkBatch, TimerDue
+from actors.kernel.mail import LinkBatch, TimerDue
 from actors.kernel.records import Commit
 from actors.kernel.system import System
 from protocol.codec import Ack, Envelope

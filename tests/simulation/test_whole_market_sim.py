@@ -20,15 +20,21 @@ from sim_market import PORT_ERRORS, MarketWorld, simulate_market
 from sim_seeds import share
 from test_simulation import chosen_seed, first_cause
 
+from actors.activity import moves
 from actors.activity.machine import Activity
 from actors.ledger import documents as _ledger_documents
-from actors.ledger import machine as ledger
 from actors.ledger import payer as _ledger_payer
 from actors.ledger import payments as _ledger_payments
+from actors.ledger.machine import Ledger
 from actors.negotiation import agreements
+from actors.negotiation.machine import Negotiation
+from actors.wallet import machine as wallet
 from actors.wallet.machine import Wallet
 from actors.wallet.rows import CONFIRMED
+from protocol.activity import DestroyExpired
 from protocol.ledger import VerifyAgain
+from protocol.negotiation import AgreementClosed, AgreementTerminated
+from protocol.wallet import TransferConfirmed, TransferFailed
 
 SEEDS = int(os.environ.get("MARKET_SEEDS", "80"))
 CHUNK = max(20, SEEDS // 4)
@@ -95,37 +101,37 @@ def owe_all(owe: Callable[..., Any]) -> Callable[..., Any]:
     return mutant
 
 
-def confirmed_twice(method: Any) -> Any:
+def confirmed_twice(handler: Any) -> Any:
     """A wallet that hears of an end twice and takes it for two."""
 
-    def mutant(self: Wallet, draft: Any, fact: Any) -> None:
+    def mutant(draft: Any, fact: Any) -> None:
         batch = draft.get(f"batch/{fact.batch_id}")
         if batch.state == CONFIRMED:
             for payee in batch.payees:
                 for order_id in payee.order_ids:
-                    self._queue(draft, replace(draft.get(f"order/{order_id}"), state="QUEUED"))
-            self._schedule(draft, batch.platform)
+                    wallet._queue(draft, replace(draft.get(f"order/{order_id}"), state="QUEUED"))
+            wallet._schedule(draft, batch.platform)
             return
-        method(self, draft, fact)
+        handler(draft, fact)
 
     return mutant
 
 
 MUTANTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
-    "the provider ignores the requestor's decision": lambda m: m.setattr(agreements, "closed", ignore),
+    "the provider ignores the requestor's decision": lambda m: m.setitem(Negotiation.table.handlers, AgreementClosed, ignore),
     "the requestor does not insist on its decision": lambda m: m.setattr(agreements, "_insist", ignore),
-    "an approved agreement never hears of its end": lambda m: m.setattr(agreements, "terminated", ignore),
-    "batches stay open when the activity ends": lambda m: m.setattr(Activity, "_wind_up", ignore),
-    "the silent provider is waited for": lambda m: m.setattr(Activity, "_destroy_expired", ignore),
-    "the chain is not asked again": lambda m: m.setitem(ledger._HANDLERS, VerifyAgain, ignore),
+    "an approved agreement never hears of its end": lambda m: m.setitem(Negotiation.table.handlers, AgreementTerminated, ignore),
+    "batches stay open when the activity ends": lambda m: m.setattr(moves, "wind_up", ignore),
+    "the silent provider is waited for": lambda m: m.setitem(Activity.table.handlers, DestroyExpired, ignore),
+    "the chain is not asked again": lambda m: m.setitem(Ledger.table.handlers, VerifyAgain, ignore),
     "a refused payment is not offered again": lambda m: m.setattr(_ledger_payments, "_offer_later", ignore),
     "documents are owed in full": lambda m: m.setattr(_ledger_payer, "owe", owe_all(_ledger_documents.owe)),
     "allocations are not charged": lambda m: m.setattr(_ledger_payer, "charge", ignore),
     "acceptances are not told": lambda m: m.setattr(_ledger_payer, "DocumentAccepted", _ledger_payer.DocumentReceived),
-    "a batch that is confirmed again is paid again": lambda m: m.setattr(
-        Wallet, "_transfer_confirmed", confirmed_twice(Wallet._transfer_confirmed)
+    "a batch that is confirmed again is paid again": lambda m: m.setitem(
+        Wallet.table.handlers, TransferConfirmed, confirmed_twice(Wallet.table.handlers[TransferConfirmed])
     ),
-    "failed batches are forgotten": lambda m: m.setattr(Wallet, "_transfer_failed", ignore),
+    "failed batches are forgotten": lambda m: m.setitem(Wallet.table.handlers, TransferFailed, ignore),
     "a command runs again in a new exe-unit": lambda m: m.setattr(
         sim_market, "Runtime", lambda unit, lost: _Runtime(unit, lost=False)
     ),

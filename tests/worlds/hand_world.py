@@ -27,7 +27,7 @@ from worlds.support import tell
 
 from actors.kernel.journal import Journal
 from golem.daemon import serve_rest
-from golem.exeunit.process import Settings, Unit
+from golem.exeunit.process import Unit, UnitSettings
 from golem.exeunit.runtime import Interaction
 from golem.exeunit.terms import read_terms
 from golem.exeunit.transfer.spool import TransferPolicy
@@ -97,7 +97,7 @@ class HandWorld:
 
     def _start_here(self, interaction: str | None) -> None:
         path, work, policy = self.tmp_path / "agreement.json", self.tmp_path / "work", TransferPolicy()
-        settings = Settings(
+        settings = UnitSettings(
             "host", self.activity_id, self.p.config.bus_path, path, work, self.tmp_path / "cache", policy, interaction
         )  # fmt: skip
         self.unit = Unit(settings, read_terms(path), self.runtime, Journal(str(work / "unit.db"), lambda: secrets.token_hex(8)))

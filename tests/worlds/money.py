@@ -15,14 +15,22 @@ from decimal import Decimal
 from typing import Any
 
 from actors.kernel.machine import Emit, Meta, Reply, Send, Wake
-from actors.ledger.machine import Agreement, Allocation, Ledger, Order, PaymentDocument, acceptance_of, objection, total_of
+from actors.ledger.machine import (
+    Allocation,
+    Ledger,
+    LedgerAgreementRow,
+    Order,
+    PaymentDocument,
+    acceptance_of,
+    objection,
+    total_of,
+)
 from actors.wallet.machine import Wallet
 from protocol.activity import ActivityKnown
 from protocol.codec import Decoder, encode
 from protocol.ledger import (
     AcceptDocument,
     CreateAllocation,
-    Done,
     IssueDebitNote,
     IssueInvoice,
     PaymentSigned,
@@ -31,7 +39,7 @@ from protocol.ledger import (
 )
 from protocol.negotiation import AgreementApproved
 from protocol.signing import Document, node_id_of, sign
-from protocol.types import PeerLost, Violation, actor_of, digest, node_of
+from protocol.types import Done, PeerLost, Violation, actor_of, digest, node_of
 from protocol.wallet import (
     KnownBatch,
     OrdersKnown,
@@ -308,7 +316,7 @@ class World:
             for allocation in node.all(Allocation, "allocation/"):
                 spent = total_of(o.amount for o in orders if o.allocation_id == allocation.allocation_id)
                 assert spent == Decimal(allocation.spent) <= Decimal(allocation.total), allocation
-            for agreement in node.all(Agreement, "agreement/"):
+            for agreement in node.all(LedgerAgreementRow, "agreement/"):
                 ordered = total_of(o.amount for o in orders if o.agreement_id == agreement.agreement_id)
                 if agreement.role == "payer" and node.id not in self.restored:
                     assert ordered == Decimal(agreement.accepted), agreement

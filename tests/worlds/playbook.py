@@ -18,6 +18,7 @@ from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from actors.kernel.grammar import Table
 from actors.kernel.machine import DropFeed, Effect, Emit, Machine, Meta, Publish, Reply, Send, Step, Wake
 from protocol.codec import Decoder, encode
 from protocol.types import Message, Undelivered, Violation, node_of
@@ -86,8 +87,9 @@ class Playbook:
         """
         if sender and "/" not in sender:
             sender = f"{sender}/{self.machine.name}"
-        sources: Mapping[type, str] = getattr(self.machine, "sources", {})
-        sender = sender or f"{self.node}/{sources.get(type(message), 'edge')}"
+        table: Table | None = getattr(self.machine, "table", None)
+        speaker = table.speaker(type(message), self.machine.name) if table else None
+        sender = sender or f"{self.node}/{speaker or 'edge'}"
         decode = self._local if node_of(sender) == self.node else self._peer
         step = self.machine.handle(self.rows, decode(encode(message)), Meta(sender, self.now, "trace", origin))
         self._apply(step)

@@ -32,7 +32,7 @@ from eth_utils.exceptions import ValidationError
 from rlp.exceptions import RLPException  # type: ignore[import-untyped]
 
 from golem.chain.devchain import genesis
-from golem.chain.devchain.store import LogRow, Store, TxRow
+from golem.chain.devchain.store import DevChainStore, LogRow, TxRow
 from golem.chain.signer import Key, Transaction, address_bytes, checksum, sign
 
 BLOCK_TRANSACTIONS = 200  # keeps one block under about three seconds of this machine's time
@@ -60,7 +60,7 @@ class DevChain:
 
     def __init__(self, directory: Path, *, chain_id: int = genesis.CHAIN_ID, tail: int = 12) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        self.store = Store(directory / "chain.sqlite")
+        self.store = DevChainStore(directory / "chain.sqlite")
         self.chain_id, self.tail = chain_id, tail
         self.automine, self.interval_s = True, 0.0
         self.time_offset = 0

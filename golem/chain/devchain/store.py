@@ -29,7 +29,7 @@ TxRow = tuple[bytes, int, int, str]
 LogRow = tuple[int, int, bytes, bytes | None, bytes | None, bytes | None, bytes | None, str]
 
 
-class Store(BaseDB):
+class DevChainStore(BaseDB):
     """A write-back key-value cache (what py-evm sees) and the indexes (what JSON-RPC reads)."""
 
     def __init__(self, path: Path) -> None:

@@ -28,7 +28,7 @@ SAMPLE_S = 0.25
 
 
 @dataclass(frozen=True)
-class Ended:
+class ChildEnd:
     """How a child ended. Exactly one of `code` and `signal` is set; `killed_for` is the keeper's own reason."""
 
     code: int | None
@@ -89,7 +89,7 @@ class Child:
         *,
         max_output_bytes: int,
         time_limit_s: float | None = None,
-    ) -> Ended:
+    ) -> ChildEnd:
         """Hand on output until the child has ended and its pipes are dry; a slow `output` slows the child."""
         report = bytearray()
         total = 0
@@ -144,12 +144,12 @@ class Child:
         self._peak_bytes = max(self._peak_bytes, _reported_peak(bytes(report)))
         return self._ended(bytes(report))
 
-    def _ended(self, report: bytes) -> Ended:
+    def _ended(self, report: bytes) -> ChildEnd:
         self.reap()
         assert self._status is not None
         if os.WIFSIGNALED(self._status):
-            return Ended(None, signal.Signals(os.WTERMSIG(self._status)), self._killed_for, report)
-        return Ended(os.waitstatus_to_exitcode(self._status), None, self._killed_for, report)
+            return ChildEnd(None, signal.Signals(os.WTERMSIG(self._status)), self._killed_for, report)
+        return ChildEnd(os.waitstatus_to_exitcode(self._status), None, self._killed_for, report)
 
     def reap(self) -> None:
         """Collect the ended child; blocks if it has not ended."""

@@ -33,7 +33,7 @@ from golem.exeunit.transfer.spool import (
     Write,
     redacted,
 )
-from golem.files.outgoing import Outgoing
+from golem.files.outgoing import OutgoingFile
 
 __all__ = [
     "OFFERED_PROTOCOLS",
@@ -66,7 +66,7 @@ class GftpClient(Protocol):
     async def download(self, url: str, offset: int, write: Write) -> None:
         """Hand the file's bytes from `offset` to its end to `write`, in order."""
 
-    async def upload(self, url: str, file: Outgoing, progress: Progress | None) -> None:
+    async def upload(self, url: str, file: OutgoingFile, progress: Progress | None) -> None:
         """Send the file, from where an earlier attempt with the same `file` got to."""
 
 
@@ -126,7 +126,7 @@ class Remote(Protocol):
     async def download(self, url: str, spool: Spool) -> None:
         """Append to the spool from its present size on (or restart it) up to the end."""
 
-    async def upload(self, url: str, file: Outgoing, progress: Progress | None) -> None:
+    async def upload(self, url: str, file: OutgoingFile, progress: Progress | None) -> None:
         """Send the open file; attempts after a failure have the same `file`."""
 
 
@@ -144,7 +144,7 @@ class GftpRemote:
         if spool.size != spool.total:
             raise TransferError(f"{redacted(url)}: got {spool.size} bytes of {spool.total}", passing=True)
 
-    async def upload(self, url: str, file: Outgoing, progress: Progress | None) -> None:
+    async def upload(self, url: str, file: OutgoingFile, progress: Progress | None) -> None:
         await self._client.upload(url, file, progress)
 
 
@@ -284,7 +284,7 @@ class Transfers:
             # on the storage that the activity has paid for, without a name
             with tempfile.TemporaryFile(dir=volumes[0].host_dir if volumes else self._spool_dir) as file:
                 size = await self.fetch(origin, file.fileno(), max_bytes=max_bytes, notice=notice)
-                await self._send(remote, goal.rest, Outgoing(file.fileno(), size), progress, notice)
+                await self._send(remote, goal.rest, OutgoingFile(file.fileno(), size), progress, notice)
                 return size
         with self._open_in_volume(volumes, origin.rest) as descriptor:
             size = os.fstat(descriptor).st_size
@@ -292,10 +292,10 @@ class Transfers:
                 raise TransferError(f"the file is too large: {size} bytes, at most {self.policy.max_bytes}")
             if origin.digest is not None:
                 await _check_file(descriptor, origin.digest)
-            await self._send(remote, goal.rest, Outgoing(descriptor, size), progress, notice)
+            await self._send(remote, goal.rest, OutgoingFile(descriptor, size), progress, notice)
             return size
 
-    async def _send(self, remote: Remote, url: str, file: Outgoing, progress: Progress | None, notice: Notice | None) -> None:
+    async def _send(self, remote: Remote, url: str, file: OutgoingFile, progress: Progress | None, notice: Notice | None) -> None:
         await self._try(lambda: remote.upload(url, file, progress), notice, lambda: file.kept)
 
     def _open_in_volume(self, volumes: Sequence[Volume], container_path: str) -> beneath.OpenFile:

@@ -21,7 +21,7 @@ import trio
 
 from golem.exeunit.transfer.nearby import is_neighbour, is_own
 from golem.exeunit.transfer.spool import BLOCK_BYTES, CHUNK_BYTES, Progress, Spool, TransferError, TransferPolicy, redacted
-from golem.files.outgoing import Outgoing
+from golem.files.outgoing import OutgoingFile
 
 CONNECT_TIMEOUT_S = 15.0
 IDLE_TIMEOUT_S = 60.0
@@ -177,7 +177,7 @@ class Web:
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise _translated("GET", url, error) from None
 
-    async def upload(self, url: str, file: Outgoing, progress: Progress | None) -> None:
+    async def upload(self, url: str, file: OutgoingFile, progress: Progress | None) -> None:
         size = file.size
 
         async def body() -> AsyncIterator[bytes]:

@@ -21,7 +21,7 @@ from typing import Any
 
 from golem.exeunit.runtimes.vm.accounts import Accounts
 from golem.exeunit.unpack.config import check_platform, image_config, read_json, text_of
-from golem.exeunit.unpack.inflate import CHUNK_BYTES, GZIP_MAGIC, BadImage, Part, Ratio, Source, inflated
+from golem.exeunit.unpack.inflate import CHUNK_BYTES, GZIP_MAGIC, BadImage, ByteSource, Part, Ratio, inflated
 from golem.exeunit.unpack.squashfs import Squashfs, read_metadata
 from golem.exeunit.unpack.tarball import BLOCK_BYTES, Kind, Member, Names, TarReader, TarWriter, header, shown, write_all
 
@@ -36,7 +36,7 @@ _DIGEST = re.compile(r"sha(256|512):([0-9a-f]{64}|[0-9a-f]{128})")
 
 
 @dataclass(frozen=True)
-class Limits:
+class ArchiveLimits:
     """Bounds of one package; see `images.ImageLimits`. `room`: bytes of disk that may be written."""
 
     unpacked_bytes: int
@@ -63,14 +63,14 @@ class Package:
     size: int
     inflated_to: int
     machine: str
-    limits: Limits
+    limits: ArchiveLimits
     progress: Callable[[float], None]
 
 
 class Budget:
     """What all layers together may still bring."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: ArchiveLimits) -> None:
         self._limits = limits
         self._bytes = self.members = 0
         self.kept = 0  # names that the image has in the end, so that an image that is saved and read again costs the same
@@ -107,7 +107,7 @@ class Budget:
         return self._bytes
 
 
-class Output:
+class ArchiveOutput:
     """The archive being written."""
 
     def __init__(self, descriptor: int, tag: str) -> None:
@@ -148,7 +148,7 @@ def _own_header(name: str, size: int) -> bytes:
 
 
 def is_own(descriptor: int, size: int, tag: str, layers: int) -> bool:
-    """Whether a file is an archive as `Output` writes it, with this tag and no other.
+    """Whether a file is an archive as `ArchiveOutput` writes it, with this tag and no other.
 
     For the one who gave the package to the sandboxed child: a child that a package has taken over could otherwise have
     the Engine give other names, those of other packages, to images of its choice.
@@ -167,7 +167,7 @@ def is_own(descriptor: int, size: int, tag: str, layers: int) -> bool:
     return whole and size == at + 2 * BLOCK_BYTES and not any(os.pread(descriptor, 2 * BLOCK_BYTES, at))
 
 
-def copy_layer(source: Source, what: str, names: Names, layer: TarWriter, budget: Budget, accounts: Accounts) -> None:
+def copy_layer(source: ByteSource, what: str, names: Names, layer: TarWriter, budget: Budget, accounts: Accounts) -> None:
     """Copy the members of a tar into a layer. Errors: BadImage."""
     accounts.next_layer()
     reader = TarReader(source, what)
@@ -193,7 +193,7 @@ def copy_layer(source: Source, what: str, names: Names, layer: TarWriter, budget
 # -- root file systems and GVMI: one layer
 
 
-def convert_rootfs(package: Package, output: Output) -> None:
+def convert_rootfs(package: Package, output: ArchiveOutput) -> None:
     """Convert a tar of a root file system, plain or compressed; it has no configuration. Errors: BadImage."""
     part = Part(package.descriptor, 0, package.size, _counting(package.size, package.progress))
     source = inflated(part, "the archive", package.limits.bomb)
@@ -203,7 +203,7 @@ def convert_rootfs(package: Package, output: Output) -> None:
     output.finish(image_config({}, package.machine), budget)
 
 
-def convert_gvmi(package: Package, output: Output) -> None:
+def convert_gvmi(package: Package, output: ArchiveOutput) -> None:
     """Convert squashfs with the configuration behind it. Errors: BadImage."""
     given, squashfs_bytes = read_metadata(package.descriptor, package.size)
     config = image_config(given, package.machine)
@@ -326,7 +326,7 @@ class Blob:
     size: int | None = None
 
 
-def convert_blobs(package: Package, output: Output) -> None:
+def convert_blobs(package: Package, output: ArchiveOutput) -> None:
     """Convert a Docker archive or an OCI layout, itself plain or gzip. Errors: BadImage.
 
     New Engines save both in one; then it is read as a Docker archive.
@@ -364,7 +364,9 @@ def convert_blobs(package: Package, output: Output) -> None:
 class _Layer:
     """The plain stream of one layer, whose digests are right when `check` says nothing."""
 
-    def __init__(self, blobs: Blobs, blob: Blob, what: str, diff_id: str, limits: Limits, count: Callable[[bytes], None]) -> None:
+    def __init__(
+        self, blobs: Blobs, blob: Blob, what: str, diff_id: str, limits: ArchiveLimits, count: Callable[[bytes], None]
+    ) -> None:
         self._blob, self._what, self._diff_id, self._count = blob, what, diff_id, count
         self._packed = _hash_of(blob.digest, what) if blob.digest is not None else None
         self._plain = _hash_of(diff_id, what)

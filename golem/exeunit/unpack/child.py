@@ -60,10 +60,10 @@ def convert(spec: dict[str, Any], report: Callable[[bytes], object]) -> tuple[li
         size=os.fstat(spec["package"]).st_size,
         inflated_to=spec["inflated"],
         machine=spec["machine"],
-        limits=archives.Limits(**limits, room=spec["room"]),
+        limits=archives.ArchiveLimits(**limits, room=spec["room"]),
         progress=progress,
     )
-    output = archives.Output(spec["archive"], spec["tag"])
+    output = archives.ArchiveOutput(spec["archive"], spec["tag"])
     if spec["format"] == "GVMI":
         archives.convert_gvmi(package, output)
     elif spec["format"] == "ROOTFS_ARCHIVE":

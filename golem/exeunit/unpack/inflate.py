@@ -21,7 +21,7 @@ class BadImage(Exception):
     """The package cannot become an image; the text is for the requestor."""
 
 
-class Source(Protocol):
+class ByteSource(Protocol):
     """A stream of bytes."""
 
     def read(self, most: int) -> bytes:
@@ -63,7 +63,7 @@ class Ratio:
 class _Inflated:
     """The stream that comes out of a compressed one; how is up to the two kinds below."""
 
-    def __init__(self, source: Source, what: str, ratio: Ratio) -> None:
+    def __init__(self, source: ByteSource, what: str, ratio: Ratio) -> None:
         self._source, self._what, self._ratio = source, what, ratio
         self._packed = self._unpacked = 0
 
@@ -92,7 +92,7 @@ class _Inflated:
 
 
 class _Gunzipped(_Inflated):
-    def __init__(self, source: Source, what: str, ratio: Ratio) -> None:
+    def __init__(self, source: ByteSource, what: str, ratio: Ratio) -> None:
         super().__init__(source, what, ratio)
         self._inflate = zlib.decompressobj(_GZIP_FORMAT)
         self._members = 1
@@ -131,7 +131,7 @@ class _Gunzipped(_Inflated):
 
 
 class _Unzstd(_Inflated):
-    def __init__(self, source: Source, what: str, ratio: Ratio) -> None:
+    def __init__(self, source: ByteSource, what: str, ratio: Ratio) -> None:
         super().__init__(source, what, ratio)
         import zstandard
 
@@ -155,7 +155,7 @@ class _Unzstd(_Inflated):
 class _Unread:
     """A source whose first bytes have been looked at."""
 
-    def __init__(self, head: bytes, source: Source) -> None:
+    def __init__(self, head: bytes, source: ByteSource) -> None:
         self._head, self._source = head, source
 
     def read(self, most: int) -> bytes:
@@ -165,7 +165,7 @@ class _Unread:
         return self._source.read(most)
 
 
-def inflated(source: Source, what: str, ratio: Ratio) -> Source:
+def inflated(source: ByteSource, what: str, ratio: Ratio) -> ByteSource:
     """Return the plain stream of a source that is plain, gzip or zstd. `what` names it in messages.
 
     Errors: BadImage when it is compressed in another way; reading raises it when the stream is damaged or a bomb.

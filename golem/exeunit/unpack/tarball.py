@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from golem.exeunit.unpack.inflate import CHUNK_BYTES, BadImage, Source
+from golem.exeunit.unpack.inflate import CHUNK_BYTES, BadImage, ByteSource
 
 BLOCK_BYTES = 512
 MAX_PATH_BYTES, MAX_NAME_BYTES = 4095, 255
@@ -66,7 +66,7 @@ def shown(name: bytes) -> str:
 class TarReader:
     """Members of a tar stream, one after the other."""
 
-    def __init__(self, source: Source, what: str, skip: Callable[[int], None] | None = None) -> None:
+    def __init__(self, source: ByteSource, what: str, skip: Callable[[int], None] | None = None) -> None:
         """`what` names the stream in messages; `skip` passes over bytes of it, where that is quicker than reading."""
         self._source, self._what, self._skip_bytes = source, what, skip
         self._left = self._padding = 0  # of the present member's content

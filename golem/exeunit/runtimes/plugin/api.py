@@ -26,7 +26,7 @@ class ProtocolFault(Exception):
 
 
 @dataclass(frozen=True)
-class Failed:
+class ServiceFailed:
     """The service says no."""
 
     code: int
@@ -48,7 +48,7 @@ class Started:
 
 
 @dataclass(frozen=True)
-class Done:
+class ServiceDone:
     """A kill or shutdown was carried out."""
 
 
@@ -64,7 +64,7 @@ class Status:
 
 
 @dataclass(frozen=True)
-class Claim:
+class ServiceClaim:
     """What the service says of itself: a state, or a counter's value."""
 
     name: str
@@ -77,7 +77,7 @@ class Response:
 
     event: bool
     id: int
-    body: Failed | Hello | Started | Done | Status | Claim | None
+    body: ServiceFailed | Hello | Started | ServiceDone | Status | ServiceClaim | None
 
 
 # -- out
@@ -227,14 +227,14 @@ def read_response(frame: bytes) -> Response:
     return Response(bool(whole.number(1)), whole.number(2), _body(whole))
 
 
-def _body(whole: _Message) -> Failed | Hello | Started | Done | Status | Claim | None:
+def _body(whole: _Message) -> ServiceFailed | Hello | Started | ServiceDone | Status | ServiceClaim | None:
     tags = [tag for tag in whole.fields if tag in (3, 4, 10, 11, 12, 20, 21)]
     if not tags:
         return None
     inner = whole.message(tags[-1])
     match tags[-1]:
         case 3:
-            return Failed(inner.number(1), inner.text(2))
+            return ServiceFailed(inner.number(1), inner.text(2))
         case 4:
             return Hello(inner.text(1))
         case 10:
@@ -243,17 +243,17 @@ def _body(whole: _Message) -> Failed | Hello | Started | Done | Status | Claim |
             return Status(inner.number(1), bool(inner.number(2)), inner.signed(3), inner.data(4), inner.data(5))
         case 21:
             return _claim(inner)
-    return Done()
+    return ServiceDone()
 
 
-def _claim(status: _Message) -> Claim | None:
+def _claim(status: _Message) -> ServiceClaim | None:
     if 2 in status.fields:
         counter = status.message(2)
         value = counter.data(2)
         if len(value) not in (0, 8):
             raise ProtocolFault("a counter's value has no 64 bits")
-        return Claim(counter.text(1), struct.unpack("<d", value)[0] if value else 0.0)
+        return ServiceClaim(counter.text(1), struct.unpack("<d", value)[0] if value else 0.0)
     if 1 in status.fields:
         state = status.message(1)
-        return Claim(state.text(1), state.data(2))
+        return ServiceClaim(state.text(1), state.data(2))
     return None

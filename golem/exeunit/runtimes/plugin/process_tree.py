@@ -38,7 +38,7 @@ _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
 @dataclass(frozen=True)
-class Ended:
+class ProgramEnd:
     """How a program ended: exit code, or the signal that killed it; `killed_for` is our own reason."""
 
     code: int | None
@@ -102,7 +102,7 @@ class Tree:
         self._libc = ctypes.CDLL(None, use_errno=True)
         self._libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         self._foreign = {(pid, found.ticks) for pid in _children(os.getpid()) if (found := _stat(pid))}
-        self._commands: dict[int, Command] = {}
+        self._commands: dict[int, RunningProgram] = {}
         self._serial = 0
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
         self._began_cpu_s = used.ru_utime + used.ru_stime
@@ -110,7 +110,7 @@ class Tree:
         self._vanished_cpu_s = 0.0
         self._cpu_s, self._peak_bytes = 0.0, 0
 
-    def start(self, argv: Sequence[str], *, env: Mapping[str, str], cwd: Path, cpus: int, stdin: bool = False) -> Command:
+    def start(self, argv: Sequence[str], *, env: Mapping[str, str], cwd: Path, cpus: int, stdin: bool = False) -> RunningProgram:
         """Start a program in a session of its own, on at most `cpus` processors.
 
         Errors: OSError.
@@ -119,7 +119,7 @@ class Tree:
         marks = {MARK: own_mark(), "GOLEM_COMMAND": str(self._serial)}
         guard = shutil.which("setpriv")
         words = [guard, "--pdeathsig", "KILL", "--", *argv] if guard else list(argv)
-        command = Command(self, words, {**env, **marks}, cwd, str(self._serial), stdin)
+        command = RunningProgram(self, words, {**env, **marks}, cwd, str(self._serial), stdin)
         self._commands[command.pid] = command
         allowed = sorted(os.sched_getaffinity(0))
         chosen = {allowed[(command.pid + n) % len(allowed)] for n in range(max(1, cpus))}
@@ -180,7 +180,7 @@ class Tree:
                     _, _, used = os.wait4(pid, os.WNOHANG)
                     self.note_peak(used.ru_maxrss * 1024)
 
-    def kill(self, command: Command) -> int:
+    def kill(self, command: RunningProgram) -> int:
         """Kill what a command is and what it started, also what has left its session or lost its parent.
 
         Returns how many were still there: until there are none, one of them may have started another meanwhile. To be
@@ -198,7 +198,7 @@ class Tree:
                 count += 1
         return count
 
-    async def kill_fully(self, command: Command) -> None:
+    async def kill_fully(self, command: RunningProgram) -> None:
         """Kill a command until nothing of it is left; gives up after KILL_S."""
         with trio.move_on_after(KILL_S, shield=True):
             while self.kill(command):
@@ -222,7 +222,7 @@ def _kill(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-class Command:
+class RunningProgram:
     """A running program; made by `Tree.start`, and to be closed."""
 
     def __init__(self, tree: Tree, argv: Sequence[str], env: Mapping[str, str], cwd: Path, mark: str, stdin: bool) -> None:
@@ -294,7 +294,7 @@ class Command:
         *,
         max_output_bytes: int,
         time_limit_s: float | None = None,
-    ) -> Ended:
+    ) -> ProgramEnd:
         """Hand on output until the program has ended; a slow `output` slows it."""
         total = 0
 
@@ -337,8 +337,8 @@ class Command:
         self._reap()
         assert self._status is not None
         if os.WIFSIGNALED(self._status):
-            return Ended(None, signal.Signals(os.WTERMSIG(self._status)), self._killed_for)
-        return Ended(os.waitstatus_to_exitcode(self._status), None, self._killed_for)
+            return ProgramEnd(None, signal.Signals(os.WTERMSIG(self._status)), self._killed_for)
+        return ProgramEnd(os.waitstatus_to_exitcode(self._status), None, self._killed_for)
 
     def _reap(self) -> None:
         if self._status is None:

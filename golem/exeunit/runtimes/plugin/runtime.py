@@ -57,8 +57,8 @@ from golem.exeunit.runtime import (
     guest_path,
 )
 from golem.exeunit.runtimes.plugin.descriptors import Descriptor, is_property_value
-from golem.exeunit.runtimes.plugin.process_tree import Command, Ended, Tree, sweep_processes
-from golem.exeunit.runtimes.plugin.service import Service
+from golem.exeunit.runtimes.plugin.process_tree import ProgramEnd, RunningProgram, Tree, sweep_processes
+from golem.exeunit.runtimes.plugin.service import RuntimeService
 from golem.exeunit.usage import COUNTERS, measure_tree, remove_tree
 
 VECTOR = "golem.com.usage.vector"
@@ -98,8 +98,8 @@ class ExternalRuntime:
         self._options: DeployOptions | None = None
         self._image = Path(os.devnull)
         self._deployed = self._started = self._blocking = False
-        self._service: Service | None = None
-        self._service_command: Command | None = None
+        self._service: RuntimeService | None = None
+        self._service_command: RunningProgram | None = None
         self._storage_bytes = 0
 
     # -- what is offered
@@ -253,7 +253,7 @@ class ExternalRuntime:
 
     async def _start_service(self, words: Sequence[str]) -> None:
         self._service_command = self._launch(words, {}, stdin=True)
-        service = Service(self._service_command)
+        service = RuntimeService(self._service_command)
         try:
             await service.begin(self._settings.start_s)
         except BaseException:  # also when cancelled: half started is not started
@@ -346,14 +346,14 @@ class ExternalRuntime:
 
     async def _call(
         self, words: Sequence[str], output: OutputSink, max_output_bytes: int, time_limit_s: float | None, env: Mapping[str, str]
-    ) -> Ended:
+    ) -> ProgramEnd:
         command = self._launch(words, env)
         try:
             return await command.wait(output, max_output_bytes=max_output_bytes, time_limit_s=time_limit_s)
         finally:
             await command.close()
 
-    def _launch(self, words: Sequence[str], env: Mapping[str, str], *, stdin: bool = False) -> Command:
+    def _launch(self, words: Sequence[str], env: Mapping[str, str], *, stdin: bool = False) -> RunningProgram:
         options = self._options
         assert options is not None
         variables = {**options.env, **env}
@@ -378,7 +378,7 @@ class ExternalRuntime:
             self._storage_bytes = size.size_bytes if size.complete else max(size.size_bytes, full)
 
 
-def exit_status(ended: Ended) -> ExitStatus:
+def exit_status(ended: ProgramEnd) -> ExitStatus:
     """What the requestor is told of a program's end."""
     if ended.killed_for is not None:
         return ExitStatus(137, ended.killed_for)

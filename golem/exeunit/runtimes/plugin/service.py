@@ -18,7 +18,7 @@ import trio
 
 from golem.exeunit.runtime import ExitStatus, OutputSink, RuntimeFault, Side
 from golem.exeunit.runtimes.plugin import api
-from golem.exeunit.runtimes.plugin.process_tree import Command
+from golem.exeunit.runtimes.plugin.process_tree import RunningProgram
 
 log = logging.getLogger("golem.exeunit")
 
@@ -30,10 +30,10 @@ MAX_LOG_BYTES = 1 << 20  # of the service's stderr
 KILLED = 137
 
 
-class Service:
+class RuntimeService:
     """One running service."""
 
-    def __init__(self, command: Command) -> None:
+    def __init__(self, command: RunningProgram) -> None:
         assert command.input is not None
         self._command, self._input = command, command.input
         self._serial = 0
@@ -190,7 +190,7 @@ class Service:
         if not found:
             raise RuntimeFault(self.why_lost or f"the runtime's service did not answer within {timeout_s:g} s")
         body = found[0].body
-        if isinstance(body, api.Failed):
+        if isinstance(body, api.ServiceFailed):
             raise RuntimeFault(f"the runtime's service refused: {body.message[:1000]}")
         return body
 
@@ -218,7 +218,7 @@ class Service:
                 self._early.append(body)
                 if len(self._early) > MAX_EARLY:
                     raise api.ProtocolFault("news of commands that were not started")
-        elif isinstance(body, api.Claim):
+        elif isinstance(body, api.ServiceClaim):
             log.debug("the runtime says: %s = %r", body.name[:100], body.value if isinstance(body.value, float) else "...")
         elif not response.event and (take := self._answers.get(response.id)) is not None:
             take(response)

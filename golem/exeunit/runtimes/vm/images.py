@@ -33,7 +33,7 @@ import trio
 
 from golem.exeunit.runtime import ImageFormat, RuntimeFault, Side
 from golem.exeunit.runtimes.vm.admin import Admin
-from golem.exeunit.sandbox.process import Ended, open_child
+from golem.exeunit.sandbox.process import ChildEnd, open_child
 from golem.exeunit.unpack.archives import COST_LABEL, MEMBERS_LABEL, NAME_BYTES, is_own
 
 Notice = Callable[[str], None]
@@ -408,7 +408,7 @@ async def _unpack(
     return cpu_s, list(report["layers"]), max(0, int(report.get("members") or 0))
 
 
-def _report(ended: Ended) -> dict[str, Any]:
+def _report(ended: ChildEnd) -> dict[str, Any]:
     try:
         report = json.loads(ended.report)
     except ValueError:
@@ -416,7 +416,7 @@ def _report(ended: Ended) -> dict[str, Any]:
     return report if isinstance(report, dict) else {}
 
 
-def _death(ended: Ended, limits: ImageLimits, stderr: bytes) -> str:
+def _death(ended: ChildEnd, limits: ImageLimits, stderr: bytes) -> str:
     if ended.killed_for is not None:
         return f"unpacking was stopped: {ended.killed_for}"
     if ended.signal == signal.SIGXCPU:

@@ -40,7 +40,7 @@ class Mount:
 
 
 @dataclass(frozen=True)
-class Package:
+class WasmPackage:
     """`entry_points`: entry id -> path of its module inside the zip; that path is also the command's argv[0]."""
 
     id: str
@@ -49,7 +49,7 @@ class Package:
     mounts: tuple[Mount, ...]
 
 
-def read_package(path: Path) -> Package:
+def read_package(path: Path) -> WasmPackage:
     """Read and check the manifest.
 
     Errors: RuntimeFault with a text for the requestor.
@@ -121,7 +121,7 @@ def _inflate(archive: zipfile.ZipFile, name: str, max_bytes: int) -> list[bytes]
     return chunks
 
 
-def _parse(manifest: object) -> Package:
+def _parse(manifest: object) -> WasmPackage:
     if not isinstance(manifest, Mapping):
         raise RuntimeFault("manifest.json must hold an object")
     runtime = manifest.get("runtime", "wasi")
@@ -139,7 +139,7 @@ def _parse(manifest: object) -> Package:
     mounts = [_mount(entry) for entry in _objects(manifest, "mount-points", MAX_MOUNTS)]
     if len({mount.path for mount in mounts}) != len(mounts):
         raise RuntimeFault("manifest.json names a mount point twice")
-    return Package(_text(manifest, "id"), _text(manifest, "name"), points, tuple(mounts))
+    return WasmPackage(_text(manifest, "id"), _text(manifest, "name"), points, tuple(mounts))
 
 
 def _mount(entry: Mapping[str, object]) -> Mount:

@@ -49,10 +49,10 @@ from golem.exeunit.runtime import (
 )
 from golem.exeunit.runtimes.wasm.cache import CompiledCache
 from golem.exeunit.runtimes.wasm.child import CONFIG_TAG
-from golem.exeunit.runtimes.wasm.package import Mount, Package, copy_module, read_package
+from golem.exeunit.runtimes.wasm.package import Mount, WasmPackage, copy_module, read_package
 from golem.exeunit.sandbox import seccomp
 from golem.exeunit.sandbox.lockdown import landlock_abi
-from golem.exeunit.sandbox.process import Child, Ended, open_child
+from golem.exeunit.sandbox.process import Child, ChildEnd, open_child
 from golem.exeunit.storage import FOLDER, Storage, open_storage
 from golem.exeunit.stranded import sweep_storage, told
 from golem.exeunit.usage import unlinked_bytes
@@ -99,7 +99,7 @@ class WasmRuntime:
         self._settings = settings or WasmSettings()
         self._cache = CompiledCache(cache_dir, f"{self.version}-{CONFIG_TAG}", self._settings.cache_bytes)
         self._image: Path | None = None
-        self._package: Package | None = None
+        self._package: WasmPackage | None = None
         self._options: DeployOptions | None = None
         self._volumes: tuple[Volume, ...] = ()
         self._entries: dict[str | None, _Entry] = {}  # None stands for any name (a bare module)
@@ -354,7 +354,7 @@ class WasmRuntime:
         max_output_bytes: int,
         time_limit_s: float | None,
         watch_storage: bool = False,
-    ) -> Ended:
+    ) -> ChildEnd:
         """Run one child to its end and add what it used to the totals."""
         async with self._child(json.dumps(spec).encode(), files) as child, trio.open_nursery() as nursery:
             if watch_storage and self._storage is not None and not self._storage.limited:
@@ -422,7 +422,7 @@ def _command_line(spec_fd: int, report_fd: int) -> list[str]:
     return [sys.executable, "-I", "-S", "-X", "utf8", "-c", boot, str(spec_fd), str(report_fd)]
 
 
-def _report(ended: Ended) -> dict[str, Any]:
+def _report(ended: ChildEnd) -> dict[str, Any]:
     try:
         report = json.loads(ended.report.partition(b"\0")[0])
     except ValueError:
@@ -430,7 +430,7 @@ def _report(ended: Ended) -> dict[str, Any]:
     return report if isinstance(report, dict) else {}
 
 
-def _exit_status(ended: Ended, cpu_s: float | None) -> ExitStatus:
+def _exit_status(ended: ChildEnd, cpu_s: float | None) -> ExitStatus:
     """What the requestor is told; a child that was killed has no report."""
     if ended.killed_for is not None:
         return ExitStatus(KILLED, ended.killed_for)
