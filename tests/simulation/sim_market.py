@@ -255,6 +255,7 @@ class UnitHost(Host):
         try:
             lost = "unit" in system.rows(self.actor)
         except RowDamaged:
+            await trio.sleep(1)  # also in the calm phase: what is damaged is repaired a while later
             raise Crash from None  # as the process does
         system.add_port(Runtime(self, lost))
         self.starts += 1
