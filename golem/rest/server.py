@@ -13,7 +13,7 @@ import hypercorn.trio
 import hypercorn.trio.run
 import trio
 from hypercorn.config import Config
-from hypercorn.events import Event
+from hypercorn.events import Event, Updated
 from hypercorn.protocol import ws_stream
 from hypercorn.trio.tcp_server import TCPServer
 from wsproto.events import Message
@@ -28,8 +28,11 @@ class _Connection(TCPServer):
     """A client's connection that ends when it should.
 
     At the end of an answer Hypercorn tells the application that the exchange is over, and Quart then cancels the task that says
-    so: without a shield it gets neither to closing the connection nor to counting its idle time.
+    so: without a shield it gets neither to closing the connection nor to counting its idle time. A client may be gone before
+    its answer is over: then the idle time would begin when nobody reads any more, and keep the socket to its end.
     """
+
+    is_read = True
 
     async def run(self) -> None:
         try:
@@ -47,7 +50,16 @@ class _Connection(TCPServer):
         with trio.CancelScope(shield=True):
             await trio.aclose_forcefully(self.stream)
 
+    async def _read_data(self) -> None:
+        try:
+            await super()._read_data()
+        finally:
+            self.is_read = False
+            await self.idle_task.stop()
+
     async def protocol_send(self, event: Event) -> None:
+        if isinstance(event, Updated) and not self.is_read:
+            return
         # busy: another task is just closing it, so that nobody reads what is said now
         with trio.CancelScope(shield=True), suppress(trio.BusyResourceError):
             await super().protocol_send(event)

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 import trio
 import trio_websocket
@@ -153,3 +154,22 @@ async def test_a_connection_ends_when_its_last_answer_has(tmp_path: Path) -> Non
                     while data := await stream.receive_some(4096):
                         answer += data
                 assert answer.startswith(b"HTTP/1.1 200")
+
+
+@trio_test
+async def test_a_client_that_is_gone_leaves_no_socket_behind(tmp_path: Path) -> None:
+    """Answers may end after their client has: then nobody counts the connection's idle time, and it is closed at once."""
+
+    def ask_and_leave(where: tuple[str, int]) -> None:
+        for _ in range(100):
+            with socket.create_connection(where) as client:
+                client.sendall(b"GET /version/get HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+                assert client.recv(1 << 16).startswith(b"HTTP/1.1 200")
+
+    async with node_in_test(tmp_path) as node, served(node):
+        await trio.to_thread.run_sync(ask_and_leave, address(node))
+        with within(60):
+            while waiting := [one for one in psutil.Process().net_connections("tcp") if one.status == "CLOSE_WAIT"]:
+                assert node.config.max_rest_timeout_s > 60, "else they would end by themselves"
+                await trio.sleep(0.05)
+        assert not waiting
