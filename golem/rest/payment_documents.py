@@ -259,9 +259,9 @@ def _usage(body: dict[str, Any]) -> tuple[int | float, ...] | None:
         return None
     if len(usage) > MAX_USAGE_COUNTERS or any(isinstance(x, bool) or not isinstance(x, int | Decimal) for x in usage):
         raise ApiError(400, f"field `usageCounterVector`: expected an array of at most {MAX_USAGE_COUNTERS} numbers")
-    if any(not -MAX_COUNTER < x < MAX_COUNTER for x in usage):
+    if any(not -MAX_COUNTER <= x <= MAX_COUNTER for x in usage):
         raise ApiError(400, f"field `usageCounterVector`: expected numbers between -{MAX_COUNTER:g} and {MAX_COUNTER:g}")
-    return tuple(x if isinstance(x, int) else float(x) for x in usage)
+    return tuple(x if isinstance(x, int) and abs(x) < 2**63 else float(x) for x in usage)  # messages hold 64 bits
 
 
 def render(row: PaymentDocument) -> dict[str, Any]:
