@@ -30,6 +30,7 @@ from actors.ledger.machine import Ledger
 from actors.market.machine import Market
 from actors.negotiation.machine import Negotiation
 from actors.wallet.machine import Wallet
+from golem.base import open_files
 from golem.base.clock import watch_clock
 from golem.bus.router import Router
 from golem.bus.server import Bus
@@ -184,7 +185,7 @@ async def serve_rest(node: Node, sock: socket.socket, *, task_status: Any = trio
     from golem.rest.app import create_app
     from golem.rest.server import server_settings
 
-    settings = server_settings(GRACE_S, node.config.max_rest_timeout_s)
+    settings = server_settings(GRACE_S, node.config.max_rest_timeout_s, open_files.for_strangers())
     host, port = sock.getsockname()[:2]
     node.api_url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     settings.bind = [f"fd://{sock.detach()}"]  # the server closes it
@@ -197,6 +198,7 @@ async def run_node(config: Config, ask_password: AskPassword | None = None, read
     """Run a whole node until `SIGTERM` or `SIGINT`. `ready(node)` is called when REST answers."""
     import signal
 
+    open_files.raise_limit()
     sock = bind_api(config)
     importlib.import_module("golem.rest.app")  # now, while nothing else runs: beside the import of libp2p it takes
     importlib.import_module("hypercorn.trio")  # several times as long

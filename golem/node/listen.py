@@ -38,7 +38,7 @@ def _listening(host: str, port: int) -> socket.socket:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         _notice_lost_clients(sock)
         sock.bind((host, port))
-        sock.listen(256)
+        sock.listen(256)  # until the server, which says its own
     except OSError:
         sock.close()
         raise

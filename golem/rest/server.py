@@ -22,6 +22,33 @@ log = logging.getLogger("golem.http")
 
 MAX_MESSAGE_BYTES = 1 << 20  # of a websocket: a file's chunk is a quarter of it; a connection queues up to 20 messages
 MAX_HEADERS_BYTES = 64 << 10
+BACKLOG = 1024  # connections that the kernel keeps until they are accepted; Hypercorn sets the listening socket's anew
+
+
+class _Places:
+    """The open connections of a server: where there are more than `most`, the one that is idle for longest is closed."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.taken = most, 0
+        self._idle: dict[_Connection, None] = {}  # since the longest first
+
+    def idle(self, connection: _Connection, is_idle: bool) -> None:
+        self._idle.pop(connection, None)
+        if is_idle:
+            self._idle[connection] = None
+
+    async def make_room(self) -> None:
+        if self.taken > self.most and self._idle:
+            oldest = next(iter(self._idle))
+            del self._idle[oldest]
+            log.info("%d connections are open, %d may be: an idle one is closed", self.taken, self.most)
+            await trio.aclose_forcefully(oldest.stream)
+
+
+class Settings(Config):
+    """Hypercorn's settings, and the places of this server."""
+
+    places = _Places(1 << 30)
 
 
 class _Connection(TCPServer):
@@ -32,16 +59,24 @@ class _Connection(TCPServer):
     its answer is over: then the idle time would begin when nobody reads any more, and keep the socket to its end.
     """
 
+    config: Settings
     is_read = True
 
     async def run(self) -> None:
+        places = self.config.places
+        places.taken += 1
+        places.idle(self, True)
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._end_with_server)
+                await places.make_room()
                 await super().run()
                 nursery.cancel_scope.cancel()
         except* Exception as failed:  # bytes that Hypercorn stumbles over end their connection, not the node
             log.info("a connection failed: %s", "; ".join(map(repr, failed.exceptions)))
+        finally:
+            places.taken -= 1
+            places.idle(self, False)
 
     async def _end_with_server(self) -> None:
         """Close on those who take nothing of what is sent: sending is under a shield, and would hold up the stop."""
@@ -58,8 +93,10 @@ class _Connection(TCPServer):
             await self.idle_task.stop()
 
     async def protocol_send(self, event: Event) -> None:
-        if isinstance(event, Updated) and not self.is_read:
-            return
+        if isinstance(event, Updated):
+            if not self.is_read:
+                return
+            self.config.places.idle(self, event.idle)
         # busy: another task is just closing it, so that nobody reads what is said now
         with trio.CancelScope(shield=True), suppress(trio.BusyResourceError):
             await super().protocol_send(event)
@@ -86,8 +123,9 @@ class _Handshake(ws_stream.Handshake):
         return super().accept(subprotocol, additional_headers)
 
 
-def server_settings(grace_s: float, keep_alive_s: float) -> Config:
-    """Return Hypercorn's settings: at a stop, open requests have `grace_s`; idle connections are kept for `keep_alive_s`.
+def server_settings(grace_s: float, keep_alive_s: float, most_connections: int) -> Settings:
+    """Return Hypercorn's settings: at a stop, open requests have `grace_s`; idle connections are kept for `keep_alive_s`,
+    while no more than `most_connections` are open.
 
     No pings on websockets: Hypercorn does not look for their answers, and its task of pings outlives the connection. TCP
     keep-alive (see `golem.node.listen.bind_api`) finds clients that are gone.
@@ -95,7 +133,9 @@ def server_settings(grace_s: float, keep_alive_s: float) -> Config:
     hypercorn.trio.run.TCPServer = _Connection  # type: ignore[attr-defined]
     ws_stream.WebsocketBuffer = _Buffer  # type: ignore[misc]
     ws_stream.Handshake = _Handshake  # type: ignore[misc]
-    settings = Config()
+    settings = Settings()
+    settings.places = _Places(most_connections)
+    settings.backlog = BACKLOG
     settings.graceful_timeout = settings.shutdown_timeout = grace_s
     settings.keep_alive_timeout = keep_alive_s
     settings.h11_max_incomplete_size = MAX_HEADERS_BYTES

@@ -6,7 +6,7 @@ import json
 import socket
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import httpx
@@ -19,6 +19,7 @@ from worlds.node_in_test import APP_KEY, HEADERS, node_in_test
 from worlds.patience import patience, within
 from worlds.support import trio_test
 
+from golem.base import open_files
 from golem.daemon import serve_rest
 from golem.node.node import Node
 
@@ -173,3 +174,33 @@ async def test_a_client_that_is_gone_leaves_no_socket_behind(tmp_path: Path) -> 
                 assert node.config.max_rest_timeout_s > 60, "else they would end by themselves"
                 await trio.sleep(0.05)
         assert not waiting
+
+
+@trio_test
+async def test_idle_strangers_make_room_for_who_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Connections need no key: where all places are taken, the one that is idle for longest goes."""
+    monkeypatch.setattr(open_files, "for_strangers", lambda: 8)
+    async with node_in_test(tmp_path) as node, served(node) as rest, AsyncExitStack() as stack:
+        long_poll = "/payment-api/v1/invoiceEvents?timeout=40"
+        with within(60):
+            polls = [trio.Event() for _ in range(3)]
+
+            async def poll(done: trio.Event) -> None:
+                assert (await rest.client.get(long_poll)).status_code == 200
+                done.set()
+
+            for done in polls:
+                rest.nursery.start_soon(poll, done)
+            await trio.sleep(0.5)  # the polls are under way first; later ones would be let in as well
+            strangers = []
+            for _ in range(40):
+                stranger = await trio.open_tcp_stream(*address(node))
+                strangers.append(await stack.enter_async_context(stranger))
+                assert (await rest.client.get("/me")).status_code == 200
+            for stranger in strangers[:20]:
+                assert await stranger.receive_some(1) == b"", "closed"
+            assert not any(done.is_set() for done in polls), "who has asked is served"
+            node.stopping.set()
+            node.system.feeds.close()
+            for done in polls:
+                await done.wait()
