@@ -15,6 +15,7 @@ from order import longest_first, shuffle
 from skips import what_to_install
 from worlds.engine import engine_for_tests
 
+from golem.exeunit.storage import unmount_all
 from golem.lab.engine import LocalEngine
 
 
@@ -36,6 +37,14 @@ def plain_engine() -> Iterator[LocalEngine]:
     """A Docker Engine whose containers' root is the machine's root."""
     with tempfile.TemporaryDirectory(prefix="engine-") as folder, engine_for_tests(Path(folder) / "e", userns=False) as one:
         yield one
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_mounts_stay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Exe-units that tests kill leave their storage mounted, since no provider sweeps after them."""
+    yield
+    if os.geteuid() == 0:
+        unmount_all(tmp_path_factory.getbasetemp().resolve())
 
 
 # -- the order of tests, and who runs them

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import secrets
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ class AppKeys:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._by_key: dict[str, AppKey] = {}
+        self._open: dict[str, set[Callable[[], object]]] = {}  # by key: what ends when it is removed
         self.session: AppKey | None = None
         if path.exists():
             try:
@@ -45,6 +48,18 @@ class AppKeys:
 
     def find(self, key: str) -> AppKey | None:
         return self._by_key.get(key) or (self.session if self.session and self.session.key == key else None)
+
+    @contextmanager
+    def holding(self, key: str, end: Callable[[], object]) -> Iterator[None]:
+        """Meanwhile something is open in the name of a key: `end` is called when the key is removed."""
+        held = self._open.setdefault(key, set())
+        held.add(end)
+        try:
+            yield
+        finally:
+            held.discard(end)
+            if not held and self._open.get(key) is held:
+                del self._open[key]
 
     def open_session(self, identity: str) -> AppKey:
         """Return the key of this run's command line: never written, never listed, gone with the process."""
@@ -91,4 +106,8 @@ class AppKeys:
             write_private(self._path, json.dumps(entries, indent=1))
         except OSError as error:
             raise IdentityError(f"cannot write {self._path}: {error.strerror}") from None
+        gone = self._by_key.keys() - keys.keys()
         self._by_key = keys
+        for key in gone:
+            for end in tuple(self._open.get(key, ())):
+                end()

@@ -15,6 +15,7 @@ from actors.kernel.records import RowDamaged
 from golem.base.hosts import is_of_this_machine
 from golem.config import VERSION
 from golem.rest.edge import BODY_LIMIT, ApiError, Caller, caller, respond_json
+from golem.rest.revocation import Revocable, key_in
 from protocol.types import timestamp_text
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ def create_app(node: Node) -> QuartTrio:
 
     for module in (market, activity, interaction, payment, gsb, net, identity, registry):
         app.register_blueprint(module.blueprint(node))
-    app.asgi_app = Proxy(node, app.asgi_app, partial(admit, node))  # type: ignore[method-assign]
+    inner = Proxy(node, app.asgi_app, partial(admit, node))
+    app.asgi_app = Revocable(node.app_keys, inner)  # type: ignore[method-assign,assignment]
     return app
 
 
@@ -85,12 +87,10 @@ def _refusal(node: Node, asked: Request | Websocket) -> Response | None:
 
 def admit(node: Node, authorization: str, token: str, path: str) -> Caller | Response:
     """Return who asks, by the header or by the query's `authToken`; or the answer to one that may not."""
-    scheme, _, key = authorization.partition(" ")
-    if scheme.lower() != "bearer" or not key:
-        key = token  # browsers can set no header of a websocket
+    key = key_in(authorization, token)
     if not key:
         return ApiError(401, "Missing application key").response()
-    found = node.app_keys.find(key.strip())
+    found = node.app_keys.find(key)
     if found is None:
         return ApiError(401, "Invalid application key").response()
     if found.identity != node.node_id and path not in OWN_PATHS:  # a key from before the node's identity was changed

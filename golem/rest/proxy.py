@@ -113,10 +113,12 @@ class Proxy:
             raise ApiError(405, "CONNECT is not for services")
         service = await self._node.interactions.connect(row, target.port)
         try:
-            if scope["type"] == "websocket":
-                await relay_websocket(service, target, forwarded(headers, target), scope, source.receive, send)
-            else:
-                await _Exchange(service, target, source.receive, send, more).run(scope, self._node.stopping)
+            # a page's requests bear a ticket in place of the key: they end with it, as those that bear the key (`revocation`)
+            with trio.CancelScope() as whole, self._node.app_keys.holding(app_key or "", whole.cancel):
+                if scope["type"] == "websocket":
+                    await relay_websocket(service, target, forwarded(headers, target), scope, source.receive, send)
+                else:
+                    await _Exchange(service, target, source.receive, send, more).run(scope, self._node.stopping)
         finally:
             with trio.CancelScope(shield=True):
                 await service.aclose()
