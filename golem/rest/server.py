@@ -45,7 +45,7 @@ class _Places:
             await trio.aclose_forcefully(oldest.stream)
 
 
-class Settings(Config):
+class ServerSettings(Config):
     """Hypercorn's settings, and the places of this server."""
 
     places = _Places(1 << 30)
@@ -59,7 +59,7 @@ class _Connection(TCPServer):
     its answer is over: then the idle time would begin when nobody reads any more, and keep the socket to its end.
     """
 
-    config: Settings
+    config: ServerSettings
     is_read = True
 
     async def run(self) -> None:
@@ -123,7 +123,7 @@ class _Handshake(ws_stream.Handshake):
         return super().accept(subprotocol, additional_headers)
 
 
-def server_settings(grace_s: float, keep_alive_s: float, most_connections: int) -> Settings:
+def server_settings(grace_s: float, keep_alive_s: float, most_connections: int) -> ServerSettings:
     """Return Hypercorn's settings: at a stop, open requests have `grace_s`; idle connections are kept for `keep_alive_s`,
     while no more than `most_connections` are open.
 
@@ -133,7 +133,7 @@ def server_settings(grace_s: float, keep_alive_s: float, most_connections: int) 
     hypercorn.trio.run.TCPServer = _Connection  # type: ignore[attr-defined]
     ws_stream.WebsocketBuffer = _Buffer  # type: ignore[misc]
     ws_stream.Handshake = _Handshake  # type: ignore[misc]
-    settings = Settings()
+    settings = ServerSettings()
     settings.places = _Places(most_connections)
     settings.backlog = BACKLOG
     settings.graceful_timeout = settings.shutdown_timeout = grace_s
