@@ -165,8 +165,9 @@ def _because(row: dict[str, Any]) -> str:
 @click.option("--unseen", is_flag=True, help="With --paid: count it though no RPC shows that it paid.")
 @click.option("--unpaid", is_flag=True, help="Nothing paid it, and nothing will: pay it anew.")
 def decide(batch: str, paid_by: str | None, unseen: bool, unpaid: bool) -> None:
-    """Say what became of a payment that the RPCs do not prove, or that you know of one to this node that was lost.
+    """Say what became of an unclear payment.
 
+    It is one of ours that the RPCs do not prove, or one to this node whose block the chain has lost.
     `golem payment status` names such payments, `golem payment trace` tells what each RPC says. Look at the payer's and the
     payee's accounts in an explorer that you trust: a payment that is called unpaid, and is not, is paid twice; one that is
     called paid, and is not, is never paid.

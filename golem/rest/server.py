@@ -59,11 +59,15 @@ class _Connection(TCPServer):
     its answer is over: then the idle time would begin when nobody reads any more, and keep the socket to its end.
     """
 
-    config: ServerSettings
     is_read = True
 
+    @property
+    def _places(self) -> _Places:
+        """Those of its server; a server with plain settings (tests have some) has no bound."""
+        return self.config.places if isinstance(self.config, ServerSettings) else ServerSettings.places
+
     async def run(self) -> None:
-        places = self.config.places
+        places = self._places
         places.taken += 1
         places.idle(self, True)
         try:
@@ -96,7 +100,7 @@ class _Connection(TCPServer):
         if isinstance(event, Updated):
             if not self.is_read:
                 return
-            self.config.places.idle(self, event.idle)
+            self._places.idle(self, event.idle)
         # busy: another task is just closing it, so that nobody reads what is said now
         with trio.CancelScope(shield=True), suppress(trio.BusyResourceError):
             await super().protocol_send(event)
