@@ -197,8 +197,8 @@ def config_from(env: Mapping[str, str], **flags: object) -> Config:
         config = replace(config, chain_url=parse_chain_url(config.chain_url))
     if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", config.network_name):
         raise ConfigError(f"network name {config.network_name[:80]!r}: expected 1 to 64 letters, digits, dots, _ or -")
-    if config.autoconf_app_key and not re.fullmatch(r"[!-~]{1,256}", config.autoconf_app_key):
-        raise ConfigError("YAGNA_AUTOCONF_APPKEY: expected at most 256 printable characters without spaces")
+    if config.autoconf_app_key and not re.fullmatch(r"[!-~]{8,256}", config.autoconf_app_key):
+        raise ConfigError("YAGNA_AUTOCONF_APPKEY: expected 8 to 256 printable characters without spaces")
     return config
 
 

@@ -199,6 +199,7 @@ async def run_node(config: Config, ask_password: AskPassword | None = None, read
     import signal
 
     open_files.raise_limit()
+    os.umask(0o077)  # what a node writes is its user's alone
     sock = bind_api(config)
     importlib.import_module("golem.rest.app")  # now, while nothing else runs: beside the import of libp2p it takes
     importlib.import_module("hypercorn.trio")  # several times as long

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import stat
+from itertools import islice
 from pathlib import Path
+
+MAX_FILES = 10_000  # of a folder
 
 
 def write_private(path: Path, text: str) -> None:
@@ -30,3 +33,29 @@ def check_ours(path: Path) -> None:
     others = found.st_mode & stat.S_IWOTH or (found.st_mode & stat.S_IWGRP and found.st_gid != os.getegid())
     if others:
         raise ValueError("others may write there (chmod go-w)")
+
+
+def make_private(folder: Path) -> list[str]:
+    """Take from others what they may do with a folder of ours and with the files in it.
+
+    Returns the names of what was open to them, the folder's first. What is somebody else's, or a link, stays as it is.
+    Raises `OSError`.
+    """
+    opened = []
+    with os.scandir(folder) as entries:
+        files = [Path(entry.path) for entry in islice(entries, MAX_FILES) if entry.is_file(follow_symlinks=False)]
+    for path in (folder, *sorted(files)):
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            found = os.fstat(handle)
+            if found.st_mode & 0o077 and found.st_uid == os.geteuid():
+                os.fchmod(handle, stat.S_IMODE(found.st_mode) & 0o700)
+                opened.append(path.name)
+        finally:
+            os.close(handle)
+    return opened
+
+
+def is_open_to_others(path: Path) -> bool:
+    """Return whether other users may read a file. Raises `OSError`."""
+    return bool(path.stat().st_mode & 0o077)

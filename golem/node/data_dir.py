@@ -13,8 +13,11 @@ from typing import Any
 
 from actors.kernel.trace import Line
 from golem.config import ConfigError
-from golem.private_files import check_ours
+from golem.private_files import check_ours, make_private
 
+log = logging.getLogger("golem.node")
+
+MAX_NAMED = 20
 STEP_LOG_BYTES, STEP_LOG_FILES = 16 * 1024 * 1024, 4
 
 
@@ -42,6 +45,12 @@ def lock_data_dir(data_dir: Path, stack: ExitStack[Any] | AsyncExitStack) -> Non
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         raise ConfigError(f"another node runs on {data_dir} (choose another with golem --data-dir DIR)") from None
+    try:
+        opened = make_private(data_dir)
+    except OSError as error:
+        raise ConfigError(f"cannot make the data directory {data_dir} private: {error}") from None
+    if opened:
+        log.warning("the data directory %s was open to other users; closed now: %s", data_dir, ", ".join(opened[:MAX_NAMED]))
 
 
 def step_log(data_dir: Path) -> Any:

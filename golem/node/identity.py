@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import hmac
 import json
+import logging
 import secrets
 from collections.abc import Callable
 from pathlib import Path
 
 from golem.base.recursion import tame_imports
 from golem.config import Config
-from golem.private_files import check_ours, write_private
+from golem.private_files import check_ours, is_open_to_others, write_private
 from protocol.signing import Document, node_id_of, sign
+
+log = logging.getLogger("golem.node")
 
 KEYSTORE, PLAIN_KEY, APP_KEYS = "keystore.json", "identity.key", "app-keys.json"
 SCRYPT_N = 1 << 18  # the usual cost of Ethereum keystores: about a second
@@ -169,6 +172,8 @@ def _password(config: Config, ask_password: AskPassword | None, *, twice: bool) 
 def _given_password(config: Config, ask_password: AskPassword | None, *, twice: bool) -> str:
     if config.password_file:
         password = read_secret(config.password_file).rstrip("\r\n")
+        if is_open_to_others(config.password_file):
+            log.warning("other users may read the password file %s (chmod 600 it)", config.password_file)
         if not password:
             raise IdentityError(f"the password file {config.password_file} is empty")
         return password

@@ -31,7 +31,7 @@ from actors.provider.rows import ALIVE, WAITING
 from actors.provider.turn import ProviderConfig
 from golem.base.ports import may_hear_keys, of_others
 from golem.config import DEFAULT_API_URL, parse_api_url
-from golem.private_files import check_ours
+from golem.private_files import check_ours, make_private
 from golem.provider.client import MARKET, NodeApiError, NodeAway, NodeClient, NodeError, part
 from golem.provider.leftovers import Leftovers
 from golem.provider.offering import AgentError, Offering
@@ -238,6 +238,7 @@ def _lock(data_dir: Path, stack: AsyncExitStack) -> None:
     try:
         data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         check_ours(data_dir)
+        make_private(data_dir)
         handle = os.open(data_dir / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except (OSError, ValueError) as error:
         raise AgentError(f"cannot use the data directory {data_dir}: {error}") from None

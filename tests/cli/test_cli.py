@@ -392,6 +392,7 @@ def test_bad_flags(tmp_path: Path, flags: tuple[str, ...], expected: str) -> Non
     ("DEFAULT_SUBSCRIPTION_TTL", "3h"), ("DEFAULT_SUBSCRIPTION_TTL", "nan"), ("DEFAULT_SUBSCRIPTION_TTL", "-1"),
     ("PAYMENT_CYCLE_DEFAULT_INTERVAL", "soon"), ("MARKET_MAX_EVENTS_MAX", "0"), ("MARKET_MAX_EVENTS_DEFAULT", "many"),
     ("GOLEM_PROFILE", "nope"), ("YAGNA_API_URL", "ftp://x"), ("YAGNA_AUTOCONF_APPKEY", "with a space"),
+    ("YAGNA_AUTOCONF_APPKEY", "short"),
 ])  # fmt: skip
 def test_bad_variables(name: str, value: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(value) if name != "YAGNA_AUTOCONF_APPKEY" else name):
@@ -532,7 +533,7 @@ def test_a_full_disk_ends_the_node(tmp_path: Path) -> None:
     if mounted.returncode:
         pytest.skip(f"cannot mount a small disk: {mounted.stderr.strip()}")
     try:
-        process = started(tmp_path, "--plain-key", YAGNA_AUTOCONF_APPKEY="key")
+        process = started(tmp_path, "--plain-key", YAGNA_AUTOCONF_APPKEY="a-key-of-mine")
         try:
             url = json.loads((disk / "node.json").read_text())["apiUrl"]
             with (disk / "fill").open("wb", buffering=0) as fill, suppress(OSError):
