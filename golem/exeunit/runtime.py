@@ -84,7 +84,6 @@ class DeployOptions:
     volumes: tuple[VolumeRequest, ...] = ()
     hostname: str | None = None
     hosts: Mapping[str, str] = field(default_factory=dict)
-    networks: tuple[Mapping[str, Any], ...] = ()
     activity_id: str = ""  # 32 hex digits; what the runtime leaves on the machine is marked with it
     notice: Callable[[str], None] = lambda text: None  # told of what takes long at deploy
 

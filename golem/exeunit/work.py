@@ -16,7 +16,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import trio
 
 from actors.kernel.machine import Meta, Send
@@ -239,13 +238,14 @@ class RuntimePort:
 
     # -- commands
     async def _deploy(self, message: Execute, deploy: Deploy) -> None:
+        if deploy.net:
+            raise Failed("`net`: virtual networks are not there yet, so none of this deploy is done; leave `net` out")
         progress = _Progress(self, message, deploy.progress)
         image = await self._obtain(progress)
         try:
             self._deployments += 1
             folder = self._work_dir / f"deployment-{self._deployments}"
             folder.mkdir(mode=0o711)
-            networks = tuple(msgspec.to_builtins(network) for network in deploy.net or ())
             options = DeployOptions(
                 work_dir=folder,
                 limits=self._terms.limits,
@@ -253,7 +253,6 @@ class RuntimePort:
                 volumes=parse_volumes(deploy.volumes),
                 hostname=deploy.hostname,
                 hosts=deploy.hosts or {},
-                networks=networks,
                 activity_id=self._activity_id,
                 notice=progress.notice,
             )

@@ -498,6 +498,18 @@ async def test_a_bug_of_a_runtime_fails_its_command_and_nothing_else(tmp_path: P
         assert [row.ok for row in w.results(await w.exec(run("fine")))] == [True]
 
 
+@trio_test
+async def test_a_deploy_into_a_network_is_refused_and_one_without_works(tmp_path: Path) -> None:
+    async with stub_world(tmp_path) as (w, stub, _, _, _):
+        deployed = stub.deploys
+        network = {"id": "n", "ip": "192.168.0.0", "nodeIp": "192.168.0.2", "nodes": {}}
+        [_, row] = w.results(await w.exec({"terminate": {}}, {"deploy": {"net": [network]}}))
+        assert not row.ok
+        assert "virtual networks are not there yet" in str(row.message)
+        assert stub.deploys == deployed
+        assert [row.ok for row in w.results(await w.exec({"deploy": {"net": []}}, {"start": {}}, run("fine")))] == [True] * 3
+
+
 @pytest.mark.parametrize("entry_point", ["both", "noise"])
 @trio_test
 async def test_no_amount_of_output_ends_the_exe_unit(tmp_path: Path, entry_point: str) -> None:

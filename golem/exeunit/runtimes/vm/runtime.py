@@ -143,8 +143,6 @@ class VmRuntime:
         if self._deployed is not None:
             raise RuntimeFault("already deployed")
         check_arguments(environment_words(options.env))
-        if options.networks:
-            log.warning("virtual networks are not there yet: the container has none")
         deployed = self._deployed = _Deployed(options, await self._admin.facts())
         self._client.api = self._admin.api or self._client.api
         try:
