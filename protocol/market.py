@@ -19,12 +19,11 @@ from protocol.properties import TermsError, flatten
 from protocol.signing import Document, verify
 from protocol.terms import MAX_CONSTRAINT_BYTES, MatchResult
 from protocol.terms import match as match_terms
-from protocol.types import Message, Violation, digest, node_id
+from protocol.types import MAX_CLOCK_SKEW_S, Message, Violation, digest, node_id
 
 MAX_DOCUMENT_BYTES = 128 * 1024  # the body of one offer or demand
 REMEMBERED_BYTES = 8 * 1024  # larger documents are parsed anew each time: a stranger's must not fill our memory
 MAX_LIFETIME_S = 2 * 3600.0  # how far ahead an offer or demand may expire
-MAX_CLOCK_SKEW_S = 300.0
 MAX_IDS = 100  # in one message between nodes
 SUBSCRIPTION_ID = re.compile(r"[0-9a-f]{32}-[0-9a-f]{64}\Z")
 

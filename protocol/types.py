@@ -16,6 +16,7 @@ import msgspec
 
 WEI_DIGITS = 18
 MAX_AMOUNT_DIGITS = 40
+MAX_CLOCK_SKEW_S = 300.0  # how far the clocks of two nodes may be apart; discovery and agreements tolerate the same
 END_OF_TIME_S = 253402300800.0  # the year 10000, which no date can say
 _EXACT = Context(prec=120, traps=[Inexact, InvalidOperation])
 _NODE_ID = re.compile(r"0x[0-9a-f]{40}\Z")

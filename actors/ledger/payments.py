@@ -33,9 +33,8 @@ from protocol.ledger import (
     decode_body,
     encode_body,
 )
-from protocol.market import MAX_CLOCK_SKEW_S
 from protocol.signing import Document, verify
-from protocol.types import Violation, address, amount, amount_text, digest, node_of, timestamp_text
+from protocol.types import MAX_CLOCK_SKEW_S, Violation, address, amount, amount_text, digest, node_of, timestamp_text
 from protocol.wallet import PaidOut, PayOutDelayed, TransferRejected, TransferVerified, VerifyTransfer
 
 VERIFY_AGAIN_S, VERIFY_LAST_S = 60.0, 3600.0  # the chain port has it on disk: ever more rarely

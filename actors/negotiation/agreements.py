@@ -40,7 +40,7 @@ from actors.negotiation.rows import (
     state_error,
 )
 from protocol import strict_json
-from protocol.market import MAX_CLOCK_SKEW_S, Rematch
+from protocol.market import Rematch
 from protocol.negotiation import (
     PROVIDER,
     REQUESTOR,
@@ -68,7 +68,7 @@ from protocol.negotiation import (
     reason_text,
 )
 from protocol.signing import verify
-from protocol.types import Done, Violation, address, node_of, timestamp_text
+from protocol.types import MAX_CLOCK_SKEW_S, Done, Violation, address, node_of, timestamp_text
 
 DELIVERY_S = 60.0  # to bring a confirmed agreement to the provider
 COMMIT_DELIVERY_S = 3600.0  # to bring the commit to the provider; after that the agreement is terminated

@@ -21,6 +21,7 @@ WAITING = {
     "links": ("Messages that are not delivered yet:", ["actor", "waits for", "why"]),
     "timers": ("Timers that could not be handled, and come again:", ["actor", "what", "error", "tries", "next try"]),
     "damagedRows": ("Stored rows that cannot be read; what needs them waits:", ["actor", "row", "why"]),
+    "clocks": ("Peers whose clocks and ours differ: no session with them:", ["peer", "why"]),
     "olderPeers": ("Peers that spoke from an older or copied journal, and were not heard:", ["peer", "what is amiss"]),
     "wentBack": ("Disks that were lost or put back since this node started (agreements and payments are compared again):",
                  ["when", "peer", "what is forgotten"]),

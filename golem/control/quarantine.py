@@ -83,6 +83,7 @@ def waiting(node: Node) -> dict[str, list[list[Any]]]:
         "links": [list(link) for link in system.troubles()],
         "timers": [[one.actor, one.what, one.error, one.times, timestamp_text(one.again)] for one in system.alarms.failing()],
         "damagedRows": [list(row) for row in system.damaged()],
+        "clocks": [list(one) for one in node.network.clocks().items()],
         "olderPeers": [list(one) for one in system.older.items()],
         "wentBack": [[timestamp_text(at), peer, what] for peer, (at, what) in system.went_back.items()],
         "violators": [list(one) for one in system.violators.words(system.now())],

@@ -21,8 +21,9 @@ import trio
 from libp2p.peer.id import ID
 
 from golem.net.host import Libp2pHost
-from golem.net.peerid import CLOCK_SKEW_S, MAX_RECORD_BYTES, NodeRecord, node_id_of, pubkey_of, read_record
+from golem.net.peerid import MAX_RECORD_BYTES, NodeRecord, node_id_of, pubkey_of, read_record
 from golem.net.types import MAX_GOSSIP_BYTES
+from protocol.types import MAX_CLOCK_SKEW_S
 
 log = logging.getLogger(__name__)
 
@@ -181,7 +182,7 @@ class Gossip:
             expires_at, raw_record, payloads = msgpack.unpackb(data, max_array_len=MAX_BATCH, max_map_len=0)
         except (ValueError, TypeError, msgpack.UnpackException) as error:
             raise ValueError(f"a malformed message of {origin}") from error
-        if type(expires_at) is not int or not time.time() < expires_at <= time.time() + LIFE_S + CLOCK_SKEW_S:
+        if type(expires_at) is not int or not time.time() < expires_at <= time.time() + LIFE_S + MAX_CLOCK_SKEW_S:
             raise ValueError(f"a message of {origin} that is too old or from the future")
         record = read_record(raw_record, self._network)
         if record.node_id != origin:

@@ -138,6 +138,10 @@ class PeerNetwork:
         """The address a peer's session comes by, of IPv6 its /64, which one machine has to itself; "" without a session."""
         return self._sessions.origin(node_id) if self._sessions is not None else ""
 
+    def clocks(self) -> dict[str, str]:
+        """Peers that there is no session with, since their clocks and ours differ: how much, in words."""
+        return dict(self._sessions.clocks) if self._sessions is not None else {}
+
     def sessions(self) -> list[Session]:
         """The sessions that are up."""
         return self._sessions.list() if self._sessions is not None else []
@@ -297,7 +301,10 @@ class PeerNetwork:
 
     def _record(self) -> NodeRecord:
         """Our own signed record, renewed each hour."""
-        if self._own_record is None or time.time() - self._own_record_at > RECORD_REFRESH_S:
+        age_s = (
+            time.time() - self._own_record_at
+        )  # below 0: the clock was set back, and peers would refuse what is from the future
+        if self._own_record is None or not 0 <= age_s <= RECORD_REFRESH_S:
             self._own_record_at = time.time()
             self._own_record = sign_record(self._key, self._config.network_name, self._bare_addresses())
             self._book.add_record(self._own_record)

@@ -15,14 +15,25 @@ import coincurve
 import msgpack
 
 from protocol.signing import address_of
+from protocol.types import MAX_CLOCK_SKEW_S
 
 RECORD_LIFE_S = 3 * 24 * 3600
 MAX_RECORD_BYTES = 2048
 MAX_ADDRESSES = 16
 MAX_ADDRESS_CHARS = 160
-CLOCK_SKEW_S = 120
 _ALPHABET = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
 _PEER_ID_PREFIX = bytes((0x00, 0x25, 0x08, 0x02, 0x12, 0x21))  # identity hash of protobuf {type secp256k1, 33 bytes}
+
+
+class ClockDiffers(ValueError):
+    """A peer's record is from the future: its clock is ahead of ours, or ours is behind."""
+
+    def __init__(self, node_id: str, ahead_s: float) -> None:
+        super().__init__(
+            f"the clock of {node_id} is {ahead_s:.0f} s ahead of the clock here, and {MAX_CLOCK_SKEW_S:.0f} s are tolerated: "
+            f"one of the two is wrong (timedatectl)"
+        )
+        self.node_id, self.ahead_s = node_id, ahead_s
 
 
 def public_key(key: bytes) -> bytes:
@@ -122,8 +133,10 @@ def read_record(raw: object, network: str, now_s: float | None = None) -> NodeRe
     now = time.time() if now_s is None else now_s
     if record.network != network:
         raise ValueError("a node record of another network")
-    if not now - RECORD_LIFE_S <= record.issued_at <= now + CLOCK_SKEW_S:
-        raise ValueError("a node record that is too old or from the future")
+    if record.issued_at > now + MAX_CLOCK_SKEW_S:
+        raise ClockDiffers(record.node_id, record.issued_at - now)
+    if record.issued_at < now - RECORD_LIFE_S:
+        raise ValueError("a node record that is too old")
     return record
 
 

@@ -17,10 +17,11 @@ from datetime import UTC, datetime
 import msgpack
 import trio
 
+from golem.base.printing import quoted
 from golem.net.book import Book
 from golem.net.host import Libp2pHost
 from golem.net.links import Handler, Link, serve_link
-from golem.net.peerid import MAX_RECORD_BYTES, NodeRecord, read_record
+from golem.net.peerid import MAX_RECORD_BYTES, ClockDiffers, NodeRecord, read_record
 from golem.net.streams import StreamHandler, StreamServer, ask_for
 from golem.net.types import NetConfig, NetError, NetRefusal, PeerStream, Session, Unreachable
 from golem.net.yamux import Mux, MuxStream
@@ -29,6 +30,8 @@ log = logging.getLogger(__name__)
 
 HELLO, PEERS = "net/hello", "net/peers"
 MAX_EXCHANGED = 64
+MAX_CLOCKS = 64  # peers whose clocks differ are remembered
+CLOCK_SAID_S = 60.0  # a line of the log at most each minute: anybody may come with any clock
 MAX_REMEMBERED = 4096  # peers without a session of which dial times are remembered
 UNASKED_AT_ONCE = 2  # dials to peers of the book in one round: its addresses are hearsay, we must not scan for others
 UNASKED_PATIENCE = 60  # how much longer the back-off may grow for peers that nobody wants
@@ -92,6 +95,8 @@ class Sessions:
         self._bulk = StreamServer(stream_handlers, config.timing)
         self._nursery: trio.Nursery | None = None
         self._stopped = False
+        self.clocks: dict[str, str] = {}  # by node: how a peer's clock differs from ours
+        self._clock_said_at = FAR_PAST
         host.on_connected = self._connected
         host.on_dead = self._dead
         host.serve_streams(self._link_protocol, self._serve_link)
@@ -131,7 +136,7 @@ class Sessions:
             if peer.attempt is not None:
                 await peer.attempt.wait()
         if peer.link is None:
-            raise Unreachable(peer.error or f"{node_id} is not reachable")
+            raise Unreachable(self.clocks.get(node_id) or peer.error or f"{node_id} is not reachable")
         return peer.link
 
     async def open_stream(self, node_id: str, name: str) -> PeerStream:
@@ -339,9 +344,13 @@ class Sessions:
                 raise ValueError("the peer answered with the record of somebody else")
         except (NetError, ValueError) as error:
             peer.error = str(error)
+            self._note_clock(error, peer.node_id)
+            if isinstance(error, ClockDiffers):
+                await trio.sleep(self._timing.open_timeout_s / 2)  # its own hello may be under way: it shall hear why
             if link is not None:
                 link.stream.abort()
             return False
+        self.clocks.pop(peer.node_id, None)
         if link.broken or conn.death is not None:
             peer.error = f"{peer.node_id} hung up"
             return False
@@ -392,7 +401,7 @@ class Sessions:
             peer.served_conns.discard(conn)
 
     async def _on_hello(self, sender: str, payload: bytes) -> bytes:
-        record = self._read(payload)
+        record = self._read(sender, payload)
         if record.node_id != sender:
             raise NetRefusal("the record of somebody else")
         self._book.add_record(record)
@@ -405,11 +414,28 @@ class Sessions:
         raw: bytes = msgpack.packb([entry.record.raw for entry in entries[:MAX_EXCHANGED] if entry.record])
         return raw
 
-    def _read(self, payload: bytes) -> NodeRecord:
+    def _read(self, sender: str, payload: bytes) -> NodeRecord:
         try:
             return read_record(payload, self._config.network_name)
         except ValueError as error:
+            self._note_clock(error, sender)
             raise NetRefusal(str(error)) from error
+
+    def _note_clock(self, error: Exception, peer: str) -> None:
+        """Tell people of a clock that keeps nodes apart: nothing else would say why they do not meet."""
+        if isinstance(error, ClockDiffers):
+            words = str(error)
+        elif f"the clock of {self._host.node_id} is" in str(error):
+            words = f"it says: {str(error)[:300]}"
+        else:
+            return
+        known = self.clocks.pop(peer, None)
+        self.clocks[peer] = words
+        while len(self.clocks) > MAX_CLOCKS:
+            del self.clocks[next(iter(self.clocks))]
+        if known is None and trio.current_time() >= self._clock_said_at + CLOCK_SAID_S:
+            self._clock_said_at = trio.current_time()
+            log.warning("there is no session with %s: %s", peer, quoted(words))
 
     async def _exchange(self, link: Link) -> None:
         """Learn the peers of a peer."""

@@ -11,8 +11,7 @@ from worlds.money import PLATFORM, Done, Node, World
 
 from actors.ledger.machine import LedgerAgreementRow, Order, PaymentRow, acceptance_of, total_of
 from protocol.ledger import AgreementPayment, PaymentBody, PaymentSent, Recall, Recalled, decode_body, encode_body
-from protocol.market import MAX_CLOCK_SKEW_S
-from protocol.types import PeerLost, Violation
+from protocol.types import MAX_CLOCK_SKEW_S, PeerLost, Violation
 from protocol.wallet import RunCycle, TransferConfirmed, TransferFailed, TransferMined, TransferSent
 
 

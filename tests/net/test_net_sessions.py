@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,6 +21,7 @@ from worlds.patience import patience, within
 from worlds.support import trio_test
 
 from golem.net import LinkBusy, NetError, NetRefusal, PeerStream, RemoteError, Unreachable, open_network
+from golem.net.peerid import sign_record
 from golem.net.sessions import _origin
 from golem.net.types import MAX_REQUEST_BYTES
 
@@ -487,3 +489,28 @@ async def test_the_address_of_a_session_is_told(tmp_path: Path) -> None:
         assert one.origin(two.node_id) == ""
         await one.connect(two.addresses[0])
         await eventually(lambda: two.origin(one.node_id) == one.origin(two.node_id) == "127.0.0.1")
+
+
+@pytest.mark.parametrize("dialler", [0, 1])
+@trio_test
+async def test_clocks_that_differ_are_told_on_both_sides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, dialler: int
+) -> None:
+    async with nodes(tmp_path) as (ahead, other):
+        sessions = ahead._sessions
+        assert sessions is not None
+
+        def of_tomorrow() -> object:
+            return sign_record(KEYS[0], "golem", [], int(time.time()) + 3600)
+
+        monkeypatch.setattr(sessions, "_record", of_tomorrow)
+        first, second = (ahead, other) if dialler == 0 else (other, ahead)
+        with pytest.raises(Unreachable, match=f"the clock of {ahead.node_id} is (3600|3599) s ahead of the clock here"):
+            await first.connect(second.addresses[0])
+        assert list(other.clocks()) == [ahead.node_id]
+        assert "ahead of the clock here" in other.clocks()[ahead.node_id]
+        assert f"there is no session with {ahead.node_id}: the clock of" in caplog.text
+        await eventually(lambda: "it says: " in ahead.clocks().get(other.node_id, ""))
+        monkeypatch.undo()
+        assert await other.connect(ahead.addresses[0]) == ahead.node_id
+        assert not other.clocks(), "who is met again is forgotten"

@@ -378,7 +378,9 @@ def find_volume(volumes: Sequence[Volume], container_path: str) -> tuple[Volume,
         if path.startswith(prefix) and (best is None or len(prefix) > len(best[0].container_path.rstrip("/")) + 1):
             best = (volume, path[len(prefix) :])
     if best is None or best[0].private:
-        raise TransferError(f"path not found in container: {container_path}")
+        reached = ", ".join(volume.container_path for volume in volumes if not volume.private)[:200]
+        told = f"transfers reach volumes alone, here {reached}" if reached else "transfers reach volumes, and the image has none"
+        raise TransferError(f"path not found in container: {container_path} ({told})")
     if not best[1] or container_path.endswith("/"):
         raise TransferError(f"container:{container_path} names a directory, not a file")
     return best
