@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -168,9 +169,14 @@ async def test_a_client_that_is_gone_leaves_no_socket_behind(tmp_path: Path) -> 
                 assert client.recv(1 << 16).startswith(b"HTTP/1.1 200")
 
     async with node_in_test(tmp_path) as node, served(node):
+        port = address(node)[1]
+
+        def is_left(one: Any) -> bool:
+            return one.status == "CLOSE_WAIT" and one.laddr.port == port
+
         await trio.to_thread.run_sync(ask_and_leave, address(node))
         with within(60):
-            while waiting := [one for one in psutil.Process().net_connections("tcp") if one.status == "CLOSE_WAIT"]:
+            while waiting := [one for one in psutil.Process().net_connections("tcp") if is_left(one)]:
                 assert node.config.max_rest_timeout_s > 60, "else they would end by themselves"
                 await trio.sleep(0.05)
         assert not waiting
