@@ -59,7 +59,7 @@ SOUND: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("DELETE", "/activity-api/v1/activity/" + "0" * 32 + "?timeout=abc", {}),
 )  # fmt: skip
 LISTS = (
-    "/payment-api/v1/allocations", "/payment-api/v1/debitNotes", "/payment-api/v1/invoices", "/payment-api/v1/payments",
+    "/payment-api/v1/allocations", "/payment-api/v1/debitNotes", "/payment-api/v1/invoices", "/payment-api/v1/payments?timeout=0",
     "/payment-api/v1/debitNoteEvents?timeout=0", "/payment-api/v1/invoiceEvents?timeout=0", "/market-api/v1/demands",
     "/market-api/v1/offers", "/market-api/v1/agreements", "/activity-api/v1/activity",
 )  # fmt: skip
