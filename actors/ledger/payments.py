@@ -455,10 +455,7 @@ def _tx_hash(details: str) -> str:
 
 
 def _positive(text: str) -> Decimal:
-    try:
-        value = amount(text)
-    except ValueError as error:
-        raise Violation(str(error)) from None
+    value = amount(text)  # which it is: `decode_body` has looked
     if value == 0:
         raise Violation("a payment, or a part of one, of zero")
     return value

@@ -7,14 +7,12 @@ import resource
 MOST = 1 << 16  # more serves nobody, and some programs walk through all of them
 
 
-def raise_limit() -> int:
-    """Raise the soft limit of open files towards the hard one; children inherit it. Returns the soft limit."""
+def raise_limit() -> None:
+    """Raise the soft limit of open files towards the hard one; children inherit it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MOST if hard == resource.RLIM_INFINITY else min(hard, MOST)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-        soft = wanted
-    return MOST if soft == resource.RLIM_INFINITY else soft
 
 
 def for_strangers() -> int:

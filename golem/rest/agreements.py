@@ -90,10 +90,7 @@ def reason_json(value: Any) -> str:
         raise ApiError(400, "a reason is a JSON object or null")
     if not isinstance(value.get("message", ""), str):
         raise ApiError(400, "field `message`: expected a text")
-    try:
-        raw = canonical(value)
-    except UnicodeEncodeError:
-        raise ApiError(400, "a text holds half of a surrogate pair") from None
+    raw = canonical(value)
     if len(raw) > MAX_REASON_BYTES:
         raise ApiError(400, f"a reason has at most {MAX_REASON_BYTES} bytes")
     return raw.decode()

@@ -46,7 +46,9 @@ from protocol.ledger import (
     REJECTION_REASONS,
     AcceptDocument,
     CancelInvoice,
+    DebitNoteBody,
     DocumentEvent,
+    InvoiceBody,
     IssueDebitNote,
     IssueInvoice,
     RejectInvoice,
@@ -104,9 +106,10 @@ def _reading(api: Blueprint, node: Node, kind: DocumentNames) -> None:
     async def listing() -> Response:
         after = query_time("afterTimestamp")
         limit = query_int("maxItems", MAX_ITEMS, 1, MAX_ITEMS)
-        found = listed(node, "ledger", f"{kind.kind}/", lambda row: (_issued(row), row.document_id, render(row)))
-        found = sorted(each for each in found if after is None or each[0] > after)
-        return respond_json([form for _, _, form in found[:limit]])
+        read = [(timestamp(body.timestamp), row, body) for row, body in listed(node, "ledger", f"{kind.kind}/", _with_body)]
+        found = [each for each in read if after is None or each[0] > after]
+        found.sort(key=lambda each: (each[0], each[1].document_id))
+        return respond_json([_form(row, body) for _, row, body in found[:limit]])
 
     async def get(document_id: str) -> Response:
         return respond_json(render(_document(node, kind, document_id)))
@@ -266,11 +269,19 @@ def _usage(body: dict[str, Any]) -> tuple[int | float, ...] | None:
 
 def render(row: PaymentDocument) -> dict[str, Any]:
     """Return a debit note or an invoice in the form of the API."""
-    body = json_form(body_of(row))
+    return _form(*_with_body(row))
+
+
+def _with_body(row: PaymentDocument) -> tuple[PaymentDocument, DebitNoteBody | InvoiceBody]:
+    return row, body_of(row)
+
+
+def _form(row: PaymentDocument, body: DebitNoteBody | InvoiceBody) -> dict[str, Any]:
+    form = json_form(body)
     for name in ("timestamp", "paymentDueDate"):
-        if name in body:
-            body[name] = timestamp_text(timestamp(body[name]))
-    return {**body, "status": row.status}
+        if name in form:
+            form[name] = timestamp_text(timestamp(form[name]))
+    return {**form, "status": row.status}
 
 
 def explained(node: Node, kind: DocumentNames, row: PaymentDocument) -> dict[str, Any]:
@@ -330,10 +341,6 @@ def _document(node: Node, kind: DocumentNames, document_id: str) -> PaymentDocum
 def _agreement(node: Node, row: PaymentDocument) -> LedgerAgreementRow:
     agreement: LedgerAgreementRow = node.system.rows("ledger")[f"agreement/{row.agreement_id}"]
     return agreement
-
-
-def _issued(row: PaymentDocument) -> float:
-    return timestamp(body_of(row).timestamp)
 
 
 def _get(api: Blueprint, path: str, handler: Callable[..., Any]) -> None:
