@@ -543,7 +543,7 @@ def test_a_full_disk_ends_the_node(tmp_path: Path) -> None:
             if "No space left on device" not in golem(node, "app-key", "create", "one").stderr:
                 process.wait(patience(10))  # it had something to write itself, and has ended over that
             demand = {"properties": {"text": "x" * 50_000}, "constraints": "()"}
-            key = {"Authorization": "Bearer key"}
+            key = {"Authorization": "Bearer a-key-of-mine"}
             with suppress(httpx.HTTPError):  # the node ends over one of these
                 for _ in range(20):
                     httpx.post(f"{url}/market-api/v1/demands", json=demand, headers=key, timeout=patience(5))

@@ -139,7 +139,8 @@ async def test_nothing_is_paid_that_was_not_signed_and_accepted(tmp_path: Path) 
                     while not problems:
                         _, problems = await get(client, "/payment-api/v1/payments/status?network=holesky")
                         await trio.sleep(0.02)
-                assert [(each["kind"], words in each["message"]) for each in problems] == [("CantSign", True)], (name, problems)
+                said = [f"{each['kind']}: {each['message']}" for each in problems]
+                assert [(each["kind"], words in each["message"]) for each in problems] == [("CantSign", True)], (name, said)
                 assert await held(node) == 0, name
         async with node_on(tmp_path / "true", chain_url=url) as (node, client):
             with trio.fail_after(30):
