@@ -23,7 +23,8 @@ from golem.chain.contracts import build
 from golem.chain.devchain import genesis
 from golem.chain.networks import Platform, parse_platform
 from golem.chain.signer import Key, Transaction, address_bytes, checksum, sign
-from golem.chain.store import SCHEMA_NUMBER, Store, TransferBatch
+from golem.chain.schema import SCHEMA_NUMBER
+from golem.chain.store import Store, TransferBatch
 
 U64 = st.integers(0, 2**64 - 1)
 
