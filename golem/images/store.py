@@ -29,8 +29,9 @@ from typing import Any, Protocol
 import msgspec
 import trio
 
+from golem.files.on_disk import FileSource
 from golem.files.outgoing import FileIdentity, identity_of
-from golem.files.server import FileFault, FileSource
+from golem.files.wire import FileFault
 from golem.private_files import write_private
 
 log = logging.getLogger("golem.images.store")
