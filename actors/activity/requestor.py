@@ -9,7 +9,6 @@ from actors.activity.moves import (
     MAX_ACTIVITIES,
     NAME,
     REQUEST_DEADLINE_S,
-    REQUESTOR,
     ActivityDraft,
     ask_to_end,
     bounded_timeout,
@@ -34,10 +33,11 @@ from protocol.activity import (
     check_usage,
 )
 from protocol.exeunit import RunBatch, ScriptError, parse_script
+from protocol.states import ActivityState, Role
 from protocol.types import Violation, address
 
 MAX_UNFINISHED = 64  # batches of one activity
-LIVE_STATES = ("Initialized", "Deployed", "Ready")
+LIVE_STATES = (ActivityState.INITIALIZED, ActivityState.DEPLOYED, ActivityState.READY)
 
 
 # -- what agents ask for
@@ -46,7 +46,7 @@ def create(draft: ActivityDraft, message: CreateActivity) -> None:
     agreement = draft.agreement(message.agreement_id)
     if agreement is None:
         raise Declined("bad_request", f"agreement {message.agreement_id} is not approved")
-    if agreement.role != REQUESTOR:
+    if agreement.role != Role.REQUESTOR:
         raise Declined("forbidden", f"not the requestor of agreement {message.agreement_id}")
     if agreement.ended:
         raise Declined("bad_request", f"agreement {message.agreement_id} is not approved: it is terminated")
@@ -58,14 +58,16 @@ def create(draft: ActivityDraft, message: CreateActivity) -> None:
     if len(agreement.activities) >= MAX_ACTIVITIES:
         raise Declined("conflict", f"agreement {message.agreement_id} has had {MAX_ACTIVITIES} activities")
     timeout_s = bounded_timeout(message.timeout_s)
-    row = ActivityRow(message.activity_id, agreement.agreement_id, REQUESTOR, agreement.requestor, agreement.provider, draft.now)
+    row = ActivityRow(
+        message.activity_id, agreement.agreement_id, Role.REQUESTOR, agreement.requestor, agreement.provider, draft.now
+    )
     draft.save(row)
     draft.put(f"agreement/{row.agreement_id}", replace(agreement, activities=(*agreement.activities, row.activity_id)))
     draft.send("ledger", ActivityKnown(row.activity_id, row.agreement_id, draft.now))
     request = ActivityRequested(row.activity_id, row.agreement_id, timeout_s)
     draft.send(address(row.provider, NAME), request, timeout_s + CREATE_MARGIN_S)
     draft.wake(f"create/{row.activity_id}", draft.now + timeout_s + 2 * CREATE_MARGIN_S, CreateExpired(row.activity_id))
-    draft.emit(f"activity/{row.activity_id}", ActivityChanged("New"))
+    draft.emit(f"activity/{row.activity_id}", ActivityChanged(ActivityState.NEW))
 
 
 def destroy(draft: ActivityDraft, message: DestroyActivity) -> None:
@@ -102,7 +104,7 @@ def _own(draft: ActivityDraft, activity_id: str) -> ActivityRow:
     row = draft.activity(activity_id)
     if row is None:
         raise Declined("unknown", f"no such activity: {activity_id}")
-    if row.role != REQUESTOR:
+    if row.role != Role.REQUESTOR:
         raise Declined("forbidden", f"not the requestor of activity {activity_id}")
     return row
 
@@ -111,7 +113,7 @@ def _own(draft: ActivityDraft, activity_id: str) -> ActivityRow:
 def state_changed(draft: ActivityDraft, message: StateChanged) -> None:
     """Take over what the provider's node says, unless the exe-unit has told more already."""
     row = _peers_activity(draft, message.activity_id)
-    if row is None or row.ended or (message.state != "Terminated" and message.at < row.state_at):
+    if row is None or row.ended or (message.state != ActivityState.TERMINATED and message.at < row.state_at):
         return
     set_state(draft, row, message)
 
@@ -126,7 +128,7 @@ def usage_changed(draft: ActivityDraft, message: UsageChanged) -> None:
 def _peers_activity(draft: ActivityDraft, activity_id: str) -> ActivityRow | None:
     """Return the row if the sender is the provider's activity actor; None if there is no such row. Raises `Violation`."""
     row = draft.activity(activity_id)
-    if row is not None and (row.role != REQUESTOR or draft.meta.sender != address(row.provider, NAME)):
+    if row is not None and (row.role != Role.REQUESTOR or draft.meta.sender != address(row.provider, NAME)):
         raise Violation(f"{draft.meta.sender} is not the provider of activity {activity_id}")
     return row
 
@@ -136,7 +138,7 @@ def result(draft: ActivityDraft, message: CommandResult) -> None:
     row, batch = draft.activity(message.activity_id), draft.batch(message.activity_id, message.batch_id)
     if row is None or batch is None:
         return  # long over, and forgotten
-    if row.role != REQUESTOR or draft.meta.sender != address(row.provider, f"exeunit:{row.activity_id}"):
+    if row.role != Role.REQUESTOR or draft.meta.sender != address(row.provider, f"exeunit:{row.activity_id}"):
         raise Violation(f"{draft.meta.sender} is not the exe-unit of activity {row.activity_id}")
     if batch.finished or message.index < batch.have:
         return

@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from decimal import Decimal
 
 from actors.kernel.machine import Rows
-from actors.ledger.rows import ACCEPTED, PAYER, SETTLED, Open, Order, PaymentDocument
+from actors.ledger.rows import Open, Order, PaymentDocument
 from protocol.amounts import total_of
-from protocol.ledger import DEBIT_NOTE, AcceptanceBody, DebitNoteBody, InvoiceBody, decode_body, encode_body
+from protocol.ledger import AcceptanceBody, DebitNoteBody, InvoiceBody, decode_body, encode_body
 from protocol.signing import Document, verify
+from protocol.states import DocumentKind, DocumentStatus, Party
 from protocol.types import Violation, amount, amount_text, digest
 
 
@@ -35,7 +36,11 @@ def objection(rows: Rows, me: str, order_id: str) -> str:
     if not isinstance(order, Order):
         return f"the ledger has no order {order_id}"
     document = rows.get(f"{order.kind}/{order.document_id}")
-    if not isinstance(document, PaymentDocument) or document.role != PAYER or document.status not in (ACCEPTED, SETTLED):
+    if (
+        not isinstance(document, PaymentDocument)
+        or document.role != Party.PAYER
+        or document.status not in (DocumentStatus.ACCEPTED, DocumentStatus.SETTLED)
+    ):
         return f"order {order_id}: its {order.kind} is not accepted here"
     if fault := unlike_signed(document, order.peer) or _unlike_accepted(document, me):
         return fault
@@ -61,13 +66,13 @@ def signed_total(row: PaymentDocument) -> Decimal:
 
 def body_of(row: PaymentDocument) -> DebitNoteBody | InvoiceBody:
     """Return what the issuer signed. Raises `Violation`, if the row is damaged."""
-    return decode_body(DebitNoteBody, row.body) if row.kind == DEBIT_NOTE else decode_body(InvoiceBody, row.body)
+    return decode_body(DebitNoteBody, row.body) if row.kind == DocumentKind.DEBIT_NOTE else decode_body(InvoiceBody, row.body)
 
 
 def _unlike_accepted(row: PaymentDocument, me: str) -> str:
     body = AcceptanceBody(row.kind, row.document_id, digest(row.body), amount_text(signed_total(row)))
     try:
-        verify(Document("acceptance", encode_body(body), row.acceptance), "acceptance", me)
+        verify(Document(DocumentKind.ACCEPTANCE, encode_body(body), row.acceptance), DocumentKind.ACCEPTANCE, me)
     except Violation as error:
         return f"{row.kind} {row.document_id} is not what this node accepted: {error}"
     return ""
@@ -87,7 +92,7 @@ def _owed(rows: Rows, me: str, order: Order) -> Decimal | str:
     highest: dict[str, PaymentDocument] = {}  # by activity, "" for the invoice
     for each in _orders(rows, order.agreement_id):
         document = rows.get(f"{each.kind}/{each.document_id}")
-        if not isinstance(document, PaymentDocument) or document.status not in (ACCEPTED, SETTLED):
+        if not isinstance(document, PaymentDocument) or document.status not in (DocumentStatus.ACCEPTED, DocumentStatus.SETTLED):
             return f"order {each.kind}:{each.document_id}: its document is not accepted here"
         best = highest.get(document.activity_id)
         if best is None or Decimal(document.amount) > Decimal(best.amount):

@@ -15,27 +15,13 @@ from msgspec.structs import replace
 
 from actors.kernel.draft import Declined, Draft
 from actors.ledger.ceiling import pricing_of, set_back_s
-from actors.ledger.rows import (
-    ACCEPTED,
-    CANCELLED,
-    FEEDS,
-    ISSUED,
-    PAYEE,
-    PAYER,
-    REJECTED,
-    SETTLED,
-    In,
-    LedgerActivityRow,
-    LedgerAgreementRow,
-    PaymentDocument,
-    Stored,
-    Told,
-)
+from actors.ledger.rows import FEEDS, In, LedgerActivityRow, LedgerAgreementRow, PaymentDocument, Stored, Told
 from protocol.activity import ActivityKnown, ActivityOver
 from protocol.amounts import minus, total_of
-from protocol.ledger import DEBIT_NOTE, DocumentEvent
+from protocol.ledger import DocumentEvent
 from protocol.negotiation import AgreementApproved, AgreementEnded
 from protocol.payment_terms import payment_terms
+from protocol.states import DocumentKind, DocumentStatus, Party, Role
 from protocol.types import Violation, amount_text, node_of
 
 MAX_PEER_BYTES = 256 * 1024 * 1024  # of the documents of one node, whatever their agreements
@@ -51,7 +37,7 @@ def agreement_approved(draft: Draft, fact: AgreementApproved) -> None:
         return
     demand, offer = json.loads(fact.demand_properties), json.loads(fact.offer_properties)
     terms = payment_terms(demand, offer, fact.requestor, fact.provider)
-    provides = fact.role == "Provider"
+    provides = fact.role == Role.PROVIDER
     peer = fact.requestor if provides else fact.provider
     if draft.row(Told, f"told/{peer}") is None:
         draft.put(f"told/{peer}", Told())
@@ -61,7 +47,7 @@ def agreement_approved(draft: Draft, fact: AgreementApproved) -> None:
         key,
         LedgerAgreementRow(
             agreement_id=fact.agreement_id,
-            role=PAYEE if provides else PAYER,
+            role=Party.PAYEE if provides else Party.PAYER,
             peer=peer,
             platform=terms.platform,
             payee_addr=terms.payee_addr,
@@ -111,20 +97,20 @@ def settle(draft: Draft, agreement_id: str) -> None:
         document = draft.row(PaymentDocument, f"{row.kind}/{row.document_id}")
         assert document is not None, key
         sums: LedgerAgreementRow | LedgerActivityRow | None
-        if document.kind == DEBIT_NOTE:
+        if document.kind == DocumentKind.DEBIT_NOTE:
             sums = draft.row(LedgerActivityRow, f"activity/{document.activity_id}")
         else:
             sums = draft.row(LedgerAgreementRow, f"agreement/{agreement_id}")
         assert sums is not None, key
         if Decimal(sums.paid) >= Decimal(document.amount):
             draft.put(key, None)
-            event(draft, put(draft, document, status=SETTLED, waiting=""), SETTLED)
+            event(draft, put(draft, document, status=DocumentStatus.SETTLED, waiting=""), DocumentStatus.SETTLED)
 
 
 def explain(draft: Draft, kind: str, document_id: str, waiting: str) -> None:
     """Say why an accepted document is not settled yet."""
     row = draft.row(PaymentDocument, f"{kind}/{document_id}")
-    if row is not None and row.status == ACCEPTED and row.waiting != waiting:
+    if row is not None and row.status == DocumentStatus.ACCEPTED and row.waiting != waiting:
         put(draft, row, waiting=waiting)
 
 
@@ -150,7 +136,7 @@ def _stored(draft: Draft, peer: str) -> float:
 def invoice_floor(draft: Draft, agreement: LedgerAgreementRow) -> Decimal:
     """What an invoice must at least amount to."""
     last = draft.row(PaymentDocument, f"invoice/{agreement.invoice_id}")
-    stands = last is not None and last.status not in (REJECTED, CANCELLED) and not last.refused
+    stands = last is not None and last.status not in (DocumentStatus.REJECTED, DocumentStatus.CANCELLED) and not last.refused
     invoiced = last.amount if last is not None and stands else "0"
     return max(Decimal(agreement.accepted), Decimal(invoiced))
 
@@ -158,7 +144,7 @@ def invoice_floor(draft: Draft, agreement: LedgerAgreementRow) -> Decimal:
 def owe(draft: Draft, row: PaymentDocument) -> Decimal:
     """Book what accepting `row` adds to the debt, and return it."""
     agreement = agreement_of(draft, row)
-    if row.kind == DEBIT_NOTE:
+    if row.kind == DocumentKind.DEBIT_NOTE:
         activity = draft.row(LedgerActivityRow, f"activity/{row.activity_id}")
         assert activity is not None, row
         added = Decimal(0) if agreement.invoice_accepted else max(minus(row.amount, activity.accepted), Decimal(0))
@@ -174,9 +160,9 @@ def owe(draft: Draft, row: PaymentDocument) -> Decimal:
 
 def add(
     draft: Draft,
-    kind: str,
+    kind: DocumentKind,
     document_id: str,
-    role: str,
+    role: Party,
     agreement: LedgerAgreementRow,
     activity_id: str,
     total: Decimal,
@@ -190,7 +176,7 @@ def add(
         agreement_id=agreement.agreement_id,
         activity_id=activity_id,
         amount=amount_text(total),
-        status=ISSUED,
+        status=DocumentStatus.ISSUED,
         body=body,
         signature=b"",
         issued_at=draft.now,
@@ -216,12 +202,12 @@ def event(draft: Draft, row: PaymentDocument, what: str) -> None:
 
 def cancelled(draft: Draft, row: PaymentDocument) -> None:
     """End a document that was withdrawn."""
-    event(draft, put(draft, row, status=CANCELLED, waiting=""), CANCELLED)
+    event(draft, put(draft, row, status=DocumentStatus.CANCELLED, waiting=""), DocumentStatus.CANCELLED)
 
 
 def rejected(draft: Draft, row: PaymentDocument, rejection: str) -> None:
     """End an invoice that will not be paid."""
-    event(draft, put(draft, row, status=REJECTED, waiting="", rejection=rejection), REJECTED)
+    event(draft, put(draft, row, status=DocumentStatus.REJECTED, waiting="", rejection=rejection), DocumentStatus.REJECTED)
 
 
 def document_of(draft: Draft, kind: str, document_id: str, role: str) -> PaymentDocument:

@@ -11,24 +11,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from decimal import Context, Decimal, Inexact
+from enum import StrEnum
 from typing import Any, Protocol
 
 from protocol.amounts import minus, total_of
 from protocol.ledger import LOCAL_CHAIN, AcceptanceBody, encode_body
+from protocol.states import DocumentKind, DocumentStatus, Party
 from protocol.types import Message, digest
 
-PAYEE, PAYER = "payee", "payer"
-FEEDS = {"debit-note": "debit-notes", "invoice": "invoices"}
+FEEDS = {DocumentKind.DEBIT_NOTE: "debit-notes", DocumentKind.INVOICE: "invoices"}
 _EXACT = Context(prec=120, traps=[Inexact])
 
-ISSUED, RECEIVED, ACCEPTED, REJECTED, CANCELLED, SETTLED = (
-    "ISSUED",  # written by the payee, no receipt yet
-    "RECEIVED",  # on both nodes
-    "ACCEPTED",  # the payer owes it and has ordered payment
-    "REJECTED",
-    "CANCELLED",
-    "SETTLED",  # paid, final on chain
-)
+
+class PaymentState(StrEnum):
+    """Of a payment made (payer) or claimed (payee)."""
+
+    SIGNING = "SIGNING"  # payer: final on chain, not signed yet
+    SENT = "SENT"  # payer: on its way to the payee
+    ACKNOWLEDGED = "ACKNOWLEDGED"  # payer: the payee has booked it
+    VERIFYING = "VERIFYING"  # payee: the transaction is being looked at
+    VERIFIED = "VERIFIED"  # payee: booked
+    REFUSED = "REFUSED"  # either: the payee does not take it, with the reason
 
 
 class Allocation(Message, frozen=True):
@@ -51,7 +54,7 @@ class LedgerAgreementRow(Message, frozen=True, tag="Agreement"):
     """The payment terms of an agreement and its sums. `fault` says why it cannot be billed, "" if it can."""
 
     agreement_id: str
-    role: str  # ours
+    role: Party  # ours
     peer: str
     platform: str
     payee_addr: str
@@ -115,7 +118,7 @@ class RefusedDocument(Message, frozen=True):
     """A document that the payer did not take."""
 
     at: float
-    kind: str
+    kind: DocumentKind
     document_id: str
     amount: str
     reason: str
@@ -130,13 +133,13 @@ class RefusedDocuments(Message, frozen=True):
 class PaymentDocument(Message, frozen=True):
     """A debit note or an invoice, as signed. `waiting` says in words what is to happen next, or why it does not."""
 
-    kind: str
+    kind: DocumentKind
     document_id: str
-    role: str
+    role: Party
     agreement_id: str
     activity_id: str  # "" for an invoice
     amount: str
-    status: str
+    status: DocumentStatus
     body: bytes
     signature: bytes
     issued_at: float
@@ -151,7 +154,7 @@ class PaymentDocument(Message, frozen=True):
 class Order(Message, frozen=True):
     """What accepting a document added to the debt; named by the document, so there is at most one."""
 
-    kind: str
+    kind: DocumentKind
     document_id: str
     agreement_id: str
     activity_id: str
@@ -169,9 +172,9 @@ class PaymentRow(Message, frozen=True, tag="Payment"):
     """A payment made (payer) or claimed (payee). States: SIGNING SENT ACKNOWLEDGED REFUSED | VERIFYING VERIFIED REFUSED."""
 
     payment_id: str
-    role: str
+    role: Party
     peer: str
-    state: str
+    state: PaymentState
     body: bytes
     signature: bytes
     tx_hash: str
@@ -193,7 +196,7 @@ class TxClaims(Message, frozen=True):
 class Open(Message, frozen=True):
     """An entry of an index: an accepted document that waits for its money, or one that was ordered."""
 
-    kind: str
+    kind: DocumentKind
     document_id: str
 
 
@@ -264,7 +267,7 @@ def paid_since(rows: HasPrefix, platform: str, since: float) -> Decimal:
     return total_of(
         row.amount
         for _, row in rows.prefix("payment/")
-        if row.role == PAYER and row.platform == platform and row.recorded_at >= since
+        if row.role == Party.PAYER and row.platform == platform and row.recorded_at >= since
     )
 
 

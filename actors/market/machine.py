@@ -59,6 +59,7 @@ from protocol.market import (
     verify_subscription,
 )
 from protocol.signing import Document
+from protocol.states import DocumentKind, SubscriptionEnd
 from protocol.terms import ConstraintSyntaxError, compile_constraint
 from protocol.types import Done, Message, Undelivered, Violation, address, digest, node_of
 
@@ -84,7 +85,7 @@ AT_ONCE = 400  # offers that a new demand is tried against in one step; more are
 
 # -- our own offers and demands
 def _publish(draft: Draft, message: PublishOffer | PublishDemand) -> None:
-    kind = "offer" if isinstance(message, PublishOffer) else "demand"
+    kind = DocumentKind.OFFER if isinstance(message, PublishOffer) else DocumentKind.DEMAND
     try:
         content = verify_subscription(message.document, kind, draft.now)
         if content.owner != draft.me:
@@ -95,14 +96,14 @@ def _publish(draft: Draft, message: PublishOffer | PublishDemand) -> None:
     if draft.get(f"{kind}/{subscription_id}"):
         draft.reply(Published(subscription_id))
         return
-    if (len(own.offers) if kind == "offer" else own.demands) >= MAX_OWN:
+    if (len(own.offers) if kind == DocumentKind.OFFER else own.demands) >= MAX_OWN:
         raise Declined("busy", f"this node has {MAX_OWN} {kind}s; withdraw one first")
     draft.do(
         Reply(Published(subscription_id)),
         Wake(f"expire/{subscription_id}", content.expires, ExpiryDue(kind, subscription_id)),
         Send("negotiation", SubscriptionOpened(subscription_id, message.document)),
     )
-    if kind == "demand":
+    if kind == DocumentKind.DEMAND:
         draft.put(f"demand/{subscription_id}", DemandRow(message.document, content.expires, stats_of(draft).last_offer))
         draft.put("own", Own(own.offers, own.demands + 1, own.withdrawn))
         _match_all(draft, f"demand/{subscription_id}")
@@ -117,10 +118,10 @@ def _withdraw(draft: Draft, message: Withdraw) -> None:
     subscription_id = message.subscription_id
     offer, ended = draft.get(f"offer/{subscription_id}"), draft.get(f"ended/{subscription_id}")
     if (offer and offer.owner == draft.me) or draft.get(f"demand/{subscription_id}"):
-        _end(draft, "offer" if offer else "demand", subscription_id, "withdrawn")
+        _end(draft, DocumentKind.OFFER if offer else DocumentKind.DEMAND, subscription_id, SubscriptionEnd.WITHDRAWN)
         draft.reply(Done())
     elif ended and ended.owner == draft.me:
-        text = "unsubscribed" if ended.reason == "withdrawn" else "expired"
+        text = "unsubscribed" if ended.reason == SubscriptionEnd.WITHDRAWN else "expired"
         raise Declined("gone", f"Offer [{subscription_id}] is already {text}.")
     else:
         raise Declined("unknown", f"Subscription [{subscription_id}] not found.")
@@ -129,29 +130,29 @@ def _withdraw(draft: Draft, message: Withdraw) -> None:
 def _expired(draft: Draft, message: ExpiryDue) -> None:
     row = draft.get(f"{message.kind}/{message.subscription_id}")
     if row and row.expires <= draft.now:
-        _end(draft, message.kind, message.subscription_id, "expired")
+        _end(draft, message.kind, message.subscription_id, SubscriptionEnd.EXPIRED)
 
 
-def _end(draft: Draft, kind: str, subscription_id: str, reason: str) -> None:
+def _end(draft: Draft, kind: DocumentKind, subscription_id: str, reason: SubscriptionEnd) -> None:
     """Take an offer or demand off the market; tell its agent and, of an own offer withdrawn, the others."""
     row = draft.get(f"{kind}/{subscription_id}")
     draft.put(f"{kind}/{subscription_id}", None)
     draft.do(Wake(f"expire/{subscription_id}", None))
     own = draft.get("own") or Own()
-    mine = kind == "demand" or row.owner == draft.me
-    if kind == "demand":
+    mine = kind == DocumentKind.DEMAND or row.owner == draft.me
+    if kind == DocumentKind.DEMAND:
         draft.put("own", Own(own.offers, own.demands - 1, own.withdrawn))
         draft.do(Wake(f"match/demand/{subscription_id}", None))
     else:
         count(draft, row.owner, offers=-1)
         draft.put(_of_owner(subscription_id, row), None)
-        if mine or reason == "withdrawn":
+        if mine or reason == SubscriptionEnd.WITHDRAWN:
             draft.put(f"ended/{subscription_id}", EndedRow(row.owner, reason, draft.now))
             forget_at = draft.now + KEEP_ENDED_S if mine else row.expires
             draft.do(Wake(f"ended/{subscription_id}", forget_at, EndedDue(subscription_id)))
-    if mine and kind == "offer":
+    if mine and kind == DocumentKind.OFFER:
         withdrawn = own.withdrawn
-        if reason == "withdrawn":
+        if reason == SubscriptionEnd.WITHDRAWN:
             draft.do(Publish(TOPIC, OffersAnnounced((), (subscription_id,))))
             withdrawn = (*withdrawn, (subscription_id, row.expires))[-MAX_WITHDRAWN:]
         offers = tuple(offer_id for offer_id in own.offers if offer_id != subscription_id)
@@ -204,7 +205,7 @@ def _hear(draft: Draft, origin: str, message: OffersAnnounced) -> None:
     for offer_id in message.withdrawn_ids:
         row = draft.get(f"offer/{offer_id}")
         if row and row.owner == origin:
-            _end(draft, "offer", offer_id, "withdrawn")
+            _end(draft, DocumentKind.OFFER, offer_id, SubscriptionEnd.WITHDRAWN)
     unknown: list[str] = []
     room = MAX_ASKED_PER_NODE - (draft.get(f"owner/{origin}") or Owner()).asked
     room = min(room, _room_to_ask(draft, origin, len(message.offer_ids)))
@@ -235,7 +236,7 @@ def _offers(draft: Draft, message: Offers) -> None:
     fresh = []
     for document in message.documents:
         try:
-            content = verify_subscription(document, "offer", draft.now)
+            content = verify_subscription(document, DocumentKind.OFFER, draft.now)
         except Violation as error:
             refuse(draft, "", f"from {node_of(draft.meta.sender)}: {error}")
             continue
@@ -250,7 +251,7 @@ def _offers(draft: Draft, message: Offers) -> None:
         if not draft.get(f"offer/{content.subscription_id}"):
             sender = node_of(draft.meta.sender)
             _keep(draft, document, content, draft.meta.origin if sender == content.owner else "")
-            kind, offer_id = "offer", content.subscription_id
+            kind, offer_id = DocumentKind.OFFER, content.subscription_id
             draft.do(Wake(f"expire/{offer_id}", content.expires, ExpiryDue(kind, offer_id)))
             fresh.append((document, content))
     if fresh:
@@ -274,7 +275,7 @@ def _make_room(draft: Draft) -> bool:
     occupants = (Occupant(float(number), offer_id, owner, origin) for (_, owner, number, offer_id), origin in found)
     ended = [one.key for one in islice(by_crowd(occupants, STANDS_OUT), ROOM_AT_ONCE)]
     for offer_id in ended:
-        _end(draft, "offer", offer_id, "pushed out")
+        _end(draft, DocumentKind.OFFER, offer_id, SubscriptionEnd.PUSHED_OUT)
     return bool(ended)
 
 
@@ -412,7 +413,7 @@ def _open_scan(draft: Draft, message: OpenScan) -> None:
 
 
 def _try_scan(draft: Draft, key: str, scan: Scan, offer: Subscription) -> None:
-    if scan.kind == "offer" and compile_constraint(scan.constraints).evaluate(offer.properties):
+    if scan.kind == DocumentKind.OFFER and compile_constraint(scan.constraints).evaluate(offer.properties):
         draft.do(Emit(key, OfferSeen(offer.subscription_id)))
 
 

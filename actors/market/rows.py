@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from protocol.signing import Document
+from protocol.states import DocumentKind, SubscriptionEnd
 from protocol.types import Message
 
 
@@ -34,7 +35,7 @@ class EndedRow(Message, frozen=True, tag="ended"):
     """An offer that is over. `reason` is `withdrawn` or `expired`."""
 
     owner: str
-    reason: str
+    reason: SubscriptionEnd
     at: float
 
 
@@ -55,7 +56,7 @@ class Owner(Message, frozen=True, tag="owner"):
 class Scan(Message, frozen=True, tag="scan"):
     """A collection of offers for somebody who looks at the market without a demand."""
 
-    kind: str
+    kind: DocumentKind
     constraints: str
     timeout_s: float
     owner: str

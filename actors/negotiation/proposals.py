@@ -24,8 +24,6 @@ from protocol.market import (
     verify_subscription,
 )
 from protocol.negotiation import (
-    PROVIDER,
-    REQUESTOR,
     CounterProposal,
     Created,
     ForgetProposals,
@@ -43,6 +41,7 @@ from protocol.negotiation import (
     read_properties,
     reason_text,
 )
+from protocol.states import AgreementState, DocumentKind, ProposalState, Role
 from protocol.types import Done, Violation, address, digest, node_of, timestamp_text
 
 DELIVERY_S = 60.0  # how long a proposal may take to the peer before its issuer hears that it did not arrive
@@ -51,7 +50,6 @@ MAX_OPENED_PER_NODE = 500  # negotiations about one offer: nobody uses it up for
 FORGET_AT_ONCE = 500
 
 IS_FINAL = "golem.proposal.rejection.is-final"  # in a reason: false where a later answer may be another
-INITIAL, DRAFT, REJECTED, ACCEPTED = "Initial", "Draft", "Rejected", "Accepted"
 
 
 # -- subscriptions
@@ -107,9 +105,9 @@ def _over(draft: Draft, proposal: Proposal) -> str:
 def _taken(draft: Draft, proposal: Proposal) -> bool:
     """Return whether a proposal has an agreement that was or may yet be made; after one that was not, talks may go on."""
     agreement = draft.get(f"agreement/{proposal.agreement_id}") if proposal.agreement_id else None
-    if agreement is None or agreement.state in ("Rejected", "Cancelled", "Expired"):
+    if agreement is None or agreement.state in (AgreementState.REJECTED, AgreementState.CANCELLED, AgreementState.EXPIRED):
         return False
-    return agreement.state not in ("Proposal", "Pending") or bool(agreement.valid_to > draft.now)
+    return agreement.state not in (AgreementState.PROPOSAL, AgreementState.PENDING) or bool(agreement.valid_to > draft.now)
 
 
 def mismatch(proposal: Proposal, other: Proposal) -> str:
@@ -127,14 +125,14 @@ def matched(draft: Draft, message: Matched) -> None:
     """Make the provider's offer the Initial proposal of a negotiation, and show it to the requestor."""
     demand, offer = read_subscription(message.demand.body), read_subscription(message.offer.body)
     initial = Proposal(
-        proposal_id=digest("initial", REQUESTOR, message.demand_id, message.offer_id, timestamp_text(draft.now)),
-        role=REQUESTOR,
+        proposal_id=digest("initial", Role.REQUESTOR, message.demand_id, message.offer_id, timestamp_text(draft.now)),
+        role=Role.REQUESTOR,
         demand_id=message.demand_id,
         offer_id=message.offer_id,
         requestor=draft.me,
         provider=offer.owner,
         issuer=offer.owner,
-        state=INITIAL,
+        state=ProposalState.INITIAL,
         properties=_properties(offer),
         constraints=offer.constraints,
         created=draft.now,
@@ -183,7 +181,7 @@ def counter(draft: Draft, message: CounterProposal) -> None:
     _link(draft, previous, proposal)
     draft.do(Reply(Created(proposal.proposal_id)))
     wire: ProposalOpened | ProposalCountered
-    if previous.state == INITIAL or not previous.previous_id:
+    if previous.state == ProposalState.INITIAL or not previous.previous_id:
         demand = draft.get(f"subscription/{previous.demand_id}").document
         wire = ProposalOpened(
             proposal.proposal_id, previous.proposal_id, previous.offer_id, demand,
@@ -206,14 +204,20 @@ def _answer(previous: Proposal, issuer: str, known_id: str, properties: str, con
     if known_id not in ("", new_id):
         raise Violation("the proposal's id does not name its content")
     return replace(
-        previous, proposal_id=new_id, issuer=issuer, state=DRAFT, properties=properties, constraints=constraints,
+        previous, proposal_id=new_id, issuer=issuer, state=ProposalState.DRAFT, properties=properties, constraints=constraints,
         created=created, previous_id=previous.proposal_id, answer_id="", agreement_id="", reason="", wire_id="",
     )  # fmt: skip
 
 
 def _link(draft: Draft, previous: Proposal, proposal: Proposal) -> None:
     """Write a proposal and that it answers another, which is open again if it was rejected."""
-    state = ACCEPTED if previous.agreement_id else DRAFT if previous.previous_id else INITIAL
+    state = (
+        ProposalState.ACCEPTED
+        if previous.agreement_id
+        else ProposalState.DRAFT
+        if previous.previous_id
+        else ProposalState.INITIAL
+    )
     draft.put(f"proposal/{previous.proposal_id}", replace(previous, answer_id=proposal.proposal_id, state=state, reason=""))
     add(draft, proposal)
 
@@ -226,13 +230,13 @@ def reject(draft: Draft, message: RejectProposal) -> None:
     label = f"Proposal [{proposal.role[0]}-{proposal.proposal_id}]"
     if proposal.issuer == draft.me:
         raise Declined("bad_request", f"{label} is your own: it cannot be rejected.")
-    if proposal.answer_id or proposal.state not in (INITIAL, DRAFT):
+    if proposal.answer_id or proposal.state not in (ProposalState.INITIAL, ProposalState.DRAFT):
         state = "countered" if proposal.answer_id else proposal.state
         raise Declined("bad_request", f"{label} cannot be rejected: it is {state}.")
     reason = check_reason(message.reason)
-    draft.put(f"proposal/{proposal.proposal_id}", replace(proposal, state=REJECTED, reason=reason))
+    draft.put(f"proposal/{proposal.proposal_id}", replace(proposal, state=ProposalState.REJECTED, reason=reason))
     draft.do(Reply(Done()))
-    if proposal.state == DRAFT:
+    if proposal.state == ProposalState.DRAFT:
         to = address(proposal.counterpart, "negotiation")
         draft.do(Send(to, ProposalRejected(proposal.proposal_id, reason), max(DELIVERY_S, 1.0)))
     return
@@ -246,10 +250,10 @@ def received_first(draft: Draft, message: ProposalOpened) -> None:
     if draft.get(f"proposal/{message.proposal_id}"):
         return None
     row = draft.get(f"subscription/{message.offer_id}")
-    if not row or row.document.kind != "offer":
+    if not row or row.document.kind != DocumentKind.OFFER:
         return _send_back(draft, draft.meta.sender, message.proposal_id, "the offer is not known here")
     try:
-        demand = verify_subscription(message.demand, "demand", draft.now)
+        demand = verify_subscription(message.demand, DocumentKind.DEMAND, draft.now)
     except Violation as error:
         return _send_back(draft, draft.meta.sender, message.proposal_id, str(error))
     if demand.owner != node_of(draft.meta.sender):
@@ -257,14 +261,14 @@ def received_first(draft: Draft, message: ProposalOpened) -> None:
     offer = read_subscription(row.document.body)
     _check_terms(message)
     initial = Proposal(
-        proposal_id=digest("initial", PROVIDER, demand.subscription_id, message.offer_id, message.initial_id),
-        role=PROVIDER,
+        proposal_id=digest("initial", Role.PROVIDER, demand.subscription_id, message.offer_id, message.initial_id),
+        role=Role.PROVIDER,
         demand_id=demand.subscription_id,
         offer_id=message.offer_id,
         requestor=demand.owner,
         provider=draft.me,
         issuer=draft.me,
-        state=INITIAL,
+        state=ProposalState.INITIAL,
         properties=_properties(offer),
         constraints=offer.constraints,
         created=draft.now,
@@ -340,15 +344,15 @@ def undelivered(draft: Draft, message: ProposalOpened | ProposalCountered, why: 
     A requestor gets a fresh Initial proposal as well, while demand and offer live: the provider may come back.
     """
     proposal = draft.get(f"proposal/{message.proposal_id}")
-    if proposal and proposal.state == DRAFT and not proposal.answer_id:
-        other = PROVIDER if proposal.role == REQUESTOR else REQUESTOR
+    if proposal and proposal.state == ProposalState.DRAFT and not proposal.answer_id:
+        other = Role.PROVIDER if proposal.role == Role.REQUESTOR else Role.REQUESTOR
         text = f"{other} {proposal.counterpart} could not be reached: {why}"
         _mark_rejected(draft, proposal, reason_text(text, **{IS_FINAL: False}))
-        if proposal.role == REQUESTOR:
+        if proposal.role == Role.REQUESTOR:
             draft.do(Send("market", Rematch(proposal.demand_id, proposal.offer_id)))
 
 
 def _mark_rejected(draft: Draft, proposal: Proposal, reason: str) -> None:
-    if proposal.state == DRAFT and not proposal.answer_id and not proposal.agreement_id:
-        draft.put(f"proposal/{proposal.proposal_id}", replace(proposal, state=REJECTED, reason=reason))
+    if proposal.state == ProposalState.DRAFT and not proposal.answer_id and not proposal.agreement_id:
+        draft.put(f"proposal/{proposal.proposal_id}", replace(proposal, state=ProposalState.REJECTED, reason=reason))
         draft.do(Emit(proposal.own_feed, ProposalRejectedEvent(proposal.proposal_id, reason)))

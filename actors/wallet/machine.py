@@ -26,22 +26,7 @@ from msgspec.structs import replace
 from actors.kernel.draft import Declined, Draft
 from actors.kernel.grammar import EDGE, ITSELF, On, Table, TableMachine
 from actors.kernel.machine import Meta, Rows
-from actors.wallet.rows import (
-    BATCHED,
-    CONFIRMED,
-    FAILED,
-    GIVEN_UP,
-    PAID,
-    QUEUED,
-    SENDING,
-    Batches,
-    Cycle,
-    PayBatchRow,
-    Payee,
-    PayOrder,
-    Queued,
-    WalletRow,
-)
+from actors.wallet.rows import Batches, Cycle, OrderState, PayBatchRow, PayBatchState, Payee, PayOrder, Queued, WalletRow
 from protocol.amounts import total_of
 from protocol.codec import Decoder
 from protocol.payment_terms import PAID_DAILY, SOON_GLM
@@ -93,7 +78,7 @@ def _pay_out(draft: WalletDraft, order: PayOut) -> None:
         payer=order.payer,
         payee=order.payee,
         amount=order.amount,
-        state=QUEUED,
+        state=OrderState.QUEUED,
         queued_at=draft.now,
     )
     _queue(draft, row)
@@ -145,8 +130,8 @@ def _set_cycle(draft: WalletDraft, command: SetCycle) -> None:
 
 def _run_cycle(draft: WalletDraft, command: RunCycle) -> None:
     for _, row in list(draft.prefix("order/")):
-        if row.platform == command.platform and row.state == GIVEN_UP:
-            _queue(draft, replace(row, state=QUEUED, tries=0))
+        if row.platform == command.platform and row.state == OrderState.GIVEN_UP:
+            _queue(draft, replace(row, state=OrderState.QUEUED, tries=0))
     draft.reply(CycleSet(command.platform, _schedule(draft, command.platform, draft.now)))
 
 
@@ -201,28 +186,28 @@ def _send_batch(draft: WalletDraft, platform: str, payer: str, payees: list[list
             )
             for orders in payees
         ),
-        state=SENDING,
+        state=PayBatchState.SENDING,
         created_at=draft.now,
     )
     draft.put(counter, Batches(number + 1))
     draft.put(f"batch/{batch_id}", batch)
     for order in (order for orders in payees for order in orders):
-        assert order.state == QUEUED, order
-        draft.put(f"order/{order.order_id}", replace(order, state=BATCHED, batch_id=batch_id, reason=""))
+        assert order.state == OrderState.QUEUED, order
+        draft.put(f"order/{order.order_id}", replace(order, state=OrderState.BATCHED, batch_id=batch_id, reason=""))
         draft.put(f"queue/{platform}/{payer}/{order.order_id}", None)
     draft.send("chain", _transfer(batch))
 
 
 def _transfer_sent(draft: WalletDraft, fact: TransferSent) -> None:
     batch = _batch(draft, fact.batch_id)
-    if batch and batch.state == SENDING and batch.tx_hash != fact.tx_hash:
+    if batch and batch.state == PayBatchState.SENDING and batch.tx_hash != fact.tx_hash:
         reason = f"transaction {fact.tx_hash} sent; waiting for its confirmation"
         _explain(draft, replace(batch, tx_hash=fact.tx_hash), reason)
 
 
 def _transfer_delayed(draft: WalletDraft, fact: TransferDelayed) -> None:
     batch = _batch(draft, fact.batch_id)
-    if batch and batch.state == SENDING and batch.reason != fact.reason:
+    if batch and batch.state == PayBatchState.SENDING and batch.reason != fact.reason:
         _explain(draft, batch, fact.reason)
 
 
@@ -238,28 +223,28 @@ def _orders(draft: WalletDraft, batch: PayBatchRow, payee: Payee) -> list[PayOrd
     found = []
     for order_id in payee.order_ids:
         order = draft.row(PayOrder, f"order/{order_id}")
-        assert batch.recalled or (order and (order.state, order.batch_id) == (BATCHED, batch.batch_id)), order_id
-        if order is not None and (order.state, order.batch_id) == (BATCHED, batch.batch_id):
+        assert batch.recalled or (order and (order.state, order.batch_id) == (OrderState.BATCHED, batch.batch_id)), order_id
+        if order is not None and (order.state, order.batch_id) == (OrderState.BATCHED, batch.batch_id):
             found.append(order)
     return found
 
 
 def _transfer_mined(draft: WalletDraft, fact: TransferMined) -> None:
     reason = f"transaction {fact.tx_hash} is in block {fact.block}; waiting until that is final"
-    if (batch := _batch(draft, fact.batch_id)) and batch.state == SENDING and batch.reason != reason:
+    if (batch := _batch(draft, fact.batch_id)) and batch.state == PayBatchState.SENDING and batch.reason != reason:
         _explain(draft, replace(batch, tx_hash=fact.tx_hash), reason)
 
 
 def _transfer_confirmed(draft: WalletDraft, fact: TransferConfirmed) -> None:
     batch = _batch(draft, fact.batch_id)
-    if batch is None or (batch.state == CONFIRMED and not batch.recalled):
+    if batch is None or (batch.state == PayBatchState.CONFIRMED and not batch.recalled):
         return
-    assert batch.state != FAILED, f"batch {batch.batch_id} was final as failed, and now is confirmed"
+    assert batch.state != PayBatchState.FAILED, f"batch {batch.batch_id} was final as failed, and now is confirmed"
     draft.put(
         f"batch/{batch.batch_id}",
         replace(
             batch,
-            state=CONFIRMED,
+            state=PayBatchState.CONFIRMED,
             tx_hash=fact.tx_hash,
             reason="",
             block=fact.block,
@@ -270,7 +255,7 @@ def _transfer_confirmed(draft: WalletDraft, fact: TransferConfirmed) -> None:
     for payee in batch.payees:
         orders = _orders(draft, batch, payee)
         for order in orders:
-            draft.put(f"order/{order.order_id}", replace(order, state=PAID, reason=""))
+            draft.put(f"order/{order.order_id}", replace(order, state=OrderState.PAID, reason=""))
         if orders:
             paid = amount_text(total_of(order.amount for order in orders))
             order_ids = tuple(order.order_id for order in orders)
@@ -280,14 +265,16 @@ def _transfer_confirmed(draft: WalletDraft, fact: TransferConfirmed) -> None:
 def _orders_known(draft: WalletDraft, fact: OrdersKnown) -> None:
     """The chain port has orders of a batch in others: this journal is older. Hear what became of them there."""
     batch = _batch(draft, fact.batch_id)
-    if batch is None or batch.state != SENDING:
+    if batch is None or batch.state != PayBatchState.SENDING:
         return
     reason = "some of its orders are in other batches of a time that this node's journal has forgotten"
-    draft.put(f"batch/{batch.batch_id}", replace(batch, state=FAILED, reason=reason))
+    draft.put(f"batch/{batch.batch_id}", replace(batch, state=PayBatchState.FAILED, reason=reason))
     known_in: dict[str, str] = {}
     for known in fact.batches:
         row = draft.row(PayBatchRow, f"batch/{known.batch_id}") or _recalled(batch, known, draft.now)
-        state = CONFIRMED if row.state == CONFIRMED else SENDING  # one that failed here has not failed there
+        state = (
+            PayBatchState.CONFIRMED if row.state == PayBatchState.CONFIRMED else PayBatchState.SENDING
+        )  # one that failed here has not failed there
         draft.put(f"batch/{known.batch_id}", replace(row, recalled=True, state=state))
         draft.send("chain", _transfer(row))  # it is there; its end is told again
         known_in |= {order_id: known.batch_id for orders in known.orders for order_id in orders}
@@ -295,21 +282,23 @@ def _orders_known(draft: WalletDraft, fact: OrdersKnown) -> None:
         if order.order_id in known_in:
             draft.put(f"order/{order.order_id}", replace(order, batch_id=known_in[order.order_id]))
         else:
-            _queue(draft, replace(order, state=QUEUED))
+            _queue(draft, replace(order, state=OrderState.QUEUED))
             _schedule(draft, batch.platform)
 
 
 def _recalled(like: PayBatchRow, known: KnownBatch, now: float) -> PayBatchRow:
     payees = tuple(Payee(*payee, orders) for payee, orders in zip(known.payees, known.orders, strict=True))
-    return PayBatchRow(known.batch_id, like.platform, like.payer, 0, payees, SENDING, now)  # its number is not known any more
+    return PayBatchRow(
+        known.batch_id, like.platform, like.payer, 0, payees, PayBatchState.SENDING, now
+    )  # its number is not known any more
 
 
 def _transfer_failed(draft: WalletDraft, fact: TransferFailed) -> None:
     batch = _batch(draft, fact.batch_id)
-    if batch is None or batch.state == FAILED:
+    if batch is None or batch.state == PayBatchState.FAILED:
         return
-    assert batch.state == SENDING, f"batch {batch.batch_id} was final as confirmed, and now has failed"
-    draft.put(f"batch/{batch.batch_id}", replace(batch, state=FAILED, reason=fact.reason))
+    assert batch.state == PayBatchState.SENDING, f"batch {batch.batch_id} was final as confirmed, and now has failed"
+    draft.put(f"batch/{batch.batch_id}", replace(batch, state=PayBatchState.FAILED, reason=fact.reason))
     given_up: list[str] = []
     queued: list[str] = []
     for order in (order for payee in batch.payees for order in _orders(draft, batch, payee)):
@@ -317,10 +306,10 @@ def _transfer_failed(draft: WalletDraft, fact: TransferFailed) -> None:
         at_fault = not fact.refused or order.payee in fact.refused
         order = replace(order, tries=order.tries + at_fault, reason=fact.reason)
         if order.tries < MAX_TRIES:
-            _queue(draft, replace(order, state=QUEUED))
+            _queue(draft, replace(order, state=OrderState.QUEUED))
             queued.append(order_id)
         else:
-            draft.put(f"order/{order_id}", replace(order, state=GIVEN_UP))
+            draft.put(f"order/{order_id}", replace(order, state=OrderState.GIVEN_UP))
             given_up.append(order_id)
     if queued:
         draft.send("ledger", PayOutDelayed(tuple(queued), f"a transfer failed, to be repeated: {fact.reason}"))
@@ -336,7 +325,7 @@ def _undelivered(draft: WalletDraft, fact: Undelivered) -> None:
     if isinstance(message, Transfer):
         batch = _batch(draft, message.batch_id)
         reason = f"{fact.to.rpartition('/')[2]} did not take the transfer, which is asked for again: {fact.reason}"
-        if batch and batch.state == SENDING and batch.reason != reason:
+        if batch and batch.state == PayBatchState.SENDING and batch.reason != reason:
             _explain(draft, batch, reason)
     draft.send(fact.to, message)
 
@@ -344,7 +333,7 @@ def _undelivered(draft: WalletDraft, fact: Undelivered) -> None:
 def _resume(draft: WalletDraft, command: ResumePayments) -> None:
     """The chain port repeats its last word on what it knows, and takes on what it does not."""
     for _, batch in draft.readable("batch/"):
-        if batch.state == SENDING:
+        if batch.state == PayBatchState.SENDING:
             draft.send("chain", _transfer(batch))
     for _, cycle in draft.readable("cycle/"):
         if cycle.next_at is not None:

@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
+
 from protocol.types import Message
 
-QUEUED, BATCHED, PAID, GIVEN_UP = "QUEUED", "BATCHED", "PAID", "GIVEN_UP"
-SENDING, CONFIRMED, FAILED = "SENDING", "CONFIRMED", "FAILED"
+
+class OrderState(StrEnum):
+    """Of an order of the ledger."""
+
+    QUEUED = "QUEUED"
+    BATCHED = "BATCHED"
+    PAID = "PAID"
+    GIVEN_UP = "GIVEN_UP"
+
+
+class PayBatchState(StrEnum):
+    """Of a transfer to several payees."""
+
+    SENDING = "SENDING"
+    CONFIRMED = "CONFIRMED"
+    FAILED = "FAILED"
 
 
 class PayOrder(Message, frozen=True):
@@ -16,7 +32,7 @@ class PayOrder(Message, frozen=True):
     payer: str
     payee: str
     amount: str
-    state: str
+    state: OrderState
     queued_at: float
     batch_id: str = ""
     tries: int = 0
@@ -39,7 +55,7 @@ class PayBatchRow(Message, frozen=True, tag="Batch"):
     payer: str
     number: int  # of the payer's batches on this platform
     payees: tuple[Payee, ...]
-    state: str
+    state: PayBatchState
     created_at: float
     tx_hash: str = ""
     reason: str = ""

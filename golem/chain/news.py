@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 
 from golem.chain.networks import Network
+from golem.chain.schema import TransferState
 from golem.chain.store import ChainBatchRow, Store, TxRow
 from protocol.types import amount_text, from_wei
 from protocol.wallet import TransferConfirmed, TransferDelayed, TransferFailed, TransferNews
@@ -51,7 +52,7 @@ class News:
 
     def _ending(self, row: ChainBatchRow) -> TransferNews:
         batch_id = row.batch.batch_id
-        if row.state in ("failed", "nonce_lost"):
+        if row.state in (TransferState.FAILED, TransferState.NONCE_LOST):
             return TransferFailed(batch_id, row.reason, row.refused)
         tx = self._store.tx_of_batch(batch_id)
         assert tx is not None, "a confirmed batch has a transaction"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from enum import StrEnum
 from pathlib import Path
 
 SCHEMA_NUMBER = 7  # with each change of the tables one more
@@ -38,6 +39,28 @@ create table verified(
   genesis text not null default '', deep int not null default 0);
 create table purse(chain text, address text, gas_wei text, token_wei text, at real, primary key(chain, address));
 """
+
+
+class TransferState(StrEnum):
+    """How far a batch is, or a transaction that pays one."""
+
+    QUEUED = "queued"  # a batch that has no transaction
+    ASSIGNED = "assigned"  # a batch that has one
+    SIGNED = "signed"  # a transaction, from here on
+    SENT = "sent"
+    MINED = "mined"
+    CONFIRMED = "confirmed"  # both
+    FAILED = "failed"
+    NONCE_LOST = "nonce_lost"  # another transaction took the nonce
+
+
+class TxKind(StrEnum):
+    """What a transaction is for."""
+
+    PAY = "pay"
+    APPROVE = "approve"
+    MINT = "mint"
+    FILL = "fill"  # it uses up a nonce
 
 
 def connect(path: Path | str) -> sqlite3.Connection:

@@ -15,7 +15,7 @@ import trio
 from actors.kernel.records import RowDamaged
 from actors.kernel.system import System
 from actors.ledger import machine as ledger
-from actors.wallet.rows import BATCHED, PAID, PayBatchRow, PayOrder
+from actors.wallet.rows import OrderState, PayBatchRow, PayOrder
 from golem.chain.networks import Network, Networks
 from protocol.types import amount, to_wei
 
@@ -57,7 +57,7 @@ async def _objection(system: System, networks: Networks, network: Network, batch
             order = wallet.get(f"order/{order_id}")
             if not isinstance(order, PayOrder) or (order.batch_id, order.payee) != (batch_id, payee.payee):
                 return f"order {order_id} is not one of batch {batch_id}"
-            if order.state not in (BATCHED, PAID):
+            if order.state not in (OrderState.BATCHED, OrderState.PAID):
                 return f"order {order_id} of batch {batch_id} is {order.state.lower()}"
             if reason := _unlike_ordered(system, order):
                 return reason

@@ -8,9 +8,9 @@ from quart import Blueprint, Response
 
 from actors.ledger.ceiling import age_s, calculation, most_for_agreement
 from actors.ledger.machine import PaymentDocument
-from actors.ledger.rows import ACCEPTED, RECEIVED, SETTLED
 from golem.rest.edge import ApiError, respond_json
-from protocol.ledger import DEBIT_NOTE, DebitNoteBody, decode_body
+from protocol.ledger import DebitNoteBody, decode_body
+from protocol.states import DocumentKind, DocumentStatus
 from protocol.types import amount_text, timestamp_text
 
 if TYPE_CHECKING:
@@ -39,7 +39,12 @@ def waiting(rows: Any, document: PaymentDocument) -> str:
     """What a document waits for, in words: a note that nobody accepted is paid with the invoice, and keeps its status."""
     agreement = rows.get(f"agreement/{document.agreement_id}")
     invoice = rows.get(f"invoice/{agreement.invoice_id}") if agreement is not None else None
-    if document.kind != DEBIT_NOTE or document.status != RECEIVED or invoice is None or invoice.status not in (ACCEPTED, SETTLED):
+    if (
+        document.kind != DocumentKind.DEBIT_NOTE
+        or document.status != DocumentStatus.RECEIVED
+        or invoice is None
+        or invoice.status not in (DocumentStatus.ACCEPTED, DocumentStatus.SETTLED)
+    ):
         return str(document.waiting)
     return f"nothing: its amount is part of invoice {invoice.document_id}, which is {invoice.status}; not paid by itself"
 

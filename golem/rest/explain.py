@@ -14,6 +14,7 @@ from actors.negotiation.rows import Proposal, state_at
 from golem.rest.edge import ApiError, query_text, respond_json
 from protocol.market import SUBSCRIPTION_ID, Subscription, read_subscription
 from protocol.negotiation import reason_text
+from protocol.states import ProposalState
 from protocol.terms import Reason, explain
 from protocol.types import timestamp_text
 
@@ -119,10 +120,11 @@ async def _answers(node: Node, demand_id: str) -> list[dict[str, Any]]:
 
 def _answer(node: Node, proposal: Proposal) -> dict[str, Any]:
     agreement = node.system.rows("negotiation").get(f"agreement/{proposal.agreement_id}") if proposal.agreement_id else None
-    state, reason = proposal.state, proposal.reason
+    state: str = proposal.state
+    reason = proposal.reason
     if agreement is not None:
         state, reason = f"Agreement {state_at(agreement, node.clock())}", agreement.reason
-    elif state == "Rejected":
+    elif state == ProposalState.REJECTED:
         state = f"Rejected by {'the provider' if proposal.issuer == node.node_id else 'this node'}"
     elif not reason:
         waits = "the provider" if proposal.issuer == node.node_id else "the agent of this node"

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from worlds.playbook import START, Nodes, Playbook, playbook
 
-from actors.activity.machine import UNREACHABLE, Activity
+from actors.activity.machine import Activity
 from actors.activity.moves import INACTIVITY_S, KEEP_AGREEMENT_S, KEEP_S, UNRESPONSIVE_S
 from actors.activity.provider import MAX_HELD, MAX_HELD_PER_NODE
 from actors.activity.requestor import MAX_UNFINISHED
@@ -36,6 +36,7 @@ from protocol.activity import (
 from protocol.codec import encode
 from protocol.exeunit import CommandFinished, Execute, RunBatch, ShutDown, UnitStarted
 from protocol.negotiation import AgreementApproved, AgreementEnded
+from protocol.states import ActivityEnd
 from protocol.types import Refused, Undelivered, Violation
 
 R, P, X = "0x" + "1" * 40, "0x" + "2" * 40, "0x" + "3" * 40
@@ -204,7 +205,7 @@ def test_a_provider_that_cannot_be_reached_ends_the_activity() -> None:
         play.sends.clear()
         play.tell(Undelivered(f"{P}/activity", encode(lost), "no route"), f"{R}/activity")
         row = play.rows[f"activity/{ACTIVITY}"]
-        assert (row.state, row.reason, row.error_message) == ("Terminated", UNREACHABLE, "no route")
+        assert (row.state, row.reason, row.error_message) == ("Terminated", ActivityEnd.UNREACHABLE, "no route")
         assert play.rows[batch_key(ACTIVITY, BATCH)].finished
         told = [] if isinstance(lost, DestroyRequested) else [DestroyRequested(ACTIVITY)]
         assert play.sent(f"{P}/activity") == told

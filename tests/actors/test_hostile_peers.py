@@ -16,6 +16,7 @@ import types
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import StrEnum
 from functools import cache
 from typing import Any
 
@@ -167,6 +168,8 @@ class Maker:
             return rng.choice(FLOATS)
         if kind is str:
             return rng.choice(TEXTS) if rng.random() < 0.4 else rng.choice(words().texts)
+        if issubclass(kind, StrEnum):
+            return rng.choice((*kind, *kind, *TEXTS))
         if kind is bytes:
             return rng.choice(BYTES) if rng.random() < 0.4 else rng.choice(words().raw)
         if kind is Document:
