@@ -21,7 +21,7 @@ from actors.ledger.documents import (
     rejected,
     settle,
 )
-from actors.ledger.rows import FEEDS, LedgerActivityRow, LedgerAgreementRow, Open, PaymentDocument, acceptance_of
+from actors.ledger.rows import FEEDS, LedgerActivityRow, LedgerAgreementRow, OpenRow, PaymentDocumentRow, acceptance_of
 from protocol.ledger import (
     MAX_ACTIVITIES,
     MAX_USAGE_COUNTERS,
@@ -52,7 +52,7 @@ from protocol.types import Done, Violation, address, amount, amount_text, timest
 def issue_debit_note(draft: Draft, command: IssueDebitNote) -> None:
     """Write a debit note over the running total of an activity."""
     key = f"debit-note/{command.debit_note_id}"
-    if draft.row(PaymentDocument, key):
+    if draft.row(PaymentDocumentRow, key):
         draft.reply(Done())
         return
     activity = draft.row(LedgerActivityRow, f"activity/{command.activity_id}")
@@ -97,7 +97,7 @@ def issue_debit_note(draft: Draft, command: IssueDebitNote) -> None:
 def issue_invoice(draft: Draft, command: IssueInvoice) -> None:
     """Write an invoice over the total of an agreement."""
     key = f"invoice/{command.invoice_id}"
-    if draft.row(PaymentDocument, key):
+    if draft.row(PaymentDocumentRow, key):
         draft.reply(Done())
         return
     agreement = _billable(draft, command.agreement_id)
@@ -185,7 +185,7 @@ def _most(text: str) -> str:
         raise Violation(str(error)) from None
 
 
-def _take_back(draft: Draft, row: PaymentDocument) -> None:
+def _take_back(draft: Draft, row: PaymentDocumentRow) -> None:
     """What was refused counts for nothing: a lower note may follow."""
     activity = draft.row(LedgerActivityRow, f"activity/{row.activity_id}")
     if activity is not None and activity.due == row.amount:
@@ -210,7 +210,7 @@ def document_accepted(draft: Draft, message: DocumentAccepted) -> None:
         waiting="accepted; waiting for payment",
         acceptance=message.acceptance.signature,
     )
-    draft.put(f"open/{row.agreement_id}/{row.kind}/{row.document_id}", Open(row.kind, row.document_id))
+    draft.put(f"open/{row.agreement_id}/{row.kind}/{row.document_id}", OpenRow(row.kind, row.document_id))
     event(draft, row, DocumentStatus.ACCEPTED)
     settle(draft, row.agreement_id)
 
@@ -236,7 +236,7 @@ def undelivered(draft: Draft, document: Document, reason: str) -> None:
         own_id = decode_body(DebitNoteBody, document.body).debit_note_id
     else:
         own_id = decode_body(InvoiceBody, document.body).invoice_id
-    row = draft.row(PaymentDocument, f"{document.kind}/{own_id}")
+    row = draft.row(PaymentDocumentRow, f"{document.kind}/{own_id}")
     if row is not None and row.status == DocumentStatus.ISSUED:
         put(draft, row, waiting=f"not delivered: {reason[:300]}")
 
@@ -252,8 +252,8 @@ def _billable(draft: Draft, agreement_id: str) -> LedgerAgreementRow:
     return agreement
 
 
-def _from_payer(draft: Draft, kind: str, document_id: str) -> PaymentDocument:
-    row = draft.row(PaymentDocument, f"{kind}/{document_id}") if kind in FEEDS else None
+def _from_payer(draft: Draft, kind: str, document_id: str) -> PaymentDocumentRow:
+    row = draft.row(PaymentDocumentRow, f"{kind}/{document_id}") if kind in FEEDS else None
     if row is None:
         raise Violation(f"about a {kind[:32]} that does not exist")
     check_sender(draft, row, Party.PAYEE)

@@ -29,13 +29,13 @@ from actors.ledger.documents import (
 from actors.ledger.rows import (
     LedgerActivityRow,
     LedgerAgreementRow,
-    Open,
-    Order,
-    Owed,
-    PaymentDocument,
-    Pricing,
+    OpenRow,
+    OrderRow,
+    OwedRow,
+    PaymentDocumentRow,
+    PricingRow,
     RefusedDocument,
-    RefusedDocuments,
+    RefusedDocumentsRow,
     acceptance_of,
 )
 from protocol.amounts import total_of
@@ -96,7 +96,7 @@ def accept(draft: Draft, command: AcceptDocument) -> None:
         order(draft, row, agreement, allocation.allocation_id, added)
     waiting = "accepted; payment ordered" if added > 0 else "accepted; earlier payment orders cover it"
     row = put(draft, row, status=DocumentStatus.ACCEPTED, waiting=waiting, acceptance=command.acceptance.signature)
-    draft.put(f"open/{row.agreement_id}/{row.kind}/{row.document_id}", Open(row.kind, row.document_id))
+    draft.put(f"open/{row.agreement_id}/{row.kind}/{row.document_id}", OpenRow(row.kind, row.document_id))
     draft.send(address(agreement.peer, "ledger"), DocumentAccepted(command.acceptance))
     event(draft, row, DocumentStatus.ACCEPTED)
     settle(draft, row.agreement_id)
@@ -138,7 +138,7 @@ def document_sent(draft: Draft, message: DocumentSent) -> None:
     if (body.issuer_id, body.recipient_id) != (sender, draft.me):
         raise Violation(f"a {document.kind} of other parties")
     receipt = address(sender, "ledger"), DocumentReceived(document.kind, own_id)
-    known = draft.row(PaymentDocument, f"{document.kind}/{own_id}")
+    known = draft.row(PaymentDocumentRow, f"{document.kind}/{own_id}")
     if known is not None:
         if known.body != document.body:
             raise Violation(f"another {document.kind} with the id {own_id} exists")
@@ -162,9 +162,9 @@ def document_sent(draft: Draft, message: DocumentSent) -> None:
 def _refused(draft: Draft, agreement_id: str, refused: RefusedDocument) -> None:
     """Remember for people what was not taken, if it is about an agreement of ours."""
     if draft.row(LedgerAgreementRow, f"agreement/{agreement_id}") is not None:
-        row = draft.row(RefusedDocuments, f"refused/{agreement_id}") or RefusedDocuments()
+        row = draft.row(RefusedDocumentsRow, f"refused/{agreement_id}") or RefusedDocumentsRow()
         others = [one for one in row.documents if one.document_id != refused.document_id]
-        draft.put(f"refused/{agreement_id}", RefusedDocuments((*others, refused)[-MAX_REFUSED:]))
+        draft.put(f"refused/{agreement_id}", RefusedDocumentsRow((*others, refused)[-MAX_REFUSED:]))
 
 
 def _objection(
@@ -202,7 +202,7 @@ def _against_note(
         return f"this node has created no activity {activity_id} under the agreement", ""
     if total < Decimal(activity.due):
         return "totals never decrease", ""
-    pricing = draft.row(Pricing, f"pricing/{agreement.agreement_id}")
+    pricing = draft.row(PricingRow, f"pricing/{agreement.agreement_id}")
     if pricing is None:
         return "", ""
     age = age_s(draft, activity, draft.now)
@@ -217,10 +217,10 @@ def _against_invoice(draft: Draft, agreement: LedgerAgreementRow, body: InvoiceB
         return f"this node has created no activity {min(strange)[:80]} under the agreement", ""
     if total < invoice_floor(draft, agreement):
         return "totals never decrease", ""
-    pricing = draft.row(Pricing, f"pricing/{agreement.agreement_id}")
+    pricing = draft.row(PricingRow, f"pricing/{agreement.agreement_id}")
     if pricing is None:
         return "", ""
-    standing = draft.row(PaymentDocument, f"invoice/{agreement.invoice_id}")
+    standing = draft.row(PaymentDocumentRow, f"invoice/{agreement.invoice_id}")
     if standing is not None and standing.status in (DocumentStatus.RECEIVED, DocumentStatus.ACCEPTED):
         return f"the agreement has an invoice already: {standing.document_id}", ""
     rows = [draft.row(LedgerActivityRow, f"activity/{one}") for one in ids]
@@ -255,7 +255,7 @@ def cancel_requested(draft: Draft, message: InvoiceCancelRequested) -> None:
     """Agree, unless the invoice is accepted: the payee learns that from the acceptance."""
     if not _ID.match(message.invoice_id):
         raise Violation("no id of an invoice")
-    row = draft.row(PaymentDocument, f"invoice/{message.invoice_id}")
+    row = draft.row(PaymentDocumentRow, f"invoice/{message.invoice_id}")
     if row is None:  # it never arrived
         draft.send(draft.meta.sender, InvoiceCancelled(message.invoice_id), ANSWER_S)
         return
@@ -266,11 +266,11 @@ def cancel_requested(draft: Draft, message: InvoiceCancelRequested) -> None:
         draft.send(draft.meta.sender, InvoiceCancelled(message.invoice_id))
 
 
-def order(draft: Draft, row: PaymentDocument, agreement: LedgerAgreementRow, allocation_id: str, added: Decimal) -> None:
+def order(draft: Draft, row: PaymentDocumentRow, agreement: LedgerAgreementRow, allocation_id: str, added: Decimal) -> None:
     """Order the payment of what accepting a document added to the debt."""
     order_id = f"{row.kind}:{row.document_id}"
-    assert draft.row(Order, f"order/{order_id}") is None, f"{order_id} is ordered twice"
-    new = Order(
+    assert draft.row(OrderRow, f"order/{order_id}") is None, f"{order_id} is ordered twice"
+    new = OrderRow(
         kind=row.kind,
         document_id=row.document_id,
         agreement_id=row.agreement_id,
@@ -284,7 +284,7 @@ def order(draft: Draft, row: PaymentDocument, agreement: LedgerAgreementRow, all
         ordered_at=draft.now,
     )
     draft.put(f"order/{order_id}", new)
-    draft.put(f"ordered/{new.agreement_id}/{order_id}", Open(row.kind, row.document_id))
-    debt = draft.row(Owed, f"owed/{new.platform}") or Owed()
-    draft.put(f"owed/{new.platform}", Owed(amount_text(total_of((debt.amount, added)))))
+    draft.put(f"ordered/{new.agreement_id}/{order_id}", OpenRow(row.kind, row.document_id))
+    debt = draft.row(OwedRow, f"owed/{new.platform}") or OwedRow()
+    draft.put(f"owed/{new.platform}", OwedRow(amount_text(total_of((debt.amount, added)))))
     draft.send("wallet", PayOut(order_id, new.platform, new.payer_addr, new.payee_addr, new.amount))

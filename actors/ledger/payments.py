@@ -17,7 +17,7 @@ from msgspec.structs import replace
 
 from actors.kernel.draft import Draft
 from actors.ledger.documents import explain, keep, no_room, settle
-from actors.ledger.rows import LedgerActivityRow, LedgerAgreementRow, Order, Owed, PaymentRow, PaymentState, TxClaims
+from actors.ledger.rows import LedgerActivityRow, LedgerAgreementRow, OrderRow, OwedRow, PaymentRow, PaymentState, TxClaimsRow
 from protocol.amounts import minus, total_of
 from protocol.ledger import (
     ActivityPayment,
@@ -50,9 +50,9 @@ ANSWER_S = 24 * 3600.0  # to bring our word about a payment that is for nothing 
 # -- the payer
 def paid_out(draft: Draft, fact: PaidOut) -> None:
     """Orders are paid, final: settle what they cover and tell each payee. A repeat finds nothing left to do."""
-    by_peer: dict[str, list[tuple[str, Order]]] = {}
+    by_peer: dict[str, list[tuple[str, OrderRow]]] = {}
     for order_id in dict.fromkeys(fact.order_ids):
-        order = draft.row(Order, f"order/{order_id}")
+        order = draft.row(OrderRow, f"order/{order_id}")
         assert order is not None, f"the wallet paid {order_id}, which the ledger never ordered"
         if order.payment_id:
             continue
@@ -62,7 +62,7 @@ def paid_out(draft: Draft, fact: PaidOut) -> None:
         _record_payment(draft, fact, peer, orders)
 
 
-def _record_payment(draft: Draft, fact: PaidOut, peer: str, orders: list[tuple[str, Order]]) -> None:
+def _record_payment(draft: Draft, fact: PaidOut, peer: str, orders: list[tuple[str, OrderRow]]) -> None:
     agreements = _sums((order.agreement_id, order.amount) for _, order in orders if not order.activity_id)
     activities = _sums((order.activity_id, order.amount) for _, order in orders if order.activity_id)
     total = amount_text(total_of(order.amount for _, order in orders))
@@ -98,8 +98,8 @@ def _record_payment(draft: Draft, fact: PaidOut, peer: str, orders: list[tuple[s
     draft.put(f"payment/{payment_id}", row)
     for order_id, order in orders:
         draft.put(f"order/{order_id}", replace(order, payment_id=payment_id))
-    debt = draft.row(Owed, f"owed/{fact.platform}") or Owed()
-    draft.put(f"owed/{fact.platform}", Owed(amount_text(max(minus(debt.amount, total), Decimal(0)))))
+    debt = draft.row(OwedRow, f"owed/{fact.platform}") or OwedRow()
+    draft.put(f"owed/{fact.platform}", OwedRow(amount_text(max(minus(debt.amount, total), Decimal(0)))))
     _book(draft, body)
     draft.emit("payments", _event(draft, row))  # in one step with what it settles: who hears of that looks for the payment
     draft.send("signer", SignPayment(payment_id, raw))
@@ -203,7 +203,7 @@ def _owe_what_is_paid(draft: Draft, part: ActivityPayment) -> None:
 def pay_out_delayed(draft: Draft, fact: PayOutDelayed) -> None:
     """Say on the documents why their money does not move."""
     for order_id in fact.order_ids:
-        order = draft.row(Order, f"order/{order_id}")
+        order = draft.row(OrderRow, f"order/{order_id}")
         if order is not None and not order.payment_id:
             explain(draft, order.kind, order.document_id, f"accepted; payment ordered: {fact.reason}")
 
@@ -258,8 +258,8 @@ def payment_sent(draft: Draft, message: PaymentSent) -> None:
     )
     draft.put(f"payment/{row.payment_id}", row)
     key = _claims_key(body, tx_hash)
-    claims = draft.row(TxClaims, key) or TxClaims(())
-    draft.put(key, TxClaims((*claims.claims, (row.payment_id, row.amount))))
+    claims = draft.row(TxClaimsRow, key) or TxClaimsRow(())
+    draft.put(key, TxClaimsRow((*claims.claims, (row.payment_id, row.amount))))
     _ask(draft, row)
 
 
@@ -292,7 +292,7 @@ def _objection(draft: Draft, sender: str, body: PaymentBody, size: int) -> str:
         return f"{first.payment_bytes} bytes of payments were claimed for agreement {first.agreement_id} already"
     if full := no_room(draft, sender, size):
         return full
-    claims = draft.row(TxClaims, _claims_key(body, _tx_hash(body.details)))
+    claims = draft.row(TxClaimsRow, _claims_key(body, _tx_hash(body.details)))
     if claims is not None and len(claims.claims) >= MAX_CLAIMS:
         return f"{MAX_CLAIMS} payments were claimed of this transaction, and no more are looked at"
     return ""
@@ -342,10 +342,10 @@ def transfer_rejected(draft: Draft, fact: TransferRejected) -> None:
         rest = encode_body(replace(decode_body(PaymentBody, row.body), agreement_payments=(), activity_payments=()))
         dead = replace(row, state=PaymentState.REFUSED, reason=fact.reason, tries=row.tries + 1, signature=b"")
         draft.put(f"payment/{row.payment_id}", replace(dead, body=rest, digest=digest(row.body)))
-    claims = draft.row(TxClaims, key)
+    claims = draft.row(TxClaimsRow, key)
     assert claims is not None, key
     left = tuple(claim for claim in claims.claims if claim[0] != row.payment_id)
-    draft.put(key, TxClaims(left) if left else None)
+    draft.put(key, TxClaimsRow(left) if left else None)
     draft.send(address(row.peer, "ledger"), PaymentAcknowledged(row.payment_id, False, fact.reason))
 
 
@@ -358,7 +358,7 @@ def verify_again(draft: Draft, timer: VerifyAgain) -> None:
 
 def _ask(draft: Draft, row: PaymentRow) -> None:
     body = decode_body(PaymentBody, row.body)
-    claims = draft.row(TxClaims, _claims_key(body, row.tx_hash))
+    claims = draft.row(TxClaimsRow, _claims_key(body, row.tx_hash))
     assert claims is not None, row
     ids = [claim[0] for claim in claims.claims]
     before = total_of(claim[1] for claim in claims.claims[: ids.index(row.payment_id)])

@@ -18,15 +18,15 @@ from actors.ledger.documents import add, agreement_of, event, owe, put, settle
 from actors.ledger.payer import order
 from actors.ledger.payments import booked_again
 from actors.ledger.rows import (
-    In,
+    InRow,
     LedgerActivityRow,
     LedgerAgreementRow,
-    Open,
-    Order,
-    PaymentDocument,
+    OpenRow,
+    OrderRow,
+    PaymentDocumentRow,
     PaymentRow,
     PaymentState,
-    Told,
+    ToldRow,
     acceptance_of,
 )
 from protocol.amounts import minus, total_of
@@ -80,7 +80,7 @@ def tell_again(draft: Draft, timer: TellAgain) -> None:
 def recall(draft: Draft, command: Recall) -> None:
     """This node was restored from a backup: ask everybody we had to do with."""
     for peer in [key.partition("/")[2] for key in (*[key for key, _ in draft.readable("told/")], *draft.left_out)]:
-        draft.put(f"told/{peer}", Told(draft.now))
+        draft.put(f"told/{peer}", ToldRow(draft.now))
         draft.send(address(peer, "ledger"), AskAgain())
         _tell(draft, peer)
     draft.reply(Done())
@@ -88,13 +88,13 @@ def recall(draft: Draft, command: Recall) -> None:
 
 def _may_tell(draft: Draft, peer: str) -> bool:
     """Return whether it is long enough since the peer was told everything; else it is told later, a stranger never."""
-    told = draft.row(Told, f"told/{peer}")
+    told = draft.row(ToldRow, f"told/{peer}")
     if told is None:
         return False
     if draft.now - told.at < TELL_EVERY_S:
         draft.wake(f"told/{peer}", told.at + TELL_EVERY_S, TellAgain(peer))
         return False
-    draft.put(f"told/{peer}", Told(draft.now))
+    draft.put(f"told/{peer}", ToldRow(draft.now))
     return True
 
 
@@ -116,7 +116,7 @@ def _tell(draft: Draft, peer: str) -> None:
     keys += [f"{DocumentKind.INVOICE}/{row.invoice_id}" for row in agreements.values() if row.invoice_id]
     for key in keys:
         row = draft.sound(key)
-        if isinstance(row, PaymentDocument) and row.changed_at >= since and row.signature and not row.refused:
+        if isinstance(row, PaymentDocumentRow) and row.changed_at >= since and row.signature and not row.refused:
             _tell_document(draft, to, row)
     for payment in payments:
         if payment.role == Party.PAYER:
@@ -125,7 +125,7 @@ def _tell(draft: Draft, peer: str) -> None:
 
 def _accepted_notes(draft: Draft, agreements: Container[str]) -> list[str]:
     """The highest accepted note of each activity: it is owed, although a later one may not be."""
-    highest: dict[str, PaymentDocument] = {}
+    highest: dict[str, PaymentDocumentRow] = {}
     for _, row in draft.readable(f"{DocumentKind.DEBIT_NOTE}/"):
         if row.acceptance and row.agreement_id in agreements:
             other = highest.get(row.activity_id)
@@ -134,7 +134,7 @@ def _accepted_notes(draft: Draft, agreements: Container[str]) -> list[str]:
     return [row.document_id for row in highest.values()]
 
 
-def _tell_document(draft: Draft, to: str, row: PaymentDocument) -> None:
+def _tell_document(draft: Draft, to: str, row: PaymentDocumentRow) -> None:
     document = Document(row.kind, row.body, row.signature)
     acceptance = Document(DocumentKind.ACCEPTANCE, acceptance_of(row), row.acceptance) if row.acceptance else None
     if row.role == Party.PAYEE:
@@ -168,7 +168,7 @@ def recalled(draft: Draft, message: Recalled) -> None:
 def _acceptance(draft: Draft, document: Document, sender: str) -> None:
     body = decode_body(AcceptanceBody, document.body)
     row = (
-        draft.row(PaymentDocument, f"{body.kind}/{body.document_id}")
+        draft.row(PaymentDocumentRow, f"{body.kind}/{body.document_id}")
         if body.kind in (DocumentKind.DEBIT_NOTE, DocumentKind.INVOICE)
         else None
     )
@@ -184,7 +184,7 @@ def _acceptance(draft: Draft, document: Document, sender: str) -> None:
         order(draft, row, agreement, NO_ALLOCATION, unpaid)
         waiting = "accepted before this node's disk went back in time; payment ordered"
     row = put(draft, row, status=DocumentStatus.ACCEPTED, waiting=waiting, acceptance=document.signature)
-    draft.put(f"open/{row.agreement_id}/{row.kind}/{row.document_id}", Open(row.kind, row.document_id))
+    draft.put(f"open/{row.agreement_id}/{row.kind}/{row.document_id}", OpenRow(row.kind, row.document_id))
     event(draft, row, DocumentStatus.ACCEPTED)
     settle(draft, row.agreement_id)
 
@@ -194,7 +194,7 @@ def _not_paid(draft: Draft, agreement_id: str) -> Decimal:
     then `RowDamaged` is raised, and the peer's word waits."""
     agreement = draft.row(LedgerAgreementRow, f"agreement/{agreement_id}")
     assert agreement is not None, agreement_id
-    orders = [row for _, row in draft.prefix("order/") if isinstance(row, Order) and row.agreement_id == agreement_id]
+    orders = [row for _, row in draft.prefix("order/") if isinstance(row, OrderRow) and row.agreement_id == agreement_id]
     under_way = total_of(row.amount for row in orders if not row.payment_id)
     return max(minus(agreement.accepted, amount_text(total_of((agreement.paid, amount_text(under_way))))), Decimal(0))
 
@@ -223,7 +223,7 @@ def _own_document(draft: Draft, document: Document, sender: str) -> None:
     agreement = draft.row(LedgerAgreementRow, f"agreement/{body.agreement_id}")
     if agreement is None or (agreement.role, agreement.peer) != (Party.PAYEE, sender) or body.recipient_id != sender:
         return
-    if draft.row(PaymentDocument, f"{document.kind}/{own_id}") is not None:
+    if draft.row(PaymentDocumentRow, f"{document.kind}/{own_id}") is not None:
         return
     if document.kind == DocumentKind.DEBIT_NOTE:
         activity = draft.row(LedgerActivityRow, f"activity/{activity_id}") or LedgerActivityRow(
@@ -231,7 +231,7 @@ def _own_document(draft: Draft, document: Document, sender: str) -> None:
         )
         if activity.agreement_id != agreement.agreement_id:
             return
-        draft.put(f"in/{agreement.agreement_id}/{activity_id}", In())
+        draft.put(f"in/{agreement.agreement_id}/{activity_id}", InRow())
         if amount(total) >= Decimal(activity.due):
             draft.put(f"activity/{activity_id}", replace(activity, due=total, last_debit_note_id=own_id))
     else:

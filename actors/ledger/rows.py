@@ -34,7 +34,7 @@ class PaymentState(StrEnum):
     REFUSED = "REFUSED"  # either: the payee does not take it, with the reason
 
 
-class Allocation(Message, frozen=True):
+class AllocationRow(Message, frozen=True, tag="Allocation"):
     """Money set aside. What is left is `total` - `spent` while it lives and nothing after its release."""
 
     allocation_id: str
@@ -88,7 +88,7 @@ class LedgerActivityRow(Message, frozen=True, tag="Activity"):
     ended_set_back_s: float = 0.0
 
 
-class Pricing(Message, frozen=True):
+class PricingRow(Message, frozen=True, tag="Pricing"):
     """What an agreement costs, as its payer checks it. `coeffs`: a price for each counter, last the start price."""
 
     agreement_id: str
@@ -110,7 +110,7 @@ class ClockRow(Message, frozen=True):
     set_back_s: float = 0.0
 
 
-class In(Message, frozen=True):
+class InRow(Message, frozen=True, tag="In"):
     """Index: an activity of an agreement."""
 
 
@@ -124,13 +124,13 @@ class RefusedDocument(Message, frozen=True):
     reason: str
 
 
-class RefusedDocuments(Message, frozen=True):
+class RefusedDocumentsRow(Message, frozen=True, tag="RefusedDocuments"):
     """The last ones of an agreement, newest last."""
 
     documents: tuple[RefusedDocument, ...] = ()
 
 
-class PaymentDocument(Message, frozen=True):
+class PaymentDocumentRow(Message, frozen=True, tag="PaymentDocument"):
     """A debit note or an invoice, as signed. `waiting` says in words what is to happen next, or why it does not."""
 
     kind: DocumentKind
@@ -151,7 +151,7 @@ class PaymentDocument(Message, frozen=True):
     most: str = ""  # the highest amount that the payer would have taken, where it refused this one
 
 
-class Order(Message, frozen=True):
+class OrderRow(Message, frozen=True, tag="Order"):
     """What accepting a document added to the debt; named by the document, so there is at most one."""
 
     kind: DocumentKind
@@ -187,58 +187,58 @@ class PaymentRow(Message, frozen=True, tag="Payment"):
     digest: str = ""  # of the body where only the head of it is kept: the payment was refused for good
 
 
-class TxClaims(Message, frozen=True):
+class TxClaimsRow(Message, frozen=True, tag="TxClaims"):
     """What has been claimed of one transaction for one payee, in order: (payment id, amount), verified or in question."""
 
     claims: tuple[tuple[str, str], ...]
 
 
-class Open(Message, frozen=True):
+class OpenRow(Message, frozen=True, tag="Open"):
     """An entry of an index: an accepted document that waits for its money, or one that was ordered."""
 
     kind: DocumentKind
     document_id: str
 
 
-class Stored(Message, frozen=True):
+class StoredRow(Message, frozen=True, tag="Stored"):
     """`stored/<peer>`: how many bytes of a peer's documents were kept, less what its allowance of each day has made good."""
 
     size: float
     at: float
 
 
-class Told(Message, frozen=True):
+class ToldRow(Message, frozen=True, tag="Told"):
     """When a peer was last told everything again. There is one for each peer of an agreement."""
 
     at: float = 0.0
 
 
-class Owed(Message, frozen=True):
+class OwedRow(Message, frozen=True, tag="Owed"):
     """The sum of a platform's orders that are not paid yet: this money is still in the account, and not free."""
 
     amount: str = "0"
 
 
 LedgerRow = (
-    Allocation
+    AllocationRow
     | LedgerAgreementRow
     | LedgerActivityRow
-    | Pricing
+    | PricingRow
     | ClockRow
-    | In
-    | RefusedDocuments
-    | PaymentDocument
-    | Order
+    | InRow
+    | RefusedDocumentsRow
+    | PaymentDocumentRow
+    | OrderRow
     | PaymentRow
-    | TxClaims
-    | Open
-    | Owed
-    | Stored
-    | Told
+    | TxClaimsRow
+    | OpenRow
+    | OwedRow
+    | StoredRow
+    | ToldRow
 )
 
 
-def remaining(allocation: Allocation) -> Decimal:
+def remaining(allocation: AllocationRow) -> Decimal:
     """Return what an allocation still holds."""
     return Decimal(0) if allocation.released_at is not None else minus(allocation.total, allocation.spent)
 
@@ -271,7 +271,7 @@ def paid_since(rows: HasPrefix, platform: str, since: float) -> Decimal:
     )
 
 
-def acceptance_of(document: PaymentDocument) -> bytes:
+def acceptance_of(document: PaymentDocumentRow) -> bytes:
     """Return the body that the payer signs to accept `document`."""
     return encode_body(
         AcceptanceBody(
@@ -283,7 +283,7 @@ def acceptance_of(document: PaymentDocument) -> bytes:
     )
 
 
-def decorations(allocations: Sequence[Allocation], local_chain: str | None = None) -> dict[str, list[object]]:
+def decorations(allocations: Sequence[AllocationRow], local_chain: str | None = None) -> dict[str, list[object]]:
     """Return the demand properties and constraints by which a provider and these allocations find a common platform.
 
     A single allocation gives a bare constraint: SDKs split every string at its operator and choke on a compound one.

@@ -24,7 +24,7 @@ from actors.kernel.draft import Declined, Draft
 from actors.kernel.machine import Emit, Send, Wake
 from actors.negotiation import moves
 from actors.negotiation.proposals import IS_FINAL
-from actors.negotiation.rows import OPEN, AgreementRow, Proposal, ends_at, lapsed, state_error
+from actors.negotiation.rows import OPEN, AgreementRow, ProposalRow, ends_at, lapsed, state_error
 from protocol import strict_json
 from protocol.market import Rematch
 from protocol.negotiation import (
@@ -65,7 +65,7 @@ MAX_VALID_S = 366 * 24 * 3600.0 * 100
 # -- what our agent says
 def create(draft: Draft, message: CreateAgreement) -> None:
     """Make an agreement of the last proposals of both sides."""
-    proposal: Proposal | None = draft.get(f"proposal/{message.proposal_id}")
+    proposal: ProposalRow | None = draft.get(f"proposal/{message.proposal_id}")
     label = f"Proposal [R-{message.proposal_id}]"
     code, why = "bad_request", ""
     if proposal is None or proposal.role != Role.REQUESTOR:
@@ -84,7 +84,7 @@ def create(draft: Draft, message: CreateAgreement) -> None:
         code, why = "gone", "has expired."
     elif not draft.now < message.valid_to < draft.now + MAX_VALID_S:
         why = "cannot become an agreement: validTo is in the past or too far ahead."
-    mine: Proposal | None = draft.get(f"proposal/{proposal.previous_id}") if proposal else None
+    mine: ProposalRow | None = draft.get(f"proposal/{proposal.previous_id}") if proposal else None
     if not why and mine is None:
         why = "not found."
     if why or proposal is None or mine is None:
@@ -94,7 +94,9 @@ def create(draft: Draft, message: CreateAgreement) -> None:
     draft.reply(Created(agreement.agreement_id))
 
 
-def _from_proposals(proposal: Proposal, mine: Proposal, created: float, valid_to: float, state: AgreementState) -> AgreementRow:
+def _from_proposals(
+    proposal: ProposalRow, mine: ProposalRow, created: float, valid_to: float, state: AgreementState
+) -> AgreementRow:
     """Return the agreement of a provider's proposal and the requestor's one that it answers."""
     demand = {
         "demandId": proposal.demand_id,
@@ -115,7 +117,7 @@ def _from_proposals(proposal: Proposal, mine: Proposal, created: float, valid_to
     )  # fmt: skip
 
 
-def _accept(draft: Draft, proposal: Proposal, agreement: AgreementRow) -> None:
+def _accept(draft: Draft, proposal: ProposalRow, agreement: AgreementRow) -> None:
     """Write a new agreement, which takes its proposal."""
     agreement_id = agreement.agreement_id
     draft.put(f"proposal/{proposal.proposal_id}", replace(proposal, state=ProposalState.ACCEPTED, agreement_id=agreement_id))
@@ -220,7 +222,7 @@ def proposed(draft: Draft, message: AgreementProposed) -> None:
         raise Violation(f"malformed agreement: {error!r}"[:200]) from None
     if draft.get(f"agreement/{agreement_id}"):
         return
-    proposal: Proposal | None = draft.get(f"proposal/{proposal_id}")
+    proposal: ProposalRow | None = draft.get(f"proposal/{proposal_id}")
     mine = draft.get(f"proposal/{proposal.previous_id}") if proposal else None
     why = ""
     if proposal is None or mine is None or proposal.requestor != requestor or proposal.issuer != draft.me:

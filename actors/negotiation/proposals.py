@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from actors.kernel.draft import Declined, Draft
 from actors.kernel.machine import DropFeed, Emit, Reply, Send, Wake
 from actors.negotiation.room import add, no_room, talk_key
-from actors.negotiation.rows import Opened, Proposal, SubscriptionRow
+from actors.negotiation.rows import OpenedRow, ProposalRow, SubscriptionRow
 from protocol.market import (
     Matched,
     Rematch,
@@ -92,7 +92,7 @@ def forget(draft: Draft, message: ForgetProposals) -> None:
         draft.do(DropFeed(f"{row.document.kind}/{subscription_id}"))
 
 
-def _over(draft: Draft, proposal: Proposal) -> str:
+def _over(draft: Draft, proposal: ProposalRow) -> str:
     """Return why there can be no more proposals in this negotiation, or nothing."""
     row = draft.get(f"subscription/{proposal.own_subscription}")
     if not row:
@@ -102,7 +102,7 @@ def _over(draft: Draft, proposal: Proposal) -> str:
     return "the proposal has expired" if proposal.expires <= draft.now else ""
 
 
-def _taken(draft: Draft, proposal: Proposal) -> bool:
+def _taken(draft: Draft, proposal: ProposalRow) -> bool:
     """Return whether a proposal has an agreement that was or may yet be made; after one that was not, talks may go on."""
     agreement = draft.get(f"agreement/{proposal.agreement_id}") if proposal.agreement_id else None
     if agreement is None or agreement.state in (AgreementState.REJECTED, AgreementState.CANCELLED, AgreementState.EXPIRED):
@@ -110,7 +110,7 @@ def _taken(draft: Draft, proposal: Proposal) -> bool:
     return agreement.state not in (AgreementState.PROPOSAL, AgreementState.PENDING) or bool(agreement.valid_to > draft.now)
 
 
-def mismatch(proposal: Proposal, other: Proposal) -> str:
+def mismatch(proposal: ProposalRow, other: ProposalRow) -> str:
     """Return why two proposals of a negotiation, one of each side, do not match; nothing if they do."""
     demand, offer = (proposal, other) if proposal.issuer == proposal.requestor else (other, proposal)
     return mismatch_text((demand.properties, demand.constraints), (offer.properties, offer.constraints))
@@ -124,7 +124,7 @@ def _properties(content: Subscription) -> str:
 def matched(draft: Draft, message: Matched) -> None:
     """Make the provider's offer the Initial proposal of a negotiation, and show it to the requestor."""
     demand, offer = read_subscription(message.demand.body), read_subscription(message.offer.body)
-    initial = Proposal(
+    initial = ProposalRow(
         proposal_id=digest("initial", Role.REQUESTOR, message.demand_id, message.offer_id, timestamp_text(draft.now)),
         role=Role.REQUESTOR,
         demand_id=message.demand_id,
@@ -146,7 +146,7 @@ def matched(draft: Draft, message: Matched) -> None:
 
 
 # -- what our agent says
-def _find(draft: Draft, subscription_id: str, wanted_id: str) -> Proposal | None:
+def _find(draft: Draft, subscription_id: str, wanted_id: str) -> ProposalRow | None:
     proposal = draft.get(f"proposal/{wanted_id}")
     return proposal if proposal and proposal.own_subscription == subscription_id else None
 
@@ -196,7 +196,7 @@ def counter(draft: Draft, message: CounterProposal) -> None:
     return
 
 
-def _answer(previous: Proposal, issuer: str, known_id: str, properties: str, constraints: str, created: float) -> Proposal:
+def _answer(previous: ProposalRow, issuer: str, known_id: str, properties: str, constraints: str, created: float) -> ProposalRow:
     """Return the proposal that answers `previous`. Raises `Violation` if its id is not `known_id` (where one is given)."""
     wire_id = previous.wire_id or previous.proposal_id
     created = round(created, 6)
@@ -209,7 +209,7 @@ def _answer(previous: Proposal, issuer: str, known_id: str, properties: str, con
     )  # fmt: skip
 
 
-def _link(draft: Draft, previous: Proposal, proposal: Proposal) -> None:
+def _link(draft: Draft, previous: ProposalRow, proposal: ProposalRow) -> None:
     """Write a proposal and that it answers another, which is open again if it was rejected."""
     state = (
         ProposalState.ACCEPTED
@@ -260,7 +260,7 @@ def received_first(draft: Draft, message: ProposalOpened) -> None:
         raise Violation(f"the demand belongs to {demand.owner}, not to who negotiates with it")
     offer = read_subscription(row.document.body)
     _check_terms(message)
-    initial = Proposal(
+    initial = ProposalRow(
         proposal_id=digest("initial", Role.PROVIDER, demand.subscription_id, message.offer_id, message.initial_id),
         role=Role.PROVIDER,
         demand_id=demand.subscription_id,
@@ -280,12 +280,12 @@ def received_first(draft: Draft, message: ProposalOpened) -> None:
     if draft.get(f"proposal/{initial.proposal_id}"):
         raise Violation("the proposal was already countered")
     opened_key = f"opened/{message.offer_id}/{demand.owner}"
-    count = (draft.get(opened_key) or Opened(0)).negotiations
+    count = (draft.get(opened_key) or OpenedRow(0)).negotiations
     full = f"there were {count} negotiations about this offer" if count >= MAX_OPENED_PER_NODE else ""
     why = _over(draft, initial) or full or no_room(draft, initial) or mismatch(proposal, initial)
     if why:
         return _send_back(draft, draft.meta.sender, message.proposal_id, why)
-    draft.put(opened_key, Opened(count + 1))
+    draft.put(opened_key, OpenedRow(count + 1))
     add(draft, initial)
     _link(draft, initial, proposal)
     draft.do(Emit(proposal.own_feed, ProposalEvent(proposal.proposal_id)))
@@ -352,7 +352,7 @@ def undelivered(draft: Draft, message: ProposalOpened | ProposalCountered, why: 
             draft.do(Send("market", Rematch(proposal.demand_id, proposal.offer_id)))
 
 
-def _mark_rejected(draft: Draft, proposal: Proposal, reason: str) -> None:
+def _mark_rejected(draft: Draft, proposal: ProposalRow, reason: str) -> None:
     if proposal.state == ProposalState.DRAFT and not proposal.answer_id and not proposal.agreement_id:
         draft.put(f"proposal/{proposal.proposal_id}", replace(proposal, state=ProposalState.REJECTED, reason=reason))
         draft.do(Emit(proposal.own_feed, ProposalRejectedEvent(proposal.proposal_id, reason)))

@@ -18,30 +18,30 @@ class SubscriptionRow(Message, frozen=True, tag="subscription"):
     ended: str = ""
 
 
-class Pair(Message, frozen=True, tag="pair"):
+class PairRow(Message, frozen=True, tag="pair"):
     """How much a demand and an offer have negotiated."""
 
     proposals: int
 
 
-class Opened(Message, frozen=True, tag="opened"):
+class OpenedRow(Message, frozen=True, tag="opened"):
     """How many negotiations a node has opened about an offer of ours."""
 
     negotiations: int
 
 
-class Belongs(Message, frozen=True, tag="belongs"):
+class BelongsRow(Message, frozen=True, tag="belongs"):
     """Index: a proposal of a subscription."""
 
 
-class Talk(Message, frozen=True, tag="talk"):
+class TalkRow(Message, frozen=True, tag="talk"):
     """Index `talk/<subscription>/<node>/<since>/<its first proposal>`: a negotiation, and how many proposals it has."""
 
     proposals: int
     origin: str = ""
 
 
-class Proposal(Message, frozen=True, tag="proposal"):
+class ProposalRow(Message, frozen=True, tag="proposal"):
     """A proposal as this node sees it. `previous_id` is the one it answers, `answer_id` the one that answers it."""
 
     proposal_id: str

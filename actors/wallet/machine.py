@@ -26,7 +26,17 @@ from msgspec.structs import replace
 from actors.kernel.draft import Declined, Draft
 from actors.kernel.grammar import EDGE, ITSELF, On, Table, TableMachine
 from actors.kernel.machine import Meta, Rows
-from actors.wallet.rows import Batches, Cycle, OrderState, PayBatchRow, PayBatchState, Payee, PayOrder, Queued, WalletRow
+from actors.wallet.rows import (
+    BatchesRow,
+    CycleRow,
+    OrderState,
+    PayBatchRow,
+    PayBatchState,
+    Payee,
+    PayOrderRow,
+    QueuedRow,
+    WalletRow,
+)
 from protocol.amounts import total_of
 from protocol.codec import Decoder
 from protocol.payment_terms import PAID_DAILY, SOON_GLM
@@ -69,10 +79,10 @@ class WalletDraft(Draft):
 # -- orders and cycles
 def _pay_out(draft: WalletDraft, order: PayOut) -> None:
     key = f"order/{order.order_id}"
-    if draft.row(PayOrder, key) is not None:
+    if draft.row(PayOrderRow, key) is not None:
         return
     assert Decimal(order.amount) > 0, order
-    row = PayOrder(
+    row = PayOrderRow(
         order_id=order.order_id,
         platform=order.platform,
         payer=order.payer,
@@ -87,22 +97,22 @@ def _pay_out(draft: WalletDraft, order: PayOut) -> None:
         _schedule(draft, order.platform, draft.now + SOON_S)
 
 
-def _is_much(draft: WalletDraft, order: PayOrder) -> bool:
+def _is_much(draft: WalletDraft, order: PayOrderRow) -> bool:
     """Return whether a payee is owed so much that it would not work on for long: it is paid before the cycle."""
     queue = islice(draft.readable(f"queue/{order.platform}/{order.payer}/"), MAX_RUN_ORDERS)
     rows = (draft.sound(f"order/{one.order_id}") for _, one in queue)
-    theirs = (row.amount for row in rows if isinstance(row, PayOrder) and row.payee == order.payee)
+    theirs = (row.amount for row in rows if isinstance(row, PayOrderRow) and row.payee == order.payee)
     return total_of(theirs) >= Decimal(SOON_GLM)
 
 
-def _queue(draft: WalletDraft, row: PayOrder) -> None:
+def _queue(draft: WalletDraft, row: PayOrderRow) -> None:
     draft.put(f"order/{row.order_id}", row)
-    draft.put(f"queue/{row.platform}/{row.payer}/{row.order_id}", Queued(row.order_id))
+    draft.put(f"queue/{row.platform}/{row.payer}/{row.order_id}", QueuedRow(row.order_id))
 
 
-def _cycle(draft: WalletDraft, platform: str) -> Cycle:
-    row = draft.row(Cycle, f"cycle/{platform}")
-    return row or Cycle(platform, draft.interval_s(platform), 0.0)
+def _cycle(draft: WalletDraft, platform: str) -> CycleRow:
+    row = draft.row(CycleRow, f"cycle/{platform}")
+    return row or CycleRow(platform, draft.interval_s(platform), 0.0)
 
 
 def _schedule(draft: WalletDraft, platform: str, at: float | None = None) -> float:
@@ -141,7 +151,7 @@ def _cycle_due(draft: WalletDraft, timer: CycleDue) -> None:
     queue = list(islice(draft.readable(f"queue/{timer.platform}/"), MAX_RUN_ORDERS + 1))
     more = len(queue) > MAX_RUN_ORDERS
     queued = _waiting(draft, queue[:MAX_RUN_ORDERS])
-    by_payer: dict[str, list[PayOrder]] = {}
+    by_payer: dict[str, list[PayOrderRow]] = {}
     for row in sorted(queued, key=lambda row: (row.queued_at, row.order_id)):
         by_payer.setdefault(row.payer, []).append(row)
     for payer, orders in by_payer.items():
@@ -152,12 +162,12 @@ def _cycle_due(draft: WalletDraft, timer: CycleDue) -> None:
         _schedule(draft, timer.platform, draft.now + 1.0 if more else None)
 
 
-def _waiting(draft: WalletDraft, queue: list[tuple[str, Queued]]) -> list[PayOrder]:
+def _waiting(draft: WalletDraft, queue: list[tuple[str, QueuedRow]]) -> list[PayOrderRow]:
     """Return the orders of a piece of the queue. One that cannot be read waits alone, and its document says why."""
-    found: list[PayOrder] = []
+    found: list[PayOrderRow] = []
     for key, queued in queue:
         row = draft.sound(f"order/{queued.order_id}")
-        if isinstance(row, PayOrder):
+        if isinstance(row, PayOrderRow):
             found.append(row)
         elif not queued.told:
             draft.put(key, replace(queued, told=True))
@@ -167,9 +177,9 @@ def _waiting(draft: WalletDraft, queue: list[tuple[str, Queued]]) -> list[PayOrd
 
 
 # -- batches
-def _send_batch(draft: WalletDraft, platform: str, payer: str, payees: list[list[PayOrder]]) -> None:
+def _send_batch(draft: WalletDraft, platform: str, payer: str, payees: list[list[PayOrderRow]]) -> None:
     counter = f"batches/{platform}/{payer}"
-    number = (draft.row(Batches, counter) or Batches(0)).count
+    number = (draft.row(BatchesRow, counter) or BatchesRow(0)).count
     order_ids = [order.order_id for orders in payees for order in orders]
     batch_id = digest("batch", platform, payer, str(number), *order_ids)[:32]  # unlike any of a journal that was lost
     assert draft.row(PayBatchRow, f"batch/{batch_id}") is None, f"number {number} of {payer} is used twice"
@@ -189,7 +199,7 @@ def _send_batch(draft: WalletDraft, platform: str, payer: str, payees: list[list
         state=PayBatchState.SENDING,
         created_at=draft.now,
     )
-    draft.put(counter, Batches(number + 1))
+    draft.put(counter, BatchesRow(number + 1))
     draft.put(f"batch/{batch_id}", batch)
     for order in (order for orders in payees for order in orders):
         assert order.state == OrderState.QUEUED, order
@@ -218,11 +228,11 @@ def _explain(draft: WalletDraft, batch: PayBatchRow, reason: str) -> None:
         draft.send("ledger", PayOutDelayed(order_ids, reason))
 
 
-def _orders(draft: WalletDraft, batch: PayBatchRow, payee: Payee) -> list[PayOrder]:
+def _orders(draft: WalletDraft, batch: PayBatchRow, payee: Payee) -> list[PayOrderRow]:
     """Return the orders that a batch pays a payee for; those that this journal has forgotten are not among them."""
     found = []
     for order_id in payee.order_ids:
-        order = draft.row(PayOrder, f"order/{order_id}")
+        order = draft.row(PayOrderRow, f"order/{order_id}")
         assert batch.recalled or (order and (order.state, order.batch_id) == (OrderState.BATCHED, batch.batch_id)), order_id
         if order is not None and (order.state, order.batch_id) == (OrderState.BATCHED, batch.batch_id):
             found.append(order)
@@ -354,15 +364,15 @@ def _transfer(batch: PayBatchRow) -> Transfer:
     return Transfer(batch.batch_id, batch.platform, batch.payer, payees, orders)
 
 
-def _batches(orders: list[PayOrder], minimum: Decimal, max_payees: int) -> Iterator[list[list[PayOrder]]]:
+def _batches(orders: list[PayOrderRow], minimum: Decimal, max_payees: int) -> Iterator[list[list[PayOrderRow]]]:
     """Yield lists of payees, each a list of its orders: bounded numbers of payees and orders, every order once.
 
     A payee who made a batch fail gets one of his own: one whom no token can be sent to must not sink the others.
     """
-    by_payee: dict[str, list[PayOrder]] = {}
+    by_payee: dict[str, list[PayOrderRow]] = {}
     for order in orders:
         by_payee.setdefault(order.payee, []).append(order)
-    batch: list[list[PayOrder]] = []
+    batch: list[list[PayOrderRow]] = []
     size = 0
     for theirs in by_payee.values():
         if total_of(order.amount for order in theirs) < minimum:

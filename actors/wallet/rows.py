@@ -24,7 +24,7 @@ class PayBatchState(StrEnum):
     FAILED = "FAILED"
 
 
-class PayOrder(Message, frozen=True):
+class PayOrderRow(Message, frozen=True, tag="PayOrder"):
     """One order of the ledger. `batch_id` is the last batch it was in."""
 
     order_id: str
@@ -65,20 +65,20 @@ class PayBatchRow(Message, frozen=True, tag="Batch"):
     recalled: bool = False  # by the chain port: this journal may not know all its orders
 
 
-class Batches(Message, frozen=True):
+class BatchesRow(Message, frozen=True, tag="Batches"):
     """How many batches a payer has had on a platform: no two have one id, though they pay the same orders."""
 
     count: int
 
 
-class Queued(Message, frozen=True):
+class QueuedRow(Message, frozen=True, tag="Queued"):
     """An order that waits for a batch. `told`: its row is damaged, and that was said."""
 
     order_id: str
     told: bool = False
 
 
-class Cycle(Message, frozen=True):
+class CycleRow(Message, frozen=True, tag="Cycle"):
     """When a platform's orders are gathered. `next_at` None: with the first order that comes, one interval later."""
 
     platform: str
@@ -88,4 +88,4 @@ class Cycle(Message, frozen=True):
     last_at: float | None = None
 
 
-WalletRow = PayOrder | PayBatchRow | Batches | Queued | Cycle
+WalletRow = PayOrderRow | PayBatchRow | BatchesRow | QueuedRow | CycleRow

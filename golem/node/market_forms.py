@@ -7,7 +7,7 @@ from typing import Any
 
 from actors.kernel.machine import Rows
 from actors.kernel.records import Event
-from actors.negotiation.rows import AgreementRow, Proposal, state_at
+from actors.negotiation.rows import AgreementRow, ProposalRow, state_at
 from protocol.codec import Decoder
 from protocol.market import SubscriptionEnded, read_subscription
 from protocol.negotiation import (
@@ -44,7 +44,7 @@ def subscription_form(document: Document) -> dict[str, Any]:
     }
 
 
-def proposal_form(proposal: Proposal) -> dict[str, Any]:
+def proposal_form(proposal: ProposalRow) -> dict[str, Any]:
     """Return a Proposal; its ids carry the letter of our role."""
     prefix = proposal.role[0]
     form = {
@@ -62,7 +62,7 @@ def proposal_form(proposal: Proposal) -> dict[str, Any]:
     return form
 
 
-def is_unanswered(proposal: Proposal, now: float) -> bool:
+def is_unanswered(proposal: ProposalRow, now: float) -> bool:
     """Return whether a proposal is the other side's, and waits for our answer."""
     theirs = proposal.issuer == proposal.counterpart and proposal.state in (ProposalState.INITIAL, ProposalState.DRAFT)
     return theirs and not proposal.answer_id and not proposal.agreement_id and proposal.expires > now

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from quart import Blueprint, Response, request
 
 from actors.ledger.audit import body_of
-from actors.ledger.machine import LedgerAgreementRow, PaymentDocument, acceptance_of
+from actors.ledger.machine import LedgerAgreementRow, PaymentDocumentRow, acceptance_of
 from golem.node.paid import lost_of, payments_of
 from golem.rest.calculation import waiting
 from golem.rest.edge import (
@@ -146,7 +146,7 @@ def _moving(api: Blueprint, node: Node, kind: DocumentNames) -> None:
         signed = node.identity.sign(kind.kind, row.body)
         await ask(node, "ledger", SendDocument(kind.kind, document_id, signed, max(timeout_s, 0.1)))
 
-        def answered() -> PaymentDocument | None:
+        def answered() -> PaymentDocumentRow | None:
             now = _document(node, kind, document_id)
             return now if now.status != DocumentStatus.ISSUED or now.refused else None
 
@@ -268,16 +268,16 @@ def _usage(body: dict[str, Any]) -> tuple[int | float, ...] | None:
     return tuple(x if isinstance(x, int) and abs(x) < 2**63 else float(x) for x in usage)  # messages hold 64 bits
 
 
-def render(row: PaymentDocument) -> dict[str, Any]:
+def render(row: PaymentDocumentRow) -> dict[str, Any]:
     """Return a debit note or an invoice in the form of the API."""
     return _form(*_with_body(row))
 
 
-def _with_body(row: PaymentDocument) -> tuple[PaymentDocument, DebitNoteBody | InvoiceBody]:
+def _with_body(row: PaymentDocumentRow) -> tuple[PaymentDocumentRow, DebitNoteBody | InvoiceBody]:
     return row, body_of(row)
 
 
-def _form(row: PaymentDocument, body: DebitNoteBody | InvoiceBody) -> dict[str, Any]:
+def _form(row: PaymentDocumentRow, body: DebitNoteBody | InvoiceBody) -> dict[str, Any]:
     form = json_form(body)
     for name in ("timestamp", "paymentDueDate"):
         if name in form:
@@ -285,7 +285,7 @@ def _form(row: PaymentDocument, body: DebitNoteBody | InvoiceBody) -> dict[str, 
     return {**form, "status": row.status}
 
 
-def explained(node: Node, kind: DocumentNames, row: PaymentDocument) -> dict[str, Any]:
+def explained(node: Node, kind: DocumentNames, row: PaymentDocumentRow) -> dict[str, Any]:
     """Return where a document stands and, in words, what it waits for."""
     agreement = _agreement(node, row)
     order = node.system.rows("ledger").get(f"order/{row.kind}:{row.document_id}")
@@ -332,14 +332,14 @@ def _wanted() -> dict[str, set[str]]:
     return wanted
 
 
-def _document(node: Node, kind: DocumentNames, document_id: str) -> PaymentDocument:
-    row: PaymentDocument | None = node.system.rows("ledger").get(f"{kind.kind}/{document_id}")
+def _document(node: Node, kind: DocumentNames, document_id: str) -> PaymentDocumentRow:
+    row: PaymentDocumentRow | None = node.system.rows("ledger").get(f"{kind.kind}/{document_id}")
     if row is None:
         raise ApiError(404, None)
     return row
 
 
-def _agreement(node: Node, row: PaymentDocument) -> LedgerAgreementRow:
+def _agreement(node: Node, row: PaymentDocumentRow) -> LedgerAgreementRow:
     agreement: LedgerAgreementRow = node.system.rows("ledger")[f"agreement/{row.agreement_id}"]
     return agreement
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from quart import Blueprint, Response
 
-from actors.ledger.machine import LedgerActivityRow, LedgerAgreementRow, Order
+from actors.ledger.machine import LedgerActivityRow, LedgerAgreementRow, OrderRow
 from actors.wallet.rows import PayBatchRow
 from golem.rest.edge import ApiError, listed, query_int, respond_json
 from golem.rest.payment_forms import MAX_ITEMS
@@ -106,7 +106,7 @@ def _activity(row: LedgerActivityRow) -> dict[str, Any]:
     }
 
 
-def _order(row: Order) -> dict[str, Any]:
+def _order(row: OrderRow) -> dict[str, Any]:
     return {
         "documentId": row.document_id,
         "documentType": row.kind,

@@ -12,7 +12,7 @@ from worlds.money import PLATFORM, Done, Node, World
 from actors.ledger import documents as _ledger_documents
 from actors.ledger import payer as _ledger_payer
 from actors.ledger.ceiling import COEFFS, COST_CAP, VECTOR
-from actors.ledger.rows import RefusedDocuments
+from actors.ledger.rows import RefusedDocumentsRow
 from protocol.activity import ActivityKnown, ActivityOver
 from protocol.ledger import ClockSeen, DebitNoteBody, DocumentReceived, DocumentRefused, DocumentSent, InvoiceBody, encode_body
 from protocol.states import DocumentKind
@@ -96,7 +96,7 @@ def test_the_whole_allocation_for_no_work_is_refused_with_the_highest_amount() -
     assert "0.015" in answer.reason
     assert taken(deal.note(answer.most, (3.0, 1.0)))
     refused = deal.payer.rows["ledger"]["refused/a1"]
-    assert isinstance(refused, RefusedDocuments)
+    assert isinstance(refused, RefusedDocumentsRow)
     assert [(one.document_id, one.amount) for one in refused.documents] == [("n1", "999")]
 
 
