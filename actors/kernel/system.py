@@ -165,6 +165,14 @@ class System:
             self.log_damaged(actor, Meta(f"{self.node}/edge", self.now(), self.new_trace()), error)
         return found, left_out
 
+    def sound(self, actor: str, key: str) -> Any:
+        """Return a row, or None where there is none or where it cannot be read (then it is named, as by `listed`)."""
+        try:
+            return self.rows(actor).get(key)
+        except RowDamaged as error:
+            self.log_damaged(actor, Meta(f"{self.node}/edge", self.now(), self.new_trace()), error)
+            return None
+
     async def ask(self, actor: str, message: Message, timeout_s: float = 10.0, trace: str | None = None) -> Message | None:
         """Give `message` to an actor of this process and return its reply, after what it changed is on disk.
 
