@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from typing import get_args
 
 import msgspec
@@ -55,7 +56,7 @@ from actors.kernel.mail import (
     key_of,
 )
 from actors.kernel.mailbox import Mailbox
-from actors.kernel.records import Commit, Event, JournalError, Posted, RowDamaged, Timer
+from actors.kernel.records import Commit, Event, JournalError, MessageDamaged, Posted, RowDamaged, Timer
 from actors.kernel.row_view import MAX_ROW_BYTES, RowView, row_decoder
 from protocol.codec import MAX_BODY_BYTES, Envelope, encode
 from protocol.types import Message, PeerLost, Undelivered, Violation, node_of
@@ -161,7 +162,10 @@ class Actor(Mailbox):
         rang = False
         while self._alarms and not (rang and batch.over):
             rang = True
-            self._take_alarm(self._alarms.pop(next(iter(self._alarms))), batch)
+            try:
+                self._take_alarm(self._alarms.pop(next(iter(self._alarms))), batch)
+            except RowDamaged as error:  # of the link that it is about: it comes again with the next look at the clock
+                self.system.log_damaged(self.name, Meta(self.address, self.system.now(), self.system.new_trace()), error)
         return rang
 
     def _take_some(self, deliveries: list[Delivery], batch: Batch) -> None:
@@ -191,7 +195,11 @@ class Actor(Mailbox):
                     return
                 self._alarm(batch, alarm, timer.trace, lambda: self._decode_local(timer.body))
             case DeadlinePassed(recipient, seq, _, reason):
-                posted = journal.posted(self.name, recipient, seq)
+                try:
+                    posted = journal.posted(self.name, recipient, seq)
+                except MessageDamaged as error:
+                    self._take_lost(alarm, error, batch)
+                    return
                 if posted is None or journal.acked(self.name, recipient) >= seq:
                     return
                 if alarm.epoch != journal.outgoing(self.name, recipient).epoch:
@@ -212,6 +220,19 @@ class Actor(Mailbox):
             batch.commit.relinked.append(mend)
         elif not self.system.alarms.is_waiting(self.name, key_of(alarm)[0]):
             self._alarm(batch, alarm, self.system.new_trace(), lambda: alarm.lost)
+
+    def _take_lost(self, alarm: DeadlinePassed, error: MessageDamaged, batch: Batch) -> None:
+        """Give up a message that nobody can read any more; the machine hears that its peer does not get it."""
+        if (error.recipient, error.seq) in batch.commit.expired:
+            return
+        lost = PeerLost(error.recipient, error.seq, error.seq, here=True)
+        trace = self.system.new_trace()
+        self.system.log_damaged(self.name, Meta(self.address, self.system.now(), trace), error)
+        self.system.log_broken(self.name, lost)
+        if self._hears_lost:
+            self._alarm(batch, alarm, trace, lambda: lost)
+        else:
+            batch.commit.expired.append((error.recipient, error.seq))
 
     def _alarm(self, batch: Batch, alarm: Alarm, trace: str, read: Callable[[], Message]) -> None:
         """Step the machine with a message of its own. One that cannot be handled is never given up: it comes again."""
@@ -290,8 +311,14 @@ class Actor(Mailbox):
 
     def _take_link(self, link: LinkBatch, batch: Batch) -> None:
         """Take what is new of a link, in order; stop at a gap or a crash."""
+        try:
+            position = self._strangers.get(link.sender) or self._position(link.sender, batch)
+        except RowDamaged as error:  # which of its messages are new is not known: it waits, and nothing of it is acknowledged
+            self.system.log_damaged(self.name, Meta(link.sender, self.system.now(), link.envelopes[0].trace), error)
+            link.note = "damaged row"
+            link.done.set()
+            return
         batch.links.append(link)
-        position = self._strangers.get(link.sender) or self._position(link.sender, batch)
         if position.is_retired(link.epoch):
             link.note = RETIRED
             link.stand(position)
@@ -377,6 +404,8 @@ class Actor(Mailbox):
             if len(body) > MAX_BODY_BYTES:
                 raise ValueError(f"{type(effect).__name__} of {len(body)} bytes is over the limit of {MAX_BODY_BYTES}")
             bodies.append(body)
+            if isinstance(effect, Send):
+                self._last_sent(effect.to if "/" in effect.to else f"{self.system.node}/{effect.to}")
             if isinstance(effect, ON_FEEDS):
                 self.system.feeds.claim(self.name, effect.feed)
         return Decided(step, rows, bodies)
@@ -393,7 +422,8 @@ class Actor(Mailbox):
         match effect:
             case Send(to, _, deadline_s):
                 recipient = to if "/" in to else f"{self.system.node}/{to}"
-                seq = batch.sent[recipient] = self._last_sent(recipient, batch) + 1
+                last = batch.sent[recipient] if recipient in batch.sent else self._last_sent(recipient)
+                seq = batch.sent[recipient] = last + 1
                 commit.outbox.append((recipient, Posted(seq, meta.now + min(deadline_s, MAX_DEADLINE_S), meta.trace, body)))
                 batch.posted_bytes += len(body)
                 if ask is None and node_of(recipient) == node_of(meta.sender) != self.system.node:
@@ -429,9 +459,8 @@ class Actor(Mailbox):
             self._positions[sender] = self.system.journal.position(self.name, sender)
         return self._positions[sender]
 
-    def _last_sent(self, recipient: str, batch: Batch) -> int:
-        if recipient in batch.sent:
-            return batch.sent[recipient]
+    def _last_sent(self, recipient: str) -> int:
+        """Return the number of the last committed message to a recipient. Raises `RowDamaged`."""
         if recipient not in self._sent:
             if len(self._sent) >= CACHED_LINKS:
                 self._sent.clear()
@@ -467,7 +496,8 @@ class Actor(Mailbox):
         self.rows.changed = {}
         for link in batch.links:
             link.note = "crash"
-            link.stand(self.system.journal.position(self.name, link.sender))
+            with suppress(RowDamaged):
+                link.stand(self.system.journal.position(self.name, link.sender))
             self.answer(link)
         for ask in batch.asks:
             ask.error = ask.error or ActorFailed(f"{self.name} failed (trace {ask.trace}): {type(error).__name__}")

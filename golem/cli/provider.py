@@ -182,9 +182,8 @@ def status(agent_dir: Path | None) -> None:
         ("Unpaid", ["document", "kind", "agreement", "amount", "state"], "unpaid"),
         ("Refused negotiations (last 20)", ["at", "requestor", "preset", "final", "reason"], "refused"),
     )
-    if damaged := found.get("damaged"):
-        sections += (("Stored rows that cannot be read; what needs them waits", ["row", "reason"], "damaged"),)
-    for title, columns, key in sections:
+    damaged = ("Stored rows that cannot be read; what needs them waits", ["row", "reason"], "damaged")
+    for title, columns, key in (*sections, damaged) if found.get("damaged") else sections:
         text("", title)
         rows = [[_cell(row[column]) for column in columns] for row in found.get(key, [])]
         table(columns, rows, "" if rows else "none")
