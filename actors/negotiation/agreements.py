@@ -392,8 +392,10 @@ def terminated(draft: Draft, message: AgreementTerminated) -> None:
 
 # -- time, and what did not arrive
 def due(draft: Draft, message: AgreementDue) -> None:
-    """The time for the approval, or of the approval, is over."""
+    """The time for the approval, of the approval, or of the agreement itself is over."""
     agreement: AgreementRow | None = draft.get(f"agreement/{message.agreement_id}")
+    if agreement and agreement.state == APPROVED:
+        moves.end_by_term(draft, agreement)
     if not agreement or agreement.state not in OPEN:
         return
     if lapsed(agreement, draft.now):
