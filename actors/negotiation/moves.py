@@ -17,6 +17,7 @@ from actors.negotiation.rows import (
     APPROVING,
     CANCELLED,
     EXPIRED,
+    PENDING,
     PROPOSAL,
     REJECTED,
     TERMINATED,
@@ -59,9 +60,16 @@ def find(draft: Draft, agreement_id: str, role: str) -> AgreementRow:
 
 
 def put(draft: Draft, agreement: AgreementRow, **changes: Any) -> AgreementRow:
+    if agreement.role == PROVIDER and agreement.state == PENDING != changes.get("state", PENDING):
+        draft.put(waiting_key(agreement), None)
     agreement = replace(agreement, **changes)
     draft.put(f"agreement/{agreement.agreement_id}", agreement)
     return agreement
+
+
+def waiting_key(agreement: AgreementRow) -> str:
+    """Return the key of the index of agreements that wait for the agent of their offer."""
+    return f"waiting/{agreement.offer_id}/{agreement.agreement_id}"
 
 
 def end(draft: Draft, agreement: AgreementRow, state: str, reason: str = "", **changes: Any) -> AgreementRow:

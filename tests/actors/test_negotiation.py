@@ -452,6 +452,38 @@ def test_a_demand_without_a_readable_term_sets_no_timer(pair: Pair, expiration: 
     assert pair.states(agreement_id) == ("Approved", "Approved")
 
 
+def test_an_agreement_on_an_offer_that_is_over_is_refused_at_once_with_the_reason(pair: Pair) -> None:
+    agreement_id = pair.created()
+    assert pair.confirm(agreement_id) == Done()
+    pair.p.tell(SubscriptionEnded(OFFER_ID, "withdrawn"))
+    pair.settle()
+    assert pair.r.rows[f"agreement/{agreement_id}"].state == "Rejected"
+    event = pair.r.feed("agreements")[-1]
+    assert isinstance(event, AgreementRejectedEvent)
+    assert message_of(event.reason) == "Agreement not taken: the subscription is withdrawn."
+    assert f"agreement/{agreement_id}" not in pair.p.rows
+    assert Rematch(DEMAND_ID, OFFER_ID) in [send.message for send in pair.unlinked]  # the offer may have a successor
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_an_agreement_that_came_before_the_end_of_its_offer_has_a_moment(pair: Pair, answers: bool) -> None:
+    agreement_id = pair.pending()
+    pair.p.tell(SubscriptionEnded(OFFER_ID, "withdrawn"))
+    pair.pass_time(proposals.LAST_WORD_S - 1)
+    assert pair.states(agreement_id) == ("Pending", "Pending")
+    if answers:  # the agent had read of it before
+        assert pair.approve(agreement_id) == Done()
+    pair.p.at(2)
+    pair.settle()
+    if answers:
+        pair.pass_time(60)
+        assert pair.states(agreement_id) == ("Approved", "Approved")
+    else:
+        assert pair.states(agreement_id) == ("Rejected", "Rejected")
+        assert "not answered: the subscription is withdrawn" in message_of(pair.r.feed("agreements")[-1].reason)
+    assert not any(key.startswith("waiting/") for key in pair.p.rows)
+
+
 def test_a_fresh_negotiation_after_the_end(pair: Pair) -> None:
     agreement_id = pair.approved()
     pair.r.ask(TerminateAgreement(agreement_id, REASON))
