@@ -487,7 +487,7 @@ def test_a_volume_over_files_of_users_is_refused(request: pytest.FixtureRequest,
             await guest.run("/bin/sh", "-c", "rm /home/pw; mkfifo /home/pw")
             await guest.works()
 
-    with pytest.raises(RuntimeFault, match="/etc|not directory|not a directory"):
+    with pytest.raises(RuntimeFault, match=r"/etc|not directory|not a directory"):
         trio.run(body)
 
 
