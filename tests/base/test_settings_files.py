@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from golem.base.settings_file import MAX_BYTES, FileFault, read_json, read_text
+from golem.base.settings_file import MAX_BYTES, FileFault, is_there, read_json, read_text
 from golem.chain.networks import load as load_networks
 from golem.config import config_from
 from golem.node.app_keys import AppKeys
@@ -28,8 +28,10 @@ PROFILE = {"cpu_threads": 1, "mem_gib": 1, "storage_gib": 1}
 
 
 def identity(folder: Path) -> Any:
-    plain = {} if (folder / "keystore.json").is_symlink() or (folder / "keystore.json").exists() else {"GOLEM_PLAIN_KEY": "yes"}
-    return open_identity(config_from({"GOLEM_PASSWORD": "12345678"} if not plain else plain, data_dir=folder))
+    encrypted = is_there(folder / "keystore.json")
+    return open_identity(
+        config_from({"GOLEM_PASSWORD": "12345678"} if encrypted else {"GOLEM_PLAIN_KEY": "yes"}, data_dir=folder)
+    )
 
 
 def networks(folder: Path) -> Any:
@@ -131,8 +133,8 @@ def test_wrong_types_set_nothing(tmp_path: Path, name: str, content: Any) -> Non
 
 
 @pytest.mark.parametrize("content", [
-    {"node_name": False}, {"node_name": None}, {"node_name": 0}, {"node_name": ""}, {"node_name": "a\u202eb"}, {"node_name": "\x9b"},
-    {"node_name": ["x"]}, {"subnet": None}, {"subnet": False}, {"subnet": ""}, {"subnet": 7}, {"account": 7},
+    {"node_name": False}, {"node_name": None}, {"node_name": 0}, {"node_name": ""}, {"node_name": "a\u202eb"},
+    {"node_name": "\x9b"}, {"node_name": ["x"]}, {"subnet": None}, {"subnet": False}, {"subnet": ""}, {"subnet": 7}, {"account": 7},
 ])  # fmt: skip
 def test_names_that_are_none(tmp_path: Path, content: dict[str, Any]) -> None:
     (tmp_path / "globals.json").write_text(json.dumps(content))

@@ -19,13 +19,10 @@ LOOSE = {"__init__.py", "config.py", "daemon.py", "private_files.py"}
 MAX_MODULE_LINES, MAX_FUNCTION_LINES = 500, 70
 GROWN_MODULES = {
     "actors.negotiation.proposals",
-    "golem.chain.engine",
-    "golem.chain.store",
     "golem.exeunit.runtimes.vm.runtime",
     "golem.exeunit.unpack.archives",
     "golem.files.server",
     "golem.net.yamux",
-    "protocol.provider",
 }
 GROWN_FUNCTIONS = {
     "golem.daemon.open_node",
