@@ -134,7 +134,8 @@ def test_wrong_types_set_nothing(tmp_path: Path, name: str, content: Any) -> Non
 
 @pytest.mark.parametrize("content", [
     {"node_name": False}, {"node_name": None}, {"node_name": 0}, {"node_name": ""}, {"node_name": "a\u202eb"},
-    {"node_name": "\x9b"}, {"node_name": ["x"]}, {"subnet": None}, {"subnet": False}, {"subnet": ""}, {"subnet": 7}, {"account": 7},
+    {"node_name": "\x9b"}, {"node_name": ["x"]}, {"subnet": None}, {"subnet": False}, {"subnet": ""}, {"subnet": 7},
+    {"account": 7},
 ])  # fmt: skip
 def test_names_that_are_none(tmp_path: Path, content: dict[str, Any]) -> None:
     (tmp_path / "globals.json").write_text(json.dumps(content))
