@@ -16,7 +16,7 @@ from protocol import strict_json
 MAX_BYTES = 1 << 20
 
 
-class FileFault(ValueError):
+class BadSettingsFile(ValueError):
     """A file that cannot be used; the text names it and says why."""
 
 
@@ -26,36 +26,36 @@ def is_there(path: Path) -> bool:
 
 
 def read_text(path: Path, most_bytes: int = MAX_BYTES) -> str | None:
-    """Return the text of a file, None where nothing has its name. Raises `FileFault`."""
+    """Return the text of a file, None where nothing has its name. Raises `BadSettingsFile`."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
         with os.fdopen(handle, "rb") as file:
             if not stat.S_ISREG(os.fstat(handle).st_mode):
-                raise FileFault(f"{path} is no ordinary file")
+                raise BadSettingsFile(f"{path} is no ordinary file")
             data = file.read(most_bytes + 1)
     except FileNotFoundError:
         if not is_there(path):
             return None
-        raise FileFault(f"{path} is a link that leads nowhere") from None
+        raise BadSettingsFile(f"{path} is a link that leads nowhere") from None
     except OSError as error:
-        raise FileFault(f"cannot read {path}: {error.strerror or error}") from None
+        raise BadSettingsFile(f"cannot read {path}: {error.strerror or error}") from None
     if len(data) > most_bytes:
-        raise FileFault(f"{path} is over {most_bytes} bytes")
+        raise BadSettingsFile(f"{path} is over {most_bytes} bytes")
     try:
         return data.decode()
     except UnicodeDecodeError:
-        raise FileFault(f"{path} is no text in UTF-8") from None
+        raise BadSettingsFile(f"{path} is no text in UTF-8") from None
 
 
 def read_json(path: Path, most_bytes: int = MAX_BYTES) -> Any:
-    """Return what a JSON file holds, None where nothing has its name. Raises `FileFault`, also for one of mere null."""
+    """Return what a JSON file holds, None where nothing has its name. Raises `BadSettingsFile`, also for one of mere null."""
     text = read_text(path, most_bytes)
     if text is None:
         return None
     try:
         found = strict_json.loads(text)
     except ValueError as error:
-        raise FileFault(f"{path} is not JSON: {error}") from None
+        raise BadSettingsFile(f"{path} is not JSON: {error}") from None
     if found is None:
-        raise FileFault(f"{path} holds nothing but null")
+        raise BadSettingsFile(f"{path} holds nothing but null")
     return found

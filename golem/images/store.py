@@ -335,7 +335,7 @@ class Registry:
             if all(_SHA3_224.fullmatch(image.sha3) for image in found):
                 return found
             reason = "it names what is no SHA3-224"
-        except (msgspec.DecodeError, settings_file.FileFault) as error:
+        except (msgspec.DecodeError, settings_file.BadSettingsFile) as error:
             reason = str(error)
         aside = path.with_name(f"{INDEX}.broken")
         log.error("the registry's index cannot be read (%s); it is now %s, and the images have no tags", reason, aside)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from golem.base.recursion import tame_imports
-from golem.base.settings_file import FileFault, is_there, read_json, read_text
+from golem.base.settings_file import BadSettingsFile, is_there, read_json, read_text
 from golem.config import Config
 from golem.private_files import check_ours, is_open_to_others, write_private
 from protocol.signing import Document, node_id_of, sign
@@ -147,7 +147,7 @@ def _decrypt(path: Path, password: str) -> bytes:
     try:
         keystore = read_json(path)
         keystore["crypto"]["mac"]
-    except FileFault as fault:
+    except BadSettingsFile as fault:
         raise IdentityError(f"{path} is damaged: {fault}") from None
     except (KeyError, TypeError):
         raise IdentityError(f"{path} is damaged: it is no keystore") from None
@@ -161,7 +161,7 @@ def read_secret(path: Path) -> str:
     """Return the text of a file of this node alone. Raises `IdentityError`."""
     try:
         text = read_text(path)
-    except FileFault as fault:
+    except BadSettingsFile as fault:
         raise IdentityError(str(fault)) from None
     if text is None:
         raise IdentityError(f"there is no {path}")

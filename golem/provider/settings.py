@@ -63,7 +63,7 @@ def read_json(path: Path, what: str) -> Any:
     """Return the content of a JSON file, `None` if there is no such file. Raises `SettingsError`."""
     try:
         return settings_file.read_json(path)
-    except settings_file.FileFault as fault:
+    except settings_file.BadSettingsFile as fault:
         raise SettingsError(f"the {what}: {fault}") from None
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from golem.base.settings_file import MAX_BYTES, FileFault, is_there, read_json, read_text
+from golem.base.settings_file import MAX_BYTES, BadSettingsFile, is_there, read_json, read_text
 from golem.chain.networks import load as load_networks
 from golem.config import config_from
 from golem.node.app_keys import AppKeys
@@ -165,5 +165,5 @@ def test_the_reader_itself(tmp_path: Path) -> None:
     path.write_text("a" * MAX_BYTES)
     assert read_text(path) == "a" * MAX_BYTES
     path.write_text("a" * (MAX_BYTES + 1))
-    with pytest.raises(FileFault, match="is over"):
+    with pytest.raises(BadSettingsFile, match="is over"):
         read_text(path)
