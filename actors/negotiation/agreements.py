@@ -23,7 +23,7 @@ from msgspec.structs import replace
 from actors.kernel.draft import Declined, Draft
 from actors.kernel.machine import Emit, Send, Wake
 from actors.negotiation import moves
-from actors.negotiation.proposals import ACCEPTED, DRAFT, INITIAL, IS_FINAL, Proposal
+from actors.negotiation.proposals import ACCEPTED, DRAFT, INITIAL, IS_FINAL
 from actors.negotiation.rows import (
     APPROVED,
     APPROVING,
@@ -35,6 +35,7 @@ from actors.negotiation.rows import (
     REJECTED,
     TERMINATED,
     AgreementRow,
+    Proposal,
     ends_at,
     lapsed,
     state_error,

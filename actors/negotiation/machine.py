@@ -17,7 +17,7 @@ from actors.kernel.draft import Declined, Draft
 from actors.kernel.grammar import EDGE, ITSELF, PEER, On, Table, TableMachine
 from actors.negotiation import agreements, proposals
 from actors.negotiation import recall as agreement_recall
-from actors.negotiation.rows import AgreementRow
+from actors.negotiation.rows import AgreementRow, Belongs, Opened, Pair, Proposal, SubscriptionRow, Talk
 from protocol.codec import Decoder
 from protocol.market import Matched, SubscriptionEnded, SubscriptionOpened
 from protocol.negotiation import (
@@ -60,15 +60,7 @@ class Negotiation(TableMachine):
     """The machine `negotiation`."""
 
     name = "negotiation"
-    rows = (
-        proposals.SubscriptionRow
-        | proposals.Pair
-        | proposals.Opened
-        | proposals.Belongs
-        | proposals.Talk
-        | proposals.Proposal
-        | AgreementRow
-    )
+    rows = SubscriptionRow | Pair | Opened | Belongs | Talk | Proposal | AgreementRow
     table = Table(
         On(SubscriptionOpened, "market", proposals.opened),
         On(SubscriptionEnded, "market", proposals.ended),

@@ -30,8 +30,9 @@ import msgspec
 import trio
 
 from golem.base import settings_file
+from golem.files.on_disk import FileSource
 from golem.files.outgoing import FileIdentity, identity_of
-from golem.files.server import FileFault, FileSource
+from golem.files.wire import FileFault
 from golem.private_files import write_private
 
 log = logging.getLogger("golem.images.store")
