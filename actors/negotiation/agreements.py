@@ -25,7 +25,7 @@ from msgspec.structs import replace
 from actors.kernel.draft import Declined, Draft
 from actors.kernel.machine import Emit, Send, Wake
 from actors.negotiation import moves
-from actors.negotiation.proposals import ACCEPTED, DRAFT, INITIAL, IS_FINAL, Belongs, Proposal, why_over
+from actors.negotiation.proposals import ACCEPTED, DRAFT, INITIAL, IS_FINAL, why_over
 from actors.negotiation.rows import (
     APPROVED,
     APPROVING,
@@ -37,6 +37,8 @@ from actors.negotiation.rows import (
     REJECTED,
     TERMINATED,
     AgreementRow,
+    Belongs,
+    Proposal,
     ends_at,
     lapsed,
     state_error,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
-from golem.chain.store import connect
+from golem.chain.schema import connect
 
 log = logging.getLogger("golem.chain")
 

@@ -93,13 +93,13 @@ def _unsigned(engine: Engine, row: ChainBatchRow, tx_hash: str | None, unseen: b
     if payer and payer.winner == tx_hash and unseen:
         engine.store.batch_paid(batch_id)
         return f"payment {batch_id} counts as paid by {tx_hash}"
-    if batch_id not in engine.unowed:
+    if batch_id not in engine.queue.unowed:
         raise ValueError(f"payment {batch_id} is not signed yet, and in no doubt: `golem payment status` tells what it waits for")
     if tx_hash is not None:
         raise ValueError(f"nothing was ever signed for payment {batch_id}: say --unpaid, and it goes back to be gathered anew")
     if engine.store.txs_of_batch(batch_id):
-        raise ValueError(f"payment {batch_id} was told to be paid once: {engine.unowed[batch_id]}")
-    engine.store.refuse(batch_id, f"a person took it back: {engine.unowed[batch_id]}", ())
+        raise ValueError(f"payment {batch_id} was told to be paid once: {engine.queue.unowed[batch_id]}")
+    engine.store.refuse(batch_id, f"a person took it back: {engine.queue.unowed[batch_id]}", ())
     return f"payment {batch_id} is taken back: nothing was signed for it; the orders in it that this node knows are paid anew"
 
 

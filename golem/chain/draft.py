@@ -54,7 +54,7 @@ class Drafts:
         self, network: Network, rpc: Rpc, key: Key, store: Store, clock: Callable[[], float],
         checkpoint: Callable[[str], None], vouch: Vouch,
     ) -> None:  # fmt: skip
-        self._network, self._rpc, self._key, self._address = network, rpc, key, key.address
+        self._network, self._rpc, self._key, self.address = network, rpc, key, key.address
         self._store, self._clock, self._checkpoint, self._vouch = store, clock, checkpoint, vouch
 
     async def payment(self, batch: TransferBatch, views: Sequence[View]) -> int:
@@ -62,15 +62,15 @@ class Drafts:
         multi = self._network.multi_transfer
         reserved = sum(tx.total_wei for tx in self._store.open() if tx.state != "mined")
         missing = batch.total_wei + reserved
-        missing -= await token.tokens(self._rpc, self._network, self._address, enough_wei=missing)
+        missing -= await token.tokens(self._rpc, self._network, self.address, enough_wei=missing)
         if missing > 0:
-            text = f"{missing / 1e18:.6g} {self._network.symbol} too little on {self._address}"
-            raise Wait(Problem("InsufficientToken", text, self._address, needed_wei=missing))
+            text = f"{missing / 1e18:.6g} {self._network.symbol} too little on {self.address}"
+            raise Wait(Problem("InsufficientToken", text, self.address, needed_wei=missing))
         if len(batch.payees) == 1 or multi is None:
             ((payee, amount_wei),) = batch.payees
             return await self.call("pay", self._network.token, token.transfer_call(payee, amount_wei), views, batch)
-        if await token.allowance(self._rpc, self._network, self._address, multi) < batch.total_wei + reserved:
-            wait = Problem("TxStuck", "the multi-transfer contract is being approved", self._address)
+        if await token.allowance(self._rpc, self._network, self.address, multi) < batch.total_wei + reserved:
+            wait = Problem("TxStuck", "the multi-transfer contract is being approved", self.address)
             if any(tx.kind == "approve" for tx in self._store.open()):
                 raise Wait(wait, first=0)
             raise Wait(wait, first=await self.call("approve", self._network.token, token.approve_call(multi), views))
@@ -79,14 +79,14 @@ class Drafts:
     async def refused(self, batch: TransferBatch) -> dict[str, str]:
         """Payees to whom the token moves nothing, and its words. Empty when a transfer to ourselves fails as well: then it
         is not the payees' fault."""
-        if await self._objection(self._address, 1):
+        if await self._objection(self.address, 1):
             return {}
         found = {payee: await self._objection(payee, amount_wei) for payee, amount_wei in batch.payees}
         return {payee: words for payee, words in found.items() if words}
 
     async def _objection(self, payee: str, amount_wei: int) -> str:
         try:
-            await self._rpc.estimate_gas(self._address, self._network.token, token.transfer_call(payee, amount_wei))
+            await self._rpc.estimate_gas(self.address, self._network.token, token.transfer_call(payee, amount_wei))
         except RpcError as error:
             if error.kind != "answer":
                 raise
@@ -122,7 +122,7 @@ class Drafts:
         if receipt.gas_used >= tx.gas:
             return f"transaction {receipt.hash} ran out of gas ({tx.gas})"
         try:
-            await self._rpc.call(tx.recipient, tx.data, self._address)
+            await self._rpc.call(tx.recipient, tx.data, self.address)
         except RpcError as error:
             return f"transaction {receipt.hash} failed: {error}"
         return f"transaction {receipt.hash} was reverted"
@@ -150,7 +150,7 @@ class Drafts:
         return self._sign(tx.nonce, tx.gas, max_fee, priority_fee, tx.recipient, tx.data)
 
     def _empty(self, nonce: int, max_fee: int, priority_fee: int) -> Signed:
-        return self._sign(nonce, FILL_GAS, max_fee, priority_fee, self._address, b"")
+        return self._sign(nonce, FILL_GAS, max_fee, priority_fee, self.address, b"")
 
     def _check_same(self, tx: TxRow, last: Attempt) -> None:
         """What was signed before tells what the row said then, for a signature follows from the fields: if it were with
@@ -175,7 +175,7 @@ class Drafts:
             raise self._unowed(f"batch {batch_id} is not signed: {reason}", batch_id)
 
     def _unowed(self, words: str, batch_id: str) -> Unowed:
-        return Unowed(Problem("CantSign", words, self._address, batch_id=batch_id))
+        return Unowed(Problem("CantSign", words, self.address, batch_id=batch_id))
 
     def _sign(self, nonce: int, gas: int, max_fee: int, priority_fee: int, recipient: str, call: bytes) -> Signed:
         return sign(self._key, Transaction(self._network.chain_id, nonce, gas, max_fee, priority_fee, recipient, call))
@@ -186,19 +186,19 @@ class Drafts:
         priority_fee = 0 if self._network.fee_model == "zk" else self._network.priority_fee
         if base_fee + priority_fee > self._network.fee_cap:
             text = f"the base fee is {base_fee / 1e9:.3g} gwei per gas, over the cap of "
-            raise Wait(Problem("TxStuck", text + f"{self._network.fee_cap / 1e9:g} gwei: waiting", self._address))
+            raise Wait(Problem("TxStuck", text + f"{self._network.fee_cap / 1e9:g} gwei: waiting", self.address))
         return priority_fee, min(2 * base_fee + priority_fee, self._network.fee_cap)
 
     async def _gas(self, recipient: str, call: bytes, payees: int) -> int:
         try:
-            estimate = await self._rpc.estimate_gas(self._address, recipient, call)
+            estimate = await self._rpc.estimate_gas(self.address, recipient, call)
         except RpcError as error:
             if error.kind != "answer":
                 raise
             text = f"the transaction would fail: {error}"
             if any(words in str(error).lower() for words in NO_FUNDS):
-                raise Wait(Problem("InsufficientGas", text, self._address)) from error
-            raise WouldFail(Problem("TxStuck", text, self._address)) from error
+                raise Wait(Problem("InsufficientGas", text, self.address)) from error
+            raise WouldFail(Problem("TxStuck", text, self.address)) from error
         # on zk chains the estimate holds the cost of data already and grows with nothing we know
         return estimate if self._network.fee_model == "zk" else estimate * 6 // 5 + GAS_SPARE * payees
 
@@ -208,10 +208,10 @@ class Drafts:
         for tx in self._store.open():
             if tx.state != "mined":
                 cost_wei += tx.gas * self._store.attempts(tx.id)[0].max_fee
-        missing = cost_wei - await token.coins(self._rpc, self._address, enough_wei=cost_wei)
+        missing = cost_wei - await token.coins(self._rpc, self.address, enough_wei=cost_wei)
         if missing > 0:
-            text = f"{missing / 1e18:.6g} {self._network.coin} too little for gas on {self._address}"
-            raise Wait(Problem("InsufficientGas", text, self._address, needed_wei=missing))
+            text = f"{missing / 1e18:.6g} {self._network.coin} too little for gas on {self.address}"
+            raise Wait(Problem("InsufficientGas", text, self.address, needed_wei=missing))
 
     def _free_nonce(self, views: Sequence[View]) -> int:
         """Ours, or a higher one that the RPCs agree on: a nonce beyond the next one would never be mined."""

@@ -15,49 +15,41 @@ what is unclear waits, and a person may `decide` it. RPCs that contradict one an
 
 Nonces are the engine's alone. One is taken in the transaction that stores the signed bytes: the larger of the chain's count
 and our own highest plus one. A batch is told apart by its id. `golem.chain.store` is the disk, `golem.chain.rpc` the wire,
-`golem.chain.draft` signs; the wallet's port submits and hears the news, at least once each.
+`golem.chain.queue` chooses what is paid next, `draft` signs it, `sender` brings it out, and the wallet's port, which submits,
+hears the `news`, at least once each.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import trio
 
 from golem.chain import token
-from golem.chain.draft import NO_FUNDS, Drafts, Unowed, Wait, WouldFail, held_back
+from golem.chain.draft import Drafts, Unowed, Wait, held_back
 from golem.chain.evidence import Evidence, Payment, Shown, Story, Unclear, View, newest
 from golem.chain.genesis import check_genesis
 from golem.chain.lost import Lost
 from golem.chain.networks import Network
+from golem.chain.news import News
 from golem.chain.problem import Problem
-from golem.chain.rpc import Head, Receipt, Rpc, RpcError
+from golem.chain.queue import Queue
+from golem.chain.rpc import Receipt, Rpc, RpcError
+from golem.chain.sender import Sender
 from golem.chain.signer import Key, address_bytes
-from golem.chain.store import Attempt, ChainBatchRow, Store, TransferBatch, TxRow
+from golem.chain.store import Store, TransferBatch, TxRow
 from golem.chain.verify import shortfall
 from golem.chain.vouch import Vouch, vouch_nothing
-from protocol.types import amount_text, from_wei
-from protocol.wallet import (
-    TransferConfirmed,
-    TransferDelayed,
-    TransferFailed,
-    TransferMined,
-    TransferNews,
-    TransferSent,
-)
+from protocol.wallet import TransferMined, TransferNews
 
-STUCK_BLOCKS = 6  # blocks that passed a well-paid transaction by, before it gets a higher fee
 PATIENT_LOOKS = 3  # in a row that must find the same before a nonce is given up or filled, or a person is bothered
 MAX_PROBLEMS = 100  # told at once
 WATCH_S = 60.0  # between looks whether the chain still has what was final, while that is so young that it may be lost
 WATCH_BLOCKS = 96  # is that young at least: a dev chain is `repeat_depth` deep in a moment
-MAY_COME = "the chain has lost blocks: what was signed for its orders before may yet be mined, and is used up first"
 
-TOO_LOW = ("nonce too low", "nonce is too low")
-UNDERPRICED = ("underpriced", "less than block base fee", "fee too low", "fee cap less than")
+
 FAULTS = {"chain_id": "InvalidChainId", "token": "CantSign"}  # of an endpoint -> as the payment status calls it
 
 
@@ -86,7 +78,10 @@ class Engine:
         self.evidence = Evidence(rpc, network, key.address, self.store.made)
         self.drafts = Drafts(network, rpc, key, self.store, clock, checkpoint, vouch)
         self.lost = Lost(network, self.store, self.evidence, key.address, clock)
-        self._notify, self._clock, self._checkpoint = notify, clock, checkpoint
+        self._news = News(network, self.store, notify, clock)
+        self._sender = Sender(network, rpc, self.store, self.drafts, self.lost, self._news, clock, checkpoint)
+        self.queue = Queue(network, rpc, self.store, self.drafts, self.lost, self._sender, self._news, clock)
+        self._clock, self._checkpoint = clock, checkpoint
         self.turn = trio.Lock()  # one step, or one internal transaction, at a time
         self._wake = trio.Event()
         self._checked = False
@@ -95,11 +90,8 @@ class Engine:
         self._young = False  # may it lose that yet?
         self._review_at = 0.0  # on trio's clock: then it is looked again
         self._looks: dict[str, int] = {}  # what was found, and how often in a row
-        self._refused: dict[str, tuple[float, Problem]] = {}  # batch that the token refuses -> when to try again
         self.unclear: dict[int, Unclear] = {}  # transaction that waits for a person -> what the RPCs say of it
-        self.unowed: dict[str, str] = {}  # batch that is not what is owed -> why
         self._gap = (-1, 0)  # a nonce before our first open one that nobody uses, and looks in a row that saw it
-        self._told: dict[str, str] = {}  # batch id -> reason last said, so that each is said once
 
     # -- what the wallet's port calls
 
@@ -170,7 +162,7 @@ class Engine:
             problems.sort(key=lambda problem: bool(problem.batch_id))
             problems[MAX_PROBLEMS:] = [Problem("TxStuck", f"{more} more like these", self.address)]
         self._problems = problems
-        await self._announce()
+        await self._news.announce()
 
     async def _look(self, problems: list[Problem]) -> None:
         try:
@@ -187,7 +179,7 @@ class Engine:
             if self.store.queued() and complete and agreed:
                 await self.evidence.one_chain(views)
                 self._mind_hold(views)
-                await self._assign(views, problems)
+                await self.queue.assign(views, problems)
         except Wait as wait:
             problems.append(wait.problem)
         except Unclear as unclear:
@@ -199,7 +191,7 @@ class Engine:
         if general := [problem.detail for problem in problems if not problem.batch_id]:
             oldest = [tx.batch_id for tx in self.store.open()][:1] + [row.batch.batch_id for row in self.store.queued()][:1]
             for batch_id in oldest:
-                await self._tell_stuck(batch_id, general[-1])
+                await self._news.stuck(batch_id, general[-1])
 
     def _mind_hold(self, views: Sequence[View]) -> None:
         """A restored file may not know what was paid since. Raises Wait."""
@@ -257,7 +249,7 @@ class Engine:
                 self._again(f"unclear {tx.id}", False)
                 self.unclear.pop(tx.id, None)
             except RpcError as error:
-                await self._not_told(tx.batch_id, error, problems)
+                await self.queue.not_told(tx.batch_id, error, problems)
             except Unowed as wait:
                 problems.append(wait.problem)
             except Unclear as unclear:
@@ -276,7 +268,7 @@ class Engine:
         elif taken:
             await self._nonce_taken(tx, views)
         elif complete:
-            await self._push(tx, views, tx.nonce == count, problems)
+            await self._sender.push(tx, views, tx.nonce == count, problems)
 
     async def _mind_gap(self, views: Sequence[View], first: int) -> None:
         """A foreign transaction before ours was reorganised away for good: nothing of ours can move until its nonce is
@@ -289,7 +281,7 @@ class Engine:
         self._gap = (count, looks + 1 if nonce == count else 1)
         if self._gap[1] >= PATIENT_LOOKS and not self.store.has_nonce(count):
             tx_id = await self.drafts.call("fill", self.address, b"", views, nonce=count)
-            await self._broadcast(self.store.tx(tx_id), self.store.attempts(tx_id)[0], [])
+            await self._sender.broadcast(self.store.tx(tx_id), self.store.attempts(tx_id)[0], [])
 
     async def _mined(self, tx: TxRow, shown: Sequence[Shown]) -> None:
         view, receipt = shown[0]
@@ -299,7 +291,7 @@ class Engine:
             self.store.note(tx.id, each.view.name, text, self._clock())
         if tx.state != "mined" or (tx.block_hash, tx.winner) != (receipt.block_hash, receipt.hash):
             self.store.mark_mined(tx.id, receipt.block, receipt.block_hash, receipt.hash)
-            await self._tell(tx, TransferMined(tx.batch_id, receipt.hash, receipt.block))
+            await self._news.tell(tx, TransferMined(tx.batch_id, receipt.hash, receipt.block))
             self._checkpoint("mined")
         for (view, receipt), _ in await self.evidence.final(shown):
             await self._final(tx, view, receipt, shown)
@@ -323,7 +315,7 @@ class Engine:
             return
         if tx.kind == "pay":
             if self.evidence.is_young(receipt.block, view.head):
-                await self._tell_young(tx, f"transaction {receipt.hash} failed", receipt.block)
+                await self._news.young(tx, f"transaction {receipt.hash} failed", receipt.block)
                 return
             await self.evidence.unpaid(self.payment(tx), receipt.block, receipt.block_hash)
         self.end(tx, "failed", await self.drafts.cause(tx, receipt), receipt.gas_used, receipt.fee_wei)
@@ -376,7 +368,7 @@ class Engine:
                 self.store.mark_mined(tx.id, use.block, use.block_hash, use.tx.hash)
             raise Unclear([Story(use.view.name, f"block {use.block} holds our {use.tx.hash}, and no RPC shows its receipt")])
         if self.evidence.is_young(use.block, use.view.head):
-            await self._tell_young(tx, f"{use.tx.hash}, another transaction of {self.address}, took nonce {tx.nonce}", use.block)
+            await self._news.young(tx, f"{use.tx.hash}, another transaction of {self.address}, took nonce {tx.nonce}", use.block)
         elif self._again(f"taken {tx.id}"):
             self.store.mark_taken(tx.id, use.block, use.block_hash)
             reason = f"another transaction of {self.address}, {use.tx.hash} in block {use.block}, took nonce {tx.nonce}"
@@ -387,172 +379,7 @@ class Engine:
         if self._again(f"taken {tx.id}", await self.evidence.used(views, tx.nonce)):
             self.end(tx, "nonce_lost", f"another transaction of {self.address} took nonce {tx.nonce}")
 
-    async def _push(self, tx: TxRow, views: Sequence[View], is_next: bool, problems: list[Problem]) -> None:
-        """Not in a block: make sure that the network has it, and that it pays enough."""
-        if tx.state == "mined":
-            self.store.mark_sent(tx.id)  # reorganised away
-        if not self.lost.give_way(tx):
-            await self._tell_stuck(tx.batch_id, MAY_COME)
-            return
-        tx, head = self.store.tx(tx.id), newest(views)
-        attempt = self.store.attempts(tx.id)[0]
-        if tx.void and not attempt.empty:
-            attempt = self.drafts.nothing(tx, views)
-        too_cheap = head.base_fee + attempt.priority_fee > attempt.max_fee
-        if not await self.rpc.knows(attempt.hash):
-            too_cheap = await self._broadcast(tx, attempt, problems) or too_cheap
-        elif tx.state == "signed":
-            self.store.mark_sent(tx.id)
-        old = self._clock() - attempt.created > self.network.stuck_s
-        if is_next and old and (too_cheap or head.number - attempt.head >= STUCK_BLOCKS):
-            await self._bump(tx, attempt, head, problems)
-
-    async def _broadcast(self, tx: TxRow, attempt: Attempt, problems: list[Problem]) -> bool:
-        """Send the stored bytes to all. True when those who refuse find the fee too low. RpcError when nobody answers."""
-        self.store.count_send(attempt.hash)
-        try:
-            await self.rpc.send_raw(attempt.raw)
-        except RpcError as error:
-            text = str(error).lower()
-            if error.kind != "answer":
-                raise
-            if any(words in text for words in UNDERPRICED):
-                return True
-            if any(words in text for words in NO_FUNDS):
-                problems.append(Problem("InsufficientGas", str(error), self.address, needed_wei=tx.gas * attempt.max_fee))
-                return False
-            if not all(any(words in said.lower() for words in TOO_LOW) for said in error.refusals):
-                problems.append(Problem("TxStuck", f"nonce {tx.nonce} refused: {error}", self.address))
-                return False  # else all say that the nonce is used: look for the receipt, at the next step
-        self._checkpoint("sent")
-        if tx.state == "signed" or attempt.sends == 0:
-            self.store.mark_sent(tx.id)
-            await self._tell(tx, TransferSent(tx.batch_id, attempt.hash))
-        return False
-
-    async def _bump(self, tx: TxRow, last: Attempt, head: Head, problems: list[Problem]) -> None:
-        """Another attempt at the same nonce: fees at least an eighth higher (nodes ask for a tenth), up to the cap."""
-        priority_fee = min(last.priority_fee * 9 // 8 + 1, self.network.fee_cap)
-        wanted = max(last.max_fee * 9 // 8 + 1, 2 * head.base_fee + priority_fee)
-        max_fee = min(wanted, self.network.fee_cap)
-        if max_fee * 10 < last.max_fee * 11:
-            text = f"nonce {tx.nonce} waits: its fee is at the cap of {self.network.fee_cap / 1e9:g} gwei per gas, "
-            text += f"the base fee is {head.base_fee / 1e9:.3g} gwei"
-            problems.append(Problem("TxStuck", text, self.address))
-            await self._tell_stuck(tx.batch_id, text)
-            return
-        try:
-            signed = await self.drafts.again(tx, last, max_fee, priority_fee)
-        except Unowed as wait:
-            problems.append(wait.problem)
-            await self._tell_stuck(tx.batch_id, wait.problem.detail)
-            return
-        attempt = Attempt(signed.hash, tx.id, signed.raw, max_fee, priority_fee, self._clock(), head.number, 0, last.empty)
-        self.store.add_attempt(attempt)
-        self.store.note(tx.id, "this node", f"signed {signed.hash} with a higher fee", self._clock())
-        await self._broadcast(tx, attempt, problems)
-
-    # -- batches that wait for a transaction
-
-    async def _assign(self, views: Sequence[View], problems: list[Problem]) -> None:
-        for row in self.store.queued():
-            if await self._paid_already(row.batch, problems):
-                continue
-            again_at, problem = self._refused.get(row.batch.batch_id, (0.0, None))
-            if problem and self._clock() < again_at:
-                problems.append(problem)
-                continue
-            try:
-                tx_id = await self.drafts.payment(row.batch, views)
-            except WouldFail as wait:
-                await self._single_out(row.batch, wait, problems)
-                continue
-            except Unowed as wait:  # our own fault, and of this one alone
-                await self._not_owed(row.batch.batch_id, wait.problem, problems)
-                continue
-            except Wait as wait:
-                if wait.first is None:
-                    problems.append(wait.problem)
-                elif wait.first:
-                    await self._broadcast(self.store.tx(wait.first), self.store.attempts(wait.first)[0], [])
-                await self._tell_stuck(row.batch.batch_id, wait.problem.detail)
-                return  # later batches must not overtake: the oldest is paid first
-            except RpcError as error:
-                await self._not_told(row.batch.batch_id, error, problems)
-                continue
-            self._refused.pop(row.batch.batch_id, None)
-            self.unowed.pop(row.batch.batch_id, None)
-            try:
-                await self._broadcast(self.store.tx(tx_id), self.store.attempts(tx_id)[0], problems)
-            except RpcError as error:
-                await self._not_told(row.batch.batch_id, error, problems)
-
-    async def _not_owed(self, batch_id: str, problem: Problem, problems: list[Problem]) -> None:
-        """Nothing is signed for it until that is mended, or a person takes it back."""
-        detail = f"{problem.detail}. If that is not mended, `golem payment decide {batch_id} --unpaid` takes it back: "
-        detail += "nothing was signed, and those of its orders that this node knows are gathered anew"
-        self.unowed[batch_id] = problem.detail
-        problems.append(replace(problem, detail=detail))
-        await self._tell_stuck(batch_id, problems[-1].detail)
-
-    async def _paid_already(self, batch: TransferBatch, problems: list[Problem]) -> bool:
-        """What was signed for its orders before comes first: it may yet be mined, or was mined after all."""
-        if any(rival.void for rival in self.store.rivals(batch.batch_id)):
-            await self._tell_stuck(batch.batch_id, MAY_COME)
-            return True
-        if (payer := self.lost.paid_by(batch.batch_id)) is None:
-            return False
-        reason = f"payment {payer.batch_id}, which had failed, has paid orders of it after all: {payer.winner}"
-        if not self.store.txs_of_batch(batch.batch_id):
-            self.store.refuse(batch.batch_id, reason, ())
-        elif left := self.lost.unpaid(batch.batch_id, payer):  # it was told to be paid
-            text = f"payment {batch.batch_id}: {reason}, but not {', '.join(left[:5])}: see to these, and say "
-            text += f"`golem payment decide {batch.batch_id} --paid {payer.winner} --unseen`"
-            problems.append(Problem("TxStuck", text, self.address, batch_id=batch.batch_id))
-        else:
-            self.store.batch_paid(batch.batch_id)
-        return True
-
-    async def _not_told(self, batch_id: str, error: RpcError, problems: list[Problem]) -> None:
-        """What the RPCs do not say of one payment holds up no other, unless they say nothing at all: then RpcError."""
-        now = trio.current_time()
-        if error.kind != "answer" and all(each.rests_until > now or each.stranger for each in self.rpc.pool.endpoints):
-            raise error
-        if str(error) not in [problem.detail for problem in problems]:
-            problems.append(Problem("RpcError", str(error), self.address, batch_id=batch_id))
-        await self._tell_stuck(batch_id, str(error))
-
-    async def _single_out(self, batch: TransferBatch, wait: WouldFail, problems: list[Problem]) -> None:
-        """A payee to whom the token moves nothing holds up nobody else: the batch goes back, and names him."""
-        refused = await self.drafts.refused(batch)
-        detail = wait.problem.detail
-        if refused:
-            named = ", ".join(f"{payee} ({words[:100]})" for payee, words in list(refused.items())[:5])
-            detail = f"{self.network.symbol} refuses a transfer to {named}"
-        if refused and len(refused) < len(batch.payees):
-            self.store.refuse(batch.batch_id, detail, tuple(refused))
-            return
-        problems.append(Problem("TxStuck", detail, self.address, batch_id=batch.batch_id))
-        self._refused[batch.batch_id] = self._clock() + self.network.stuck_s, problems[-1]
-        await self._tell_stuck(batch.batch_id, detail)
-
-    # -- telling
-
-    async def _tell(self, tx: TxRow, news: TransferNews) -> None:
-        if tx.batch_id and not tx.void:
-            await self._notify(news)
-
-    async def _tell_stuck(self, batch_id: str, reason: str) -> None:
-        if batch_id and self._told.get(batch_id) != reason:
-            self._told[batch_id] = reason
-            await self._notify(TransferDelayed(batch_id, reason))
-
-    async def _tell_young(self, tx: TxRow, what: str, block: int) -> None:
-        depth = max(self.network.depth, self.network.repeat_depth)
-        text = f"{what} in block {block}: it is paid anew when that is {depth} blocks deep, since a chain may lose younger ones"
-        self.store.note(tx.id, "this node", text, self._clock())
-        if not tx.void:
-            await self._tell_stuck(tx.batch_id, text)
+    # -- what waits for a person
 
     async def _tell_unclear(self, tx: TxRow, unclear: Unclear, problems: list[Problem]) -> None:
         """An unclear payment, once it is no mere moment: to the trace, to the problems and to its order."""
@@ -567,22 +394,7 @@ class Engine:
             text += "anew before the RPCs agree or a person says so (`golem payment decide`; what was seen: "
             text += f"`golem payment trace {tx.batch_id}`)"
             problems.append(Problem("TxStuck", text, self.address, batch_id=tx.batch_id))
-            await self._tell_stuck(tx.batch_id, text)
-
-    async def _announce(self) -> None:
-        """Tell the end of each finished batch; noted only when the listener has returned, so at least once."""
-        for row in self.store.unannounced():
-            await self._notify(self._ending(row))
-            self.store.announced(row.batch.batch_id)
-            self._told.pop(row.batch.batch_id, None)
-
-    def _ending(self, row: ChainBatchRow) -> TransferNews:
-        batch_id = row.batch.batch_id
-        if row.state in ("failed", "nonce_lost"):
-            return TransferFailed(batch_id, row.reason, row.refused)
-        tx = self.store.tx_of_batch(batch_id)
-        assert tx is not None, "a confirmed batch has a transaction"
-        return TransferConfirmed(batch_id, tx.winner, tx.block, tx.gas_used, amount_text(from_wei(tx.fee_wei)))
+            await self._news.stuck(tx.batch_id, text)
 
     # -- test money
 
@@ -591,6 +403,6 @@ class Engine:
         async with self.turn:
             await self._check_chain([])
             tx_id = await self.drafts.call(kind, recipient, call, await self.evidence.views())
-            await self._broadcast(self.store.tx(tx_id), self.store.attempts(tx_id)[0], [])
+            await self._sender.broadcast(self.store.tx(tx_id), self.store.attempts(tx_id)[0], [])
         self._wake.set()
         return tx_id

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from golem.chain.store import connect
+from golem.chain.schema import connect
 from golem.chain.token import Balances
 
 MAX_AGE_S = 24 * 3600.0  # an older balance says nothing any more

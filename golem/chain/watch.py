@@ -20,7 +20,7 @@ from golem.chain.evidence import Evidence, View, newest
 from golem.chain.networks import Network, Networks
 from golem.chain.problem import Problem
 from golem.chain.rpc import Rpc, RpcError
-from golem.chain.store import connect
+from golem.chain.schema import connect
 from golem.chain.verify import NotYet, Rejected, Verified, verify_transfer, when
 from protocol.types import amount_text, from_wei
 

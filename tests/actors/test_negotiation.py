@@ -12,10 +12,9 @@ from worlds.market_world import OTHER_ID, OTHER_KEY, PROVIDER_ID, PROVIDER_KEY, 
 from worlds.playbook import START, Nodes, Playbook, playbook
 
 from actors.negotiation import moves as agreement_moves
-from actors.negotiation import proposals
+from actors.negotiation import proposals, room
 from actors.negotiation.machine import Negotiation
-from actors.negotiation.proposals import Proposal
-from actors.negotiation.rows import AgreementRow, state_at
+from actors.negotiation.rows import AgreementRow, Proposal, state_at
 from golem.node.market_forms import agreement_form
 from protocol.market import Matched, Rematch, SubscriptionEnded, SubscriptionOpened
 from protocol.negotiation import (
@@ -324,7 +323,7 @@ def test_the_terms_of_an_agreement_that_was_never_made_are_not_kept(pair: Pair) 
 
 
 def test_limit_of_a_pair(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proposals, "MAX_PROPOSALS_PER_PAIR", 3)
+    monkeypatch.setattr(room, "MAX_PROPOSALS_PER_PAIR", 3)
     second = pair.draft()
     refused = pair.counter_r(second)
     assert code(refused) == "busy"
