@@ -45,7 +45,7 @@ from golem.node.app_keys import AUTOCONF, AppKeys
 from golem.node.backup import CHAIN, JOURNAL, bind_generations, compare_generations, hold_payments, peers_asked, restored_at
 from golem.node.data_dir import lock_data_dir, make_folder, step_log
 from golem.node.gossip import MarketGossip
-from golem.node.identity import APP_KEYS, KEYSTORE, PLAIN_KEY, AskPassword, open_identity
+from golem.node.identity import APP_KEYS, KEYSTORE, PLAIN_KEY, AskPassword, Identity, open_identity
 from golem.node.listen import bind_api, notify_systemd
 from golem.node.nearness import serve_nearness
 from golem.node.node import Node
@@ -71,12 +71,7 @@ async def open_node(config: Config, ask_password: AskPassword | None = None) -> 
         lock_data_dir(config.data_dir, stack)
         if config.profile == "local" and not config.chain_url:
             make_folder(config.chain_dir, "chain")
-        net_config = NetConfig(data_dir=config.data_dir, listen=config.listen, bootstrap=config.bootstrap, mdns=config.mdns,
-                               network_name=config.network_name)  # fmt: skip
-        try:
-            check_network(net_config)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
+        net_config = network_of(config)
         stored = any((config.data_dir / name).exists() for name in (KEYSTORE, PLAIN_KEY))
         known_key = GIVEN_KEY if config.autoconf_id_secret else OLD_KEY if stored else ""
         identity = await trio.to_thread.run_sync(open_identity, config, ask_password)
@@ -84,12 +79,7 @@ async def open_node(config: Config, ask_password: AskPassword | None = None) -> 
             payout = read_payout(config.data_dir)
         except ValueError as error:
             raise ConfigError(str(error)) from None
-        app_keys = AppKeys(config.data_dir / APP_KEYS)
-        if config.autoconf_app_key:
-            app_keys.drop_foreign(AUTOCONF, identity.node_id)
-            app_keys.create(AUTOCONF, identity.node_id, key=config.autoconf_app_key)
-        elif app_keys.named(AUTOCONF) is not None:
-            app_keys.drop(AUTOCONF)  # it was given for as long as its variable
+        app_keys = open_app_keys(config, identity)
         older = compare_generations(config.data_dir)
         new_journal = "" if (config.data_dir / "node.db").exists() else known_key
         journal = Journal(str(config.data_dir / "node.db"), lambda: secrets.token_hex(8))
@@ -142,6 +132,28 @@ async def open_node(config: Config, ask_password: AskPassword | None = None) -> 
         network.on_peer(gossip.peer)
         yield node
         nursery.cancel_scope.cancel()
+
+
+def network_of(config: Config) -> NetConfig:
+    """Return the network's part of the settings. Raises `ConfigError`."""
+    net_config = NetConfig(data_dir=config.data_dir, listen=config.listen, bootstrap=config.bootstrap, mdns=config.mdns,
+                           network_name=config.network_name)  # fmt: skip
+    try:
+        check_network(net_config)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return net_config
+
+
+def open_app_keys(config: Config, identity: Identity) -> AppKeys:
+    """Return the app-keys, among them that of `YAGNA_AUTOCONF_APPKEY` for as long as it is given."""
+    app_keys = AppKeys(config.data_dir / APP_KEYS)
+    if config.autoconf_app_key:
+        app_keys.drop_foreign(AUTOCONF, identity.node_id)
+        app_keys.create(AUTOCONF, identity.node_id, key=config.autoconf_app_key)
+    elif app_keys.named(AUTOCONF) is not None:
+        app_keys.drop(AUTOCONF)
+    return app_keys
 
 
 async def come_back(system: System, config: Config, older: str) -> None:

@@ -4,8 +4,9 @@ The market says which demand and offer match; from there the agents of both side
 (`actors.negotiation.proposals`) and finally about an agreement (`actors.negotiation.agreements`). Whoever deals with
 activities and money hears when an agreement is made and when it is over.
 
-Rows: `subscription/<id>` (own offers and demands), `proposal/<id>`, `of/<subscription>/<proposal>` (index),
-`pair/<demand>/<offer>` and `opened/<offer>/<node>` (counts), `agreement/<id>`. All survive a restart.
+Rows: `subscription/<id>` (own offers and demands), `proposal/<id>`, `of/<subscription>/<proposal>` and
+`waiting/<offer>/<agreement>` (indexes), `pair/<demand>/<offer>` and `opened/<offer>/<node>` (counts), `agreement/<id>`.
+All survive a restart.
 Feeds: `demand/<id>` and `offer/<id>` for the agent's polls, `agreements` and `agreement/<id>` for what becomes of agreements.
 """
 
@@ -17,7 +18,7 @@ from actors.kernel.draft import Declined, Draft
 from actors.kernel.grammar import EDGE, ITSELF, PEER, On, Table, TableMachine
 from actors.negotiation import agreements, proposals
 from actors.negotiation import recall as agreement_recall
-from actors.negotiation.rows import AgreementRow
+from actors.negotiation.rows import AgreementRow, Belongs, Opened, Pair, Proposal, SubscriptionRow, Talk
 from protocol.codec import Decoder
 from protocol.market import Matched, SubscriptionEnded, SubscriptionOpened
 from protocol.negotiation import (
@@ -60,15 +61,7 @@ class Negotiation(TableMachine):
     """The machine `negotiation`."""
 
     name = "negotiation"
-    rows = (
-        proposals.SubscriptionRow
-        | proposals.Pair
-        | proposals.Opened
-        | proposals.Belongs
-        | proposals.Talk
-        | proposals.Proposal
-        | AgreementRow
-    )
+    rows = SubscriptionRow | Pair | Opened | Belongs | Talk | Proposal | AgreementRow
     table = Table(
         On(SubscriptionOpened, "market", proposals.opened),
         On(SubscriptionEnded, "market", proposals.ended),

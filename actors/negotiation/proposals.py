@@ -3,19 +3,16 @@
 A negotiation is a chain of proposals, each in answer to the last one of the other side. A proposal is committed here
 before the agent hears of its id, and the durable link brings it to the peer: what the peer has against it comes back as
 a rejection with its reason, and so does the news that the peer cannot be reached.
-
-A subscription has room for `MAX_PROPOSALS`. When it is full, the oldest negotiation of the node that has most of them is
-forgotten, unless there is an agreement; once no node stands out, of the network address that has most, whatever the nodes.
-Who comes with many identities pushes out himself first, and closes nothing.
 """
 
 from __future__ import annotations
 
 from msgspec.structs import replace
 
-from actors.kernel.crowd import Occupant, by_crowd
 from actors.kernel.draft import Declined, Draft
 from actors.kernel.machine import DropFeed, Emit, Reply, Send, Wake
+from actors.negotiation.room import add, no_room, talk_key
+from actors.negotiation.rows import Opened, Proposal, SubscriptionRow
 from protocol.market import (
     Matched,
     Rematch,
@@ -29,6 +26,7 @@ from protocol.market import (
 from protocol.negotiation import (
     PROVIDER,
     REQUESTOR,
+    AgreementDue,
     CounterProposal,
     Created,
     ForgetProposals,
@@ -46,89 +44,16 @@ from protocol.negotiation import (
     read_properties,
     reason_text,
 )
-from protocol.signing import Document
-from protocol.types import Done, Message, Violation, address, digest, node_of, timestamp_text
+from protocol.types import Done, Violation, address, digest, node_of, timestamp_text
 
 DELIVERY_S = 60.0  # how long a proposal may take to the peer before its issuer hears that it did not arrive
+LAST_WORD_S = 10.0  # for an agent to answer what it had read before it withdrew its offer
 KEEP_ENDED_S = 3600.0  # proposals can be read this long after their subscription
-MAX_PROPOSALS_PER_PAIR = 100
-MAX_PROPOSALS = 20_000  # of one subscription
 MAX_OPENED_PER_NODE = 500  # negotiations about one offer: nobody uses it up for the others
 FORGET_AT_ONCE = 500
-ROOM_AT_ONCE = 60  # proposals that are forgotten together where there is no room
-STANDS_OUT = MAX_PROPOSALS_PER_PAIR  # proposals of a node
 
 IS_FINAL = "golem.proposal.rejection.is-final"  # in a reason: false where a later answer may be another
 INITIAL, DRAFT, REJECTED, ACCEPTED = "Initial", "Draft", "Rejected", "Accepted"
-
-
-class SubscriptionRow(Message, frozen=True, tag="subscription"):
-    """An offer or demand of ours. `ended` says why it is over, or nothing."""
-
-    document: Document
-    expires: float
-    proposals: int = 0
-    ended: str = ""
-
-
-class Pair(Message, frozen=True, tag="pair"):
-    """How much a demand and an offer have negotiated."""
-
-    proposals: int
-
-
-class Opened(Message, frozen=True, tag="opened"):
-    """How many negotiations a node has opened about an offer of ours."""
-
-    negotiations: int
-
-
-class Belongs(Message, frozen=True, tag="belongs"):
-    """Index: a proposal of a subscription."""
-
-
-class Talk(Message, frozen=True, tag="talk"):
-    """Index `talk/<subscription>/<node>/<since>/<its first proposal>`: a negotiation, and how many proposals it has."""
-
-    proposals: int
-    origin: str = ""
-
-
-class Proposal(Message, frozen=True, tag="proposal"):
-    """A proposal as this node sees it. `previous_id` is the one it answers, `answer_id` the one that answers it."""
-
-    proposal_id: str
-    role: str  # ours
-    demand_id: str
-    offer_id: str
-    requestor: str
-    provider: str
-    issuer: str
-    state: str
-    properties: str
-    constraints: str
-    created: float
-    expires: float
-    previous_id: str = ""
-    answer_id: str = ""
-    agreement_id: str = ""
-    reason: str = ""  # of its rejection
-    wire_id: str = ""  # an Initial proposal's id on the requestor's node
-    origin: str = ""  # the network address by which the other side opened the negotiation
-
-    @property
-    def own_feed(self) -> str:
-        """The feed of our own subscription."""
-        return f"demand/{self.demand_id}" if self.role == REQUESTOR else f"offer/{self.offer_id}"
-
-    @property
-    def own_subscription(self) -> str:
-        return self.demand_id if self.role == REQUESTOR else self.offer_id
-
-    @property
-    def counterpart(self) -> str:
-        """The node on the other side."""
-        return self.provider if self.role == REQUESTOR else self.requestor
 
 
 # -- subscriptions
@@ -148,6 +73,9 @@ def ended(draft: Draft, message: SubscriptionEnded) -> None:
         draft.put(key, replace(row, ended=message.reason))
         draft.do(Emit(f"{row.document.kind}/{message.subscription_id}", message))
         draft.do(Wake(f"forget/{message.subscription_id}", draft.now + KEEP_ENDED_S, ForgetProposals(message.subscription_id)))
+        for waiting, _ in draft.prefix(f"waiting/{message.subscription_id}/"):  # agents that withdraw an offer read it no more
+            agreement_id = waiting.rpartition("/")[2]
+            draft.do(Wake(f"due/{agreement_id}", draft.now + LAST_WORD_S, AgreementDue(agreement_id)))
 
 
 def forget(draft: Draft, message: ForgetProposals) -> None:
@@ -165,13 +93,13 @@ def forget(draft: Draft, message: ForgetProposals) -> None:
             draft.put(f"pair/{proposal.demand_id}/{proposal.offer_id}", None)
             draft.put(f"opened/{subscription_id}/{proposal.requestor}", None)
             if not proposal.previous_id:
-                draft.put(_talk_key(proposal), None)
+                draft.put(talk_key(proposal), None)
     draft.put(f"subscription/{subscription_id}", None)
     if row:
         draft.do(DropFeed(f"{row.document.kind}/{subscription_id}"))
 
 
-def _over(draft: Draft, proposal: Proposal) -> str:
+def why_over(draft: Draft, proposal: Proposal) -> str:
     """Return why there can be no more proposals in this negotiation, or nothing."""
     row = draft.get(f"subscription/{proposal.own_subscription}")
     if not row:
@@ -181,88 +109,12 @@ def _over(draft: Draft, proposal: Proposal) -> str:
     return "the proposal has expired" if proposal.expires <= draft.now else ""
 
 
-def _no_room(draft: Draft, proposal: Proposal) -> str:
-    """Return which limit a further proposal would break, or nothing."""
-    pair = draft.get(f"pair/{proposal.demand_id}/{proposal.offer_id}")
-    if pair and pair.proposals >= MAX_PROPOSALS_PER_PAIR:
-        return f"this demand and this offer have had {MAX_PROPOSALS_PER_PAIR} proposals, and no more are taken"
-    row = draft.get(f"subscription/{proposal.own_subscription}")
-    if row and row.proposals >= MAX_PROPOSALS and not _make_room(draft, proposal):
-        return f"the subscription has {MAX_PROPOSALS} proposals with agreements, and no more are taken"
-    return ""
-
-
-def _first(draft: Draft, proposal: Proposal) -> Proposal:
-    """Return the Initial proposal of a negotiation."""
-    while proposal.previous_id and (previous := draft.get(f"proposal/{proposal.previous_id}")) is not None:
-        proposal = previous
-    return proposal
-
-
-def _talk_key(first: Proposal) -> str:
-    return f"talk/{first.own_subscription}/{first.counterpart}/{first.created * 1000:015.0f}/{first.proposal_id}"
-
-
-def _make_room(draft: Draft, besides: Proposal) -> bool:
-    """Forget the oldest negotiations of who has most proposals of a subscription; return whether any was.
-
-    One with an agreement stays, and that of `besides`.
-    """
-    subscription_id, own, freed = besides.own_subscription, _talk_key(_first(draft, besides)), 0
-    talks = ((key, key.split("/"), row) for key, row in draft.prefix(f"talk/{subscription_id}/") if key != own)
-    entries = (Occupant(float(part[3]), key, part[2], row.origin, row.proposals) for key, part, row in talks)
-    for entry in by_crowd(entries, STANDS_OUT):
-        freed += _forget_talk(draft, entry.key)
-        if freed >= ROOM_AT_ONCE:
-            break
-    row = draft.get(f"subscription/{subscription_id}")
-    draft.put(f"subscription/{subscription_id}", replace(row, proposals=max(0, row.proposals - freed)))
-    return freed > 0
-
-
-def _forget_talk(draft: Draft, key: str) -> int:
-    """Forget a negotiation and return how many proposals it had; 0 where it has an agreement and stays."""
-    chain: list[Proposal] = []
-    following = key.rpartition("/")[2]
-    while following and (proposal := draft.get(f"proposal/{following}")) is not None:
-        if proposal.agreement_id:
-            return 0
-        chain.append(proposal)
-        following = proposal.answer_id
-    draft.put(key, None)
-    for proposal in chain:
-        draft.put(f"proposal/{proposal.proposal_id}", None)
-        draft.put(f"of/{proposal.own_subscription}/{proposal.proposal_id}", None)
-    for proposal in chain[:1]:
-        pair_key = f"pair/{proposal.demand_id}/{proposal.offer_id}"
-        left = (draft.get(pair_key) or Pair(0)).proposals - len(chain)
-        draft.put(pair_key, Pair(left) if left > 0 else None)
-        opened_key = f"opened/{proposal.offer_id}/{proposal.requestor}"
-        opened = draft.get(opened_key)
-        if opened is not None:
-            draft.put(opened_key, Opened(opened.negotiations - 1) if opened.negotiations > 1 else None)
-    return len(chain)
-
-
 def _taken(draft: Draft, proposal: Proposal) -> bool:
     """Return whether a proposal has an agreement that was or may yet be made; after one that was not, talks may go on."""
     agreement = draft.get(f"agreement/{proposal.agreement_id}") if proposal.agreement_id else None
     if agreement is None or agreement.state in ("Rejected", "Cancelled", "Expired"):
         return False
     return agreement.state not in ("Proposal", "Pending") or bool(agreement.valid_to > draft.now)
-
-
-def _add(draft: Draft, proposal: Proposal) -> None:
-    """Write a new proposal, and count it."""
-    draft.put(f"proposal/{proposal.proposal_id}", proposal)
-    draft.put(f"of/{proposal.own_subscription}/{proposal.proposal_id}", Belongs())
-    pair_key, row_key = f"pair/{proposal.demand_id}/{proposal.offer_id}", f"subscription/{proposal.own_subscription}"
-    pair, row = draft.get(pair_key) or Pair(0), draft.get(row_key)
-    draft.put(pair_key, Pair(pair.proposals + 1))
-    draft.put(row_key, replace(row, proposals=row.proposals + 1))
-    talk_key = _talk_key(_first(draft, proposal))
-    talk = draft.get(talk_key) or Talk(0, proposal.origin)
-    draft.put(talk_key, Talk(talk.proposals + 1, talk.origin))
 
 
 def mismatch(proposal: Proposal, other: Proposal) -> str:
@@ -294,9 +146,9 @@ def matched(draft: Draft, message: Matched) -> None:
         expires=min(offer.expires, demand.expires),
         origin=message.origin,
     )
-    if _over(draft, initial) or _no_room(draft, initial) or draft.get(f"proposal/{initial.proposal_id}"):
+    if why_over(draft, initial) or no_room(draft, initial) or draft.get(f"proposal/{initial.proposal_id}"):
         return
-    _add(draft, initial)
+    add(draft, initial)
     draft.do(Emit(initial.own_feed, ProposalEvent(initial.proposal_id)))
 
 
@@ -316,13 +168,13 @@ def counter(draft: Draft, message: CounterProposal) -> None:
     label = f"Proposal [{previous.role[0]}-{previous.proposal_id}]"
     if previous.issuer == draft.me:
         raise Declined("bad_request", f"{label} is your own: it cannot be countered.")
-    if over := _over(draft, previous):
+    if over := why_over(draft, previous):
         raise Declined("gone", f"{label} cannot be countered: {over}.")
     if previous.answer_id:
         raise Declined("gone", f"{label} was already countered.")
     if _taken(draft, previous):
         raise Declined("bad_request", f"{label} was accepted: it has an agreement.")
-    if full := _no_room(draft, previous):
+    if full := no_room(draft, previous):
         raise Declined("busy", f"{label} cannot be countered: {full}.")
     try:
         read_properties(message.properties)
@@ -368,7 +220,7 @@ def _link(draft: Draft, previous: Proposal, proposal: Proposal) -> None:
     """Write a proposal and that it answers another, which is open again if it was rejected."""
     state = ACCEPTED if previous.agreement_id else DRAFT if previous.previous_id else INITIAL
     draft.put(f"proposal/{previous.proposal_id}", replace(previous, answer_id=proposal.proposal_id, state=state, reason=""))
-    _add(draft, proposal)
+    add(draft, proposal)
 
 
 def reject(draft: Draft, message: RejectProposal) -> None:
@@ -431,11 +283,11 @@ def received_first(draft: Draft, message: ProposalOpened) -> None:
     opened_key = f"opened/{message.offer_id}/{demand.owner}"
     count = (draft.get(opened_key) or Opened(0)).negotiations
     full = f"there were {count} negotiations about this offer" if count >= MAX_OPENED_PER_NODE else ""
-    why = _over(draft, initial) or full or _no_room(draft, initial) or mismatch(proposal, initial)
+    why = why_over(draft, initial) or full or no_room(draft, initial) or mismatch(proposal, initial)
     if why:
         return _send_back(draft, draft.meta.sender, message.proposal_id, why)
     draft.put(opened_key, Opened(count + 1))
-    _add(draft, initial)
+    add(draft, initial)
     _link(draft, initial, proposal)
     draft.do(Emit(proposal.own_feed, ProposalEvent(proposal.proposal_id)))
     return None
@@ -457,7 +309,7 @@ def received(draft: Draft, message: ProposalCountered) -> None:
     _check_terms(message)
     proposal = _answer(previous, sender, message.proposal_id, message.properties, message.constraints, message.created)
     taken = "it was accepted: it has an agreement" if _taken(draft, previous) else ""
-    why = taken or _over(draft, previous) or _no_room(draft, previous) or mismatch(proposal, previous)
+    why = taken or why_over(draft, previous) or no_room(draft, previous) or mismatch(proposal, previous)
     if why:
         return _send_back(draft, draft.meta.sender, message.proposal_id, why)
     _link(draft, previous, proposal)

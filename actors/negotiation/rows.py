@@ -1,13 +1,83 @@
-"""Agreements as rows, and what state an agreement is in at a given time. The market API reads them, too."""
+"""Subscriptions, proposals and agreements as rows, and the state of an agreement at a given time. Edges read them, too."""
 
 from __future__ import annotations
 
 from protocol.negotiation import REQUESTOR
+from protocol.signing import Document
 from protocol.types import Message
 
 PROPOSAL, PENDING, APPROVING, APPROVED = "Proposal", "Pending", "Approving", "Approved"
 CANCELLED, REJECTED, EXPIRED, TERMINATED = "Cancelled", "Rejected", "Expired", "Terminated"
 OPEN = (PROPOSAL, PENDING, APPROVING)
+
+
+class SubscriptionRow(Message, frozen=True, tag="subscription"):
+    """An offer or demand of ours. `ended` says why it is over, or nothing."""
+
+    document: Document
+    expires: float
+    proposals: int = 0
+    ended: str = ""
+
+
+class Pair(Message, frozen=True, tag="pair"):
+    """How much a demand and an offer have negotiated."""
+
+    proposals: int
+
+
+class Opened(Message, frozen=True, tag="opened"):
+    """How many negotiations a node has opened about an offer of ours."""
+
+    negotiations: int
+
+
+class Belongs(Message, frozen=True, tag="belongs"):
+    """Index: a proposal of a subscription (`of/`), an agreement that waits for the agent of its offer (`waiting/`)."""
+
+
+class Talk(Message, frozen=True, tag="talk"):
+    """Index `talk/<subscription>/<node>/<since>/<its first proposal>`: a negotiation, and how many proposals it has."""
+
+    proposals: int
+    origin: str = ""
+
+
+class Proposal(Message, frozen=True, tag="proposal"):
+    """A proposal as this node sees it. `previous_id` is the one it answers, `answer_id` the one that answers it."""
+
+    proposal_id: str
+    role: str  # ours
+    demand_id: str
+    offer_id: str
+    requestor: str
+    provider: str
+    issuer: str
+    state: str
+    properties: str
+    constraints: str
+    created: float
+    expires: float
+    previous_id: str = ""
+    answer_id: str = ""
+    agreement_id: str = ""
+    reason: str = ""  # of its rejection
+    wire_id: str = ""  # an Initial proposal's id on the requestor's node
+    origin: str = ""  # the network address by which the other side opened the negotiation
+
+    @property
+    def own_feed(self) -> str:
+        """The feed of our own subscription."""
+        return f"demand/{self.demand_id}" if self.role == REQUESTOR else f"offer/{self.offer_id}"
+
+    @property
+    def own_subscription(self) -> str:
+        return self.demand_id if self.role == REQUESTOR else self.offer_id
+
+    @property
+    def counterpart(self) -> str:
+        """The node on the other side."""
+        return self.provider if self.role == REQUESTOR else self.requestor
 
 
 class AgreementRow(Message, frozen=True, tag="agreement"):

@@ -57,9 +57,10 @@ from libp2p.tools.anyio_service import background_trio_service
 from libp2p.transport.tcp import tcp
 from multiaddr import Multiaddr
 
+from golem.net.muxed_stream import MuxStream
 from golem.net.peerid import node_id_of, pubkey_of, public_key
 from golem.net.types import ListenError, Timing, Unreachable
-from golem.net.yamux import Mux, MuxStream
+from golem.net.yamux import Mux
 
 PINNED = "0.8.1"
 if importlib.metadata.version("libp2p") != PINNED:

@@ -16,8 +16,8 @@ import trio
 from libp2p.stream_muxer.exceptions import MuxedConnError, MuxedStreamError
 
 from golem.base.printing import sayable
+from golem.net.muxed_stream import MuxStream
 from golem.net.types import MAX_REQUEST_BYTES, LinkBusy, NetError, NetRefusal, RemoteError, Timing, Unreachable
-from golem.net.yamux import MuxStream
 
 log = logging.getLogger(__name__)
 

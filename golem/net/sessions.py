@@ -21,10 +21,11 @@ from golem.base.printing import quoted
 from golem.net.book import Book
 from golem.net.host import Libp2pHost
 from golem.net.links import Handler, Link, serve_link
+from golem.net.muxed_stream import MuxLine, MuxStream
 from golem.net.peerid import MAX_RECORD_BYTES, ClockDiffers, NodeRecord, read_record
 from golem.net.streams import StreamHandler, StreamServer, ask_for
 from golem.net.types import NetConfig, NetError, NetRefusal, PeerStream, Session, Unreachable
-from golem.net.yamux import Mux, MuxStream
+from golem.net.yamux import Mux
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ class Peer:
     conns: list[Mux] = field(default_factory=list)
     link: Link | None = None
     link_conn: Mux | None = None
-    served_conns: set[Mux] = field(default_factory=set)  # the peer's links to us run there
+    served_conns: set[MuxLine] = field(default_factory=set)  # the peer's links to us run there
     attempt: trio.Event | None = None  # being dialled or greeted
     error: str = ""
     keep: bool = False

@@ -14,8 +14,8 @@ import trio
 from libp2p.stream_muxer.exceptions import MuxedStreamEOF
 
 from golem.net.links import BROKEN
+from golem.net.muxed_stream import MuxStream
 from golem.net.types import PeerStream, RemoteError, Timing, Unreachable
-from golem.net.yamux import MuxStream
 
 log = logging.getLogger(__name__)
 

@@ -10,228 +10,47 @@ noticed and the 257th open stream blocks for ever. Here
 - the reading task never waits for the writing one, so two nodes with full sockets cannot deadlock;
 - every buffer is bounded, and a peer that oversteps a bound loses this connection and nothing else.
 
-Neighbours: `host.py` plugs it in; `links.py` and `streams.py` use its streams.
+Neighbours: `muxed_stream.py` is one stream; `host.py` plugs it in; `links.py` and `streams.py` use its streams.
 """
 
 from __future__ import annotations
 
 import logging
-import struct
 from collections import deque
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
 import trio
-from libp2p.abc import IMuxedConn, IMuxedStream
 from libp2p.connection_types import ConnectionType
-from libp2p.stream_muxer.exceptions import (
-    MuxedConnUnavailable,
-    MuxedStreamClosed,
-    MuxedStreamEOF,
-    MuxedStreamError,
-    MuxedStreamReset,
-)
+from libp2p.stream_muxer.exceptions import MuxedConnUnavailable, MuxedStreamError
 
+from golem.net.muxed_stream import (
+    ACK,
+    DATA,
+    FIN,
+    FULL_WINDOW,
+    GO_AWAY,
+    HEADER,
+    MAX_PACKET,
+    PING,
+    RST,
+    SYN,
+    WINDOW_UPDATE,
+    MuxFault,
+    MuxLine,
+    MuxStream,
+)
 from golem.net.types import Timing
 
 log = logging.getLogger(__name__)
 
-HEADER = struct.Struct("!BBHII")  # version, type, flags, stream id, length
-DATA, WINDOW_UPDATE, PING, GO_AWAY = range(4)
-SYN, ACK, FIN, RST = 1, 2, 4, 8
-INITIAL_WINDOW = 256 << 10  # by the specification
-FULL_WINDOW = 1 << 20  # a stream that is being read may buffer so much
 GROWTH_BUDGET = 32 << 20  # of all windows of a connection above the initial ones
-MAX_PACKET = 65535 - 16  # plain bytes in one Noise packet
-MAX_FRAME = MAX_PACKET // 2 - HEADER.size  # so that two fill a packet
 MAX_STREAMS = 256  # open at a time, each direction
-OUT_LIMIT = 256 << 10  # outgoing bytes that data may fill
 OUT_FLOOD = 1 << 20  # outgoing bytes at which a peer is flooding us with questions and not reading answers
 WRITE_STALL_S = 30.0  # a socket that takes not one batch in so long is dead
 
 
-class _Fault(Exception):
-    """The connection must end; the text says why."""
-
-
-class MuxStream(IMuxedStream):
-    """One stream. All methods may be cancelled at any time; a cancelled `write` may have sent a part of its data."""
-
-    def __init__(self, conn: Mux, stream_id: int, outbound: bool) -> None:
-        self.muxed_conn = conn
-        self.stream_id = stream_id
-        self.outbound = outbound
-        self.bytes_in = self.bytes_out = 0
-        self.conn = conn
-        self._buffer = bytearray()
-        self._send_window = INITIAL_WINDOW
-        self._recv_window = INITIAL_WINDOW  # what the peer may still send
-        self._growth = 0
-        self._consumed = 0
-        self._eof = self._reset = self._fin_sent = self._discard = False
-        self._readable = trio.lowlevel.ParkingLot()
-        self._writable = trio.lowlevel.ParkingLot()
-
-    # reading
-
-    async def read(self, n: int | None = -1) -> bytes:
-        """Up to n bytes (all there are for None or -1). MuxedStreamEOF or MuxedStreamReset at the end."""
-        while not self._buffer:
-            if self._eof or self._discard:
-                raise MuxedStreamEOF("stream is at its end")
-            if self._reset:
-                raise MuxedStreamReset("stream was reset")
-            await self._readable.park()
-        await trio.lowlevel.checkpoint_if_cancelled()
-        return self._take(len(self._buffer) if n is None or n < 0 else min(n, len(self._buffer)))
-
-    def _take(self, size: int) -> bytes:
-        data = bytes(memoryview(self._buffer)[:size])
-        del self._buffer[:size]
-        self._consumed += size
-        if not self._growth and not self._eof and not self._reset:
-            self._growth = self.conn._grow(FULL_WINDOW - INITIAL_WINDOW)
-            self._consumed += self._growth
-        if self._consumed >= (INITIAL_WINDOW + self._growth) // 2 and not self._eof and not self._reset:
-            self._recv_window += self._consumed
-            self.conn._control(WINDOW_UPDATE, 0, self.stream_id, self._consumed)
-            self._consumed = 0
-        return data
-
-    # writing
-
-    async def write(self, data: bytes | bytearray | memoryview) -> None:
-        """All of the data, waiting while the peer does not read. MuxedStreamReset, MuxedStreamClosed."""
-        view = memoryview(data)
-        await trio.lowlevel.checkpoint_if_cancelled()
-        while True:
-            self._check_writable()
-            view = view[self._push(view) :]
-            if not view:
-                return
-            if self._send_window <= 0:
-                with trio.move_on_after(self.conn.timing.stall_s) as scope:
-                    await self._writable.park()
-                if scope.cancelled_caught and self._send_window <= 0:
-                    self.abort()
-                    raise MuxedStreamReset("the peer does not read")
-            else:
-                await self.conn._room.park()
-
-    def write_nowait(self, data: bytes) -> bool:
-        """Queue all of the data now, or nothing: False when it does not fit at once."""
-        self._check_writable()
-        if len(data) > self._send_window or self.conn._out_bytes + len(data) > OUT_LIMIT or self._writable:
-            return False
-        self._push(memoryview(data))
-        return True
-
-    def _check_writable(self) -> None:
-        if self._reset:
-            raise MuxedStreamReset("stream was reset")
-        if self._fin_sent:
-            raise MuxedStreamClosed("stream is closed for writing")
-
-    def _push(self, view: memoryview) -> int:
-        sent = 0
-        while sent < len(view) and self._send_window > 0 and self.conn._out_bytes < OUT_LIMIT:
-            size = min(len(view) - sent, self._send_window, MAX_FRAME)
-            self._send_window -= size
-            self.conn._queue(HEADER.pack(0, DATA, 0, self.stream_id, size) + view[sent : sent + size])
-            sent += size
-        self.bytes_out += sent
-        return sent
-
-    # ending
-
-    def finish(self) -> None:
-        """Say that we write no more; what was written still arrives."""
-        if not self._fin_sent and not self._reset:
-            self._fin_sent = True
-            self.conn._control(WINDOW_UPDATE, FIN, self.stream_id, 0)
-            self.conn._forget_if_done(self)
-            self._wake()
-
-    def release(self) -> None:
-        """We neither write nor read any more: finish, drop what is unread, and reset should the peer send on."""
-        self.finish()
-        if not self._discard and not self._reset:
-            self._discard = True
-            if self._buffer:
-                self.abort()
-
-    def abort(self) -> None:
-        """End both directions at once."""
-        if not self._reset:
-            if not (self._eof and self._fin_sent):
-                self.conn._control(WINDOW_UPDATE, RST, self.stream_id, 0)
-            self._on_reset()
-            self._buffer.clear()
-            self.conn._forget(self)
-
-    async def close(self) -> None:
-        """As `finish`: half-close, in the manner of libp2p."""
-        self.finish()
-        await trio.lowlevel.checkpoint_if_cancelled()
-
-    async def reset(self) -> None:
-        """As `abort`."""
-        self.abort()
-        await trio.lowlevel.checkpoint_if_cancelled()
-
-    @property
-    def is_closed(self) -> bool:
-        """Whether nothing can be sent or received any more."""
-        return self._reset or (self._eof and self._fin_sent and not self._buffer)
-
-    def set_deadline(self, ttl: int) -> None:
-        """Nothing: deadlines belong to whoever waits for an answer."""
-
-    def get_remote_address(self) -> tuple[str, int] | None:
-        """(host, port) of the other end."""
-        return self.conn.get_remote_address()
-
-    async def __aenter__(self) -> MuxStream:
-        return self
-
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.finish()
-
-    # what the connection tells us
-
-    def _on_data(self, payload: memoryview) -> None:
-        if len(payload) > self._recv_window:
-            raise _Fault("the peer overran its receive window")
-        self._recv_window -= len(payload)
-        self.bytes_in += len(payload)
-        if self._discard:
-            self.abort()
-        elif not self._eof and not self._reset:
-            self._buffer += payload
-            self._readable.unpark_all()
-
-    def _on_credit(self, size: int) -> None:
-        self._send_window += size
-        if self._send_window > 1 << 31:
-            raise _Fault("the peer granted an absurd window")
-        self._writable.unpark_all()
-
-    def _on_fin(self) -> None:
-        self._eof = True
-        self._readable.unpark_all()
-        self.conn._forget_if_done(self)
-
-    def _on_reset(self) -> None:
-        self._reset = True  # what had arrived can still be read
-        self._wake()
-
-    def _wake(self) -> None:
-        self._readable.unpark_all()
-        self._writable.unpark_all()
-
-
-class Mux(IMuxedConn):
+class Mux(MuxLine):
     """A connection to one peer. The swarm runs `start` in a task of its own; it never raises an Exception."""
 
     def __init__(self, secured_conn: Any, peer_id: Any, timing: Timing, on_dead: Callable[[Mux], None] | None = None) -> None:
@@ -253,8 +72,8 @@ class Mux(IMuxedConn):
         self._noise = secured_conn.conn.noise_state
         self._next_id = 1 if self._initiator else 2
         self._out: deque[bytes] = deque()
-        self._out_bytes = 0
-        self._room = trio.lowlevel.ParkingLot()
+        self.out_bytes = 0
+        self.room = trio.lowlevel.ParkingLot()
         self._pending = trio.lowlevel.ParkingLot()
         self._flushed = trio.lowlevel.ParkingLot()
         self._growth_left = GROWTH_BUDGET
@@ -291,7 +110,7 @@ class Mux(IMuxedConn):
     async def close(self) -> None:
         """Say goodbye, give queued frames half a second to leave, and end."""
         if not self.event_shutting_down.is_set():
-            self._control(GO_AWAY, 0, 0, 0)
+            self.control(GO_AWAY, 0, 0, 0)
             self.event_shutting_down.set()
             if self.event_started.is_set():
                 with trio.move_on_after(0.5):
@@ -319,7 +138,7 @@ class Mux(IMuxedConn):
         stream = MuxStream(self, self._next_id, outbound=True)
         self._next_id += 2
         self.streams[stream.stream_id] = stream
-        self._control(WINDOW_UPDATE, SYN, stream.stream_id, 0)
+        self.control(WINDOW_UPDATE, SYN, stream.stream_id, 0)
         return stream
 
     async def accept_stream(self) -> MuxStream:
@@ -363,16 +182,16 @@ class Mux(IMuxedConn):
 
     # outgoing
 
-    def _queue(self, frame: bytes) -> None:
+    def queue(self, frame: bytes) -> None:
         self._out.append(frame)
-        self._out_bytes += len(frame)
+        self.out_bytes += len(frame)
         self._pending.unpark_all()
 
-    def _control(self, kind: int, flags: int, stream_id: int, length: int) -> None:
+    def control(self, kind: int, flags: int, stream_id: int, length: int) -> None:
         if not self.event_shutting_down.is_set():
-            if self._out_bytes > OUT_FLOOD:
+            if self.out_bytes > OUT_FLOOD:
                 self.kill("the peer floods us and does not read")
-            self._queue(HEADER.pack(0, kind, flags, stream_id, length))
+            self.queue(HEADER.pack(0, kind, flags, stream_id, length))
 
     async def _write_loop(self) -> None:
         while True:
@@ -384,10 +203,10 @@ class Mux(IMuxedConn):
                 plain = bytearray()
                 while self._out and len(plain) + len(self._out[0]) <= MAX_PACKET:
                     plain += self._out.popleft()
-                self._out_bytes -= len(plain)
+                self.out_bytes -= len(plain)
                 cipher = self._noise.encrypt(bytes(plain))
                 packets += len(cipher).to_bytes(2, "big") + cipher
-            self._room.unpark_all()
+            self.room.unpark_all()
             with trio.fail_after(WRITE_STALL_S):
                 await self._raw.write(packets)
             self.bytes_out += len(packets)
@@ -401,7 +220,7 @@ class Mux(IMuxedConn):
             self._consume(plain)
             data = await self._raw.read(128 << 10)
             if not data:
-                raise _Fault("closed by the peer")
+                raise MuxFault("closed by the peer")
             self.heard_at = trio.current_time()
             self.bytes_in += len(data)
             cipher += data
@@ -420,10 +239,10 @@ class Mux(IMuxedConn):
             while len(view) - position >= HEADER.size:
                 version, kind, flags, stream_id, length = HEADER.unpack_from(view, position)
                 if version != 0 or kind > GO_AWAY:
-                    raise _Fault("not a yamux frame")
+                    raise MuxFault("not a yamux frame")
                 body = length if kind == DATA else 0
                 if body > FULL_WINDOW:
-                    raise _Fault("an oversized frame")
+                    raise MuxFault("an oversized frame")
                 end = position + HEADER.size + body
                 if end > len(view):
                     break
@@ -435,13 +254,13 @@ class Mux(IMuxedConn):
     def _on_frame(self, kind: int, flags: int, stream_id: int, length: int, payload: memoryview) -> None:
         if kind == PING:
             if flags & SYN:
-                self._control(PING, ACK, 0, length)
+                self.control(PING, ACK, 0, length)
             elif self._ping_sent_at is not None:
                 self._rtt = trio.current_time() - self._ping_sent_at
                 self._ping_sent_at = None
             return
         if kind == GO_AWAY:
-            raise _Fault(f"the peer said goodbye ({length})")
+            raise MuxFault(f"the peer said goodbye ({length})")
         if flags & SYN:
             self._on_syn(stream_id)
         stream = self.streams.get(stream_id)
@@ -449,18 +268,18 @@ class Mux(IMuxedConn):
             return  # of a stream that we ended: on its way before the peer knew
         if kind == DATA:
             if payload:
-                stream._on_data(payload)
+                stream.on_data(payload)
         elif length:
-            stream._on_credit(length)
+            stream.on_credit(length)
         if flags & RST:
-            stream._on_reset()
-            self._forget(stream)
+            stream.on_reset()
+            self.forget(stream)
         elif flags & FIN:
-            stream._on_fin()
+            stream.on_fin()
 
     def _on_syn(self, stream_id: int) -> None:
         if stream_id == 0 or (stream_id % 2 == 1) == self._initiator or stream_id in self.streams:
-            raise _Fault("a stream with an impossible number")
+            raise MuxFault("a stream with an impossible number")
         stream = MuxStream(self, stream_id, outbound=False)
         inbound = sum(not other.outbound for other in self.streams.values())
         try:
@@ -468,10 +287,10 @@ class Mux(IMuxedConn):
                 raise trio.WouldBlock
             self._accepted.send_nowait(stream)
         except trio.WouldBlock:
-            self._control(WINDOW_UPDATE, RST, stream_id, 0)
+            self.control(WINDOW_UPDATE, RST, stream_id, 0)
             return
         self.streams[stream_id] = stream
-        self._control(WINDOW_UPDATE, ACK, stream_id, 0)
+        self.control(WINDOW_UPDATE, ACK, stream_id, 0)
 
     # life and death
 
@@ -480,10 +299,10 @@ class Mux(IMuxedConn):
             await trio.sleep(self.timing.mux_ping_s)
             silent_s = trio.current_time() - self.heard_at
             if silent_s >= self.timing.mux_dead_s:
-                raise _Fault(f"silent for {silent_s:.0f} s")
+                raise MuxFault(f"silent for {silent_s:.0f} s")
             if self._ping_sent_at is None or silent_s >= self.timing.mux_ping_s:
                 self._ping_sent_at = trio.current_time()
-                self._control(PING, SYN, 0, 0)
+                self.control(PING, SYN, 0, 0)
 
     def _die(self, reason: str) -> None:
         if self.death is not None:
@@ -491,29 +310,29 @@ class Mux(IMuxedConn):
         self.death = reason
         self.event_shutting_down.set()
         for stream in list(self.streams.values()):
-            stream._on_reset()
+            stream.on_reset()
         self.streams.clear()
         self._out.clear()
-        self._out_bytes = 0
+        self.out_bytes = 0
         self._accepted.close()
-        self._room.unpark_all()
+        self.room.unpark_all()
         self._flushed.unpark_all()
         if self.on_dead is not None:
             self.on_dead(self)
 
-    def _grow(self, size: int) -> int:
+    def grow(self, size: int) -> int:
         granted = min(size, self._growth_left)
         self._growth_left -= granted
         return granted
 
-    def _forget_if_done(self, stream: MuxStream) -> None:
-        if stream._eof and stream._fin_sent:
-            self._forget(stream)
+    def forget_if_done(self, stream: MuxStream) -> None:
+        if stream.is_done:
+            self.forget(stream)
 
-    def _forget(self, stream: MuxStream) -> None:
+    def forget(self, stream: MuxStream) -> None:
         if self.streams.pop(stream.stream_id, None) is not None:
-            self._growth_left += stream._growth
-            stream._growth = 0
+            self._growth_left += stream.growth
+            stream.growth = 0
 
 
 def _remote_of(raw: Any) -> tuple[str, int] | None:

@@ -7,8 +7,7 @@ from typing import Any
 
 from actors.kernel.machine import Rows
 from actors.kernel.records import Event
-from actors.negotiation.proposals import Proposal
-from actors.negotiation.rows import AgreementRow, state_at
+from actors.negotiation.rows import AgreementRow, Proposal, state_at
 from protocol.codec import Decoder
 from protocol.market import SubscriptionEnded, read_subscription
 from protocol.negotiation import (

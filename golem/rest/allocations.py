@@ -104,9 +104,7 @@ def routes(api: Blueprint, node: Node) -> None:
         ids = [each for text in request.args.getlist("allocationIds") for each in text.split(",") if each]
         if not ids:
             raise ApiError(400, "query parameter allocationIds is missing")
-        rows = [node.system.rows("ledger").get(f"allocation/{each}") for each in ids[:MAX_ITEMS]]
-        if any(row is None or row.released_at is not None for row in rows):
-            raise ApiError(404, None)
+        rows = [_live(node, each) for each in ids[:MAX_ITEMS]]
         simulated = {network.platform for network in node.chain.networks if network.simulated_by}
         chain = await local_chain(node) if any(row.platform in simulated for row in rows) else None
         return respond_json(decorations(rows, chain))

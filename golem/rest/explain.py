@@ -10,8 +10,7 @@ import trio
 from quart import Blueprint, Response
 
 from actors.market.rows import OfferRefusal, Stats
-from actors.negotiation.proposals import Proposal
-from actors.negotiation.rows import state_at
+from actors.negotiation.rows import Proposal, state_at
 from golem.rest.edge import ApiError, query_text, respond_json
 from protocol.market import SUBSCRIPTION_ID, Subscription, read_subscription
 from protocol.negotiation import reason_text

@@ -28,9 +28,9 @@ from worlds.whole_life import Life, demand_of, live, offer_of
 from actors.kernel.machine import DropFeed, Emit, Machine, Meta, Send, Step
 from actors.ledger.rows import PaymentDocument, PaymentRow
 from actors.market.rows import OfferRow
-from actors.negotiation import proposals
-from actors.negotiation.proposals import MAX_OPENED_PER_NODE, Proposal
-from actors.negotiation.rows import AgreementRow
+from actors.negotiation import room
+from actors.negotiation.proposals import MAX_OPENED_PER_NODE
+from actors.negotiation.rows import AgreementRow, Proposal
 from golem.node.market_forms import agreement_event_form, agreement_form, agreement_summary, proposal_form, subscription_form
 from golem.rest import payment_documents
 from protocol.codec import MAX_ADDRESS_CHARS, MAX_BODY_BYTES, Decoder, encode
@@ -548,8 +548,8 @@ def test_a_stranger_cannot_use_up_what_an_offer_may_negotiate() -> None:
 
 def test_many_free_identities_close_no_offer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where an offer is full, the oldest of who has most is forgotten; not who has an agreement, nor who has little."""
-    monkeypatch.setattr(proposals, "MAX_PROPOSALS", 400)
-    monkeypatch.setattr(proposals, "ROOM_AT_ONCE", 20)
+    monkeypatch.setattr(room, "MAX_PROPOSALS", 400)
+    monkeypatch.setattr(room, "ROOM_AT_ONCE", 20)
     offered = Offered()
     rows = offered.victim.rows
     agreed = {key for key, row in rows.prefix("proposal/") if row.agreement_id}
@@ -577,8 +577,8 @@ def test_many_free_identities_close_no_offer(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_as_many_identities_as_proposals_close_no_offer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no node stands out, those behind one network address make room for one another, not the few of elsewhere."""
-    monkeypatch.setattr(proposals, "MAX_PROPOSALS", 200)
-    monkeypatch.setattr(proposals, "ROOM_AT_ONCE", 20)
+    monkeypatch.setattr(room, "MAX_PROPOSALS", 200)
+    monkeypatch.setattr(room, "ROOM_AT_ONCE", 20)
     offered = Offered()
     honest = [offered.opened(key, 1, f"198.51.100.{place}") for place, key in enumerate((KEYS[0], KEYS[2]))]
     assert all(honest), "they came first, and have as many as each of the others"

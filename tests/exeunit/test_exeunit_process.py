@@ -45,7 +45,8 @@ from golem.exeunit.runtime import (
 from golem.exeunit.supervisor import HOLD
 from golem.exeunit.terms import read_terms
 from golem.exeunit.transfer.spool import TransferPolicy
-from golem.files.server import FileServer, FileSink, FileSource
+from golem.files.on_disk import FileSink, FileSource
+from golem.files.server import FileServer
 from golem.net.types import RemoteError
 from protocol.activity import Accepted, ActivityKnown, CreateActivity, DestroyActivity, Exec, StateReported
 from protocol.codec import Envelope, encode, encode_batch

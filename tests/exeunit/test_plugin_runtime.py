@@ -33,7 +33,7 @@ from golem.exeunit.runtimes.plugin.descriptors import Descriptor, DescriptorErro
 from golem.exeunit.runtimes.plugin.process_tree import sweep_processes
 from golem.exeunit.runtimes.plugin.runtime import ExternalRuntime, ExternalSettings
 from golem.exeunit.usage import COUNTERS
-from golem.files.server import FileSink, FileSource
+from golem.files.on_disk import FileSink, FileSource
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "process-runtime"
 STREAM = {"stdout": {"stream": {}}, "stderr": {"stream": {}}}

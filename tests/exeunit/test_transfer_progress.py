@@ -11,7 +11,7 @@ import pytest
 from test_exeunit_process import REQUESTOR, world
 from worlds.support import trio_test
 
-from golem.files.server import FileSink, FileSource
+from golem.files.on_disk import FileSink, FileSource
 
 SIZE = 40_000_000
 

@@ -36,7 +36,7 @@ from golem.exeunit.runtime import (
 )
 from golem.exeunit.runtimes.vm.runtime import VmRuntime
 from golem.exeunit.runtimes.vm.watch import ENGINE_GONE
-from golem.files.server import FileSink, FileSource
+from golem.files.on_disk import FileSink, FileSource
 from golem.lab.engine import LocalEngine
 from protocol.activity import DestroyActivity
 

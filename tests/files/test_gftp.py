@@ -26,8 +26,9 @@ from worlds.wire import A, two_nodes
 
 import golem.files.tool
 from golem.files.client import GftpPeer
+from golem.files.on_disk import FileSource
 from golem.files.outgoing import OutgoingFile
-from golem.files.server import FileServer, FileSource
+from golem.files.server import FileServer
 from golem.files.tool import CallError, Gftp, StdioServer, _sha3_of
 from golem.files.wire import FileFault
 
@@ -149,7 +150,7 @@ async def test_only_regular_readable_unchanged_files(tmp_path: Path) -> None:
         (tmp_path / "changes").write_bytes(b"three")
         with pytest.raises(FileFault, match="changed after"):
             await fetch(peer, entry["url"])
-        from golem.files.server import FileSource
+        from golem.files.on_disk import FileSource
 
         files.offer("a" * 64, FileSource(tmp_path / "forged"), "test")
         with pytest.raises(CallError, match="another hash"):

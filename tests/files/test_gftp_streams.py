@@ -23,8 +23,9 @@ import golem.files.server
 import golem.files.tool
 import golem.files.wire
 from golem.files.client import GftpPeer
+from golem.files.on_disk import FileSink
 from golem.files.outgoing import OutgoingFile
-from golem.files.server import FileServer, FileSink
+from golem.files.server import FileServer
 from golem.files.tool import CallError, Gftp
 from golem.files.wire import BLOCK_BYTES, END, FileFault, Reader, read_header, send_block, send_header
 from golem.net.types import Unreachable
@@ -320,7 +321,7 @@ async def test_a_slot_takes_what_there_is_room_for(tmp_path: Path, monkeypatch: 
                 await at.peer().upload(url, file)
         async with outgoing(bytes(1000)) as file:
             await at.peer().upload(url, file)
-        monkeypatch.setattr("golem.files.server.SPARE_BYTES", 1 << 60)  # there is nothing to be had
+        monkeypatch.setattr("golem.files.on_disk.SPARE_BYTES", 1 << 60)  # there is nothing to be had
         url = await at.slot()
         async with outgoing(CONTENT) as file:
             with pytest.raises(FileFault, match="do not fit"):

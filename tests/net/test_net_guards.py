@@ -24,7 +24,8 @@ from worlds.support import trio_test
 
 from golem.net import ListenError, NetConfig, Unreachable, open_network
 from golem.net.host import MAX_HANDSHAKES_PER_IP, Libp2pHost
-from golem.net.yamux import ACK, DATA, FULL_WINDOW, MAX_STREAMS, PING, SYN, WINDOW_UPDATE
+from golem.net.muxed_stream import ACK, DATA, FULL_WINDOW, PING, SYN, WINDOW_UPDATE
+from golem.net.yamux import MAX_STREAMS
 
 
 @trio_test

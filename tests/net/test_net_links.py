@@ -18,9 +18,10 @@ from worlds.support import trio_test
 from golem.net import PeerNetwork, Timing, Unreachable, open_network
 from golem.net.host import Libp2pHost
 from golem.net.links import MAX_QUEUED_BYTES, PING, PONG, REPLY, REQUEST, serve_link
+from golem.net.muxed_stream import MuxStream
 from golem.net.peerid import sign_record
 from golem.net.types import MAX_REQUEST_BYTES
-from golem.net.yamux import Mux, MuxStream
+from golem.net.yamux import Mux
 
 
 def packed(*frame: object) -> bytes:

@@ -19,7 +19,7 @@ from worlds.patience import patience, within
 from worlds.support import tell, trio_test
 
 from actors.kernel.machine import Send
-from golem.files.server import FileSink, FileSource
+from golem.files.on_disk import FileSink, FileSource
 from golem.node.node import Node
 from protocol.activity import STATES, CommandResult, StateReported
 from protocol.negotiation import AgreementApproved

@@ -17,8 +17,7 @@ from actors.activity.rows import ActivityRow, BatchRow
 from actors.kernel.machine import ActorFailed, AskTimeout, Busy
 from actors.kernel.records import JournalError, RowDamaged
 from actors.ledger.machine import Allocation, PaymentDocument, acceptance_of
-from actors.negotiation.proposals import Proposal
-from actors.negotiation.rows import OPEN, AgreementRow, lapsed
+from actors.negotiation.rows import OPEN, AgreementRow, Proposal, lapsed
 from actors.wallet.rows import PayOrder
 from protocol.activity import CreateActivity, DestroyActivity, Exec
 from protocol.exeunit import ShutDown

@@ -545,7 +545,7 @@ MUTANTS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", MUTANTS)
+@pytest.mark.parametrize("name", share(list(MUTANTS)))
 def test_a_fault_is_found_by_the_search(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     MUTANTS[name](monkeypatch)
     assert any(fails(seed) for seed in range(40)), f"nobody found out that {name}"

@@ -13,6 +13,7 @@ import pytest
 import trio
 from msgspec import structs
 from sim_disk import SimJournal
+from sim_seeds import share
 from sim_world import Broken, World, simulate
 from test_simulation import first_cause
 
@@ -317,7 +318,7 @@ def caught(seeds: Iterable[int]) -> str | None:
     return None
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
+@pytest.mark.parametrize("mutant", share(MUTANTS), ids=lambda mutant: mutant.__name__)
 def test_mutant_is_caught(mutant: Callable[[Patch], None], monkeypatch: Patch) -> None:
     mutant(monkeypatch)
     seeds = (seed for seed in range(500) if mutant not in LOSE_A_DISK or World(seed).faults.lose_disk)

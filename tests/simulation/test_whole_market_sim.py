@@ -139,7 +139,7 @@ MUTANTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 _Runtime = sim_market.Runtime
 
 
-@pytest.mark.parametrize("name", MUTANTS)
+@pytest.mark.parametrize("name", share(list(MUTANTS)))
 def test_a_fault_in_a_machine_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sim_market, "CONVERGE_S", 10 * 3600.0)
     MUTANTS[name](monkeypatch)

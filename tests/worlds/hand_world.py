@@ -31,7 +31,7 @@ from golem.exeunit.process import Unit, UnitSettings
 from golem.exeunit.runtime import Interaction
 from golem.exeunit.terms import read_terms
 from golem.exeunit.transfer.spool import TransferPolicy
-from golem.files.server import FileSource
+from golem.files.on_disk import FileSource
 from golem.node.node import Node
 from protocol.activity import CreateActivity, DestroyActivity, Exec
 from protocol.negotiation import AgreementApproved

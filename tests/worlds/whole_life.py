@@ -20,7 +20,7 @@ from actors.kernel.machine import Machine
 from actors.ledger.machine import Ledger, acceptance_of
 from actors.market.machine import Market
 from actors.negotiation.machine import Negotiation
-from actors.negotiation.proposals import Proposal
+from actors.negotiation.rows import Proposal
 from actors.wallet.machine import Wallet
 from protocol.activity import CreateActivity, DestroyActivity, Exec
 from protocol.exeunit import CommandFinished, Execute, ShutDown, UnitStarted

@@ -13,6 +13,7 @@ Neighbours: `admin.Admin` (the Engine), `golem.exeunit.transfer.packages` (where
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import importlib.util
 import json
 import os
@@ -366,6 +367,15 @@ async def _set_when_cancelled(event: threading.Event) -> None:
         await trio.sleep_forever()
     finally:
         event.set()
+
+
+def digest_of(image: Path) -> str:
+    """Return the digest that a cached package is named by, else the SHA3-224 of the file."""
+    match = re.fullmatch(r"sha3-\d{3}-([0-9a-f]{56,128})", image.name)
+    if match is not None:
+        return match[1]
+    with image.open("rb") as file:
+        return hashlib.file_digest(file, "sha3_224").hexdigest()
 
 
 # -- the child

@@ -14,11 +14,9 @@ Neighbours: everything in `golem.exeunit.runtimes.vm`.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import logging
 import os
-import re
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -30,7 +28,6 @@ from typing import Any
 import trio
 
 from golem.exeunit.runtime import (
-    GIB,
     Deployment,
     DeployOptions,
     ExitStatus,
@@ -48,10 +45,10 @@ from golem.exeunit.runtime import (
 )
 from golem.exeunit.runtimes.vm import accounts, kernel_tables
 from golem.exeunit.runtimes.vm.admin import Admin, EngineFacts, EngineGone, InUse, NoSuch, socket_path
+from golem.exeunit.runtimes.vm.asked import command_of, path_of, tcp_ports, volume_requests
 from golem.exeunit.runtimes.vm.client import EngineClient
 from golem.exeunit.runtimes.vm.container import (
     ARGUMENTS,
-    NAME_FILES,
     Plan,
     clear_away,
     container_config,
@@ -60,20 +57,20 @@ from golem.exeunit.runtimes.vm.container import (
     lay_out,
     name_files,
 )
-from golem.exeunit.runtimes.vm.images import FORMATS, EngineImage, obtain_image
+from golem.exeunit.runtimes.vm.images import FORMATS, EngineImage, digest_of, obtain_image
 from golem.exeunit.runtimes.vm.inside import Inside, look_inside
 from golem.exeunit.runtimes.vm.leftovers import sweep
 from golem.exeunit.runtimes.vm.long_arguments import DEFAULT_PATH, MOST_BY_EXEC, check_command, is_long, write_arguments
-from golem.exeunit.runtimes.vm.meter import Layer, Meter, MeterError, open_layer, upper_dir
+from golem.exeunit.runtimes.vm.meter import Meter, MeterError, open_layer, upper_dir
 from golem.exeunit.runtimes.vm.processes import ContainerProcesses
 from golem.exeunit.runtimes.vm.program import START_TIMEOUT_S, EngineTerminal, NeverBegun, Program
+from golem.exeunit.runtimes.vm.tally import Tally
 from golem.exeunit.runtimes.vm.watch import Watch
 from golem.exeunit.storage import FOLDER, Storage, open_storage
 
 log = logging.getLogger("golem.exeunit")
 
 KILLED = 137
-MAX_VOLUMES = 64
 MAX_TERMINALS = 64
 IMAGE_CACHE_BYTES = 20 << 30
 CHECK_S = 0.5  # how often a command's own limits are looked at
@@ -117,10 +114,8 @@ class VmRuntime:
         self.interactions: frozenset[Interaction] = frozenset(words)
         self._deployed: _Deployed | None = None
         self._inside: Inside | None = None  # once started
-        self._meter: Meter | None = None
-        self._layer: Layer | None = None
+        self._tally = Tally()
         self._terminals: set[EngineTerminal] = set()
-        self._past_cpu_s, self._peak_bytes, self._storage_bytes = 0.0, 0, 0
 
     # -- what is offered ------------------------------------------------------------------------------------------
 
@@ -147,14 +142,14 @@ class VmRuntime:
         self._client.api = self._admin.api or self._client.api
         try:
             deployed.image = await self._obtain(image, options)
-            self._past_cpu_s += deployed.image.unpack_cpu_s
+            self._tally.spend(deployed.image.unpack_cpu_s)
             deployed.storage = await open_storage(
                 options.work_dir / FOLDER,
                 options.limits.storage_bytes,
                 deployed.facts.root_id,
                 ram_bytes=options.limits.mem_bytes,
             )
-            requests = _volume_requests(deployed.image, options.volumes)
+            requests = volume_requests(deployed.image, options.volumes)
             name = host_name(options.hostname, options.activity_id)
             deployed.own_files = {
                 path: deployed.storage.file(path.rpartition("/")[2], content)
@@ -168,12 +163,12 @@ class VmRuntime:
             with trio.CancelScope(shield=True):
                 await self.stop()
             raise
-        return Deployment(tuple(volumes), "blocking", _tcp_ports(deployed.image))
+        return Deployment(tuple(volumes), "blocking", tcp_ports(deployed.image))
 
     async def _obtain(self, image: Path, options: DeployOptions) -> EngineImage:
         from golem.exeunit.transfer.packages import detect_format
 
-        digest = await trio.to_thread.run_sync(_digest, image)
+        digest = await trio.to_thread.run_sync(digest_of, image)
         found = await trio.to_thread.run_sync(detect_format, image)
         if found not in self.formats:
             raise RuntimeFault(f"the task package is {found.value if found else 'of an unknown format'}: no image")
@@ -181,12 +176,8 @@ class VmRuntime:
         folder = self._cache_dir / "engine"
         return await obtain_image(
             self._admin, image, digest, found, folder=folder, notice=options.notice, max_bytes=IMAGE_CACHE_BYTES,
-            spent=self._spend,
+            spent=self._tally.spend,
         )  # fmt: skip
-
-    def _spend(self, cpu_s: float) -> None:
-        """Count what a package took that did not become an image."""
-        self._past_cpu_s += cpu_s
 
     async def _make_volume(self, deployed: _Deployed, storage: Storage, number: int, request: VolumeRequest) -> Volume:
         """Make a directory, and a volume of the Engine that is it (so the Engine fills it from the image)."""
@@ -238,12 +229,12 @@ class VmRuntime:
         await self._admin.start_container(deployed.name)
         try:
             inspected = await self._client.inspect(deployed.name)
-            deployed.search = _path_of(inspected) or DEFAULT_PATH
+            deployed.search = path_of(inspected) or DEFAULT_PATH
             pid = int(inspected["State"]["Pid"])
             self._inside = look_inside(pid)
             if int((await self._client.inspect(deployed.name))["State"]["Pid"]) != pid or not pid:
                 raise RuntimeFault("the container ended at once")
-            self._meter = Meter(pid)
+            self._tally.meter = Meter(pid)
             if deployed.storage is not None:
                 deployed.storage.note_process(pid)
             await kernel_tables.bound(pid, deployed.facts.root_id, deployed.options.limits.mem_bytes)
@@ -252,7 +243,7 @@ class VmRuntime:
         if deployed.image.user:
             await trio.to_thread.run_sync(_secure_accounts, pid, deployed)
         if deployed.storage is not None and not deployed.storage.holds(pid):
-            self._layer = await open_layer(pid, upper_dir(inspected), partial(self._client.layer_bytes, deployed.name))
+            self._tally.layer = await open_layer(pid, upper_dir(inspected), partial(self._client.layer_bytes, deployed.name))
         if args:
             _, command = self._passed_on(command, {})
             with trio.move_on_after(START_TIMEOUT_S) as scope:
@@ -267,7 +258,7 @@ class VmRuntime:
         """Errors: RuntimeFault if the command cannot be started at all, or the container or its Engine has died."""
         deployed, watch, inside = self._ready()
         assert deployed.image is not None
-        argv = _command(deployed.image, entry_point, args)
+        argv = command_of(deployed.image, entry_point, args)
         check_command(argv, env or {})
         before, ooms = inside.running(), inside.oom_kills()
 
@@ -317,7 +308,7 @@ class VmRuntime:
 
     async def _attend(self, program: Program, output: OutputSink, limits: Limits) -> ExitStatus:
         """Hand on what a program writes until it has ended, or a limit of the command has been reached."""
-        written, began_cpu_s = 0, self._cpu_s()
+        written, began_cpu_s = 0, self._tally.cpu_s()
         why: str | None = None
         with trio.move_on_after(limits.run_time_s if limits.run_time_s is not None else float("inf")) as time_limit:
             while why is None:
@@ -333,7 +324,7 @@ class VmRuntime:
                 elif not check.cancelled_caught:
                     code = await program.exit_code()  # which may find out that there was no program
                     return ExitStatus(code, program.problem)
-                if limits.cpu_time_s is not None and self._cpu_s() - began_cpu_s > limits.cpu_time_s:
+                if limits.cpu_time_s is not None and self._tally.cpu_s() - began_cpu_s > limits.cpu_time_s:
                     why = f"CPU time limit of {limits.cpu_time_s:g} s reached"
         if time_limit.cancelled_caught:
             why = f"time limit of {limits.run_time_s:g} s reached"
@@ -363,7 +354,7 @@ class VmRuntime:
                 if deployed.storage is not None:
                     await deployed.storage.close()
             finally:
-                self._settle()
+                self._tally.settle()
                 if deployed.image is not None:
                     deployed.image.close()
                 with suppress(OSError):
@@ -376,41 +367,14 @@ class VmRuntime:
         for name in deployed.volume_names:
             await self._admin.remove_volume(name)
 
-    # -- usage ----------------------------------------------------------------------------------------------------
+    # -- usage and death ----------------------------------------------------------------------------------------------------
 
     def usage(self) -> Usage:
         """As of now, but for storage that the kernel does not limit: that was looked at a second ago or so."""
-        peak = max(self._peak_bytes, self._meter.read()[1] if self._meter is not None else 0)
-        storage = self._deployed.storage if self._deployed is not None else None
-        found = storage.used_bytes() if storage is not None and self._layer is None else self._storage_bytes
-        return Usage(self._cpu_s(), peak / GIB, found / GIB)
-
-    def _cpu_s(self) -> float:
-        return self._past_cpu_s + (self._meter.read()[0] if self._meter is not None else 0.0)
+        return self._tally.usage(self._deployed.storage if self._deployed is not None else None)
 
     async def _measure(self, deployed: _Deployed) -> None:
-        """Look at the storage: the volumes and what the container wrote over its image."""
-        found = 0
-        if deployed.storage is not None:
-            found += await deployed.storage.measure()
-        if self._layer is not None:
-            found += await self._layer.measure()
-            if not self._layer.complete:
-                found = max(found, deployed.options.limits.storage_bytes + 1)
-        self._storage_bytes = found
-        if self._meter is not None:
-            self._meter.read()
-
-    def _settle(self) -> None:
-        """Add what a container used to the totals; it is gone."""
-        if self._meter is not None:
-            cpu_s, peak_bytes = self._meter.read()
-            self._past_cpu_s += cpu_s
-            self._peak_bytes = max(self._peak_bytes, peak_bytes)
-        self._meter = self._layer = None
-        self._storage_bytes = 0
-
-    # -- death ----------------------------------------------------------------------------------------------------
+        await self._tally.measure(deployed.storage, deployed.options.limits)
 
     async def failure(self) -> str:
         """Also takes the samples of storage, and the output of services nobody hears, as long as it is waited for."""
@@ -527,41 +491,3 @@ def _secure_accounts(pid: int, deployed: _Deployed) -> None:
             accounts.secure(pid, deployed.facts.root_id)
     except OSError as error:
         raise RuntimeFault(f"the image's /etc/passwd and /etc/group cannot be kept from its user: {error}") from None
-
-
-def _digest(image: Path) -> str:
-    """Return the digest that a cached package is named by, else the SHA3-224 of the file."""
-    match = re.fullmatch(r"sha3-\d{3}-([0-9a-f]{56,128})", image.name)
-    if match is not None:
-        return match[1]
-    with image.open("rb") as file:
-        return hashlib.file_digest(file, "sha3_224").hexdigest()
-
-
-def _volume_requests(image: EngineImage, asked: Sequence[VolumeRequest]) -> list[VolumeRequest]:
-    """Return the image's volumes and those asked for, whose kind counts where both name a path."""
-    found = {path: VolumeRequest(path) for path in image.volumes} | {request.path: request for request in asked}
-    if len(found) > MAX_VOLUMES:
-        raise RuntimeFault(f"too many volumes: {len(found)}, at most {MAX_VOLUMES}")
-    for path in found:
-        if path == "/" or path.split("/")[1] in ("proc", "sys", "dev", ".golem") or path in NAME_FILES:
-            raise RuntimeFault(f"a volume cannot be at {path}")
-    return list(found.values())
-
-
-def _path_of(inspected: Mapping[str, Any]) -> str:
-    """Return the PATH of a container, "" if it has none of its own."""
-    words = (inspected.get("Config") or {}).get("Env") or ()
-    return next((str(word)[5:] for word in reversed(words) if str(word).startswith("PATH=")), "")
-
-
-def _tcp_ports(image: EngineImage) -> tuple[int, ...]:
-    found = (re.fullmatch(r"(\d{1,5})(?:/tcp)?", port) for port in image.ports)
-    return tuple(sorted({int(match[1]) for match in found if match is not None and 0 < int(match[1]) < 65536}))
-
-
-def _command(image: EngineImage, entry_point: str, args: Sequence[str]) -> list[str]:
-    argv = [entry_point, *args] if entry_point else [*image.entrypoint, *(args or image.cmd)]
-    if not argv:
-        raise RuntimeFault("an empty entry point stands for the image's own ENTRYPOINT or CMD, and it has none")
-    return argv
