@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import trio
 
-from actors.kernel.reading import Look, Reader
+from actors.kernel.reading import JournalReader, Look
 from actors.kernel.records import Commit, JournalClosed, JournalError
 from actors.kernel.tables import Acks, Writer, bring_up, open_file
 
@@ -35,7 +35,7 @@ class Waiting:
     written: bool = False
 
 
-class Journal(Reader):
+class Journal(JournalReader):
     """Opens the file, reads committed state, writes commits, in the order of the calls, while `run` runs.
 
     `path=":memory:"` or `threads=False` writes inline on one connection (simulation); otherwise a worker thread writes

@@ -74,7 +74,7 @@ class Look(trio.abc.Instrument):
             self._reader.execute("commit")
 
 
-class Reader:
+class JournalReader:
     """The part of the journal that reads."""
 
     _reader: sqlite3.Connection
