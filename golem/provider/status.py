@@ -20,6 +20,15 @@ log = logging.getLogger("golem.provider")
 
 INTERVAL_S = 1.0
 MAX_LISTED = 200
+SECTIONS = (  # of what people see: title, columns, and under which name they stand in the status
+    ("Runtimes", ["name", "version", "offered", "reason"], "runtimes"),
+    ("Offers", ["preset", "offer", "state"], "offers"),
+    ("Agreements", ["agreement", "requestor", "state", "activities", "amount", "invoice", "reason"], "agreements"),
+    ("Activities", ["activity", "agreement", "state", "pid", "amount", "notes"], "activities"),
+    ("Unpaid", ["document", "kind", "agreement", "amount", "state"], "unpaid"),
+    ("Refused negotiations (last 20)", ["at", "requestor", "preset", "final", "reason"], "refused"),
+    ("Stored rows that cannot be read; what needs them waits", ["row", "reason"], "damaged"),
+)
 Report = Callable[[], list[dict[str, Any]]]  # of each runtime: name, version, presets, offered, reason
 
 
