@@ -111,7 +111,7 @@ class AgreementApproved(Message, frozen=True):
     """negotiation -> activity, ledger: both sides have committed to an agreement."""
 
     agreement_id: str
-    role: Role  # "Requestor" | "Provider": ours
+    role: Role  # ours
     requestor: str  # node id
     provider: str  # node id
     demand_properties: str  # JSON, flat
@@ -124,7 +124,7 @@ class AgreementEnded(Message, frozen=True):
     """negotiation -> activity, ledger: an approved agreement was terminated."""
 
     agreement_id: str
-    terminator: str  # "Requestor" | "Provider"
+    terminator: str  # a `Role`
     reason: str  # JSON of the Reason, "" if none was given
 
 
@@ -258,7 +258,7 @@ class AgreementExpired(Message, frozen=True):
 
 # -- the machine's timers
 class AgreementDue(Message, frozen=True):
-    """The time for an agreement's approval is over."""
+    """The time for an agreement's approval, or of the agreement itself, is over."""
 
     agreement_id: str
 

@@ -31,7 +31,7 @@ class OpenedRow(Message, frozen=True, tag="opened"):
 
 
 class BelongsRow(Message, frozen=True, tag="belongs"):
-    """Index: a proposal of a subscription."""
+    """Index: a proposal of a subscription (`of/`), an agreement that waits for the agent of its offer (`waiting/`)."""
 
 
 class TalkRow(Message, frozen=True, tag="talk"):

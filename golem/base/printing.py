@@ -11,8 +11,12 @@ import logging
 import os
 import stat
 import sys
+import threading
+import warnings
 from typing import Any, TextIO
 
+MOST_CHARS = 8192  # of a log line: what is longer is cut, since a peer may have written it
+MOST_LINES = 400  # of a traceback: messages of exceptions may have any number
 SAME_A_MINUTE = 30  # lines of one place in the code, whatever they say
 TRACEBACK_INDENT = "    | "
 
@@ -38,15 +42,22 @@ def sayable(error: Exception, most_chars: int) -> str:
     return str(error)[:most_chars].encode("utf-8", "backslashreplace").decode()
 
 
+def _cut(text: str) -> str:
+    return text if len(text) <= MOST_CHARS else f"{text[:MOST_CHARS]}... of {len(text)} characters"
+
+
 class SafeFormatter(logging.Formatter):
     """A record is a line, whatever was put into it; the lines of its traceback are set apart."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        record.message = quoted(record.message)
+        record.message = quoted(_cut(record.message))
         return super().formatMessage(record)
 
     def formatException(self, ei: Any) -> str:
-        return "\n".join(TRACEBACK_INDENT + quoted(line) for line in super().formatException(ei).split("\n"))
+        lines = super().formatException(ei).split("\n")
+        if len(lines) > MOST_LINES:
+            lines[MOST_LINES // 2 : -MOST_LINES // 2] = ["..."]
+        return "\n".join(TRACEBACK_INDENT + quoted(_cut(line)) for line in lines)
 
 
 class Moderation(logging.Filter):
@@ -93,9 +104,27 @@ def set_up_logs(level: int | str, form: str, *, most_bytes: int = 0) -> None:
     handler.setFormatter(SafeFormatter(form))
     handler.addFilter(Moderation())
     logging.basicConfig(level=level, handlers=[handler])
+    guard_stderr()
+
+
+def guard_stderr() -> None:
+    """Have what Python itself writes to standard error pass the same way: programs without a log of their own have that, too.
+
+    These are records where no log is set up, warnings, and exceptions that end the process or a thread or that nobody catches.
+    """
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(SafeFormatter())
     sys.excepthook = _say_exception
+    sys.unraisablehook = lambda lost: _say_exception(lost.exc_type, lost.exc_value, lost.exc_traceback)
+    threading.excepthook = lambda lost: _say_exception(lost.exc_type, lost.exc_value, lost.exc_traceback)
+    warnings.formatwarning = _warning_line
 
 
-def _say_exception(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """Print an exception that ends the process."""
-    print(SafeFormatter().formatException((kind, error, trace)), file=sys.stderr)
+def _say_exception(kind: type[BaseException], error: BaseException | None, trace: Any) -> None:
+    """Print an exception that ends the process, or that nobody catches."""
+    if error is not None and not issubclass(kind, SystemExit):
+        print(SafeFormatter().formatException((kind, error, trace)), file=sys.stderr)
+
+
+def _warning_line(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+    return f"{filename}:{lineno}: {category.__name__}: {quoted(str(message))}\n"

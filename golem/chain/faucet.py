@@ -9,8 +9,8 @@ import trio
 from golem.chain import token
 from golem.chain.draft import Wait
 from golem.chain.evidence import Unclear
+from golem.chain.rows import TransferState, TxKind
 from golem.chain.rpc import RpcError
-from golem.chain.schema import TransferState, TxKind
 
 if TYPE_CHECKING:
     from golem.chain.engine import Engine

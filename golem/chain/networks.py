@@ -9,7 +9,6 @@ URLs may be replaced by the variable <NAME>_GETH_ADDR (comma separated); more ro
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,6 +16,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from golem.base.settings_file import is_there, read_json
 from golem.chain.devchain.genesis import CHAIN_ID, MULTI_TRANSFER_ADDRESS, TOKEN_ADDRESS
 
 GWEI = 10**9
@@ -229,7 +229,7 @@ def load(
         rows = list(local_rows(dev_url, simulated_by))
     else:
         rows = [_with_env(row, environ) for row in PUBLIC if row.is_test == (profile == "testnet")]
-    return Networks([*rows, *(read_rows(extra) if extra and extra.exists() else ())], DEFAULT_NETWORK[profile])
+    return Networks([*rows, *(read_rows(extra) if extra and is_there(extra) else ())], DEFAULT_NETWORK[profile])
 
 
 def _with_env(row: Network, environ: Mapping[str, str]) -> Network:
@@ -240,10 +240,7 @@ def _with_env(row: Network, environ: Mapping[str, str]) -> Network:
 def read_rows(path: Path) -> list[Network]:
     """Rows from a JSON array of objects with the fields of `Network`. ValueError says which row is wrong and how."""
     known = {field.name for field in fields(Network)}
-    try:
-        listed = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
+    listed = read_json(path)
     if not isinstance(listed, list):
         raise ValueError(f"{path}: an array of networks is expected")
     rows = []

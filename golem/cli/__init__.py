@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from golem.base.printing import quoted
+from golem.base.printing import guard_stderr, quoted
 from golem.cli.client import ask_node
 from golem.cli.output import table, text, value, wants_json
 from golem.config import VERSION
@@ -78,6 +78,7 @@ def main(**_: Any) -> None:
 
     `golem run` starts the node; the other commands talk to it.
     """
+    guard_stderr()
 
 
 @main.command()

@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -19,6 +20,9 @@ from golem.base.printing import quoted
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+MARGIN = 4  # beside a column, at most
+MOST_CHARS = 1000  # of a cell
 
 
 @cache
@@ -44,22 +48,32 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], note: str = "")
         text(note)
         return
     from rich.box import SIMPLE_HEAD
+    from rich.cells import cell_len
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    view = Table(*columns, box=SIMPLE_HEAD, pad_edge=False, header_style="bold", show_header=any(columns))
-    for row in rows:
-        view.add_row(*(Text("" if cell is None else quoted(str(cell))) for cell in row))
-    if sys.stdout.isatty():
+    shown = [["" if cell is None else quoted(_cut(str(cell))) for cell in row] for row in rows]
+    is_wide = not sys.stdout.isatty()
+    view = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold", show_header=any(columns))
+    for number, title in enumerate(columns):  # a cell that is wrapped begins lines, which must not look like rows
+        view.add_column(title, no_wrap=is_wide or not number, overflow="fold" if number else "ellipsis")
+    for row in shown:
+        view.add_row(*map(Text, row))
+    if not is_wide:
         console().print(view)
     else:  # a pipe has no width: never cut or wrap what a script reads
-        wide = Console(width=400, highlight=False, color_system=None)
+        widths = (max(map(cell_len, column), default=0) for column in zip_longest(columns, *shown, fillvalue=""))
+        wide = Console(width=sum(widths) + MARGIN * len(columns), highlight=False, color_system=None)
         with wide.capture() as captured:
             wide.print(view)
         text(*(line.rstrip() for line in captured.get().splitlines() if line.strip()))
     if note:
         console().print(quoted(note), style="dim", markup=False)
+
+
+def _cut(cell: str) -> str:
+    return cell if len(cell) <= MOST_CHARS else f"{cell[:MOST_CHARS]}... of {len(cell)} characters"
 
 
 def value(found: Any) -> None:

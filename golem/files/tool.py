@@ -24,7 +24,7 @@ import click
 import msgspec
 import trio
 
-from golem.base.printing import quoted
+from golem.base.printing import guard_stderr, quoted
 from golem.bus.client import BusClient
 from golem.bus.wire import BusError
 from golem.config import VERSION, data_dir_from
@@ -369,6 +369,7 @@ def _run_once(act: Callable[[Gftp], Awaitable[Any]], stay: bool) -> None:
 @click.version_option(VERSION_TEXT, message="%(version)s")
 def main() -> None:
     """Publish files to other nodes, and move files from and to them."""
+    guard_stderr()
 
 
 @main.command("server")

@@ -29,6 +29,7 @@ from typing import Any, Protocol
 import msgspec
 import trio
 
+from golem.base import settings_file
 from golem.files.on_disk import FileSource
 from golem.files.outgoing import FileIdentity, identity_of
 from golem.files.wire import FileFault
@@ -38,6 +39,7 @@ log = logging.getLogger("golem.images.store")
 
 IMAGES = "images"  # the folder in the data directory
 INDEX = "index.json"
+MAX_INDEX_BYTES = 64 << 20
 PART_SUFFIX = ".part"
 MAX_IMAGE_BYTES = 64 << 30
 MAX_IMAGES = 1000
@@ -327,13 +329,14 @@ class Registry:
     def _read_index(self) -> tuple[StoredImage, ...]:
         path = self.folder / INDEX
         try:
-            found = msgspec.json.decode(path.read_bytes(), type=_Index).images
+            text = settings_file.read_text(path, MAX_INDEX_BYTES)
+            if text is None:
+                return ()
+            found = msgspec.json.decode(text, type=_Index).images
             if all(_SHA3_224.fullmatch(image.sha3) for image in found):
                 return found
             reason = "it names what is no SHA3-224"
-        except FileNotFoundError:
-            return ()
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, settings_file.BadSettingsFile) as error:
             reason = str(error)
         aside = path.with_name(f"{INDEX}.broken")
         log.error("the registry's index cannot be read (%s); it is now %s, and the images have no tags", reason, aside)

@@ -7,19 +7,21 @@ import secrets
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from golem.node.identity import IdentityError, read_secret
+import msgspec
+
+from golem.base.settings_file import read_json
+from golem.node.identity import IdentityError
 from golem.private_files import write_private
 from protocol.types import timestamp_text
 
+MAX_FILE_BYTES = 8 << 20
 AUTOCONF = "autoconfigured"  # name of the app-key that YAGNA_AUTOCONF_APPKEY gives
 
 
-@dataclass(frozen=True, slots=True)
-class AppKey:
+class AppKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The right of an agent to use this node's API."""
 
     name: str
@@ -28,6 +30,9 @@ class AppKey:
     role: str
     created: str
     allow_origins: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"AppKey({self.name!r})"  # never the key
 
 
 class AppKeys:
@@ -38,13 +43,14 @@ class AppKeys:
         self._by_key: dict[str, AppKey] = {}
         self._open: dict[str, set[Callable[[], object]]] = {}  # by key: what ends when it is removed
         self.session: AppKey | None = None
-        if path.exists():
-            try:
-                for entry in json.loads(read_secret(path)):
-                    found = AppKey(**{**entry, "allow_origins": tuple(entry.get("allow_origins", ()))})
-                    self._by_key[found.key] = found
-            except (ValueError, TypeError, AttributeError) as error:
-                raise IdentityError(f"{path} is damaged: {type(error).__name__}") from None
+        try:
+            entries = read_json(path, MAX_FILE_BYTES)
+            # msgspec's errors name a member and its type, never what it holds
+            for found in [] if entries is None else msgspec.convert(entries, list[AppKey]):
+                if not found.key or self._by_key.setdefault(found.key, found) is not found:
+                    raise ValueError("a key that is empty, or stands twice")
+        except ValueError as error:
+            raise IdentityError(f"cannot use the app-keys of {path}: {error}") from None
 
     def find(self, key: str) -> AppKey | None:
         return self._by_key.get(key) or (self.session if self.session and self.session.key == key else None)
@@ -101,7 +107,7 @@ class AppKeys:
 
     def _save(self, keys: dict[str, AppKey]) -> None:
         """Write the keys, and only then let them count."""
-        entries: list[dict[str, Any]] = [asdict(one) for one in keys.values()]
+        entries: list[dict[str, Any]] = [msgspec.to_builtins(one) for one in keys.values()]
         try:
             write_private(self._path, json.dumps(entries, indent=1))
         except OSError as error:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from golem.base.recursion import tame_imports
+from golem.base.settings_file import BadSettingsFile, is_there, read_json, read_text
 from golem.config import Config
 from golem.private_files import check_ours, is_open_to_others, write_private
 from protocol.signing import Document, node_id_of, sign
@@ -23,6 +24,7 @@ log = logging.getLogger("golem.node")
 KEYSTORE, PLAIN_KEY, APP_KEYS = "keystore.json", "identity.key", "app-keys.json"
 SCRYPT_N = 1 << 18  # the usual cost of Ethereum keystores: about a second
 MIN_PASSWORD_CHARS = 8
+MAX_PASSWORD_BYTES = 4096
 AskPassword = Callable[[str, bool], str]  # (prompt, ask twice) -> password
 
 
@@ -78,20 +80,20 @@ def open_identity(config: Config, ask_password: AskPassword | None = None) -> Id
         except IdentityError as error:
             raise IdentityError(f"YAGNA_AUTOCONF_ID_SECRET: {error}") from None
     keystore, plain = config.data_dir / KEYSTORE, config.data_dir / PLAIN_KEY
-    for path in filter(Path.exists, (keystore, plain)):
+    for path in filter(is_there, (keystore, plain)):
         try:
             check_ours(path)
         except (ValueError, OSError) as error:
             raise IdentityError(f"cannot use {path}: {error}") from None
-    if plain.exists() and (config.password or config.password_file):
+    if is_there(plain) and (config.password or config.password_file):
         return _encrypted(config, plain, keystore)
-    if plain.exists():
+    if is_there(plain):
         text = read_secret(plain)
         try:
             return Identity(parse_key(text), encrypted=False)
         except IdentityError as error:
             raise IdentityError(f"cannot use {plain}: {error}") from None
-    if keystore.exists():
+    if is_there(keystore):
         return Identity(_decrypt(keystore, _password(config, ask_password, twice=False)), encrypted=True)
     if config.plain_key:
         key = secrets.token_bytes(32)
@@ -111,7 +113,7 @@ def _encrypted(config: Config, plain: Path, keystore: Path) -> Identity:
         key = parse_key(read_secret(plain))
     except IdentityError as error:
         raise IdentityError(f"cannot use {plain}: {error}") from None
-    if keystore.exists():  # from an attempt that was cut short, or of another key
+    if is_there(keystore):  # from an attempt that was cut short, or of another key
         if _decrypt(keystore, _password(config, None, twice=False)) != key:
             raise IdentityError(f"{plain} and {keystore} hold two keys: remove the one that is not this node's")
     else:
@@ -123,9 +125,9 @@ def _encrypted(config: Config, plain: Path, keystore: Path) -> Identity:
 def stored_node_id(data_dir: Path) -> str:
     """Return whose key a data directory holds, as far as that can be read without a password; "" where it cannot."""
     try:
-        if (data_dir / PLAIN_KEY).exists():
+        if is_there(data_dir / PLAIN_KEY):
             return Identity(parse_key(read_secret(data_dir / PLAIN_KEY)), encrypted=False).node_id
-        return "0x" + str(json.loads(read_secret(data_dir / KEYSTORE))["address"]).lower().removeprefix("0x")
+        return "0x" + str(read_json(data_dir / KEYSTORE)["address"]).lower().removeprefix("0x")
     except (IdentityError, ValueError, KeyError, TypeError):
         return ""
 
@@ -143,9 +145,11 @@ def _decrypt(path: Path, password: str) -> bytes:
     import eth_keyfile
 
     try:
-        keystore = json.loads(read_secret(path))
+        keystore = read_json(path)
         keystore["crypto"]["mac"]
-    except (ValueError, KeyError, TypeError):
+    except BadSettingsFile as fault:
+        raise IdentityError(f"{path} is damaged: {fault}") from None
+    except (KeyError, TypeError):
         raise IdentityError(f"{path} is damaged: it is no keystore") from None
     try:
         return bytes(eth_keyfile.decode_keyfile_json(keystore, password.encode()))
@@ -156,9 +160,23 @@ def _decrypt(path: Path, password: str) -> bytes:
 def read_secret(path: Path) -> str:
     """Return the text of a file of this node alone. Raises `IdentityError`."""
     try:
-        return path.read_text()
+        text = read_text(path)
+    except BadSettingsFile as fault:
+        raise IdentityError(str(fault)) from None
+    if text is None:
+        raise IdentityError(f"there is no {path}")
+    return text
+
+
+def _first_line(path: Path) -> str:
+    """Return what a password file holds, which a shell may give as a pipe. Raises `IdentityError`."""
+    try:
+        with path.open("rb") as file:
+            return file.read(MAX_PASSWORD_BYTES).decode().rstrip("\r\n")
     except OSError as error:
         raise IdentityError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise IdentityError(f"{path} is no text in UTF-8") from None
 
 
 def _password(config: Config, ask_password: AskPassword | None, *, twice: bool) -> str:
@@ -171,7 +189,7 @@ def _password(config: Config, ask_password: AskPassword | None, *, twice: bool) 
 
 def _given_password(config: Config, ask_password: AskPassword | None, *, twice: bool) -> str:
     if config.password_file:
-        password = read_secret(config.password_file).rstrip("\r\n")
+        password = _first_line(config.password_file)
         if is_open_to_others(config.password_file):
             log.warning("other users may read the password file %s (chmod 600 it)", config.password_file)
         if not password:

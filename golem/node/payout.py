@@ -13,12 +13,13 @@ import hmac
 import json
 import logging
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import coincurve
 
+from golem.base.settings_file import read_json
 from golem.private_files import write_private
 from protocol.market import read_subscription
 from protocol.signing import Document, address_of
@@ -87,15 +88,20 @@ def _child(public: bytes, code: bytes, index: int) -> tuple[bytes, bytes]:
     return coincurve.PublicKey(public).add(found[:32]).format(), found[32:]
 
 
+_MEMBERS = {one.name for one in fields(Payout)}
+
+
 def read_payout(data_dir: Path) -> Payout | None:
     """Return what was chosen, None for the node's own address. Raises `ValueError`."""
     try:
-        found = json.loads((data_dir / PAYOUT).read_text())
-        return Payout(node_id(found["address"]), str(found["path"]), str(found["key"]))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"cannot use {data_dir / PAYOUT}: {error!r}") from None
+        found = read_json(data_dir / PAYOUT)
+        if found is None:
+            return None
+        if not isinstance(found, dict) or set(found) != _MEMBERS or not all(isinstance(one, str) for one in found.values()):
+            raise ValueError(f"expected an object with the texts {', '.join(sorted(_MEMBERS))}")
+        return Payout(node_id(found["address"]), found["path"], found["key"])
+    except ValueError as error:
+        raise ValueError(f"cannot use {data_dir / PAYOUT}: {error}") from None
 
 
 def write_payout(data_dir: Path, payout: Payout | None) -> None:

@@ -133,8 +133,8 @@ def _parse(one: Setting, table: Mapping[str, str]) -> Any:
 
 def kept_settings(data_dir: Path) -> dict[str, str]:
     """Return what `golem provider settings set` has kept. Raises `SettingsError`."""
-    kept = read_globals(data_dir).get(KEPT, {})
-    if not isinstance(kept, dict) or not all(isinstance(value, str) for value in kept.values()):
+    kept: dict[str, str] = read_globals(data_dir).get(KEPT, {})
+    if not all(isinstance(value, str) for value in kept.values()):
         raise SettingsError(f"the settings file {data_dir / GLOBALS}: {KEPT} must be an object of texts")
     _check_names(kept)
     return kept

@@ -81,8 +81,11 @@ def load_profile(data_dir: Path) -> Profile:
     try:
         one = raw["profiles"][raw["active"]]
         check_keys(one, ("cpu_threads", "mem_gib", "storage_gib"), f"hardware file {path}, profile {raw['active']}")
-        wanted = Profile(int(one["cpu_threads"]), float(one["mem_gib"]), float(one["storage_gib"]))
-    except (KeyError, TypeError, ValueError) as error:
+        numbers = [one[name] for name in ("cpu_threads", "mem_gib", "storage_gib")]
+        if any(isinstance(number, bool) or not isinstance(number, int | float) for number in numbers) or numbers[0] % 1:
+            raise TypeError("threads are a whole number, memory and storage numbers")
+        wanted = Profile(int(numbers[0]), float(numbers[1]), float(numbers[2]))
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise SettingsError(f"the hardware file {path} is not in order: {error!r}") from None
     if wanted.cpu_threads < 1 or not wanted.mem_gib >= MIN_MEMORY_GIB or not wanted.storage_gib >= MIN_STORAGE_GIB:
         raise SettingsError(f"the hardware file {path}: at least 1 thread, {MIN_MEMORY_GIB} GiB memory and storage")

@@ -116,15 +116,24 @@ def load_presets(data_dir: Path) -> Presets:
 def _presets(raw: Any, path: Path) -> Presets:
     check_keys(raw, ("ver", "active", "presets", "given"), f"presets file {path}")
     try:
-        presets = tuple(_preset(one) for one in raw["presets"])
-        active = tuple(str(name) for name in raw["active"])
+        presets = tuple(_preset(one) for one in _list(raw, "presets"))
+        active = tuple(check_name(name) for name in _list(raw, "active"))
         # Before there were several defaults this one alone was given, and whoever removed it meant it.
-        given = tuple(check_name(name) for name in raw.get("given", ["wasmtime"]))
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise SettingsError(f"the presets file {path} is not in order: {error!r}") from None
+        given = tuple(check_name(name) for name in _list(raw, "given", ["wasmtime"]))
+    except (KeyError, TypeError, AttributeError, ValueError, SettingsError) as error:
+        raise SettingsError(f"the presets file {path} is not in order: {error if str(error) else repr(error)}") from None
     if len(presets) > MAX_PRESETS or len({one.name for one in presets}) < len(presets):
         raise SettingsError(f"the presets file {path} holds two presets of one name, or more than {MAX_PRESETS}")
+    if unknown := sorted(set(active) - {one.name for one in presets}):
+        raise SettingsError(f"the presets file {path}: there is no preset {unknown[0]!r} to be active")
     return Presets(presets, active, given)
+
+
+def _list(raw: Mapping[str, Any], key: str, default: list[Any] | None = None) -> list[Any]:
+    found = raw[key] if default is None else raw.get(key, default)
+    if not isinstance(found, list):
+        raise TypeError(f"{key}: expected a list")
+    return found
 
 
 def save_presets(data_dir: Path, presets: Presets) -> None:
@@ -152,7 +161,10 @@ def _preset(raw: Any) -> Preset:
     check_keys(raw, PRESET_KEYS, "presets file, in a preset")
     if raw.get("pricing-model", "linear") != "linear":
         raise ValueError(f"pricing model {raw['pricing-model']!r}: only linear is known")
-    coeffs = {str(name): check_price(str(name), value) for name, value in raw["usage-coeffs"].items()}
+    given = {"initial": raw["initial-price"], **raw["usage-coeffs"]}
+    if wrong := [name for name, value in given.items() if not isinstance(value, int | float) or isinstance(value, bool)]:
+        raise TypeError(f"the price of {wrong[0][:100]}: expected a number")
+    coeffs = {name: check_price(name, value) for name, value in raw["usage-coeffs"].items()}
     return Preset(check_name(raw["name"]), check_name(raw["exeunit-name"]), coeffs, check_price("initial", raw["initial-price"]))
 
 

@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from actors.provider.rules import Terms
+from golem.base import settings_file
 from golem.private_files import write_private
-from protocol import strict_json
 from protocol.types import node_id
 
 GLOBALS, RULES, STATUS, LOCK, JOURNAL = "globals.json", "rules.json", "status.json", "provider.lock", "provider.db"
-MAX_FILE_BYTES = 1024 * 1024
-GLOBAL_KEYS = ("node_name", "subnet", "account", "shell", "proxy_http", "settings")
+GLOBAL_KEYS: Mapping[str, type] = {
+    "node_name": str, "subnet": str, "account": str, "shell": bool, "proxy_http": bool, "settings": dict,
+}  # fmt: skip
 SWITCHES = {"shell": "shell", "proxy_http": "proxy-http"}  # key in globals.json -> the exe-unit's word for it
-_NAME = re.compile(r"[^\x00-\x1f]{1,100}\Z")
+_KINDS = {str: "a text", bool: "true or false", dict: "an object of texts"}
 
 
 class SettingsError(Exception):
@@ -61,21 +62,9 @@ def agent_dir(env: Mapping[str, str], node_dir: Path, given: Path | None) -> Pat
 def read_json(path: Path, what: str) -> Any:
     """Return the content of a JSON file, `None` if there is no such file. Raises `SettingsError`."""
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_FILE_BYTES + 1)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise SettingsError(f"cannot read the {what} {path}: {error.strerror or error}") from None
-    if len(data) > MAX_FILE_BYTES:
-        raise SettingsError(f"the {what} {path} is over {MAX_FILE_BYTES} bytes")
-    try:
-        found = strict_json.loads(data)
-    except ValueError as error:
-        raise SettingsError(f"the {what} {path} is not JSON: {error}") from None
-    if found is None:
-        raise SettingsError(f"the {what} {path} holds nothing but null")
-    return found
+        return settings_file.read_json(path)
+    except settings_file.BadSettingsFile as fault:
+        raise SettingsError(f"the {what}: {fault}") from None
 
 
 def check_keys(raw: Any, known: Collection[str], what: str) -> None:
@@ -107,9 +96,8 @@ def names(env: Mapping[str, str], data_dir: Path, name: str | None, subnet: str 
     kept = read_globals(data_dir)
     found = name or env.get("NODE_NAME") or kept.get("node_name") or f"golem-{secrets.token_hex(3)}"
     net = subnet or env.get("SUBNET") or kept.get("subnet") or "public"
-    if not isinstance(found, str) or not _NAME.match(found):
-        raise SettingsError(f"the name {found!r}: expected 1 to 100 printable characters")
-    if not isinstance(net, str) or not re.fullmatch(r"[\w.-]{1,100}", net):
+    _check_name(found)
+    if not re.fullmatch(r"[\w.-]{1,100}", net):
         raise SettingsError(f"the subnet {net!r}: expected letters, digits, '.', '_' and '-'")
     if name or subnet or "node_name" not in kept:
         write_json(data_dir / GLOBALS, {**kept, "node_name": found, "subnet": net})
@@ -122,7 +110,17 @@ def read_globals(data_dir: Path) -> dict[str, Any]:
     if kept is None:
         return {}
     check_keys(kept, GLOBAL_KEYS, f"settings file {data_dir / GLOBALS}")
+    for name, found in kept.items():
+        if not isinstance(found, GLOBAL_KEYS[name]) or found == "":
+            raise SettingsError(f"the settings file {data_dir / GLOBALS}: {name} must be {_KINDS[GLOBAL_KEYS[name]]}")
+    if "node_name" in kept:
+        _check_name(kept["node_name"], f"the settings file {data_dir / GLOBALS}: ")
     return dict(kept)
+
+
+def _check_name(name: str, where: str = "") -> None:
+    if not 1 <= len(name) <= 100 or not name.isprintable():
+        raise SettingsError(f"{where}the name {name[:200]!r}: expected 1 to 100 printable characters")
 
 
 def keep_interactions(data_dir: Path, **switches: bool | None) -> None:
@@ -139,10 +137,7 @@ def interactions(data_dir: Path) -> tuple[str, ...]:
     """
     kept, found = read_globals(data_dir), []
     for name, kind in SWITCHES.items():
-        value = kept.get(name, True)
-        if not isinstance(value, bool):
-            raise SettingsError(f"the settings file {data_dir / GLOBALS}: {name} must be true or false")
-        found += [kind] if value else []
+        found += [kind] if kept.get(name, True) else []
     return tuple(found)
 
 

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import random
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -73,6 +74,23 @@ def test_what_commands_print_with(capsys: pytest.CaptureFixture[str]) -> None:
     is_clean(seen.out)
     is_clean(fail(HOSTILE).message, 0)
     is_clean(seen.err, 1)
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_row_is_a_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], is_terminal: bool) -> None:
+    """Long words are cut or wrapped by whoever shows them: what follows begins no line that looks like a row."""
+    monkeypatch.setattr("sys.stdout.isatty", lambda: is_terminal)
+    monkeypatch.setattr("golem.cli.output.console", lambda: Console(soft_wrap=True, highlight=False, width=80))
+    forged = "2026-01-01 INFO all is well"
+    for length in (10, 70, 78, 390, 398, 5000, 100_000):
+        long = " ".join(["x" * length] + [forged] * 50)
+        table(["a", "b", "c"], [[long, long, "last"], ["y", "z", "\N{LATIN SMALL LETTER E WITH ACUTE}世界" * 40]])
+        said = capsys.readouterr().out
+        assert not any(line.lstrip().startswith("2026") and line.index("2026") < 2 for line in said.splitlines()), said
+        assert len(said) < 100_000
+        if not is_terminal:
+            assert [line.strip()[0] for line in said.splitlines()] == ["a", "─", "x", "y"]
+            assert "last" in said
 
 
 # -- what the running node answers, through the bus, command by command
@@ -202,6 +220,52 @@ def test_a_record_is_a_line() -> None:
         said = logged(("crashed: %s", error), error=error)
     is_clean(said)
     assert all(line.startswith(TRACEBACK_INDENT) for line in said.splitlines()[1:])
+
+
+def test_lines_have_an_end() -> None:
+    said = logged(("%s", "x" * 5_000_000))
+    assert len(said) < 10_000
+    assert "of 5000000 characters" in said
+    try:
+        raise ValueError("\n" * 100_000)
+    except ValueError as error:
+        said = logged(("crashed",), error=error)
+    assert said.count("\n") < 1000
+
+
+UNGUARDED = """
+import logging, sys, threading, warnings, gc
+TEXT = {text!r}
+def said(**_):
+    logging.getLogger("some.library").warning("%s", TEXT)
+    warnings.warn(TEXT, UserWarning)
+    def end():
+        raise ValueError(TEXT)
+    thread = threading.Thread(target=end)
+    thread.start()
+    thread.join()
+    class Lost:
+        def __del__(self):
+            raise ValueError(TEXT)
+    Lost()
+    raise ValueError(TEXT)
+from {module} import main
+main.commands[{command!r}].callback = said
+main.commands[{command!r}].params = []
+main([{command!r}])
+"""
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(("module", "command"), [("golem.cli", "status"), ("golem.files.tool", "version")])
+def test_what_python_says_by_itself(module: str, command: str) -> None:
+    """Programs without a log, threads, and exceptions that nobody catches: their text goes to the terminal, too."""
+    code = UNGUARDED.format(text=HOSTILE, module=module, command=command)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    said = done.stderr.decode()
+    assert said.count("[/bold]") >= 5, said
+    is_clean(said)
+    assert done.returncode == 1
 
 
 def test_one_place_does_not_fill_the_log() -> None:

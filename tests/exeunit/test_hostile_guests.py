@@ -466,6 +466,31 @@ def test_files_of_users_are_kept_from_the_user(request: pytest.FixtureRequest, t
     trio.run(body)
 
 
+@pytest.mark.parametrize("kind", ["remapped", "plain"])
+@pytest.mark.parametrize("place", ["/etc", "/link", "/etc/passwd"])
+def test_a_volume_over_files_of_users_is_refused(request: pytest.FixtureRequest, tmp_path: Path, kind: str, place: str) -> None:
+    """The Engine reads what lies beneath the volume, and there a link may lead to a file of the image's user."""
+    engine = request.getfixturevalue("engine" if kind == "remapped" else "plain_engine")
+    own = tar(
+        entry("etc/passwd", type=tarfile.SYMTYPE, linkname="../home/pw"),
+        entry("etc/group", type=tarfile.SYMTYPE, linkname="../home/pw"),
+        entry("link", type=tarfile.SYMTYPE, linkname="/etc"),
+        entry("home", type=tarfile.DIRTYPE, uid=1000, gid=1000),
+        entry("home/pw", b"guest:x:1000:1000::/:\n", uid=1000),
+    )
+    layers = [busybox_tar(), own]
+    config = {"Env": ["PATH=/bin"], "User": "guest", "Volumes": {place: {}}}
+    (tmp_path / "package.tar").write_bytes(docker_archive(layers, image_json(layers, config)))
+
+    async def body() -> None:
+        async with open_guest(engine, tmp_path / "package.tar", volumes=()) as guest:
+            await guest.run("/bin/sh", "-c", "rm /home/pw; mkfifo /home/pw")
+            await guest.works()
+
+    with pytest.raises(RuntimeFault, match=r"/etc|not directory|not a directory"):
+        trio.run(body)
+
+
 def test_a_user_who_is_root_by_his_own_files_is_refused(engine: LocalEngine, tmp_path: Path) -> None:
     layers = [busybox_tar(), tar(entry("etc/passwd", b"guest:x:0:0::/:/bin/sh\n"))]
     (tmp_path / "package.tar").write_bytes(docker_archive(layers, image_json(layers, {"User": "guest"})))

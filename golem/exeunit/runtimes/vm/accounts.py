@@ -9,6 +9,7 @@ Neighbours: `archives` (in the sandboxed child); `golem.exeunit.runtimes.vm.runt
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import uuid
@@ -121,6 +122,9 @@ def secure(init_pid: int, root_id: int) -> None:
             os.chown("etc", root_id, root_id, dir_fd=top, follow_symlinks=False)
         folder = os.open("etc", _FOLDER, dir_fd=top)
         try:
+            # The Engine reads what lies beneath a volume, and there a link may lead to a file of this user's.
+            if os.fstat(folder).st_dev != os.fstat(top).st_dev:
+                raise OSError(errno.EXDEV, "a volume lies on /etc")
             _take(folder, root_id)
             for path in FILES:
                 _take_file(top, folder, path, root_id)
