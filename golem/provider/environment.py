@@ -25,7 +25,7 @@ SECONDS, NUMBER, LIST, REACH = "s", "", "names", "public or local"
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One setting. `field` is that of `Terms`, or of `Given`. `unit` is `s`, `GLM`, ..., `names` for a list, or a choice of words."""
+    """One setting. `field` is that of `Terms`, or of `Given`. `unit` is `s`, `GLM`, ..., `names` for a list, or words."""
 
     name: str
     field: str
