@@ -30,7 +30,6 @@ class DocumentKind(StrEnum):
     INVOICE = "invoice"
     ACCEPTANCE = "acceptance"
     PAYMENT = "payment"
-    GOSSIP = "gossip"
 
 
 class SubscriptionEnd(StrEnum):
