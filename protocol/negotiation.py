@@ -258,7 +258,7 @@ class AgreementExpired(Message, frozen=True):
 
 # -- the machine's timers
 class AgreementDue(Message, frozen=True):
-    """The time for an agreement's approval is over."""
+    """The time for an agreement's approval, or of the agreement itself, is over."""
 
     agreement_id: str
 

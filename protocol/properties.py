@@ -10,6 +10,7 @@ MAX_PROPERTIES: Final = 4096
 MAX_PROPERTIES_BYTES: Final = 256 * 1024
 MAX_KEY_DEPTH: Final = 64
 TAG: Final = "@tag"
+EXPIRATION: Final = "golem.srv.comp.expiration"
 Flat = dict[str, Any]
 
 
@@ -132,3 +133,11 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
             raise TermsError(f"property {key[:80]!r} has two values")
         branch[name] = value
     return tree
+
+
+def expiration_s(demand: Mapping[str, Any]) -> float | None:
+    """Return when the agreement is to end (seconds since the epoch); None unless the demand says so in integer ms."""
+    value = demand.get(EXPIRATION)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**53:
+        return None
+    return value / 1000

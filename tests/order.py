@@ -11,6 +11,7 @@ LONGEST = (  # an order that is out of date costs time and nothing else; `make t
     "simulation/test_whole_market_sim.py",
     "integration/test_whole_market.py",
     "simulation/test_simulation.py",
+    "integration/test_gone_provider.py",
     "provider/test_provider_runtimes.py",
     "integration/test_docker_demo.py",
     "integration/test_golem_js.py",

@@ -4,7 +4,8 @@ Requestor's side: `CreateActivity`, `Exec` and `DestroyActivity` come from edges
 (`StateChanged`), the exe-unit tells results (`CommandResult`). Provider's side: a request of the agreement's requestor
 becomes an event for the agent in feed `activities`; the exe-unit reports states, which go on to the requestor.
 An activity always ends: where the other side stays silent, a timer or an undelivered message ends it here, with a reason.
-An exe-unit that falls silent makes its activity `Unresponsive`; its next word undoes that, a longer silence ends it.
+An exe-unit that falls silent makes its activity `Unresponsive`; its next word undoes that, a longer silence ends it. Both
+nodes watch for that, each by what arrives there: a lost session alone says nothing.
 
 Rows: `agreement/<id>`, `activity/<id>`, `batch/<activity>/<batch>`, `result/<batch>/<index>`, and `held/<activity>` for
 a request that came before the news of its agreement. Feeds: `activities`, `activity/<id>`, `batch/<id>`. The sides have
@@ -18,7 +19,19 @@ from typing import Any
 from msgspec.structs import replace
 
 from actors.activity import moves, provider, requestor
-from actors.activity.moves import INACTIVITY_S, KEEP_AGREEMENT_S, KEEP_S, PROVIDER, REQUESTOR, UNRESPONSIVE_S, ActivityDraft
+from actors.activity.moves import (
+    GIVE_UP_S,
+    INACTIVITY_S,
+    KEEP_AGREEMENT_S,
+    KEEP_S,
+    LATE_S,
+    PROVIDER,
+    REPORT_S,
+    REQUESTOR,
+    UNREACHABLE,
+    UNRESPONSIVE_S,
+    ActivityDraft,
+)
 from actors.activity.rows import ActivityAgreementRow, ActivityRow, BatchRow, HeldRow, ResultRow
 from actors.kernel.grammar import EDGE, ITSELF, PEER, Looked, On, Table, TableMachine
 from actors.kernel.machine import DropFeed, Meta, Rows
@@ -47,8 +60,6 @@ from protocol.codec import Decoder
 from protocol.exeunit import RunBatch
 from protocol.negotiation import AgreementApproved, AgreementEnded
 from protocol.types import PeerLost, Undelivered, node_of
-
-UNREACHABLE = "provider unreachable"
 
 
 # -- agreements
@@ -101,6 +112,19 @@ def _feed_expired(draft: ActivityDraft, message: FeedExpired) -> None:
     draft.do(DropFeed(f"activity/{message.activity_id}"))
 
 
+def _silent(draft: ActivityDraft, message: UnitSilent) -> None:
+    """Nothing was heard of an exe-unit for long; how long may be too long, each side knows for itself."""
+    row = draft.activity(message.activity_id)
+    if row is None or row.ended:
+        return
+    if draft.now - message.due > LATE_S:
+        draft.listen(row.activity_id, draft.unresponsive_s)
+    elif row.role == PROVIDER:
+        provider.silent(draft, row)
+    else:
+        requestor.silent(draft, row)
+
+
 # -- what did not arrive, and what was forgotten
 def _undelivered(draft: ActivityDraft, message: Undelivered) -> None:
     lost = _sent(message.body)
@@ -148,7 +172,7 @@ class Activity(TableMachine):
         On(HeldExpired, ITSELF, provider.held_expired),
         On(BatchExpired, ITSELF, moves.forget_batch),
         On(FeedExpired, ITSELF, _feed_expired),
-        On(UnitSilent, ITSELF, provider.silent),
+        On(UnitSilent, ITSELF, _silent),
         On(AgreementForgotten, ITSELF, _forget),
         On(Undelivered, ITSELF, _undelivered),
         On(PeerLost, ITSELF, _tell_again),
@@ -156,10 +180,11 @@ class Activity(TableMachine):
 
     def __init__(
         self, node: str, unresponsive_s: float = UNRESPONSIVE_S, inactivity_s: float = INACTIVITY_S,
-        keep_agreement_s: float = KEEP_AGREEMENT_S,
+        give_up_s: float = GIVE_UP_S, keep_agreement_s: float = KEEP_AGREEMENT_S,
     ) -> None:  # fmt: skip
         super().__init__(node)
-        self._patience = unresponsive_s, max(inactivity_s, unresponsive_s), keep_agreement_s
+        inactivity_s = max(inactivity_s, unresponsive_s)
+        self._patience = unresponsive_s, inactivity_s, max(give_up_s, inactivity_s + 2 * REPORT_S), keep_agreement_s
 
     def draft(self, rows: Rows, meta: Meta) -> ActivityDraft:
         """Return the step to be."""

@@ -28,6 +28,7 @@ from protocol.activity import (
     ResultArrived,
     StateChanged,
     StateReported,
+    UnitSilent,
     check_output,
     check_usage,
     fit_output,
@@ -40,7 +41,12 @@ REQUESTOR, PROVIDER = "Requestor", "Provider"
 CREATE_MARGIN_S = 5.0  # beyond what the requestor waits for
 REQUEST_DEADLINE_S = 600.0  # a silent provider ends the activity here
 DESTROY_PATIENCE_S = 60.0  # from the destroy event until the activity counts as ended whatever the agent says
-UNRESPONSIVE_S, INACTIVITY_S = 30.0, 60.0  # without a word of an exe-unit, which tells its usage every ten seconds
+REPORT_S = 10.0  # between the reports of an exe-unit
+UNRESPONSIVE_S, INACTIVITY_S = 30.0, 60.0  # without a word of an exe-unit
+GIVE_UP_S = 300.0  # the same at the requestor; then the activity ends here
+USAGE_DEADLINE_S = 2.5 * REPORT_S  # then there are newer reports: while a peer is away, few of them wait
+LATE_S = 5.0  # a timer this late: the node was away itself, and the silence says nothing
+UNREACHABLE = "provider unreachable"  # why an activity ended
 KEEP_AGREEMENT_S = 90 * 24 * 3600.0  # an agreement and its activities after its end
 KEEP_S = 24 * 3600.0  # results after their batch, feeds after their activity
 MAX_CREATE_S = 300.0
@@ -50,9 +56,9 @@ MAX_ACTIVITIES = 1000  # of one agreement
 class ActivityDraft(Draft):
     """A step of the machine: its own rows, and how patient it is."""
 
-    def __init__(self, rows: Rows, meta: Meta, me: str, patience: tuple[float, float, float]) -> None:
+    def __init__(self, rows: Rows, meta: Meta, me: str, patience: tuple[float, float, float, float]) -> None:
         super().__init__(rows, meta, me)
-        self.unresponsive_s, self.inactivity_s, self.keep_agreement_s = patience
+        self.unresponsive_s, self.inactivity_s, self.give_up_s, self.keep_agreement_s = patience
 
     def activity(self, activity_id: str) -> ActivityRow | None:
         return self.row(ActivityRow, f"activity/{activity_id}")
@@ -65,6 +71,11 @@ class ActivityDraft(Draft):
 
     def save(self, row: ActivityRow) -> None:
         self.put(f"activity/{row.activity_id}", row)
+
+    def listen(self, activity_id: str, time_s: float) -> None:
+        """Expect a word of the exe-unit within this time."""
+        due = self.now + time_s
+        self.wake(f"silence/{activity_id}", due, UnitSilent(activity_id, due))
 
     def ask(self, node: str, message: DestroyRequested | StateChanged) -> None:
         """Tell the other side what it must hear soon, or not at all."""

@@ -9,6 +9,7 @@ from actors.activity.moves import (
     MAX_ACTIVITIES,
     NAME,
     PROVIDER,
+    USAGE_DEADLINE_S,
     ActivityDraft,
     ask_to_end,
     bounded_timeout,
@@ -29,7 +30,6 @@ from protocol.activity import (
     HeldExpired,
     StateChanged,
     StateReported,
-    UnitSilent,
     UsageChanged,
     UsageReported,
     check_id,
@@ -38,8 +38,6 @@ from protocol.activity import (
 from protocol.types import Violation, actor_of, address, node_of
 
 HELD_S, MAX_HELD, MAX_HELD_PER_NODE = 10.0, 64, 8
-USAGE_DEADLINE_S = 60.0  # then there is a newer one
-LATE_S = 5.0  # a timer this late: the node was away itself, and the silence says nothing
 
 
 # -- what the requestor asks for
@@ -133,7 +131,7 @@ def reported(draft: ActivityDraft, message: StateReported) -> None:
     if not row.ended:
         set_state(draft, row, message)
         if not by_edge and message.state != "Terminated":
-            _listen(draft, row.activity_id, draft.unresponsive_s)
+            draft.listen(row.activity_id, draft.unresponsive_s)
 
 
 def usage_reported(draft: ActivityDraft, message: UsageReported) -> None:
@@ -141,8 +139,8 @@ def usage_reported(draft: ActivityDraft, message: UsageReported) -> None:
     row = _own(draft, message.activity_id)
     if row.ended:
         return
-    _listen(draft, row.activity_id, draft.unresponsive_s)
-    if row.state == "Unresponsive":
+    draft.listen(row.activity_id, draft.unresponsive_s)
+    if row.state == "Unresponsive" and row.silent_from:
         set_state(draft, row, StateReported(row.activity_id, row.silent_from, usage=message.usage, at=draft.now))
         return
     at = sane(message.at, draft.now)
@@ -162,24 +160,14 @@ def _own(draft: ActivityDraft, activity_id: str) -> ActivityRow:
     return row
 
 
-def _listen(draft: ActivityDraft, activity_id: str, time_s: float) -> None:
-    """Expect a word of the exe-unit within this time."""
-    due = draft.now + time_s
-    draft.wake(f"silence/{activity_id}", due, UnitSilent(activity_id, due))
-
-
-def silent(draft: ActivityDraft, message: UnitSilent) -> None:
-    """Nothing was heard of the exe-unit for long: say so, and end the activity when it lasts."""
-    activity_id = message.activity_id
-    row = draft.activity(activity_id)
-    if row is None or row.ended or row.destroying:
+def silent(draft: ActivityDraft, row: ActivityRow) -> None:
+    """Say that nothing was heard of the exe-unit, and end the activity when it lasts."""
+    if row.destroying:
         return
-    if draft.now - message.due > LATE_S:
-        _listen(draft, activity_id, draft.unresponsive_s)
-    elif row.state == "Unresponsive":
-        ask_to_end(draft, activity_id)
-    else:
-        text = f"nothing was heard of the exe-unit for {draft.unresponsive_s:g} s"
-        silence = StateReported(activity_id, "Unresponsive", error_message=text, at=draft.now)
-        set_state(draft, replace(row, silent_from=row.state), silence)
-        _listen(draft, activity_id, draft.inactivity_s - draft.unresponsive_s)
+    if row.state == "Unresponsive":
+        ask_to_end(draft, row.activity_id)
+        return
+    text = f"nothing was heard of the exe-unit for {draft.unresponsive_s:g} s"
+    silence = StateReported(row.activity_id, "Unresponsive", error_message=text, at=draft.now)
+    set_state(draft, replace(row, silent_from=row.state), silence)
+    draft.listen(row.activity_id, draft.inactivity_s - draft.unresponsive_s)

@@ -8,16 +8,19 @@ from actors.activity.moves import (
     CREATE_MARGIN_S,
     MAX_ACTIVITIES,
     NAME,
+    REPORT_S,
     REQUEST_DEADLINE_S,
     REQUESTOR,
+    UNREACHABLE,
     ActivityDraft,
     ask_to_end,
     bounded_timeout,
+    end,
     sane,
     set_state,
     store,
 )
-from actors.activity.rows import ActivityRow, BatchRow, batch_key
+from actors.activity.rows import GONE, HEARD, QUIET, ActivityRow, BatchRow, batch_key
 from actors.kernel.draft import Declined
 from protocol.activity import (
     Accepted,
@@ -28,6 +31,7 @@ from protocol.activity import (
     CreateActivity,
     CreateExpired,
     DestroyActivity,
+    DestroyRequested,
     Exec,
     StateChanged,
     UsageChanged,
@@ -69,9 +73,11 @@ def create(draft: ActivityDraft, message: CreateActivity) -> None:
 
 
 def destroy(draft: ActivityDraft, message: DestroyActivity) -> None:
-    """Ask the provider to end an activity."""
-    _own(draft, message.activity_id)
+    """Ask the provider to end an activity; where it is gone, nobody waits for its word."""
+    row = _own(draft, message.activity_id)
     ask_to_end(draft, message.activity_id)
+    if row.is_gone:
+        _give_up(draft, row)
     draft.reply(Accepted(message.activity_id))
 
 
@@ -83,6 +89,8 @@ def run(draft: ActivityDraft, message: Exec) -> None:
         return
     if row.ended:
         raise Declined("unreachable", f"activity {message.activity_id} is terminated")
+    if row.is_gone:
+        raise Declined("unreachable", f"activity {message.activity_id}: {row.error_message}")
     if len(row.unfinished) >= MAX_UNFINISHED:
         raise Declined("busy", f"activity {message.activity_id} has {MAX_UNFINISHED} unfinished batches")
     try:
@@ -111,15 +119,18 @@ def _own(draft: ActivityDraft, activity_id: str) -> ActivityRow:
 def state_changed(draft: ActivityDraft, message: StateChanged) -> None:
     """Take over what the provider's node says, unless the exe-unit has told more already."""
     row = _peers_activity(draft, message.activity_id)
-    if row is None or row.ended or (message.state != "Terminated" and message.at < row.state_at):
+    if row is None or (row.ended and message.state == "Terminated"):
         return
-    set_state(draft, row, message)
+    if message.state in LIVE_STATES:
+        row = _heard(draft, row)
+    if not row.ended and (message.state == "Terminated" or message.at >= row.state_at):
+        set_state(draft, row, message)
 
 
 def usage_changed(draft: ActivityDraft, message: UsageChanged) -> None:
     """Take over the counters."""
     row = _peers_activity(draft, message.activity_id)
-    if row is not None and not row.ended:
+    if row is not None and not (row := _heard(draft, row)).ended:
         draft.save(replace(row, usage=check_usage(message.usage), usage_at=sane(message.at, draft.now)))
 
 
@@ -142,9 +153,53 @@ def result(draft: ActivityDraft, message: CommandResult) -> None:
         return
     if message.index != batch.have or message.index >= batch.size:
         raise Violation(f"result {message.index} of a batch that has {batch.have} of {batch.size} results")
-    at = sane(message.at, draft.now)
+    row, at = _heard(draft, row), sane(message.at, draft.now)
     if message.state in LIVE_STATES and not row.ended and at >= row.state_at:
         row = replace(row, state=message.state, pending=None, state_at=at)
         draft.save(row)
         draft.emit(f"activity/{row.activity_id}", ActivityChanged(row.state))
     store(draft, row, batch, message)
+
+
+# -- what it does not tell
+def _heard(draft: ActivityDraft, row: ActivityRow) -> ActivityRow:
+    """Return the row after a word of the exe-unit, which undoes its silence; it may be for an activity that has ended."""
+    if row.ended:
+        draft.ask(row.provider, DestroyRequested(row.activity_id))  # over here, and not there: nobody shall pay for that
+        return row
+    draft.listen(row.activity_id, draft.unresponsive_s)
+    if row.silence == HEARD:
+        return row
+    row = replace(row, state=row.silent_from or row.state, silent_from="", silence=HEARD, error_message=None)
+    draft.save(row)
+    draft.emit(f"activity/{row.activity_id}", ActivityChanged(row.state))
+    return row
+
+
+def silent(draft: ActivityDraft, row: ActivityRow) -> None:
+    """Say that nothing is heard of the exe-unit any more, and end the activity when that lasts.
+
+    A report that is due every ten seconds is missed up to ten seconds after the link broke. So much later than a silent
+    exe-unit is ended on its own node, agents hear that it is gone: a partition that the provider sits out ends nothing here.
+    """
+    gone_s = draft.inactivity_s + REPORT_S
+    if row.silence == GONE or (row.silence == QUIET and row.destroying):
+        _give_up(draft, row)
+        return
+    if row.silence == HEARD:
+        silence, time_s, next_s = QUIET, draft.unresponsive_s, gone_s
+    else:
+        silence, time_s, next_s = GONE, gone_s, draft.give_up_s
+    if row.state in LIVE_STATES:
+        row = replace(row, state="Unresponsive", silent_from=row.state)
+    text = f"nothing was heard of the exe-unit for {time_s:g} s"
+    draft.save(replace(row, silence=silence, error_message=text))
+    draft.emit(f"activity/{row.activity_id}", ActivityChanged("Unresponsive"))
+    draft.listen(row.activity_id, next_s - time_s)
+
+
+def _give_up(draft: ActivityDraft, row: ActivityRow) -> None:
+    """End an activity of which nothing is heard; if it still runs, its node hears of it when it is back."""
+    draft.ask(row.provider, DestroyRequested(row.activity_id))
+    why = row.error_message if row.destroying else f"nothing was heard of the exe-unit for {draft.give_up_s:g} s"
+    end(draft, draft.activity(row.activity_id) or row, UNREACHABLE, why or "")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from protocol.activity import Output
 from protocol.types import Message
 
+HEARD, QUIET, GONE = range(3)  # quiet: `Unresponsive`; gone: agents hear that it cannot be reached
+
 
 class ActivityAgreementRow(Message, frozen=True, tag="AgreementRow"):
     """An approved agreement, as far as activities care."""
@@ -38,10 +40,16 @@ class ActivityRow(Message, frozen=True):
     destroying: bool = False
     unfinished: tuple[str, ...] = ()
     silent_from: str = ""  # the state before it became `Unresponsive`
+    silence: int = HEARD  # at the requestor: how long nothing has been heard of the exe-unit
 
     @property
     def ended(self) -> bool:
         return self.state == "Terminated"
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the requestor's node has heard nothing for so long that its agent should take another provider."""
+        return self.silence == GONE and not self.ended
 
 
 class BatchRow(Message, frozen=True):

@@ -18,12 +18,14 @@ stands under the signature it proposed with.
 
 from __future__ import annotations
 
+from typing import Any
+
 from msgspec.structs import replace
 
 from actors.kernel.draft import Declined, Draft
 from actors.kernel.machine import Emit, Send, Wake
 from actors.negotiation import moves
-from actors.negotiation.proposals import ACCEPTED, DRAFT, INITIAL, IS_FINAL
+from actors.negotiation.proposals import ACCEPTED, DRAFT, INITIAL, IS_FINAL, why_over
 from actors.negotiation.rows import (
     APPROVED,
     APPROVING,
@@ -35,6 +37,7 @@ from actors.negotiation.rows import (
     REJECTED,
     TERMINATED,
     AgreementRow,
+    Belongs,
     Proposal,
     ends_at,
     lapsed,
@@ -238,7 +241,7 @@ def proposed(draft: Draft, message: AgreementProposed) -> None:
         return
     proposal: Proposal | None = draft.get(f"proposal/{proposal_id}")
     mine = draft.get(f"proposal/{proposal.previous_id}") if proposal else None
-    why = ""
+    why, later = "", dict[str, Any]()
     if proposal is None or mine is None or proposal.requestor != requestor or proposal.issuer != draft.me:
         why = "it is about a proposal that is not known here."
     elif proposal.agreement_id or proposal.answer_id or proposal.state != DRAFT:
@@ -246,17 +249,20 @@ def proposed(draft: Draft, message: AgreementProposed) -> None:
         why = f"its proposal is {state} here."
     elif proposal.expires <= draft.now or not draft.now < valid_to < draft.now + MAX_VALID_S:
         why = "it has expired."
+    elif over := why_over(draft, proposal):
+        why, later = f"{over}.", {IS_FINAL: False}
     elif not proposal.created - MAX_CLOCK_SKEW_S <= created <= draft.now + MAX_CLOCK_SKEW_S:
         why = f"it says that it was made at {timestamp_text(created)}, and here it is {timestamp_text(draft.now)}."
     else:
         agreement = _from_proposals(proposal, mine, created, valid_to, PENDING)
         if agreement.body == message.agreement.body:
+            draft.put(moves.waiting_key(agreement), Belongs())
             agreement = replace(agreement, proposed_signature=message.agreement.signature.hex())
             _accept(draft, proposal, agreement)
             draft.do(Emit(f"offer/{proposal.offer_id}", AgreementEvent(agreement_id)))
             return
         why = "it is not what the last proposals say."
-    reason = reason_text(f"Agreement not taken: {why}")
+    reason = reason_text(f"Agreement not taken: {why}", **later)
     draft.do(Send(address(requestor, "negotiation"), AgreementRejected(agreement_id, reason), ANSWER_S))
 
 
@@ -393,14 +399,29 @@ def terminated(draft: Draft, message: AgreementTerminated) -> None:
 
 # -- time, and what did not arrive
 def due(draft: Draft, message: AgreementDue) -> None:
-    """The time for the approval, or of the approval, is over."""
+    """The time for the approval, of the approval, or of the agreement itself is over."""
     agreement: AgreementRow | None = draft.get(f"agreement/{message.agreement_id}")
+    if agreement and agreement.state == APPROVED:
+        moves.end_by_term(draft, agreement)
+    if agreement and agreement.state == PENDING and agreement.role == PROVIDER and not lapsed(agreement, draft.now):
+        _refuse_of_old_offer(draft, agreement)
+        return
     if not agreement or agreement.state not in OPEN:
         return
     if lapsed(agreement, draft.now):
         moves.lapse(draft, agreement)
     else:
         draft.do(Wake(f"due/{agreement.agreement_id}", ends_at(agreement), message))
+
+
+def _refuse_of_old_offer(draft: Draft, agreement: AgreementRow) -> None:
+    """Refuse an agreement that came before its offer was over, and that no agent has answered since."""
+    proposal: Proposal | None = draft.get(f"proposal/{agreement.proposal_id}")
+    over = why_over(draft, proposal) if proposal else "the offer is not known any more"
+    if over:
+        reason = reason_text(f"Agreement not answered: {over}.", **{IS_FINAL: False})
+        moves.tell_peer(draft, agreement, AgreementRejected(agreement.agreement_id, reason))
+        moves.refused(draft, agreement, reason)
 
 
 def forget(draft: Draft, message: ForgetAgreement) -> None:

@@ -4,8 +4,9 @@ The market says which demand and offer match; from there the agents of both side
 (`actors.negotiation.proposals`) and finally about an agreement (`actors.negotiation.agreements`). Whoever deals with
 activities and money hears when an agreement is made and when it is over.
 
-Rows: `subscription/<id>` (own offers and demands), `proposal/<id>`, `of/<subscription>/<proposal>` (index),
-`pair/<demand>/<offer>` and `opened/<offer>/<node>` (counts), `agreement/<id>`. All survive a restart.
+Rows: `subscription/<id>` (own offers and demands), `proposal/<id>`, `of/<subscription>/<proposal>` and
+`waiting/<offer>/<agreement>` (indexes), `pair/<demand>/<offer>` and `opened/<offer>/<node>` (counts), `agreement/<id>`.
+All survive a restart.
 Feeds: `demand/<id>` and `offer/<id>` for the agent's polls, `agreements` and `agreement/<id>` for what becomes of agreements.
 """
 

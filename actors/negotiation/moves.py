@@ -17,6 +17,7 @@ from actors.negotiation.rows import (
     APPROVING,
     CANCELLED,
     EXPIRED,
+    PENDING,
     PROPOSAL,
     REJECTED,
     TERMINATED,
@@ -32,16 +33,20 @@ from protocol.negotiation import (
     AgreementApproved,
     AgreementApprovedEvent,
     AgreementCancelledEvent,
+    AgreementDue,
     AgreementEnded,
     AgreementExpired,
     AgreementRejected,
     AgreementRejectedEvent,
+    AgreementTerminated,
     AgreementTerminatedEvent,
     ForgetAgreement,
     reason_text,
 )
-from protocol.types import Message, address
+from protocol.properties import expiration_s
+from protocol.types import Message, address, timestamp_text
 
+END_MARGIN_S = 30.0  # for the agents, who end an agreement themselves when its term is over
 KEEP_ENDED_S = 90 * 24 * 3600.0
 APPROVAL_S = 30.0  # a requestor's node commits at once; its agent gives up after 15 s
 
@@ -55,9 +60,16 @@ def find(draft: Draft, agreement_id: str, role: str) -> AgreementRow:
 
 
 def put(draft: Draft, agreement: AgreementRow, **changes: Any) -> AgreementRow:
+    if agreement.role == PROVIDER and agreement.state == PENDING != changes.get("state", PENDING):
+        draft.put(waiting_key(agreement), None)
     agreement = replace(agreement, **changes)
     draft.put(f"agreement/{agreement.agreement_id}", agreement)
     return agreement
+
+
+def waiting_key(agreement: AgreementRow) -> str:
+    """Return the key of the index of agreements that wait for the agent of their offer."""
+    return f"waiting/{agreement.offer_id}/{agreement.agreement_id}"
 
 
 def end(draft: Draft, agreement: AgreementRow, state: str, reason: str = "", **changes: Any) -> AgreementRow:
@@ -67,7 +79,10 @@ def end(draft: Draft, agreement: AgreementRow, state: str, reason: str = "", **c
     """
     if agreement.role == PROVIDER and state in (CANCELLED, REJECTED, EXPIRED):
         changes["body"] = b""
-    draft.do(Wake(f"forget/{agreement.agreement_id}", draft.now + KEEP_ENDED_S, ForgetAgreement(agreement.agreement_id)))
+    draft.do(
+        Wake(f"due/{agreement.agreement_id}", None),
+        Wake(f"forget/{agreement.agreement_id}", draft.now + KEEP_ENDED_S, ForgetAgreement(agreement.agreement_id)),
+    )
     return put(draft, agreement, state=state, reason=reason, ended_at=draft.now, **changes)
 
 
@@ -92,6 +107,17 @@ def withdraw(draft: Draft, agreement: AgreementRow) -> AgreementRow:
     return refused(draft, agreement, reason)
 
 
+def end_by_term(draft: Draft, agreement: AgreementRow) -> None:
+    """End an approved agreement whose term is over, where no agent has done so; the other node does it by itself as well."""
+    over = expiration_s(strict_json.loads(agreement.body)["demand"]["properties"])
+    if over is None or draft.now < over + END_MARGIN_S:
+        return
+    code = {f"golem.{agreement.role.lower()}.code": "Expired"}
+    reason = reason_text(f"Agreement expired: its term was over at {timestamp_text(over)}.", **code)
+    terminated_by(draft, agreement, agreement.role, reason)
+    tell_peer(draft, agreement, AgreementTerminated(agreement.agreement_id, agreement.role, reason))
+
+
 def expire(draft: Draft, agreement: AgreementRow) -> AgreementRow:
     draft.do(Emit(f"agreement/{agreement.agreement_id}", AgreementExpired(agreement.agreement_id)))
     return end(draft, agreement, EXPIRED)
@@ -109,8 +135,10 @@ def made(draft: Draft, agreement: AgreementRow, at: float) -> AgreementRow:
         draft, agreement, state=APPROVED, approved_at=at, reason="", ended_at=None,
         committed_signature=agreement.proposed_signature,
     )  # fmt: skip
-    draft.do(Wake(f"due/{agreement.agreement_id}", None), Wake(f"forget/{agreement.agreement_id}", None))
     body = strict_json.loads(agreement.body)
+    over = expiration_s(body["demand"]["properties"])  # no provider agrees to a demand that does not say it
+    at_end = Wake(f"due/{agreement.agreement_id}", over and over + END_MARGIN_S, AgreementDue(agreement.agreement_id))
+    draft.do(at_end, Wake(f"forget/{agreement.agreement_id}", None))
     news = AgreementApproved(
         agreement.agreement_id,
         agreement.role,

@@ -26,6 +26,7 @@ from protocol.market import (
 from protocol.negotiation import (
     PROVIDER,
     REQUESTOR,
+    AgreementDue,
     CounterProposal,
     Created,
     ForgetProposals,
@@ -46,6 +47,7 @@ from protocol.negotiation import (
 from protocol.types import Done, Violation, address, digest, node_of, timestamp_text
 
 DELIVERY_S = 60.0  # how long a proposal may take to the peer before its issuer hears that it did not arrive
+LAST_WORD_S = 10.0  # for an agent to answer what it had read before it withdrew its offer
 KEEP_ENDED_S = 3600.0  # proposals can be read this long after their subscription
 MAX_OPENED_PER_NODE = 500  # negotiations about one offer: nobody uses it up for the others
 FORGET_AT_ONCE = 500
@@ -71,6 +73,9 @@ def ended(draft: Draft, message: SubscriptionEnded) -> None:
         draft.put(key, replace(row, ended=message.reason))
         draft.do(Emit(f"{row.document.kind}/{message.subscription_id}", message))
         draft.do(Wake(f"forget/{message.subscription_id}", draft.now + KEEP_ENDED_S, ForgetProposals(message.subscription_id)))
+        for waiting, _ in draft.prefix(f"waiting/{message.subscription_id}/"):  # agents that withdraw an offer read it no more
+            agreement_id = waiting.rpartition("/")[2]
+            draft.do(Wake(f"due/{agreement_id}", draft.now + LAST_WORD_S, AgreementDue(agreement_id)))
 
 
 def forget(draft: Draft, message: ForgetProposals) -> None:
@@ -94,7 +99,7 @@ def forget(draft: Draft, message: ForgetProposals) -> None:
         draft.do(DropFeed(f"{row.document.kind}/{subscription_id}"))
 
 
-def _over(draft: Draft, proposal: Proposal) -> str:
+def why_over(draft: Draft, proposal: Proposal) -> str:
     """Return why there can be no more proposals in this negotiation, or nothing."""
     row = draft.get(f"subscription/{proposal.own_subscription}")
     if not row:
@@ -141,7 +146,7 @@ def matched(draft: Draft, message: Matched) -> None:
         expires=min(offer.expires, demand.expires),
         origin=message.origin,
     )
-    if _over(draft, initial) or no_room(draft, initial) or draft.get(f"proposal/{initial.proposal_id}"):
+    if why_over(draft, initial) or no_room(draft, initial) or draft.get(f"proposal/{initial.proposal_id}"):
         return
     add(draft, initial)
     draft.do(Emit(initial.own_feed, ProposalEvent(initial.proposal_id)))
@@ -163,7 +168,7 @@ def counter(draft: Draft, message: CounterProposal) -> None:
     label = f"Proposal [{previous.role[0]}-{previous.proposal_id}]"
     if previous.issuer == draft.me:
         raise Declined("bad_request", f"{label} is your own: it cannot be countered.")
-    if over := _over(draft, previous):
+    if over := why_over(draft, previous):
         raise Declined("gone", f"{label} cannot be countered: {over}.")
     if previous.answer_id:
         raise Declined("gone", f"{label} was already countered.")
@@ -278,7 +283,7 @@ def received_first(draft: Draft, message: ProposalOpened) -> None:
     opened_key = f"opened/{message.offer_id}/{demand.owner}"
     count = (draft.get(opened_key) or Opened(0)).negotiations
     full = f"there were {count} negotiations about this offer" if count >= MAX_OPENED_PER_NODE else ""
-    why = _over(draft, initial) or full or no_room(draft, initial) or mismatch(proposal, initial)
+    why = why_over(draft, initial) or full or no_room(draft, initial) or mismatch(proposal, initial)
     if why:
         return _send_back(draft, draft.meta.sender, message.proposal_id, why)
     draft.put(opened_key, Opened(count + 1))
@@ -304,7 +309,7 @@ def received(draft: Draft, message: ProposalCountered) -> None:
     _check_terms(message)
     proposal = _answer(previous, sender, message.proposal_id, message.properties, message.constraints, message.created)
     taken = "it was accepted: it has an agreement" if _taken(draft, previous) else ""
-    why = taken or _over(draft, previous) or no_room(draft, previous) or mismatch(proposal, previous)
+    why = taken or why_over(draft, previous) or no_room(draft, previous) or mismatch(proposal, previous)
     if why:
         return _send_back(draft, draft.meta.sender, message.proposal_id, why)
     _link(draft, previous, proposal)

@@ -33,7 +33,7 @@ class Opened(Message, frozen=True, tag="opened"):
 
 
 class Belongs(Message, frozen=True, tag="belongs"):
-    """Index: a proposal of a subscription."""
+    """Index: a proposal of a subscription (`of/`), an agreement that waits for the agent of its offer (`waiting/`)."""
 
 
 class Talk(Message, frozen=True, tag="talk"):

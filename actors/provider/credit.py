@@ -41,11 +41,11 @@ from actors.provider.rules import (
     VECTOR,
     Terms,
     TurnedDown,
-    expiration_s,
     whole_number,
 )
 from actors.provider.turn import DAY_S, Turn
 from protocol.payment_terms import CHOSEN_PLATFORM, DAILY_S, PAID_DAILY
+from protocol.properties import expiration_s
 from protocol.provider import AskFunds, CreditDue, FundsKnown, HoldUnit
 from protocol.types import amount_text
 

@@ -21,12 +21,12 @@ from actors.provider.rules import (
     VECTOR,
     Agreed,
     TurnedDown,
-    expiration_s,
     negotiate,
     share_of,
     whole_number,
 )
 from actors.provider.turn import Turn, json_object, json_text, reason
+from protocol.properties import expiration_s
 from protocol.provider import (
     AcceptAgreement,
     AgreementArrived,

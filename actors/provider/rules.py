@@ -14,9 +14,9 @@ from typing import Any
 
 from protocol.ledger import LOCAL_CHAIN
 from protocol.payment_terms import CHOSEN_PLATFORM, address_key, payment_terms
+from protocol.properties import EXPIRATION, expiration_s
 from protocol.provider import Capacity
 
-EXPIRATION = "golem.srv.comp.expiration"
 MULTI_ACTIVITY = "golem.srv.caps.multi-activity"
 PLATFORM = CHOSEN_PLATFORM
 ACCEPT_TIMEOUT = "golem.com.payment.debit-notes.accept-timeout?"
@@ -121,14 +121,6 @@ def share_of(offer: Properties) -> Capacity:
         return float(value)
 
     return Capacity(math.ceil(number("cpu_threads")), number("mem_gib"), number("storage_gib"))
-
-
-def expiration_s(demand: Properties) -> float | None:
-    """Return when the agreement is to end (seconds since the epoch); None unless the demand says so in integer ms."""
-    value = demand.get(EXPIRATION)
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**53:
-        return None
-    return value / 1000
 
 
 # -- the rules

@@ -36,11 +36,16 @@ class Unowed(Wait):
     """What would be signed is not what is owed: a fault of ours, which a person has to look at."""
 
 
-def held_back(reason: str, unknown: int, silent: Sequence[str], looks: int, address: str, network: Network) -> Wait:
-    """Why a restored account waits. If it has sent nothing since, there is nothing to know."""
+def held_back(
+    reason: str, unknown: int, silent: Sequence[str], old: Sequence[str], looks: int, address: str, network: Network
+) -> Wait:
+    """Why a restored account waits. If it has sent nothing since, there is nothing to know. `silent` RPCs do not answer, `old`
+    ones have shown no block since the node started."""
     text = f"{reason}; whether its account has sent anything since is asked {looks} times, of every RPC"
     if silent:
         text += f": {', '.join(silent)} does not answer; leave it out of {network.name.upper()}_GETH_ADDR if it is gone for good"
+    elif old:
+        text += f": {', '.join(old)} has shown no block since this node started; if that lasts, look at this machine's clock"
     if unknown > 0:
         text = f"{reason}, and {unknown} transactions have left its account since, which may have paid what is to be paid now: "
         text += "see that peers have told what was paid (golem payment status), then golem payment resume"

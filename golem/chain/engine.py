@@ -89,6 +89,7 @@ class Engine:
         self._reviewed = False  # has the chain, since the start, still what was final?
         self._young = False  # may it lose that yet?
         self._review_at = 0.0  # on trio's clock: then it is looked again
+        self._opened_at = clock()  # who shows no later block shows the chain as it was before, perhaps long before
         self._looks: dict[str, int] = {}  # what was found, and how often in a row
         self.unclear: dict[int, Unclear] = {}  # transaction that waits for a person -> what the RPCs say of it
         self._gap = (-1, 0)  # a nonce before our first open one that nobody uses, and looks in a row that saw it
@@ -199,10 +200,11 @@ class Engine:
             unknown = max(view.count for view in views) - self.store.next_nonce()
             heard = [view.witness.endpoint for view in views]
             silent = [each.host for each in self.rpc.pool.endpoints if each not in heard and not each.stranger]
-            if self._again("nothing sent since", unknown <= 0 and not silent):
+            old = [] if self.network.simulated_by else [view.name for view in views if view.head.timestamp < self._opened_at]
+            if self._again("nothing sent since", unknown <= 0 and not silent and not old):
                 self.store.release()
             else:
-                raise held_back(reason, unknown, silent, PATIENT_LOOKS, self.address, self.network)
+                raise held_back(reason, unknown, silent, old, PATIENT_LOOKS, self.address, self.network)
 
     def _contradicted(self, unclear: Unclear) -> Problem:
         out = f"name those that are right in {self.network.name.upper()}_GETH_ADDR or networks.json if this lasts"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from quart import Blueprint, Response, request
 
+from actors.activity import moves
 from actors.activity.rows import ActivityAgreementRow, ActivityRow, BatchRow, ResultRow, batch_key, result_key
 from golem.net.types import NetError
 from golem.rest.activity_stream import monitor, stream_events
@@ -86,6 +87,13 @@ def find_batch(node: Node, activity_id: str, batch_id: str) -> BatchRow:
     return row
 
 
+def not_gone(row: ActivityRow) -> ActivityRow:
+    """Return the row. Raises `ApiError` where nothing has been heard of the exe-unit for so long that agents should move on."""
+    if row.is_gone:
+        raise ApiError(500, f"{UNREACHABLE} ({row.error_message})")
+    return row
+
+
 # -- create and destroy
 def _lifecycle(api: Blueprint, node: Node) -> None:
     @api.post("/activity")
@@ -110,7 +118,7 @@ def _lifecycle(api: Blueprint, node: Node) -> None:
             raise ApiError(408, "Timeout")
         if row.ended:
             why = ": ".join(text for text in (row.reason, row.error_message) if text)
-            if row.reason == "provider unreachable":
+            if row.reason == moves.UNREACHABLE:
                 raise ApiError(500, f"{UNREACHABLE} ({why})")
             raise ApiError(500, f"Activity {activity_id} was abruptly terminated: {why}")
         return respond_json({"activityId": activity_id} if as_object else activity_id)
@@ -146,7 +154,9 @@ def _scripts(api: Blueprint, node: Node) -> None:
 
     @api.get("/activity/<activity_id>/exec/<batch_id>")
     async def results(activity_id: str, batch_id: str) -> Response:
-        find_batch(node, activity_id, batch_id)
+        batch = find_batch(node, activity_id, batch_id)
+        if not batch.finished:
+            not_gone(find(node, activity_id))
         if request.headers.get("Accept", "").strip() == EVENT_STREAM:
             return stream_events(node, find(node, activity_id), batch_id, request.headers.get("Last-Event-ID", ""))
         timeout_s = query_float("timeout", 0.0)
@@ -154,16 +164,19 @@ def _scripts(api: Blueprint, node: Node) -> None:
 
         def probe() -> BatchRow | None:
             batch = find_batch(node, activity_id, batch_id)
-            return batch if batch.finished or -1 < wanted < batch.have else None
+            if batch.finished or -1 < wanted < batch.have:
+                return batch
+            not_gone(find(node, activity_id))
+            return None
 
-        batch = await until(node, [f"batch/{batch_id}"], probe, timeout_s)
-        if batch is None and wanted >= 0:
+        found = await until(node, [f"batch/{batch_id}", f"activity/{activity_id}"], probe, timeout_s)
+        if found is None and wanted >= 0:
             raise ApiError(408, "Timeout")
         return respond_json(result_list(node, find_batch(node, activity_id, batch_id), wanted))
 
     @api.get("/activity/<activity_id>/command")
     async def running(activity_id: str) -> Response:
-        row = find(node, activity_id, "Requestor")
+        row = not_gone(find(node, activity_id, "Requestor"))
         try:
             text = await live(node, row, "running")
         except NetError as error:
@@ -217,7 +230,7 @@ def _reads(api: Blueprint, node: Node) -> None:
 
     @api.get("/activity/<activity_id>/state")
     async def state(activity_id: str) -> Response:
-        row = find(node, activity_id)
+        row = not_gone(find(node, activity_id))
         shown: dict[str, Any] = {"state": [row.state, row.pending]}
         if row.reason is not None:
             shown["reason"] = row.reason

@@ -1,6 +1,7 @@
 """Activity API, what stays open: runtime events of a batch and the provider's monitor, as server-sent events.
 
-A stream is never closed by us while its client stays: SDKs take the end for an error. Events come from the exe-unit's
+A stream is never closed by us while its client stays, since SDKs take the end for an error; but where the exe-unit is gone
+and results are missing, that is what it is, and who comes again is told so. Events come from the exe-unit's
 live log, from the beginning or behind `Last-Event-ID`; where the exe-unit is gone, the ends of commands come from the
 results that this node has.
 """
@@ -65,7 +66,7 @@ class _Stream:
     async def chunks(self) -> AsyncIterator[str]:
         yield PING  # the client sees that it is open
         sent_at = trio.current_time()
-        while not self._node.system.feeds.closed:
+        while not self._node.system.feeds.closed and not self._is_lost():
             chunks = await self._more()
             for chunk in chunks:
                 yield chunk
@@ -94,6 +95,10 @@ class _Stream:
             await until(self._node, news, lambda: None if self._have() == have else True, AWAY_S)
             stored = self._stored()
         return stored
+
+    def _is_lost(self) -> bool:
+        row, batch = self._node.activity(self._row.activity_id), self._batch()
+        return row is not None and row.is_gone and batch is not None and not batch.finished
 
     def _batch(self) -> BatchRow | None:
         found: BatchRow | None = self._node.system.rows("activity").get(self._key)

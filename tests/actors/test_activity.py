@@ -10,8 +10,16 @@ import msgspec
 import pytest
 from worlds.playbook import START, Nodes, Playbook, playbook
 
-from actors.activity.machine import UNREACHABLE, Activity
-from actors.activity.moves import INACTIVITY_S, KEEP_AGREEMENT_S, KEEP_S, UNRESPONSIVE_S
+from actors.activity.machine import Activity
+from actors.activity.moves import (
+    GIVE_UP_S,
+    INACTIVITY_S,
+    KEEP_AGREEMENT_S,
+    KEEP_S,
+    REPORT_S,
+    UNREACHABLE,
+    UNRESPONSIVE_S,
+)
 from actors.activity.provider import MAX_HELD, MAX_HELD_PER_NODE
 from actors.activity.requestor import MAX_UNFINISHED
 from actors.activity.rows import batch_key, result_key
@@ -29,6 +37,7 @@ from protocol.activity import (
     Exec,
     StateChanged,
     StateReported,
+    UsageChanged,
     UsageReported,
     cut_output,
     fit_output,
@@ -337,6 +346,109 @@ def test_a_unit_that_falls_silent_is_unresponsive_until_its_next_word_or_its_end
     assert state(play) == ("Terminated", None, "execution aborted")
     assert play.rows[f"activity/{ACTIVITY}"].error_message == "nothing was heard of the exe-unit for 30 s"
     assert not any(key.startswith("silence/") for key in play.timers)
+
+
+def reported(play: Playbook, seconds: float) -> None:
+    """Let time pass in which the provider's node passes on the exe-unit's reports."""
+    for _ in range(int(seconds // 10)):
+        play.at(10)
+        play.tell(UsageChanged(ACTIVITY, [1.0], play.now), P)
+
+
+def test_the_requestor_notices_that_nothing_is_heard_any_more() -> None:
+    """`Unresponsive` after 30 s, gone after 60 s without the report that was due, ended after five minutes."""
+    play = running(requestor())
+    play.tell(StateChanged(ACTIVITY, "Ready", at=START), P)
+    reported(play, 1200)
+    assert state(play)[0] == "Ready"
+    play.sends.clear()
+    play.at(UNRESPONSIVE_S - 1)
+    assert state(play)[0] == "Ready"
+    play.at(1)
+    row = play.rows[f"activity/{ACTIVITY}"]
+    assert (row.state, row.error_message, row.is_gone) == ("Unresponsive", "nothing was heard of the exe-unit for 30 s", False)
+    play.at(INACTIVITY_S + REPORT_S - UNRESPONSIVE_S)
+    assert play.rows[f"activity/{ACTIVITY}"].is_gone
+    assert play.ask(Exec("e" * 32, ACTIVITY, SCRIPT)).code == "unreachable"
+    assert play.sends == []
+    play.at(GIVE_UP_S - INACTIVITY_S - REPORT_S)
+    row = play.rows[f"activity/{ACTIVITY}"]
+    assert (row.state, row.reason, row.error_message) == (
+        "Terminated", UNREACHABLE, "nothing was heard of the exe-unit for 300 s",
+    )  # fmt: skip
+    assert not row.is_gone
+    last = play.rows[result_key(BATCH, 0)]
+    assert not last.ok
+    assert last.message == "activity terminated: provider unreachable: nothing was heard of the exe-unit for 300 s"
+    assert play.sent(f"{P}/activity") == [DestroyRequested(ACTIVITY)]
+    play.tell(UsageChanged(ACTIVITY, [1.0], play.now), P)  # it is back, and is told again: it bills nobody for nothing
+    assert play.sent(f"{P}/activity") == [DestroyRequested(ACTIVITY)] * 2
+    play.tell(StateChanged(ACTIVITY, "Terminated", at=play.now), P)
+    assert len(play.sent(f"{P}/activity")) == 2
+    assert not any(key.startswith("silence/") for key in play.timers)
+
+
+@pytest.mark.parametrize("silence_s", [31.0, 71.0, 299.0])
+@pytest.mark.parametrize("word", ["usage", "state", "result"])
+def test_any_word_of_the_exe_unit_undoes_its_silence(silence_s: float, word: str) -> None:
+    play = running(requestor())
+    play.tell(StateChanged(ACTIVITY, "Deployed", at=play.now + 100.0), P)  # by its own clock, which is ahead
+    play.at(silence_s)
+    assert state(play)[0] == "Unresponsive"
+    if word == "usage":
+        play.tell(UsageChanged(ACTIVITY, [1.0], play.now), P)
+    elif word == "state":
+        play.tell(StateChanged(ACTIVITY, "Deployed", "Ready", at=START + 100.0), P)
+    else:
+        play.tell(result(0, state="Deployed"), UNIT)
+    row = play.rows[f"activity/{ACTIVITY}"]
+    assert (row.state, row.error_message, row.is_gone, row.silent_from) == ("Deployed", None, False, "")
+    reported(play, 600)
+    assert state(play)[0] == "Deployed"
+
+
+@pytest.mark.parametrize("partition_s", [45, 60])
+def test_a_partition_is_no_end(partition_s: int) -> None:
+    """Whatever the moment at which it begins, and though the first report after it takes some seconds."""
+    for begins_s in range(10):
+        play = running(requestor())
+        play.tell(StateChanged(ACTIVITY, "Ready", at=START), P)
+        play.at(begins_s + partition_s - 0.5)
+        assert state(play)[0] == "Unresponsive"
+        assert not play.rows[f"activity/{ACTIVITY}"].is_gone
+        play.tell(UsageChanged(ACTIVITY, [1.0], play.now), P)
+        assert state(play)[0] == "Ready"
+
+
+def test_who_says_that_an_exe_unit_is_silent_does_not_keep_it_alive() -> None:
+    play = running(requestor())
+    for _ in range(40):
+        play.at(9)
+        play.tell(StateChanged(ACTIVITY, "Unresponsive", error_message="wait", at=play.now), P)
+    assert state(play) == ("Terminated", None, UNREACHABLE)
+
+
+def test_an_agent_that_lets_go_of_an_activity_that_is_gone_does_not_wait() -> None:
+    play = running(requestor())
+    play.at(71)
+    play.ask(DestroyActivity(ACTIVITY))
+    assert state(play) == ("Terminated", None, UNREACHABLE)
+    assert play.sent(f"{P}/activity")[-1] == DestroyRequested(ACTIVITY)
+    play = running(requestor())
+    play.ask(DestroyActivity(ACTIVITY))  # it is silent only then
+    play.at(71)
+    assert state(play) == ("Terminated", None, UNREACHABLE)
+
+
+def test_an_agent_that_calls_its_own_activity_unresponsive_is_no_trap() -> None:
+    play = provider()
+    play.tell(ActivityRequested(ACTIVITY, AGREEMENT, 5.0), R)
+    play.tell(StateReported(ACTIVITY, "Ready", at=START), UNIT)
+    play.ask(StateReported(ACTIVITY, "Unresponsive", at=play.now))
+    play.tell(UsageReported(ACTIVITY, [1.0], play.now), UNIT)
+    assert state(play)[0] == "Unresponsive"
+    play.tell(StateReported(ACTIVITY, "Ready", at=play.now), UNIT)
+    assert state(play)[0] == "Ready"
 
 
 def test_silence_says_nothing_when_the_node_itself_was_away() -> None:

@@ -44,6 +44,7 @@ from protocol.negotiation import (
     TerminateAgreement,
     agreement_body,
 )
+from protocol.properties import EXPIRATION, expiration_s
 from protocol.signing import Document, sign
 from protocol.types import Done, Refused, Violation
 
@@ -404,7 +405,7 @@ def test_the_whole_way_to_an_agreement_and_its_end(pair: Pair) -> None:
     assert (at_r.app_session_id, at_p.app_session_id) == ("r-session", "p-session")
     assert pair.r.feed("agreements") == [AgreementApprovedEvent(agreement_id, "r-session")]
     assert pair.p.feed(f"agreement/{agreement_id}") == [AgreementApprovedEvent(agreement_id, "p-session")]
-    pair.pass_time(7200)  # an approved agreement does not expire
+    pair.pass_time(3600)  # an approved agreement does not expire with the time for its approval
     assert pair.states(agreement_id) == ("Approved", "Approved")
     assert pair.p.ask(TerminateAgreement(agreement_id, REASON)) == Done()
     pair.settle()
@@ -416,6 +417,70 @@ def test_the_whole_way_to_an_agreement_and_its_end(pair: Pair) -> None:
     assert [send.message for send in pair.unlinked if send.to == "market"] == [Rematch(DEMAND_ID, OFFER_ID)]
     assert not pair.r.violations
     assert not pair.p.violations
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["one tells the other", "each by itself"])
+def test_an_agreement_past_its_term_is_ended_on_both_nodes_with_the_reason(pair: Pair, told: bool) -> None:
+    agreement_id = pair.approved()
+    pair.unlinked.clear()
+    pair.pass_time(3600 + agreement_moves.END_MARGIN_S - 2)
+    assert pair.states(agreement_id) == ("Approved", "Approved")
+    pair.r.at(4)
+    if told:
+        pair.settle()
+    else:  # what one says to the other never arrives
+        pair.p.at(4)
+        pair.collect()
+    assert pair.states(agreement_id) == ("Terminated", "Terminated")
+    for play, who in ((pair.r, "Requestor"), (pair.p, "Requestor" if told else "Provider")):
+        (event,) = (one for one in play.feed("agreements") if isinstance(one, AgreementTerminatedEvent))
+        assert event.terminator == who
+        assert "its term was over at 2027-01-15T09:00:00" in message_of(event.reason)
+        assert json.loads(event.reason)[f"golem.{who.lower()}.code"] == "Expired"
+        assert f"due/{agreement_id}" not in play.timers
+    ended = [send.to for send in pair.unlinked if isinstance(send.message, AgreementEnded)]
+    assert sorted(ended) == ["activity", "activity", "ledger", "ledger"]
+
+
+@pytest.mark.parametrize("expiration", [None, "soon", True, -5, 2**60, 1.8e12])
+def test_a_demand_without_a_readable_term_sets_no_timer(pair: Pair, expiration: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agreement_moves, "expiration_s", lambda demand: expiration_s({EXPIRATION: expiration}))
+    agreement_id = pair.approved()
+    assert f"due/{agreement_id}" not in pair.r.timers
+    pair.pass_time(1e6)
+    assert pair.states(agreement_id) == ("Approved", "Approved")
+
+
+def test_an_agreement_on_an_offer_that_is_over_is_refused_at_once_with_the_reason(pair: Pair) -> None:
+    agreement_id = pair.created()
+    assert pair.confirm(agreement_id) == Done()
+    pair.p.tell(SubscriptionEnded(OFFER_ID, "withdrawn"))
+    pair.settle()
+    assert pair.r.rows[f"agreement/{agreement_id}"].state == "Rejected"
+    event = pair.r.feed("agreements")[-1]
+    assert isinstance(event, AgreementRejectedEvent)
+    assert message_of(event.reason) == "Agreement not taken: the subscription is withdrawn."
+    assert f"agreement/{agreement_id}" not in pair.p.rows
+    assert Rematch(DEMAND_ID, OFFER_ID) in [send.message for send in pair.unlinked]  # the offer may have a successor
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_an_agreement_that_came_before_the_end_of_its_offer_has_a_moment(pair: Pair, answers: bool) -> None:
+    agreement_id = pair.pending()
+    pair.p.tell(SubscriptionEnded(OFFER_ID, "withdrawn"))
+    pair.pass_time(proposals.LAST_WORD_S - 1)
+    assert pair.states(agreement_id) == ("Pending", "Pending")
+    if answers:  # the agent had read of it before
+        assert pair.approve(agreement_id) == Done()
+    pair.p.at(2)
+    pair.settle()
+    if answers:
+        pair.pass_time(60)
+        assert pair.states(agreement_id) == ("Approved", "Approved")
+    else:
+        assert pair.states(agreement_id) == ("Rejected", "Rejected")
+        assert "not answered: the subscription is withdrawn" in message_of(pair.r.feed("agreements")[-1].reason)
+    assert not any(key.startswith("waiting/") for key in pair.p.rows)
 
 
 def test_a_fresh_negotiation_after_the_end(pair: Pair) -> None:

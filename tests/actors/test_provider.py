@@ -17,7 +17,6 @@ from actors.provider.negotiation import MAX_REJECTED
 from actors.provider.rules import (
     ACCEPT_TIMEOUT,
     COEFFS,
-    EXPIRATION,
     INTERVAL,
     PAYMENT_TIMEOUT,
     PLATFORM,
@@ -32,6 +31,7 @@ from actors.provider.turn import ProviderConfig
 from golem.exeunit.terms import read_terms
 from protocol.amounts import cost
 from protocol.ledger import LOCAL_CHAIN
+from protocol.properties import EXPIRATION
 from protocol.provider import (
     AcceptAgreement,
     ActivityClosed,

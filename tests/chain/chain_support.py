@@ -236,8 +236,8 @@ class Faulty(httpx.AsyncHTTPTransport):
 class Clock:
     """Time that passes only when told."""
 
-    def __init__(self) -> None:
-        self.now = 1_000_000.0
+    def __init__(self, now: float) -> None:
+        self.now = now
 
     def __call__(self) -> float:
         return self.now
@@ -280,6 +280,7 @@ async def payer(
     checkpoint: Callable[[str], None] | None = None,
     transport: Any = None,
     vouch: Vouch = vouch_nothing,
+    now: float = 1_000_000.0,
     **row: Any,
 ) -> AsyncIterator[Payer]:
     """An engine over `lab`, stepped by hand; fields of the network row may be replaced."""
@@ -289,7 +290,7 @@ async def payer(
     async def notify(event: TransferNews) -> None:
         events.append(event)
 
-    clock = Clock()
+    clock = Clock(now)
     async with Rpc(network, timeout_s=10, transport=transport) as rpc:
         engine = Engine(network, rpc, key, db, notify, clock=clock, checkpoint=checkpoint or (lambda point: None), vouch=vouch)
         try:

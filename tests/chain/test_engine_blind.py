@@ -421,3 +421,28 @@ async def test_a_restored_account_waits_until_every_rpc_says_that_it_has_sent_no
             await steps(wallet, 1)
         assert wallet.told(TransferSent) == []
     assert lab.tokens(payee) == GLM
+
+
+@trio_test
+async def test_a_restored_account_is_not_told_free_by_an_rpc_that_shows_the_past(lab: Lab, tmp_path: Path) -> None:
+    """The only RPC stands still: it does not know of the payment that the backup does not know either, and comes back later."""
+    key, payee = lab.rich("restored, one RPC"), address_of("restored payee, one RPC")
+    wire, db = Blind(lab.url, key), tmp_path / "chain.db"
+    Store(db, "any").close()
+    with sqlite3.connect(db) as file:
+        file.execute("insert into hold values ('*', 'this node was restored')")
+        row = "(account, nonce, kind, recipient, data, gas, total_wei, state) values (?, 0, 'mint', '', '', 1, '0', 'confirmed')"
+        file.execute(f"insert into tx{row}", (f"1337/{key.address}",))
+    await wire.set(HOSTS[0], "stale-head")
+    lab.do(key, lab.network.token, token.transfer_call(payee, GLM))
+    now = int(lab.call("eth_getBlockByNumber", "latest", False)["timestamp"], 16) + 1
+    async with payer(lab, key, db, transport=wire, rpc_urls=urls(1), now=now, simulated_by=None) as wallet:
+        await wallet.pay("another", (address_of("not paid yet"), GLM))
+        await steps(wallet, 8)
+        assert "has shown no block since this node started" in str(wallet.engine.problems())
+        await wallet.pay("b1", (payee, GLM))
+        await wire.set(HOSTS[0], "")
+        await steps(wallet, 8)
+        assert "1 transactions have left its account" in str(wallet.engine.problems())
+        assert wallet.told(TransferSent) == []
+    assert lab.tokens(payee) == GLM

@@ -76,7 +76,7 @@ class Scene:
     """A payment that was verified, watched by its payee."""
 
     def __init__(self, lab: Lab, db: Path, name: str) -> None:
-        self.lab, self.name, self.clock = lab, name, Clock()
+        self.lab, self.name, self.clock = lab, name, Clock(1_000_000.0)
         self.key, self.payee = lab.rich(name), address_of(f"{name} payee")
         self.before = lab.call("evm_snapshot")
         self.raw = lab.sign(self.key, lab.network.token, token.transfer_call(self.payee, GLM))
