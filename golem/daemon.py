@@ -47,6 +47,7 @@ from golem.node.data_dir import lock_data_dir, make_folder, step_log
 from golem.node.gossip import MarketGossip
 from golem.node.identity import APP_KEYS, KEYSTORE, PLAIN_KEY, AskPassword, Identity, open_identity
 from golem.node.listen import bind_api, notify_systemd
+from golem.node.metrics import Metrics
 from golem.node.nearness import serve_nearness
 from golem.node.node import Node
 from golem.node.payout import GIVEN_KEY, OLD_KEY, read_payout, warn
@@ -72,8 +73,7 @@ async def open_node(config: Config, ask_password: AskPassword | None = None) -> 
         if config.profile == "local" and not config.chain_url:
             make_folder(config.chain_dir, "chain")
         net_config = network_of(config)
-        stored = any((config.data_dir / name).exists() for name in (KEYSTORE, PLAIN_KEY))
-        known_key = GIVEN_KEY if config.autoconf_id_secret else OLD_KEY if stored else ""
+        known_key = key_before(config)
         identity = await trio.to_thread.run_sync(open_identity, config, ask_password)
         try:
             payout = read_payout(config.data_dir)
@@ -91,10 +91,11 @@ async def open_node(config: Config, ask_password: AskPassword | None = None) -> 
         bus = Bus(config.bus_path, identity.node_id, config.units_path)
         router = Router(identity.node_id, network, bus)
         gossip = MarketGossip(network)
+        metrics = Metrics(journal)
         system = System(
             identity.node_id, journal, router, clock=time.time, new_trace=lambda: secrets.token_hex(6),
             jitter=partial(random.uniform, 0.8, 1.2), publish=gossip.publish, origin=network.origin,
-            step_log=step_log(config.data_dir),
+            step_log=step_log(config.data_dir), observe=metrics.step,
         )  # fmt: skip
         for machine in (Market, Negotiation, Ledger):
             system.add(machine(identity.node_id))
@@ -111,7 +112,7 @@ async def open_node(config: Config, ask_password: AskPassword | None = None) -> 
         system.add_port(SignerPort(identity.node_id, identity.sign))
         files = FileServer(router, identity.derived("names of published files"))
         registry = await trio.to_thread.run_sync(open_registry, config, files)
-        node = Node(config, identity, app_keys, router, system, network, bus, chain, files, registry)
+        node = Node(config, identity, app_keys, router, system, network, bus, chain, files, registry, metrics)
         node.payout = payout
         for said in warn(payout, identity.node_id, system.listed("market", "offer/")[0], new_journal):
             log.warning("%s", said)
@@ -143,6 +144,12 @@ def network_of(config: Config) -> NetConfig:
     except ValueError as error:
         raise ConfigError(str(error)) from None
     return net_config
+
+
+def key_before(config: Config) -> str:
+    """Return the words for a key that was there before this start, "" for one that it makes."""
+    stored = any((config.data_dir / name).exists() for name in (KEYSTORE, PLAIN_KEY))
+    return GIVEN_KEY if config.autoconf_id_secret else OLD_KEY if stored else ""
 
 
 def open_app_keys(config: Config, identity: Identity) -> AppKeys:

@@ -69,6 +69,7 @@ class Journal(JournalReader):
 
     def _begin(self) -> None:
         self._limiter = trio.CapacityLimiter(1)
+        self.on_commit: Callable[[float], None] = lambda time_s: None  # hears how long each transaction took
         self._queue: list[Waiting] = []
         self._wake = trio.Event()
         self._started = trio.Event()
@@ -142,7 +143,9 @@ class Journal(JournalReader):
                 while self._queue or self._acks:
                     batch, self._queue = self._queue[:MERGED_COMMITS], self._queue[MERGED_COMMITS:]
                     self._acks_under_way, self._acks = self._acks, {}
+                    begun = trio.current_time()
                     await self._store([waiting.commit for waiting in batch], self._acks_under_way)
+                    self.on_commit(trio.current_time() - begun)
                     self._acks_under_way = {}
                     for waiting in batch:
                         waiting.written = True

@@ -39,6 +39,10 @@ class Mailbox:
         except trio.WouldBlock:
             raise Busy(f"the mailbox of {self.name} is full") from None
 
+    def waiting(self) -> int:
+        """Return how many deliveries nobody has taken yet."""
+        return self.post.statistics().current_buffer_used
+
     def decode(self, sender: str, body: bytes) -> Message:
         """Return a message as `sender` may send it. Raises `Violation`."""
         return (self._decode_local if node_of(sender) == self.system.node else self._decode_peer)(body)

@@ -7,7 +7,7 @@ frames from other nodes to `deliver`.
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,7 +27,6 @@ from actors.kernel.machine import (
     Busy,
     Machine,
     Meta,
-    NodeFailed,
     Port,
     Publish,
     PublishHook,
@@ -38,16 +37,15 @@ from actors.kernel.machine import (
 )
 from actors.kernel.mail import CAPACITY, RETIRED, Ask, DeadlinePassed, LinkBatch, LinkBroken, Release, key_of
 from actors.kernel.port import PortActor
-from actors.kernel.records import Commit, JournalError, MessageDamaged, Posted, RowDamaged, SetAside
+from actors.kernel.records import Commit, MessageDamaged, Posted, RowDamaged, SetAside
 from actors.kernel.row_view import RowView
+from actors.kernel.supervision import supervise
 from actors.kernel.trace import Line, StepLog, step_line
 from protocol.codec import MAX_BODY_BYTES, MAX_TRACE_CHARS, Ack, Envelope, decode_batch, encode, encode_ack
 from protocol.types import Message, PeerLost, Violation, actor_of, node_of
 
 log = logging.getLogger("golem.kernel")
 
-RESTARTS, RESTART_WINDOW_S = 5, 60.0
-FIRST_RESTART_S, LAST_RESTART_S = 0.05, 5.0
 PEER_FRAMES = 16  # frames of one node that wait for one actor
 TAKEN_BYTES = 64 << 20  # of frames that wait, all in all
 KEPT_DAMAGED = 256  # rows that are named
@@ -77,13 +75,14 @@ class System:
         origin: Callable[[str], str] = lambda node: "",
         step_log: StepLog | None = None,
         crash_point: Callable[[str, str], None] = lambda actor, moment: None,
+        observe: Callable[[str, float, str, Step], None] = lambda actor, now, tag, step: None,
     ) -> None:
         self.node, self.journal, self.transport = node, journal, transport
         self.new_trace, self.jitter, self.crash_point = new_trace, jitter, crash_point
         self.origin = origin
         self.feeds = Feeds(journal)
         journal.clock = self.now
-        self._clock, self._publish, self._step_log = clock, publish, step_log
+        self._clock, self._publish, self._step_log, self._observe = clock, publish, step_log, observe
         self._last_now = 0.0
         self._sent: dict[tuple[str, str], int] = {}  # by ports and edges, not on disk yet; actors count their own
         self._taking: dict[tuple[str, str], int] = {}  # (node, actor) -> frames being taken
@@ -98,6 +97,7 @@ class System:
         self._links_changed = trio.Event()
         self.alarms, self.answers = Alarms(self), Answers()
         self.violations: deque[Line] = deque(maxlen=256)
+        self.counts: Counter[str] = Counter()  # violations, crashes, and restarts by actor, since the start
         self._complaints, self.violators = Complaints(), Violators()
         self.went_back: OrderedDict[str, tuple[float, str]] = OrderedDict()  # peers that remember otherwise: when, and what
         self._damaged: dict[tuple[str, str], RowDamaged] = {}  # (actor, key) -> why
@@ -125,7 +125,7 @@ class System:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.journal.run)
             for actor in self._actors.values():
-                nursery.start_soon(self._supervise, actor)
+                nursery.start_soon(supervise, actor, self.counts)
             await self.forget_links()  # before anything is sent: a link that was silent for long begins anew
             nursery.start_soon(self.alarms.run)
             self._new_links.update(self.journal.links())
@@ -337,13 +337,19 @@ class System:
         """Return whether a recipient has acknowledged something to this process."""
         return (actor, recipient) in self._heard
 
+    def queues(self) -> list[tuple[str, int, int]]:
+        """Return (actor, messages in its mailbox, restarts since the start) of all actors."""
+        return [(name, one.waiting(), self.counts[f"restarts/{name}"]) for name, one in sorted(self._actors.items())]
+
     def log_step(self, actor: str, meta: Meta, tag: str, step: Step) -> None:
+        self._observe(actor, meta.now, tag, step)
         if self._step_log:
             self._step_log(step_line(actor, meta, tag, step))
 
     def log_violation(self, actor: str, meta: Meta, violation: Violation) -> None:
         line = Line(meta.now, meta.trace, actor, meta.sender, "", (str(violation)[:300],), "violation")
         self.violations.append(line)
+        self.counts["violations"] += 1
         if node_of(meta.sender) != self.node:
             self.violators.broke(node_of(meta.sender), f"with {actor}: {violation}", meta.now)
         held = self._complaints.held_back(node_of(meta.sender), meta.now)
@@ -355,6 +361,7 @@ class System:
             self._step_log(line)
 
     def log_crash(self, actor: str, meta: Meta, error: Exception) -> None:
+        self.counts["crashes"] += 1
         log.error("%s crashed on a message from %s (trace %s)", actor, meta.sender, meta.trace, exc_info=error)
         if self._step_log:
             self._step_log(Line(meta.now, meta.trace, actor, meta.sender, "", (repr(error)[:300],), "crash"))
@@ -480,21 +487,3 @@ class System:
         if courier.was_nudged and self.journal.waits(*link, courier.acked):  # posted between the last look and now
             self._new_links.add(link)
             self._links_changed.set()
-
-    async def _supervise(self, actor: Actor | PortActor) -> None:
-        """Restart an actor whose crash could not be isolated to one message; end the node when that goes on."""
-        crashes: deque[float] = deque(maxlen=RESTARTS + 1)
-        while True:
-            try:
-                await actor.run()
-            except JournalError:
-                raise
-            except Exception as error:
-                log.error("%s crashed, and no message is to blame", actor.name, exc_info=error)
-                now = trio.current_time()
-                crashes.append(now)
-                recent = sum(now - at <= RESTART_WINDOW_S for at in crashes)
-                if recent > RESTARTS:
-                    raise NodeFailed(f"actor {actor.name} crashed {recent} times within {RESTART_WINDOW_S:g} s") from error
-            actor.forget()
-            await trio.sleep(min(FIRST_RESTART_S * 2 ** (recent - 1), LAST_RESTART_S))

@@ -19,6 +19,8 @@ from golem.config import VERSION
 #: What `golem status` says of things that wait: name in the answer, title, columns.
 WAITING = {
     "links": ("Messages that are not delivered yet:", ["actor", "waits for", "why"]),
+    "restarts": ("Actors that crashed and were started again, since this node started:", ["actor", "times"]),
+    "queues": ("Messages that wait for an actor:", ["actor", "messages"]),
     "timers": ("Timers that could not be handled, and come again:", ["actor", "what", "error", "tries", "next try"]),
     "damagedRows": ("Stored rows that cannot be read; what needs them waits:", ["actor", "row", "why"]),
     "clocks": ("Peers whose clocks and ours differ: no session with them:", ["peer", "why"]),

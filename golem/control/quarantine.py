@@ -81,6 +81,8 @@ def waiting(node: Node) -> dict[str, list[list[Any]]]:
     system = node.system
     return {
         "links": [list(link) for link in system.troubles()],
+        "restarts": [[name, count] for name, _, count in system.queues() if count],
+        "queues": [[name, length] for name, length, _ in system.queues() if length],
         "timers": [[one.actor, one.what, one.error, one.times, timestamp_text(one.again)] for one in system.alarms.failing()],
         "damagedRows": [list(row) for row in system.damaged()],
         "clocks": [list(one) for one in node.network.clocks().items()],

@@ -20,6 +20,7 @@ from golem.interaction.broker import Interactions
 from golem.net import PeerNetwork
 from golem.node.app_keys import AppKeys
 from golem.node.identity import Identity
+from golem.node.metrics import Metrics
 from golem.node.payout import Payout
 
 
@@ -27,7 +28,8 @@ class Node:
     """What edges use. Built by `open_node`."""
 
     def __init__(self, config: Config, identity: Identity, app_keys: AppKeys, router: Router, system: System,
-                 network: PeerNetwork, bus: Bus, chain: Chain, files: FileServer, registry: Registry) -> None:  # fmt: skip
+                 network: PeerNetwork, bus: Bus, chain: Chain, files: FileServer, registry: Registry,
+                 metrics: Metrics) -> None:  # fmt: skip
         self.config, self.identity, self.app_keys = config, identity, app_keys
         self.router, self.calls, self.system = router, router.calls, system
         self.network, self.bus, self.chain, self.files, self.registry = network, bus, chain, files, registry
@@ -35,6 +37,7 @@ class Node:
         self.node_id = identity.node_id
         self.interactions = Interactions(self.node_id, router, self.activity)
         self.name = identity.node_id[:10]
+        self.metrics = metrics
         self.payout: Payout | None = None  # where it is paid, if not at its own address
         self.started_at = time.time()
         self.api_url = ""
@@ -69,19 +72,6 @@ class Node:
                 return f"{count} {what}"
         return None
 
-    def metrics_text(self) -> str:
-        """Return the node's counters in Prometheus' text format."""
-        sessions = self.network.sessions()
-        lines = [
-            ("golem_sessions", "gauge", len(sessions)),
-            ("golem_bytes_in_total", "counter", sum(one.bytes_in for one in sessions)),
-            ("golem_bytes_out_total", "counter", sum(one.bytes_out for one in sessions)),
-            ("golem_journal_commits_total", "counter", self.system.journal.commits),
-            ("golem_links_stuck", "gauge", len(self.system.troubles())),
-            ("golem_quarantined_messages", "gauge", len(self.system.quarantined())),
-            ("golem_damaged_rows", "gauge", len(self.system.damaged())),
-            ("golem_failing_timers", "gauge", len(self.system.alarms.failing())),
-            ("golem_protocol_violations", "gauge", len(self.system.violations)),
-            ("golem_uptime_seconds", "gauge", round(time.time() - self.started_at, 1)),
-        ]
-        return "".join(f"# TYPE {name} {kind}\n{name} {value}\n" for name, kind, value in lines)
+    def metrics_text(self, begins: str = "") -> str:
+        """Return the node's counters in Prometheus' text format, or those whose names begin so."""
+        return self.metrics.text(self.system, self.network.sessions(), self.started_at, begins)

@@ -181,5 +181,6 @@ def _root(app: QuartTrio, node: Node) -> None:
     @app.get("/metrics-api/v1/expose")
     @app.get("/metrics-api/v1/sorted")
     @app.get("/metrics-api/v1/filtered")
-    async def metrics() -> Response:
-        return Response(node.metrics_text(), content_type="text/plain; version=0.0.4")
+    @app.get("/metrics-api/v1/filtered/<begins>")
+    async def metrics(begins: str = "") -> Response:
+        return Response(node.metrics_text(begins), content_type="text/plain; version=0.0.4")

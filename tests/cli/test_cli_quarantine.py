@@ -87,6 +87,6 @@ def test_health_and_metrics_tell_of_it(node: LocalNode) -> None:
     metrics = httpx.get(f"{node.api_url}/metrics-api/v1/expose", headers=headers).text
     assert "golem_damaged_rows 1" in metrics
     assert "golem_failing_timers 1" in metrics
-    assert f"golem_quarantined_messages {len(aside)}\n" in metrics
+    assert f"golem_quarantined_messages {len(aside)}.0\n" in metrics
     answer = httpx.get(f"{node.api_url}/payment-api/v1/batchCycle/{PLATFORM}", headers=headers)
     assert (answer.status_code, KEY in answer.json()["message"]) == (500, True)
