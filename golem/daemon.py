@@ -22,6 +22,7 @@ from typing import Any
 import trio
 
 from actors.activity.machine import Activity
+from actors.creations import Creations
 from actors.kernel.grammar import EDGE
 from actors.kernel.journal import Journal
 from actors.kernel.machine import Send
@@ -96,7 +97,7 @@ async def open_node(config: Config, ask_password: AskPassword | None = None) -> 
             jitter=partial(random.uniform, 0.8, 1.2), publish=gossip.publish, origin=network.origin,
             step_log=step_log(config.data_dir),
         )  # fmt: skip
-        for machine in (Market, Negotiation, Ledger):
+        for machine in (Market, Negotiation, Ledger, Creations):
             system.add(machine(identity.node_id))
         system.add(Activity(identity.node_id, config.unresponsive_s, config.inactivity_s))
         try:

@@ -26,6 +26,7 @@ from golem.rest.edge import (
     respond_json,
     until,
 )
+from golem.rest.repeatable import creation_time, fresh_id, repeatable, undone_if_unheard
 from protocol.market import SUBSCRIPTION_ID, PublishDemand, PublishOffer, Withdraw, subscription_body
 from protocol.negotiation import CounterProposal, RejectProposal
 from protocol.properties import TermsError, flatten
@@ -78,13 +79,15 @@ def _alive(node: Node, kind: str, wanted_id: str) -> bool:
 
 
 def _subscriptions(api: Blueprint, node: Node, kind: str) -> None:
+    @repeatable(node)
     async def publish() -> Response:
         properties, constraints = await terms_body()
-        now = round(node.clock(), 6)
+        now = round(creation_time(node), 6)
         new_id, body = subscription_body(
-            node.new_id(), node.node_id, properties, constraints, now, now + node.config.subscription_ttl_s
+            fresh_id(node), node.node_id, properties, constraints, now, now + node.config.subscription_ttl_s
         )
         document = node.identity.sign(kind, body)
+        undone_if_unheard("market", Withdraw(new_id))
         await ask(node, "market", PublishOffer(document) if kind == "offer" else PublishDemand(document))
         return created(new_id)
 

@@ -41,6 +41,7 @@ def actors() -> Iterator[tuple[str, dict[type, str]]]:
     """Yield (name, who says what) of all actors with a vocabulary of their own."""
     sys.path.insert(0, str(ROOT))
     from actors.activity.machine import Activity
+    from actors.creations import Creations
     from actors.exeunit import ExeUnit
     from actors.kernel.grammar import Looked, On
     from actors.ledger.machine import Ledger
@@ -56,7 +57,7 @@ def actors() -> Iterator[tuple[str, dict[type, str]]]:
             return "the kernel"
         return on.source.who if isinstance(on.source, Looked) else on.source
 
-    for machine in (Market, Negotiation, Activity, ExeUnit, Ledger, Wallet, Provider):
+    for machine in (Market, Negotiation, Activity, ExeUnit, Ledger, Wallet, Provider, Creations):
         name = getattr(machine, "name", "exeunit")
         yield name, {message: source(on) for message, on in machine.table.entries.items()}
     yield "chain", dict.fromkeys(members(Chain.local), "wallet, ledger")
