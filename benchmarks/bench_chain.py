@@ -27,9 +27,9 @@ from golem.chain.devchain import ensure_devchain, stop_devchain, token_of
 from golem.chain.devchain.genesis import CHAIN_ID
 from golem.chain.engine import Engine
 from golem.chain.networks import Network, local_rows
+from golem.chain.rows import TransferBatch
 from golem.chain.rpc import Rpc
 from golem.chain.signer import Key, Transaction, sign
-from golem.chain.store import TransferBatch
 from protocol.wallet import TransferConfirmed, TransferNews
 
 GLM = 10**18

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from typing import get_args
 
 import msgspec
 import trio
 
+from actors.kernel.batch import Batch, Decided
 from actors.kernel.feed import next_head
 from actors.kernel.host import Host
 from actors.kernel.lineage import Lower, Position
@@ -28,13 +30,11 @@ from actors.kernel.machine import (
     Publish,
     Reply,
     Send,
-    Step,
     Wake,
     check_step,
 )
 from actors.kernel.mail import (
     BATCH,
-    BATCH_BYTES,
     BATCH_S,
     CAPACITY,
     RETIRED,
@@ -55,41 +55,13 @@ from actors.kernel.mail import (
     key_of,
 )
 from actors.kernel.mailbox import Mailbox
-from actors.kernel.records import Commit, Event, JournalError, Posted, RowDamaged, Timer
+from actors.kernel.records import Commit, Event, JournalError, MessageDamaged, Posted, RowDamaged, Timer
 from actors.kernel.row_view import MAX_ROW_BYTES, RowView, row_decoder
 from protocol.codec import MAX_BODY_BYTES, Envelope, encode
 from protocol.types import Message, PeerLost, Undelivered, Violation, node_of
 
 CACHED_LINKS = 4096
 ON_FEEDS = (Emit, DropFeed)
-
-
-class Batch(msgspec.Struct, eq=False):
-    """What a run of the loop gathers until its commit, and lets go after it."""
-
-    commit: Commit
-    until: float  # by the monotonic clock: then it is committed
-    asks: list[Ask] = msgspec.field(default_factory=list)
-    links: list[LinkBatch] = msgspec.field(default_factory=list)
-    releases: list[Release] = msgspec.field(default_factory=list)
-    published: list[Publish] = msgspec.field(default_factory=list)
-    sent: dict[str, int] = msgspec.field(default_factory=dict)
-    answers: list[tuple[str, int, int]] = msgspec.field(default_factory=list)  # to who asked: recipient, number, size
-    posted_bytes: int = 0
-    heads: dict[str, tuple[int, float]] = msgspec.field(default_factory=dict)  # of feeds: number and time of the last event
-
-    @property
-    def over(self) -> bool:
-        """Return whether the batch has taken its time, or has enough to send."""
-        return self.posted_bytes >= BATCH_BYTES or trio.current_time() >= self.until
-
-
-class Decided(msgspec.Struct, frozen=True):
-    """A step with its rows and messages encoded."""
-
-    step: Step
-    rows: dict[str, bytes | None]
-    bodies: list[bytes]
 
 
 class Actor(Mailbox):
@@ -161,7 +133,10 @@ class Actor(Mailbox):
         rang = False
         while self._alarms and not (rang and batch.over):
             rang = True
-            self._take_alarm(self._alarms.pop(next(iter(self._alarms))), batch)
+            try:
+                self._take_alarm(self._alarms.pop(next(iter(self._alarms))), batch)
+            except RowDamaged as error:  # of the link that it is about: it comes again with the next look at the clock
+                self.system.log_damaged(self.name, Meta(self.address, self.system.now(), self.system.new_trace()), error)
         return rang
 
     def _take_some(self, deliveries: list[Delivery], batch: Batch) -> None:
@@ -191,7 +166,11 @@ class Actor(Mailbox):
                     return
                 self._alarm(batch, alarm, timer.trace, lambda: self._decode_local(timer.body))
             case DeadlinePassed(recipient, seq, _, reason):
-                posted = journal.posted(self.name, recipient, seq)
+                try:
+                    posted = journal.posted(self.name, recipient, seq)
+                except MessageDamaged as error:
+                    self._take_lost(alarm, error, batch)
+                    return
                 if posted is None or journal.acked(self.name, recipient) >= seq:
                     return
                 if alarm.epoch != journal.outgoing(self.name, recipient).epoch:
@@ -212,6 +191,19 @@ class Actor(Mailbox):
             batch.commit.relinked.append(mend)
         elif not self.system.alarms.is_waiting(self.name, key_of(alarm)[0]):
             self._alarm(batch, alarm, self.system.new_trace(), lambda: alarm.lost)
+
+    def _take_lost(self, alarm: DeadlinePassed, error: MessageDamaged, batch: Batch) -> None:
+        """Give up a message that nobody can read any more; the machine hears that its peer does not get it."""
+        if (error.recipient, error.seq) in batch.commit.expired:
+            return
+        lost = PeerLost(error.recipient, error.seq, error.seq, here=True)
+        trace = self.system.new_trace()
+        self.system.log_damaged(self.name, Meta(self.address, self.system.now(), trace), error)
+        self.system.log_broken(self.name, lost)
+        if self._hears_lost:
+            self._alarm(batch, alarm, trace, lambda: lost)
+        else:
+            batch.commit.expired.append((error.recipient, error.seq))
 
     def _alarm(self, batch: Batch, alarm: Alarm, trace: str, read: Callable[[], Message]) -> None:
         """Step the machine with a message of its own. One that cannot be handled is never given up: it comes again."""
@@ -290,8 +282,14 @@ class Actor(Mailbox):
 
     def _take_link(self, link: LinkBatch, batch: Batch) -> None:
         """Take what is new of a link, in order; stop at a gap or a crash."""
+        try:
+            position = self._strangers.get(link.sender) or self._position(link.sender, batch)
+        except RowDamaged as error:  # which of its messages are new is not known: it waits, and nothing of it is acknowledged
+            self.system.log_damaged(self.name, Meta(link.sender, self.system.now(), link.envelopes[0].trace), error)
+            link.note = "damaged row"
+            link.done.set()
+            return
         batch.links.append(link)
-        position = self._strangers.get(link.sender) or self._position(link.sender, batch)
         if position.is_retired(link.epoch):
             link.note = RETIRED
             link.stand(position)
@@ -377,6 +375,8 @@ class Actor(Mailbox):
             if len(body) > MAX_BODY_BYTES:
                 raise ValueError(f"{type(effect).__name__} of {len(body)} bytes is over the limit of {MAX_BODY_BYTES}")
             bodies.append(body)
+            if isinstance(effect, Send):
+                self._last_sent(effect.to if "/" in effect.to else f"{self.system.node}/{effect.to}")
             if isinstance(effect, ON_FEEDS):
                 self.system.feeds.claim(self.name, effect.feed)
         return Decided(step, rows, bodies)
@@ -393,7 +393,8 @@ class Actor(Mailbox):
         match effect:
             case Send(to, _, deadline_s):
                 recipient = to if "/" in to else f"{self.system.node}/{to}"
-                seq = batch.sent[recipient] = self._last_sent(recipient, batch) + 1
+                last = batch.sent[recipient] if recipient in batch.sent else self._last_sent(recipient)
+                seq = batch.sent[recipient] = last + 1
                 commit.outbox.append((recipient, Posted(seq, meta.now + min(deadline_s, MAX_DEADLINE_S), meta.trace, body)))
                 batch.posted_bytes += len(body)
                 if ask is None and node_of(recipient) == node_of(meta.sender) != self.system.node:
@@ -429,9 +430,8 @@ class Actor(Mailbox):
             self._positions[sender] = self.system.journal.position(self.name, sender)
         return self._positions[sender]
 
-    def _last_sent(self, recipient: str, batch: Batch) -> int:
-        if recipient in batch.sent:
-            return batch.sent[recipient]
+    def _last_sent(self, recipient: str) -> int:
+        """Return the number of the last committed message to a recipient. Raises `RowDamaged`."""
         if recipient not in self._sent:
             if len(self._sent) >= CACHED_LINKS:
                 self._sent.clear()
@@ -467,7 +467,8 @@ class Actor(Mailbox):
         self.rows.changed = {}
         for link in batch.links:
             link.note = "crash"
-            link.stand(self.system.journal.position(self.name, link.sender))
+            with suppress(RowDamaged):
+                link.stand(self.system.journal.position(self.name, link.sender))
             self.answer(link)
         for ask in batch.asks:
             ask.error = ask.error or ActorFailed(f"{self.name} failed (trace {ask.trace}): {type(error).__name__}")

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import trio
 
 from actors.kernel.host import Host
-from actors.kernel.journal import ALARMS_AT_ONCE
 from actors.kernel.mail import DeadlinePassed, TimerDue
+from actors.kernel.reading import ALARMS_AT_ONCE
 from actors.kernel.records import Commit
 
 CLOCK_LOOK_S = 1.0  # how long an alarm may wait that found no room

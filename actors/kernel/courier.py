@@ -15,9 +15,9 @@ import trio
 
 from actors.kernel.host import Host
 from actors.kernel.lineage import Lower, Marks, Relink, agreed, boot_at, first_of
-from actors.kernel.machine import LinkDown
+from actors.kernel.machine import LinkDown, Meta
 from actors.kernel.mail import RETIRED, LinkBroken
-from actors.kernel.records import Posted
+from actors.kernel.records import MessageDamaged, RowDamaged
 from protocol.codec import MAX_BATCH, MAX_UNDER_WAY, Ack, Envelope, decode_ack, encode_batch
 from protocol.types import PeerLost, Violation, node_of
 
@@ -37,20 +37,25 @@ class Courier:
     def __init__(self, system: Host, actor: str, recipient: str) -> None:
         self.system, self.actor, self.recipient = system, actor, recipient
         self._node, self._sender = node_of(recipient), f"{system.node}/{actor}"
-        self._begin()
+        self.trouble = ""  # why the link does not move, for people
         self._broken: LinkBroken | None = None
-        self._twice = False
+        self._lost: MessageDamaged | None = None
+        self._stopped = False  # where the link stands cannot be read, or another process goes on with it
+        self._begin()
         self._asks = False  # where the recipient stands, though there may be nothing to deliver
         self._frames = 0
         self._backoff_s = FIRST_BACKOFF_S
         self._not_before = 0.0
         self._over = False  # it ends when nothing waits
         self._news = trio.Event()
-        self.trouble = ""  # why the link does not move, for people
 
     def _begin(self) -> None:
         """Look where the link stands."""
-        found = self.system.journal.standing(self.actor, self.recipient)
+        found: tuple[str, int, Marks] = "", 0, ()
+        try:
+            found = self.system.journal.standing(self.actor, self.recipient)
+        except RowDamaged as error:
+            self._stop(error)
         self._epoch, self.acked, self._known_marks = found  # the recipient has committed up to `acked`
         self._next = self._highest = self.acked  # sent up to here, and before the last return to `acked`
         self._all_marks = False  # that of this start is among them
@@ -108,6 +113,12 @@ class Courier:
                     with trio.move_on_at(self._not_before):
                         await self._news.wait()
                     continue
+                if self._lost is not None:
+                    damage, self._lost = self._lost, None
+                    await self.system.message_lost(damage, self._epoch)
+                    with trio.move_on_after(BROKEN_LOOK_S):
+                        await self._news.wait()
+                    continue
                 gathers = self._may_go and not self._dry and self._frames < FRAMES and self._next - self.acked < WINDOW
                 if gathers and (batch := self._gather()):
                     self._frames += 1
@@ -117,7 +128,9 @@ class Courier:
                 elif self._asks and self._may_go and not self._frames:
                     self._frames += 1
                     nursery.start_soon(self._exchange, self._question())
-                elif not self._frames and (self._dry or not self._pending(self.acked, 1)):
+                elif self._lost is not None:
+                    continue
+                elif not self._frames and (self._dry or not self.system.journal.waits(self.actor, self.recipient, self.acked)):
                     if self._over or self.trouble or not self._may_go:
                         return
                     self.system.lingers(self)  # on a link where messages go one by one, a new courier costs more than the rest
@@ -127,7 +140,7 @@ class Courier:
 
     @property
     def _may_go(self) -> bool:
-        return self._broken is None and not self._twice
+        return self._broken is None and not self._stopped
 
     def _marks(self) -> Marks:
         """Return which starts numbered the link's messages. Once this one is among them, nothing is added."""
@@ -138,16 +151,16 @@ class Courier:
             self._all_marks = bool(self._known_marks) and self._known_marks[-1].endswith(ours)
         return self._known_marks
 
-    def _pending(self, after: int, limit: int) -> list[Posted]:
-        return self.system.journal.pending(self.actor, self.recipient, max(after, self.acked), limit)
-
     def _gather(self) -> list[Envelope]:
         """Return the next envelopes of the window, linked by sequence number."""
         room = min(MAX_BATCH, WINDOW - (self._next - self.acked))
         batch: list[Envelope] = []
         size = 0
-        now, waiting = self.system.now(), self._pending(self._next, room)
-        self._dry = len(waiting) < room
+        now = self.system.now()
+        waiting, damage = self.system.journal.pending(self.actor, self.recipient, max(self._next, self.acked), room)
+        self._dry = len(waiting) < room and damage is None
+        if damage is not None and not waiting:
+            self._lost, self.trouble = damage, str(damage)
         # The first message that is not acknowledged comes behind the last one that is: those between were given up.
         # Marks are read behind messages: a transaction that lands in between may have numbered no message we have.
         marks, before = self._marks(), self._next
@@ -194,7 +207,10 @@ class Courier:
         except Violation as error:
             self.trouble = f"bad acknowledgement: {error}"
         self._frames -= 1
-        self._judge(ack, batch, acked_before)
+        try:
+            self._judge(ack, batch, acked_before)
+        except RowDamaged as error:
+            self._stop(error)
         self._news.set()
 
     def _judge(self, ack: Ack | None, batch: list[Envelope], acked_before: int) -> None:
@@ -221,6 +237,11 @@ class Courier:
             return  # frames overtook one another, but the link moves: no reason to wait
         self._back_off()
 
+    def _stop(self, error: RowDamaged) -> None:
+        """Where the link stands cannot be read: nothing moves on it before the next start."""
+        self.trouble, self._stopped = str(error), True
+        self.system.log_damaged(self.actor, Meta(self._sender, self.system.now(), self.system.new_trace()), error)
+
     def _back_off(self) -> None:
         self._not_before = trio.current_time() + self._backoff_s * self.system.jitter()
         self._backoff_s = min(self._backoff_s * 2, LAST_BACKOFF_S)
@@ -246,7 +267,7 @@ class Courier:
             both = agreed(marks, ack.boots, self.acked, min(ack.have, sent))
             lost = PeerLost(self.recipient, both + 1, max(ack.have, both + 1), here=True)
             if self.system.was_heard(self.actor, self.recipient):  # in this life: it is not we who went back
-                self.trouble, self._twice = TWICE, True
+                self.trouble, self._stopped = TWICE, True
                 self.system.log_twice(self.recipient)
                 return True
             self._broken = LinkBroken(self._epoch, Relink(self.recipient, self.system.journal.new_epoch(), both), lost)

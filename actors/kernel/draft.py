@@ -5,10 +5,11 @@ An expected no is raised as `Declined` and takes the whole step back, unless it 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from actors.kernel.machine import DEFAULT_DEADLINE_S, Effect, Emit, Meta, Reply, Rows, Send, Step, Wake
+from actors.kernel.records import RowDamaged
 from protocol.types import Message, Refused
 
 R = TypeVar("R")
@@ -55,6 +56,16 @@ class Draft:
     def sound(self, key: str) -> Any:
         """Return the row, or None where there is none, or where it is damaged (then `left_out` has its key)."""
         return next((row for found, row in self.readable(key) if found == key), None)
+
+    def spare(self, part: Callable[[], None]) -> None:
+        """Do a part of the step; a damaged row costs that part alone, of which nothing stays."""
+        before = dict(self._changed), list(self._effects)
+        try:
+            part()
+        except RowDamaged as error:
+            self._changed, self._effects = before
+            self.left_out.append(error.key)
+            getattr(self._rows, "damage", []).append(error)
 
     def _over(self, stored: Iterator[tuple[str, Any]], prefix: str) -> Iterator[tuple[str, Any]]:
         changed = {key: row for key, row in self._changed.items() if key.startswith(prefix)}

@@ -10,7 +10,7 @@ from actors.kernel.feed import Feeds
 from actors.kernel.journal import Journal
 from actors.kernel.machine import Meta, Publish, Send, Step, Transport
 from actors.kernel.mail import Alarm, LinkBroken
-from actors.kernel.records import Commit, RowDamaged
+from actors.kernel.records import Commit, MessageDamaged, RowDamaged
 from protocol.codec import Ack, Envelope
 from protocol.types import PeerLost, Violation
 
@@ -78,6 +78,8 @@ class Host(Protocol):
     def was_heard(self, actor: str, recipient: str) -> bool: ...
 
     async def link_broken(self, actor: str, broken: LinkBroken) -> None: ...
+
+    async def message_lost(self, damage: MessageDamaged, epoch: str) -> None: ...
 
     def lingers(self, courier: Any) -> None: ...  # a `Courier`, which knows its host by this class
 

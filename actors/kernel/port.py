@@ -92,7 +92,13 @@ class PortActor(Mailbox):
             release.done.set()
 
     async def _take_link(self, link: LinkBatch) -> None:
-        position = self.system.journal.position(self.name, link.sender)
+        try:
+            position = self.system.journal.position(self.name, link.sender)
+        except RowDamaged as error:
+            self.system.log_damaged(self.name, Meta(link.sender, self.system.now(), link.envelopes[0].trace), error)
+            link.note = "damaged row"
+            link.done.set()
+            return
         try:
             if position.is_retired(link.epoch):
                 link.note = RETIRED

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 from zlib import crc32
 
 import msgspec
@@ -39,9 +41,18 @@ class RowDamaged(Exception):
     Nothing is dropped for it: whatever needs the row waits until it can be read, and the row is named.
     """
 
-    def __init__(self, actor: str, key: str, reason: str) -> None:
+    def __init__(self, actor: str, key: str, reason: str, again: Callable[[Any], object] | None = None) -> None:
         super().__init__(f"row {key} of {actor} cannot be read: {reason}")
         self.actor, self.key, self.reason = actor, key, reason
+        self.again = again  # reads a journal for what is no machine's row
+
+
+class MessageDamaged(RowDamaged):
+    """A message of the outbox cannot be read: it is given up, and its sender told that it was lost."""
+
+    def __init__(self, actor: str, recipient: str, seq: int, reason: str) -> None:
+        super().__init__(actor, f"(message {seq} to {recipient})", reason, lambda journal: journal.posted(actor, recipient, seq))
+        self.recipient, self.seq = recipient, seq
 
 
 class Posted(msgspec.Struct, frozen=True, gc=False):

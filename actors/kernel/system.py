@@ -36,9 +36,9 @@ from actors.kernel.machine import (
     Transport,
     check_send,
 )
-from actors.kernel.mail import CAPACITY, RETIRED, Ask, LinkBatch, LinkBroken, Release
+from actors.kernel.mail import CAPACITY, RETIRED, Ask, DeadlinePassed, LinkBatch, LinkBroken, Release, key_of
 from actors.kernel.port import PortActor
-from actors.kernel.records import Commit, JournalError, Posted, RowDamaged, SetAside
+from actors.kernel.records import Commit, JournalError, MessageDamaged, Posted, RowDamaged, SetAside
 from actors.kernel.row_view import RowView
 from actors.kernel.trace import Line, StepLog, step_line
 from protocol.codec import MAX_BODY_BYTES, MAX_TRACE_CHARS, Ack, Envelope, decode_batch, encode, encode_ack
@@ -100,7 +100,7 @@ class System:
         self.violations: deque[Line] = deque(maxlen=256)
         self._complaints, self.violators = Complaints(), Violators()
         self.went_back: OrderedDict[str, tuple[float, str]] = OrderedDict()  # peers that remember otherwise: when, and what
-        self._damaged: dict[tuple[str, str], str] = {}  # (actor, key) -> why
+        self._damaged: dict[tuple[str, str], RowDamaged] = {}  # (actor, key) -> why
 
     # -- wiring
     def add(self, machine: Machine, capacity: int = CAPACITY) -> None:
@@ -164,6 +164,14 @@ class System:
         for error in view.damage:
             self.log_damaged(actor, Meta(f"{self.node}/edge", self.now(), self.new_trace()), error)
         return found, left_out
+
+    def sound(self, actor: str, key: str) -> Any:
+        """Return a row, or None where there is none or where it cannot be read (then it is named, as by `listed`)."""
+        try:
+            return self.rows(actor).get(key)
+        except RowDamaged as error:
+            self.log_damaged(actor, Meta(f"{self.node}/edge", self.now(), self.new_trace()), error)
+            return None
 
     async def ask(self, actor: str, message: Message, timeout_s: float = 10.0, trace: str | None = None) -> Message | None:
         """Give `message` to an actor of this process and return its reply, after what it changed is on disk.
@@ -254,8 +262,11 @@ class System:
 
     async def _busy(self, actor: str, link: LinkBatch) -> bytes:
         await trio.lowlevel.checkpoint()  # whoever comes again at once must not keep the others from running
-        link.stand(self._actors[actor].position(link.sender))
-        self._actors[actor].name_refused(link)
+        try:
+            link.stand(self._actors[actor].position(link.sender))
+            self._actors[actor].name_refused(link)
+        except RowDamaged:
+            pass  # what could not be taken is not acknowledged
         return encode_ack(Ack(link.have, "busy", link.boots, link.refused))
 
     async def deliver_local(self, batch: list[Envelope]) -> Ack:
@@ -351,20 +362,20 @@ class System:
     def log_damaged(self, actor: str, meta: Meta, error: RowDamaged) -> None:
         """A row cannot be read: whatever needs it waits. Each row is logged once."""
         if (error.actor, error.key) not in self._damaged and len(self._damaged) < KEPT_DAMAGED:
-            self._damaged[error.actor, error.key] = error.reason
+            self._damaged[error.actor, error.key] = error
             log.error("%s; what needs it waits (a message from %s, trace %s)", error, meta.sender, meta.trace)
         if self._step_log:
             self._step_log(Line(meta.now, meta.trace, actor, meta.sender, "", (str(error)[:300],), "damaged"))
 
     def damaged(self) -> list[tuple[str, str, str]]:
         """Return (actor, key, why) of rows that something needed and that still cannot be read."""
-        for actor, key in list(self._damaged):
+        for row, known in list(self._damaged.items()):
             try:
-                self.rows(actor).get(key)
-                del self._damaged[actor, key]
+                known.again(self.journal) if known.again else self.rows(row[0]).get(row[1])
+                del self._damaged[row]
             except RowDamaged as error:
-                self._damaged[actor, key] = error.reason
-        return sorted((*row, reason) for row, reason in self._damaged.items())
+                self._damaged[row] = error
+        return sorted((*row, error.reason) for row, error in self._damaged.items())
 
     def quarantined(self) -> list[SetAside]:
         """Return the messages that crashed their actor and were set aside, without their bodies."""
@@ -426,6 +437,19 @@ class System:
         await self.journal.commit(commit)
         self.released(actor, commit, [])
 
+    async def message_lost(self, damage: MessageDamaged, epoch: str) -> None:
+        """A message of the outbox cannot be read: it is given up, its sender is told, and the link goes on behind it."""
+        lost = PeerLost(damage.recipient, damage.seq, damage.seq, here=True)
+        if isinstance(found := self._actors.get(damage.actor), Actor):
+            alarm = DeadlinePassed(damage.recipient, damage.seq, epoch)
+            if not self.alarms.is_waiting(damage.actor, key_of(alarm)[0]):
+                found.offer_alarm(alarm)
+            return
+        self.log_broken(damage.actor, lost)
+        commit = Commit(damage.actor, expired=[(damage.recipient, damage.seq)])
+        await self.journal.commit(commit)
+        self.released(damage.actor, commit, [])
+
     def is_broken(self, actor: str, recipient: str) -> bool:
         """Return whether a link waits for a new numbering."""
         return (actor, recipient) in self._couriers and self._couriers[actor, recipient].is_broken
@@ -453,7 +477,7 @@ class System:
         finally:
             del self._couriers[link]
             self._lingering.pop(courier, None)
-        if courier.was_nudged and self.journal.pending(*link, courier.acked, 1):  # posted between the last look and now
+        if courier.was_nudged and self.journal.waits(*link, courier.acked):  # posted between the last look and now
             self._new_links.add(link)
             self._links_changed.set()
 

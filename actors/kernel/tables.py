@@ -64,6 +64,7 @@ MIGRATIONS = (
     update sent set used=cast(strftime('%s', 'now') as real);
     update inbox set used=cast(strftime('%s', 'now') as real);
     """,
+    "update outbox set body=sealed(actor, recipient, body);",
 )
 
 DAY_S = 86400.0
@@ -110,6 +111,9 @@ def bring_up(db: sqlite3.Connection, new_epoch: Callable[[], str]) -> None:
         db.execute("begin immediate")
         db.execute("insert or ignore into meta values ('epoch', ?)", (new_epoch(),))
         before = db.execute("select value from meta where key='boot'").fetchone()
+        for key, value in db.execute("select key, value from meta").fetchall():
+            if not isinstance(value, str):
+                raise JournalError(f"the journal is damaged: {key} is {value!r}")
         boot = f"{start_number(before[0]) + 1 if before else 1}-{new_epoch()[:16]}"
         db.execute("replace into meta values ('boot', ?)", (boot,))
         db.execute(FORGET_MARKS)
@@ -216,7 +220,7 @@ class Writer:
     def _post(self, c: Commit) -> None:
         """Put messages into the outbox, numbered by this start."""
         self._mark(c)
-        waiting = [(c.actor, recipient, p.seq, p.deadline, p.trace, p.body) for recipient, p in c.outbox]
+        waiting = [(c.actor, to, p.seq, p.deadline, p.trace, sealed(c.actor, to, p.body)) for to, p in c.outbox]
         self._each("insert into outbox values (?,?,?,?,?,?)", waiting)
         last = {recipient: p.seq for recipient, p in c.outbox}
         sent = """

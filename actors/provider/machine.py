@@ -14,6 +14,7 @@ names this agent at the node through restarts, which the process id would not.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from msgspec.structs import replace
@@ -106,16 +107,20 @@ def _timer_key(message: Timer) -> str:
 
 # -- start and stop
 def _started(turn: Turn, message: AgentStarted) -> None:
-    agent = AgentRow(turn.agent.session_id or message.session_id, turn.agent.since, turn.config.instance)
+    before: AgentRow | None = turn.sound("agent")
+    if before is None and "agent" in turn.left_out:
+        before = AgentRow("", 0.0, "")  # the session's name is lost with the row: without one, all events are heard
+    elif before is None:
+        before = AgentRow(message.session_id, turn.now, "")
+    agent = replace(before, instance=turn.config.instance, stopping=False)
     turn.put("agent", agent)
     turn.put("capacity", CapacityRow(message.capacity))
-    if turn.get("served") is not None:
-        turn.put("served", None)  # the settings of this run say whom
+    turn.put("served", None)  # the settings of this run say whom
     turn.do(Reply(SessionNamed(agent.session_id)))
-    for _, row in list(turn.prefix("agreement/")):
-        _resume_agreement(turn, row)
+    for _, row in list(turn.readable("agreement/")):
+        turn.spare(partial(_resume_agreement, turn, row))
     offers.reconcile(turn, message.offers, again=True)
-    for _, task in list(turn.prefix("task/")):
+    for _, task in list(turn.readable("task/")):
         if task.instance != turn.config.instance:
             turn.rest(task.message)
 
@@ -176,15 +181,16 @@ def _rules_changed(turn: Turn, message: RulesChanged) -> None:
 def _stop(turn: Turn, message: StopAgent) -> None:
     turn.put("agent", replace(turn.agent, stopping=True))
     offers.withdraw_all(turn)
-    for key, _ in list(turn.prefix("active/")):
-        row = turn.agreement(key.removeprefix("active/"))
+    active = [key for key, _ in turn.readable("active/")]
+    for key in (*active, *[key for key in turn.left_out if key.startswith("active/")]):
+        row = turn.sound(f"agreement/{key.removeprefix('active/')}")
         if row is not None:
-            agreements.end_agreement(turn, row, agreements.SHUTDOWN)
+            turn.spare(partial(agreements.end_agreement, turn, row, agreements.SHUTDOWN))
 
 
 # -- events of the node's feeds
 def _event(turn: Turn, event: EventArrived) -> None:
-    cursor: CursorRow | None = turn.get(f"cursor/{event.feed}")
+    cursor: CursorRow | None = turn.sound(f"cursor/{event.feed}")  # a damaged one is written anew: no event waits for it
     if cursor is not None and event.at <= cursor.at:
         return
     turn.put(f"cursor/{event.feed}", CursorRow(event.at))

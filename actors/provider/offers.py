@@ -14,7 +14,9 @@ from protocol.provider import OfferLost, OfferPublished, OfferSpec, PlaceOffer, 
 def reconcile(turn: Turn, specs: Iterable[OfferSpec], *, again: bool) -> None:
     """Bring the offers to what is wanted. `again`: the agent has just started, and nobody watches them yet."""
     wanted = {} if turn.agent.stopping else {spec.preset: spec for spec in specs}
-    rows: list[ProviderOfferRow] = [row for _, row in turn.prefix("offer/")]
+    rows: list[ProviderOfferRow] = [row for _, row in turn.readable("offer/")]
+    for key in [key for key in turn.left_out if key.startswith("offer/")]:
+        turn.put(key, None)  # nobody knows its id any more: at its next start the agent takes it back by its name
     for row in rows:
         spec = wanted.get(row.preset)
         if spec and (spec.runtime, spec.properties, spec.subnet) == (row.runtime, row.properties, row.subnet):
@@ -48,7 +50,7 @@ def withdraw(turn: Turn, row: ProviderOfferRow) -> None:
 
 
 def withdraw_all(turn: Turn) -> None:
-    for _, row in list(turn.prefix("offer/")):
+    for _, row in list(turn.readable("offer/")):
         withdraw(turn, row)
 
 

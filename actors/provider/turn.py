@@ -103,8 +103,9 @@ class Turn(Draft):
 
     def vacate(self, agreement_id: str) -> None:
         """This agreement takes up no capacity any more."""
-        if self.get(f"active/{agreement_id}") is not None:
-            self.put(f"active/{agreement_id}", None)
+        key = f"active/{agreement_id}"
+        if self.sound(key) is not None or key in self.left_out:
+            self.put(key, None)
             self.vacated = True
 
     def situation(self, requestor: str) -> Situation:
@@ -123,7 +124,7 @@ class Turn(Draft):
 
     def refuse(self, requestor: str, preset: str, reason: str, *, final: bool) -> None:
         """Remember why a negotiation came to nothing, for people."""
-        row: RefusalsRow = self.get("refusals") or RefusalsRow()
+        row: RefusalsRow = self.sound("refusals") or RefusalsRow()
         refusal = Refusal(self.now, requestor, preset, reason, final)
         self.put("refusals", RefusalsRow((*row.refusals, refusal)[-MAX_REFUSALS:]))
 

@@ -50,7 +50,7 @@ class Claims:
         where = "where id=? and platform=? and tx_hash=? and payer=? and payee=?"
         same = (claim.claim_id, claim.platform, claim.tx_hash, claim.payer, claim.payee)
         first = self._sql.execute(f"select created from claim {where}", same).fetchone()
-        if first is not None:
+        if first is not None and isinstance(first[0], float):
             claim = replace(claim, created=min(first[0], claim.created))
         row = texts(claim)
         self._sql.execute("insert or replace into claim values(?,?,?,?,?,?,?,?,?,?)", (*row, checksum(row)))

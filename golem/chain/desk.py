@@ -8,8 +8,8 @@ from typing import Any
 from golem.chain.engine import Engine
 from golem.chain.evidence import Story, Unclear
 from golem.chain.lost import named
+from golem.chain.rows import Attempt, ChainBatchRow, TxRow
 from golem.chain.rpc import Receipt
-from golem.chain.store import Attempt, ChainBatchRow, TxRow
 from golem.chain.verify import shortfall
 from protocol.types import amount_text, from_wei, timestamp_text
 

@@ -8,9 +8,10 @@ from golem.chain import token
 from golem.chain.evidence import Story, Unclear, View, newest
 from golem.chain.networks import Network
 from golem.chain.problem import Problem
+from golem.chain.rows import Attempt, TransferBatch, TxRow
 from golem.chain.rpc import Receipt, Rpc, RpcError
 from golem.chain.signer import Key, Signed, Transaction, sign
-from golem.chain.store import FILL_GAS, Attempt, Store, TransferBatch, TxRow
+from golem.chain.store import FILL_GAS, Store
 from golem.chain.vouch import Vouch
 
 GAS_SPARE = 20_000  # per payee over the estimate: a payee that emptied its purse meanwhile costs 17,100 more

@@ -21,6 +21,7 @@ hears the `news`, at least once each.
 
 from __future__ import annotations
 
+import sqlite3
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -36,10 +37,12 @@ from golem.chain.networks import Network
 from golem.chain.news import News
 from golem.chain.problem import Problem
 from golem.chain.queue import Queue
+from golem.chain.rows import TransferBatch, TxRow
 from golem.chain.rpc import Receipt, Rpc, RpcError
+from golem.chain.schema import OwnDisk
 from golem.chain.sender import Sender
 from golem.chain.signer import Key, address_bytes
-from golem.chain.store import Store, TransferBatch, TxRow
+from golem.chain.store import Store
 from golem.chain.verify import shortfall
 from golem.chain.vouch import Vouch, vouch_nothing
 from protocol.wallet import TransferMined, TransferNews
@@ -82,6 +85,7 @@ class Engine:
         self._sender = Sender(network, rpc, self.store, self.drafts, self.lost, self._news, clock, checkpoint)
         self.queue = Queue(network, rpc, self.store, self.drafts, self.lost, self._sender, self._news, clock)
         self._clock, self._checkpoint = clock, checkpoint
+        self._disk = OwnDisk(f"payments on {network.name}")
         self.turn = trio.Lock()  # one step, or one internal transaction, at a time
         self._wake = trio.Event()
         self._checked = False
@@ -119,6 +123,7 @@ class Engine:
         pool, chain_id = self.rpc.pool, self.network.chain_id
         told = [Problem(FAULTS[fault.kind], fault.words, self.address, chain_id=chain_id) for fault in pool.faults()]
         told += [Problem("RpcError", words, self.address) for words in pool.contradictions()]
+        told += [Problem("TxStuck", words, self.address) for words in (self._disk.trouble, *self.store.damaged.values()) if words]
         said = " ".join(problem.detail for problem in self._problems)
         silent = [(words, trouble) for words, trouble in pool.silent() if trouble not in said]
         told += [Problem("RpcError", f"{words}: {trouble}", self.address) for words, trouble in silent]
@@ -129,8 +134,13 @@ class Engine:
         and then while the chain may yet lose what was final."""
         while True:
             self._wake = trio.Event()
-            await self.step()
-            busy = self.store.open() or self.store.queued() or self.store.unannounced() or not self._reviewed
+            try:
+                await self.step()
+                busy = self.store.open() or self.store.queued() or self.store.unannounced() or not self._reviewed
+            except (sqlite3.Error, OSError) as error:  # chain.db is locked, full or damaged: nothing is signed meanwhile
+                await self._disk.wait(error)
+                continue
+            self._disk.well()
             idle_s = max(self._review_at - trio.current_time(), 0.0) if self._young else float("inf")
             with trio.move_on_after(self.network.poll_s if busy else idle_s):
                 await self._wake.wait()
@@ -141,6 +151,11 @@ class Engine:
         for endpoint in self.rpc.pool.endpoints:
             endpoint.genesis = ""
         self._wake.set()
+
+    @property
+    def disk_trouble(self) -> str:
+        """What this node's own disk does to the payments; "" is healthy."""
+        return "; ".join(filter(None, (self._disk.trouble, *self.store.damaged.values())))
 
     def close(self) -> None:
         """Close the store. After `run` has ended."""

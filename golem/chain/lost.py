@@ -19,7 +19,8 @@ from collections.abc import Callable, Sequence
 from golem.chain.evidence import TOLD, Evidence, Story, Unclear, View, newest
 from golem.chain.networks import Network
 from golem.chain.problem import Problem
-from golem.chain.store import Store, TxRow
+from golem.chain.rows import TxRow
+from golem.chain.store import Store
 from protocol.types import amount_text, from_wei
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 
 from golem.chain.networks import Network
-from golem.chain.store import ChainBatchRow, Store, TxRow
+from golem.chain.rows import ChainBatchRow, TxRow
+from golem.chain.schema import StoreDamaged
+from golem.chain.store import Store
 from protocol.types import amount_text, from_wei
 from protocol.wallet import TransferConfirmed, TransferDelayed, TransferFailed, TransferNews
 
@@ -54,5 +56,6 @@ class News:
         if row.state in ("failed", "nonce_lost"):
             return TransferFailed(batch_id, row.reason, row.refused)
         tx = self._store.tx_of_batch(batch_id)
-        assert tx is not None, "a confirmed batch has a transaction"
+        if tx is None:
+            raise StoreDamaged(f"batch {row.batch.batch_id} in chain.db is confirmed, and no transaction of it is there")
         return TransferConfirmed(batch_id, tx.winner, tx.block, tx.gas_used, amount_text(from_wei(tx.fee_wei)))

@@ -12,6 +12,7 @@ through the kernel's links before they are struck off: nothing is lost, and a re
 from __future__ import annotations
 
 import logging
+import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -29,9 +30,11 @@ from golem.chain.engine import FAULTS, Engine
 from golem.chain.networks import DRIVER, SIMULATED, Network, Networks, NotServed
 from golem.chain.problem import Problem
 from golem.chain.purse import MAX_AGE_S, Held, Purses
+from golem.chain.rows import TransferBatch
 from golem.chain.rpc import Head, Rpc, RpcError
+from golem.chain.schema import OwnDisk
 from golem.chain.signer import Key
-from golem.chain.store import OrdersTaken, TransferBatch
+from golem.chain.store import OrdersTaken
 from golem.chain.totals import totals
 from golem.chain.verify import NotYet, Rejected, verify_transfer
 from golem.chain.vouch import Vouch, voucher
@@ -110,6 +113,7 @@ class Chain:
         self._purses = Purses(config.data_dir / "chain.db")
         self.watch = Vigil(config.data_dir / "chain.db", clock)
         self._claimed, self._turns = trio.Event(), Turns()
+        self._disk = OwnDisk("looking at payments to this node")
         self._unknown: dict[str, float] = {}  # claim -> since when all RPCs have answered that they know of no such thing
         self._up = trio.Event()
         self._rpcs: dict[str, Rpc] = {}
@@ -159,7 +163,7 @@ class Chain:
             is_right = await rpc.pool.check()
             for fault in set(rpc.pool.faults()) - set(before):
                 log.error("%s: %s", row.name, fault.words)
-            with suppress(RpcError):
+            with suppress(RpcError, sqlite3.Error):
                 if not is_held:
                     await self.balances(row.name)
                     is_held = True
@@ -225,19 +229,9 @@ class Chain:
 
     def _claim(self, claim: VerifyTransfer) -> None:
         self.networks.by_platform(claim.platform)
-        self._claims.add(
-            Claim(
-                claim.claim_id,
-                claim.platform,
-                claim.tx_hash,
-                claim.payer,
-                claim.payee,
-                to_wei(amount(claim.amount)),
-                to_wei(amount(claim.already_claimed)),
-                self._clock(),
-                claim.not_before,
-            )
-        )
+        c, now = claim, self._clock()
+        amounts = to_wei(amount(c.amount)), to_wei(amount(c.already_claimed))
+        self._claims.add(Claim(c.claim_id, c.platform, c.tx_hash, c.payer, c.payee, *amounts, now, c.not_before))
         self._claimed.set()
 
     async def _heard(self, news: TransferNews) -> None:
@@ -248,16 +242,27 @@ class Chain:
         """Look at one claim after the other; what comes meanwhile has its turn after the look that is under way."""
         while True:
             self._claimed = trio.Event()
-            # those that were taken under another profile wait until that is back
-            claims = [claim for claim in self._claims.all() if claim.platform in self.networks.platforms]
-            open_ids = {claim.claim_id for claim in claims}
-            self._unknown = {claim_id: at for claim_id, at in self._unknown.items() if claim_id in open_ids}
-            found = self._turns.next(claims, trio.current_time())
-            if isinstance(found, Claim):
-                await self._verify(found)
+            try:
+                until = await self._verify_next()
+            except (sqlite3.Error, OSError) as error:
+                await self._disk.wait(error)
                 continue
-            with trio.move_on_at(found):
-                await self._claimed.wait()
+            self._disk.well()
+            if until:
+                with trio.move_on_at(until):
+                    await self._claimed.wait()
+
+    async def _verify_next(self) -> float:
+        """Look at one claim; return 0, or until when there is none to look at."""
+        # those that were taken under another profile wait until that is back
+        claims = [claim for claim in self._claims.all() if claim.platform in self.networks.platforms]
+        open_ids = {claim.claim_id for claim in claims}
+        self._unknown = {claim_id: at for claim_id, at in self._unknown.items() if claim_id in open_ids}
+        found = self._turns.next(claims, trio.current_time())
+        if isinstance(found, Claim):
+            await self._verify(found)
+            return 0.0
+        return found
 
     async def _verify(self, claim: Claim) -> None:
         network = self.networks.by_platform(claim.platform)
@@ -355,7 +360,8 @@ class Chain:
         row, rpc = await self._reach(network)
         found = await token.balances(rpc, row, address or self.address)
         if address in (None, self.address):
-            self._purses.note(row.chain, self.address, found, self._clock())
+            with suppress(sqlite3.Error):  # it spares a look when no endpoint answers, and no more
+                self._purses.note(row.chain, self.address, found, self._clock())
         return found
 
     async def held(self, network: str) -> Held:
@@ -387,7 +393,8 @@ class Chain:
         """Get test coins and tokens; what the account holds then. RpcError says why not."""
         row, _ = await self._reach(network)
         found = await faucet.fund(self._engines[row.chain])
-        self._purses.note(row.chain, self.address, found, self._clock())
+        with suppress(sqlite3.Error):
+            self._purses.note(row.chain, self.address, found, self._clock())
         return found
 
     def problems(self, network: str) -> tuple[Problem, ...]:
@@ -397,9 +404,12 @@ class Chain:
         return (*self._engines[row.chain].problems(), *self.watch.problems(row))
 
     def fault(self) -> str | None:
-        """Say which network nothing can be paid on, since no endpoint serves it as its row says. None is healthy."""
+        """Say which network nothing can be paid on: no endpoint serves it as its row says, or our own disk is at fault. None is
+        healthy."""
         for row in self.networks:
             endpoints = self._rpcs[row.chain].pool.endpoints
+            if trouble := self._engines[row.chain].disk_trouble or self._disk.trouble or self.watch.disk.trouble:
+                return trouble
             if all(endpoint.fault for endpoint in endpoints):
                 return f"{row.name}: " + "; ".join(fault.words for fault in self._rpcs[row.chain].pool.faults())
         return None

@@ -41,4 +41,7 @@ class Purses:
         """What was read last, and when."""
         query = "select gas_wei, token_wei, at from purse where chain=? and address=?"
         row = self._sql.execute(query, (chain, address)).fetchone()
-        return (Balances(int(row[0]), int(row[1])), row[2]) if row else None
+        try:
+            return (Balances(int(row[0]), int(row[1])), float(row[2])) if row else None
+        except (ValueError, TypeError):
+            return None  # damaged: the next look writes it anew

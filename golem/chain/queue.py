@@ -13,9 +13,10 @@ from golem.chain.lost import Lost
 from golem.chain.networks import Network
 from golem.chain.news import News
 from golem.chain.problem import Problem
+from golem.chain.rows import TransferBatch
 from golem.chain.rpc import Rpc, RpcError
 from golem.chain.sender import MAY_COME, Sender
-from golem.chain.store import Store, TransferBatch
+from golem.chain.store import Store
 
 
 class Queue:

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import sqlite3
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import trio
+
+log = logging.getLogger("golem.chain")
+
+FIRST_PAUSE_S, LAST_PAUSE_S = 0.5, 30.0
 SCHEMA_NUMBER = 7  # with each change of the tables one more
 SCHEMA = """
 create table batch(
@@ -44,6 +52,7 @@ def connect(path: Path | str) -> sqlite3.Connection:
     """Open the file, or make it. ValueError when it is none, or has another schema."""
     try:
         sql = sqlite3.connect(path, isolation_level=None, timeout=10.0)
+        sql.text_factory = lambda raw: raw.decode(errors="replace")  # a text that is none any more is no name of anything
         sql.execute("pragma journal_mode=wal")
         sql.execute("pragma synchronous=full")
         _bring_up(sql, path)
@@ -64,3 +73,37 @@ def _bring_up(sql: sqlite3.Connection, path: Path | str) -> None:
             "are known to that file alone, so use the version that wrote it until they are through, then move the file away"
         )
     sql.executescript(f"begin immediate; {SCHEMA} pragma user_version={SCHEMA_NUMBER}; commit;")
+
+
+class StoreDamaged(sqlite3.DataError):
+    """What stands in a row of the file cannot be what was written; the text names the row."""
+
+
+def typed(what: str, row: Sequence[Any], kinds: Sequence[type], names: Sequence[str]) -> None:
+    """See that the values of a row are of the kinds that were written. Raises `StoreDamaged`."""
+    for value, kind, name in zip(row, kinds, names, strict=True):
+        if not isinstance(value, kind):
+            raise StoreDamaged(f"{what} in chain.db cannot be read: {name} is {type(value).__name__}, not {kind.__name__}")
+
+
+class OwnDisk:
+    """What the node's own disk does to a lasting work: the work waits it out, with growing pauses, and says so."""
+
+    def __init__(self, what: str) -> None:
+        self._what, self._pause_s = what, FIRST_PAUSE_S
+        self.trouble = ""  # for people
+
+    def well(self) -> None:
+        """The work was done."""
+        if self.trouble:
+            log.info("%s goes on", self._what)
+        self.trouble, self._pause_s = "", FIRST_PAUSE_S
+
+    async def wait(self, error: Exception) -> None:
+        """The work has failed: say why, and wait."""
+        words = f"{self._what} waits: {error}"
+        if words != self.trouble:
+            log.error("%s", words)
+        self.trouble = words
+        await trio.sleep(self._pause_s)
+        self._pause_s = min(self._pause_s * 2, LAST_PAUSE_S)

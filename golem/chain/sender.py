@@ -10,8 +10,9 @@ from golem.chain.lost import Lost
 from golem.chain.networks import Network
 from golem.chain.news import News
 from golem.chain.problem import Problem
+from golem.chain.rows import Attempt, TxRow
 from golem.chain.rpc import Head, Rpc, RpcError
-from golem.chain.store import Attempt, Store, TxRow
+from golem.chain.store import Store
 from protocol.wallet import TransferSent
 
 STUCK_BLOCKS = 6  # blocks that passed a well-paid transaction by, before it gets a higher fee

@@ -9,31 +9,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from golem.chain.schema import connect
+from golem.chain.rows import TX_COLUMNS, Attempt, ChainBatchRow, Seen, TransferBatch, TxRow, attempt_of, batch_of, tx_of
+from golem.chain.schema import StoreDamaged, connect
 
 OPEN = ("signed", "sent", "mined")
 MAX_NONCE = 2**63 - 1
 FILL_GAS = 21_000
 MAX_SEEN = 200  # remarks of one teller kept on a transaction
-
-
-@dataclass(frozen=True, slots=True)
-class TransferBatch:
-    """Pay these, once: (address, wei), 1 to 50.
-
-    `orders` names the orders that each payee is paid for: no order is ever in two batches that may both pay.
-    """
-
-    batch_id: str
-    payees: tuple[tuple[str, int], ...]
-    orders: tuple[tuple[str, ...], ...] = ()
-
-    @property
-    def total_wei(self) -> int:
-        return sum(amount_wei for _, amount_wei in self.payees)
 
 
 class OrdersTaken(Exception):
@@ -42,63 +28,6 @@ class OrdersTaken(Exception):
     def __init__(self, batches: tuple[TransferBatch, ...]) -> None:
         super().__init__(f"orders that are in other batches already: {', '.join(batch.batch_id for batch in batches)}")
         self.batches = batches
-
-
-@dataclass(frozen=True, slots=True)
-class ChainBatchRow:
-    """A batch and how far it is: queued, assigned (to a transaction), confirmed, failed or nonce_lost."""
-
-    batch: TransferBatch
-    state: str
-    reason: str
-    refused: tuple[str, ...] = ()  # payees to whom the token moves nothing
-
-
-@dataclass(frozen=True, slots=True)
-class TxRow:
-    """One nonce: signed, sent, mined, then confirmed, failed or nonce_lost. `kind`: pay, approve, mint or fill."""
-
-    id: int
-    nonce: int
-    kind: str
-    batch_id: str
-    recipient: str
-    data: bytes
-    gas: int
-    total_wei: int
-    state: str
-    block: int
-    block_hash: str
-    winner: str
-    gas_used: int
-    fee_wei: int
-    reopened: bool = False  # it was final once, and the chain lost its block
-    void: bool = False  # it must not pay any more: an empty transaction is to take its nonce
-    sure: bool = False  # a person said that it is to pay, whatever an older one paid
-
-
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """What somebody said of a transaction: an RPC, this node or a person. `at` in seconds of the epoch."""
-
-    teller: str
-    text: str
-    at: float
-
-
-@dataclass(frozen=True, slots=True)
-class Attempt:
-    """One signed form of a transaction. Fees in wei per gas; `created` in seconds of the epoch; `head` then."""
-
-    hash: str
-    tx_id: int
-    raw: bytes
-    max_fee: int
-    priority_fee: int
-    created: float
-    head: int
-    sends: int
-    empty: bool = False  # it pays nothing, and takes the nonce of one that must not pay
 
 
 def _batch_ends(tx: TxRow, state: str, before: str) -> str | None:
@@ -110,25 +39,13 @@ def _batch_ends(tx: TxRow, state: str, before: str) -> str | None:
     return state if before == "assigned" and not tx.reopened else None  # else another one is to pay it, or has
 
 
-_TX_COLUMNS = (
-    "id, coalesce(nonce,-1), kind, coalesce(batch,''), recipient, data, gas, total_wei, state, coalesce(block,0),"
-    " coalesce(block_hash,''), coalesce(winner,''), coalesce(gas_used,0), coalesce(fee_wei,'0'), reopened, void, sure"
-)
-
-
-def _tx(row: tuple[object, ...]) -> TxRow:
-    values = list(row)
-    values[7], values[13] = int(str(values[7])), int(str(values[13]))
-    values[14:] = map(bool, values[14:])
-    return TxRow(*values)  # type: ignore[arg-type]
-
-
 class Store:
     """Rows of one account (a chain and an address)."""
 
     def __init__(self, path: Path | str, account: str) -> None:
         self.account = account
         self._sql = connect(path)
+        self.damaged: dict[Any, str] = {}  # batch that cannot be read -> why
 
     def close(self) -> None:
         self._sql.close()
@@ -140,7 +57,8 @@ class Store:
             yield
             self._sql.execute("commit")
         except BaseException:
-            self._sql.execute("rollback")
+            if self._sql.in_transaction:  # a full disk may have rolled it back already
+                self._sql.execute("rollback")
             raise
 
     def bind_genesis(self, chain: str, genesis: str) -> str:
@@ -182,7 +100,7 @@ class Store:
                     (self.account, batch.batch_id, payees),
                 )
                 return True
-            if row[0] != payees:
+            if row[0] != payees and self.batch(batch.batch_id) is not None:  # which raises where it is damaged
                 raise ValueError(f"batch {batch.batch_id} was submitted before with other payees")
             self._sql.execute("update batch set announced=0 where account=? and id=?", (self.account, batch.batch_id))
             return False
@@ -210,15 +128,17 @@ class Store:
         return replace(row.batch, orders=tuple(map(tuple, orders)))
 
     def batches(self, where: str) -> list[ChainBatchRow]:
-        """Batches in order of arrival; `where` is one of this module's own conditions."""
-        rows = self._sql.execute(
-            f"select id, payees, state, reason, refused from batch where account=? and {where} order by seq",
-            (self.account,),
-        )
-        return [
-            ChainBatchRow(TransferBatch(i, tuple((a, int(w)) for a, w in json.loads(p))), state, reason, tuple(refused.split()))
-            for i, p, state, reason, refused in rows
-        ]
+        """Batches in order of arrival; `where` is one of this module's own conditions. One that is damaged is left out, and
+        named: it holds up no other."""
+        query = f"select id, payees, state, reason, refused from batch where account=? and {where} order by seq"
+        found = []
+        for row in self._sql.execute(query, (self.account,)).fetchall():
+            try:
+                found.append(batch_of(row))
+                self.damaged.pop(row[0], None)
+            except StoreDamaged as error:
+                self.damaged[row[0]] = str(error)
+        return found
 
     def queued(self) -> list[ChainBatchRow]:
         return self.batches("state='queued'")
@@ -229,7 +149,11 @@ class Store:
 
     def batch(self, batch_id: str) -> ChainBatchRow | None:
         rows = self._sql.execute("select seq from batch where account=? and id=?", (self.account, batch_id)).fetchone()
-        return self.batches(f"seq={int(rows[0])}")[0] if rows else None
+        if rows is None:
+            return None
+        if not (found := self.batches(f"seq={int(rows[0])}")):
+            raise StoreDamaged(self.damaged[batch_id])
+        return found[0]
 
     def refuse(self, batch_id: str, reason: str, payees: tuple[str, ...]) -> None:
         """No transaction can be made of a queued batch, since these cannot be paid: final, nothing was signed."""
@@ -244,32 +168,32 @@ class Store:
     def open(self) -> list[TxRow]:
         """Transactions that are not final, in nonce order."""
         rows = self._sql.execute(
-            f"select {_TX_COLUMNS} from tx where account=? and state in {OPEN} order by nonce", (self.account,)
+            f"select {TX_COLUMNS} from tx where account=? and state in {OPEN} order by nonce", (self.account,)
         )
-        return [_tx(row) for row in rows]
+        return [tx_of(row) for row in rows]
 
     def tx_of_batch(self, batch_id: str) -> TxRow | None:
         """Its last transaction, on this chain if there is one."""
         row = self._sql.execute(
-            f"select {_TX_COLUMNS} from tx where batch=? and (account=? or account like ?) order by account, id desc",
+            f"select {TX_COLUMNS} from tx where batch=? and (account=? or account like ?) order by account, id desc",
             (batch_id, self.account, f"{self.account}@%"),
         ).fetchone()
-        return _tx(row) if row else None
+        return tx_of(row) if row else None
 
     def txs_of_batch(self, batch_id: str) -> list[TxRow]:
         """All that were ever signed for it, on this chain."""
         rows = self._sql.execute(
-            f"select {_TX_COLUMNS} from tx where +account=? and batch=? order by id", (self.account, batch_id)
+            f"select {TX_COLUMNS} from tx where +account=? and batch=? order by id", (self.account, batch_id)
         )
-        return [_tx(row) for row in rows]
+        return [tx_of(row) for row in rows]
 
     def final(self, before: int | None = None) -> TxRow | None:
         """The final transaction with the highest nonce, or the highest before one."""
         row = self._sql.execute(
-            f"select {_TX_COLUMNS} from tx where account=? and nonce<? and state not in {OPEN} order by nonce desc limit 1",
+            f"select {TX_COLUMNS} from tx where account=? and nonce<? and state not in {OPEN} order by nonce desc limit 1",
             (self.account, MAX_NONCE if before is None else before),
         ).fetchone()
-        return _tx(row) if row else None
+        return tx_of(row) if row else None
 
     def last_block(self) -> int:
         """The newest block that holds what is final; far below all others where none does."""
@@ -316,7 +240,7 @@ class Store:
         return int(row[0]) if row else None
 
     def tx(self, tx_id: int) -> TxRow:
-        return _tx(self._sql.execute(f"select {_TX_COLUMNS} from tx where id=?", (tx_id,)).fetchone())
+        return tx_of(self._sql.execute(f"select {TX_COLUMNS} from tx where id=?", (tx_id,)).fetchone())
 
     def next_nonce(self) -> int:
         """One over the highest nonce ever used here; 0 at first."""
@@ -364,7 +288,7 @@ class Store:
             " order by created desc, rowid desc",
             (tx_id,),
         )
-        return [Attempt(h, t, raw, int(m), int(p), c, head, s, bool(e)) for h, t, raw, m, p, c, head, s, e in rows]
+        return [attempt_of(row) for row in rows]
 
     def hashes(self, tx: TxRow) -> tuple[str, ...]:
         """Under which its receipt may be found: the likeliest first."""

@@ -8,6 +8,7 @@ it is paid again or a person has taken note. It concludes nothing: books stay as
 from __future__ import annotations
 
 import logging
+import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from golem.chain.evidence import Evidence, View, newest
 from golem.chain.networks import Network, Networks
 from golem.chain.problem import Problem
 from golem.chain.rpc import Rpc, RpcError
-from golem.chain.schema import connect
+from golem.chain.schema import OwnDisk, connect
 from golem.chain.verify import NotYet, Rejected, Verified, verify_transfer, when
 from protocol.types import amount_text, from_wei
 
@@ -48,6 +49,7 @@ class Vigil:
 
     def __init__(self, path: Path | str, clock: Callable[[], float]) -> None:
         self._sql, self._clock = connect(path), clock
+        self.disk = OwnDisk("watching payments to this node")
         self._looks: dict[str, int] = {}  # payment -> looks in a row at which its block was gone
         self._looked: dict[str, int] = {}  # payment -> number of the last look at it: those that waited longest come first
         self._count = 0
@@ -92,16 +94,26 @@ class Vigil:
     async def run(self, networks: Networks, rpcs: Mapping[str, Rpc]) -> None:
         """Look until cancelled: now, and every `WATCH_S` while something is young or lost, however many payments come."""
         while True:
-            for platform in sorted({row.claim.platform for row in self._rows()} & set(networks.platforms)):
-                row = networks.by_platform(platform)
-                try:
-                    await self.look(row, rpcs[row.chain])
-                except RpcError as error:
-                    log.info("%s: whether payments are still there cannot be seen: %s", row.name, error)
-            self._wake = trio.Event()
-            if not self._rows("deep=0"):
+            try:
+                is_calm = await self._look_at_all(networks, rpcs)
+            except (sqlite3.Error, OSError) as error:
+                await self.disk.wait(error)
+                continue
+            self.disk.well()
+            if is_calm:
                 await self._wake.wait()
             await trio.sleep(WATCH_S)
+
+    async def _look_at_all(self, networks: Networks, rpcs: Mapping[str, Rpc]) -> bool:
+        """Look once at every network; return whether nothing is young or lost."""
+        for platform in sorted({row.claim.platform for row in self._rows()} & set(networks.platforms)):
+            row = networks.by_platform(platform)
+            try:
+                await self.look(row, rpcs[row.chain])
+            except RpcError as error:
+                log.info("%s: whether payments are still there cannot be seen: %s", row.name, error)
+        self._wake = trio.Event()
+        return not self._rows("deep=0")
 
     async def look(self, network: Network, rpc: Rpc) -> None:
         """One look at the payments of a network: all that are lost, those that are young, the newest of the others."""

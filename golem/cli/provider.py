@@ -163,7 +163,7 @@ def status(agent_dir: Path | None) -> None:
     Offers, agreements, activities, unpaid documents, and negotiations it refused, with the reasons.
     """
     from golem.provider.settings import SettingsError
-    from golem.provider.status import read_status
+    from golem.provider.status import SECTIONS, read_status
 
     try:
         found = read_status(_agent_dir(agent_dir))
@@ -174,15 +174,9 @@ def status(agent_dir: Path | None) -> None:
         return
     text(f"{found['name']} ({found['nodeId']}) on subnet {found['subnet']}: {found['state']}")
     text(f"serves {found.get('serves') or 'whom its rules say'}")
-    sections = (
-        ("Runtimes", ["name", "version", "offered", "reason"], "runtimes"),
-        ("Offers", ["preset", "offer", "state"], "offers"),
-        ("Agreements", ["agreement", "requestor", "state", "activities", "amount", "invoice", "reason"], "agreements"),
-        ("Activities", ["activity", "agreement", "state", "pid", "amount", "notes"], "activities"),
-        ("Unpaid", ["document", "kind", "agreement", "amount", "state"], "unpaid"),
-        ("Refused negotiations (last 20)", ["at", "requestor", "preset", "final", "reason"], "refused"),
-    )
-    for title, columns, key in sections:
+    for title, columns, key in SECTIONS:
+        if key == "damaged" and not found.get(key):
+            continue
         text("", title)
         rows = [[_cell(row[column]) for column in columns] for row in found.get(key, [])]
         table(columns, rows, "" if rows else "none")

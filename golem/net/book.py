@@ -45,8 +45,12 @@ class Book:
         self._network = network
         self._entries: dict[str, Entry] = {}
         self._db = self._open(path)
-        for peer_id, record, hints, good, seen_at in self._db.execute("SELECT * FROM peers"):
-            self._load(peer_id, record, hints, good, seen_at)
+        self._db.text_factory = lambda raw: raw.decode(errors="replace")
+        for row in self._db.execute("SELECT * FROM peers"):
+            if all(isinstance(value, kind) for value, kind in zip(row, (str, bytes | None, str, str, float), strict=True)):
+                self._load(*row)
+            else:
+                log.warning("a peer in the address book is damaged, and forgotten")
 
     def close(self) -> None:
         """Close the file."""
@@ -122,13 +126,16 @@ class Book:
 
     def _load(self, peer_id: str, raw: bytes | None, hints: str, good: str, seen_at: float) -> None:
         try:
-            entry = Entry(node_id_of(pubkey_of(peer_id)), peer_id, None, json.loads(hints), good, seen_at)
-            if raw is not None:
+            known = [one for one in json.loads(hints) if isinstance(one, str)]
+            entry = Entry(node_id_of(pubkey_of(peer_id)), peer_id, None, known, good, seen_at)
+        except (ValueError, TypeError) as error:
+            log.warning("a peer in the address book is damaged, and forgotten: %s", error)
+            return
+        if raw is not None:
+            try:
                 entry.record = read_record(raw, self._network)
-        except ValueError as error:
-            log.debug("dropped from the address book: %s", error)  # expired, or of another network
-            if raw is None:
-                return
+            except ValueError as error:
+                log.debug("its record is dropped from the address book: %s", error)  # expired, or of another network
         self._entries[entry.node_id] = entry
 
     @staticmethod

@@ -219,7 +219,7 @@ def compare_generations(data_dir: Path) -> str:
             return ""
     if found is None or "bound" not in meta or found[0] in (meta["bound"], meta["boot"]):
         return ""
-    return CHAIN if _number(found[0]) < _number(meta["bound"]) else JOURNAL
+    return CHAIN if _number(str(found[0])) < _number(str(meta["bound"])) else JOURNAL
 
 
 def bind_generations(data_dir: Path, boot: str) -> None:

@@ -88,7 +88,8 @@ async def run_agent(settings: Settings) -> None:
         await nursery.start(system.run)
         session_id = await _begin(system, client, settings, AgentStarted("", offers, offering.capacity))
         log.info("%s sells as %s on subnet %s; session %s", settings.name, node_id, settings.subnet, session_id)
-        since = system.rows("provider")["agent"].since
+        agent = system.sound("provider", "agent")
+        since = agent.since if agent else 0.0
         for feed in FEEDS:
             nursery.start_soon(follow, client, system, feed, session_id, since)
         nursery.start_soon(write_status, system, settings, node_id, offering.report, lambda: offering.rules.words())
@@ -114,11 +115,7 @@ async def _take_back_offers(system: System, client: NodeClient, name: str) -> No
 
     Before the machine runs: from then on there may be new ones that it does not know of yet.
     """
-    rows, damaged = system.listed("provider", "offer/")
-    if damaged:
-        log.warning("offers that were left over are not looked for: %s cannot be read", ", ".join(damaged))
-        return
-    known = {row.offer_id for _, row in rows}
+    known = {row.offer_id for _, row in system.listed("provider", "offer/")[0]}  # that of a damaged row is published anew
     try:
         for offer in await client.call("GET", f"{MARKET}/offers") or ():
             if offer["offerId"] not in known and offer["properties"].get("golem.node.id.name") == name:

@@ -127,13 +127,17 @@ async def _offer_event(client: NodeClient, cache: ProposalCache, path: str, offe
 
 
 async def follow(client: NodeClient, system: System, feed: str, session_id: str, since: float) -> None:
-    """Give the events of a durable feed to the machine, for ever, from where it stands (at first: `since`)."""
+    """Give the events of a durable feed to the machine, for ever, from where it stands.
+
+    At first, or where that was lost, it is from `since` on.
+    """
     path, read = FEEDS[feed]
-    cursor = system.rows("provider").get(f"cursor/{feed}")
+    session = {"appSessionId": session_id} if session_id else {}  # all events, where the agent has lost its session
+    cursor = system.sound("provider", f"cursor/{feed}")  # without it the events come once more, which changes nothing
     after = since if cursor is None else cursor.at
     pause_s = FIRST_PAUSE_S
     while True:
-        params = {"afterTimestamp": timestamp_text(after), "appSessionId": session_id, "maxEvents": MAX_EVENTS}
+        params = {"afterTimestamp": timestamp_text(after), "maxEvents": MAX_EVENTS} | session
         started_at = trio.current_time()
         try:
             events = await client.poll(path, params)

@@ -20,6 +20,15 @@ log = logging.getLogger("golem.provider")
 
 INTERVAL_S = 1.0
 MAX_LISTED = 200
+SECTIONS = (  # of what people see: title, columns, and under which name they stand in the status
+    ("Runtimes", ["name", "version", "offered", "reason"], "runtimes"),
+    ("Offers", ["preset", "offer", "state"], "offers"),
+    ("Agreements", ["agreement", "requestor", "state", "activities", "amount", "invoice", "reason"], "agreements"),
+    ("Activities", ["activity", "agreement", "state", "pid", "amount", "notes"], "activities"),
+    ("Unpaid", ["document", "kind", "agreement", "amount", "state"], "unpaid"),
+    ("Refused negotiations (last 20)", ["at", "requestor", "preset", "final", "reason"], "refused"),
+    ("Stored rows that cannot be read; what needs them waits", ["row", "reason"], "damaged"),
+)
 Report = Callable[[], list[dict[str, Any]]]  # of each runtime: name, version, presets, offered, reason
 
 
@@ -27,12 +36,11 @@ def status_of(
     system: System, settings: Settings, node_id: str, runtimes: list[dict[str, Any]], serves: str = ""
 ) -> dict[str, Any]:
     """Return what `golem provider status` shows, read from the machine's rows; `runtimes` as reported, `serves`: whom."""
-    rows = system.rows("provider")
-    agent = rows.get("agent")
+    agent = system.sound("provider", "agent")
     agreements, activities, notes, offers = (
         [row for _, row in system.listed("provider", prefix)[0]] for prefix in ("agreement/", "activity/", "note/", "offer/")
     )
-    refusals = rows.get("refusals")
+    refusals = system.sound("provider", "refusals")
     # an invoice stands for all notes of its agreement, whether they were accepted or not
     invoiced = {row.agreement_id for row in agreements if row.invoice in (SENDING, SENT, ACCEPTED, SETTLED)}
     unpaid = [
@@ -63,6 +71,7 @@ def status_of(
             for row in sorted(activities, key=lambda row: row.created_at)[-MAX_LISTED:]
         ],
         "unpaid": unpaid[-MAX_LISTED:],
+        "damaged": [{"row": key, "reason": reason} for _, key, reason in system.damaged()],
         "refused": [
             {"at": timestamp_text(one.at), "requestor": one.requestor, "preset": one.preset, "final": one.final,
              "reason": one.reason}

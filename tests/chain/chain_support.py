@@ -26,9 +26,9 @@ from golem.chain.credentials import DECIMALS_CALL, SYMBOL_CALL
 from golem.chain.devchain import INFO_NAME, LOG_NAME, ensure_devchain, genesis, stop_devchain
 from golem.chain.engine import Engine
 from golem.chain.networks import Network, local_rows
+from golem.chain.rows import TransferBatch
 from golem.chain.rpc import Rpc
 from golem.chain.signer import Key, Signed, Transaction, sign
-from golem.chain.store import TransferBatch
 from golem.chain.vouch import Vouch, vouch_nothing
 from protocol.wallet import TransferNews
 

@@ -18,8 +18,9 @@ from blind import FAULTS, HOSTS, Blind
 from chain_support import GLM, GWEI, Lab, Payer, Refused, address_of, payer
 from eth_hash.auto import keccak
 
+from golem.chain.rows import TransferBatch
 from golem.chain.signer import Key
-from golem.chain.store import OrdersTaken, TransferBatch
+from golem.chain.store import OrdersTaken
 from protocol.wallet import TransferConfirmed, TransferFailed
 
 BLIND_STEPS = 9  # with the fault; a nonce was given up after three looks once

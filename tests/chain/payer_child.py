@@ -16,8 +16,8 @@ from chain_support import GLM, address_of, key_of
 
 from golem.chain.engine import Engine
 from golem.chain.networks import local_rows
+from golem.chain.rows import TransferBatch
 from golem.chain.rpc import Rpc
-from golem.chain.store import TransferBatch
 from protocol.wallet import TransferConfirmed, TransferNews
 
 

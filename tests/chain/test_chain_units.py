@@ -22,9 +22,10 @@ from golem.chain.claims import FEW, Claim, Claims, Turns
 from golem.chain.contracts import build
 from golem.chain.devchain import genesis
 from golem.chain.networks import Platform, parse_platform
+from golem.chain.rows import TransferBatch
 from golem.chain.schema import SCHEMA_NUMBER
 from golem.chain.signer import Key, Transaction, address_bytes, checksum, sign
-from golem.chain.store import Store, TransferBatch
+from golem.chain.store import Store
 
 U64 = st.integers(0, 2**64 - 1)
 

@@ -22,9 +22,9 @@ from worlds.support import trio_test
 from golem.chain import token
 from golem.chain.contracts import MINT_CAP_WEI
 from golem.chain.devchain import BUSY_EXIT, DevChainError, ensure_devchain, genesis, stop_devchain, url_of
+from golem.chain.rows import TransferBatch
 from golem.chain.rpc import Rpc
 from golem.chain.signer import Key, Transaction, sign
-from golem.chain.store import TransferBatch
 from golem.chain.token import balances
 from protocol.wallet import TransferConfirmed
 

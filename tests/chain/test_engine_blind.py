@@ -16,7 +16,8 @@ from worlds.support import trio_test
 
 from golem.chain import desk, pool, token
 from golem.chain.engine import MAX_PROBLEMS
-from golem.chain.store import MAX_SEEN, Store, TransferBatch
+from golem.chain.rows import TransferBatch
+from golem.chain.store import MAX_SEEN, Store
 from golem.chain.vouch import Payees
 from protocol.wallet import TransferConfirmed, TransferDelayed, TransferFailed, TransferSent
 

@@ -17,8 +17,8 @@ import pytest
 from chain_support import GLM, GWEI, Faulty, Lab, Payer, Refused, address_of, devchain, payer
 from worlds.support import trio_test
 
+from golem.chain.rows import TransferBatch
 from golem.chain.signer import Key
-from golem.chain.store import TransferBatch
 from protocol.wallet import TransferConfirmed, TransferFailed
 
 DEPTH = 4

@@ -18,7 +18,7 @@ from worlds.support import trio_test
 
 from golem.chain import token
 from golem.chain.draft import Unowed
-from golem.chain.store import TransferBatch
+from golem.chain.rows import TransferBatch
 from protocol.types import amount, to_wei
 from protocol.wallet import TransferConfirmed, TransferDelayed, TransferFailed, TransferMined, TransferSent
 

@@ -20,7 +20,7 @@ from golem.chain import engine, pool
 from golem.chain.bodies import BodyTx
 from golem.chain.engine import Engine
 from golem.chain.evidence import Evidence, Payment, Use, View, Witness
-from golem.chain.store import TxRow
+from golem.chain.rows import TxRow
 
 SEEDS = int(os.environ.get("MATRIX_SEEDS", "0"))
 SAMPLES = {"devchain": 12, "anvil": 6}  # cases of each pool size in an ordinary run

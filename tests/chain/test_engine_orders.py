@@ -11,7 +11,8 @@ import pytest
 from chain_support import GLM, Lab, address_of, devchain, payer
 from worlds.support import trio_test
 
-from golem.chain.store import OrdersTaken, Store, TransferBatch
+from golem.chain.rows import TransferBatch
+from golem.chain.store import OrdersTaken, Store
 from golem.node.backup import hold_payments
 from protocol.wallet import TransferConfirmed, TransferDelayed
 

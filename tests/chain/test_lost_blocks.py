@@ -13,8 +13,9 @@ from chain_support import GLM, Lab, Payer, address_of, payer
 from worlds.support import trio_test
 
 from golem.chain import desk, token
+from golem.chain.rows import TransferBatch
 from golem.chain.signer import Key
-from golem.chain.store import OrdersTaken, TransferBatch
+from golem.chain.store import OrdersTaken
 from protocol.wallet import TransferConfirmed, TransferFailed, TransferSent
 
 pytestmark = pytest.mark.usefixtures("calm")

@@ -14,7 +14,8 @@ from chain_support import Lab, devchain
 from golem.chain.engine import Engine
 from golem.chain.evidence import View
 from golem.chain.lost import Lost
-from golem.chain.store import Store, TxRow
+from golem.chain.rows import TxRow
+from golem.chain.store import Store
 from golem.chain.watch import Vigil
 
 Patch = pytest.MonkeyPatch

@@ -20,7 +20,8 @@ from chain_support import GLM, OURS, Client, Lab, address_of, devchain, key_of, 
 from worlds.patience import patience
 
 from golem.chain.devchain import url_of
-from golem.chain.store import Attempt, Store, TransferBatch, TxRow
+from golem.chain.rows import Attempt, TransferBatch, TxRow
+from golem.chain.store import Store
 
 SIZE_BYTES = 64 << 20
 

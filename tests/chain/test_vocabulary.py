@@ -11,7 +11,7 @@ from actors.ledger.machine import Ledger
 from actors.wallet.machine import Wallet
 
 ROOT = Path(__file__).resolve().parents[2]
-REAL = ("golem/chain/engine.py", "golem/chain/port.py")
+REAL = ("golem/chain/engine.py", "golem/chain/news.py", "golem/chain/sender.py", "golem/chain/queue.py", "golem/chain/port.py")
 SIMULATED = ("tests/worlds/money.py", "tests/simulation/sim_market.py")
 
 

@@ -12,7 +12,7 @@ import trio
 from test_kernel_limits import Do, Doer, Nowhere, Text, disk, running, system_on
 from worlds.support import mock_trio_test, trio_test
 
-from actors.kernel import journal as journal_module
+from actors.kernel import reading as reading_module
 from actors.kernel.answers import MAX_BYTES, MAX_MESSAGES
 from actors.kernel.journal import Journal
 from actors.kernel.machine import Emit, LinkDown, Meta, Reply, Rows, Send, Step, Wake
@@ -203,7 +203,7 @@ class Paused(Journal):
 
 @trio_test
 async def test_a_look_without_a_checkpoint_sees_one_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(journal_module, "READ_AT_ONCE", 3)
+    monkeypatch.setattr(reading_module, "READ_AT_ONCE", 3)
 
     def put(value: str) -> Any:
         return lambda rows, meta: Step({f"k/{n:02}": Text(value) for n in range(20)}, [Reply(Text(value))])

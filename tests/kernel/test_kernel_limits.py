@@ -14,7 +14,7 @@ import trio
 from worlds.patience import within
 from worlds.support import mock_trio_test, trio_test
 
-from actors.kernel import journal as journal_module
+from actors.kernel import reading as reading_module
 from actors.kernel import row_view as row_view_module
 from actors.kernel import system as system_module
 from actors.kernel import tables as tables_module
@@ -467,7 +467,7 @@ async def test_rows_are_cached_by_number_and_size(monkeypatch: pytest.MonkeyPatc
 
 @mock_trio_test
 async def test_a_prefix_read_half_way_holds_nothing_open(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(journal_module, "READ_AT_ONCE", 3)
+    monkeypatch.setattr(reading_module, "READ_AT_ONCE", 3)
     doer = Doer(fill=lambda rows, meta: Step({f"k/{i:02}": Text(str(i)) for i in range(20)}),
                 drop=lambda rows, meta: Step({"k/03": None, "k/99": Text("new")}))  # fmt: skip
     async with running(system_on(disk(), doer)) as a:
@@ -567,7 +567,7 @@ async def test_stopping_in_the_midst_of_commits_hangs_nobody(tmp_path: Path) -> 
                 while len(kept) < 5:
                     await trio.lowlevel.checkpoint()
                 nursery.cancel_scope.cancel()
-    stored = [posted.seq for posted in journal.pending("edge", "B/doer", 0, 1000)]
+    stored = [posted.seq for posted in journal.pending("edge", "B/doer", 0, 1000)[0]]
     assert len(stored) >= len(kept)
     with pytest.raises(JournalClosed):
         await system.post("edge", [Send("B/doer", Text("late"))])
@@ -585,7 +585,7 @@ async def test_posts_keep_their_order_and_one_that_is_cancelled_before_the_start
             await trio.sleep(0.1)
         async with running(system):
             await trio.sleep(1)
-    bodies = [posted.body for posted in system.journal.pending("edge", "B/doer", 0, 100)]
+    bodies = [posted.body for posted in system.journal.pending("edge", "B/doer", 0, 100)[0]]
     assert bodies == [encode(Text(str(i))) for i in range(20)]
     assert system._sent.keys() <= {("edge", "B/doer")}
 

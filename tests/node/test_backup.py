@@ -18,7 +18,8 @@ from click.testing import CliRunner
 from worlds.node_in_test import node_in_test
 from worlds.support import trio_test
 
-from golem.chain.store import OrdersTaken, Store, TransferBatch
+from golem.chain.rows import TransferBatch
+from golem.chain.store import OrdersTaken, Store
 from golem.cli import main
 from golem.node import backup
 from golem.node.backup import BackupError, bind_generations, compare_generations, restore, write_backup

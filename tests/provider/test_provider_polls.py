@@ -27,10 +27,7 @@ class Machine:
         self.cursor = cursor
         self.refuse: set[str] = set()
 
-    def rows(self, actor: str) -> Any:
-        return self
-
-    def get(self, key: str) -> Any:
+    def sound(self, actor: str, key: str) -> Any:
         if self.cursor is None:
             return None
         return type("Cursor", (), {"at": self.cursor})

@@ -78,8 +78,8 @@ def waiting_answers(db: sqlite3.Connection) -> list[str]:
     """Return the keys under which the answers that wait on a disk will be noted by who asked."""
     if not db.execute("select 1 from sqlite_master where name='outbox'").fetchone():
         return []
-    bodies = db.execute("select body from outbox where actor='desk'").fetchall()
-    found = [_said(body) for (body,) in bodies]
+    stored = db.execute("select recipient, body from outbox where actor='desk'").fetchall()
+    found = [_said(unsealed("desk", recipient, body)) for recipient, body in stored]
     return [f"answer/{one.id}/{one.attempt}/{one.disk}" for one in found if isinstance(one, Answer)]
 
 

@@ -117,7 +117,7 @@ class SimJournal(Journal):
         except JournalError as error:
             self._failed = error
 
-    def _read(self, query: str, values: tuple[Any, ...] = ()) -> sqlite3.Cursor:
+    def _all(self, query: str, values: tuple[Any, ...] = ()) -> list[Any]:
         world = self.host.world
         if self.host.system is not None and world.chance(world.faults.disk_errors / 50):
             world.reached["read error"] += 1
@@ -125,4 +125,4 @@ class SimJournal(Journal):
         if self._under_way is not None and world.faults.threaded and world.rng.random() < LANDS:
             world.reached["landed in a step"] += 1
             self._land()
-        return super()._read(query, values)
+        return super()._all(query, values)

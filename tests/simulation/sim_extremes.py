@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import sim_checks
 import trio
 
-from actors.kernel import actor, alarms, courier, journal, row_view, system, tables
+from actors.kernel import actor, alarms, courier, journal, reading, row_view, system, tables
 from protocol.codec import MAX_BODY_BYTES
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ BIG_MEMO = MAX_BODY_BYTES - 200  # of a message that just fits
 #: Bounds that must not matter to what is lost, doubled or disordered.
 TINY: tuple[tuple[Any, str, int], ...] = (
     (actor, "CACHED_LINKS", 1), (actor, "BATCH", 2), (row_view, "CACHED_ROWS", 2), (row_view, "CACHED_ROW_BYTES", 48),
-    (journal, "READ_AT_ONCE", 2), (journal, "MERGED_COMMITS", 1), (tables, "KNOWN_MARKS", 1), (courier, "FRAME_BYTES", 60),
+    (reading, "READ_AT_ONCE", 2), (journal, "MERGED_COMMITS", 1), (tables, "KNOWN_MARKS", 1), (courier, "FRAME_BYTES", 60),
     (courier, "WINDOW", 3), (alarms, "KEPT_REFUSALS", 1), (system, "KEPT_OLDER", 1), (system, "LINGERING", 0),
 )  # fmt: skip
 

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import trio
 from sim_scheduler import run_seeded
+from sim_seeds import share
 
 from actors.kernel.journal import Journal
 from actors.kernel.machine import NOTHING, LinkDown, Meta, Rows, Send, Step
@@ -171,7 +172,7 @@ def simulate_restores(seed: int) -> Chain:
     return chain
 
 
-@pytest.mark.parametrize("first", range(0, SEEDS, 8))
+@pytest.mark.parametrize("first", share(range(0, SEEDS, 8)))
 def test_each_order_is_paid_once_whatever_the_disk_forgets(first: int) -> None:
     asked_again = 0
     for seed in range(first, first + 8):
