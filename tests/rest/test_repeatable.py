@@ -130,7 +130,7 @@ class Visit(trio.abc.Instrument):
         self.path, body = CREATIONS[kind]
         self.events: list[dict[str, Any]] = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
 
-    def before_task_step(self, task: trio.lowlevel.Task) -> None:
+    def after_task_step(self, task: trio.lowlevel.Task) -> None:
         self.left -= 1
         if self.left == 0:
             self.gone.set()
