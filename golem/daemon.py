@@ -23,6 +23,7 @@ import trio
 
 from actors.activity.machine import Activity
 from actors.creations import Creations
+from actors.kernel.clock import Steady
 from actors.kernel.grammar import EDGE
 from actors.kernel.journal import Journal
 from actors.kernel.machine import Send
@@ -32,7 +33,7 @@ from actors.market.machine import Market
 from actors.negotiation.machine import Negotiation
 from actors.wallet.machine import Wallet
 from golem.base import open_files
-from golem.base.clock import watch_clock
+from golem.base.clock import boot_id, boot_time, watch_clock
 from golem.bus.router import Router
 from golem.bus.server import Bus
 from golem.chain.cycles import cycles_of
@@ -93,7 +94,8 @@ async def open_node(config: Config, ask_password: AskPassword | None = None) -> 
         router = Router(identity.node_id, network, bus)
         gossip = MarketGossip(network)
         system = System(
-            identity.node_id, journal, router, clock=time.time, new_trace=lambda: secrets.token_hex(6),
+            identity.node_id, journal, router, clock=time.time, steady=Steady(boot_time, boot_id()),
+            new_trace=lambda: secrets.token_hex(6),
             jitter=partial(random.uniform, 0.8, 1.2), publish=gossip.publish, origin=network.origin,
             step_log=step_log(config.data_dir),
         )  # fmt: skip

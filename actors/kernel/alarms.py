@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import trio
 
 from actors.kernel.host import Host
 from actors.kernel.mail import DeadlinePassed, TimerDue
 from actors.kernel.reading import ALARMS_AT_ONCE
-from actors.kernel.records import Commit
+from actors.kernel.records import Commit, Fresh
 
 CLOCK_LOOK_S = 1.0  # how long an alarm may wait that found no room
 CLOCK_SLEEP_S = 60.0  # a clock that was set, or a machine that slept, is noticed this late at most
@@ -45,12 +45,17 @@ class Alarms:
         self._more: set[str] = set()  # actors whose page was full
         self._failing: dict[tuple[str, str], Failing] = {}
         self._refusals: dict[tuple[str, str], tuple[int, float]] = {}  # link -> how often lately, and when last
+        self._fresh_timers: set[tuple[str, str]] = set()  # set by a clock that may yet prove wrong: (actor, key)
+        self._fresh_sends: set[tuple[str, str, int]] = set()  # likewise: (actor, recipient, number)
 
     async def run(self) -> None:
         """Bring due timers and passed deadlines to their actors."""
         system, journal = self._system, self._system.journal
         while True:
             self._changed = trio.Event()
+            if system.clock.holds:
+                await self._changed.wait()
+                continue
             self._next = journal.next_alarm()
             wait_s = math.inf if self._next is None else self._next - system.now()
             if wait_s > 0:
@@ -88,11 +93,35 @@ class Alarms:
 
     def committed(self, commit: Commit) -> None:
         """Look at the clock again if a commit has an alarm that is due before the next look."""
+        if not self._system.clock.is_settled:
+            self._fresh_timers.update((commit.actor, key) for key in commit.timers)
+            self._fresh_sends.update((commit.actor, recipient, posted.seq) for recipient, posted in commit.outbox)
         times = [posted.deadline for _, posted in commit.outbox]
         if commit.timers:
             times += [timer.at for timer in commit.timers.values() if timer]
         if times and (self._next is None or min(times) < self._next):
             self._changed.set()
+
+    # -- a clock that was set
+    def fresh(self) -> Fresh:
+        """Return the timers and messages that were set since the clock of this machine is new."""
+        return Fresh(tuple(self._fresh_timers), tuple(self._fresh_sends))
+
+    def forget_fresh(self) -> None:
+        """The clock has proved right."""
+        self._fresh_timers.clear()
+        self._fresh_sends.clear()
+
+    def moved(self, step: float) -> None:
+        """The clock has taken a step, and what the journal holds has moved with it."""
+        self._failing = {key: replace(one, again=one.again + step) for key, one in self._failing.items()}
+        self._refusals = {link: (times, told_at + step) for link, (times, told_at) in self._refusals.items()}
+        self.look()
+
+    def look(self) -> None:
+        """Look at the clock again."""
+        self._next = None
+        self._changed.set()
 
     def taken(self, actor: str) -> None:
         """An actor is through with its alarms: it gets the next page at once."""

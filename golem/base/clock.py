@@ -36,8 +36,7 @@ def boot_id() -> str:
 async def watch_clock(system: System) -> None:
     """Tell the ledger of the clocks now, and whenever the wall clock was set.
 
-    The system's time never goes back: where the wall clock is set back it stands still until the clock has caught up, so
-    this tells a little more every moment.
+    The system's time follows a step of the wall clock seconds later (`actors/kernel/clock.py`).
     """
     name, ahead = boot_id(), None
     while True:

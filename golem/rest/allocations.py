@@ -101,6 +101,10 @@ def routes(api: Blueprint, node: Node) -> None:
         await ask(node, "ledger", ReleaseAllocation(allocation_id))
         return null()
 
+    _decorations(api, node)
+
+
+def _decorations(api: Blueprint, node: Node) -> None:
     @api.get("/demandDecorations")
     async def demand_decorations() -> Response:
         ids = [each for text in request.args.getlist("allocationIds") for each in text.split(",") if each]

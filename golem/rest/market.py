@@ -7,6 +7,7 @@ import re
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+import trio
 from quart import Blueprint, Response
 
 from golem.node.market_forms import is_unanswered, proposal_form, subscription_event_form, subscription_form
@@ -119,7 +120,7 @@ def _events(api: Blueprint, node: Node, kind: str) -> None:
         wanted_id = subscription_id(wanted)
         limit = query_int("maxEvents", node.config.max_events_default, 1, node.config.max_events)
         timeout_s = query_float("timeout", DEFAULT_TIMEOUT_S)
-        feed, deadline = f"{kind}/{wanted_id}", node.clock() + timeout_s
+        feed, deadline = f"{kind}/{wanted_id}", trio.current_time() + timeout_s
 
         def probe() -> str | None:
             if not _alive(node, kind, wanted_id):
@@ -127,7 +128,7 @@ def _events(api: Blueprint, node: Node, kind: str) -> None:
             return "news" if node.system.feeds.read(feed, 0, 1) else None
 
         while True:
-            found = await until(node, [feed], probe, deadline - node.clock())
+            found = await until(node, [feed], probe, deadline - trio.current_time())
             if found == "gone":
                 raise ApiError(404, f"Subscription [{wanted_id}] not found: it was never there, unsubscribed or has expired.")
             taken = await node.system.feeds.take(feed, limit) if found else []
