@@ -11,20 +11,13 @@ import pytest
 from worlds.playbook import START, Nodes, Playbook, playbook
 
 from actors.activity.machine import Activity
-from actors.activity.moves import (
-    GIVE_UP_S,
-    INACTIVITY_S,
-    KEEP_AGREEMENT_S,
-    KEEP_S,
-    REPORT_S,
-    UNREACHABLE,
-    UNRESPONSIVE_S,
-)
+from actors.activity.moves import GIVE_UP_S, INACTIVITY_S, KEEP_AGREEMENT_S, KEEP_S, REPORT_S, UNRESPONSIVE_S
 from actors.activity.provider import MAX_HELD, MAX_HELD_PER_NODE
 from actors.activity.requestor import MAX_UNFINISHED
 from actors.activity.rows import batch_key, result_key
 from actors.exeunit import ExeUnit
 from protocol.activity import (
+    LEAST_OUTPUT_BYTES,
     MAX_OUTPUT_BYTES,
     Accepted,
     ActivityEvent,
@@ -45,6 +38,7 @@ from protocol.activity import (
 from protocol.codec import encode
 from protocol.exeunit import CommandFinished, Execute, RunBatch, ShutDown, UnitStarted
 from protocol.negotiation import AgreementApproved, AgreementEnded
+from protocol.states import ActivityEnd
 from protocol.types import Refused, Undelivered, Violation
 
 R, P, X = "0x" + "1" * 40, "0x" + "2" * 40, "0x" + "3" * 40
@@ -213,7 +207,7 @@ def test_a_provider_that_cannot_be_reached_ends_the_activity() -> None:
         play.sends.clear()
         play.tell(Undelivered(f"{P}/activity", encode(lost), "no route"), f"{R}/activity")
         row = play.rows[f"activity/{ACTIVITY}"]
-        assert (row.state, row.reason, row.error_message) == ("Terminated", UNREACHABLE, "no route")
+        assert (row.state, row.reason, row.error_message) == ("Terminated", ActivityEnd.UNREACHABLE, "no route")
         assert play.rows[batch_key(ACTIVITY, BATCH)].finished
         told = [] if isinstance(lost, DestroyRequested) else [DestroyRequested(ACTIVITY)]
         assert play.sent(f"{P}/activity") == told
@@ -374,7 +368,7 @@ def test_the_requestor_notices_that_nothing_is_heard_any_more() -> None:
     play.at(GIVE_UP_S - INACTIVITY_S - REPORT_S)
     row = play.rows[f"activity/{ACTIVITY}"]
     assert (row.state, row.reason, row.error_message) == (
-        "Terminated", UNREACHABLE, "nothing was heard of the exe-unit for 300 s",
+        "Terminated", ActivityEnd.UNREACHABLE, "nothing was heard of the exe-unit for 300 s",
     )  # fmt: skip
     assert not row.is_gone
     last = play.rows[result_key(BATCH, 0)]
@@ -425,19 +419,19 @@ def test_who_says_that_an_exe_unit_is_silent_does_not_keep_it_alive() -> None:
     for _ in range(40):
         play.at(9)
         play.tell(StateChanged(ACTIVITY, "Unresponsive", error_message="wait", at=play.now), P)
-    assert state(play) == ("Terminated", None, UNREACHABLE)
+    assert state(play) == ("Terminated", None, ActivityEnd.UNREACHABLE)
 
 
 def test_an_agent_that_lets_go_of_an_activity_that_is_gone_does_not_wait() -> None:
     play = running(requestor())
     play.at(71)
     play.ask(DestroyActivity(ACTIVITY))
-    assert state(play) == ("Terminated", None, UNREACHABLE)
+    assert state(play) == ("Terminated", None, ActivityEnd.UNREACHABLE)
     assert play.sent(f"{P}/activity")[-1] == DestroyRequested(ACTIVITY)
     play = running(requestor())
     play.ask(DestroyActivity(ACTIVITY))  # it is silent only then
     play.at(71)
-    assert state(play) == ("Terminated", None, UNREACHABLE)
+    assert state(play) == ("Terminated", None, ActivityEnd.UNREACHABLE)
 
 
 def test_an_agent_that_calls_its_own_activity_unresponsive_is_no_trap() -> None:
@@ -511,6 +505,9 @@ def test_outputs_are_cut_to_what_a_message_holds() -> None:
     assert fit_output("a" * 9, "b" * 9, None, 10)[:2] == ("aaaaa", "bbbbb")
     assert fit_output("a" * 2, "b" * 9, None, 10)[:2] == ("aa", "b" * 8)
     assert cut_output("aä", 2) == "a"
+    assert cut_output("abcdefgh", 6, "!") == "abcgh!"
+    assert cut_output(b"abcdefgh", 6, "!") == b"abcfgh"
+    assert cut_output("abcdefgh", 6, "!" * 20) == "!" * 20, "what is left for the output is nothing, not less"
 
 
 def test_a_batch_does_not_outgrow_the_journal() -> None:
@@ -518,10 +515,29 @@ def test_a_batch_does_not_outgrow_the_journal() -> None:
     created(play).tell(StateChanged(ACTIVITY, "Ready", at=START), P)
     play.ask(Exec(BATCH, ACTIVITY, json.dumps([{"run": {"entry_point": "x"}}] * 40)))
     for index in range(40):
-        play.tell(result(index, stdout="x" * MAX_OUTPUT_BYTES), UNIT)
-    kept = sum(len(play.rows[result_key(BATCH, index)].stdout or "") for index in range(40))
-    assert kept <= 16 << 20
+        play.tell(result(index, stdout=f"{index} begins" + "x" * (MAX_OUTPUT_BYTES - 20) + "ends\n"), UNIT)
+    texts = [play.rows[result_key(BATCH, index)].stdout for index in range(40)]
+    assert sum(map(len, texts)) <= (16 << 20) + 40 * LEAST_OUTPUT_BYTES
+    assert texts[0].endswith("xends\n")
+    for index, text in enumerate(texts[18:], 18):  # none is empty, and its last line says what there was
+        assert text.startswith(f"{index} begins")
+        assert "xends\n\n[cut by the requestor's node: the output had 98" in text
+        assert "16 MiB" in text.splitlines()[-1]
     assert "output cut" in play.rows[result_key(BATCH, 39)].message
+
+
+def test_after_much_output_a_little_is_kept_as_it_is() -> None:
+    play = requestor()
+    created(play).tell(StateChanged(ACTIVITY, "Ready", at=START), P)
+    play.ask(Exec(BATCH, ACTIVITY, json.dumps([{"run": {"entry_point": "x"}}] * 40)))
+    for index in range(20):
+        play.tell(result(index, stdout=b"x" * MAX_OUTPUT_BYTES), UNIT)
+    play.tell(result(20, stdout="the answer", stderr="e" * 200), UNIT)
+    play.tell(result(21, stdout=b"\0" * 40_000, stderr=b"\1" * 40_000), UNIT)
+    row = play.rows[result_key(BATCH, 20)]
+    assert (row.stdout, row.stderr, row.message) == ("the answer", "e" * 200, None)
+    row = play.rows[result_key(BATCH, 21)]
+    assert (len(row.stdout), len(row.stderr)) == (LEAST_OUTPUT_BYTES // 2,) * 2
 
 
 # -- all three machines
