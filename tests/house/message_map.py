@@ -41,6 +41,7 @@ def machines() -> tuple[Any, ...]:
     """Return the classes of all machines."""
     sys.path.insert(0, str(ROOT))
     from actors.activity.machine import Activity
+    from actors.creations import Creations
     from actors.exeunit import ExeUnit
     from actors.ledger.machine import Ledger
     from actors.market.machine import Market
