@@ -31,11 +31,11 @@ class CreationRow(Message, frozen=True):
     answer: bytes = b""
 
 
-class CreationIndex(Message, frozen=True):
+class CreationAgeRow(Message, frozen=True):
     """Index: the keys of an agent by their age."""
 
 
-class OwnerRow(Message, frozen=True):
+class CreatorRow(Message, frozen=True):
     """How many keys of an agent are kept."""
 
     keys: int
@@ -48,7 +48,7 @@ def _begin(draft: Draft, message: BeginCreation) -> None:
         _make_room(draft, message.owner)
         row = CreationRow(message.digest, message.seed, draft.now)
         draft.put(name, row)
-        draft.put(_index(message.owner, message.key, row), CreationIndex())
+        draft.put(_index(message.owner, message.key, row), CreationAgeRow())
         _count(draft, message.owner, +1)
         draft.wake(f"{message.owner}/{message.key}", draft.now + KEEP_S, CreationExpired(message.owner, message.key))
     elif row.digest != message.digest:
@@ -73,7 +73,7 @@ def _expired(draft: Draft, message: CreationExpired) -> None:
 
 
 def _make_room(draft: Draft, owner: str) -> None:
-    count = draft.row(OwnerRow, f"owner/{owner}")
+    count = draft.row(CreatorRow, f"owner/{owner}")
     if count is None or count.keys < MAX_KEYS:
         return
     oldest = next(draft.prefix(f"by/{owner}/"))[0].rpartition("/")[2]
@@ -94,15 +94,15 @@ def _index(owner: str, key: str, row: CreationRow) -> str:
 
 
 def _count(draft: Draft, owner: str, change: int) -> None:
-    count = draft.row(OwnerRow, f"owner/{owner}") or OwnerRow(0)
-    draft.put(f"owner/{owner}", OwnerRow(count.keys + change) if count.keys + change else None)
+    count = draft.row(CreatorRow, f"owner/{owner}") or CreatorRow(0)
+    draft.put(f"owner/{owner}", CreatorRow(count.keys + change) if count.keys + change else None)
 
 
 class Creations(TableMachine):
     """The machine `creations`."""
 
     name = "creations"
-    rows = CreationRow | CreationIndex | OwnerRow
+    rows = CreationRow | CreationAgeRow | CreatorRow
     table = Table(
         On(BeginCreation, EDGE, _begin),
         On(EndCreation, EDGE, _end),

@@ -95,9 +95,8 @@ async def open_node(config: Config, ask_password: AskPassword | None = None) -> 
         gossip = MarketGossip(network)
         system = System(
             identity.node_id, journal, router, clock=time.time, steady=Steady(boot_time, boot_id()),
-            new_trace=lambda: secrets.token_hex(6),
-            jitter=partial(random.uniform, 0.8, 1.2), publish=gossip.publish, origin=network.origin,
-            step_log=step_log(config.data_dir),
+            new_trace=lambda: secrets.token_hex(6), jitter=partial(random.uniform, 0.8, 1.2), publish=gossip.publish,
+            origin=network.origin, step_log=step_log(config.data_dir),
         )  # fmt: skip
         for machine in (Market, Negotiation, Ledger, Creations):
             system.add(machine(identity.node_id))

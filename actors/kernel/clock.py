@@ -12,22 +12,12 @@ that clock has gone evenly for `SETTLE_S`. What a step moves then is only what w
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
-
-import trio
-
-if TYPE_CHECKING:
-    from actors.kernel.system import System
-
-log = logging.getLogger("golem.kernel")
+from typing import NamedTuple
 
 SETTLE_S = 10.0
-LOOK_S = 1.0
-MARK_S, MARK_EVERY_S = 0.1, 10.0  # how far the journal's word on the clock may be off
 SLEW_S = 2.0  # a smaller difference is no step
 
 
@@ -64,7 +54,7 @@ class Steady(NamedTuple):
     boot_id: str
 
 
-class Clock:
+class MachineClock:
     """Time in seconds since the epoch. Without a `steady` clock it is the wall clock, which then never goes back."""
 
     def __init__(self, wall: Callable[[], float], steady: Steady | None = None, known: ClockMark | None = None) -> None:
@@ -110,32 +100,3 @@ class Clock:
     def settle(self) -> None:
         """The clock is what it says."""
         self.is_settled, self.holds = True, False
-
-
-async def follow_clock(system: System) -> None:
-    """Follow the wall clock, for ever: its steps move timers and deadlines, in memory and on disk."""
-    clock, journal, alarms = system.clock, system.journal, system.alarms
-    if not clock.is_steady:
-        return
-    kept = clock.mark()
-    journal.clock_text = kept.text()  # with the first transaction
-
-    def moved() -> None:
-        assert step is not None
-        clock.take(step)
-        alarms.moved(step)
-
-    while True:
-        held = clock.holds
-        step = clock.look()
-        if step is not None:
-            log.warning("the clock of this machine was set by %+.1f s: timers and deadlines move with it", step)
-            await journal.move(step, None if clock.is_settled else alarms.fresh(), clock.mark(step).text(), moved)
-        if clock.is_settled:
-            alarms.forget_fresh()
-        if held and not clock.holds:
-            alarms.look()
-        mark = clock.mark()
-        if mark.is_settled != kept.is_settled or abs(mark.offset - kept.offset) > MARK_S or mark.last - kept.last > MARK_EVERY_S:
-            journal.clock_text, kept = mark.text(), mark  # with the next transaction
-        await trio.sleep(LOOK_S)

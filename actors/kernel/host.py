@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from actors.kernel.answers import Answers
-from actors.kernel.clock import Clock
+from actors.kernel.clock import MachineClock
 from actors.kernel.feed import Feeds
 from actors.kernel.journal import Journal
 from actors.kernel.machine import Meta, Publish, Send, Step, Transport
@@ -54,7 +54,7 @@ class Host(Protocol):
     @property
     def alarms(self) -> AlarmBoard: ...
 
-    clock: Clock
+    clock: MachineClock
 
     def now(self) -> float: ...
 

@@ -16,7 +16,7 @@ import trio
 from actors.kernel.actor import Actor
 from actors.kernel.alarms import Alarms
 from actors.kernel.answers import Answers
-from actors.kernel.clock import Clock, Steady, follow_clock, read_mark
+from actors.kernel.clock import MachineClock, Steady, read_mark
 from actors.kernel.complaints import Complaints, Violators
 from actors.kernel.courier import Courier
 from actors.kernel.feed import Feeds
@@ -82,7 +82,7 @@ class System:
     ) -> None:
         self.node, self.journal, self.transport = node, journal, transport
         self.new_trace, self.jitter, self.crash_point, self.origin = new_trace, jitter, crash_point, origin
-        self.feeds, self.clock = Feeds(journal), Clock(clock, steady, read_mark(journal.clock_mark()))
+        self.feeds, self.clock = Feeds(journal), MachineClock(clock, steady, read_mark(journal.clock_mark()))
         journal.clock = self.now
         self._publish, self._step_log = publish, step_log
         self._sent: dict[tuple[str, str], int] = {}  # by ports and edges, not on disk yet; actors count their own
@@ -123,7 +123,7 @@ class System:
     async def run(self, *, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
         """Run until cancelled. Raises `NodeFailed` when an actor keeps crashing, `JournalError` when the disk fails."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(follow_clock, self)
+            nursery.start_soon(self.alarms.follow_clock)
             nursery.start_soon(self.journal.run)
             for actor in self._actors.values():
                 nursery.start_soon(self._supervise, actor)

@@ -15,7 +15,7 @@ import pytest
 import trio
 from worlds.support import mock_trio_test
 
-from actors.kernel.clock import SETTLE_S, Clock, ClockMark, Steady, read_mark
+from actors.kernel.clock import SETTLE_S, ClockMark, MachineClock, Steady, read_mark
 from actors.kernel.draft import Draft
 from actors.kernel.grammar import EDGE, ITSELF, On, Table, TableMachine
 from actors.kernel.journal import Journal
@@ -209,7 +209,7 @@ async def test_after_a_start_of_the_machine_former_alarms_wait_until_the_clock_h
 @mock_trio_test
 async def test_small_differences_are_followed_at_once_and_time_does_not_go_back() -> None:
     wall = [0.0]
-    clock = Clock(lambda: wall[0] + trio.current_time(), Steady(trio.current_time, "b"))
+    clock = MachineClock(lambda: wall[0] + trio.current_time(), Steady(trio.current_time, "b"))
     seen = []
     for off in (0.0, 0.5, -0.7, 1.9, 0.0, -1.5):
         wall[0] = off
@@ -232,4 +232,4 @@ def test_a_mark_is_read_as_it_was_written() -> None:
     mark = ClockMark("0-1", -1.25, 1e9 + 0.1, True)
     assert read_mark(mark.text()) == mark
     wall: Callable[[], float] = lambda: 5.0  # noqa: E731
-    assert Clock(wall).now() == Clock(wall, Steady(lambda: 2.0, "b")).now() == 5.0
+    assert MachineClock(wall).now() == MachineClock(wall, Steady(lambda: 2.0, "b")).now() == 5.0
