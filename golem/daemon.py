@@ -33,7 +33,8 @@ from actors.market.machine import Market
 from actors.negotiation.machine import Negotiation
 from actors.wallet.machine import Wallet
 from golem.base import open_files
-from golem.base.clock import boot_id, boot_time, watch_clock
+from golem.base.boot import boot_id, boot_time
+from golem.base.clock import watch_clock
 from golem.bus.router import Router
 from golem.bus.server import Bus
 from golem.chain.cycles import cycles_of

@@ -29,7 +29,7 @@ from actors.kernel.journal import Journal
 from actors.kernel.machine import AskTimeout, Busy
 from actors.kernel.records import JournalError
 from actors.kernel.system import System
-from golem.base.clock import boot_id, boot_time
+from golem.base.boot import boot_id, boot_time
 from golem.bus.client import BusClient
 from golem.exeunit.disk import DiskWatch
 from golem.exeunit.interaction import UnitInteractions, allowed_interactions

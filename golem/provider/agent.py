@@ -30,7 +30,7 @@ from actors.kernel.system import System
 from actors.provider.machine import Provider
 from actors.provider.rows import ALIVE, UnitState
 from actors.provider.turn import ProviderConfig
-from golem.base.clock import boot_id, boot_time
+from golem.base.boot import boot_id, boot_time
 from golem.base.ports import may_hear_keys, of_others
 from golem.config import DEFAULT_API_URL, parse_api_url
 from golem.private_files import check_ours, make_private
