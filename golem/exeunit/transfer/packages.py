@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import gzip
 import hashlib
 import json
 import math
@@ -25,7 +24,6 @@ import re
 import secrets
 import shutil
 import time
-import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -39,11 +37,13 @@ from golem.base.reserve import give_back
 from golem.exeunit.runtime import ImageFormat
 from golem.exeunit.transfer.spool import Progress, TransferError
 from golem.exeunit.transfer.transfers import Digest, Location, Notice, Transfers, parse_location
+from golem.exeunit.unpack.inflate import BZIP2_MAGIC, CHUNK_BYTES, GZIP_MAGIC, XZ_MAGIC, BadImage, Part, Ratio, inflated
 
 CACHE_HIT = "Deployed image from cache"
 DOWNLOAD_POLL_S = 0.2
 MAX_SCANNED_MEMBERS = 200_000
 MAX_INFLATED_BYTES = 2 << 30
+MAX_SLOWLY_INFLATED_BYTES = 256 << 20  # by xz and bzip2
 TAR_BLOCK_BYTES = 512
 CHECKED_FOR_S = 24 * 3600.0
 HASHED_AT_ONCE_BYTES = 64 << 20
@@ -52,6 +52,7 @@ NOTE = "user.golem.checked"
 SOURCE = "user.golem.source"  # of a part file: which URL fills it
 WAIT_S = 5.0  # for a download of others that does not go on
 _PART_OF_ARCHIVE = re.compile(r"blobs/sha(256|512)/|[0-9a-f]{64}/(layer\.tar|json|VERSION)\Z|oci-layout\Z")
+PACKED = GZIP_MAGIC, XZ_MAGIC, BZIP2_MAGIC
 _ARCHIVE_MARKS = {"manifest.json": ImageFormat.DOCKER_ARCHIVE, "index.json": ImageFormat.OCI_ARCHIVE}
 
 
@@ -410,16 +411,33 @@ def detect_format(path: Path) -> ImageFormat | None:
         if head[:4] == b"PK\x03\x04":
             return ImageFormat.WASI_PACKAGE
         file.seek(0)
-        if head[:2] == b"\x1f\x8b":
+        if head.startswith(PACKED):
+            most = MAX_INFLATED_BYTES if head.startswith(GZIP_MAGIC) else MAX_SLOWLY_INFLATED_BYTES
             try:
-                with gzip.open(file) as inner:
-                    return _detect_tar(inner, MAX_INFLATED_BYTES)  # type: ignore[arg-type]
-            except (OSError, EOFError, zlib.error):
+                return _detect_tar(_Forwards(file.fileno(), most), most)
+            except BadImage:
                 return None
         return _detect_tar(file, None)
 
 
-def _detect_tar(file: BinaryIO, max_bytes: int | None) -> ImageFormat | None:
+class _Forwards:
+    """A compressed file, to be read from its beginning on."""
+
+    def __init__(self, descriptor: int, most_bytes: int) -> None:
+        part = Part(descriptor, 0, os.fstat(descriptor).st_size)
+        self._source, self._at = inflated(part, "the package", Ratio(1, most_bytes + CHUNK_BYTES)), 0
+
+    def read(self, size: int) -> bytes:
+        chunk = self._source.read(size)
+        self._at += len(chunk)
+        return chunk
+
+    def seek(self, position: int) -> None:
+        while self._at < position and self.read(min(CHUNK_BYTES, position - self._at)):
+            pass
+
+
+def _detect_tar(file: BinaryIO | _Forwards, max_bytes: int | None) -> ImageFormat | None:
     """Walk the headers of a tar; `max_bytes` bounds what is read of a compressed one."""
     names: set[str] = set()
     position = 0
