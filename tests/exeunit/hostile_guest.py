@@ -223,6 +223,8 @@ ATTACKS = {
     "socket alg": lambda: call("socket", 38, 5, 0),
     "socket xdp": lambda: call("socket", 44, 3, 0),
     "socket sctp": lambda: call("socket", 2, 1, 132),
+    "socket audit": lambda: attempt(socket.socket, 16, socket.SOCK_RAW, 9),
+    "socket audit, high bits": lambda: call("socket", 16 + (1 << 32), socket.SOCK_RAW, 9),
     "socket netfilter": lambda: call("socket", 16, 3, 12),
     "socket of any other family": other_sockets,
 }

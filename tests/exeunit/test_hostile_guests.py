@@ -40,7 +40,7 @@ LIMITS = Limits(cpu_threads=1, mem_gib=128 / 1024, storage_gib=64 / 1024, run_ti
 # Not among them: EFAULT, EINVAL and what else says that the kernel had begun to listen.
 REFUSALS = {
     "EPERM", "EACCES", "EROFS", "ENOENT", "ENOSYS", "ENODATA", "ENETUNREACH", "EADDRNOTAVAIL", "ECONNREFUSED",
-    "EAFNOSUPPORT", "SIGSYS", "alive", "few", "lo",
+    "EAFNOSUPPORT", "EPROTONOSUPPORT", "SIGSYS", "alive", "few", "lo",
 }  # fmt: skip
 
 
@@ -143,6 +143,11 @@ def attacked(request: pytest.FixtureRequest, package: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_attack_is_refused(attacked: dict[str, Any], attack: str) -> None:
     assert attacked["attacks"][attack] in REFUSALS
+
+
+def test_audit_is_not_there_rather_than_forbidden(attacked: dict[str, Any]) -> None:
+    """useradd and groupadd end where it is forbidden, and so does every package that brings a user."""
+    assert attacked["attacks"]["socket audit"] == "EPROTONOSUPPORT"
 
 
 def test_guest_has_rights_over_its_own_ids_alone(attacked: dict[str, Any]) -> None:
