@@ -183,7 +183,7 @@ ATTACKS = {
     "write /sys/fs/cgroup": lambda: attempt(os.mkdir, "/sys/fs/cgroup/memory/mine"),
     "raise the memory limit": write("/sys/fs/cgroup/memory/memory.limit_in_bytes", "-1"),
     "raise the process limit": write("/sys/fs/cgroup/pids/pids.max", "max"),
-    "raise the process limit, v2": write("/sys/fs/cgroup/pids.max", "max"),
+    "raise the process limit, v2": lambda: attempt(lambda: os.write(os.open("/sys/fs/cgroup/pids.max", os.O_WRONLY), b"max")),
     "allow all devices": write("/sys/fs/cgroup/devices/devices.allow", "a"),
     "raise oom protection": write("/proc/self/oom_score_adj", "-1000"),
     "raise priority": lambda: attempt(os.setpriority, os.PRIO_PROCESS, 0, -10),

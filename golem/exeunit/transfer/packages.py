@@ -14,7 +14,6 @@ Neighbours: `transfer` (the download), `runtimes.base` (which formats a runtime 
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -35,6 +34,7 @@ import trio
 
 from golem.base.reserve import give_back
 from golem.exeunit.runtime import ImageFormat
+from golem.exeunit.transfer.cached import MIN_FREE_BYTES, evictable_bytes, lock_now
 from golem.exeunit.transfer.spool import Progress, TransferError
 from golem.exeunit.transfer.transfers import Digest, Location, Notice, Transfers, parse_location
 from golem.exeunit.unpack.inflate import BZIP2_MAGIC, CHUNK_BYTES, GZIP_MAGIC, XZ_MAGIC, BadImage, Part, Ratio, inflated
@@ -47,7 +47,6 @@ MAX_SLOWLY_INFLATED_BYTES = 256 << 20  # by xz and bzip2
 TAR_BLOCK_BYTES = 512
 CHECKED_FOR_S = 24 * 3600.0
 HASHED_AT_ONCE_BYTES = 64 << 20
-MIN_FREE_BYTES = 1 << 30  # of the disk, left free by the cache
 NOTE = "user.golem.checked"
 SOURCE = "user.golem.source"  # of a part file: which URL fills it
 WAIT_S = 5.0  # for a download of others that does not go on
@@ -189,7 +188,7 @@ class ImageStore:
         while True:
             descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             try:
-                if _lock_now(descriptor, part):
+                if lock_now(descriptor, part):
                     held = self._hold(name)
                     if held is not None:  # the other one finished meanwhile
                         part.unlink()
@@ -312,24 +311,11 @@ class ImageStore:
             except FileNotFoundError:
                 continue
             try:
-                if _lock_now(descriptor, path):
+                if lock_now(descriptor, path):
                     path.unlink()
                     total -= size
             finally:
                 os.close(descriptor)
-
-
-def evictable_bytes(directory: Path) -> int:
-    """Return how much a cache holds that nobody uses: it makes room when somebody needs it."""
-    total = 0
-    for path in directory.glob("sha3-*"):
-        with suppress(OSError):  # another exe-unit evicts as well
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-            try:
-                total += os.fstat(descriptor).st_blocks * 512 if _lock_now(descriptor, path) else 0
-            finally:
-                os.close(descriptor)
-    return total
 
 
 def _source_of(descriptor: int) -> bytes:
@@ -338,20 +324,6 @@ def _source_of(descriptor: int) -> bytes:
         return os.getxattr(descriptor, SOURCE)
     except OSError:
         return b""
-
-
-def _lock_now(descriptor: int, path: Path) -> bool:
-    """Whether an exclusive lock could be had, and the file still has its name."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EAGAIN, errno.EACCES):
-            return False
-        raise
-    try:
-        return path.stat().st_ino == os.fstat(descriptor).st_ino
-    except FileNotFoundError:
-        return False
 
 
 @dataclass(frozen=True)
