@@ -92,7 +92,7 @@ NOTE = DocumentNames("debit-note", "debitNotes", "debitNoteId", "DebitNote", "de
 INVOICE = DocumentNames("invoice", "invoices", "invoiceId", "Invoice", "invoices")
 
 
-def routes(api: Blueprint, node: Node) -> None:
+def register(api: Blueprint, node: Node) -> None:
     """Add the endpoints about documents."""
     for kind in (NOTE, INVOICE):
         _reading(api, node, kind)
