@@ -5,9 +5,8 @@ Steps of machines are looked at when they are decided; the few that a dying disk
 
 from __future__ import annotations
 
-import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
@@ -157,10 +156,10 @@ class Metrics:
                 key = (name, payment.platform)
                 self.amounts[key] = self.amounts.get(key, 0.0) + float(payment.amount)
 
-    def text(self, system: System, sessions: Sequence[Session], started_at: float, begins: str = "") -> str:
-        """Return all in Prometheus' text format, or what has a name that begins so. `started_at` in seconds of the epoch."""
+    def text(self, system: System, sessions: Sequence[Session], more: Mapping[str, float], begins: str = "") -> str:
+        """Return all in Prometheus' text format, or what has a name that begins so. `more`: values by name."""
         registry = CollectorRegistry()
-        registry.register(_Now(self, system, sessions, started_at))
+        registry.register(_Now(self, system, sessions, more))
         found = generate_latest(registry).decode() + generate_latest(self.registry).decode()
         if not begins:
             return found
@@ -175,8 +174,8 @@ _DEPTH = {"negotiation": 0, "activity": 1, "ledger": 0}  # slashes in the one fe
 class _Now:
     """What is read when somebody asks."""
 
-    def __init__(self, metrics: Metrics, system: System, sessions: Sequence[Session], started_at: float) -> None:
-        self._metrics, self._system, self._sessions, self._started_at = metrics, system, sessions, started_at
+    def __init__(self, metrics: Metrics, system: System, sessions: Sequence[Session], more: Mapping[str, float]) -> None:
+        self._metrics, self._system, self._sessions, self._more = metrics, system, sessions, more
 
     def collect(self) -> Iterator[Metric]:
         system, sessions = self._system, self._sessions
@@ -193,7 +192,7 @@ class _Now:
             "golem_protocol_violations": len(system.violations),
             "golem_protocol_violations_total": system.counts["violations"],
             "golem_crashes_total": system.counts["crashes"],
-            "golem_uptime_seconds": round(time.time() - self._started_at, 1),
+            **self._more,
             "net_connections_p2p": len(sessions),
             "yagna_service_up": 1,
             "yagna_version_major": major,

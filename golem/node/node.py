@@ -9,6 +9,7 @@ import trio
 
 from actors.activity.rows import ActivityRow
 from actors.kernel.system import System
+from golem.base.loop_watch import LoopWatch
 from golem.bus.router import Router
 from golem.bus.server import Bus
 from golem.chain.port import Chain
@@ -40,6 +41,7 @@ class Node:
         self.metrics = metrics
         self.payout: Payout | None = None  # where it is paid, if not at its own address
         self.started_at = time.time()
+        self.loop = LoopWatch()
         self.api_url = ""
         self.stopping = trio.Event()
 
@@ -74,4 +76,9 @@ class Node:
 
     def metrics_text(self, begins: str = "") -> str:
         """Return the node's counters in Prometheus' text format, or those whose names begin so."""
-        return self.metrics.text(self.system, self.network.sessions(), self.started_at, begins)
+        more = {
+            "golem_loop_long_steps_total": self.loop.long,
+            "golem_loop_longest_step_seconds": round(self.loop.longest_s, 4),
+            "golem_uptime_seconds": round(time.time() - self.started_at, 1),
+        }
+        return self.metrics.text(self.system, self.network.sessions(), more, begins)
