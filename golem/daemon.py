@@ -42,13 +42,24 @@ from golem.files.server import FileServer
 from golem.images.store import IMAGES, Registry
 from golem.net import NetConfig, check_network, open_network
 from golem.node.app_keys import AUTOCONF, AppKeys
-from golem.node.backup import CHAIN, JOURNAL, bind_generations, compare_generations, hold_payments, peers_asked, restored_at
+from golem.node.backup import (
+    CHAIN,
+    JOURNAL,
+    BackupError,
+    bind_generations,
+    compare_generations,
+    hold_payments,
+    peers_asked,
+    refuse_half,
+    restored_at,
+)
 from golem.node.data_dir import lock_data_dir, make_folder, step_log
 from golem.node.gossip import MarketGossip
 from golem.node.identity import APP_KEYS, KEYSTORE, PLAIN_KEY, AskPassword, Identity, open_identity
 from golem.node.listen import bind_api, notify_systemd
 from golem.node.nearness import serve_nearness
 from golem.node.node import Node
+from golem.node.owner import settle_journal
 from golem.node.payout import GIVEN_KEY, OLD_KEY, read_payout, warn
 from golem.node.signer import SignerPort
 from golem.private_files import write_private
@@ -69,6 +80,10 @@ async def open_node(config: Config, ask_password: AskPassword | None = None) -> 
     """
     async with AsyncExitStack() as stack:
         lock_data_dir(config.data_dir, stack)
+        try:
+            refuse_half(config.data_dir)
+        except BackupError as error:
+            raise ConfigError(str(error)) from None
         if config.profile == "local" and not config.chain_url:
             make_folder(config.chain_dir, "chain")
         net_config = network_of(config)
@@ -80,6 +95,7 @@ async def open_node(config: Config, ask_password: AskPassword | None = None) -> 
         except ValueError as error:
             raise ConfigError(str(error)) from None
         app_keys = open_app_keys(config, identity)
+        await trio.to_thread.run_sync(settle_journal, config.data_dir, identity.node_id)
         older = compare_generations(config.data_dir)
         new_journal = "" if (config.data_dir / "node.db").exists() else known_key
         journal = Journal(str(config.data_dir / "node.db"), lambda: secrets.token_hex(8))
@@ -101,9 +117,9 @@ async def open_node(config: Config, ask_password: AskPassword | None = None) -> 
         system.add(Activity(identity.node_id, config.unresponsive_s, config.inactivity_s))
         try:
             if older == CHAIN:
-                hold_payments(config.data_dir, "chain.db is older than node.db")
+                hold_payments(config.data_dir, "chain.db is older than node.db, or was lost")
             chain = await stack.enter_async_context(open_chain(config, identity, system))
-            bind_generations(config.data_dir, journal.boot)
+            bind_generations(config.data_dir, journal.boot, identity.node_id)
         except ValueError as error:
             raise ConfigError(str(error)) from None
         least = format(config.least_payment_glm, ".18f")
