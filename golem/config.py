@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -120,6 +120,14 @@ def read_number(env: Mapping[str, str], name: str, default: float, low: float, h
     if not low <= value <= high:
         raise ConfigError(f"{name}={text!r}: expected a number from {low:g} to {high:g}")
     return value
+
+
+def read_choice(env: Mapping[str, str], name: str, choices: Sequence[str]) -> str:
+    """Return the word of a variable, which is one of `choices`. Raises `ConfigError`."""
+    text = env.get(name, "").strip()
+    if text not in choices:
+        raise ConfigError(f"{name}={text!r}: expected {' or '.join(choices)}")
+    return text
 
 
 def read_switch(env: Mapping[str, str], name: str, default: bool) -> bool:

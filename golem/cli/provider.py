@@ -120,7 +120,7 @@ def run(agent_dir: Path | None, name: str | None, subnet: str | None, node_url: 
             name=found, subnet=net, runtimes=runtimes, max_agreements=max_agreements or given.max_agreements,
             networks=networks or given.networks, idle_s=idle_s or given.idle_s, approve_timeout_s=given.approve_timeout_s,
             terms=given.terms, most=given.most, exe_unit_path=places or given.exe_unit_path,
-            test_interval_s=given.test_interval_s,
+            test_interval_s=given.test_interval_s, transfers=given.transfers,
         )  # fmt: skip
         trio.run(partial(run_agent, settings), restrict_keyboard_interrupt_to_checkpoints=True)
     except BaseExceptionGroup as group:

@@ -48,7 +48,7 @@ def main() -> int:
             print(f"exe-unit: {quoted(str(error))}", file=sys.stderr)
             return 2
         if args.command == "offer-template":
-            print(json.dumps(offer_template(runtime.offer_properties(), allowed)))
+            print(json.dumps(offer_template(runtime.offer_properties(), allowed, args.transfer_policy)))
             return 0
         if args.command == "sweep":
             return _sweep(runtime, args.work_root)
@@ -74,15 +74,20 @@ def _sweep(runtime: Runtime, work_root: Path | None) -> int:
     return 0
 
 
-def offer_template(runtime_properties: dict[str, Any], allowed: frozenset[Interaction] = frozenset()) -> dict[str, Any]:
-    """Return the part of an offer that an exe-unit of this runtime contributes; `allowed` of shell and proxy-http."""
+def offer_template(
+    runtime_properties: dict[str, Any], allowed: frozenset[Interaction] = frozenset(), reach: str = "public"
+) -> dict[str, Any]:
+    """Return the part of an offer that an exe-unit of this runtime contributes; `allowed` of shell and proxy-http, and what
+    transfers may `reach`."""
     from golem.exeunit.interaction import capabilities
+    from golem.exeunit.transfer.spool import REACH
     from golem.exeunit.transfer.transfers import OFFERED_PROTOCOLS
     from golem.exeunit.usage import COUNTERS
 
     properties = {
         "golem.com.usage.vector": list(COUNTERS),
         "golem.activity.caps.transfer.protocol": list(OFFERED_PROTOCOLS),
+        REACH: reach,
         REPORTED: True,
         "golem.activity.caps.deploy.report-progress": True,
         **runtime_properties,
@@ -132,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--transfer-policy",
         choices=("public", "local"),
-        default=os.environ.get("GOLEM_TRANSFER_POLICY", "public"),
+        default="public",
         help="whether transfers may reach loopback for requestors of this machine, and private addresses for those of its "
         "networks (default: public addresses only)",
     )

@@ -13,19 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from actors.provider.rules import Terms
-from golem.config import ConfigError, read_duration, read_list, read_number
+from golem.config import ConfigError, read_choice, read_duration, read_list, read_number
 from golem.exeunit.runtimes.plugin.descriptors import SEARCH
 from golem.provider.settings import GLOBALS, SettingsError, read_globals, write_json
 
 DAY_S = 24 * 3600.0
 CENTURY_S = 100 * 365.25 * DAY_S
 KEPT = "settings"  # in globals.json
-SECONDS, NUMBER, LIST = "s", "", "names"
+SECONDS, NUMBER, LIST, REACH = "s", "", "names", "public or local"
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One setting. `field` is that of `Terms`, or of `Given`; `unit` is `s`, `GLM`, ..., or `names` for a list."""
+    """One setting. `field` is that of `Terms`, or of `Given`. `unit` is `s`, `GLM`, ..., `names` for a list, or words."""
 
     name: str
     field: str
@@ -63,6 +63,8 @@ SETTINGS = (
     Setting("YA_RT_CORES", "cores", "threads", math.inf, 1, 1e6, "the most to sell"),
     Setting("YA_RT_MEM", "mem", "GiB", math.inf, 0.0625, 1e6, "the most to sell"),
     Setting("YA_RT_STORAGE", "storage", "GiB", math.inf, 0.0625, 1e9, "the most to sell"),
+    Setting("GOLEM_TRANSFER_POLICY", "transfers", REACH, "", 0, 0, "what transfers may reach: public addresses alone, or for "
+            "requestors that are there this machine and its networks too; none: local where only dev chains pay"),
     Setting("RUNTIME_TEST_INTERVAL", "test_interval_s", SECONDS, 60.0, 1, DAY_S, "between self-tests of a runtime"),
 )  # fmt: skip
 NAMES = {one.name: one for one in SETTINGS}
@@ -80,6 +82,7 @@ class Given:
     most: tuple[float, float, float]
     exe_unit_path: str | None
     test_interval_s: float
+    transfers: str
 
 
 def read_environment(env: Mapping[str, str], kept: Mapping[str, str] | None = None) -> Given:
@@ -96,6 +99,7 @@ def read_environment(env: Mapping[str, str], kept: Mapping[str, str] | None = No
         (values["cores"], values["mem"], values["storage"]),
         env.get(SEARCH) or None,
         values["test_interval_s"],
+        values["transfers"],
     )
 
 
@@ -127,6 +131,8 @@ def _value(one: Setting, env: Mapping[str, str], kept: Mapping[str, str]) -> tup
 def _parse(one: Setting, table: Mapping[str, str]) -> Any:
     if one.unit == LIST:
         return table[one.name]
+    if one.unit == REACH:
+        return read_choice(table, one.name, REACH.split(" or "))
     read = read_duration if one.unit == SECONDS else read_number
     return read(table, one.name, 0.0, one.low, one.high)
 

@@ -41,10 +41,10 @@ class Offering:
 
     def __init__(self, settings: Settings, client: NodeClient, ask: Ask = ask_runtime, disk: Disk | None = None) -> None:
         self._settings, self._client = settings, client
+        self._accounts: list[Any] = []
         self._units = self._read_units()
         self.runtimes = Runtimes(self.units, ask, settings.test_interval_s)
         self.storage = StorageForSale(disk or Disk(settings.data_dir))
-        self._accounts: list[Any] = []
         self._agreements = settings.max_agreements or self._promised().cpu_threads
         self._presets_by_runtime: dict[str, list[str]] = {}
         self.capacity = self._capacity(self._promised())
@@ -62,8 +62,10 @@ class Offering:
         return self._units
 
     def _read_units(self) -> ExeUnits:
-        data_dir = self._settings.data_dir
-        return ExeUnits(search_places(self._settings.exe_unit_path, data_dir), interactions(data_dir))
+        data_dir, transfers = self._settings.data_dir, self._settings.transfers
+        if not transfers:  # where money is play money, the market is on this machine or in one laboratory
+            transfers = "local" if self._accounts and all("chain" in one for one in self._accounts) else "public"
+        return ExeUnits(search_places(self._settings.exe_unit_path, data_dir), interactions(data_dir), transfers)
 
     def _promised(self) -> Profile:
         """Return what the owner wants to sell of this machine; what the disk can give may be less."""

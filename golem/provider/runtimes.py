@@ -48,13 +48,15 @@ class Template:
 
 @dataclass(frozen=True, slots=True)
 class ExeUnits:
-    """How exe-units are started: where descriptors are, and what of shell and proxy-http the provider allows."""
+    """How exe-units are started: where descriptors are, and what the provider allows of shell, proxy-http and transfers."""
 
     places: str | None = None
     interactions: tuple[str, ...] | None = None  # None: all that the runtime has
+    transfers: str = "public"  # see `golem.exeunit.transfer.spool.TransferPolicy`
 
     def flags(self) -> list[str]:
-        return [] if self.interactions is None else ["--interaction", ",".join(self.interactions)]
+        allowed = [] if self.interactions is None else ["--interaction", ",".join(self.interactions)]
+        return [*allowed, "--transfer-policy", self.transfers]
 
 
 Ask = Callable[[str, ExeUnits], Awaitable[Template | str]]

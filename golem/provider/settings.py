@@ -48,6 +48,7 @@ class Settings:
     most: tuple[float, float, float] = (math.inf, math.inf, math.inf)  # threads, GiB of memory and storage to offer
     exe_unit_path: str | None = None  # where descriptors of runtimes are; None = the default places
     test_interval_s: float = 60.0  # between self-tests of a runtime
+    transfers: str = ""  # what transfers may reach, "public" or "local"; empty: "local" where only dev chains pay
 
     def __repr__(self) -> str:
         return f"Settings({self.data_dir}, {self.name!r})"  # never the key

@@ -20,6 +20,7 @@ from actors.provider.rules import COEFFS, VECTOR, Terms
 from golem.base.dotenv_file import _NAMES
 from golem.cli import main
 from golem.config import ConfigError, config_from
+from golem.exeunit.__main__ import offer_template
 from golem.provider.client import NodeClient
 from golem.provider.environment import SETTINGS, kept_settings, read_environment
 from golem.provider.hardware import Profile, default_profile, load_profile, machine_profile
@@ -231,6 +232,37 @@ async def test_a_dev_chain_made_anew_renews_the_offers(tmp_path: Path) -> None:
         assert told == ["second"]
 
 
+@pytest.mark.parametrize(("given", "accounts", "reach"), [
+    ("", [{**ACCOUNT, "chain": "c"}], "local"),
+    ("", [{**ACCOUNT, "chain": "c"}, ACCOUNT], "public"),
+    ("", [], "public"),
+    ("public", [{**ACCOUNT, "chain": "c"}], "public"),
+    ("local", [ACCOUNT], "local"),
+])  # fmt: skip
+@mock_trio_test
+async def test_transfers_reach_this_machine_where_only_play_money_is_paid_or_its_owner_says_so(
+    tmp_path: Path, given: str, accounts: list[dict[str, str]], reach: str
+) -> None:
+    node = httpx.MockTransport(lambda request: httpx.Response(200, json=accounts))
+    settings = Settings(tmp_path, tmp_path / "node.json", "", "key", "prov", transfers=given)
+    async with NodeClient(lambda: "http://node", "key", node) as client:
+        offers = Offering(settings, client, wasmtime_alone)
+        if accounts:
+            await offers.current()
+        assert offers.units().flags()[-2:] == ["--transfer-policy", reach]
+
+
+def test_what_transfers_may_reach_is_a_setting_and_stands_in_the_offer(tmp_path: Path) -> None:
+    assert read_environment({}).transfers == ""
+    assert read_environment({"GOLEM_TRANSFER_POLICY": "local"}).transfers == "local"
+    with pytest.raises(SettingsError, match="GOLEM_TRANSFER_POLICY='lan': expected public or local"):
+        read_environment({"GOLEM_TRANSFER_POLICY": "lan"})
+    shown = json.loads(cli(tmp_path, "settings", "set", "GOLEM_TRANSFER_POLICY=public").output)["settings"]
+    assert [one["value"] for one in shown if one["name"] == "GOLEM_TRANSFER_POLICY"] == ["public"]
+    for reach in ("public", "local"):
+        assert offer_template({}, reach=reach)["properties"]["golem.activity.caps.transfer.reach"] == reach
+
+
 @mock_trio_test
 async def test_rules_count_at_once(tmp_path: Path) -> None:
     told: list[Any] = []
@@ -299,7 +331,7 @@ def test_what_requestors_may_do_inside_is_kept(tmp_path: Path) -> None:
     assert {key: shown[key] for key in shown if key != "settings"} == {
         "node_name": names({}, folder, None, None)[0], "subnet": "s", "shell": False, "proxy_http": False,
     }  # fmt: skip
-    assert ExeUnits(None, interactions(folder)).flags() == ["--interaction", ""]
+    assert ExeUnits(None, interactions(folder)).flags() == ["--interaction", "", "--transfer-policy", "public"]
     assert json.loads(cli(tmp_path, "settings", "show").output)["shell"] is False
     (folder / "globals.json").write_text('{"shell": "no"}')
     with pytest.raises(SettingsError, match="shell must be true or false"):
@@ -563,7 +595,8 @@ def test_settings_are_kept_and_say_where_they_came_from(tmp_path: Path, monkeypa
     assert found["IDLE_AGREEMENT_TIMEOUT"] == (120, "environment")
     assert found["GOLEM_CREDIT_FACTOR"] == (1.5, "default")
     assert found["YA_RT_CORES"] == (None, "default")
-    assert set(found) == {one.name for one in SETTINGS} <= _NAMES, "a .env may set each"
+    assert set(found) == {one.name for one in SETTINGS}
+    assert set(found) - _NAMES == {"GOLEM_TRANSFER_POLICY"}, "a .env may set each but what opens doors"
     given = read_environment({"IDLE_AGREEMENT_TIMEOUT": "2min"}, kept_settings(tmp_path / "provider"))
     assert (given.terms.credit_floor, given.max_agreements, given.idle_s) == (0.5, 3, 120)
     for wrong in ("GOLEM_CREDIT_FLOOR=-1", "GOLEM_CREDIT=1", "GOLEM_CREDIT_FLOOR"):

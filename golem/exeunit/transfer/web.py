@@ -20,7 +20,7 @@ import httpx
 import trio
 
 from golem.exeunit.transfer.nearby import is_neighbour, is_own
-from golem.exeunit.transfer.spool import BLOCK_BYTES, CHUNK_BYTES, Progress, Spool, TransferError, TransferPolicy, redacted
+from golem.exeunit.transfer.spool import BLOCK_BYTES, CHUNK_BYTES, REACH, Progress, Spool, TransferError, TransferPolicy, redacted
 from golem.files.outgoing import OutgoingFile
 
 CONNECT_TIMEOUT_S = 15.0
@@ -59,6 +59,14 @@ def refusal(address: str, policy: TransferPolicy) -> str | None:
     return None
 
 
+def out_of_reach(host: str, reason: str) -> str:
+    """Say why a transfer is refused, and what would help."""
+    return (
+        f"{host} is {reason}, which this provider does not let transfers reach: those do whose offers say {REACH}=local, for "
+        "requestors of the same machine or network; to any provider, publish the file with the node (gftp:)"
+    )
+
+
 class _CheckedBackend(httpcore.AsyncNetworkBackend):
     """Makes connections, and looks at both ends of each before a byte is sent.
 
@@ -82,7 +90,7 @@ class _CheckedBackend(httpcore.AsyncNetworkBackend):
         if reason is not None:
             with trio.CancelScope(shield=True):
                 await stream.aclose()
-            raise TransferError(f"{host} is {reason}, which this provider does not let transfers reach")
+            raise TransferError(out_of_reach(host, reason))
         return stream
 
     async def sleep(self, seconds: float) -> None:
@@ -122,7 +130,7 @@ class _PinnedTransport(httpx.AsyncBaseTransport):
         for address in addresses:
             reason = refusal(address, self._policy)
             if reason is not None:
-                raise TransferError(f"{host} is {reason}, which this provider does not let transfers reach")
+                raise TransferError(out_of_reach(host, reason))
         return addresses
 
     async def aclose(self) -> None:
