@@ -79,13 +79,7 @@ async def open_node(config: Config, ask_password: AskPassword | None = None) -> 
     Raises `ConfigError`, `IdentityError`, `JournalError`.
     """
     async with AsyncExitStack() as stack:
-        lock_data_dir(config.data_dir, stack)
-        try:
-            refuse_half(config.data_dir)
-        except BackupError as error:
-            raise ConfigError(str(error)) from None
-        if config.profile == "local" and not config.chain_url:
-            make_folder(config.chain_dir, "chain")
+        take_data_dir(config, stack)
         net_config = network_of(config)
         stored = any((config.data_dir / name).exists() for name in (KEYSTORE, PLAIN_KEY))
         known_key = GIVEN_KEY if config.autoconf_id_secret else OLD_KEY if stored else ""
@@ -170,6 +164,17 @@ def open_app_keys(config: Config, identity: Identity) -> AppKeys:
     elif app_keys.named(AUTOCONF) is not None:
         app_keys.drop(AUTOCONF)
     return app_keys
+
+
+def take_data_dir(config: Config, stack: AsyncExitStack) -> None:
+    """Hold the lock of the data directory until the stack unwinds; no half of a restore is started on. Raises `ConfigError`."""
+    lock_data_dir(config.data_dir, stack)
+    try:
+        refuse_half(config.data_dir)
+    except BackupError as error:
+        raise ConfigError(str(error)) from None
+    if config.profile == "local" and not config.chain_url:
+        make_folder(config.chain_dir, "chain")
 
 
 async def come_back(system: System, config: Config, older: str) -> None:

@@ -17,6 +17,11 @@ MAX_USAGE_COUNTERS = 64
 MAX_TEXT = 4000  # characters of a reason, an error message or a command's message
 MAX_OUTPUT_BYTES = 960 * 1024  # of one command, both sides together: a result is one message of at most 1 MiB
 MAX_BATCH_OUTPUT_BYTES = 16 * 1024 * 1024  # of all results of a batch that are kept
+LEAST_OUTPUT_BYTES = 16 * 1024  # of one command, however much its batch has said before
+BATCH_NOTE = (
+    "\n[cut by the requestor's node: the output had {} bytes, and the results of a batch take "
+    f"{MAX_BATCH_OUTPUT_BYTES >> 20} MiB; what follows keeps its beginning and its end only]\n"
+)
 #: Captured output on the wire: text, bytes where the capture asked for binary, None for nothing. MessagePack tells them
 #: apart, a msgspec union may not hold both: whoever takes it from a peer calls `check_output`.
 Output = Any
@@ -235,23 +240,32 @@ def output_size(output: str | bytes | None) -> int:
     return len(output) if isinstance(output, bytes) else len(output.encode("utf-8", "surrogatepass"))
 
 
-def cut_output(output: str | bytes | None, max_bytes: int) -> str | bytes | None:
-    """Return the first `max_bytes` bytes of an output, as whole characters if it is text."""
+def cut_output(output: str | bytes | None, max_bytes: int, note: str = "") -> str | bytes | None:
+    """Return the first `max_bytes` bytes of an output, as whole characters if it is text.
+
+    With a `note` beginning and end of the output stay, and the note (with the output's size) is the last line of a text.
+    """
     if output is None or output_size(output) <= max_bytes:
         return output
-    if isinstance(output, bytes):
-        return output[:max_bytes]
-    return output.encode("utf-8", "surrogatepass")[:max_bytes].decode("utf-8", "ignore")
+    data = output if isinstance(output, bytes) else output.encode("utf-8", "surrogatepass")
+    said = b"" if isinstance(output, bytes) else note.format(len(data)).encode()
+    room = max(0, max_bytes - len(said))
+    tail = room // 2 if note else 0
+    cut = data[: room - tail] + data[len(data) - tail :]
+    return cut if isinstance(output, bytes) else (cut + said).decode("utf-8", "ignore")
 
 
 def fit_output(
-    stdout: str | bytes | None, stderr: str | bytes | None, message: str | None, max_bytes: int
+    stdout: str | bytes | None, stderr: str | bytes | None, message: str | None, max_bytes: int, note: str = ""
 ) -> tuple[str | bytes | None, str | bytes | None, str | None]:
-    """Return both sides and the message of a command, cut to `max_bytes` together; a cut is said in the message."""
+    """Return both sides and the message of a command, cut to `max_bytes` together; a cut is said in the message.
+
+    `note`: as `cut_output` has it.
+    """
     out, err = output_size(stdout), output_size(stderr)
     if out + err > max_bytes:
         err_max = min(err, max(max_bytes // 2, max_bytes - out))
-        stdout, stderr = cut_output(stdout, max_bytes - err_max), cut_output(stderr, err_max)
-        note = f"output cut to {max_bytes} bytes of {out + err}"
-        message = f"{message} ({note})" if message else note
+        stdout, stderr = cut_output(stdout, max_bytes - err_max, note), cut_output(stderr, err_max, note)
+        said = f"output cut to {max_bytes} bytes of {out + err}"
+        message = f"{message} ({said})" if message else said
     return stdout, stderr, message[:MAX_TEXT] if message else message

@@ -12,6 +12,8 @@ from actors.activity.rows import ActivityAgreementRow, ActivityRow, BatchRow, Re
 from actors.kernel.draft import Draft
 from actors.kernel.machine import DropFeed, Meta, Rows
 from protocol.activity import (
+    BATCH_NOTE,
+    LEAST_OUTPUT_BYTES,
     MAX_BATCH_OUTPUT_BYTES,
     MAX_OUTPUT_BYTES,
     MAX_TEXT,
@@ -177,9 +179,9 @@ def end(draft: ActivityDraft, row: ActivityRow, reason: str, error_message: str)
 def store(draft: ActivityDraft, row: ActivityRow, batch: BatchRow, result: CommandResult) -> None:
     """Keep a result, within the bounds of its batch; with the last one the batch is finished."""
     finished = not result.ok or result.is_last or result.index + 1 == batch.size
-    room = min(MAX_OUTPUT_BYTES, max(0, MAX_BATCH_OUTPUT_BYTES - batch.stored_bytes))
+    room = min(MAX_OUTPUT_BYTES, max(LEAST_OUTPUT_BYTES, MAX_BATCH_OUTPUT_BYTES - batch.stored_bytes))
     out, err = check_output(result.stdout), check_output(result.stderr)
-    stdout, stderr, text = fit_output(out, err, result.message, room)
+    stdout, stderr, text = fit_output(out, err, result.message, room, BATCH_NOTE)
     at = sane(result.at, draft.now)
     draft.put(
         result_key(batch.batch_id, result.index),

@@ -33,6 +33,7 @@ from golem.exeunit.runtime import (
     Volume,
     parse_volumes,
 )
+from golem.exeunit.storage import SPARE_BYTES
 from golem.exeunit.supervisor import HOLD
 from golem.exeunit.terms import AgreedTerms
 from golem.exeunit.transfer.packages import Image, ImageStore
@@ -256,6 +257,7 @@ class RuntimePort:
                 activity_id=self._activity_id,
                 notice=progress.notice,
             )
+            await self._images.make_room(self._terms.limits.storage_bytes + SPARE_BYTES, folder)
             self._deployment = await self._runtime.deploy(image.path if image else Path(os.devnull), options)
         except BaseException:
             if image is not None:

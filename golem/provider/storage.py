@@ -18,7 +18,7 @@ from pathlib import Path
 import trio
 
 from golem.exeunit.storage import SPARE_BYTES
-from golem.exeunit.transfer.packages import MIN_FREE_BYTES
+from golem.exeunit.transfer.packages import MIN_FREE_BYTES, evictable_bytes
 from golem.exeunit.usage import measure_tree
 from golem.provider.hardware import GIB, MIN_STORAGE_GIB
 from golem.provider.units import find_unit
@@ -58,12 +58,15 @@ class Disk:
         free_bytes: Callable[[Path], int] = lambda path: shutil.disk_usage(path).free,
         is_live: Callable[[str], bool] = lambda activity_id: find_unit(activity_id) != 0,
     ) -> None:
-        self._work = data_dir / "exe-unit" / "work"
+        self._work, self._cache = data_dir / "exe-unit" / "work", data_dir / "exe-unit" / "cache" / "images"
         self._free_bytes, self._is_live = free_bytes, is_live
         self._dead_since: dict[Path, float] = {}
 
     async def room_gib(self) -> float:
-        """Return what activities of this agent could take up in all, with what they do take up. Raises OSError."""
+        """Return what activities of this agent could take up in all, with what they do take up. Raises OSError.
+
+        Images that nobody uses are room: they are removed for whoever needs it.
+        """
         place = next(path for path in (self._work, *self._work.parents) if path.exists())
         folders, now = [path for path in self._work.glob("*/*") if path.is_dir() and not path.is_symlink()], trio.current_time()
         self._dead_since = {folder: at for folder, at in self._dead_since.items() if folder in folders}
@@ -77,10 +80,15 @@ class Disk:
                     self._dead_since.setdefault(folder, now)
             ours = [one for one in folders if now - self._dead_since.get(one, now) < CLEANED_S]
             taken = await trio.to_thread.run_sync(taken_bytes, ours)
-        return (self._free_bytes(place) + taken - MARGIN_BYTES) / GIB
+        cached = await trio.to_thread.run_sync(evictable_bytes, self._cache) if _same_disk(place, self._cache) else 0
+        return (self._free_bytes(place) + taken + cached - MARGIN_BYTES) / GIB
 
     def _live(self, folders: Sequence[Path]) -> set[Path]:
         return {folder for folder in folders if self._is_live(folder.name)}
+
+
+def _same_disk(place: Path, other: Path) -> bool:
+    return other.exists() and place.stat().st_dev == other.stat().st_dev
 
 
 def taken_bytes(folders: Sequence[Path]) -> int:

@@ -53,7 +53,7 @@ def _authenticate(app: QuartTrio, node: Node) -> None:
     async def check_key() -> Response | None:
         g.trace = secrets.token_hex(6)
         if request.path.startswith(OPEN_PATHS):
-            return _rebound(node)
+            return _not_for_pages(node)
         if request.method == "OPTIONS" and _origin_known(node, request.headers.get("Origin", "")):
             return Response(b"", status=200)
         return _refusal(node, request)
@@ -64,13 +64,16 @@ def _authenticate(app: QuartTrio, node: Node) -> None:
         return _refusal(node, websocket)
 
 
-def _rebound(node: Node) -> Response | None:
-    """Return the answer to a page of some website whose name has been made to lead here: what needs no key is not for it.
+def _not_for_pages(node: Node) -> Response | None:
+    """Return the answer to a page of some website: what needs no key is not for it, nor the places of downloads.
 
-    The name alone tells, since pages say of themselves what they like. Whoever comes by an address, or by a name of this
-    machine, is its user's; so is who comes by an allowed origin.
+    Browsers say where a page comes from (`Origin`, `Sec-Fetch-Site`). One whose name has been made to lead here is told by
+    the name alone. Whoever comes by an address, or by a name of this machine, is its user's; so is an allowed origin.
     """
-    host = request.headers.get("Host", "")
+    host, origin = request.headers.get("Host", ""), request.headers.get("Origin", "")
+    embedded = request.headers.get("Sec-Fetch-Site") == "cross-site" and request.headers.get("Sec-Fetch-Mode") != "navigate"
+    if (origin or embedded) and not _origin_known(node, origin):
+        return ApiError(403, f"not for web pages of {(origin or 'other sites')[:100]!r}: see allow_origins").response()
     if is_of_this_machine(host.encode("latin-1", "replace")) or _origin_known(node, f"{request.scheme}://{host}"):
         return None
     return ApiError(403, f"not for web pages at {host[:100]!r}: see allow_origins").response()

@@ -16,6 +16,7 @@ import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
+from weakref import WeakSet
 
 import trio
 from quart import Blueprint, Response, request
@@ -38,7 +39,7 @@ _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 def blueprint(node: Node) -> Blueprint:
     """Return the registry of `node`."""
     api = Blueprint("registry", __name__)
-    downloads: set[_FileBody] = set()
+    downloads: WeakSet[_FileBody] = WeakSet()  # also of those whose reader left before the first byte
 
     @api.get("/v1/image/info")
     async def info() -> Response:
@@ -56,12 +57,7 @@ def blueprint(node: Node) -> Blueprint:
     @api.get("/v1/image/<sha3>")
     async def image(sha3: str) -> Response:
         found = _exactly(node, sha3)
-        reader = reader_of(request.remote_addr or "")
-        if len(downloads) >= MAX_DOWNLOADS:
-            raise ApiError(503, f"{MAX_DOWNLOADS} images are being downloaded already: try again later")
-        if sum(one.reader == reader for one in downloads) >= DOWNLOADS_OF_ONE:
-            raise ApiError(503, f"{DOWNLOADS_OF_ONE} images are being downloaded from {reader} already: try again later")
-        return await _respond_file(node.registry.path(found), found, downloads, reader)
+        return await _respond_file(node.registry.path(found), found, downloads)
 
     return api
 
@@ -95,18 +91,23 @@ def _not_here(which: str, tag: str) -> NoReturn:
 
 # -- the image itself
 class _FileBody(ResponseBody):
-    """Bytes of a file from `first` on to before `end`, open while they are sent.
+    """Bytes of a file from `first` on to before `end`, open while they are sent. It counts as a download from now on.
 
     A file that is cut short meanwhile ends them: the answer is shorter than it said, which whoever reads it sees.
     """
 
-    def __init__(self, path: Path, first: int, end: int, downloads: set[_FileBody], reader: str) -> None:
-        self._path, self._first, self._end, self._downloads, self.reader = path, first, end, downloads, reader
-        self._descriptor = -1
+    def __init__(self, path: Path, first: int, end: int, downloads: WeakSet[_FileBody]) -> None:
+        """Raises `ApiError` 503 where all places are taken, or those of this reader."""
+        self._path, self._first, self._end, self._downloads = path, first, end, downloads
+        self._descriptor, self.reader = -1, reader_of(request.remote_addr or "")
+        if len(downloads) >= MAX_DOWNLOADS:
+            raise ApiError(503, f"{MAX_DOWNLOADS} images are being downloaded already: try again later")
+        if sum(one.reader == self.reader for one in downloads) >= DOWNLOADS_OF_ONE:
+            raise ApiError(503, f"{DOWNLOADS_OF_ONE} images are being downloaded from {self.reader} already: try again later")
+        downloads.add(self)
 
     async def __aenter__(self) -> AsyncIterator[bytes]:
         self._descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
-        self._downloads.add(self)
         return self._chunks()
 
     async def __aexit__(self, *_: Any) -> None:
@@ -139,7 +140,7 @@ def reader_of(address: str) -> str:
     return str(ip)
 
 
-async def _respond_file(path: Path, image: StoredImage, downloads: set[_FileBody], reader: str) -> Response:
+async def _respond_file(path: Path, image: StoredImage, downloads: WeakSet[_FileBody]) -> Response:
     """Answer with the file, or with the part of it that was asked for."""
     try:
         status = await trio.to_thread.run_sync(os.stat, path)
@@ -161,7 +162,7 @@ async def _respond_file(path: Path, image: StoredImage, downloads: set[_FileBody
     if code == 206:
         headers["Content-Range"] = f"bytes {first}-{last}/{image.size}"
     sends = request.method != "HEAD" and code != 304
-    body = _FileBody(path, first, last + 1, downloads, reader) if sends else b""
+    body = _FileBody(path, first, last + 1, downloads) if sends else b""
     response = Response(body, status=code, headers=headers, content_type="application/octet-stream")
     if code == 304:
         response.headers.pop("Content-Length", None)

@@ -25,6 +25,7 @@ from actors.activity.requestor import MAX_UNFINISHED
 from actors.activity.rows import batch_key, result_key
 from actors.exeunit import ExeUnit
 from protocol.activity import (
+    LEAST_OUTPUT_BYTES,
     MAX_OUTPUT_BYTES,
     Accepted,
     ActivityEvent,
@@ -511,6 +512,9 @@ def test_outputs_are_cut_to_what_a_message_holds() -> None:
     assert fit_output("a" * 9, "b" * 9, None, 10)[:2] == ("aaaaa", "bbbbb")
     assert fit_output("a" * 2, "b" * 9, None, 10)[:2] == ("aa", "b" * 8)
     assert cut_output("aä", 2) == "a"
+    assert cut_output("abcdefgh", 6, "!") == "abcgh!"
+    assert cut_output(b"abcdefgh", 6, "!") == b"abcfgh"
+    assert cut_output("abcdefgh", 6, "!" * 20) == "!" * 20, "what is left for the output is nothing, not less"
 
 
 def test_a_batch_does_not_outgrow_the_journal() -> None:
@@ -518,10 +522,29 @@ def test_a_batch_does_not_outgrow_the_journal() -> None:
     created(play).tell(StateChanged(ACTIVITY, "Ready", at=START), P)
     play.ask(Exec(BATCH, ACTIVITY, json.dumps([{"run": {"entry_point": "x"}}] * 40)))
     for index in range(40):
-        play.tell(result(index, stdout="x" * MAX_OUTPUT_BYTES), UNIT)
-    kept = sum(len(play.rows[result_key(BATCH, index)].stdout or "") for index in range(40))
-    assert kept <= 16 << 20
+        play.tell(result(index, stdout=f"{index} begins" + "x" * (MAX_OUTPUT_BYTES - 20) + "ends\n"), UNIT)
+    texts = [play.rows[result_key(BATCH, index)].stdout for index in range(40)]
+    assert sum(map(len, texts)) <= (16 << 20) + 40 * LEAST_OUTPUT_BYTES
+    assert texts[0].endswith("xends\n")
+    for index, text in enumerate(texts[18:], 18):  # none is empty, and its last line says what there was
+        assert text.startswith(f"{index} begins")
+        assert "xends\n\n[cut by the requestor's node: the output had 98" in text
+        assert "16 MiB" in text.splitlines()[-1]
     assert "output cut" in play.rows[result_key(BATCH, 39)].message
+
+
+def test_after_much_output_a_little_is_kept_as_it_is() -> None:
+    play = requestor()
+    created(play).tell(StateChanged(ACTIVITY, "Ready", at=START), P)
+    play.ask(Exec(BATCH, ACTIVITY, json.dumps([{"run": {"entry_point": "x"}}] * 40)))
+    for index in range(20):
+        play.tell(result(index, stdout=b"x" * MAX_OUTPUT_BYTES), UNIT)
+    play.tell(result(20, stdout="the answer", stderr="e" * 200), UNIT)
+    play.tell(result(21, stdout=b"\0" * 40_000, stderr=b"\1" * 40_000), UNIT)
+    row = play.rows[result_key(BATCH, 20)]
+    assert (row.stdout, row.stderr, row.message) == ("the answer", "e" * 200, None)
+    row = play.rows[result_key(BATCH, 21)]
+    assert (len(row.stdout), len(row.stderr)) == (LEAST_OUTPUT_BYTES // 2,) * 2
 
 
 # -- all three machines

@@ -30,7 +30,7 @@ NR = {
     "name_to_handle_at": (303, 264), "fanotify_init": (300, 262), "open_tree": (428, 428), "move_mount": (429, 429),
     "fsopen": (430, 430), "pidfd_getfd": (438, 438), "mount_setattr": (442, 442), "vmsplice": (278, 75),
     "process_madvise": (440, 440), "clone": (56, 220), "clone3": (435, 435), "socket": (41, 198), "mknodat": (259, 33),
-    "personality": (135, 92), "statmount": (457, 457), "lsm_get_self_attr": (459, 459),
+    "personality": (135, 92), "capset": (126, 91), "statmount": (457, 457), "lsm_get_self_attr": (459, 459),
 }  # fmt: skip
 X86_ONLY = {"iopl": 172, "ioperm": 173, "modify_ldt": 154, "uselib": 134, "ustat": 136, "sysfs": 139}
 libc = ctypes.CDLL(None, use_errno=True)
@@ -107,6 +107,11 @@ def connect(family, address, kind=socket.SOCK_STREAM):
     return lambda: attempt(action)
 
 
+def give_capabilities():
+    with open("/root/program", "wb") as file:
+        os.setxattr(file.fileno(), "security.capability", bytes.fromhex("0100000200002000000000000000000000000000"))
+
+
 def kill_init():
     os.kill(1, signal.SIGKILL)
     os.kill(1, signal.SIGSTOP)
@@ -158,6 +163,10 @@ CALLS = {
 }  # fmt: skip
 X86_CALLS = {"iopl": (3,), "ioperm": (0, 1, 1), "modify_ldt": (0, bytes(64), 64), "uselib": (b"/tmp\0",)}
 
+OWN = {  # what root may do to its own files and users, where they are no other's
+    "chown away": lambda: attempt(os.chown, "/etc/passwd", 1, 1),
+    "become another user": lambda: in_child(lambda: attempt(os.setuid, 1000)),
+}
 ATTACKS = {
     **{f"call {name}": (lambda name=name, words=words: call(name, *words)) for name, words in CALLS.items()},
     **{f"unshare {name}": (lambda flag=flag: call("unshare", flag)) for name, flag in NAMESPACES.items()},
@@ -189,8 +198,11 @@ ATTACKS = {
     "mknod character device": lambda: attempt(os.mknod, "/tmp/null", 0o020666, os.makedev(1, 3)),
     "mknod block device": lambda: attempt(os.mknod, "/tmp/disk", 0o060666, os.makedev(254, 0)),
     "mknod whiteout": lambda: attempt(os.mknod, "/tmp/whiteout", 0o020666, 0),
-    "chown away": lambda: attempt(os.chown, "/etc/passwd", 1, 1),
-    "become another user": lambda: attempt(os.setuid, 1000),
+    "chown our program": lambda: attempt(os.chown, "/.golem/init", 1, 1),
+    "chmod our program": lambda: attempt(os.chmod, "/.golem/init", 0o4777),
+    "write our program": write("/.golem/init"),
+    "give a file capabilities": lambda: attempt(give_capabilities),
+    "more capabilities": lambda: attempt(lambda: call_or_raise("capset", b"\x22\x05\x08\x20" + bytes(4), b"\xff" * 24)),
     "the Engine's socket": connect(socket.AF_UNIX, "/var/run/docker.sock"),
     "processes of the machine": visible_processes,
     "kill init": kill_init,
@@ -233,7 +245,8 @@ def attacks():
     with open("/proc/self/uid_map") as file:
         users = file.read().split()
     outcome = {name: attack() for name, attack in ATTACKS.items()}
-    print(json.dumps({"status": status, "uid_map": users, "attacks": outcome}))
+    own = {name: action() for name, action in OWN.items()}
+    print(json.dumps({"status": status, "uid_map": users, "attacks": outcome, "own": own}))
 
 
 def fork_bomb():
@@ -328,6 +341,20 @@ def greedy():
     """Take all there is of every table, say how much that was, and keep it."""
     found = {name: take(name, 150_000) for name in TABLES}
     print(json.dumps(found), flush=True)
+    time.sleep(1000)
+
+
+def greedy_by_users():
+    """Take inotify instances under one user after another; how many there were, of how many users."""
+    found, users = 0, 0
+    for uid in range(1, 65):
+        try:
+            os.seteuid(uid)
+        except OSError:
+            break
+        found, users = found + take("inotify", 1000)[0], users + 1
+        os.seteuid(0)
+    print(json.dumps([found, users]), flush=True)
     time.sleep(1000)
 
 

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -235,6 +236,9 @@ def test_a_container_is_locked_down_whatever_is_asked_for() -> None:
     config = container_config(plan, FACTS)
     host = config["HostConfig"]
     assert (host["NetworkMode"], host["CapDrop"], host["Privileged"]) == ("none", ["ALL"], False)
+    assert sorted(host["CapAdd"]) == ["CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "SETGID", "SETUID"]
+    plain = container_config(plan, replace(FACTS, root_id=0))["HostConfig"]
+    assert (plain["CapDrop"], plain["CapAdd"]) == (["ALL"], []), "there its users are those of this machine"
     assert host["SecurityOpt"][0] == "no-new-privileges"
     assert json.loads(host["SecurityOpt"][1].removeprefix("seccomp="))["defaultAction"] == "SCMP_ACT_ERRNO"
     assert host["Memory"] == host["MemorySwap"] == 6 << 20

@@ -27,6 +27,7 @@ from worlds.support import trio_test
 
 from golem.exeunit.runtime import Deployment, DeployOptions, ExitStatus, Limits, Runtime, RuntimeFault, Side, VolumeRequest
 from golem.exeunit.runtimes import make_runtime
+from golem.exeunit.runtimes.vm.container import capability_mask
 from golem.exeunit.transfer.transfers import TransferError, TransferPolicy, Transfers
 from golem.lab.engine import LocalEngine
 
@@ -144,10 +145,14 @@ def test_attack_is_refused(attacked: dict[str, Any], attack: str) -> None:
     assert attacked["attacks"][attack] in REFUSALS
 
 
-def test_guest_has_no_rights(attacked: dict[str, Any]) -> None:
+def test_guest_has_rights_over_its_own_ids_alone(attacked: dict[str, Any]) -> None:
     status = attacked["status"]
+    own = capability_mask(1) if attacked["remapped"] else 0
     for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
-        assert int(status[name], 16) == 0, name
+        assert int(status[name], 16) & ~own == 0, name
+    assert int(status["CapEff"], 16) == own
+    assert own in (0, 0b11011011), "CHOWN DAC_OVERRIDE FOWNER FSETID SETGID SETUID"
+    assert set(attacked["own"].values()) == {"done" if own else "EPERM"}
     assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
     assert (int(attacked["uid_map"][1]) > 0) == attacked["remapped"]
 
@@ -542,6 +547,68 @@ def test_tables_of_the_kernel_are_shared_out(request: pytest.FixtureRequest, pac
         assert taken["ptys"][0] <= 64, taken
         assert taken["inotify"][0] == (32 if kind == "remapped" else 0), taken
         assert (taken["timers"][0] <= 4096, taken["queues"][0] <= 1, taken["aio"][0]) == (True, True, 0), taken
+
+    trio.run(body)
+
+
+def test_users_of_a_guest_together_leave_inotify_to_others(engine: LocalEngine, package: Path) -> None:
+    """Its root takes as much as there is under one user after another, all of which count as this machine's root."""
+    taken: list[int] = []
+
+    async def hold(guest: Guest, task_status: trio.TaskStatus[None]) -> None:
+        async def keep(side: Side, chunk: bytes) -> None:
+            taken.extend(json.loads(chunk))
+            task_status.started()
+
+        await guest.runtime.run(PYTHON, ["-I", "-S", "-c", PROGRAM, "greedy_by_users"], keep)
+
+    async def body() -> None:
+        async with open_guest(engine, package) as greedy, open_guest(engine, package) as other, trio.open_nursery() as nursery:
+            with within(20):
+                await nursery.start(hold, greedy)
+            here = await trio.run_process([sys.executable, "-I", "-c", PROGRAM, "modest"], capture_stdout=True)
+            assert json.loads(here.stdout)["inotify"] == [4, None]
+            status, output = await other.attack("modest")
+            assert status.ok, output
+            assert json.loads(output)["inotify"] == [4, None]
+            nursery.cancel_scope.cancel()
+
+    trio.run(body)
+    assert taken == [32 * 64, 64], "as many as there are users"
+
+
+ORDINARY = """
+set -e
+mkdir -p /tmp/t && cd /tmp/t && echo one > a && chown 1000:1000 a && chmod 640 a && tar cf ../t.tar a && rm a
+tar xpf ../t.tar && stat -c '%u %g %a' a
+su guest -c 'id -u; cat /tmp/t/a; touch /tmp/theirs'
+echo two >> /tmp/theirs && chmod 600 /tmp/theirs && cat /tmp/theirs && stat -c %u /tmp/theirs
+mkdir /tmp/private && chown 1000 /tmp/private && chmod 700 /tmp/private && touch /tmp/private/x && ls /tmp/private
+"""
+
+
+@pytest.mark.parametrize("kind", ["remapped", "plain"])
+def test_root_is_root_over_the_containers_own_files(request: pytest.FixtureRequest, tmp_path: Path, kind: str) -> None:
+    engine = request.getfixturevalue("engine" if kind == "remapped" else "plain_engine")
+    layers = [busybox_tar()]
+    (tmp_path / "package.tar").write_bytes(docker_archive(layers, image_json(layers, {"Env": ["PATH=/bin"]})))
+
+    async def body() -> None:
+        async with open_guest(engine, tmp_path / "package.tar") as guest:
+            status, said = await guest.run("/bin/sh", "-c", ORDINARY)
+            if kind == "plain":  # there its ids are those of this machine's users
+                assert not status.ok
+                assert "not permitted" in said
+                return
+            assert status.ok, said
+            assert said.split() == ["1000", "1000", "640", "1000", "one", "two", "1000", "x"]
+            # a file of this machine that was brought in, as transfers do, is the guest's as well
+            path = guest.deployment.volumes[0].host_dir / "ours"
+            path.write_text("of the machine")
+            path.chmod(0o600)
+            status, said = await guest.run("/bin/sh", "-c", "cat /vol/ours; chown 7 /vol/ours; rm -f /vol/kept; echo $?")
+            assert "of the machine" not in said, "root of the machine is nobody of the guest's"
+            await guest.works()
 
     trio.run(body)
 

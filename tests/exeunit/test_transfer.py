@@ -433,6 +433,27 @@ async def test_redirects(tmp_path: Path) -> None:
             await place.move(web.url("/away"), "container:/golem/f")
 
 
+ODD_HOSTS = (
+    "xn--a", "xn--", "xn--zzzzzzzz--", "a.xn--0", "\u00df\u200d", "\u0640", "a" * 64, "...", "\U000e0041", "[::1", "%31", "-",
+    "a..b", "127.0.0.1:99999", "127.0.0.1:x",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("host", ODD_HOSTS)
+@trio_test
+async def test_hosts_that_are_none_fail_their_transfer_alone(tmp_path: Path, host: str) -> None:
+    """In an URL, and where a redirection leads; nothing else than a fault of the transfer comes of it."""
+    place = Place(tmp_path)
+    (tmp_path / "out/f").write_bytes(CONTENT)
+    async with web_server() as web:
+        web.redirects["/odd"] = f"http://{host}/x"
+        for url in (web.url("/odd"), f"http://{host}/x"):
+            with pytest.raises(TransferError):
+                await place.move(url, "container:/golem/g")
+        with pytest.raises(TransferError):
+            await place.move("container:/golem/f", f"http://{host}/x")
+
+
 @trio_test
 async def test_upload(tmp_path: Path) -> None:
     place = Place(tmp_path)

@@ -140,8 +140,8 @@ async def test_a_reader_that_leaves_gives_its_place_back(tmp_path: Path, monkeyp
         url = f"/v1/image/{large.sha3}"
         async with client.stream("GET", url) as answer:
             assert answer.status_code == 200
-            async for _ in answer.aiter_raw(1 << 16):
-                break
+            chunks = answer.aiter_raw(1 << 16)  # who lets go of it closes the connection
+            await anext(chunks)
             second = await client.get(url)
             assert (second.status_code, "already" in second.text) == (503, True)
         with within(20):
@@ -163,6 +163,29 @@ async def test_slow_readers_of_one_address_leave_room_for_others(tmp_path: Path,
         other = httpx.AsyncHTTPTransport(local_address="127.0.0.2")
         async with httpx.AsyncClient(base_url=node.api_url, timeout=patience(20), transport=other) as neighbour:
             assert (await neighbour.get(url, headers={"Range": "bytes=0-0"})).status_code == 206
+
+
+@trio_test
+async def test_readers_who_come_at_once_are_counted_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rest_registry, "DOWNLOADS_OF_ONE", 2)
+    async with serving(tmp_path) as (node, client), trio.open_nursery() as nursery:
+        large = await pushed(node, bytes(40 << 20))
+        seen: list[int] = []
+        all_here = trio.Event()
+
+        async def read() -> None:
+            async with client.stream("GET", f"/v1/image/{large.sha3}") as answer:
+                seen.append(answer.status_code)
+                if len(seen) == 12:
+                    all_here.set()
+                await trio.sleep_forever()
+
+        for _ in range(12):
+            nursery.start_soon(read)
+        with within(20):
+            await all_here.wait()
+        nursery.cancel_scope.cancel()
+    assert sorted(seen) == [200] * 2 + [503] * 10
 
 
 def test_who_counts_as_one_reader() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import AsyncIterator
@@ -94,6 +95,19 @@ async def test_what_live_activities_take_up_counts_as_room(tmp_path: Path) -> No
     (folder / "elsewhere").symlink_to("/usr")
     os.link(folder / "storage" / "storage.ext4", folder / "again")
     assert await disk.room_gib() == pytest.approx(5 + 2 / 1024, abs=0.2 / 1024)
+
+
+@trio_test
+async def test_images_that_nobody_uses_are_room(tmp_path: Path) -> None:
+    disk = Disk(tmp_path, lambda path: MARGIN_BYTES + 5 * GIB, lambda name: False)
+    cache = tmp_path / "exe-unit" / "cache" / "images"
+    cache.mkdir(parents=True)
+    for name in ("sha3-224-a", "sha3-224-b"):
+        (cache / name).write_bytes(bytes(8 << 20))
+    assert await disk.room_gib() == pytest.approx(5 + 16 / 1024, abs=0.1 / 1024)
+    with (cache / "sha3-224-a").open("rb") as used:
+        fcntl.flock(used, fcntl.LOCK_SH)  # as an exe-unit does
+        assert await disk.room_gib() == pytest.approx(5 + 8 / 1024, abs=0.1 / 1024)
 
 
 def test_what_dead_ones_take_up_counts_only_while_it_is_removed(tmp_path: Path) -> None:

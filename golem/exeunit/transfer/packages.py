@@ -269,11 +269,13 @@ class ImageStore:
         self._evict()
         status = os.fstat(descriptor)
         room = self._free_bytes(self._directory) - MIN_FREE_BYTES + max(status.st_size, status.st_blocks * 512)
+        room += evictable_bytes(self._directory)
         most = min(self._max_image_bytes, max(room, 0))
         try:
             await self._transfers.fetch(
-                location, descriptor, max_bytes=most, resume=True, progress=progress, notice=notice, spare_bytes=MIN_FREE_BYTES
-            )
+                location, descriptor, max_bytes=most, resume=True, progress=progress, notice=notice, spare_bytes=MIN_FREE_BYTES,
+                make_room=self._evict,
+            )  # fmt: skip
             os.fsync(descriptor)
         except BaseException as error:  # also when cancelled: the next one goes on from here
             give_back(descriptor)
@@ -284,8 +286,15 @@ class ImageStore:
                 raise TransferError(f"{error} (this provider has disk space for {most} bytes)") from None
             raise
 
-    def _evict(self) -> None:
-        """Remove the least recently used images and parts that nobody holds, until the rest fits and the disk has room."""
+    async def make_room(self, size_bytes: int, near: Path) -> None:
+        """Remove images that nobody holds for so many bytes that are to be written `near`, if that is on the cache's disk."""
+        if near.stat().st_dev == self._directory.stat().st_dev:
+            await trio.to_thread.run_sync(self._evict, size_bytes)
+
+    def _evict(self, needed_bytes: int = 0) -> None:
+        """Remove the least recently used images and parts that nobody holds, until the rest fits and the disk has room for
+        so many bytes more.
+        """
         images = []
         for path in self._directory.glob("sha3-*"):
             try:
@@ -294,7 +303,7 @@ class ImageStore:
                 continue
             images.append((max(status.st_atime_ns, status.st_mtime_ns), status.st_size, path))
         total = sum(size for _, size, _ in images)
-        most = min(self._max_bytes, total + self._free_bytes(self._directory) - MIN_FREE_BYTES)
+        most = min(self._max_bytes, total + self._free_bytes(self._directory) - MIN_FREE_BYTES - needed_bytes)
         for _, size, path in sorted(images):
             if total <= most:
                 return
@@ -308,6 +317,19 @@ class ImageStore:
                     total -= size
             finally:
                 os.close(descriptor)
+
+
+def evictable_bytes(directory: Path) -> int:
+    """Return how much a cache holds that nobody uses: it makes room when somebody needs it."""
+    total = 0
+    for path in directory.glob("sha3-*"):
+        with suppress(OSError):  # another exe-unit evicts as well
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                total += os.fstat(descriptor).st_blocks * 512 if _lock_now(descriptor, path) else 0
+            finally:
+                os.close(descriptor)
+    return total
 
 
 def _source_of(descriptor: int) -> bytes:

@@ -97,10 +97,19 @@ class Spool:
     """
 
     def __init__(
-        self, descriptor: int, max_bytes: int, digest: Digest | None, progress: Progress | None, spare_bytes: int = 0
+        self,
+        descriptor: int,
+        max_bytes: int,
+        digest: Digest | None,
+        progress: Progress | None,
+        spare_bytes: int = 0,
+        make_room: Callable[[int], object] = lambda size: None,
     ) -> None:
-        """`spare_bytes` stay free on the disk, if not 0: room is set aside once the source has said how long it is."""
-        self._descriptor, self._spare_bytes = descriptor, spare_bytes
+        """`spare_bytes` stay free on the disk, if not 0: room is set aside once the source has said how long it is.
+
+        `make_room` is called before, in a thread, with how much more is to come.
+        """
+        self._descriptor, self._spare_bytes, self._make_room = descriptor, spare_bytes, make_room
         self._reserved_for = -1  # the length for which there is room
         self._max_bytes = max_bytes
         self._progress = progress
@@ -189,10 +198,13 @@ class Spool:
         """Raises `NoRoom` where the next `size` bytes would take what is to stay free."""
         at = os.lseek(self._descriptor, 0, os.SEEK_CUR)
         if self.total is not None and at + size <= self.total:
+            if self._reserved_for != self.total:
+                self._make_room(self.total - at)
             if self._reserved_for != self.total and reserve(self._descriptor, self.total, self._spare_bytes):
                 self._reserved_for = self.total
             if self._reserved_for == self.total:
                 return
+        self._make_room(size)
         check(free_at(self._descriptor), size, self._spare_bytes)
 
     async def finish(self) -> None:

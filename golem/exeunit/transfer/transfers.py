@@ -209,15 +209,16 @@ class Transfers:
         progress: Progress | None = None,
         notice: Notice | None = None,
         spare_bytes: int = 0,
+        make_room: Callable[[int], object] = lambda size: None,
     ) -> int:
         """Bring a remote or `file:` location into an open, readable and writable file; returns its size.
 
         The hash is checked. `resume`: the file may hold the beginning already, from a fetch of the same location (with a
         hash) that failed or was cancelled; a beginning that turns out not to fit is fetched anew. `spare_bytes` of the disk
-        stay free.
+        stay free; `make_room` is called in a thread before so many bytes come.
         Errors: TransferError; of which HashMismatch says that the file is of no use.
         """
-        spool = Spool(descriptor, min(max_bytes, self.policy.max_bytes), _digest_of(location), progress, spare_bytes)
+        spool = Spool(descriptor, min(max_bytes, self.policy.max_bytes), _digest_of(location), progress, spare_bytes, make_room)
         with trio.move_on_after(self.policy.max_time_s) as scope:
             if resume and location.digest is not None and location.scheme != "file":
                 await spool.take_up()

@@ -182,7 +182,7 @@ class Web:
                         pace.moved(len(chunk))
                     if spool.total is not None and spool.size != spool.total:
                         raise TransferError(f"{redacted(url)}: got {spool.size} bytes of {spool.total}", passing=True)
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
+        except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:  # the last: what is no name
             raise _translated("GET", url, error) from None
 
     async def upload(self, url: str, file: OutgoingFile, progress: Progress | None) -> None:
@@ -207,7 +207,7 @@ class Web:
             async with await self._client() as client, _in_time(url, "PUT") as pace:
                 async with client.stream("PUT", url, content=body(), headers=headers) as response:
                     _check_status("PUT", url, response)
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
+        except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:  # the last: what is no name
             raise _translated("PUT", url, error) from None
 
 

@@ -1,8 +1,8 @@
 """What a container of the runtime `vm` is made of, in the Engine's own words, and what of a requestor's wishes is refused.
 
-Whoever holds the image may be hostile: no capabilities, no new privileges, no network, our own system-call filter, and
-hard limits of memory, CPU and processes. The image's user, directory and environment stand; its programs do not start by
-themselves, and its health check never does.
+Whoever holds the image may be hostile: no capabilities beyond its own ids, no new privileges, no network, our own
+system-call filter, and hard limits of memory, CPU and processes. The image's user, directory and environment stand; its
+programs do not start by themselves, and its health check never does.
 Neighbours: `golem.exeunit.runtimes.vm.runtime` and `self_test` make containers of this; `seccomp_profile`, `init_program`.
 """
 
@@ -27,6 +27,9 @@ from golem.exeunit.supervisor import own_mark
 
 ACTIVITY_LABEL = "golem.activity"
 INIT_PATH = "/.golem/init"
+# What root has over the files and users of a container, where these are no other's on this machine (ids are remapped):
+# for tar, chown, su, package managers and servers that change to a user of their own. Each with its number in Linux.
+CAPABILITIES = {"CHOWN": 0, "DAC_OVERRIDE": 1, "FOWNER": 3, "FSETID": 4, "SETGID": 6, "SETUID": 7}
 PROCESSES = 512
 OOM_SCORE = 500  # a machine that is short of memory takes guests first, not the node
 MIN_MEM_BYTES = 6 << 20  # what the Engine asks for
@@ -93,6 +96,11 @@ def clear_away(folder: Path) -> None:
     shutil.rmtree(folder / ARGUMENTS, ignore_errors=True)
 
 
+def capability_mask(root_id: int) -> int:
+    """Return the capabilities of a container as /proc says them. `root_id`: of its root; 0 where ids are not remapped."""
+    return sum(1 << number for number in CAPABILITIES.values()) if root_id else 0
+
+
 def labels(activity_id: str) -> dict[str, str]:
     """Return what says whose a container or a volume is; `leftovers` removes those of the dead."""
     return {ACTIVITY_LABEL: activity_id, SUPERVISOR_LABEL: own_mark()}
@@ -131,6 +139,7 @@ def _host_config(plan: Plan, facts: EngineFacts) -> dict[str, Any]:
         "PidsLimit": PROCESSES,
         "OomScoreAdj": OOM_SCORE,
         "CapDrop": ["ALL"],
+        "CapAdd": [name for name in CAPABILITIES if facts.root_id],
         "Privileged": False,
         "SecurityOpt": ["no-new-privileges", f"seccomp={profile(has_inotify(facts.root_id))}"],
         "Ulimits": [

@@ -2,8 +2,9 @@
 
 Control groups do not count these. What a container can be told at its start is told there (`container`: pending signals,
 message queues; no asynchronous I/O contexts by `seccomp_profile`); the rest is set from outside, once it is up: buffers of
-sockets, its pseudo-terminals at the mount of its /dev/pts, and inotify in its user namespace. Where an Engine does not remap
-ids a guest's inotify would be that of this machine's own root, so there it has none.
+sockets, its pseudo-terminals at the mount of its /dev/pts, and inotify in its user namespace. What is limited for each user
+is so for each of the 65,536 that a guest's root may become (`docs/security.md` says what that leaves open). Where an Engine
+does not remap ids a guest's inotify would be that of this machine's own root, so there it has none.
 Takes root's rights and Linux 5.2. Neighbour: `golem.exeunit.runtimes.vm.runtime`.
 """
 
@@ -23,6 +24,8 @@ from golem.exeunit.transfer.beneath import open_in_root
 log = logging.getLogger("golem.exeunit")
 
 CORE_PATTERN = Path("/proc/sys/kernel/core_pattern")
+MACHINE = Path("/proc/sys/fs/inotify")
+USERS = 1 << 16  # ids that are remapped for a container, as a rule
 PTYS = 64
 INOTIFY = {"max_inotify_instances": 32, "max_inotify_watches": 8192}
 SOCKETS_SHARE = 4  # of the memory, for buffers of sockets
@@ -34,8 +37,24 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def has_inotify(root_id: int) -> bool:
-    """Whether guests may have inotify: where it can be bounded. `root_id`: of root in a container, 0 without remapped ids."""
-    return root_id != 0 and os.geteuid() == 0
+    """Whether guests may have inotify: where it can be bounded. `root_id`: of root in a container, 0 without remapped ids.
+
+    A guest's root has as much of it for each of its users, and all of that counts as what this machine's root has. So this
+    machine's limit is raised beyond what all of them together can take; the kernel counts the memory of it as the guest's.
+    """
+    return root_id != 0 and os.geteuid() == 0 and all(_raised(name, most) for name, most in INOTIFY.items())
+
+
+def _raised(name: str, most: int) -> bool:
+    path, enough = MACHINE / name.replace("max_inotify", "max_user"), 2 * most * USERS
+    try:
+        if int(path.read_text()) < enough:
+            path.write_text(str(enough))
+            log.info("%s is %d now: each user of a guest counts as this machine's root", path, enough)
+        return True
+    except (OSError, ValueError) as error:
+        log.warning("guests have no inotify, since %s cannot be raised to %d: %s", path, enough, error)
+        return False
 
 
 async def bound(init_pid: int, root_id: int, mem_bytes: int) -> None:

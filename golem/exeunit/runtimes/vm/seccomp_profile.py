@@ -2,9 +2,9 @@
 
 Engines bring a profile of their own, but the one of Docker 20.10 lets a container without a network create AF_VSOCK
 sockets (which no network namespace cuts off), io_uring rings, and calls of the i386 table, past every rule. This list
-holds what ordinary programs, language runtimes and databases need and nothing that asks for a capability, makes a
-namespace, looks into other processes or loads a kernel module on demand. Calls through another architecture's table
-kill the thread, because the profile names the native one alone.
+holds what ordinary programs, language runtimes and databases need and nothing that asks for a capability (but those over
+a container's own files and users), makes a namespace, looks into other processes or loads a kernel module on demand.
+Calls through another architecture's table kill the thread, because the profile names the native one alone.
 
 Arguments are compared in 64 bits while the kernel reads an `int` as 32: so every condition here is one that allows.
 (A rule that refuses "family 40" lets 2**32 + 40 pass.)

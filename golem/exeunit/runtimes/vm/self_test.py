@@ -23,7 +23,7 @@ import trio
 from golem.exeunit.runtime import Limits, RuntimeFault
 from golem.exeunit.runtimes.vm.admin import Admin, EngineFacts
 from golem.exeunit.runtimes.vm.client import EngineClient
-from golem.exeunit.runtimes.vm.container import Plan, container_config, lay_out
+from golem.exeunit.runtimes.vm.container import Plan, capability_mask, container_config, lay_out
 from golem.exeunit.runtimes.vm.init_program import (
     PROBE_CLOSED,
     PROBE_I386,
@@ -130,7 +130,8 @@ async def _check_process(client: EngineClient, name: str, engine: EngineFacts) -
         return f"the Engine's containers cannot be seen from here, is it on another machine? {error}"
     status = dict(line.split(":", 1) for line in lines)
     facts = {key: status.get(key, "").strip() for key in ("CapBnd", "NoNewPrivs", "Seccomp")}
-    if int(facts["CapBnd"] or "1", 16) or facts["NoNewPrivs"] != "1" or facts["Seccomp"] != "2":
+    too_much = int(facts["CapBnd"] or "100", 16) & ~capability_mask(engine.root_id)
+    if too_much or facts["NoNewPrivs"] != "1" or facts["Seccomp"] != "2":
         return f"the Engine did not lock its container down as it was told: {facts}"
     return None
 
