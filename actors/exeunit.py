@@ -34,21 +34,22 @@ from protocol.exeunit import (
     parse_command,
     parse_script,
 )
+from protocol.states import ActivityState
 from protocol.types import Message, Undelivered, Violation, address
 
 MAX_QUEUED = 64  # batches that wait
 REPORT_DEADLINE_S = 24 * 3600.0
 USAGE_DEADLINE_S = 60.0  # then there is a newer one
-_TARGETS = {"deploy": "Deployed", "start": "Ready"}
+_TARGETS = {"deploy": ActivityState.DEPLOYED, "start": ActivityState.READY}
 _ALLOWED = {
-    "Initialized": ("deploy", "terminate"),
-    "Deployed": ("start", "terminate"),
-    "Ready": ("run", "transfer", "terminate"),
+    ActivityState.INITIALIZED: ("deploy", "terminate"),
+    ActivityState.DEPLOYED: ("start", "terminate"),
+    ActivityState.READY: ("run", "transfer", "terminate"),
 }
 _EXPECTED = {
-    "Initialized": "Activity is initialized - deploy() command is expected now",
-    "Deployed": "Activity is deployed - start() command is expected now",
-    "Ready": "Activity is ready - run(), transfer() or terminate() command is expected now",
+    ActivityState.INITIALIZED: "Activity is initialized - deploy() command is expected now",
+    ActivityState.DEPLOYED: "Activity is deployed - start() command is expected now",
+    ActivityState.READY: "Activity is ready - run(), transfer() or terminate() command is expected now",
 }
 
 _sent = Decoder[Any](Execute | CancelCommand | CommandResult | StateReported | UsageReported)  # what `Undelivered` may hold
@@ -58,7 +59,7 @@ class UnitRow(Message, frozen=True):
     """The unit itself: its state, the batch at work (`current`, its command number `index`) and those that wait."""
 
     instance: str = ""
-    state: str = "New"
+    state: ActivityState = ActivityState.NEW
     current: str | None = None
     index: int = 0
     queue: tuple[str, ...] = ()
@@ -93,7 +94,7 @@ class UnitDraft(Draft):
         assert found is not None, batch_id
         return found
 
-    def report(self, state: str, pending: str | None = None, usage: list[float] | None = None) -> None:
+    def report(self, state: ActivityState, pending: ActivityState | None = None, usage: list[float] | None = None) -> None:
         """Tell the provider's node the state."""
         self.send(self.provider, StateReported(self.activity_id, state, pending, usage=usage, at=self.now), REPORT_DEADLINE_S)
 
@@ -106,31 +107,31 @@ class UnitDraft(Draft):
 # -- the unit's own life
 def _started(draft: UnitDraft, message: UnitStarted) -> None:
     unit = draft.unit
-    if unit.instance == message.instance or unit.state == "Terminated":
+    if unit.instance == message.instance or unit.state == ActivityState.TERMINATED:
         return
     if unit.instance:  # the process before this one took the runtime with it
         text = "the exe-unit's process was restarted; its runtime is lost"
         _end(draft, "execution interrupted", text, None)
         return
-    draft.change(instance=message.instance, state="Initialized")
-    draft.report("Initialized")
+    draft.change(instance=message.instance, state=ActivityState.INITIALIZED)
+    draft.report(ActivityState.INITIALIZED)
     if unit.queue:  # a batch was faster than this message
         _next_batch(draft)
 
 
 def _shut_down(draft: UnitDraft, message: ShutDown) -> None:
-    if draft.unit.state != "Terminated":
+    if draft.unit.state != ActivityState.TERMINATED:
         _end(draft, message.reason, message.error_message, message.usage)
 
 
 def _end(draft: UnitDraft, reason: str, error_message: str | None, usage: list[float] | None) -> None:
-    draft.change(state="Terminated", current=None, queue=())
-    report = StateReported(draft.activity_id, "Terminated", None, reason, error_message, usage, draft.now)
+    draft.change(state=ActivityState.TERMINATED, current=None, queue=())
+    report = StateReported(draft.activity_id, ActivityState.TERMINATED, None, reason, error_message, usage, draft.now)
     draft.send(draft.provider, report, REPORT_DEADLINE_S)
 
 
 def _usage_measured(draft: UnitDraft, message: UsageMeasured) -> None:
-    if draft.unit.state not in ("New", "Terminated"):
+    if draft.unit.state not in (ActivityState.NEW, ActivityState.TERMINATED):
         draft.send(draft.provider, UsageReported(draft.activity_id, message.usage, draft.now), USAGE_DEADLINE_S)
 
 
@@ -139,7 +140,7 @@ def _undelivered(draft: UnitDraft, message: Undelivered) -> None:
     lost, unit = _sent(message.body), draft.unit
     if not isinstance(lost, Execute) or (unit.current, unit.index) != (lost.batch_id, lost.index):
         return  # the requestor or our node was away for a day: nobody is left to be told
-    if unit.state != "Terminated":
+    if unit.state != ActivityState.TERMINATED:
         _end(draft, "execution interrupted", f"the runtime did not take a command: {message.reason}", None)
 
 
@@ -152,8 +153,8 @@ def _run_batch(draft: UnitDraft, message: RunBatch) -> None:
         raise Violation("a batch for another activity")
     if draft.get(f"batch/{message.batch_id}") is not None or len(message.batch_id) > 64:
         return
-    if unit.state == "Terminated" or len(unit.queue) >= MAX_QUEUED:
-        why = "the activity is over" if unit.state == "Terminated" else f"{MAX_QUEUED} batches wait already"
+    if unit.state == ActivityState.TERMINATED or len(unit.queue) >= MAX_QUEUED:
+        why = "the activity is over" if unit.state == ActivityState.TERMINATED else f"{MAX_QUEUED} batches wait already"
         draft.fail(message.batch_id, f"batch refused: {why}")
         return
     try:
@@ -170,7 +171,7 @@ def _run_batch(draft: UnitDraft, message: RunBatch) -> None:
         if unit.current is not None:
             draft.send("runtime", CancelCommand(unit.current, unit.index))
     unit = draft.change(queue=(*unit.queue, message.batch_id))
-    if unit.current is None and unit.state != "New":
+    if unit.current is None and unit.state != ActivityState.NEW:
         _next_batch(draft)
 
 
@@ -199,7 +200,7 @@ def _execute(draft: UnitDraft, script: ScriptRow) -> None:
 
 def _finished(draft: UnitDraft, message: CommandFinished) -> None:
     unit = draft.unit
-    if unit.current != message.batch_id or unit.index != message.index or unit.state == "Terminated":
+    if unit.current != message.batch_id or unit.index != message.index or unit.state == ActivityState.TERMINATED:
         return
     script = draft.script(message.batch_id)
     is_last = not message.ok or message.index + 1 == len(script.commands)
@@ -223,10 +224,10 @@ def _finished(draft: UnitDraft, message: CommandFinished) -> None:
     draft.put(f"batch/{message.batch_id}", None)
 
 
-def _after(unit: UnitRow, kind: str, ok: bool) -> tuple[str, bool]:
+def _after(unit: UnitRow, kind: str, ok: bool) -> tuple[ActivityState, bool]:
     """Return the state after a command of this kind, and whether it is one that is to be reported."""
     if kind == "terminate" and ok:
-        return "Initialized", True
+        return ActivityState.INITIALIZED, True
     if kind in _TARGETS and kind in _ALLOWED[unit.state]:
         return (_TARGETS[kind] if ok else unit.state), True
     return unit.state, False

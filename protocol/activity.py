@@ -10,9 +10,9 @@ import math
 import re
 from typing import Any
 
+from protocol.states import ActivityState
 from protocol.types import Message, Violation
 
-STATES = ("New", "Initialized", "Deployed", "Ready", "Unresponsive", "Terminated")
 MAX_USAGE_COUNTERS = 64
 MAX_TEXT = 4000  # characters of a reason, an error message or a command's message
 MAX_OUTPUT_BYTES = 960 * 1024  # of one command, both sides together: a result is one message of at most 1 MiB
@@ -71,8 +71,8 @@ class StateReported(Message, frozen=True):
     """exe-unit (or the provider agent, through an edge) -> activity at the provider: the state is now this."""
 
     activity_id: str
-    state: str
-    pending: str | None = None
+    state: ActivityState
+    pending: ActivityState | None = None
     reason: str | None = None
     error_message: str | None = None
     usage: list[float] | None = None  # in the order of the agreement's usage vector
@@ -112,8 +112,8 @@ class StateChanged(Message, frozen=True):
     """activity@P -> activity@R: the state (and the last known usage) of an activity."""
 
     activity_id: str
-    state: str
-    pending: str | None = None
+    state: ActivityState
+    pending: ActivityState | None = None
     reason: str | None = None
     error_message: str | None = None
     usage: list[float] | None = None
@@ -202,7 +202,7 @@ class ActivityEvent(Message, frozen=True):
 class ActivityChanged(Message, frozen=True):
     """In feed `activity/<id>`: its row changed."""
 
-    state: str
+    state: ActivityState
 
 
 class ResultArrived(Message, frozen=True):

@@ -12,10 +12,9 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 
 from protocol.signing import Document
+from protocol.states import Party
 from protocol.types import Message, Violation, amount, timestamp
 
-DEBIT_NOTE = "debit-note"
-INVOICE = "invoice"
 LOCAL_CHAIN = "golem.com.payment.local-chain"  # in offers and demands: on which dev chain the platforms are
 MAX_USAGE_COUNTERS = 64
 MAX_ACTIVITIES = 1000  # of one invoice
@@ -382,7 +381,7 @@ class DocumentEvent(Message, frozen=True):
 
     document_id: str
     what: str
-    role: str  # ours: "payee" | "payer"
+    role: Party  # ours: "payee" | "payer"
     app_session_id: str | None
     detail: str = ""  # the rejection, as JSON
 

@@ -17,6 +17,7 @@ from typing import Any
 from protocol import strict_json
 from protocol.properties import TermsError, flatten
 from protocol.signing import Document, verify
+from protocol.states import DocumentKind, SubscriptionEnd
 from protocol.terms import MAX_CONSTRAINT_BYTES, MatchResult
 from protocol.terms import match as match_terms
 from protocol.types import MAX_CLOCK_SKEW_S, Message, Violation, digest, node_id
@@ -70,7 +71,7 @@ class SubscriptionEnded(Message, frozen=True):
     """market -> negotiation: an own offer or demand was withdrawn or has expired."""
 
     subscription_id: str
-    reason: str
+    reason: SubscriptionEnd
 
 
 class Rematch(Message, frozen=True):
@@ -119,7 +120,7 @@ class OpenScan(Message, frozen=True):
     `kind` `demand` yields nothing: demands are never published. Unread for `timeout_s`, the scan ends.
     """
 
-    kind: str
+    kind: DocumentKind
     constraints: str
     timeout_s: float
     owner: str = ""  # who may read it: the name of the app-key
@@ -169,7 +170,7 @@ class AnnounceDue(Message, frozen=True):
 class ExpiryDue(Message, frozen=True):
     """An offer or demand reaches its end."""
 
-    kind: str
+    kind: DocumentKind
     subscription_id: str
 
 

@@ -22,10 +22,10 @@ from protocol.market import (
 )
 from protocol.properties import TermsError, flatten
 from protocol.signing import Document
+from protocol.states import Role
 from protocol.terms import MAX_CONSTRAINT_BYTES, Reason, explain
 from protocol.types import Message, Violation, digest, timestamp_text
 
-REQUESTOR, PROVIDER = "Requestor", "Provider"
 MAX_REASON_BYTES = 16 * 1024
 MAX_SESSION_CHARS = 256
 MAX_SHOWN_REASONS = 5
@@ -111,7 +111,7 @@ class AgreementApproved(Message, frozen=True):
     """negotiation -> activity, ledger: both sides have committed to an agreement."""
 
     agreement_id: str
-    role: str  # "Requestor" | "Provider": ours
+    role: Role  # ours
     requestor: str  # node id
     provider: str  # node id
     demand_properties: str  # JSON, flat
@@ -124,7 +124,7 @@ class AgreementEnded(Message, frozen=True):
     """negotiation -> activity, ledger: an approved agreement was terminated."""
 
     agreement_id: str
-    terminator: str  # "Requestor" | "Provider"
+    terminator: str  # a `Role`
     reason: str  # JSON of the Reason, "" if none was given
 
 

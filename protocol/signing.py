@@ -12,9 +12,10 @@ import coincurve
 import msgspec
 from Crypto.Hash import keccak
 
+from protocol.states import DocumentKind
 from protocol.types import Violation
 
-KINDS = ("offer", "demand", "agreement", "approval", "debit-note", "invoice", "acceptance", "payment", "gossip")
+KINDS = tuple(DocumentKind)
 
 # A signature (r, s) stands as (r, n-s) too; only the lower s is taken, so that nobody can make a second one of a first.
 _HALF_ORDER = 0x7FFFFFFFFFFFFFFFFFFFFFFFFFFFFFFF5D576E7357A4501DDFE92F46681B20A0

@@ -25,10 +25,7 @@ from actors.activity.moves import (
     KEEP_AGREEMENT_S,
     KEEP_S,
     LATE_S,
-    PROVIDER,
     REPORT_S,
-    REQUESTOR,
-    UNREACHABLE,
     UNRESPONSIVE_S,
     ActivityDraft,
 )
@@ -59,6 +56,7 @@ from protocol.activity import (
 from protocol.codec import Decoder
 from protocol.exeunit import RunBatch
 from protocol.negotiation import AgreementApproved, AgreementEnded
+from protocol.states import ActivityEnd, Role
 from protocol.types import PeerLost, Undelivered, node_of
 
 
@@ -76,7 +74,7 @@ def _approved(draft: ActivityDraft, message: AgreementApproved) -> None:
         if held.agreement_id == message.agreement_id:
             draft.put(held_key, None)
             draft.wake(f"held/{held.activity_id}", None)
-            if message.role == PROVIDER and held.requestor == message.requestor:
+            if message.role == Role.PROVIDER and held.requestor == message.requestor:
                 provider.begin(draft, held.activity_id, held.agreement_id, held.timeout_s)
 
 
@@ -119,7 +117,7 @@ def _silent(draft: ActivityDraft, message: UnitSilent) -> None:
         return
     if draft.now - message.due > LATE_S:
         draft.listen(row.activity_id, draft.unresponsive_s)
-    elif row.role == PROVIDER:
+    elif row.role == Role.PROVIDER:
         provider.silent(draft, row)
     else:
         requestor.silent(draft, row)
@@ -131,21 +129,21 @@ def _undelivered(draft: ActivityDraft, message: Undelivered) -> None:
     if not isinstance(lost, ActivityRequested | DestroyRequested | RunBatch):
         return
     row = draft.activity(lost.activity_id)
-    if row is None or row.ended or row.role != REQUESTOR:
+    if row is None or row.ended or row.role != Role.REQUESTOR:
         return
     if isinstance(lost, RunBatch | ActivityRequested):
         # it may have arrived all the same, or its exe-unit is gone while the node is there: let go of it there too
         draft.ask(row.provider, DestroyRequested(row.activity_id))
-    moves.end(draft, row, UNREACHABLE, message.reason)
+    moves.end(draft, row, ActivityEnd.UNREACHABLE, message.reason)
 
 
 def _tell_again(draft: ActivityDraft, message: PeerLost) -> None:
     """A disk went back in time, here or there: say again how activities stand, and which are to end."""
     peer = node_of(message.to)
     for _, row in list(draft.prefix("activity/")):
-        if row.role == PROVIDER and row.requestor == peer:
+        if row.role == Role.PROVIDER and row.requestor == peer:
             moves.tell_requestor(draft, row)
-        elif row.role == REQUESTOR and row.provider == peer and row.destroying and not row.ended:
+        elif row.role == Role.REQUESTOR and row.provider == peer and row.destroying and not row.ended:
             draft.ask(peer, DestroyRequested(row.activity_id))
 
 

@@ -17,7 +17,6 @@ from protocol.activity import (
     MAX_BATCH_OUTPUT_BYTES,
     MAX_OUTPUT_BYTES,
     MAX_TEXT,
-    STATES,
     ActivityChanged,
     ActivityEvent,
     ActivityOver,
@@ -36,10 +35,11 @@ from protocol.activity import (
     fit_output,
     output_size,
 )
-from protocol.types import Violation, address
+from protocol.states import ActivityState, Role
+from protocol.types import address
 
 NAME = "activity"
-REQUESTOR, PROVIDER = "Requestor", "Provider"
+
 CREATE_MARGIN_S = 5.0  # beyond what the requestor waits for
 REQUEST_DEADLINE_S = 600.0  # a silent provider ends the activity here
 DESTROY_PATIENCE_S = 60.0  # from the destroy event until the activity counts as ended whatever the agent says
@@ -48,7 +48,7 @@ UNRESPONSIVE_S, INACTIVITY_S = 30.0, 60.0  # without a word of an exe-unit
 GIVE_UP_S = 300.0  # the same at the requestor; then the activity ends here
 USAGE_DEADLINE_S = 2.5 * REPORT_S  # then there are newer reports: while a peer is away, few of them wait
 LATE_S = 5.0  # a timer this late: the node was away itself, and the silence says nothing
-UNREACHABLE = "provider unreachable"  # why an activity ended
+# why an activity ended
 KEEP_AGREEMENT_S = 90 * 24 * 3600.0  # an agreement and its activities after its end
 KEEP_S = 24 * 3600.0  # results after their batch, feeds after their activity
 MAX_CREATE_S = 300.0
@@ -87,8 +87,6 @@ class ActivityDraft(Draft):
 # -- a life
 def set_state(draft: ActivityDraft, row: ActivityRow, news: StateReported | StateChanged) -> None:
     """Take over a state, and tell whoever waits for it. Raises `Violation`."""
-    if news.state not in STATES or (news.pending is not None and news.pending not in STATES):
-        raise Violation(f"not a state of an activity: {news.state[:64]!r}, {str(news.pending)[:64]!r}")
     at, was = sane(news.at, draft.now), row
     if news.usage is not None:
         usage_at = sane(news.usage_at, draft.now) if isinstance(news, StateChanged) else at
@@ -101,13 +99,13 @@ def set_state(draft: ActivityDraft, row: ActivityRow, news: StateReported | Stat
         reason=news.reason and news.reason[:MAX_TEXT],
         error_message=news.error_message and news.error_message[:MAX_TEXT],
     )
-    if row.ended and was.state == "Unresponsive":
+    if row.ended and was.state == ActivityState.UNRESPONSIVE:
         row = replace(row, error_message=row.error_message or was.error_message)
     draft.save(row)
     draft.emit(f"activity/{row.activity_id}", ActivityChanged(row.state))
-    if row.state != "New":
+    if row.state != ActivityState.NEW:
         draft.wake(f"create/{row.activity_id}", None)
-    if row.role == PROVIDER:
+    if row.role == Role.PROVIDER:
         tell_requestor(draft, row)
     if row.ended:
         wind_up(draft, row)
@@ -143,7 +141,7 @@ def ask_to_end(draft: ActivityDraft, activity_id: str) -> None:
     if row is None or row.ended or row.destroying:
         return
     draft.save(replace(row, destroying=True))
-    if row.role == REQUESTOR:
+    if row.role == Role.REQUESTOR:
         wait_s = REQUEST_DEADLINE_S
         draft.ask(row.provider, DestroyRequested(activity_id))
     else:
@@ -158,7 +156,7 @@ def ask_to_end(draft: ActivityDraft, activity_id: str) -> None:
 
 def create_expired(draft: ActivityDraft, message: CreateExpired) -> None:
     row = draft.activity(message.activity_id)
-    if row is not None and row.state == "New":
+    if row is not None and row.state == ActivityState.NEW:
         ask_to_end(draft, message.activity_id)
 
 
@@ -166,13 +164,13 @@ def destroy_expired(draft: ActivityDraft, message: DestroyExpired) -> None:
     row = draft.activity(message.activity_id)
     if row is None or row.ended:
         return
-    silent = "the provider" if row.role == REQUESTOR else "the exe-unit and the agent"
+    silent = "the provider" if row.role == Role.REQUESTOR else "the exe-unit and the agent"
     end(draft, row, "destroyed", f"{silent} did not confirm the end")
 
 
 def end(draft: ActivityDraft, row: ActivityRow, reason: str, error_message: str) -> None:
     """End an activity here, whatever others say."""
-    set_state(draft, row, StateChanged(row.activity_id, "Terminated", reason=reason, error_message=error_message))
+    set_state(draft, row, StateChanged(row.activity_id, ActivityState.TERMINATED, reason=reason, error_message=error_message))
 
 
 # -- batches

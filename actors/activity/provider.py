@@ -8,7 +8,6 @@ from actors.activity.moves import (
     CREATE_MARGIN_S,
     MAX_ACTIVITIES,
     NAME,
-    PROVIDER,
     USAGE_DEADLINE_S,
     ActivityDraft,
     ask_to_end,
@@ -35,6 +34,7 @@ from protocol.activity import (
     check_id,
     check_usage,
 )
+from protocol.states import ActivityState, Role
 from protocol.types import Violation, actor_of, address, node_of
 
 HELD_S, MAX_HELD, MAX_HELD_PER_NODE = 10.0, 64, 8
@@ -47,7 +47,7 @@ def requested(draft: ActivityDraft, message: ActivityRequested) -> None:
     sender = node_of(draft.meta.sender)
     row = draft.activity(message.activity_id)
     if row is not None:
-        if row.role != PROVIDER or row.requestor != sender or row.agreement_id != message.agreement_id:
+        if row.role != Role.PROVIDER or row.requestor != sender or row.agreement_id != message.agreement_id:
             raise Violation(f"activity {message.activity_id} belongs to somebody else")
         return
     timeout_s = bounded_timeout(message.timeout_s)
@@ -55,7 +55,7 @@ def requested(draft: ActivityDraft, message: ActivityRequested) -> None:
     if agreement is None:
         _hold(draft, HeldRow(message.activity_id, message.agreement_id, sender, timeout_s))
         return
-    if agreement.role != PROVIDER or agreement.requestor != sender:
+    if agreement.role != Role.PROVIDER or agreement.requestor != sender:
         raise Violation(f"{sender} is not the requestor of agreement {message.agreement_id}")
     if agreement.ended or len(agreement.activities) >= MAX_ACTIVITIES:
         _turn_down(
@@ -87,18 +87,18 @@ def held_expired(draft: ActivityDraft, message: HeldExpired) -> None:
 
 
 def _turn_down(draft: ActivityDraft, activity_id: str, requestor: str, reason: str) -> None:
-    draft.ask(requestor, StateChanged(activity_id, "Terminated", reason=reason))
+    draft.ask(requestor, StateChanged(activity_id, ActivityState.TERMINATED, reason=reason))
 
 
 def begin(draft: ActivityDraft, activity_id: str, agreement_id: str, timeout_s: float) -> None:
     """Write an activity, and tell the agent to run its exe-unit."""
     agreement = draft.agreement(agreement_id)
     assert agreement is not None, agreement_id
-    draft.save(ActivityRow(activity_id, agreement_id, PROVIDER, agreement.requestor, agreement.provider, draft.now))
+    draft.save(ActivityRow(activity_id, agreement_id, Role.PROVIDER, agreement.requestor, agreement.provider, draft.now))
     draft.put(f"agreement/{agreement_id}", replace(agreement, activities=(*agreement.activities, activity_id)))
     draft.send("ledger", ActivityKnown(activity_id, agreement_id, draft.now))
     draft.emit("activities", ActivityEvent(activity_id, agreement_id, "CreateActivity", agreement.app_session_id))
-    draft.emit(f"activity/{activity_id}", ActivityChanged("New"))
+    draft.emit(f"activity/{activity_id}", ActivityChanged(ActivityState.NEW))
     draft.wake(f"create/{activity_id}", draft.now + timeout_s + CREATE_MARGIN_S, CreateExpired(activity_id))
 
 
@@ -111,9 +111,9 @@ def destroy_requested(draft: ActivityDraft, message: DestroyRequested) -> None:
         draft.wake(f"held/{activity_id}", None)
     row = draft.activity(activity_id)
     if row is None:
-        draft.ask(sender, StateChanged(check_id(activity_id), "Terminated", reason="no such activity"))
+        draft.ask(sender, StateChanged(check_id(activity_id), ActivityState.TERMINATED, reason="no such activity"))
         return
-    if row.role != PROVIDER or row.requestor != sender:
+    if row.role != Role.PROVIDER or row.requestor != sender:
         raise Violation(f"{draft.meta.sender} is not the requestor of activity {activity_id}")
     if row.ended:
         tell_requestor(draft, row)
@@ -130,7 +130,7 @@ def reported(draft: ActivityDraft, message: StateReported) -> None:
         draft.reply(Accepted(message.activity_id))
     if not row.ended:
         set_state(draft, row, message)
-        if not by_edge and message.state != "Terminated":
+        if not by_edge and message.state != ActivityState.TERMINATED:
             draft.listen(row.activity_id, draft.unresponsive_s)
 
 
@@ -140,8 +140,8 @@ def usage_reported(draft: ActivityDraft, message: UsageReported) -> None:
     if row.ended:
         return
     draft.listen(row.activity_id, draft.unresponsive_s)
-    if row.state == "Unresponsive" and row.silent_from:
-        set_state(draft, row, StateReported(row.activity_id, row.silent_from, usage=message.usage, at=draft.now))
+    if row.state == ActivityState.UNRESPONSIVE and row.silent_from:
+        set_state(draft, row, StateReported(row.activity_id, ActivityState(row.silent_from), usage=message.usage, at=draft.now))
         return
     at = sane(message.at, draft.now)
     draft.save(replace(row, usage=check_usage(message.usage), usage_at=at))
@@ -155,7 +155,7 @@ def _own(draft: ActivityDraft, activity_id: str) -> ActivityRow:
     row = draft.activity(activity_id)
     if row is None:
         raise Declined("unknown", f"no such activity: {activity_id}")
-    if row.role != PROVIDER:
+    if row.role != Role.PROVIDER:
         raise Declined("forbidden", f"not the provider of activity {activity_id}")
     return row
 
@@ -164,10 +164,10 @@ def silent(draft: ActivityDraft, row: ActivityRow) -> None:
     """Say that nothing was heard of the exe-unit, and end the activity when it lasts."""
     if row.destroying:
         return
-    if row.state == "Unresponsive":
+    if row.state == ActivityState.UNRESPONSIVE:
         ask_to_end(draft, row.activity_id)
         return
     text = f"nothing was heard of the exe-unit for {draft.unresponsive_s:g} s"
-    silence = StateReported(row.activity_id, "Unresponsive", error_message=text, at=draft.now)
+    silence = StateReported(row.activity_id, ActivityState.UNRESPONSIVE, error_message=text, at=draft.now)
     set_state(draft, replace(row, silent_from=row.state), silence)
     draft.listen(row.activity_id, draft.inactivity_s - draft.unresponsive_s)

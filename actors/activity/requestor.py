@@ -10,8 +10,6 @@ from actors.activity.moves import (
     NAME,
     REPORT_S,
     REQUEST_DEADLINE_S,
-    REQUESTOR,
-    UNREACHABLE,
     ActivityDraft,
     ask_to_end,
     bounded_timeout,
@@ -38,10 +36,11 @@ from protocol.activity import (
     check_usage,
 )
 from protocol.exeunit import RunBatch, ScriptError, parse_script
+from protocol.states import ActivityEnd, ActivityState, Role
 from protocol.types import Violation, address
 
 MAX_UNFINISHED = 64  # batches of one activity
-LIVE_STATES = ("Initialized", "Deployed", "Ready")
+LIVE_STATES = (ActivityState.INITIALIZED, ActivityState.DEPLOYED, ActivityState.READY)
 
 
 # -- what agents ask for
@@ -50,7 +49,7 @@ def create(draft: ActivityDraft, message: CreateActivity) -> None:
     agreement = draft.agreement(message.agreement_id)
     if agreement is None:
         raise Declined("bad_request", f"agreement {message.agreement_id} is not approved")
-    if agreement.role != REQUESTOR:
+    if agreement.role != Role.REQUESTOR:
         raise Declined("forbidden", f"not the requestor of agreement {message.agreement_id}")
     if agreement.ended:
         raise Declined("bad_request", f"agreement {message.agreement_id} is not approved: it is terminated")
@@ -62,14 +61,16 @@ def create(draft: ActivityDraft, message: CreateActivity) -> None:
     if len(agreement.activities) >= MAX_ACTIVITIES:
         raise Declined("conflict", f"agreement {message.agreement_id} has had {MAX_ACTIVITIES} activities")
     timeout_s = bounded_timeout(message.timeout_s)
-    row = ActivityRow(message.activity_id, agreement.agreement_id, REQUESTOR, agreement.requestor, agreement.provider, draft.now)
+    row = ActivityRow(
+        message.activity_id, agreement.agreement_id, Role.REQUESTOR, agreement.requestor, agreement.provider, draft.now
+    )
     draft.save(row)
     draft.put(f"agreement/{row.agreement_id}", replace(agreement, activities=(*agreement.activities, row.activity_id)))
     draft.send("ledger", ActivityKnown(row.activity_id, row.agreement_id, draft.now))
     request = ActivityRequested(row.activity_id, row.agreement_id, timeout_s)
     draft.send(address(row.provider, NAME), request, timeout_s + CREATE_MARGIN_S)
     draft.wake(f"create/{row.activity_id}", draft.now + timeout_s + 2 * CREATE_MARGIN_S, CreateExpired(row.activity_id))
-    draft.emit(f"activity/{row.activity_id}", ActivityChanged("New"))
+    draft.emit(f"activity/{row.activity_id}", ActivityChanged(ActivityState.NEW))
 
 
 def destroy(draft: ActivityDraft, message: DestroyActivity) -> None:
@@ -110,7 +111,7 @@ def _own(draft: ActivityDraft, activity_id: str) -> ActivityRow:
     row = draft.activity(activity_id)
     if row is None:
         raise Declined("unknown", f"no such activity: {activity_id}")
-    if row.role != REQUESTOR:
+    if row.role != Role.REQUESTOR:
         raise Declined("forbidden", f"not the requestor of activity {activity_id}")
     return row
 
@@ -119,11 +120,11 @@ def _own(draft: ActivityDraft, activity_id: str) -> ActivityRow:
 def state_changed(draft: ActivityDraft, message: StateChanged) -> None:
     """Take over what the provider's node says, unless the exe-unit has told more already."""
     row = _peers_activity(draft, message.activity_id)
-    if row is None or (row.ended and message.state == "Terminated"):
+    if row is None or (row.ended and message.state == ActivityState.TERMINATED):
         return
     if message.state in LIVE_STATES:
         row = _heard(draft, row)
-    if not row.ended and (message.state == "Terminated" or message.at >= row.state_at):
+    if not row.ended and (message.state == ActivityState.TERMINATED or message.at >= row.state_at):
         set_state(draft, row, message)
 
 
@@ -137,7 +138,7 @@ def usage_changed(draft: ActivityDraft, message: UsageChanged) -> None:
 def _peers_activity(draft: ActivityDraft, activity_id: str) -> ActivityRow | None:
     """Return the row if the sender is the provider's activity actor; None if there is no such row. Raises `Violation`."""
     row = draft.activity(activity_id)
-    if row is not None and (row.role != REQUESTOR or draft.meta.sender != address(row.provider, NAME)):
+    if row is not None and (row.role != Role.REQUESTOR or draft.meta.sender != address(row.provider, NAME)):
         raise Violation(f"{draft.meta.sender} is not the provider of activity {activity_id}")
     return row
 
@@ -147,7 +148,7 @@ def result(draft: ActivityDraft, message: CommandResult) -> None:
     row, batch = draft.activity(message.activity_id), draft.batch(message.activity_id, message.batch_id)
     if row is None or batch is None:
         return  # long over, and forgotten
-    if row.role != REQUESTOR or draft.meta.sender != address(row.provider, f"exeunit:{row.activity_id}"):
+    if row.role != Role.REQUESTOR or draft.meta.sender != address(row.provider, f"exeunit:{row.activity_id}"):
         raise Violation(f"{draft.meta.sender} is not the exe-unit of activity {row.activity_id}")
     if batch.finished or message.index < batch.have:
         return
@@ -191,10 +192,10 @@ def silent(draft: ActivityDraft, row: ActivityRow) -> None:
     else:
         silence, time_s, next_s = GONE, gone_s, draft.give_up_s
     if row.state in LIVE_STATES:
-        row = replace(row, state="Unresponsive", silent_from=row.state)
+        row = replace(row, state=ActivityState.UNRESPONSIVE, silent_from=row.state)
     text = f"nothing was heard of the exe-unit for {time_s:g} s"
     draft.save(replace(row, silence=silence, error_message=text))
-    draft.emit(f"activity/{row.activity_id}", ActivityChanged("Unresponsive"))
+    draft.emit(f"activity/{row.activity_id}", ActivityChanged(ActivityState.UNRESPONSIVE))
     draft.listen(row.activity_id, next_s - time_s)
 
 
@@ -202,4 +203,4 @@ def _give_up(draft: ActivityDraft, row: ActivityRow) -> None:
     """End an activity of which nothing is heard; if it still runs, its node hears of it when it is back."""
     draft.ask(row.provider, DestroyRequested(row.activity_id))
     why = row.error_message if row.destroying else f"nothing was heard of the exe-unit for {draft.give_up_s:g} s"
-    end(draft, draft.activity(row.activity_id) or row, UNREACHABLE, why or "")
+    end(draft, draft.activity(row.activity_id) or row, ActivityEnd.UNREACHABLE, why or "")

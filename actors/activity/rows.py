@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from protocol.activity import Output
+from protocol.states import ActivityState, Role
 from protocol.types import Message
 
 HEARD, QUIET, GONE = range(3)  # quiet: `Unresponsive`; gone: agents hear that it cannot be reached
@@ -12,7 +13,7 @@ class ActivityAgreementRow(Message, frozen=True, tag="AgreementRow"):
     """An approved agreement, as far as activities care."""
 
     agreement_id: str
-    role: str
+    role: Role
     requestor: str
     provider: str
     app_session_id: str | None
@@ -26,13 +27,13 @@ class ActivityRow(Message, frozen=True):
 
     activity_id: str
     agreement_id: str
-    role: str
+    role: Role
     requestor: str
     provider: str
     created_at: float
-    state: str = "New"
+    state: ActivityState = ActivityState.NEW
     state_at: float = 0.0  # since when, by the exe-unit's clock
-    pending: str | None = None
+    pending: ActivityState | None = None
     reason: str | None = None
     error_message: str | None = None
     usage: list[float] | None = None
@@ -44,7 +45,7 @@ class ActivityRow(Message, frozen=True):
 
     @property
     def ended(self) -> bool:
-        return self.state == "Terminated"
+        return self.state == ActivityState.TERMINATED
 
     @property
     def is_gone(self) -> bool:

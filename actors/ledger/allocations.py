@@ -11,7 +11,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from actors.kernel.draft import Declined, Draft
-from actors.ledger.rows import Allocation, owed, remaining, reserved
+from actors.ledger.rows import AllocationRow, owed, remaining, reserved
 from protocol.amounts import minus, total_of
 from protocol.ledger import AllocationTimeout, AmendAllocation, CreateAllocation, ReleaseAllocation
 from protocol.types import Done, amount, amount_text, node_id
@@ -30,7 +30,7 @@ def amount_of(text: str) -> Decimal:
 def create(draft: Draft, command: CreateAllocation) -> None:
     """Set money aside if the wallet has it beyond what other live allocations hold and what is to be paid."""
     key = f"allocation/{command.allocation_id}"
-    if draft.row(Allocation, key):
+    if draft.row(AllocationRow, key):
         draft.reply(Done())
         return
     total = amount_of(command.total)
@@ -46,7 +46,7 @@ def create(draft: Draft, command: CreateAllocation) -> None:
     _check_funds(draft, command.platform, total, command.balance, besides="")
     _store(
         draft,
-        Allocation(
+        AllocationRow(
             allocation_id=command.allocation_id,
             address=command.address,
             platform=command.platform,
@@ -79,7 +79,7 @@ def amend(draft: Draft, command: AmendAllocation) -> None:
 
 def release(draft: Draft, command: ReleaseAllocation) -> None:
     """Free the remainder. What was charged before stays owed and gets paid."""
-    row = draft.row(Allocation, f"allocation/{command.allocation_id}")
+    row = draft.row(AllocationRow, f"allocation/{command.allocation_id}")
     if row is None:
         raise Declined("unknown", f"there is no allocation {command.allocation_id}")
     if row.released_at is not None:
@@ -90,14 +90,14 @@ def release(draft: Draft, command: ReleaseAllocation) -> None:
 
 def timeout(draft: Draft, timer: AllocationTimeout) -> None:
     """Release at the timeout; an amended one has set a timer of its own."""
-    row = draft.row(Allocation, f"allocation/{timer.allocation_id}")
+    row = draft.row(AllocationRow, f"allocation/{timer.allocation_id}")
     if row is not None and row.released_at is None and row.timeout_at <= draft.now:
         _store(draft, row, released_at=draft.now)
 
 
-def usable(draft: Draft, allocation_id: str, payer_addr: str, platform: str) -> Allocation:
+def usable(draft: Draft, allocation_id: str, payer_addr: str, platform: str) -> AllocationRow:
     """Return a live allocation that may pay from this account on this platform; declines otherwise."""
-    row = draft.row(Allocation, f"allocation/{allocation_id}")
+    row = draft.row(AllocationRow, f"allocation/{allocation_id}")
     if row is None:
         raise Declined("bad_request", f"Allocation {allocation_id} not found")
     if row.released_at is not None or row.timeout_at <= draft.now:
@@ -109,7 +109,7 @@ def usable(draft: Draft, allocation_id: str, payer_addr: str, platform: str) -> 
     return row
 
 
-def charge(draft: Draft, row: Allocation, sum_due: Decimal) -> None:
+def charge(draft: Draft, row: AllocationRow, sum_due: Decimal) -> None:
     """Spend `sum_due` of an allocation; declines where it holds less."""
     left = remaining(row)
     if sum_due > left:
@@ -120,8 +120,8 @@ def charge(draft: Draft, row: Allocation, sum_due: Decimal) -> None:
     _store(draft, row, spent=amount_text(total_of((row.spent, sum_due))), timeout_at=timeout_at)
 
 
-def _live(draft: Draft, allocation_id: str) -> Allocation:
-    row = draft.row(Allocation, f"allocation/{allocation_id}")
+def _live(draft: Draft, allocation_id: str) -> AllocationRow:
+    row = draft.row(AllocationRow, f"allocation/{allocation_id}")
     if row is None or row.released_at is not None:
         raise Declined("unknown", f"there is no live allocation {allocation_id}")
     return row
@@ -141,7 +141,7 @@ def _check_funds(draft: Draft, platform: str, wanted: Decimal, balance: str | No
         )
 
 
-def _store(draft: Draft, row: Allocation, **changes: Any) -> None:
+def _store(draft: Draft, row: AllocationRow, **changes: Any) -> None:
     row = replace(row, updated_at=draft.now, **changes)
     assert 0 <= Decimal(row.spent) <= Decimal(row.total), row
     key, live = f"allocation/{row.allocation_id}", row.released_at is None

@@ -10,14 +10,15 @@ from collections.abc import Iterator
 from decimal import Decimal
 
 from actors.kernel.machine import Rows
-from actors.ledger.rows import ACCEPTED, PAYER, SETTLED, Open, Order, PaymentDocument
+from actors.ledger.rows import OpenRow, OrderRow, PaymentDocumentRow
 from protocol.amounts import total_of
-from protocol.ledger import DEBIT_NOTE, AcceptanceBody, DebitNoteBody, InvoiceBody, decode_body, encode_body
+from protocol.ledger import AcceptanceBody, DebitNoteBody, InvoiceBody, decode_body, encode_body
 from protocol.signing import Document, verify
+from protocol.states import DocumentKind, DocumentStatus, Party
 from protocol.types import Violation, amount, amount_text, digest
 
 
-def unlike_signed(row: PaymentDocument, peer: str) -> str:
+def unlike_signed(row: PaymentDocumentRow, peer: str) -> str:
     """Say how a document's row differs from what `peer` signed; "" if it does not."""
     try:
         verify(Document(row.kind, row.body, row.signature), row.kind, peer)
@@ -32,10 +33,14 @@ def unlike_signed(row: PaymentDocument, peer: str) -> str:
 def objection(rows: Rows, me: str, order_id: str) -> str:
     """Say why an order of the ledger must not be paid; "" if signed documents bear it out."""
     order = rows.get(f"order/{order_id}")
-    if not isinstance(order, Order):
+    if not isinstance(order, OrderRow):
         return f"the ledger has no order {order_id}"
     document = rows.get(f"{order.kind}/{order.document_id}")
-    if not isinstance(document, PaymentDocument) or document.role != PAYER or document.status not in (ACCEPTED, SETTLED):
+    if (
+        not isinstance(document, PaymentDocumentRow)
+        or document.role != Party.PAYER
+        or document.status not in (DocumentStatus.ACCEPTED, DocumentStatus.SETTLED)
+    ):
         return f"order {order_id}: its {order.kind} is not accepted here"
     if fault := unlike_signed(document, order.peer) or _unlike_accepted(document, me):
         return fault
@@ -53,41 +58,44 @@ def objection(rows: Rows, me: str, order_id: str) -> str:
     return ""
 
 
-def signed_total(row: PaymentDocument) -> Decimal:
+def signed_total(row: PaymentDocumentRow) -> Decimal:
     """Return the amount in a document's signed bytes. Raises `Violation` or `ValueError`."""
     body = body_of(row)
     return amount(body.total_amount_due if isinstance(body, DebitNoteBody) else body.amount)
 
 
-def body_of(row: PaymentDocument) -> DebitNoteBody | InvoiceBody:
+def body_of(row: PaymentDocumentRow) -> DebitNoteBody | InvoiceBody:
     """Return what the issuer signed. Raises `Violation`, if the row is damaged."""
-    return decode_body(DebitNoteBody, row.body) if row.kind == DEBIT_NOTE else decode_body(InvoiceBody, row.body)
+    return decode_body(DebitNoteBody, row.body) if row.kind == DocumentKind.DEBIT_NOTE else decode_body(InvoiceBody, row.body)
 
 
-def _unlike_accepted(row: PaymentDocument, me: str) -> str:
+def _unlike_accepted(row: PaymentDocumentRow, me: str) -> str:
     body = AcceptanceBody(row.kind, row.document_id, digest(row.body), amount_text(signed_total(row)))
     try:
-        verify(Document("acceptance", encode_body(body), row.acceptance), "acceptance", me)
+        verify(Document(DocumentKind.ACCEPTANCE, encode_body(body), row.acceptance), DocumentKind.ACCEPTANCE, me)
     except Violation as error:
         return f"{row.kind} {row.document_id} is not what this node accepted: {error}"
     return ""
 
 
-def _orders(rows: Rows, agreement_id: str) -> Iterator[Order]:
+def _orders(rows: Rows, agreement_id: str) -> Iterator[OrderRow]:
     for _, index in rows.prefix(f"ordered/{agreement_id}/"):
-        assert isinstance(index, Open)
+        assert isinstance(index, OpenRow)
         order = rows.get(f"order/{index.kind}:{index.document_id}")
-        if isinstance(order, Order):
+        if isinstance(order, OrderRow):
             yield order
 
 
-def _owed(rows: Rows, me: str, order: Order) -> Decimal | str:
+def _owed(rows: Rows, me: str, order: OrderRow) -> Decimal | str:
     """What the accepted documents of an order's agreement come to, or why that cannot be said: the highest invoice, or
     where it is more the highest debit notes of its activities (accepted before an invoice that says less came)."""
-    highest: dict[str, PaymentDocument] = {}  # by activity, "" for the invoice
+    highest: dict[str, PaymentDocumentRow] = {}  # by activity, "" for the invoice
     for each in _orders(rows, order.agreement_id):
         document = rows.get(f"{each.kind}/{each.document_id}")
-        if not isinstance(document, PaymentDocument) or document.status not in (ACCEPTED, SETTLED):
+        if not isinstance(document, PaymentDocumentRow) or document.status not in (
+            DocumentStatus.ACCEPTED,
+            DocumentStatus.SETTLED,
+        ):
             return f"order {each.kind}:{each.document_id}: its document is not accepted here"
         best = highest.get(document.activity_id)
         if best is None or Decimal(document.amount) > Decimal(best.amount):

@@ -20,7 +20,7 @@ from decimal import ROUND_DOWN, Context, Decimal
 from typing import Any, Protocol
 
 from actors.kernel.draft import Draft
-from actors.ledger.rows import ClockRow, LedgerActivityRow, Pricing
+from actors.ledger.rows import ClockRow, LedgerActivityRow, PricingRow
 from protocol.amounts import total_of
 from protocol.ledger import ClockSeen
 from protocol.types import WEI_DIGITS, amount_text
@@ -36,7 +36,7 @@ _WEI = Decimal(1).scaleb(-WEI_DIGITS)
 
 
 # -- the price of an agreement
-def pricing_of(agreement_id: str, demand: Mapping[str, Any], offer: Mapping[str, Any]) -> Pricing | None:
+def pricing_of(agreement_id: str, demand: Mapping[str, Any], offer: Mapping[str, Any]) -> PricingRow | None:
     """Read the prices of an agreement; None for one that names none: then its agent alone judges the bills."""
     coeffs, vector = offer.get(COEFFS), offer.get(VECTOR)
     if coeffs is None or vector is None:
@@ -47,7 +47,7 @@ def pricing_of(agreement_id: str, demand: Mapping[str, Any], offer: Mapping[str,
         coeffs, vector, fault = [], [], "the agreement's prices do not fit its usage vector"
     elif any(_number(price) is None for price in coeffs) or not all(isinstance(name, str) for name in vector):
         coeffs, vector, fault = [], [], "the agreement's prices are no prices"
-    return Pricing(
+    return PricingRow(
         agreement_id,
         tuple(float(price) for price in coeffs),
         tuple(name[:100] for name in vector),
@@ -97,7 +97,7 @@ def age_s(rows: HasRows, activity: LedgerActivityRow, now: float) -> float:
 
 
 # -- the ceiling
-def ceiling(pricing: Pricing, counter: str, age: float) -> float | None:
+def ceiling(pricing: PricingRow, counter: str, age: float) -> float | None:
     """Return the highest value that a counter can have after this time; None where no clock says so."""
     time_s = age * (1 + MARGIN) + MARGIN_S
     match counter.replace("-", "_"):
@@ -112,7 +112,7 @@ def ceiling(pricing: Pricing, counter: str, age: float) -> float | None:
     return None
 
 
-def explained(pricing: Pricing, usage: Sequence[float] | None, age: float) -> list[tuple[str, float, float, float | None]]:
+def explained(pricing: PricingRow, usage: Sequence[float] | None, age: float) -> list[tuple[str, float, float, float | None]]:
     """Return (counter, price, the usage that counts, its ceiling) of each counter.
 
     Without a usage vector (an invoice has none) each counter is taken at its ceiling, and at nothing where it has none.
@@ -128,7 +128,7 @@ def explained(pricing: Pricing, usage: Sequence[float] | None, age: float) -> li
     return found
 
 
-def most_for(pricing: Pricing, usage: Sequence[float] | None, age: float) -> Decimal:
+def most_for(pricing: PricingRow, usage: Sequence[float] | None, age: float) -> Decimal:
     """Return the most that an activity may cost: the start price, and price x usage up to each counter's ceiling."""
     total = Decimal(repr(pricing.coeffs[-1])) if pricing.coeffs else Decimal(0)
     for _, price, value, _ in explained(pricing, usage, age):
@@ -138,12 +138,12 @@ def most_for(pricing: Pricing, usage: Sequence[float] | None, age: float) -> Dec
     return total.quantize(_WEI, ROUND_DOWN, _EXACT)
 
 
-def most_for_agreement(pricing: Pricing, activities: Iterable[tuple[LedgerActivityRow, float]]) -> Decimal:
+def most_for_agreement(pricing: PricingRow, activities: Iterable[tuple[LedgerActivityRow, float]]) -> Decimal:
     """Return the most that an invoice may say: what each activity may cost, or what its last note said that was taken."""
     return total_of(max(most_for(pricing, None, age), Decimal(activity.due)) for activity, age in activities)
 
 
-def over(pricing: Pricing, total: Decimal, most: Decimal, subject: str) -> str:
+def over(pricing: PricingRow, total: Decimal, most: Decimal, subject: str) -> str:
     """Why an amount is not taken; "" if it is. The text names the highest amount that passes."""
     if pricing.fault:
         return pricing.fault
@@ -152,7 +152,7 @@ def over(pricing: Pricing, total: Decimal, most: Decimal, subject: str) -> str:
     return f"{amount_text(total)} GLM is more than {subject} explains: at most {amount_text(most)}"
 
 
-def calculation(pricing: Pricing, usage: Sequence[float] | None, age: float) -> dict[str, Any]:
+def calculation(pricing: PricingRow, usage: Sequence[float] | None, age: float) -> dict[str, Any]:
     """Return the calculation for people. Without a usage vector it has ceilings alone: nothing was counted by them."""
     return {
         "ageSec": round(age, 3),

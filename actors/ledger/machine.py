@@ -23,15 +23,15 @@ from actors.ledger import allocations, ceiling, documents, payee, payer, payment
 from actors.ledger import recall as recalls
 from actors.ledger.audit import objection
 from actors.ledger.rows import (
-    Allocation,
+    AllocationRow,
     LedgerActivityRow,
     LedgerAgreementRow,
     LedgerRow,
-    Open,
-    Order,
-    PaymentDocument,
+    OpenRow,
+    OrderRow,
+    PaymentDocumentRow,
     PaymentRow,
-    TxClaims,
+    TxClaimsRow,
     acceptance_of,
     decorations,
     owed,
@@ -77,15 +77,15 @@ from protocol.types import PeerLost, Undelivered
 from protocol.wallet import PaidOut, PayOut, PayOutDelayed, TransferRejected, TransferVerified, VerifyTransfer
 
 __all__ = [
-    "Allocation",
+    "AllocationRow",
     "Ledger",
     "LedgerActivityRow",
     "LedgerAgreementRow",
-    "Open",
-    "Order",
-    "PaymentDocument",
+    "OpenRow",
+    "OrderRow",
+    "PaymentDocumentRow",
     "PaymentRow",
-    "TxClaims",
+    "TxClaimsRow",
     "acceptance_of",
     "decorations",
     "minus",

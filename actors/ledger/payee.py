@@ -21,23 +21,8 @@ from actors.ledger.documents import (
     rejected,
     settle,
 )
-from actors.ledger.rows import (
-    ACCEPTED,
-    CANCELLED,
-    FEEDS,
-    ISSUED,
-    PAYEE,
-    RECEIVED,
-    SETTLED,
-    LedgerActivityRow,
-    LedgerAgreementRow,
-    Open,
-    PaymentDocument,
-    acceptance_of,
-)
+from actors.ledger.rows import FEEDS, LedgerActivityRow, LedgerAgreementRow, OpenRow, PaymentDocumentRow, acceptance_of
 from protocol.ledger import (
-    DEBIT_NOTE,
-    INVOICE,
     MAX_ACTIVITIES,
     MAX_USAGE_COUNTERS,
     AcceptanceBody,
@@ -59,6 +44,7 @@ from protocol.ledger import (
     encode_body,
 )
 from protocol.signing import Document, verify
+from protocol.states import DocumentKind, DocumentStatus, Party
 from protocol.types import Done, Violation, address, amount, amount_text, timestamp_text
 
 
@@ -66,7 +52,7 @@ from protocol.types import Done, Violation, address, amount, amount_text, timest
 def issue_debit_note(draft: Draft, command: IssueDebitNote) -> None:
     """Write a debit note over the running total of an activity."""
     key = f"debit-note/{command.debit_note_id}"
-    if draft.row(PaymentDocument, key):
+    if draft.row(PaymentDocumentRow, key):
         draft.reply(Done())
         return
     activity = draft.row(LedgerActivityRow, f"activity/{command.activity_id}")
@@ -93,7 +79,16 @@ def issue_debit_note(draft: Draft, command: IssueDebitNote) -> None:
         usage_counter_vector=command.usage,
         payment_due_date=None if command.due_at is None else timestamp_text(command.due_at),
     )
-    add(draft, DEBIT_NOTE, command.debit_note_id, PAYEE, agreement, activity.activity_id, total, encode_body(body))
+    add(
+        draft,
+        DocumentKind.DEBIT_NOTE,
+        command.debit_note_id,
+        Party.PAYEE,
+        agreement,
+        activity.activity_id,
+        total,
+        encode_body(body),
+    )
     note = replace(activity, due=amount_text(total), last_debit_note_id=command.debit_note_id)
     draft.put(f"activity/{activity.activity_id}", note)
     draft.reply(Done())
@@ -102,7 +97,7 @@ def issue_debit_note(draft: Draft, command: IssueDebitNote) -> None:
 def issue_invoice(draft: Draft, command: IssueInvoice) -> None:
     """Write an invoice over the total of an agreement."""
     key = f"invoice/{command.invoice_id}"
-    if draft.row(PaymentDocument, key):
+    if draft.row(PaymentDocumentRow, key):
         draft.reply(Done())
         return
     agreement = _billable(draft, command.agreement_id)
@@ -128,17 +123,17 @@ def issue_invoice(draft: Draft, command: IssueInvoice) -> None:
         amount=amount_text(total),
         payment_due_date=timestamp_text(command.due_at),
     )
-    add(draft, INVOICE, command.invoice_id, PAYEE, agreement, "", total, encode_body(body))
+    add(draft, DocumentKind.INVOICE, command.invoice_id, Party.PAYEE, agreement, "", total, encode_body(body))
     draft.put(f"agreement/{agreement.agreement_id}", replace(agreement, invoice_id=command.invoice_id))
     draft.reply(Done())
 
 
 def send_document(draft: Draft, command: SendDocument) -> None:
     """Send an issued document to the payer. Its status changes when the receipt comes."""
-    row = document_of(draft, command.kind, command.document_id, PAYEE)
-    if row.status == CANCELLED:
+    row = document_of(draft, command.kind, command.document_id, Party.PAYEE)
+    if row.status == DocumentStatus.CANCELLED:
         raise Declined("bad_request", f"the {row.kind} is cancelled")
-    if row.status == ISSUED:
+    if row.status == DocumentStatus.ISSUED:
         if command.document.body != row.body:
             raise Declined("bad_request", "what was signed is not the document")
         verify(command.document, row.kind, draft.me)
@@ -150,12 +145,12 @@ def send_document(draft: Draft, command: SendDocument) -> None:
 
 def cancel_invoice(draft: Draft, command: CancelInvoice) -> None:
     """Withdraw an invoice: at once if it never left, else the payer is asked (an acceptance under way wins)."""
-    row = document_of(draft, INVOICE, command.invoice_id, PAYEE)
-    if row.status in (ACCEPTED, SETTLED):
+    row = document_of(draft, DocumentKind.INVOICE, command.invoice_id, Party.PAYEE)
+    if row.status in (DocumentStatus.ACCEPTED, DocumentStatus.SETTLED):
         raise Declined("conflict", f"the invoice is {row.status.lower()} already")
-    if row.status == ISSUED and not row.signature:
+    if row.status == DocumentStatus.ISSUED and not row.signature:
         cancelled(draft, row)
-    elif row.status in (ISSUED, RECEIVED):
+    elif row.status in (DocumentStatus.ISSUED, DocumentStatus.RECEIVED):
         put(draft, row, waiting="cancelling: the payer has not answered yet")
         draft.send(address(agreement_of(draft, row).peer, "ledger"), InvoiceCancelRequested(row.document_id))
     draft.reply(Done())
@@ -165,14 +160,18 @@ def cancel_invoice(draft: Draft, command: CancelInvoice) -> None:
 def document_received(draft: Draft, message: DocumentReceived) -> None:
     """The payer has it."""
     row = _from_payer(draft, message.kind, message.document_id)
-    if row.status == ISSUED:
-        event(draft, put(draft, row, status=RECEIVED, waiting="waiting for the requestor to accept"), RECEIVED)
+    if row.status == DocumentStatus.ISSUED:
+        event(
+            draft,
+            put(draft, row, status=DocumentStatus.RECEIVED, waiting="waiting for the requestor to accept"),
+            DocumentStatus.RECEIVED,
+        )
 
 
 def document_refused(draft: Draft, message: DocumentRefused) -> None:
     """The payer would not take it: it stays issued, with the reason."""
     row = _from_payer(draft, message.kind, message.document_id)
-    if row.status == ISSUED:
+    if row.status == DocumentStatus.ISSUED:
         most = _most(message.most)
         row = put(draft, row, refused=True, most=most, waiting=f"the requestor refused it: {message.reason[:500]}")
         _take_back(draft, row)
@@ -186,7 +185,7 @@ def _most(text: str) -> str:
         raise Violation(str(error)) from None
 
 
-def _take_back(draft: Draft, row: PaymentDocument) -> None:
+def _take_back(draft: Draft, row: PaymentDocumentRow) -> None:
     """What was refused counts for nothing: a lower note may follow."""
     activity = draft.row(LedgerActivityRow, f"activity/{row.activity_id}")
     if activity is not None and activity.due == row.amount:
@@ -198,41 +197,47 @@ def document_accepted(draft: Draft, message: DocumentAccepted) -> None:
     """The payer owes it."""
     body = decode_body(AcceptanceBody, message.acceptance.body)
     row = _from_payer(draft, body.kind, body.document_id)
-    verify(message.acceptance, "acceptance", agreement_of(draft, row).peer)
+    verify(message.acceptance, DocumentKind.ACCEPTANCE, agreement_of(draft, row).peer)
     if message.acceptance.body != acceptance_of(row):
         raise Violation(f"an acceptance of {body.document_id} that does not fit the document")
-    if row.status in (ACCEPTED, SETTLED):
+    if row.status in (DocumentStatus.ACCEPTED, DocumentStatus.SETTLED):
         return
     owe(draft, row)
-    row = put(draft, row, status=ACCEPTED, waiting="accepted; waiting for payment", acceptance=message.acceptance.signature)
-    draft.put(f"open/{row.agreement_id}/{row.kind}/{row.document_id}", Open(row.kind, row.document_id))
-    event(draft, row, ACCEPTED)
+    row = put(
+        draft,
+        row,
+        status=DocumentStatus.ACCEPTED,
+        waiting="accepted; waiting for payment",
+        acceptance=message.acceptance.signature,
+    )
+    draft.put(f"open/{row.agreement_id}/{row.kind}/{row.document_id}", OpenRow(row.kind, row.document_id))
+    event(draft, row, DocumentStatus.ACCEPTED)
     settle(draft, row.agreement_id)
 
 
 def invoice_rejected(draft: Draft, message: InvoiceRejected) -> None:
     """The payer will not pay."""
-    row = _from_payer(draft, INVOICE, message.invoice_id)
+    row = _from_payer(draft, DocumentKind.INVOICE, message.invoice_id)
     decode_body(RejectionBody, message.rejection.encode(errors="replace"))
-    if row.status in (ISSUED, RECEIVED):
+    if row.status in (DocumentStatus.ISSUED, DocumentStatus.RECEIVED):
         rejected(draft, row, message.rejection)
 
 
 def invoice_cancelled(draft: Draft, message: InvoiceCancelled) -> None:
     """The payer agrees to the withdrawal."""
-    row = _from_payer(draft, INVOICE, message.invoice_id)
-    if row.status in (ISSUED, RECEIVED):
+    row = _from_payer(draft, DocumentKind.INVOICE, message.invoice_id)
+    if row.status in (DocumentStatus.ISSUED, DocumentStatus.RECEIVED):
         cancelled(draft, row)
 
 
 def undelivered(draft: Draft, document: Document, reason: str) -> None:
     """A document did not reach the payer: it stays issued and says why."""
-    if document.kind == DEBIT_NOTE:
+    if document.kind == DocumentKind.DEBIT_NOTE:
         own_id = decode_body(DebitNoteBody, document.body).debit_note_id
     else:
         own_id = decode_body(InvoiceBody, document.body).invoice_id
-    row = draft.row(PaymentDocument, f"{document.kind}/{own_id}")
-    if row is not None and row.status == ISSUED:
+    row = draft.row(PaymentDocumentRow, f"{document.kind}/{own_id}")
+    if row is not None and row.status == DocumentStatus.ISSUED:
         put(draft, row, waiting=f"not delivered: {reason[:300]}")
 
 
@@ -240,16 +245,16 @@ def _billable(draft: Draft, agreement_id: str) -> LedgerAgreementRow:
     agreement = draft.row(LedgerAgreementRow, f"agreement/{agreement_id}")
     if agreement is None:
         raise Declined("bad_request", f"there is no agreement {agreement_id}")
-    if agreement.role != PAYEE:
+    if agreement.role != Party.PAYEE:
         raise Declined("forbidden", "only the provider of an agreement bills it")
     if agreement.fault:
         raise Declined("bad_request", agreement.fault)
     return agreement
 
 
-def _from_payer(draft: Draft, kind: str, document_id: str) -> PaymentDocument:
-    row = draft.row(PaymentDocument, f"{kind}/{document_id}") if kind in FEEDS else None
+def _from_payer(draft: Draft, kind: str, document_id: str) -> PaymentDocumentRow:
+    row = draft.row(PaymentDocumentRow, f"{kind}/{document_id}") if kind in FEEDS else None
     if row is None:
         raise Violation(f"about a {kind[:32]} that does not exist")
-    check_sender(draft, row, PAYEE)
+    check_sender(draft, row, Party.PAYEE)
     return row

@@ -27,27 +27,19 @@ from actors.ledger.documents import (
     settle,
 )
 from actors.ledger.rows import (
-    ACCEPTED,
-    CANCELLED,
-    PAYER,
-    RECEIVED,
-    REJECTED,
-    SETTLED,
     LedgerActivityRow,
     LedgerAgreementRow,
-    Open,
-    Order,
-    Owed,
-    PaymentDocument,
-    Pricing,
+    OpenRow,
+    OrderRow,
+    OwedRow,
+    PaymentDocumentRow,
+    PricingRow,
     RefusedDocument,
-    RefusedDocuments,
+    RefusedDocumentsRow,
     acceptance_of,
 )
 from protocol.amounts import total_of
 from protocol.ledger import (
-    DEBIT_NOTE,
-    INVOICE,
     MAX_ID_CHARS,
     AcceptDocument,
     DebitNoteBody,
@@ -64,6 +56,7 @@ from protocol.ledger import (
     decode_body,
 )
 from protocol.signing import Document, verify
+from protocol.states import DocumentKind, DocumentStatus, Party
 from protocol.types import Done, Violation, address, amount, amount_text, node_of
 from protocol.wallet import PayOut
 
@@ -78,46 +71,48 @@ _ID = re.compile(rf"[0-9A-Za-z_-]{{1,{MAX_ID_CHARS}}}\Z")
 # -- the payer's commands
 def accept(draft: Draft, command: AcceptDocument) -> None:
     """Owe what a document adds to the debt: charge the allocation, order the payment, tell the payee."""
-    row = document_of(draft, command.kind, command.document_id, PAYER)
+    row = document_of(draft, command.kind, command.document_id, Party.PAYER)
     agreement = agreement_of(draft, row)
     if fault := unlike_signed(row, agreement.peer):
         raise Declined("bad_request", fault)
     if amount_of(command.amount) != Decimal(row.amount):
         raise Declined("bad_request", f"Invalid amount accepted: {command.amount}, the {row.kind} says {row.amount}")
-    if row.status in (ACCEPTED, SETTLED) or (row.kind == DEBIT_NOTE and agreement.invoice_accepted):
+    if row.status in (DocumentStatus.ACCEPTED, DocumentStatus.SETTLED) or (
+        row.kind == DocumentKind.DEBIT_NOTE and agreement.invoice_accepted
+    ):
         draft.reply(Done())
         return
-    if row.status != RECEIVED:
+    if row.status != DocumentStatus.RECEIVED:
         raise Declined("bad_request", f"the {row.kind} is {row.status.lower()}")
-    if row.kind == INVOICE and Decimal(row.amount) < Decimal(agreement.accepted):
+    if row.kind == DocumentKind.INVOICE and Decimal(row.amount) < Decimal(agreement.accepted):
         raise Declined("bad_request", f"{agreement.accepted} was accepted for this agreement already")
     if command.acceptance.body != acceptance_of(row):
         raise Declined("bad_request", "what was signed is not the acceptance of this document")
-    verify(command.acceptance, "acceptance", draft.me)
+    verify(command.acceptance, DocumentKind.ACCEPTANCE, draft.me)
     allocation = usable(draft, command.allocation_id, agreement.payer_addr, agreement.platform)
     added = owe(draft, row)
     charge(draft, allocation, added)
     if added > 0:
         order(draft, row, agreement, allocation.allocation_id, added)
     waiting = "accepted; payment ordered" if added > 0 else "accepted; earlier payment orders cover it"
-    row = put(draft, row, status=ACCEPTED, waiting=waiting, acceptance=command.acceptance.signature)
-    draft.put(f"open/{row.agreement_id}/{row.kind}/{row.document_id}", Open(row.kind, row.document_id))
+    row = put(draft, row, status=DocumentStatus.ACCEPTED, waiting=waiting, acceptance=command.acceptance.signature)
+    draft.put(f"open/{row.agreement_id}/{row.kind}/{row.document_id}", OpenRow(row.kind, row.document_id))
     draft.send(address(agreement.peer, "ledger"), DocumentAccepted(command.acceptance))
-    event(draft, row, ACCEPTED)
+    event(draft, row, DocumentStatus.ACCEPTED)
     settle(draft, row.agreement_id)
     draft.reply(Done())
 
 
 def reject_invoice(draft: Draft, command: RejectInvoice) -> None:
     """Refuse to pay an invoice that is not accepted."""
-    row = document_of(draft, INVOICE, command.invoice_id, PAYER)
-    if row.status in (ACCEPTED, SETTLED, CANCELLED):
+    row = document_of(draft, DocumentKind.INVOICE, command.invoice_id, Party.PAYER)
+    if row.status in (DocumentStatus.ACCEPTED, DocumentStatus.SETTLED, DocumentStatus.CANCELLED):
         raise Declined("bad_request", f"the invoice is {row.status.lower()}")
     try:
         decode_body(RejectionBody, command.rejection.encode())
     except (Violation, ValueError) as error:
         raise Declined("bad_request", str(error)) from None
-    if row.status == RECEIVED:
+    if row.status == DocumentStatus.RECEIVED:
         rejected(draft, row, command.rejection)
         peer = agreement_of(draft, row).peer
         draft.send(address(peer, "ledger"), InvoiceRejected(row.document_id, command.rejection))
@@ -128,11 +123,11 @@ def reject_invoice(draft: Draft, command: RejectInvoice) -> None:
 def document_sent(draft: Draft, message: DocumentSent) -> None:
     """Take a document in, or say why not; the receipt is repeated as often as the document comes."""
     sender, document = node_of(draft.meta.sender), message.document
-    if document.kind not in (DEBIT_NOTE, INVOICE):
+    if document.kind not in (DocumentKind.DEBIT_NOTE, DocumentKind.INVOICE):
         raise Violation(f"a {document.kind[:32]!r} is no debit note and no invoice")
     verify(document, document.kind, sender)
     body: DebitNoteBody | InvoiceBody
-    if document.kind == DEBIT_NOTE:
+    if document.kind == DocumentKind.DEBIT_NOTE:
         if len(document.body) > MAX_NOTE_BYTES:
             raise Violation(f"a debit note of {len(document.body)} bytes is over the limit of {MAX_NOTE_BYTES}")
         body = decode_body(DebitNoteBody, document.body)
@@ -143,18 +138,20 @@ def document_sent(draft: Draft, message: DocumentSent) -> None:
     if (body.issuer_id, body.recipient_id) != (sender, draft.me):
         raise Violation(f"a {document.kind} of other parties")
     receipt = address(sender, "ledger"), DocumentReceived(document.kind, own_id)
-    known = draft.row(PaymentDocument, f"{document.kind}/{own_id}")
+    known = draft.row(PaymentDocumentRow, f"{document.kind}/{own_id}")
     if known is not None:
         if known.body != document.body:
             raise Violation(f"another {document.kind} with the id {own_id} exists")
         draft.send(*receipt)
         return
     agreement = draft.row(LedgerAgreementRow, f"agreement/{body.agreement_id}")
-    if agreement is not None and (agreement.peer, agreement.role) != (sender, PAYER):
+    if agreement is not None and (agreement.peer, agreement.role) != (sender, Party.PAYER):
         raise Violation(f"{sender} is not the provider of agreement {body.agreement_id}")
     reason, most = _objection(draft, agreement, body, activity_id, total, len(document.body))
     if reason:
-        _refused(draft, body.agreement_id, RefusedDocument(draft.now, document.kind, own_id, amount_text(total), reason))
+        _refused(
+            draft, body.agreement_id, RefusedDocument(draft.now, DocumentKind(document.kind), own_id, amount_text(total), reason)
+        )
         draft.send(address(sender, "ledger"), DocumentRefused(document.kind, own_id, reason, most), ANSWER_S)
         return
     assert agreement is not None
@@ -165,9 +162,9 @@ def document_sent(draft: Draft, message: DocumentSent) -> None:
 def _refused(draft: Draft, agreement_id: str, refused: RefusedDocument) -> None:
     """Remember for people what was not taken, if it is about an agreement of ours."""
     if draft.row(LedgerAgreementRow, f"agreement/{agreement_id}") is not None:
-        row = draft.row(RefusedDocuments, f"refused/{agreement_id}") or RefusedDocuments()
+        row = draft.row(RefusedDocumentsRow, f"refused/{agreement_id}") or RefusedDocumentsRow()
         others = [one for one in row.documents if one.document_id != refused.document_id]
-        draft.put(f"refused/{agreement_id}", RefusedDocuments((*others, refused)[-MAX_REFUSED:]))
+        draft.put(f"refused/{agreement_id}", RefusedDocumentsRow((*others, refused)[-MAX_REFUSED:]))
 
 
 def _objection(
@@ -205,7 +202,7 @@ def _against_note(
         return f"this node has created no activity {activity_id} under the agreement", ""
     if total < Decimal(activity.due):
         return "totals never decrease", ""
-    pricing = draft.row(Pricing, f"pricing/{agreement.agreement_id}")
+    pricing = draft.row(PricingRow, f"pricing/{agreement.agreement_id}")
     if pricing is None:
         return "", ""
     age = age_s(draft, activity, draft.now)
@@ -220,11 +217,11 @@ def _against_invoice(draft: Draft, agreement: LedgerAgreementRow, body: InvoiceB
         return f"this node has created no activity {min(strange)[:80]} under the agreement", ""
     if total < invoice_floor(draft, agreement):
         return "totals never decrease", ""
-    pricing = draft.row(Pricing, f"pricing/{agreement.agreement_id}")
+    pricing = draft.row(PricingRow, f"pricing/{agreement.agreement_id}")
     if pricing is None:
         return "", ""
-    standing = draft.row(PaymentDocument, f"invoice/{agreement.invoice_id}")
-    if standing is not None and standing.status in (RECEIVED, ACCEPTED):
+    standing = draft.row(PaymentDocumentRow, f"invoice/{agreement.invoice_id}")
+    if standing is not None and standing.status in (DocumentStatus.RECEIVED, DocumentStatus.ACCEPTED):
         return f"the agreement has an invoice already: {standing.document_id}", ""
     rows = [draft.row(LedgerActivityRow, f"activity/{one}") for one in ids]
     activities = [(row, age_s(draft, row, draft.now)) for row in rows if row is not None]
@@ -237,7 +234,7 @@ def _against_invoice(draft: Draft, agreement: LedgerAgreementRow, body: InvoiceB
 def _receive(
     draft: Draft, document: Document, own_id: str, agreement: LedgerAgreementRow, activity_id: str, total: Decimal
 ) -> None:
-    if document.kind == DEBIT_NOTE:
+    if document.kind == DocumentKind.DEBIT_NOTE:
         activity = draft.row(LedgerActivityRow, f"activity/{activity_id}")
         assert activity is not None, activity_id
         draft.put(f"activity/{activity_id}", replace(activity, due=amount_text(total), last_debit_note_id=own_id))
@@ -247,31 +244,33 @@ def _receive(
         agreement, documents=agreement.documents + 1, document_bytes=agreement.document_bytes + len(document.body)
     ))  # fmt: skip
     keep(draft, agreement.peer, len(document.body))
-    row = add(draft, document.kind, own_id, PAYER, agreement, activity_id, total, document.body)
-    row = put(draft, row, status=RECEIVED, signature=document.signature, waiting="waiting for the requestor to accept")
-    event(draft, row, RECEIVED)
+    row = add(draft, DocumentKind(document.kind), own_id, Party.PAYER, agreement, activity_id, total, document.body)
+    row = put(
+        draft, row, status=DocumentStatus.RECEIVED, signature=document.signature, waiting="waiting for the requestor to accept"
+    )
+    event(draft, row, DocumentStatus.RECEIVED)
 
 
 def cancel_requested(draft: Draft, message: InvoiceCancelRequested) -> None:
     """Agree, unless the invoice is accepted: the payee learns that from the acceptance."""
     if not _ID.match(message.invoice_id):
         raise Violation("no id of an invoice")
-    row = draft.row(PaymentDocument, f"invoice/{message.invoice_id}")
+    row = draft.row(PaymentDocumentRow, f"invoice/{message.invoice_id}")
     if row is None:  # it never arrived
         draft.send(draft.meta.sender, InvoiceCancelled(message.invoice_id), ANSWER_S)
         return
-    check_sender(draft, row, PAYER)
-    if row.status == RECEIVED:
+    check_sender(draft, row, Party.PAYER)
+    if row.status == DocumentStatus.RECEIVED:
         cancelled(draft, row)
-    if row.status in (RECEIVED, CANCELLED, REJECTED):
+    if row.status in (DocumentStatus.RECEIVED, DocumentStatus.CANCELLED, DocumentStatus.REJECTED):
         draft.send(draft.meta.sender, InvoiceCancelled(message.invoice_id))
 
 
-def order(draft: Draft, row: PaymentDocument, agreement: LedgerAgreementRow, allocation_id: str, added: Decimal) -> None:
+def order(draft: Draft, row: PaymentDocumentRow, agreement: LedgerAgreementRow, allocation_id: str, added: Decimal) -> None:
     """Order the payment of what accepting a document added to the debt."""
     order_id = f"{row.kind}:{row.document_id}"
-    assert draft.row(Order, f"order/{order_id}") is None, f"{order_id} is ordered twice"
-    new = Order(
+    assert draft.row(OrderRow, f"order/{order_id}") is None, f"{order_id} is ordered twice"
+    new = OrderRow(
         kind=row.kind,
         document_id=row.document_id,
         agreement_id=row.agreement_id,
@@ -285,7 +284,7 @@ def order(draft: Draft, row: PaymentDocument, agreement: LedgerAgreementRow, all
         ordered_at=draft.now,
     )
     draft.put(f"order/{order_id}", new)
-    draft.put(f"ordered/{new.agreement_id}/{order_id}", Open(row.kind, row.document_id))
-    debt = draft.row(Owed, f"owed/{new.platform}") or Owed()
-    draft.put(f"owed/{new.platform}", Owed(amount_text(total_of((debt.amount, added)))))
+    draft.put(f"ordered/{new.agreement_id}/{order_id}", OpenRow(row.kind, row.document_id))
+    debt = draft.row(OwedRow, f"owed/{new.platform}") or OwedRow()
+    draft.put(f"owed/{new.platform}", OwedRow(amount_text(total_of((debt.amount, added)))))
     draft.send("wallet", PayOut(order_id, new.platform, new.payer_addr, new.payee_addr, new.amount))

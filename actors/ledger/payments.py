@@ -17,7 +17,7 @@ from msgspec.structs import replace
 
 from actors.kernel.draft import Draft
 from actors.ledger.documents import explain, keep, no_room, settle
-from actors.ledger.rows import PAYEE, PAYER, LedgerActivityRow, LedgerAgreementRow, Order, Owed, PaymentRow, TxClaims
+from actors.ledger.rows import LedgerActivityRow, LedgerAgreementRow, OrderRow, OwedRow, PaymentRow, PaymentState, TxClaimsRow
 from protocol.amounts import minus, total_of
 from protocol.ledger import (
     ActivityPayment,
@@ -34,6 +34,7 @@ from protocol.ledger import (
     encode_body,
 )
 from protocol.signing import Document, verify
+from protocol.states import DocumentKind, Party
 from protocol.types import MAX_CLOCK_SKEW_S, Violation, address, amount, amount_text, digest, node_of, timestamp_text
 from protocol.wallet import PaidOut, PayOutDelayed, TransferRejected, TransferVerified, VerifyTransfer
 
@@ -44,22 +45,14 @@ MAX_PAYMENTS = 50_000  # claimed for one agreement
 MAX_PAYMENTS_BYTES = 16 * 1024 * 1024  # and of all of them together
 MAX_CLAIMS = 100  # of one transaction
 ANSWER_S = 24 * 3600.0  # to bring our word about a payment that is for nothing here
-SIGNING, SENT, ACKNOWLEDGED, VERIFYING, VERIFIED, REFUSED = (
-    "SIGNING",  # payer: final on chain, not signed yet
-    "SENT",  # payer: on its way to the payee
-    "ACKNOWLEDGED",  # payer: the payee has booked it
-    "VERIFYING",  # payee: the transaction is being looked at
-    "VERIFIED",  # payee: booked
-    "REFUSED",  # either: the payee does not take it, with the reason
-)
 
 
 # -- the payer
 def paid_out(draft: Draft, fact: PaidOut) -> None:
     """Orders are paid, final: settle what they cover and tell each payee. A repeat finds nothing left to do."""
-    by_peer: dict[str, list[tuple[str, Order]]] = {}
+    by_peer: dict[str, list[tuple[str, OrderRow]]] = {}
     for order_id in dict.fromkeys(fact.order_ids):
-        order = draft.row(Order, f"order/{order_id}")
+        order = draft.row(OrderRow, f"order/{order_id}")
         assert order is not None, f"the wallet paid {order_id}, which the ledger never ordered"
         if order.payment_id:
             continue
@@ -69,7 +62,7 @@ def paid_out(draft: Draft, fact: PaidOut) -> None:
         _record_payment(draft, fact, peer, orders)
 
 
-def _record_payment(draft: Draft, fact: PaidOut, peer: str, orders: list[tuple[str, Order]]) -> None:
+def _record_payment(draft: Draft, fact: PaidOut, peer: str, orders: list[tuple[str, OrderRow]]) -> None:
     agreements = _sums((order.agreement_id, order.amount) for _, order in orders if not order.activity_id)
     activities = _sums((order.activity_id, order.amount) for _, order in orders if order.activity_id)
     total = amount_text(total_of(order.amount for _, order in orders))
@@ -91,9 +84,9 @@ def _record_payment(draft: Draft, fact: PaidOut, peer: str, orders: list[tuple[s
     raw = encode_body(body)
     row = PaymentRow(
         payment_id=payment_id,
-        role=PAYER,
+        role=Party.PAYER,
         peer=peer,
-        state=SIGNING,
+        state=PaymentState.SIGNING,
         body=raw,
         signature=b"",
         tx_hash=fact.tx_hash,
@@ -105,8 +98,8 @@ def _record_payment(draft: Draft, fact: PaidOut, peer: str, orders: list[tuple[s
     draft.put(f"payment/{payment_id}", row)
     for order_id, order in orders:
         draft.put(f"order/{order_id}", replace(order, payment_id=payment_id))
-    debt = draft.row(Owed, f"owed/{fact.platform}") or Owed()
-    draft.put(f"owed/{fact.platform}", Owed(amount_text(max(minus(debt.amount, total), Decimal(0)))))
+    debt = draft.row(OwedRow, f"owed/{fact.platform}") or OwedRow()
+    draft.put(f"owed/{fact.platform}", OwedRow(amount_text(max(minus(debt.amount, total), Decimal(0)))))
     _book(draft, body)
     draft.emit("payments", _event(draft, row))  # in one step with what it settles: who hears of that looks for the payment
     draft.send("signer", SignPayment(payment_id, raw))
@@ -116,11 +109,11 @@ def payment_signed(draft: Draft, fact: PaymentSigned) -> None:
     """Send the payment to its payee."""
     row = draft.row(PaymentRow, f"payment/{fact.payment_id}")
     assert row is not None, f"a payment was signed that the ledger does not know: {fact.payment_id}"
-    if row.state != SIGNING:
+    if row.state != PaymentState.SIGNING:
         return
     assert fact.payment.body == row.body, f"the signer signed something else than payment {fact.payment_id}"
-    verify(fact.payment, "payment", draft.me)
-    row = replace(row, state=SENT, signature=fact.payment.signature)
+    verify(fact.payment, DocumentKind.PAYMENT, draft.me)
+    row = replace(row, state=PaymentState.SENT, signature=fact.payment.signature)
     draft.put(f"payment/{row.payment_id}", row)
     draft.send(address(row.peer, "ledger"), PaymentSent(fact.payment))
 
@@ -128,12 +121,12 @@ def payment_signed(draft: Draft, fact: PaymentSigned) -> None:
 def payment_acknowledged(draft: Draft, message: PaymentAcknowledged) -> None:
     """The payee's word on a payment. A refusal is shown, and the payment offered again a bounded number of times."""
     row = draft.row(PaymentRow, f"payment/{message.payment_id}")
-    if row is None or row.role != PAYER or row.peer != node_of(draft.meta.sender):
+    if row is None or row.role != Party.PAYER or row.peer != node_of(draft.meta.sender):
         raise Violation(f"about a payment that was not made to {draft.meta.sender}")
-    if row.state not in (SENT, REFUSED):
+    if row.state not in (PaymentState.SENT, PaymentState.REFUSED):
         return
     if message.verified:
-        draft.put(f"payment/{row.payment_id}", replace(row, state=ACKNOWLEDGED, reason=""))
+        draft.put(f"payment/{row.payment_id}", replace(row, state=PaymentState.ACKNOWLEDGED, reason=""))
         draft.wake(f"resend/{row.payment_id}", None)
     else:
         _offer_later(draft, row, f"the payee refused the payment: {message.reason[:500]}")
@@ -142,20 +135,20 @@ def payment_acknowledged(draft: Draft, message: PaymentAcknowledged) -> None:
 def undelivered(draft: Draft, document: Document, reason: str) -> None:
     """A payment did not reach its payee: the money is there, so only the news is repeated."""
     row = draft.row(PaymentRow, f"payment/{decode_body(PaymentBody, document.body).payment_id}")
-    if row is not None and row.state == SENT:
+    if row is not None and row.state == PaymentState.SENT:
         _offer_later(draft, row, f"the payee could not be told: {reason[:300]}")
 
 
 def send_payment_again(draft: Draft, timer: SendPaymentAgain) -> None:
     """Offer a refused payment once more."""
     row = draft.row(PaymentRow, f"payment/{timer.payment_id}")
-    if row is not None and row.role == PAYER and row.state == REFUSED:
-        draft.put(f"payment/{row.payment_id}", replace(row, state=SENT))
-        draft.send(address(row.peer, "ledger"), PaymentSent(Document("payment", row.body, row.signature)))
+    if row is not None and row.role == Party.PAYER and row.state == PaymentState.REFUSED:
+        draft.put(f"payment/{row.payment_id}", replace(row, state=PaymentState.SENT))
+        draft.send(address(row.peer, "ledger"), PaymentSent(Document(DocumentKind.PAYMENT, row.body, row.signature)))
 
 
 def _offer_later(draft: Draft, row: PaymentRow, reason: str) -> None:
-    draft.put(f"payment/{row.payment_id}", replace(row, state=REFUSED, reason=reason, tries=row.tries + 1))
+    draft.put(f"payment/{row.payment_id}", replace(row, state=PaymentState.REFUSED, reason=reason, tries=row.tries + 1))
     if row.tries < RESEND_TRIES:
         draft.wake(f"resend/{row.payment_id}", draft.now + RESEND_FIRST_S * 6**row.tries, SendPaymentAgain(row.payment_id))
 
@@ -167,13 +160,13 @@ def booked_again(draft: Draft, document: Document, body: PaymentBody) -> None:
         activity = draft.row(LedgerActivityRow, f"activity/{part.activity_id}")
         agreement_ids.append(activity.agreement_id if activity is not None else "")
     agreements = [draft.row(LedgerAgreementRow, f"agreement/{agreement_id}") for agreement_id in agreement_ids]
-    if any(row is None or (row.role, row.peer) != (PAYER, body.payee_id) for row in agreements):
+    if any(row is None or (row.role, row.peer) != (Party.PAYER, body.payee_id) for row in agreements):
         return  # what it was for was forgotten as well, and cannot be paid again either
     row = PaymentRow(
         payment_id=body.payment_id,
-        role=PAYER,
+        role=Party.PAYER,
         peer=body.payee_id,
-        state=ACKNOWLEDGED,
+        state=PaymentState.ACKNOWLEDGED,
         body=document.body,
         signature=document.signature,
         tx_hash=_tx_hash(body.details),
@@ -210,7 +203,7 @@ def _owe_what_is_paid(draft: Draft, part: ActivityPayment) -> None:
 def pay_out_delayed(draft: Draft, fact: PayOutDelayed) -> None:
     """Say on the documents why their money does not move."""
     for order_id in fact.order_ids:
-        order = draft.row(Order, f"order/{order_id}")
+        order = draft.row(OrderRow, f"order/{order_id}")
         if order is not None and not order.payment_id:
             explain(draft, order.kind, order.document_id, f"accepted; payment ordered: {fact.reason}")
 
@@ -219,7 +212,7 @@ def pay_out_delayed(draft: Draft, fact: PayOutDelayed) -> None:
 def payment_sent(draft: Draft, message: PaymentSent) -> None:
     """Check a payment's form and parties, then ask the chain. Repeats are answered by what is known already."""
     sender, document = node_of(draft.meta.sender), message.payment
-    verify(document, "payment", sender)
+    verify(document, DocumentKind.PAYMENT, sender)
     body = decode_body(PaymentBody, document.body)
     if (body.payer_id, body.payee_id) != (sender, draft.me):
         raise Violation("a payment of other parties")
@@ -232,14 +225,14 @@ def payment_sent(draft: Draft, message: PaymentSent) -> None:
     if total_of(parts) != total:
         raise Violation("the parts of the payment do not make its amount")
     row = draft.row(PaymentRow, f"payment/{body.payment_id}")
-    said = (PAYEE, sender, VERIFIED, tx_hash, amount_text(total))
+    said = (Party.PAYEE, sender, PaymentState.VERIFIED, tx_hash, amount_text(total))
     if row is not None and (row.role, row.peer, row.state, row.tx_hash, row.amount) == said:
         draft.send(draft.meta.sender, PaymentAcknowledged(body.payment_id, True))  # perhaps in new words: its disk went back
         return
     known = row is not None and (row.body == document.body or row.digest == digest(document.body))
-    if row is not None and (row.role != PAYEE or not known):
+    if row is not None and (row.role != Party.PAYEE or not known):
         raise Violation(f"another payment with the id {body.payment_id} exists")
-    if row is not None and row.state == VERIFYING:
+    if row is not None and row.state == PaymentState.VERIFYING:
         return
     if row is not None and row.tries > RESEND_TRIES:
         draft.send(draft.meta.sender, PaymentAcknowledged(body.payment_id, False, row.reason))
@@ -252,9 +245,9 @@ def payment_sent(draft: Draft, message: PaymentSent) -> None:
         keep(draft, sender, len(document.body))
     row = PaymentRow(
         payment_id=body.payment_id,
-        role=PAYEE,
+        role=Party.PAYEE,
         peer=sender,
-        state=VERIFYING,
+        state=PaymentState.VERIFYING,
         body=document.body,
         signature=document.signature,
         tx_hash=tx_hash,
@@ -265,8 +258,8 @@ def payment_sent(draft: Draft, message: PaymentSent) -> None:
     )
     draft.put(f"payment/{row.payment_id}", row)
     key = _claims_key(body, tx_hash)
-    claims = draft.row(TxClaims, key) or TxClaims(())
-    draft.put(key, TxClaims((*claims.claims, (row.payment_id, row.amount))))
+    claims = draft.row(TxClaimsRow, key) or TxClaimsRow(())
+    draft.put(key, TxClaimsRow((*claims.claims, (row.payment_id, row.amount))))
     _ask(draft, row)
 
 
@@ -282,7 +275,7 @@ def _objection(draft: Draft, sender: str, body: PaymentBody, size: int) -> str:
         agreement_ids.append(activity.agreement_id)
     for agreement_id in dict.fromkeys(agreement_ids):
         agreement = draft.row(LedgerAgreementRow, f"agreement/{agreement_id}")
-        if agreement is None or agreement.role != PAYEE or agreement.peer != sender:
+        if agreement is None or agreement.role != Party.PAYEE or agreement.peer != sender:
             return f"agreement {agreement_id[:80]} is not known here"
         addresses = agreement.payer_addr.lower(), agreement.payee_addr.lower()
         if agreement.platform != body.payment_platform or addresses != (body.payer_addr, body.payee_addr):
@@ -299,7 +292,7 @@ def _objection(draft: Draft, sender: str, body: PaymentBody, size: int) -> str:
         return f"{first.payment_bytes} bytes of payments were claimed for agreement {first.agreement_id} already"
     if full := no_room(draft, sender, size):
         return full
-    claims = draft.row(TxClaims, _claims_key(body, _tx_hash(body.details)))
+    claims = draft.row(TxClaimsRow, _claims_key(body, _tx_hash(body.details)))
     if claims is not None and len(claims.claims) >= MAX_CLAIMS:
         return f"{MAX_CLAIMS} payments were claimed of this transaction, and no more are looked at"
     return ""
@@ -327,9 +320,9 @@ def _count_payment(draft: Draft, body: PaymentBody, size: int) -> None:
 def transfer_verified(draft: Draft, fact: TransferVerified) -> None:
     """The chain confirms a claim: book it, settle, thank the payer."""
     row = draft.row(PaymentRow, f"payment/{fact.claim_id}")
-    if row is None or row.state != VERIFYING or row.tx_hash != fact.tx_hash:
+    if row is None or row.state != PaymentState.VERIFYING or row.tx_hash != fact.tx_hash:
         return
-    row = replace(row, state=VERIFIED, reason="", recorded_at=draft.now)
+    row = replace(row, state=PaymentState.VERIFIED, reason="", recorded_at=draft.now)
     draft.put(f"payment/{row.payment_id}", row)
     draft.wake(f"verify/{row.payment_id}", None)
     _book(draft, decode_body(PaymentBody, row.body))
@@ -340,32 +333,32 @@ def transfer_verified(draft: Draft, fact: TransferVerified) -> None:
 def transfer_rejected(draft: Draft, fact: TransferRejected) -> None:
     """The chain denies a claim: give the reservation back and say why."""
     row = draft.row(PaymentRow, f"payment/{fact.claim_id}")
-    if row is None or row.state != VERIFYING:
+    if row is None or row.state != PaymentState.VERIFYING:
         return
-    draft.put(f"payment/{row.payment_id}", replace(row, state=REFUSED, reason=fact.reason, tries=row.tries + 1))
+    draft.put(f"payment/{row.payment_id}", replace(row, state=PaymentState.REFUSED, reason=fact.reason, tries=row.tries + 1))
     draft.wake(f"verify/{row.payment_id}", None)
     key = _claims_key(decode_body(PaymentBody, row.body), row.tx_hash)
     if row.tries >= RESEND_TRIES:  # it is never looked at again: its id, the reason and its digest are enough
         rest = encode_body(replace(decode_body(PaymentBody, row.body), agreement_payments=(), activity_payments=()))
-        dead = replace(row, state=REFUSED, reason=fact.reason, tries=row.tries + 1, signature=b"")
+        dead = replace(row, state=PaymentState.REFUSED, reason=fact.reason, tries=row.tries + 1, signature=b"")
         draft.put(f"payment/{row.payment_id}", replace(dead, body=rest, digest=digest(row.body)))
-    claims = draft.row(TxClaims, key)
+    claims = draft.row(TxClaimsRow, key)
     assert claims is not None, key
     left = tuple(claim for claim in claims.claims if claim[0] != row.payment_id)
-    draft.put(key, TxClaims(left) if left else None)
+    draft.put(key, TxClaimsRow(left) if left else None)
     draft.send(address(row.peer, "ledger"), PaymentAcknowledged(row.payment_id, False, fact.reason))
 
 
 def verify_again(draft: Draft, timer: VerifyAgain) -> None:
     """No answer about a claim so far: ask again (the chain port forgets its questions when the node restarts)."""
     row = draft.row(PaymentRow, f"payment/{timer.payment_id}")
-    if row is not None and row.state == VERIFYING:
+    if row is not None and row.state == PaymentState.VERIFYING:
         _ask(draft, row)
 
 
 def _ask(draft: Draft, row: PaymentRow) -> None:
     body = decode_body(PaymentBody, row.body)
-    claims = draft.row(TxClaims, _claims_key(body, row.tx_hash))
+    claims = draft.row(TxClaimsRow, _claims_key(body, row.tx_hash))
     assert claims is not None, row
     ids = [claim[0] for claim in claims.claims]
     before = total_of(claim[1] for claim in claims.claims[: ids.index(row.payment_id)])

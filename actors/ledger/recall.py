@@ -16,28 +16,21 @@ from msgspec.structs import replace
 from actors.kernel.draft import Draft
 from actors.ledger.documents import add, agreement_of, event, owe, put, settle
 from actors.ledger.payer import order
-from actors.ledger.payments import ACKNOWLEDGED, REFUSED, SENT, VERIFIED, booked_again
+from actors.ledger.payments import booked_again
 from actors.ledger.rows import (
-    ACCEPTED,
-    ISSUED,
-    PAYEE,
-    PAYER,
-    REJECTED,
-    SETTLED,
-    In,
+    InRow,
     LedgerActivityRow,
     LedgerAgreementRow,
-    Open,
-    Order,
-    PaymentDocument,
+    OpenRow,
+    OrderRow,
+    PaymentDocumentRow,
     PaymentRow,
-    Told,
+    PaymentState,
+    ToldRow,
     acceptance_of,
 )
 from protocol.amounts import minus, total_of
 from protocol.ledger import (
-    DEBIT_NOTE,
-    INVOICE,
     AcceptanceBody,
     AskAgain,
     DebitNoteBody,
@@ -54,6 +47,7 @@ from protocol.ledger import (
     decode_body,
 )
 from protocol.signing import Document, verify
+from protocol.states import DocumentKind, DocumentStatus, Party
 from protocol.types import Done, PeerLost, Violation, address, amount, amount_text, node_of
 
 NO_ALLOCATION = ""  # the debt stands whatever our agent sets aside now: no peer may spend of that
@@ -86,7 +80,7 @@ def tell_again(draft: Draft, timer: TellAgain) -> None:
 def recall(draft: Draft, command: Recall) -> None:
     """This node was restored from a backup: ask everybody we had to do with."""
     for peer in [key.partition("/")[2] for key in (*[key for key, _ in draft.readable("told/")], *draft.left_out)]:
-        draft.put(f"told/{peer}", Told(draft.now))
+        draft.put(f"told/{peer}", ToldRow(draft.now))
         draft.send(address(peer, "ledger"), AskAgain())
         _tell(draft, peer)
     draft.reply(Done())
@@ -94,13 +88,13 @@ def recall(draft: Draft, command: Recall) -> None:
 
 def _may_tell(draft: Draft, peer: str) -> bool:
     """Return whether it is long enough since the peer was told everything; else it is told later, a stranger never."""
-    told = draft.row(Told, f"told/{peer}")
+    told = draft.row(ToldRow, f"told/{peer}")
     if told is None:
         return False
     if draft.now - told.at < TELL_EVERY_S:
         draft.wake(f"told/{peer}", told.at + TELL_EVERY_S, TellAgain(peer))
         return False
-    draft.put(f"told/{peer}", Told(draft.now))
+    draft.put(f"told/{peer}", ToldRow(draft.now))
     return True
 
 
@@ -113,24 +107,26 @@ def _tell(draft: Draft, peer: str) -> None:
         return
     payments = [row for _, row in draft.readable("payment/") if row.peer == peer and row.recorded_at >= since and row.signature]
     for row in payments:
-        if row.role == PAYEE and row.state == VERIFIED:
-            draft.send(to, Recalled(Document("payment", row.body, row.signature)))
+        if row.role == Party.PAYEE and row.state == PaymentState.VERIFIED:
+            draft.send(to, Recalled(Document(DocumentKind.PAYMENT, row.body, row.signature)))
     notes = [row.last_debit_note_id for _, row in draft.readable("activity/") if row.agreement_id in agreements]
-    keys = list(dict.fromkeys(f"{DEBIT_NOTE}/{note}" for note in (*_accepted_notes(draft, agreements), *notes) if note))
-    keys += [f"{INVOICE}/{row.invoice_id}" for row in agreements.values() if row.invoice_id]
+    keys = list(
+        dict.fromkeys(f"{DocumentKind.DEBIT_NOTE}/{note}" for note in (*_accepted_notes(draft, agreements), *notes) if note)
+    )
+    keys += [f"{DocumentKind.INVOICE}/{row.invoice_id}" for row in agreements.values() if row.invoice_id]
     for key in keys:
         row = draft.sound(key)
-        if isinstance(row, PaymentDocument) and row.changed_at >= since and row.signature and not row.refused:
+        if isinstance(row, PaymentDocumentRow) and row.changed_at >= since and row.signature and not row.refused:
             _tell_document(draft, to, row)
     for payment in payments:
-        if payment.role == PAYER:
-            draft.send(to, PaymentSent(Document("payment", payment.body, payment.signature)))
+        if payment.role == Party.PAYER:
+            draft.send(to, PaymentSent(Document(DocumentKind.PAYMENT, payment.body, payment.signature)))
 
 
 def _accepted_notes(draft: Draft, agreements: Container[str]) -> list[str]:
     """The highest accepted note of each activity: it is owed, although a later one may not be."""
-    highest: dict[str, PaymentDocument] = {}
-    for _, row in draft.readable(f"{DEBIT_NOTE}/"):
+    highest: dict[str, PaymentDocumentRow] = {}
+    for _, row in draft.readable(f"{DocumentKind.DEBIT_NOTE}/"):
         if row.acceptance and row.agreement_id in agreements:
             other = highest.get(row.activity_id)
             if other is None or Decimal(row.amount) > Decimal(other.amount):
@@ -138,10 +134,10 @@ def _accepted_notes(draft: Draft, agreements: Container[str]) -> list[str]:
     return [row.document_id for row in highest.values()]
 
 
-def _tell_document(draft: Draft, to: str, row: PaymentDocument) -> None:
+def _tell_document(draft: Draft, to: str, row: PaymentDocumentRow) -> None:
     document = Document(row.kind, row.body, row.signature)
-    acceptance = Document("acceptance", acceptance_of(row), row.acceptance) if row.acceptance else None
-    if row.role == PAYEE:
+    acceptance = Document(DocumentKind.ACCEPTANCE, acceptance_of(row), row.acceptance) if row.acceptance else None
+    if row.role == Party.PAYEE:
         draft.send(to, DocumentSent(document))
         if acceptance is not None:
             draft.send(to, Recalled(acceptance))
@@ -150,7 +146,7 @@ def _tell_document(draft: Draft, to: str, row: PaymentDocument) -> None:
     draft.send(to, DocumentReceived(row.kind, row.document_id))
     if acceptance is not None:
         draft.send(to, DocumentAccepted(acceptance))
-    elif row.status == REJECTED:
+    elif row.status == DocumentStatus.REJECTED:
         draft.send(to, InvoiceRejected(row.document_id, row.rejection))
 
 
@@ -158,12 +154,12 @@ def _tell_document(draft: Draft, to: str, row: PaymentDocument) -> None:
 def recalled(draft: Draft, message: Recalled) -> None:
     """The peer gives us back what we signed."""
     document, sender = message.document, node_of(draft.meta.sender)
-    if document.kind not in (DEBIT_NOTE, INVOICE, "acceptance", "payment"):
+    if document.kind not in (DocumentKind.DEBIT_NOTE, DocumentKind.INVOICE, DocumentKind.ACCEPTANCE, DocumentKind.PAYMENT):
         raise Violation(f"a {document.kind[:32]!r} is nothing that a ledger signs")
     verify(document, document.kind, draft.me)
-    if document.kind == "acceptance":
+    if document.kind == DocumentKind.ACCEPTANCE:
         _acceptance(draft, document, sender)
-    elif document.kind == "payment":
+    elif document.kind == DocumentKind.PAYMENT:
         _payment(draft, document, sender)
     else:
         _own_document(draft, document, sender)
@@ -171,8 +167,12 @@ def recalled(draft: Draft, message: Recalled) -> None:
 
 def _acceptance(draft: Draft, document: Document, sender: str) -> None:
     body = decode_body(AcceptanceBody, document.body)
-    row = draft.row(PaymentDocument, f"{body.kind}/{body.document_id}") if body.kind in (DEBIT_NOTE, INVOICE) else None
-    if row is None or row.role != PAYER or row.status in (ACCEPTED, SETTLED):
+    row = (
+        draft.row(PaymentDocumentRow, f"{body.kind}/{body.document_id}")
+        if body.kind in (DocumentKind.DEBIT_NOTE, DocumentKind.INVOICE)
+        else None
+    )
+    if row is None or row.role != Party.PAYER or row.status in (DocumentStatus.ACCEPTED, DocumentStatus.SETTLED):
         return
     agreement = agreement_of(draft, row)
     if agreement.peer != sender or acceptance_of(row) != document.body:
@@ -183,9 +183,9 @@ def _acceptance(draft: Draft, document: Document, sender: str) -> None:
     if unpaid > 0:
         order(draft, row, agreement, NO_ALLOCATION, unpaid)
         waiting = "accepted before this node's disk went back in time; payment ordered"
-    row = put(draft, row, status=ACCEPTED, waiting=waiting, acceptance=document.signature)
-    draft.put(f"open/{row.agreement_id}/{row.kind}/{row.document_id}", Open(row.kind, row.document_id))
-    event(draft, row, ACCEPTED)
+    row = put(draft, row, status=DocumentStatus.ACCEPTED, waiting=waiting, acceptance=document.signature)
+    draft.put(f"open/{row.agreement_id}/{row.kind}/{row.document_id}", OpenRow(row.kind, row.document_id))
+    event(draft, row, DocumentStatus.ACCEPTED)
     settle(draft, row.agreement_id)
 
 
@@ -194,7 +194,7 @@ def _not_paid(draft: Draft, agreement_id: str) -> Decimal:
     then `RowDamaged` is raised, and the peer's word waits."""
     agreement = draft.row(LedgerAgreementRow, f"agreement/{agreement_id}")
     assert agreement is not None, agreement_id
-    orders = [row for _, row in draft.prefix("order/") if isinstance(row, Order) and row.agreement_id == agreement_id]
+    orders = [row for _, row in draft.prefix("order/") if isinstance(row, OrderRow) and row.agreement_id == agreement_id]
     under_way = total_of(row.amount for row in orders if not row.payment_id)
     return max(minus(agreement.accepted, amount_text(total_of((agreement.paid, amount_text(under_way))))), Decimal(0))
 
@@ -205,8 +205,8 @@ def _payment(draft: Draft, document: Document, sender: str) -> None:
         raise Violation("a payment that was made to somebody else")
     known = draft.row(PaymentRow, f"payment/{body.payment_id}")
     if known is not None:
-        if known.role == PAYER and known.body == document.body and known.state in (SENT, REFUSED):
-            draft.put(f"payment/{body.payment_id}", replace(known, state=ACKNOWLEDGED, reason=""))
+        if known.role == Party.PAYER and known.body == document.body and known.state in (PaymentState.SENT, PaymentState.REFUSED):
+            draft.put(f"payment/{body.payment_id}", replace(known, state=PaymentState.ACKNOWLEDGED, reason=""))
             draft.wake(f"resend/{body.payment_id}", None)
         return
     booked_again(draft, document, body)
@@ -214,27 +214,33 @@ def _payment(draft: Draft, document: Document, sender: str) -> None:
 
 def _own_document(draft: Draft, document: Document, sender: str) -> None:
     body: DebitNoteBody | InvoiceBody
-    if document.kind == DEBIT_NOTE:
+    if document.kind == DocumentKind.DEBIT_NOTE:
         body = decode_body(DebitNoteBody, document.body)
         own_id, activity_id, total = body.debit_note_id, body.activity_id, body.total_amount_due
     else:
         body = decode_body(InvoiceBody, document.body)
         own_id, activity_id, total = body.invoice_id, "", body.amount
     agreement = draft.row(LedgerAgreementRow, f"agreement/{body.agreement_id}")
-    if agreement is None or (agreement.role, agreement.peer) != (PAYEE, sender) or body.recipient_id != sender:
+    if agreement is None or (agreement.role, agreement.peer) != (Party.PAYEE, sender) or body.recipient_id != sender:
         return
-    if draft.row(PaymentDocument, f"{document.kind}/{own_id}") is not None:
+    if draft.row(PaymentDocumentRow, f"{document.kind}/{own_id}") is not None:
         return
-    if document.kind == DEBIT_NOTE:
+    if document.kind == DocumentKind.DEBIT_NOTE:
         activity = draft.row(LedgerActivityRow, f"activity/{activity_id}") or LedgerActivityRow(
             activity_id, agreement.agreement_id
         )
         if activity.agreement_id != agreement.agreement_id:
             return
-        draft.put(f"in/{agreement.agreement_id}/{activity_id}", In())
+        draft.put(f"in/{agreement.agreement_id}/{activity_id}", InRow())
         if amount(total) >= Decimal(activity.due):
             draft.put(f"activity/{activity_id}", replace(activity, due=total, last_debit_note_id=own_id))
     else:
         draft.put(f"agreement/{agreement.agreement_id}", replace(agreement, invoice_id=own_id))
-    row = add(draft, document.kind, own_id, PAYEE, agreement, activity_id, amount(total), document.body)
-    put(draft, row, status=ISSUED, signature=document.signature, waiting="issued before this node's disk went back in time")
+    row = add(draft, DocumentKind(document.kind), own_id, Party.PAYEE, agreement, activity_id, amount(total), document.body)
+    put(
+        draft,
+        row,
+        status=DocumentStatus.ISSUED,
+        signature=document.signature,
+        waiting="issued before this node's disk went back in time",
+    )

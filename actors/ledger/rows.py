@@ -11,27 +11,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from decimal import Context, Decimal, Inexact
+from enum import StrEnum
 from typing import Any, Protocol
 
 from protocol.amounts import minus, total_of
 from protocol.ledger import LOCAL_CHAIN, AcceptanceBody, encode_body
+from protocol.states import DocumentKind, DocumentStatus, Party
 from protocol.types import Message, digest
 
-PAYEE, PAYER = "payee", "payer"
-FEEDS = {"debit-note": "debit-notes", "invoice": "invoices"}
+FEEDS = {DocumentKind.DEBIT_NOTE: "debit-notes", DocumentKind.INVOICE: "invoices"}
 _EXACT = Context(prec=120, traps=[Inexact])
 
-ISSUED, RECEIVED, ACCEPTED, REJECTED, CANCELLED, SETTLED = (
-    "ISSUED",  # written by the payee, no receipt yet
-    "RECEIVED",  # on both nodes
-    "ACCEPTED",  # the payer owes it and has ordered payment
-    "REJECTED",
-    "CANCELLED",
-    "SETTLED",  # paid, final on chain
-)
+
+class PaymentState(StrEnum):
+    """Of a payment made (payer) or claimed (payee)."""
+
+    SIGNING = "SIGNING"  # payer: final on chain, not signed yet
+    SENT = "SENT"  # payer: on its way to the payee
+    ACKNOWLEDGED = "ACKNOWLEDGED"  # payer: the payee has booked it
+    VERIFYING = "VERIFYING"  # payee: the transaction is being looked at
+    VERIFIED = "VERIFIED"  # payee: booked
+    REFUSED = "REFUSED"  # either: the payee does not take it, with the reason
 
 
-class Allocation(Message, frozen=True):
+class AllocationRow(Message, frozen=True, tag="Allocation"):
     """Money set aside. What is left is `total` - `spent` while it lives and nothing after its release."""
 
     allocation_id: str
@@ -51,7 +54,7 @@ class LedgerAgreementRow(Message, frozen=True, tag="Agreement"):
     """The payment terms of an agreement and its sums. `fault` says why it cannot be billed, "" if it can."""
 
     agreement_id: str
-    role: str  # ours
+    role: Party  # ours
     peer: str
     platform: str
     payee_addr: str
@@ -85,7 +88,7 @@ class LedgerActivityRow(Message, frozen=True, tag="Activity"):
     ended_set_back_s: float = 0.0
 
 
-class Pricing(Message, frozen=True):
+class PricingRow(Message, frozen=True, tag="Pricing"):
     """What an agreement costs, as its payer checks it. `coeffs`: a price for each counter, last the start price."""
 
     agreement_id: str
@@ -107,7 +110,7 @@ class ClockRow(Message, frozen=True):
     set_back_s: float = 0.0
 
 
-class In(Message, frozen=True):
+class InRow(Message, frozen=True, tag="In"):
     """Index: an activity of an agreement."""
 
 
@@ -115,28 +118,28 @@ class RefusedDocument(Message, frozen=True):
     """A document that the payer did not take."""
 
     at: float
-    kind: str
+    kind: DocumentKind
     document_id: str
     amount: str
     reason: str
 
 
-class RefusedDocuments(Message, frozen=True):
+class RefusedDocumentsRow(Message, frozen=True, tag="RefusedDocuments"):
     """The last ones of an agreement, newest last."""
 
     documents: tuple[RefusedDocument, ...] = ()
 
 
-class PaymentDocument(Message, frozen=True):
+class PaymentDocumentRow(Message, frozen=True, tag="PaymentDocument"):
     """A debit note or an invoice, as signed. `waiting` says in words what is to happen next, or why it does not."""
 
-    kind: str
+    kind: DocumentKind
     document_id: str
-    role: str
+    role: Party
     agreement_id: str
     activity_id: str  # "" for an invoice
     amount: str
-    status: str
+    status: DocumentStatus
     body: bytes
     signature: bytes
     issued_at: float
@@ -148,10 +151,10 @@ class PaymentDocument(Message, frozen=True):
     most: str = ""  # the highest amount that the payer would have taken, where it refused this one
 
 
-class Order(Message, frozen=True):
+class OrderRow(Message, frozen=True, tag="Order"):
     """What accepting a document added to the debt; named by the document, so there is at most one."""
 
-    kind: str
+    kind: DocumentKind
     document_id: str
     agreement_id: str
     activity_id: str
@@ -169,9 +172,9 @@ class PaymentRow(Message, frozen=True, tag="Payment"):
     """A payment made (payer) or claimed (payee). States: SIGNING SENT ACKNOWLEDGED REFUSED | VERIFYING VERIFIED REFUSED."""
 
     payment_id: str
-    role: str
+    role: Party
     peer: str
-    state: str
+    state: PaymentState
     body: bytes
     signature: bytes
     tx_hash: str
@@ -184,58 +187,58 @@ class PaymentRow(Message, frozen=True, tag="Payment"):
     digest: str = ""  # of the body where only the head of it is kept: the payment was refused for good
 
 
-class TxClaims(Message, frozen=True):
+class TxClaimsRow(Message, frozen=True, tag="TxClaims"):
     """What has been claimed of one transaction for one payee, in order: (payment id, amount), verified or in question."""
 
     claims: tuple[tuple[str, str], ...]
 
 
-class Open(Message, frozen=True):
+class OpenRow(Message, frozen=True, tag="Open"):
     """An entry of an index: an accepted document that waits for its money, or one that was ordered."""
 
-    kind: str
+    kind: DocumentKind
     document_id: str
 
 
-class Stored(Message, frozen=True):
+class StoredRow(Message, frozen=True, tag="Stored"):
     """`stored/<peer>`: how many bytes of a peer's documents were kept, less what its allowance of each day has made good."""
 
     size: float
     at: float
 
 
-class Told(Message, frozen=True):
+class ToldRow(Message, frozen=True, tag="Told"):
     """When a peer was last told everything again. There is one for each peer of an agreement."""
 
     at: float = 0.0
 
 
-class Owed(Message, frozen=True):
+class OwedRow(Message, frozen=True, tag="Owed"):
     """The sum of a platform's orders that are not paid yet: this money is still in the account, and not free."""
 
     amount: str = "0"
 
 
 LedgerRow = (
-    Allocation
+    AllocationRow
     | LedgerAgreementRow
     | LedgerActivityRow
-    | Pricing
+    | PricingRow
     | ClockRow
-    | In
-    | RefusedDocuments
-    | PaymentDocument
-    | Order
+    | InRow
+    | RefusedDocumentsRow
+    | PaymentDocumentRow
+    | OrderRow
     | PaymentRow
-    | TxClaims
-    | Open
-    | Owed
-    | Stored
-    | Told
+    | TxClaimsRow
+    | OpenRow
+    | OwedRow
+    | StoredRow
+    | ToldRow
 )
 
 
-def remaining(allocation: Allocation) -> Decimal:
+def remaining(allocation: AllocationRow) -> Decimal:
     """Return what an allocation still holds."""
     return Decimal(0) if allocation.released_at is not None else minus(allocation.total, allocation.spent)
 
@@ -264,11 +267,11 @@ def paid_since(rows: HasPrefix, platform: str, since: float) -> Decimal:
     return total_of(
         row.amount
         for _, row in rows.prefix("payment/")
-        if row.role == PAYER and row.platform == platform and row.recorded_at >= since
+        if row.role == Party.PAYER and row.platform == platform and row.recorded_at >= since
     )
 
 
-def acceptance_of(document: PaymentDocument) -> bytes:
+def acceptance_of(document: PaymentDocumentRow) -> bytes:
     """Return the body that the payer signs to accept `document`."""
     return encode_body(
         AcceptanceBody(
@@ -280,7 +283,7 @@ def acceptance_of(document: PaymentDocument) -> bytes:
     )
 
 
-def decorations(allocations: Sequence[Allocation], local_chain: str | None = None) -> dict[str, list[object]]:
+def decorations(allocations: Sequence[AllocationRow], local_chain: str | None = None) -> dict[str, list[object]]:
     """Return the demand properties and constraints by which a provider and these allocations find a common platform.
 
     A single allocation gives a bare constraint: SDKs split every string at its operator and choke on a compound one.

@@ -23,7 +23,7 @@ from actors.kernel.draft import Declined, Draft
 from actors.kernel.grammar import EDGE, ITSELF, PEER, On, Table, TableMachine
 from actors.kernel.machine import DropFeed, Emit, Publish, Reply, Send, Wake
 from actors.market.books import count, refuse, stats_of
-from actors.market.rows import Asked, DemandRow, EndedRow, OfferRow, OfOwner, Own, Owner, Scan, Stats
+from actors.market.rows import AskedRow, DemandRow, EndedRow, OfferRow, OfOwnerRow, OwnerRow, OwnRow, ScanRow, StatsRow
 from protocol.codec import Decoder
 from protocol.market import (
     MAX_IDS,
@@ -59,6 +59,7 @@ from protocol.market import (
     verify_subscription,
 )
 from protocol.signing import Document
+from protocol.states import DocumentKind, SubscriptionEnd
 from protocol.terms import ConstraintSyntaxError, compile_constraint
 from protocol.types import Done, Message, Undelivered, Violation, address, digest, node_of
 
@@ -84,31 +85,31 @@ AT_ONCE = 400  # offers that a new demand is tried against in one step; more are
 
 # -- our own offers and demands
 def _publish(draft: Draft, message: PublishOffer | PublishDemand) -> None:
-    kind = "offer" if isinstance(message, PublishOffer) else "demand"
+    kind = DocumentKind.OFFER if isinstance(message, PublishOffer) else DocumentKind.DEMAND
     try:
         content = verify_subscription(message.document, kind, draft.now)
         if content.owner != draft.me:
             raise Violation(f"the {kind} belongs to another node")
     except Violation as error:
         raise Declined("bad_request", str(error)) from None
-    own, subscription_id = draft.get("own") or Own(), content.subscription_id
+    own, subscription_id = draft.get("own") or OwnRow(), content.subscription_id
     if draft.get(f"{kind}/{subscription_id}"):
         draft.reply(Published(subscription_id))
         return
-    if (len(own.offers) if kind == "offer" else own.demands) >= MAX_OWN:
+    if (len(own.offers) if kind == DocumentKind.OFFER else own.demands) >= MAX_OWN:
         raise Declined("busy", f"this node has {MAX_OWN} {kind}s; withdraw one first")
     draft.do(
         Reply(Published(subscription_id)),
         Wake(f"expire/{subscription_id}", content.expires, ExpiryDue(kind, subscription_id)),
         Send("negotiation", SubscriptionOpened(subscription_id, message.document)),
     )
-    if kind == "demand":
+    if kind == DocumentKind.DEMAND:
         draft.put(f"demand/{subscription_id}", DemandRow(message.document, content.expires, stats_of(draft).last_offer))
-        draft.put("own", Own(own.offers, own.demands + 1, own.withdrawn))
+        draft.put("own", OwnRow(own.offers, own.demands + 1, own.withdrawn))
         _match_all(draft, f"demand/{subscription_id}")
         return
     _keep(draft, message.document, content)
-    draft.put("own", Own((*own.offers, subscription_id), own.demands, own.withdrawn))
+    draft.put("own", OwnRow((*own.offers, subscription_id), own.demands, own.withdrawn))
     draft.do(Publish(TOPIC, OffersAnnounced((subscription_id,))))
     draft.do(Wake("announce", draft.now + ANNOUNCE_EVERY_S, AnnounceDue()))
 
@@ -117,10 +118,10 @@ def _withdraw(draft: Draft, message: Withdraw) -> None:
     subscription_id = message.subscription_id
     offer, ended = draft.get(f"offer/{subscription_id}"), draft.get(f"ended/{subscription_id}")
     if (offer and offer.owner == draft.me) or draft.get(f"demand/{subscription_id}"):
-        _end(draft, "offer" if offer else "demand", subscription_id, "withdrawn")
+        _end(draft, DocumentKind.OFFER if offer else DocumentKind.DEMAND, subscription_id, SubscriptionEnd.WITHDRAWN)
         draft.reply(Done())
     elif ended and ended.owner == draft.me:
-        text = "unsubscribed" if ended.reason == "withdrawn" else "expired"
+        text = "unsubscribed" if ended.reason == SubscriptionEnd.WITHDRAWN else "expired"
         raise Declined("gone", f"Offer [{subscription_id}] is already {text}.")
     else:
         raise Declined("unknown", f"Subscription [{subscription_id}] not found.")
@@ -129,40 +130,40 @@ def _withdraw(draft: Draft, message: Withdraw) -> None:
 def _expired(draft: Draft, message: ExpiryDue) -> None:
     row = draft.get(f"{message.kind}/{message.subscription_id}")
     if row and row.expires <= draft.now:
-        _end(draft, message.kind, message.subscription_id, "expired")
+        _end(draft, message.kind, message.subscription_id, SubscriptionEnd.EXPIRED)
 
 
-def _end(draft: Draft, kind: str, subscription_id: str, reason: str) -> None:
+def _end(draft: Draft, kind: DocumentKind, subscription_id: str, reason: SubscriptionEnd) -> None:
     """Take an offer or demand off the market; tell its agent and, of an own offer withdrawn, the others."""
     row = draft.get(f"{kind}/{subscription_id}")
     draft.put(f"{kind}/{subscription_id}", None)
     draft.do(Wake(f"expire/{subscription_id}", None))
-    own = draft.get("own") or Own()
-    mine = kind == "demand" or row.owner == draft.me
-    if kind == "demand":
-        draft.put("own", Own(own.offers, own.demands - 1, own.withdrawn))
+    own = draft.get("own") or OwnRow()
+    mine = kind == DocumentKind.DEMAND or row.owner == draft.me
+    if kind == DocumentKind.DEMAND:
+        draft.put("own", OwnRow(own.offers, own.demands - 1, own.withdrawn))
         draft.do(Wake(f"match/demand/{subscription_id}", None))
     else:
         count(draft, row.owner, offers=-1)
         draft.put(_of_owner(subscription_id, row), None)
-        if mine or reason == "withdrawn":
+        if mine or reason == SubscriptionEnd.WITHDRAWN:
             draft.put(f"ended/{subscription_id}", EndedRow(row.owner, reason, draft.now))
             forget_at = draft.now + KEEP_ENDED_S if mine else row.expires
             draft.do(Wake(f"ended/{subscription_id}", forget_at, EndedDue(subscription_id)))
-    if mine and kind == "offer":
+    if mine and kind == DocumentKind.OFFER:
         withdrawn = own.withdrawn
-        if reason == "withdrawn":
+        if reason == SubscriptionEnd.WITHDRAWN:
             draft.do(Publish(TOPIC, OffersAnnounced((), (subscription_id,))))
             withdrawn = (*withdrawn, (subscription_id, row.expires))[-MAX_WITHDRAWN:]
         offers = tuple(offer_id for offer_id in own.offers if offer_id != subscription_id)
-        draft.put("own", Own(offers, own.demands, withdrawn))
+        draft.put("own", OwnRow(offers, own.demands, withdrawn))
     if mine:
         draft.do(Send("negotiation", SubscriptionEnded(subscription_id, reason)))
 
 
 # -- telling the others
 def _announcements(draft: Draft) -> list[OffersAnnounced]:
-    own = draft.get("own") or Own()
+    own = draft.get("own") or OwnRow()
     withdrawn = tuple(offer_id for offer_id, expires in own.withdrawn if expires > draft.now)
     parts = [own.offers[at : at + MAX_IDS] for at in range(0, len(own.offers), MAX_IDS)]
     if withdrawn and not parts:
@@ -204,9 +205,9 @@ def _hear(draft: Draft, origin: str, message: OffersAnnounced) -> None:
     for offer_id in message.withdrawn_ids:
         row = draft.get(f"offer/{offer_id}")
         if row and row.owner == origin:
-            _end(draft, "offer", offer_id, "withdrawn")
+            _end(draft, DocumentKind.OFFER, offer_id, SubscriptionEnd.WITHDRAWN)
     unknown: list[str] = []
-    room = MAX_ASKED_PER_NODE - (draft.get(f"owner/{origin}") or Owner()).asked
+    room = MAX_ASKED_PER_NODE - (draft.get(f"owner/{origin}") or OwnerRow()).asked
     room = min(room, _room_to_ask(draft, origin, len(message.offer_ids)))
     for offer_id in dict.fromkeys(message.offer_ids):
         asked = draft.get(f"asked/{offer_id}")
@@ -219,7 +220,7 @@ def _hear(draft: Draft, origin: str, message: OffersAnnounced) -> None:
             break
         if asked:
             count(draft, asked.node, asked=-1)
-        draft.put(f"asked/{offer_id}", Asked(origin, draft.now + ASKED_FOR_S))
+        draft.put(f"asked/{offer_id}", AskedRow(origin, draft.now + ASKED_FOR_S))
         count(draft, origin, asked=1)
         unknown.append(offer_id)
     if unknown:
@@ -235,7 +236,7 @@ def _offers(draft: Draft, message: Offers) -> None:
     fresh = []
     for document in message.documents:
         try:
-            content = verify_subscription(document, "offer", draft.now)
+            content = verify_subscription(document, DocumentKind.OFFER, draft.now)
         except Violation as error:
             refuse(draft, "", f"from {node_of(draft.meta.sender)}: {error}")
             continue
@@ -250,7 +251,7 @@ def _offers(draft: Draft, message: Offers) -> None:
         if not draft.get(f"offer/{content.subscription_id}"):
             sender = node_of(draft.meta.sender)
             _keep(draft, document, content, draft.meta.origin if sender == content.owner else "")
-            kind, offer_id = "offer", content.subscription_id
+            kind, offer_id = DocumentKind.OFFER, content.subscription_id
             draft.do(Wake(f"expire/{offer_id}", content.expires, ExpiryDue(kind, offer_id)))
             fresh.append((document, content))
     if fresh:
@@ -261,7 +262,7 @@ def _no_room(draft: Draft, content: Subscription) -> str:
     """Return why an offer is not kept, or nothing."""
     if content.owner == draft.me:
         return "an offer of ours that we do not know; published before this journal began"
-    if (draft.get(f"owner/{content.owner}") or Owner()).offers >= MAX_OFFERS_PER_OWNER:
+    if (draft.get(f"owner/{content.owner}") or OwnerRow()).offers >= MAX_OFFERS_PER_OWNER:
         return f"this node keeps {MAX_OFFERS_PER_OWNER} offers of one node and no more"
     if (stats_of(draft)).offers >= MAX_OFFERS and not _make_room(draft):
         return f"this node keeps {MAX_OFFERS} offers and no more"
@@ -274,7 +275,7 @@ def _make_room(draft: Draft) -> bool:
     occupants = (Occupant(float(number), offer_id, owner, origin) for (_, owner, number, offer_id), origin in found)
     ended = [one.key for one in islice(by_crowd(occupants, STANDS_OUT), ROOM_AT_ONCE)]
     for offer_id in ended:
-        _end(draft, "offer", offer_id, "pushed out")
+        _end(draft, DocumentKind.OFFER, offer_id, SubscriptionEnd.PUSHED_OUT)
     return bool(ended)
 
 
@@ -284,7 +285,7 @@ def _keep(draft: Draft, document: Document, content: Subscription, origin: str =
     row = OfferRow(document, content.owner, content.expires, stats.last_offer + 1, origin)
     draft.put(f"offer/{content.subscription_id}", row)
     if content.owner != draft.me:
-        draft.put(_of_owner(content.subscription_id, row), OfOwner(origin))
+        draft.put(_of_owner(content.subscription_id, row), OfOwnerRow(origin))
     count(draft, content.owner, offers=1)
     if content.owner == draft.me:
         _match_fresh(draft, [(document, content)])  # no demand of ours, but maybe a scan
@@ -337,7 +338,7 @@ def _match_part(draft: Draft, target: str, shard: int, digits: int) -> None:
     for _, offer in draft.readable(f"offer/{prefix}"):
         if offer.number > row.known:
             continue  # tried when it came
-        if isinstance(row, Scan):
+        if isinstance(row, ScanRow):
             _try_scan(draft, target, row, read_subscription(offer.document.body))
         else:
             _try(draft, row, offer.document, read_subscription(offer.document.body))
@@ -361,8 +362,8 @@ def _rematch(draft: Draft, message: Rematch) -> None:
 
 
 # -- scans
-def _find_scan(draft: Draft, scan_id: str) -> Scan:
-    scan = draft.row(Scan, f"scan/{scan_id}")
+def _find_scan(draft: Draft, scan_id: str) -> ScanRow:
+    scan = draft.row(ScanRow, f"scan/{scan_id}")
     if scan is None:
         raise Declined("unknown", f"Scan [{scan_id}] not found.")
     return scan
@@ -383,7 +384,7 @@ def _close_scan(draft: Draft, message: CloseScan) -> None:
 
 def _scan_due(draft: Draft, message: ScanDue) -> None:
     key = f"scan/{message.scan_id}"
-    scan = draft.row(Scan, key)
+    scan = draft.row(ScanRow, key)
     if scan is not None and scan.until <= draft.now:
         _end_scan(draft, key)
 
@@ -406,13 +407,13 @@ def _open_scan(draft: Draft, message: OpenScan) -> None:
     scan_id, timeout_s = str(stats.last_scan + 1), min(message.timeout_s, MAX_SCAN_TIMEOUT_S)
     draft.put("stats", replace(stats, scans=stats.scans + 1, last_scan=stats.last_scan + 1))
     key, until = f"scan/{scan_id}", draft.now + timeout_s
-    draft.put(key, Scan(message.kind, message.constraints, timeout_s, message.owner, until, stats.last_offer))
+    draft.put(key, ScanRow(message.kind, message.constraints, timeout_s, message.owner, until, stats.last_offer))
     draft.do(Wake(key, until, ScanDue(scan_id)), Reply(ScanOpened(scan_id)))
     _match_all(draft, key)
 
 
-def _try_scan(draft: Draft, key: str, scan: Scan, offer: Subscription) -> None:
-    if scan.kind == "offer" and compile_constraint(scan.constraints).evaluate(offer.properties):
+def _try_scan(draft: Draft, key: str, scan: ScanRow, offer: Subscription) -> None:
+    if scan.kind == DocumentKind.OFFER and compile_constraint(scan.constraints).evaluate(offer.properties):
         draft.do(Emit(key, OfferSeen(offer.subscription_id)))
 
 
@@ -446,7 +447,7 @@ def _room_to_ask(draft: Draft, node: str, wanted: int) -> int:
     room = MAX_ASKED - (stats_of(draft)).asked
     if room >= wanted:
         return room
-    own = (draft.get(f"owner/{node}") or Owner()).asked
+    own = (draft.get(f"owner/{node}") or OwnerRow()).asked
     asked: dict[str, list[str]] = {}
     for key, row in sorted(draft.prefix("asked/"), key=lambda pair: -pair[1].until):
         asked.setdefault(row.node, []).append(key.partition("/")[2])
@@ -469,7 +470,7 @@ class Market(TableMachine):
     """The machine `market`."""
 
     name = NAME
-    rows = OfferRow | OfOwner | DemandRow | EndedRow | Asked | Owner | Scan | Own | Stats
+    rows = OfferRow | OfOwnerRow | DemandRow | EndedRow | AskedRow | OwnerRow | ScanRow | OwnRow | StatsRow
     table = Table(
         On(PublishOffer, EDGE, _publish),
         On(PublishDemand, EDGE, _publish),

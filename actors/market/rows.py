@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from protocol.signing import Document
+from protocol.states import DocumentKind, SubscriptionEnd
 from protocol.types import Message
 
 
@@ -16,7 +17,7 @@ class OfferRow(Message, frozen=True, tag="offer"):
     origin: str = ""  # the network address that it came by
 
 
-class OfOwner(Message, frozen=True, tag="of"):
+class OfOwnerRow(Message, frozen=True, tag="of"):
     """Index `of/<owner>/<number>/<id>`: a foreign offer, and the network address that it came by."""
 
     origin: str
@@ -34,28 +35,28 @@ class EndedRow(Message, frozen=True, tag="ended"):
     """An offer that is over. `reason` is `withdrawn` or `expired`."""
 
     owner: str
-    reason: str
+    reason: SubscriptionEnd
     at: float
 
 
-class Asked(Message, frozen=True, tag="asked"):
+class AskedRow(Message, frozen=True, tag="asked"):
     """An offer that we asked `node` for."""
 
     node: str
     until: float
 
 
-class Owner(Message, frozen=True, tag="owner"):
+class OwnerRow(Message, frozen=True, tag="owner"):
     """What a node takes of our space: offers of its own that we keep, and answers we wait for."""
 
     offers: int = 0
     asked: int = 0
 
 
-class Scan(Message, frozen=True, tag="scan"):
+class ScanRow(Message, frozen=True, tag="scan"):
     """A collection of offers for somebody who looks at the market without a demand."""
 
-    kind: str
+    kind: DocumentKind
     constraints: str
     timeout_s: float
     owner: str
@@ -63,7 +64,7 @@ class Scan(Message, frozen=True, tag="scan"):
     known: int
 
 
-class Own(Message, frozen=True, tag="own"):
+class OwnRow(Message, frozen=True, tag="own"):
     """Our living offers, and those lately withdrawn with the end of their lifetime."""
 
     offers: tuple[str, ...] = ()
@@ -79,7 +80,7 @@ class OfferRefusal(Message, frozen=True, tag="refusal"):
     at: float
 
 
-class Stats(Message, frozen=True, tag="stats"):
+class StatsRow(Message, frozen=True, tag="stats"):
     """Counts, and what was refused lately."""
 
     offers: int = 0

@@ -25,29 +25,11 @@ from msgspec.structs import replace
 from actors.kernel.draft import Declined, Draft
 from actors.kernel.machine import Emit, Send, Wake
 from actors.negotiation import moves
-from actors.negotiation.proposals import ACCEPTED, DRAFT, INITIAL, IS_FINAL, why_over
-from actors.negotiation.rows import (
-    APPROVED,
-    APPROVING,
-    CANCELLED,
-    EXPIRED,
-    OPEN,
-    PENDING,
-    PROPOSAL,
-    REJECTED,
-    TERMINATED,
-    AgreementRow,
-    Belongs,
-    Proposal,
-    ends_at,
-    lapsed,
-    state_error,
-)
+from actors.negotiation.proposals import IS_FINAL, why_over
+from actors.negotiation.rows import OPEN, AgreementRow, BelongsRow, ProposalRow, ends_at, lapsed, state_error
 from protocol import strict_json
 from protocol.market import Rematch
 from protocol.negotiation import (
-    PROVIDER,
-    REQUESTOR,
     AgreementApproval,
     AgreementClosed,
     AgreementCommitted,
@@ -72,6 +54,7 @@ from protocol.negotiation import (
     reason_text,
 )
 from protocol.signing import verify
+from protocol.states import AgreementState, DocumentKind, ProposalState, Role
 from protocol.types import MAX_CLOCK_SKEW_S, Done, Violation, address, node_of, timestamp_text
 
 DELIVERY_S = 60.0  # to bring a confirmed agreement to the provider
@@ -84,36 +67,38 @@ MAX_VALID_S = 366 * 24 * 3600.0 * 100
 # -- what our agent says
 def create(draft: Draft, message: CreateAgreement) -> None:
     """Make an agreement of the last proposals of both sides."""
-    proposal: Proposal | None = draft.get(f"proposal/{message.proposal_id}")
+    proposal: ProposalRow | None = draft.get(f"proposal/{message.proposal_id}")
     label = f"Proposal [R-{message.proposal_id}]"
     code, why = "bad_request", ""
-    if proposal is None or proposal.role != REQUESTOR:
+    if proposal is None or proposal.role != Role.REQUESTOR:
         why = "not found."
     elif proposal.issuer == draft.me:
         why = "is your own: only the provider's can become an agreement."
-    elif proposal.state == INITIAL or not proposal.previous_id:
+    elif proposal.state == ProposalState.INITIAL or not proposal.previous_id:
         why = "is initial. No negotiation with Provider took place, so there is nothing to agree on."
     elif proposal.agreement_id:
         code, why = "conflict", f"has an agreement already: [{proposal.agreement_id}]."
     elif proposal.answer_id:
         why = "was already countered."
-    elif proposal.state == REJECTED:
+    elif proposal.state == ProposalState.REJECTED:
         why = "was rejected."
     elif proposal.expires <= draft.now:
         code, why = "gone", "has expired."
     elif not draft.now < message.valid_to < draft.now + MAX_VALID_S:
         why = "cannot become an agreement: validTo is in the past or too far ahead."
-    mine: Proposal | None = draft.get(f"proposal/{proposal.previous_id}") if proposal else None
+    mine: ProposalRow | None = draft.get(f"proposal/{proposal.previous_id}") if proposal else None
     if not why and mine is None:
         why = "not found."
     if why or proposal is None or mine is None:
         raise Declined(code, f"{label} {why}")
-    agreement = _from_proposals(proposal, mine, round(draft.now, 6), round(message.valid_to, 6), PROPOSAL)
+    agreement = _from_proposals(proposal, mine, round(draft.now, 6), round(message.valid_to, 6), AgreementState.PROPOSAL)
     _accept(draft, proposal, agreement)
     draft.reply(Created(agreement.agreement_id))
 
 
-def _from_proposals(proposal: Proposal, mine: Proposal, created: float, valid_to: float, state: str) -> AgreementRow:
+def _from_proposals(
+    proposal: ProposalRow, mine: ProposalRow, created: float, valid_to: float, state: AgreementState
+) -> AgreementRow:
     """Return the agreement of a provider's proposal and the requestor's one that it answers."""
     demand = {
         "demandId": proposal.demand_id,
@@ -134,58 +119,58 @@ def _from_proposals(proposal: Proposal, mine: Proposal, created: float, valid_to
     )  # fmt: skip
 
 
-def _accept(draft: Draft, proposal: Proposal, agreement: AgreementRow) -> None:
+def _accept(draft: Draft, proposal: ProposalRow, agreement: AgreementRow) -> None:
     """Write a new agreement, which takes its proposal."""
     agreement_id = agreement.agreement_id
-    draft.put(f"proposal/{proposal.proposal_id}", replace(proposal, state=ACCEPTED, agreement_id=agreement_id))
+    draft.put(f"proposal/{proposal.proposal_id}", replace(proposal, state=ProposalState.ACCEPTED, agreement_id=agreement_id))
     draft.put(f"agreement/{agreement_id}", agreement)
     draft.do(Wake(f"due/{agreement_id}", agreement.valid_to, AgreementDue(agreement_id)))
 
 
 def confirm(draft: Draft, message: ConfirmAgreement) -> None:
     """Send the agreement to the provider."""
-    agreement = moves.find(draft, message.agreement_id, REQUESTOR)
-    if agreement.state != PROPOSAL:
-        raise moves.wrong_state(draft, agreement, PENDING)
+    agreement = moves.find(draft, message.agreement_id, Role.REQUESTOR)
+    if agreement.state != AgreementState.PROPOSAL:
+        raise moves.wrong_state(draft, agreement, AgreementState.PENDING)
     try:
-        verify(message.agreement, "agreement", draft.me)
+        verify(message.agreement, DocumentKind.AGREEMENT, draft.me)
         if message.agreement.body != agreement.body:
             raise Violation("the signature is of another agreement")
     except Violation as error:
         raise Declined("bad_request", str(error)) from None
     signature = message.agreement.signature.hex()
-    moves.put(draft, agreement, state=PENDING, app_session_id=message.app_session_id, proposed_signature=signature)
+    moves.put(draft, agreement, state=AgreementState.PENDING, app_session_id=message.app_session_id, proposed_signature=signature)
     moves.tell_peer(draft, agreement, AgreementProposed(message.agreement), min(DELIVERY_S, agreement.valid_to - draft.now))
     draft.reply(Done())
 
 
 def cancel(draft: Draft, message: CancelAgreement) -> None:
     """Take back an agreement that we have not committed to; the provider follows, even if it has approved."""
-    agreement = moves.find(draft, message.agreement_id, REQUESTOR)
-    if agreement.state not in (PROPOSAL, PENDING):
-        raise moves.wrong_state(draft, agreement, CANCELLED)
+    agreement = moves.find(draft, message.agreement_id, Role.REQUESTOR)
+    if agreement.state not in (AgreementState.PROPOSAL, AgreementState.PENDING):
+        raise moves.wrong_state(draft, agreement, AgreementState.CANCELLED)
     _close(draft, agreement, check_reason(message.reason))
     draft.reply(Done())
 
 
 def _close(draft: Draft, agreement: AgreementRow, reason: str) -> None:
-    if agreement.state == PENDING:
-        moves.tell_peer(draft, agreement, AgreementClosed(agreement.agreement_id, CANCELLED, reason))
+    if agreement.state == AgreementState.PENDING:
+        moves.tell_peer(draft, agreement, AgreementClosed(agreement.agreement_id, AgreementState.CANCELLED, reason))
     moves.cancelled(draft, agreement, reason)
 
 
 def approve(draft: Draft, message: ApproveAgreement) -> None:
     """Send our approval; the agreement is made when the requestor's commit comes back."""
-    agreement = moves.find(draft, message.agreement_id, PROVIDER)
-    if agreement.state == APPROVING:  # asked again while the requestor decides
+    agreement = moves.find(draft, message.agreement_id, Role.PROVIDER)
+    if agreement.state == AgreementState.APPROVING:  # asked again while the requestor decides
         draft.reply(Done())
         return
-    if agreement.state != PENDING:
-        raise moves.wrong_state(draft, agreement, APPROVED, early="conflict")
+    if agreement.state != AgreementState.PENDING:
+        raise moves.wrong_state(draft, agreement, AgreementState.APPROVED, early="conflict")
     if agreement.valid_to - draft.now <= LAST_APPROVAL_S:
         raise Declined("gone", f"Agreement [{agreement.agreement_id}] expires before an approval can arrive.")
     try:
-        verify(message.approval, "approval", draft.me)
+        verify(message.approval, DocumentKind.APPROVAL, draft.me)
         if message.approval.body != agreement.body:
             raise Violation("the signature is of another agreement")
     except Violation as error:
@@ -193,7 +178,7 @@ def approve(draft: Draft, message: ApproveAgreement) -> None:
     signature = message.approval.signature.hex()
     until = draft.now + moves.APPROVAL_S
     moves.put(
-        draft, agreement, state=APPROVING, app_session_id=message.app_session_id, approved_signature=signature,
+        draft, agreement, state=AgreementState.APPROVING, app_session_id=message.app_session_id, approved_signature=signature,
         approval_until=until,
     )  # fmt: skip
     approval = AgreementApproval(agreement.agreement_id, message.approval)
@@ -204,9 +189,9 @@ def approve(draft: Draft, message: ApproveAgreement) -> None:
 
 def reject(draft: Draft, message: RejectAgreement) -> None:
     """Do not agree."""
-    agreement = moves.find(draft, message.agreement_id, PROVIDER)
-    if agreement.state != PENDING:
-        raise moves.wrong_state(draft, agreement, REJECTED, early="conflict")
+    agreement = moves.find(draft, message.agreement_id, Role.PROVIDER)
+    if agreement.state != AgreementState.PENDING:
+        raise moves.wrong_state(draft, agreement, AgreementState.REJECTED, early="conflict")
     reason = check_reason(message.reason)
     moves.refused(draft, agreement, reason)
     moves.tell_peer(draft, agreement, AgreementRejected(agreement.agreement_id, reason))
@@ -216,8 +201,8 @@ def reject(draft: Draft, message: RejectAgreement) -> None:
 def terminate(draft: Draft, message: TerminateAgreement) -> None:
     """End an approved agreement, from either side."""
     agreement = moves.find(draft, message.agreement_id, "")
-    if agreement.state != APPROVED:
-        raise moves.wrong_state(draft, agreement, TERMINATED, early="conflict")
+    if agreement.state != AgreementState.APPROVED:
+        raise moves.wrong_state(draft, agreement, AgreementState.TERMINATED, early="conflict")
     reason = check_reason(message.reason)
     moves.terminated_by(draft, agreement, agreement.role, reason)
     moves.tell_peer(draft, agreement, AgreementTerminated(agreement.agreement_id, agreement.role, reason))
@@ -228,7 +213,7 @@ def terminate(draft: Draft, message: TerminateAgreement) -> None:
 def proposed(draft: Draft, message: AgreementProposed) -> None:
     """Provider: a requestor sends an agreement. It must be, to the byte, what the last proposals say."""
     requestor = node_of(draft.meta.sender)
-    verify(message.agreement, "agreement", requestor)
+    verify(message.agreement, DocumentKind.AGREEMENT, requestor)
     try:
         body = strict_json.loads(message.agreement.body)
         agreement_id, proposal_id = check_hash(body["agreementId"]), check_hash(body["proposalId"])
@@ -239,12 +224,12 @@ def proposed(draft: Draft, message: AgreementProposed) -> None:
         raise Violation(f"malformed agreement: {error!r}"[:200]) from None
     if draft.get(f"agreement/{agreement_id}"):
         return
-    proposal: Proposal | None = draft.get(f"proposal/{proposal_id}")
+    proposal: ProposalRow | None = draft.get(f"proposal/{proposal_id}")
     mine = draft.get(f"proposal/{proposal.previous_id}") if proposal else None
     why, later = "", dict[str, Any]()
     if proposal is None or mine is None or proposal.requestor != requestor or proposal.issuer != draft.me:
         why = "it is about a proposal that is not known here."
-    elif proposal.agreement_id or proposal.answer_id or proposal.state != DRAFT:
+    elif proposal.agreement_id or proposal.answer_id or proposal.state != ProposalState.DRAFT:
         state = "countered" if proposal.answer_id else proposal.state
         why = f"its proposal is {state} here."
     elif proposal.expires <= draft.now or not draft.now < valid_to < draft.now + MAX_VALID_S:
@@ -254,9 +239,9 @@ def proposed(draft: Draft, message: AgreementProposed) -> None:
     elif not proposal.created - MAX_CLOCK_SKEW_S <= created <= draft.now + MAX_CLOCK_SKEW_S:
         why = f"it says that it was made at {timestamp_text(created)}, and here it is {timestamp_text(draft.now)}."
     else:
-        agreement = _from_proposals(proposal, mine, created, valid_to, PENDING)
+        agreement = _from_proposals(proposal, mine, created, valid_to, AgreementState.PENDING)
         if agreement.body == message.agreement.body:
-            draft.put(moves.waiting_key(agreement), Belongs())
+            draft.put(moves.waiting_key(agreement), BelongsRow())
             agreement = replace(agreement, proposed_signature=message.agreement.signature.hex())
             _accept(draft, proposal, agreement)
             draft.do(Emit(f"offer/{proposal.offer_id}", AgreementEvent(agreement_id)))
@@ -278,20 +263,22 @@ def _from_peer(draft: Draft, agreement_id: str, role: str) -> AgreementRow | Non
 
 def approval(draft: Draft, message: AgreementApproval) -> None:
     """Requestor: the provider agrees. In time, that makes the agreement; else it hears what we decided before."""
-    agreement = _from_peer(draft, message.agreement_id, PROVIDER)
+    agreement = _from_peer(draft, message.agreement_id, Role.PROVIDER)
     if not agreement:
         check_hash(message.agreement_id)
-        closed_message = AgreementClosed(message.agreement_id, EXPIRED, reason_text("The agreement is not known here."))
+        closed_message = AgreementClosed(
+            message.agreement_id, AgreementState.EXPIRED, reason_text("The agreement is not known here.")
+        )
         draft.do(Send(draft.meta.sender, closed_message, ANSWER_S))
         return
     if lapsed(agreement, draft.now):
         agreement = moves.lapse(draft, agreement)
-    if agreement.state in (APPROVED, TERMINATED):
+    if agreement.state in (AgreementState.APPROVED, AgreementState.TERMINATED):
         return
-    if agreement.state != PENDING:
+    if agreement.state != AgreementState.PENDING:
         _insist(draft, agreement)
         return
-    verify(message.approval, "approval", agreement.provider)
+    verify(message.approval, DocumentKind.APPROVAL, agreement.provider)
     if message.approval.body != agreement.body:
         raise Violation("the approval is of another agreement")
     agreement = replace(agreement, approved_signature=message.approval.signature.hex())
@@ -302,7 +289,7 @@ def approval(draft: Draft, message: AgreementApproval) -> None:
 
 def _insist(draft: Draft, agreement: AgreementRow) -> None:
     """Tell the provider what we had decided when its word crossed ours."""
-    if agreement.state in (CANCELLED, EXPIRED, REJECTED):
+    if agreement.state in (AgreementState.CANCELLED, AgreementState.EXPIRED, AgreementState.REJECTED):
         moves.tell_peer(draft, agreement, AgreementClosed(agreement.agreement_id, agreement.state, agreement.reason))
 
 
@@ -312,66 +299,74 @@ def rejected(draft: Draft, message: AgreementRejected) -> None:
     If it may do so later (another requestor was faster), there is a fresh Initial proposal: agents that do not counter the
     last proposal once more would never hear of this provider again.
     """
-    agreement = _from_peer(draft, message.agreement_id, PROVIDER)
+    agreement = _from_peer(draft, message.agreement_id, Role.PROVIDER)
     if not agreement:
         return
     if lapsed(agreement, draft.now):
         agreement = moves.lapse(draft, agreement)
-    if agreement.state == PENDING:
+    if agreement.state == AgreementState.PENDING:
         reason = check_reason(message.reason)
         moves.refused(draft, agreement, reason)
         if strict_json.loads(reason).get(IS_FINAL) is False:
             draft.do(Send("market", Rematch(agreement.demand_id, agreement.offer_id)))
-    elif agreement.state in (CANCELLED, EXPIRED):
+    elif agreement.state in (AgreementState.CANCELLED, AgreementState.EXPIRED):
         _insist(draft, agreement)
-    elif agreement.state == PROPOSAL:
-        raise Violation(state_error(agreement, REJECTED, draft.now))
+    elif agreement.state == AgreementState.PROPOSAL:
+        raise Violation(state_error(agreement, AgreementState.REJECTED, draft.now))
     # else the withdrawal of an approval crosses our commit, which is answered with a termination
 
 
 def committed(draft: Draft, message: AgreementCommitted) -> None:
     """Provider: the agreement is made; or, if our approval was withdrawn meanwhile, it ends at once."""
-    agreement = _from_peer(draft, message.agreement_id, REQUESTOR)
-    if not agreement or agreement.state in (APPROVED, TERMINATED):
+    agreement = _from_peer(draft, message.agreement_id, Role.REQUESTOR)
+    if not agreement or agreement.state in (AgreementState.APPROVED, AgreementState.TERMINATED):
         return
-    if not agreement.approved_signature and message.approval is not None and agreement.state == PENDING:
-        verify(message.approval, "approval", agreement.provider)  # we did approve, and forgot it with our disk
+    if not agreement.approved_signature and message.approval is not None and agreement.state == AgreementState.PENDING:
+        verify(message.approval, DocumentKind.APPROVAL, agreement.provider)  # we did approve, and forgot it with our disk
         if message.approval.body != agreement.body:
             raise Violation("the approval is of another agreement")
         signature = message.approval.signature.hex()
-        agreement = replace(agreement, state=APPROVING, approved_signature=signature, approval_until=agreement.valid_to)
+        agreement = replace(
+            agreement, state=AgreementState.APPROVING, approved_signature=signature, approval_until=agreement.valid_to
+        )
     if not agreement.approved_signature:
         raise Violation("a commit to an agreement that was not approved")
     if not 0 <= message.approved_at < 1e11:
         raise Violation("the time of the approval is not in seconds since the epoch")
     if lapsed(agreement, draft.now):
         agreement = moves.withdraw(draft, agreement)
-    if agreement.state == APPROVING:
+    if agreement.state == AgreementState.APPROVING:
         plausible = agreement.created - MAX_CLOCK_SKEW_S <= message.approved_at <= draft.now + MAX_CLOCK_SKEW_S
         moves.made(draft, agreement, message.approved_at if plausible else draft.now)
-    elif agreement.state == REJECTED:
-        moves.terminated_by(draft, agreement, PROVIDER, agreement.reason)
-        moves.tell_peer(draft, agreement, AgreementTerminated(agreement.agreement_id, PROVIDER, agreement.reason))
+    elif agreement.state == AgreementState.REJECTED:
+        moves.terminated_by(draft, agreement, Role.PROVIDER, agreement.reason)
+        moves.tell_peer(draft, agreement, AgreementTerminated(agreement.agreement_id, Role.PROVIDER, agreement.reason))
     else:
         raise Violation(f"a commit to an agreement that the requestor itself has {agreement.state.lower()}")
 
 
 def closed(draft: Draft, message: AgreementClosed) -> None:
     """Provider: the requestor decided that there will be no agreement; what we thought of it meanwhile gives way."""
-    agreement = _from_peer(draft, message.agreement_id, REQUESTOR)
+    agreement = _from_peer(draft, message.agreement_id, Role.REQUESTOR)
     if not agreement or agreement.state == message.state:
         return
     reason = check_reason(message.reason) if message.reason else ""
-    if agreement.state == APPROVED and message.state == EXPIRED:  # it had committed, and lost the disk that knew it
-        moves.terminated_by(draft, agreement, REQUESTOR, reason)
+    if (
+        agreement.state == AgreementState.APPROVED and message.state == AgreementState.EXPIRED
+    ):  # it had committed, and lost the disk that knew it
+        moves.terminated_by(draft, agreement, Role.REQUESTOR, reason)
         return
-    if agreement.state in (APPROVED, TERMINATED) or message.state not in (CANCELLED, EXPIRED, REJECTED):
+    if agreement.state in (AgreementState.APPROVED, AgreementState.TERMINATED) or message.state not in (
+        AgreementState.CANCELLED,
+        AgreementState.EXPIRED,
+        AgreementState.REJECTED,
+    ):
         raise Violation(state_error(agreement, message.state[:20], draft.now))
-    if message.state == CANCELLED:
+    if message.state == AgreementState.CANCELLED:
         moves.cancelled(draft, agreement, reason)
-    elif message.state == EXPIRED:
+    elif message.state == AgreementState.EXPIRED:
         draft.do(Emit(f"agreement/{agreement.agreement_id}", AgreementExpired(agreement.agreement_id)))
-        moves.end(draft, agreement, EXPIRED, reason)
+        moves.end(draft, agreement, AgreementState.EXPIRED, reason)
     else:
         moves.refused(draft, agreement, reason)
 
@@ -381,29 +376,38 @@ def terminated(draft: Draft, message: AgreementTerminated) -> None:
     agreement = _from_peer(draft, message.agreement_id, "")
     if not agreement:
         return
-    if message.terminator != (PROVIDER if agreement.role == REQUESTOR else REQUESTOR):
+    if message.terminator != (Role.PROVIDER if agreement.role == Role.REQUESTOR else Role.REQUESTOR):
         raise Violation("who terminates says so of itself")
     reason = check_reason(message.reason)
-    if agreement.state == PENDING and not agreement.approved_signature:  # approved once, and forgotten here with a disk
-        (moves.refused if agreement.role == REQUESTOR else moves.cancelled)(draft, agreement, reason)
+    if (
+        agreement.state == AgreementState.PENDING and not agreement.approved_signature
+    ):  # approved once, and forgotten here with a disk
+        (moves.refused if agreement.role == Role.REQUESTOR else moves.cancelled)(draft, agreement, reason)
         return
-    if agreement.state == APPROVED or (agreement.role == PROVIDER and agreement.state != TERMINATED):
+    if agreement.state == AgreementState.APPROVED or (
+        agreement.role == Role.PROVIDER and agreement.state != AgreementState.TERMINATED
+    ):
         if not agreement.approved_signature:
-            raise Violation(state_error(agreement, TERMINATED, draft.now))
+            raise Violation(state_error(agreement, AgreementState.TERMINATED, draft.now))
         moves.terminated_by(draft, agreement, message.terminator, reason)
-    elif agreement.state != TERMINATED:
-        raise Violation(state_error(agreement, TERMINATED, draft.now))
-    elif agreement.terminator == PROVIDER and message.terminator == REQUESTOR:
-        moves.put(draft, agreement, terminator=REQUESTOR, reason=reason)
+    elif agreement.state != AgreementState.TERMINATED:
+        raise Violation(state_error(agreement, AgreementState.TERMINATED, draft.now))
+    elif agreement.terminator == Role.PROVIDER and message.terminator == Role.REQUESTOR:
+        moves.put(draft, agreement, terminator=Role.REQUESTOR, reason=reason)
 
 
 # -- time, and what did not arrive
 def due(draft: Draft, message: AgreementDue) -> None:
     """The time for the approval, of the approval, or of the agreement itself is over."""
     agreement: AgreementRow | None = draft.get(f"agreement/{message.agreement_id}")
-    if agreement and agreement.state == APPROVED:
+    if agreement and agreement.state == AgreementState.APPROVED:
         moves.end_by_term(draft, agreement)
-    if agreement and agreement.state == PENDING and agreement.role == PROVIDER and not lapsed(agreement, draft.now):
+    if (
+        agreement
+        and agreement.state == AgreementState.PENDING
+        and agreement.role == Role.PROVIDER
+        and not lapsed(agreement, draft.now)
+    ):
         _refuse_of_old_offer(draft, agreement)
         return
     if not agreement or agreement.state not in OPEN:
@@ -416,7 +420,7 @@ def due(draft: Draft, message: AgreementDue) -> None:
 
 def _refuse_of_old_offer(draft: Draft, agreement: AgreementRow) -> None:
     """Refuse an agreement that came before its offer was over, and that no agent has answered since."""
-    proposal: Proposal | None = draft.get(f"proposal/{agreement.proposal_id}")
+    proposal: ProposalRow | None = draft.get(f"proposal/{agreement.proposal_id}")
     over = why_over(draft, proposal) if proposal else "the offer is not known any more"
     if over:
         reason = reason_text(f"Agreement not answered: {over}.", **{IS_FINAL: False})
@@ -427,7 +431,7 @@ def _refuse_of_old_offer(draft: Draft, agreement: AgreementRow) -> None:
 def forget(draft: Draft, message: ForgetAgreement) -> None:
     """Delete an agreement that is long over."""
     agreement: AgreementRow | None = draft.get(f"agreement/{message.agreement_id}")
-    if agreement and agreement.state not in (*OPEN, APPROVED):
+    if agreement and agreement.state not in (*OPEN, AgreementState.APPROVED):
         draft.put(f"agreement/{message.agreement_id}", None)
 
 
@@ -449,11 +453,11 @@ def undelivered(draft: Draft, message: MustArrive, why: str) -> None:
     agreement: AgreementRow | None = draft.get(f"agreement/{agreement_id}")
     if not agreement:
         return
-    other = PROVIDER if agreement.role == REQUESTOR else REQUESTOR
+    other = Role.PROVIDER if agreement.role == Role.REQUESTOR else Role.REQUESTOR
     reason = reason_text(f"{other} {agreement.counterpart} could not be reached: {why}")
-    if isinstance(message, AgreementProposed) and agreement.state == PENDING:
+    if isinstance(message, AgreementProposed) and agreement.state == AgreementState.PENDING:
         _close(draft, agreement, reason)
-    elif isinstance(message, AgreementCommitted) and agreement.state == APPROVED:
+    elif isinstance(message, AgreementCommitted) and agreement.state == AgreementState.APPROVED:
         moves.terminated_by(draft, agreement, agreement.role, reason)
         moves.tell_peer(draft, agreement, AgreementTerminated(agreement.agreement_id, agreement.role, reason))
     elif isinstance(message, AgreementClosed | AgreementRejected | AgreementTerminated):

@@ -18,7 +18,7 @@ from actors.kernel.draft import Declined, Draft
 from actors.kernel.grammar import EDGE, ITSELF, PEER, On, Table, TableMachine
 from actors.negotiation import agreements, proposals
 from actors.negotiation import recall as agreement_recall
-from actors.negotiation.rows import AgreementRow, Belongs, Opened, Pair, Proposal, SubscriptionRow, Talk
+from actors.negotiation.rows import AgreementRow, BelongsRow, OpenedRow, PairRow, ProposalRow, SubscriptionRow, TalkRow
 from protocol.codec import Decoder
 from protocol.market import Matched, SubscriptionEnded, SubscriptionOpened
 from protocol.negotiation import (
@@ -61,7 +61,7 @@ class Negotiation(TableMachine):
     """The machine `negotiation`."""
 
     name = "negotiation"
-    rows = SubscriptionRow | Pair | Opened | Belongs | Talk | Proposal | AgreementRow
+    rows = SubscriptionRow | PairRow | OpenedRow | BelongsRow | TalkRow | ProposalRow | AgreementRow
     table = Table(
         On(SubscriptionOpened, "market", proposals.opened),
         On(SubscriptionEnded, "market", proposals.ended),

@@ -12,24 +12,10 @@ from msgspec.structs import replace
 from actors.kernel.draft import Declined, Draft
 from actors.kernel.machine import Emit, Send, Wake
 from actors.negotiation.proposals import IS_FINAL
-from actors.negotiation.rows import (
-    APPROVED,
-    APPROVING,
-    CANCELLED,
-    EXPIRED,
-    PENDING,
-    PROPOSAL,
-    REJECTED,
-    TERMINATED,
-    AgreementRow,
-    lapsed,
-    state_error,
-)
+from actors.negotiation.rows import AgreementRow, lapsed, state_error
 from protocol import strict_json
 from protocol.market import Rematch, canonical
 from protocol.negotiation import (
-    PROVIDER,
-    REQUESTOR,
     AgreementApproved,
     AgreementApprovedEvent,
     AgreementCancelledEvent,
@@ -44,6 +30,7 @@ from protocol.negotiation import (
     reason_text,
 )
 from protocol.properties import expiration_s
+from protocol.states import AgreementState, Role
 from protocol.types import Message, address, timestamp_text
 
 END_MARGIN_S = 30.0  # for the agents, who end an agreement themselves when its term is over
@@ -60,7 +47,9 @@ def find(draft: Draft, agreement_id: str, role: str) -> AgreementRow:
 
 
 def put(draft: Draft, agreement: AgreementRow, **changes: Any) -> AgreementRow:
-    if agreement.role == PROVIDER and agreement.state == PENDING != changes.get("state", PENDING):
+    if agreement.role == Role.PROVIDER and agreement.state == AgreementState.PENDING != changes.get(
+        "state", AgreementState.PENDING
+    ):
         draft.put(waiting_key(agreement), None)
     agreement = replace(agreement, **changes)
     draft.put(f"agreement/{agreement.agreement_id}", agreement)
@@ -77,7 +66,7 @@ def end(draft: Draft, agreement: AgreementRow, state: str, reason: str = "", **c
 
     Of what a requestor proposed to us and what was never made, the terms go at once; its id is their digest.
     """
-    if agreement.role == PROVIDER and state in (CANCELLED, REJECTED, EXPIRED):
+    if agreement.role == Role.PROVIDER and state in (AgreementState.CANCELLED, AgreementState.REJECTED, AgreementState.EXPIRED):
         changes["body"] = b""
     draft.do(
         Wake(f"due/{agreement.agreement_id}", None),
@@ -97,7 +86,7 @@ def tell_peer(draft: Draft, agreement: AgreementRow, message: Message, deadline_
 
 def lapse(draft: Draft, agreement: AgreementRow) -> AgreementRow:
     """End an agreement whose time is over."""
-    return withdraw(draft, agreement) if agreement.state == APPROVING else expire(draft, agreement)
+    return withdraw(draft, agreement) if agreement.state == AgreementState.APPROVING else expire(draft, agreement)
 
 
 def withdraw(draft: Draft, agreement: AgreementRow) -> AgreementRow:
@@ -120,19 +109,19 @@ def end_by_term(draft: Draft, agreement: AgreementRow) -> None:
 
 def expire(draft: Draft, agreement: AgreementRow) -> AgreementRow:
     draft.do(Emit(f"agreement/{agreement.agreement_id}", AgreementExpired(agreement.agreement_id)))
-    return end(draft, agreement, EXPIRED)
+    return end(draft, agreement, AgreementState.EXPIRED)
 
 
 def wrong_state(draft: Draft, agreement: AgreementRow, new: str, early: str = "gone") -> Declined:
     """Return the refusal; `early` is its code where the agreement was never sent. That a time was over stays."""
-    code = early if agreement.state == PROPOSAL else "gone"
+    code = early if agreement.state == AgreementState.PROPOSAL else "gone"
     return Declined(code, state_error(agreement, new, draft.now), keep=True)
 
 
 def made(draft: Draft, agreement: AgreementRow, at: float) -> AgreementRow:
     """Both sides have committed: tell the agent, and whoever deals with activities and money."""
     agreement = put(
-        draft, agreement, state=APPROVED, approved_at=at, reason="", ended_at=None,
+        draft, agreement, state=AgreementState.APPROVED, approved_at=at, reason="", ended_at=None,
         committed_signature=agreement.proposed_signature,
     )  # fmt: skip
     body = strict_json.loads(agreement.body)
@@ -155,19 +144,19 @@ def made(draft: Draft, agreement: AgreementRow, at: float) -> AgreementRow:
 
 
 def terminated_by(draft: Draft, agreement: AgreementRow, terminator: str, reason: str) -> None:
-    was_approved = agreement.state == APPROVED
-    end(draft, agreement, TERMINATED, reason, terminator=terminator)
+    was_approved = agreement.state == AgreementState.APPROVED
+    end(draft, agreement, AgreementState.TERMINATED, reason, terminator=terminator)
     if was_approved:
         ended = AgreementEnded(agreement.agreement_id, terminator, reason)
         draft.do(Send("activity", ended), Send("ledger", ended))
-        if agreement.role == REQUESTOR:
+        if agreement.role == Role.REQUESTOR:
             draft.do(Send("market", Rematch(agreement.demand_id, agreement.offer_id)))
     event = AgreementTerminatedEvent(agreement.agreement_id, agreement.app_session_id, terminator, reason)
     tell_agent(draft, agreement.agreement_id, event)
 
 
 def cancelled(draft: Draft, agreement: AgreementRow, reason: str) -> None:
-    end(draft, agreement, CANCELLED, reason)
+    end(draft, agreement, AgreementState.CANCELLED, reason)
     event = AgreementCancelledEvent(agreement.agreement_id, agreement.app_session_id, reason)
     tell_agent(draft, agreement.agreement_id, event)
 
@@ -175,4 +164,4 @@ def cancelled(draft: Draft, agreement: AgreementRow, reason: str) -> None:
 def refused(draft: Draft, agreement: AgreementRow, reason: str) -> AgreementRow:
     event = AgreementRejectedEvent(agreement.agreement_id, agreement.app_session_id, reason)
     tell_agent(draft, agreement.agreement_id, event)
-    return end(draft, agreement, REJECTED, reason)
+    return end(draft, agreement, AgreementState.REJECTED, reason)

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from actors.kernel.draft import Declined, Draft
 from actors.kernel.machine import DropFeed, Emit, Reply, Send, Wake
 from actors.negotiation.room import add, no_room, talk_key
-from actors.negotiation.rows import Opened, Proposal, SubscriptionRow
+from actors.negotiation.rows import OpenedRow, ProposalRow, SubscriptionRow
 from protocol.market import (
     Matched,
     Rematch,
@@ -24,8 +24,6 @@ from protocol.market import (
     verify_subscription,
 )
 from protocol.negotiation import (
-    PROVIDER,
-    REQUESTOR,
     AgreementDue,
     CounterProposal,
     Created,
@@ -44,6 +42,7 @@ from protocol.negotiation import (
     read_properties,
     reason_text,
 )
+from protocol.states import AgreementState, DocumentKind, ProposalState, Role
 from protocol.types import Done, Violation, address, digest, node_of, timestamp_text
 
 DELIVERY_S = 60.0  # how long a proposal may take to the peer before its issuer hears that it did not arrive
@@ -53,7 +52,6 @@ MAX_OPENED_PER_NODE = 500  # negotiations about one offer: nobody uses it up for
 FORGET_AT_ONCE = 500
 
 IS_FINAL = "golem.proposal.rejection.is-final"  # in a reason: false where a later answer may be another
-INITIAL, DRAFT, REJECTED, ACCEPTED = "Initial", "Draft", "Rejected", "Accepted"
 
 
 # -- subscriptions
@@ -99,7 +97,7 @@ def forget(draft: Draft, message: ForgetProposals) -> None:
         draft.do(DropFeed(f"{row.document.kind}/{subscription_id}"))
 
 
-def why_over(draft: Draft, proposal: Proposal) -> str:
+def why_over(draft: Draft, proposal: ProposalRow) -> str:
     """Return why there can be no more proposals in this negotiation, or nothing."""
     row = draft.get(f"subscription/{proposal.own_subscription}")
     if not row:
@@ -109,15 +107,15 @@ def why_over(draft: Draft, proposal: Proposal) -> str:
     return "the proposal has expired" if proposal.expires <= draft.now else ""
 
 
-def _taken(draft: Draft, proposal: Proposal) -> bool:
+def _taken(draft: Draft, proposal: ProposalRow) -> bool:
     """Return whether a proposal has an agreement that was or may yet be made; after one that was not, talks may go on."""
     agreement = draft.get(f"agreement/{proposal.agreement_id}") if proposal.agreement_id else None
-    if agreement is None or agreement.state in ("Rejected", "Cancelled", "Expired"):
+    if agreement is None or agreement.state in (AgreementState.REJECTED, AgreementState.CANCELLED, AgreementState.EXPIRED):
         return False
-    return agreement.state not in ("Proposal", "Pending") or bool(agreement.valid_to > draft.now)
+    return agreement.state not in (AgreementState.PROPOSAL, AgreementState.PENDING) or bool(agreement.valid_to > draft.now)
 
 
-def mismatch(proposal: Proposal, other: Proposal) -> str:
+def mismatch(proposal: ProposalRow, other: ProposalRow) -> str:
     """Return why two proposals of a negotiation, one of each side, do not match; nothing if they do."""
     demand, offer = (proposal, other) if proposal.issuer == proposal.requestor else (other, proposal)
     return mismatch_text((demand.properties, demand.constraints), (offer.properties, offer.constraints))
@@ -131,15 +129,15 @@ def _properties(content: Subscription) -> str:
 def matched(draft: Draft, message: Matched) -> None:
     """Make the provider's offer the Initial proposal of a negotiation, and show it to the requestor."""
     demand, offer = read_subscription(message.demand.body), read_subscription(message.offer.body)
-    initial = Proposal(
-        proposal_id=digest("initial", REQUESTOR, message.demand_id, message.offer_id, timestamp_text(draft.now)),
-        role=REQUESTOR,
+    initial = ProposalRow(
+        proposal_id=digest("initial", Role.REQUESTOR, message.demand_id, message.offer_id, timestamp_text(draft.now)),
+        role=Role.REQUESTOR,
         demand_id=message.demand_id,
         offer_id=message.offer_id,
         requestor=draft.me,
         provider=offer.owner,
         issuer=offer.owner,
-        state=INITIAL,
+        state=ProposalState.INITIAL,
         properties=_properties(offer),
         constraints=offer.constraints,
         created=draft.now,
@@ -153,7 +151,7 @@ def matched(draft: Draft, message: Matched) -> None:
 
 
 # -- what our agent says
-def _find(draft: Draft, subscription_id: str, wanted_id: str) -> Proposal | None:
+def _find(draft: Draft, subscription_id: str, wanted_id: str) -> ProposalRow | None:
     proposal = draft.get(f"proposal/{wanted_id}")
     return proposal if proposal and proposal.own_subscription == subscription_id else None
 
@@ -188,7 +186,7 @@ def counter(draft: Draft, message: CounterProposal) -> None:
     _link(draft, previous, proposal)
     draft.do(Reply(Created(proposal.proposal_id)))
     wire: ProposalOpened | ProposalCountered
-    if previous.state == INITIAL or not previous.previous_id:
+    if previous.state == ProposalState.INITIAL or not previous.previous_id:
         demand = draft.get(f"subscription/{previous.demand_id}").document
         wire = ProposalOpened(
             proposal.proposal_id, previous.proposal_id, previous.offer_id, demand,
@@ -203,7 +201,7 @@ def counter(draft: Draft, message: CounterProposal) -> None:
     return
 
 
-def _answer(previous: Proposal, issuer: str, known_id: str, properties: str, constraints: str, created: float) -> Proposal:
+def _answer(previous: ProposalRow, issuer: str, known_id: str, properties: str, constraints: str, created: float) -> ProposalRow:
     """Return the proposal that answers `previous`. Raises `Violation` if its id is not `known_id` (where one is given)."""
     wire_id = previous.wire_id or previous.proposal_id
     created = round(created, 6)
@@ -211,14 +209,20 @@ def _answer(previous: Proposal, issuer: str, known_id: str, properties: str, con
     if known_id not in ("", new_id):
         raise Violation("the proposal's id does not name its content")
     return replace(
-        previous, proposal_id=new_id, issuer=issuer, state=DRAFT, properties=properties, constraints=constraints,
+        previous, proposal_id=new_id, issuer=issuer, state=ProposalState.DRAFT, properties=properties, constraints=constraints,
         created=created, previous_id=previous.proposal_id, answer_id="", agreement_id="", reason="", wire_id="",
     )  # fmt: skip
 
 
-def _link(draft: Draft, previous: Proposal, proposal: Proposal) -> None:
+def _link(draft: Draft, previous: ProposalRow, proposal: ProposalRow) -> None:
     """Write a proposal and that it answers another, which is open again if it was rejected."""
-    state = ACCEPTED if previous.agreement_id else DRAFT if previous.previous_id else INITIAL
+    state = (
+        ProposalState.ACCEPTED
+        if previous.agreement_id
+        else ProposalState.DRAFT
+        if previous.previous_id
+        else ProposalState.INITIAL
+    )
     draft.put(f"proposal/{previous.proposal_id}", replace(previous, answer_id=proposal.proposal_id, state=state, reason=""))
     add(draft, proposal)
 
@@ -231,13 +235,13 @@ def reject(draft: Draft, message: RejectProposal) -> None:
     label = f"Proposal [{proposal.role[0]}-{proposal.proposal_id}]"
     if proposal.issuer == draft.me:
         raise Declined("bad_request", f"{label} is your own: it cannot be rejected.")
-    if proposal.answer_id or proposal.state not in (INITIAL, DRAFT):
+    if proposal.answer_id or proposal.state not in (ProposalState.INITIAL, ProposalState.DRAFT):
         state = "countered" if proposal.answer_id else proposal.state
         raise Declined("bad_request", f"{label} cannot be rejected: it is {state}.")
     reason = check_reason(message.reason)
-    draft.put(f"proposal/{proposal.proposal_id}", replace(proposal, state=REJECTED, reason=reason))
+    draft.put(f"proposal/{proposal.proposal_id}", replace(proposal, state=ProposalState.REJECTED, reason=reason))
     draft.do(Reply(Done()))
-    if proposal.state == DRAFT:
+    if proposal.state == ProposalState.DRAFT:
         to = address(proposal.counterpart, "negotiation")
         draft.do(Send(to, ProposalRejected(proposal.proposal_id, reason), max(DELIVERY_S, 1.0)))
     return
@@ -251,25 +255,25 @@ def received_first(draft: Draft, message: ProposalOpened) -> None:
     if draft.get(f"proposal/{message.proposal_id}"):
         return None
     row = draft.get(f"subscription/{message.offer_id}")
-    if not row or row.document.kind != "offer":
+    if not row or row.document.kind != DocumentKind.OFFER:
         return _send_back(draft, draft.meta.sender, message.proposal_id, "the offer is not known here")
     try:
-        demand = verify_subscription(message.demand, "demand", draft.now)
+        demand = verify_subscription(message.demand, DocumentKind.DEMAND, draft.now)
     except Violation as error:
         return _send_back(draft, draft.meta.sender, message.proposal_id, str(error))
     if demand.owner != node_of(draft.meta.sender):
         raise Violation(f"the demand belongs to {demand.owner}, not to who negotiates with it")
     offer = read_subscription(row.document.body)
     _check_terms(message)
-    initial = Proposal(
-        proposal_id=digest("initial", PROVIDER, demand.subscription_id, message.offer_id, message.initial_id),
-        role=PROVIDER,
+    initial = ProposalRow(
+        proposal_id=digest("initial", Role.PROVIDER, demand.subscription_id, message.offer_id, message.initial_id),
+        role=Role.PROVIDER,
         demand_id=demand.subscription_id,
         offer_id=message.offer_id,
         requestor=demand.owner,
         provider=draft.me,
         issuer=draft.me,
-        state=INITIAL,
+        state=ProposalState.INITIAL,
         properties=_properties(offer),
         constraints=offer.constraints,
         created=draft.now,
@@ -281,12 +285,12 @@ def received_first(draft: Draft, message: ProposalOpened) -> None:
     if draft.get(f"proposal/{initial.proposal_id}"):
         raise Violation("the proposal was already countered")
     opened_key = f"opened/{message.offer_id}/{demand.owner}"
-    count = (draft.get(opened_key) or Opened(0)).negotiations
+    count = (draft.get(opened_key) or OpenedRow(0)).negotiations
     full = f"there were {count} negotiations about this offer" if count >= MAX_OPENED_PER_NODE else ""
     why = why_over(draft, initial) or full or no_room(draft, initial) or mismatch(proposal, initial)
     if why:
         return _send_back(draft, draft.meta.sender, message.proposal_id, why)
-    draft.put(opened_key, Opened(count + 1))
+    draft.put(opened_key, OpenedRow(count + 1))
     add(draft, initial)
     _link(draft, initial, proposal)
     draft.do(Emit(proposal.own_feed, ProposalEvent(proposal.proposal_id)))
@@ -345,15 +349,15 @@ def undelivered(draft: Draft, message: ProposalOpened | ProposalCountered, why: 
     A requestor gets a fresh Initial proposal as well, while demand and offer live: the provider may come back.
     """
     proposal = draft.get(f"proposal/{message.proposal_id}")
-    if proposal and proposal.state == DRAFT and not proposal.answer_id:
-        other = PROVIDER if proposal.role == REQUESTOR else REQUESTOR
+    if proposal and proposal.state == ProposalState.DRAFT and not proposal.answer_id:
+        other = Role.PROVIDER if proposal.role == Role.REQUESTOR else Role.REQUESTOR
         text = f"{other} {proposal.counterpart} could not be reached: {why}"
         _mark_rejected(draft, proposal, reason_text(text, **{IS_FINAL: False}))
-        if proposal.role == REQUESTOR:
+        if proposal.role == Role.REQUESTOR:
             draft.do(Send("market", Rematch(proposal.demand_id, proposal.offer_id)))
 
 
-def _mark_rejected(draft: Draft, proposal: Proposal, reason: str) -> None:
-    if proposal.state == DRAFT and not proposal.answer_id and not proposal.agreement_id:
-        draft.put(f"proposal/{proposal.proposal_id}", replace(proposal, state=REJECTED, reason=reason))
+def _mark_rejected(draft: Draft, proposal: ProposalRow, reason: str) -> None:
+    if proposal.state == ProposalState.DRAFT and not proposal.answer_id and not proposal.agreement_id:
+        draft.put(f"proposal/{proposal.proposal_id}", replace(proposal, state=ProposalState.REJECTED, reason=reason))
         draft.do(Emit(proposal.own_feed, ProposalRejectedEvent(proposal.proposal_id, reason)))

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from actors.kernel.draft import Draft
 from actors.negotiation.moves import tell_peer
-from actors.negotiation.rows import APPROVED, APPROVING, CANCELLED, EXPIRED, PENDING, REJECTED, TERMINATED, AgreementRow
+from actors.negotiation.rows import AgreementRow
 from protocol.negotiation import (
-    REQUESTOR,
     AgreementApproval,
     AgreementClosed,
     AgreementCommitted,
@@ -20,6 +19,7 @@ from protocol.negotiation import (
     reason_text,
 )
 from protocol.signing import Document
+from protocol.states import AgreementState, DocumentKind, Role
 from protocol.types import Message, PeerLost, node_of
 
 OVER = reason_text("The agreement is over.")
@@ -37,17 +37,17 @@ def tell_again(draft: Draft, message: PeerLost) -> None:
 
 
 def _last_word(agreement: AgreementRow) -> Message | None:
-    agreement_id, requests = agreement.agreement_id, agreement.role == REQUESTOR
+    agreement_id, requests = agreement.agreement_id, agreement.role == Role.REQUESTOR
     state, reason = agreement.state, agreement.reason
-    if state == PENDING and requests:
-        return AgreementProposed(Document("agreement", agreement.body, bytes.fromhex(agreement.proposed_signature)))
-    if state in (APPROVING, APPROVED) and agreement.approved_signature:
-        approval = Document("approval", agreement.body, bytes.fromhex(agreement.approved_signature))
+    if state == AgreementState.PENDING and requests:
+        return AgreementProposed(Document(DocumentKind.AGREEMENT, agreement.body, bytes.fromhex(agreement.proposed_signature)))
+    if state in (AgreementState.APPROVING, AgreementState.APPROVED) and agreement.approved_signature:
+        approval = Document(DocumentKind.APPROVAL, agreement.body, bytes.fromhex(agreement.approved_signature))
         if requests:
             return AgreementCommitted(agreement_id, agreement.approved_at or agreement.created, approval)
         return AgreementApproval(agreement_id, approval)
-    if state in (CANCELLED, EXPIRED, REJECTED) and agreement.proposed_signature:
+    if state in (AgreementState.CANCELLED, AgreementState.EXPIRED, AgreementState.REJECTED) and agreement.proposed_signature:
         return AgreementClosed(agreement_id, state, reason) if requests else AgreementRejected(agreement_id, reason or OVER)
-    if state == TERMINATED:
+    if state == AgreementState.TERMINATED:
         return AgreementTerminated(agreement_id, agreement.role, reason or OVER)
     return None

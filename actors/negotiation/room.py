@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from actors.kernel.crowd import Occupant, by_crowd
 from actors.kernel.draft import Draft
-from actors.negotiation.rows import Belongs, Opened, Pair, Proposal, Talk
+from actors.negotiation.rows import BelongsRow, OpenedRow, PairRow, ProposalRow, TalkRow
 
 MAX_PROPOSALS_PER_PAIR = 100
 MAX_PROPOSALS = 20_000  # of one subscription
@@ -19,7 +19,7 @@ ROOM_AT_ONCE = 60  # proposals that are forgotten together where there is no roo
 STANDS_OUT = MAX_PROPOSALS_PER_PAIR  # proposals of a node
 
 
-def no_room(draft: Draft, proposal: Proposal) -> str:
+def no_room(draft: Draft, proposal: ProposalRow) -> str:
     """Return which limit a further proposal would break, or nothing."""
     pair = draft.get(f"pair/{proposal.demand_id}/{proposal.offer_id}")
     if pair and pair.proposals >= MAX_PROPOSALS_PER_PAIR:
@@ -30,19 +30,19 @@ def no_room(draft: Draft, proposal: Proposal) -> str:
     return ""
 
 
-def _first(draft: Draft, proposal: Proposal) -> Proposal:
+def _first(draft: Draft, proposal: ProposalRow) -> ProposalRow:
     """Return the Initial proposal of a negotiation."""
     while proposal.previous_id and (previous := draft.get(f"proposal/{proposal.previous_id}")) is not None:
         proposal = previous
     return proposal
 
 
-def talk_key(first: Proposal) -> str:
+def talk_key(first: ProposalRow) -> str:
     """Return the key of the index entry of a negotiation, by its Initial proposal."""
     return f"talk/{first.own_subscription}/{first.counterpart}/{first.created * 1000:015.0f}/{first.proposal_id}"
 
 
-def _make_room(draft: Draft, besides: Proposal) -> bool:
+def _make_room(draft: Draft, besides: ProposalRow) -> bool:
     """Forget the oldest negotiations of who has most proposals of a subscription; return whether any was.
 
     One with an agreement stays, and that of `besides`.
@@ -61,7 +61,7 @@ def _make_room(draft: Draft, besides: Proposal) -> bool:
 
 def _forget_talk(draft: Draft, key: str) -> int:
     """Forget a negotiation and return how many proposals it had; 0 where it has an agreement and stays."""
-    chain: list[Proposal] = []
+    chain: list[ProposalRow] = []
     following = key.rpartition("/")[2]
     while following and (proposal := draft.get(f"proposal/{following}")) is not None:
         if proposal.agreement_id:
@@ -74,23 +74,23 @@ def _forget_talk(draft: Draft, key: str) -> int:
         draft.put(f"of/{proposal.own_subscription}/{proposal.proposal_id}", None)
     for proposal in chain[:1]:
         pair_key = f"pair/{proposal.demand_id}/{proposal.offer_id}"
-        left = (draft.get(pair_key) or Pair(0)).proposals - len(chain)
-        draft.put(pair_key, Pair(left) if left > 0 else None)
+        left = (draft.get(pair_key) or PairRow(0)).proposals - len(chain)
+        draft.put(pair_key, PairRow(left) if left > 0 else None)
         opened_key = f"opened/{proposal.offer_id}/{proposal.requestor}"
         opened = draft.get(opened_key)
         if opened is not None:
-            draft.put(opened_key, Opened(opened.negotiations - 1) if opened.negotiations > 1 else None)
+            draft.put(opened_key, OpenedRow(opened.negotiations - 1) if opened.negotiations > 1 else None)
     return len(chain)
 
 
-def add(draft: Draft, proposal: Proposal) -> None:
+def add(draft: Draft, proposal: ProposalRow) -> None:
     """Write a new proposal, and count it."""
     draft.put(f"proposal/{proposal.proposal_id}", proposal)
-    draft.put(f"of/{proposal.own_subscription}/{proposal.proposal_id}", Belongs())
+    draft.put(f"of/{proposal.own_subscription}/{proposal.proposal_id}", BelongsRow())
     pair_key, row_key = f"pair/{proposal.demand_id}/{proposal.offer_id}", f"subscription/{proposal.own_subscription}"
-    pair, row = draft.get(pair_key) or Pair(0), draft.get(row_key)
-    draft.put(pair_key, Pair(pair.proposals + 1))
+    pair, row = draft.get(pair_key) or PairRow(0), draft.get(row_key)
+    draft.put(pair_key, PairRow(pair.proposals + 1))
     draft.put(row_key, replace(row, proposals=row.proposals + 1))
     key = talk_key(_first(draft, proposal))
-    talk = draft.get(key) or Talk(0, proposal.origin)
-    draft.put(key, Talk(talk.proposals + 1, talk.origin))
+    talk = draft.get(key) or TalkRow(0, proposal.origin)
+    draft.put(key, TalkRow(talk.proposals + 1, talk.origin))

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from protocol.negotiation import REQUESTOR
 from protocol.signing import Document
+from protocol.states import AgreementState, ProposalState, Role
 from protocol.types import Message
 
-PROPOSAL, PENDING, APPROVING, APPROVED = "Proposal", "Pending", "Approving", "Approved"
-CANCELLED, REJECTED, EXPIRED, TERMINATED = "Cancelled", "Rejected", "Expired", "Terminated"
-OPEN = (PROPOSAL, PENDING, APPROVING)
+OPEN = (AgreementState.PROPOSAL, AgreementState.PENDING, AgreementState.APPROVING)
 
 
 class SubscriptionRow(Message, frozen=True, tag="subscription"):
@@ -20,40 +18,40 @@ class SubscriptionRow(Message, frozen=True, tag="subscription"):
     ended: str = ""
 
 
-class Pair(Message, frozen=True, tag="pair"):
+class PairRow(Message, frozen=True, tag="pair"):
     """How much a demand and an offer have negotiated."""
 
     proposals: int
 
 
-class Opened(Message, frozen=True, tag="opened"):
+class OpenedRow(Message, frozen=True, tag="opened"):
     """How many negotiations a node has opened about an offer of ours."""
 
     negotiations: int
 
 
-class Belongs(Message, frozen=True, tag="belongs"):
+class BelongsRow(Message, frozen=True, tag="belongs"):
     """Index: a proposal of a subscription (`of/`), an agreement that waits for the agent of its offer (`waiting/`)."""
 
 
-class Talk(Message, frozen=True, tag="talk"):
+class TalkRow(Message, frozen=True, tag="talk"):
     """Index `talk/<subscription>/<node>/<since>/<its first proposal>`: a negotiation, and how many proposals it has."""
 
     proposals: int
     origin: str = ""
 
 
-class Proposal(Message, frozen=True, tag="proposal"):
+class ProposalRow(Message, frozen=True, tag="proposal"):
     """A proposal as this node sees it. `previous_id` is the one it answers, `answer_id` the one that answers it."""
 
     proposal_id: str
-    role: str  # ours
+    role: Role  # ours
     demand_id: str
     offer_id: str
     requestor: str
     provider: str
     issuer: str
-    state: str
+    state: ProposalState
     properties: str
     constraints: str
     created: float
@@ -68,30 +66,30 @@ class Proposal(Message, frozen=True, tag="proposal"):
     @property
     def own_feed(self) -> str:
         """The feed of our own subscription."""
-        return f"demand/{self.demand_id}" if self.role == REQUESTOR else f"offer/{self.offer_id}"
+        return f"demand/{self.demand_id}" if self.role == Role.REQUESTOR else f"offer/{self.offer_id}"
 
     @property
     def own_subscription(self) -> str:
-        return self.demand_id if self.role == REQUESTOR else self.offer_id
+        return self.demand_id if self.role == Role.REQUESTOR else self.offer_id
 
     @property
     def counterpart(self) -> str:
         """The node on the other side."""
-        return self.provider if self.role == REQUESTOR else self.requestor
+        return self.provider if self.role == Role.REQUESTOR else self.requestor
 
 
 class AgreementRow(Message, frozen=True, tag="agreement"):
     """An agreement as this node sees it. `body` is what both sign; signatures are hex, "" as long as there is none."""
 
     agreement_id: str
-    role: str  # ours
+    role: Role  # ours
     requestor: str
     provider: str
     proposal_id: str
     demand_id: str
     offer_id: str
     body: bytes
-    state: str
+    state: AgreementState
     created: float
     valid_to: float
     approved_at: float | None = None
@@ -107,7 +105,7 @@ class AgreementRow(Message, frozen=True, tag="agreement"):
     @property
     def counterpart(self) -> str:
         """The node on the other side."""
-        return self.provider if self.role == REQUESTOR else self.requestor
+        return self.provider if self.role == Role.REQUESTOR else self.requestor
 
 
 def lapsed(agreement: AgreementRow, now: float) -> bool:
@@ -117,15 +115,15 @@ def lapsed(agreement: AgreementRow, now: float) -> bool:
 
 def ends_at(agreement: AgreementRow) -> float:
     """Return when an open agreement ends by itself: at `validTo`, or with the provider's approval."""
-    return agreement.approval_until if agreement.state == APPROVING else agreement.valid_to
+    return agreement.approval_until if agreement.state == AgreementState.APPROVING else agreement.valid_to
 
 
 def state_at(agreement: AgreementRow, now: float) -> str:
     """Return the state that an agent is shown: the end of the time is seen at once, `Approving` as `Pending`."""
     state = agreement.state
     if lapsed(agreement, now):
-        return REJECTED if state == APPROVING else EXPIRED
-    return PENDING if state == APPROVING else state
+        return AgreementState.REJECTED if state == AgreementState.APPROVING else AgreementState.EXPIRED
+    return AgreementState.PENDING if state == AgreementState.APPROVING else state
 
 
 def state_error(agreement: AgreementRow, new: str, now: float) -> str:

@@ -9,21 +9,7 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from actors.provider import credit, places
-from actors.provider.rows import (
-    ALIVE,
-    APPROVED,
-    APPROVING,
-    CLOSED,
-    ENDED,
-    EXITED,
-    RUNNING,
-    STARTING,
-    STOPPING,
-    TERMINATING,
-    WAITING,
-    ProviderActivityRow,
-    ProviderAgreementRow,
-)
+from actors.provider.rows import ALIVE, DealState, EndCode, ProviderActivityRow, ProviderAgreementRow, UnitState
 from actors.provider.turn import Turn, reason
 from protocol.provider import (
     CloseActivity,
@@ -38,26 +24,23 @@ from protocol.provider import (
     UnitExited,
     UnitRunning,
 )
+from protocol.states import Role
 
 CODE = "golem.provider.code"
-SUCCESS, EXPIRED, NO_ACTIVITY, SHUTDOWN = "Success", "Expired", "NoActivity", "Shutdown"
-CREDIT = "CreditExhausted"
-DEADLINE, NOT_PAID, NOTE_REJECTED, NOTE_CANCELLED, NOT_ISSUED, UNREACHABLE = (
-    "DebitNotesDeadline", "DebitNoteNotPaid", "DebitNoteRejected", "DebitNoteCancelled", "DebitNoteNotIssued",
-    "RequestorUnreachable",
-)  # fmt: skip
+
+
 MESSAGES = {
-    SUCCESS: "Finished with success.",
-    EXPIRED: "Agreement expired.",
-    NO_ACTIVITY: "No activity within the allowed time.",
-    SHUTDOWN: "The provider is shutting down.",
-    DEADLINE: "A debit note was not accepted in time.",
-    NOT_PAID: "A debit note was not paid in time.",
-    NOTE_REJECTED: "A debit note was rejected.",
-    NOTE_CANCELLED: "A debit note was cancelled.",
-    CREDIT: "Unpaid work has reached the credit of this requestor.",
-    NOT_ISSUED: "No debit note can be issued for the work.",
-    UNREACHABLE: "The requestor cannot be reached.",
+    EndCode.SUCCESS: "Finished with success.",
+    EndCode.EXPIRED: "Agreement expired.",
+    EndCode.NO_ACTIVITY: "No activity within the allowed time.",
+    EndCode.SHUTDOWN: "The provider is shutting down.",
+    EndCode.DEADLINE: "A debit note was not accepted in time.",
+    EndCode.NOT_PAID: "A debit note was not paid in time.",
+    EndCode.NOTE_REJECTED: "A debit note was rejected.",
+    EndCode.NOTE_CANCELLED: "A debit note was cancelled.",
+    EndCode.CREDIT: "Unpaid work has reached the credit of this requestor.",
+    EndCode.NOT_ISSUED: "No debit note can be issued for the work.",
+    EndCode.UNREACHABLE: "The requestor cannot be reached.",
 }
 FIRST_NOTE_S = 30.0  # of a stranger, where the demand names no interval
 MAX_ACTIVITIES = 1000  # of one agreement
@@ -67,12 +50,12 @@ MAX_WAITING = 4  # activities of one agreement that wait for the process before 
 # -- the agreement
 def approved(turn: Turn, row: ProviderAgreementRow) -> None:
     """The agreement is in force; all its intervals count from now, by our clock, whatever dates the requestor gave it."""
-    row = replace(row, state=APPROVED, at=turn.now, payable_at=turn.now)
+    row = replace(row, state=DealState.APPROVED, at=turn.now, payable_at=turn.now)
     turn.save(row)
     turn.wake(f"expire/{row.agreement_id}", row.expires_at, ExpirationDue(row.agreement_id))
     rest_idle(turn, row)
     if turn.agent.stopping:
-        end_agreement(turn, row, SHUTDOWN)
+        end_agreement(turn, row, EndCode.SHUTDOWN)
 
 
 def rest_idle(turn: Turn, row: ProviderAgreementRow) -> None:
@@ -80,11 +63,11 @@ def rest_idle(turn: Turn, row: ProviderAgreementRow) -> None:
     turn.wake(f"idle/{row.agreement_id}", turn.now + turn.config.idle_s, IdleDue(row.agreement_id))
 
 
-def end_agreement(turn: Turn, row: ProviderAgreementRow, code: str, why: str = "") -> None:
+def end_agreement(turn: Turn, row: ProviderAgreementRow, code: EndCode, why: str = "") -> None:
     """Terminate an agreement from our side (`why` beside the usual text); harmless when it is ending already."""
-    if row.state != APPROVED:
+    if row.state != DealState.APPROVED:
         return
-    row = replace(row, state=TERMINATING, ended_by="Provider", code=code, reason=why or MESSAGES[code])
+    row = replace(row, state=DealState.TERMINATING, ended_by=Role.PROVIDER, code=code, reason=why or MESSAGES[code])
     turn.save(row)
     credit.over(turn, row)
     turn.unwake(f"expire/{row.agreement_id}", f"idle/{row.agreement_id}")
@@ -97,13 +80,13 @@ def terminate(turn: Turn, row: ProviderAgreementRow) -> None:
     turn.rest(EndAgreement(row.agreement_id, reason(row.reason, **{CODE: row.code})))
 
 
-def ended(turn: Turn, row: ProviderAgreementRow, by: str = "Provider", why: str = "") -> None:
+def ended(turn: Turn, row: ProviderAgreementRow, by: str = Role.PROVIDER, why: str = "") -> None:
     """The agreement is not in force any more, on both sides."""
-    if row.state == ENDED:
+    if row.state == DealState.ENDED:
         return
-    if row.state != TERMINATING:  # the requestor's word, not the echo of ours
+    if row.state != DealState.TERMINATING:  # the requestor's word, not the echo of ours
         row = replace(row, ended_by=by, reason=why[:300])
-    row = replace(row, state=ENDED)
+    row = replace(row, state=DealState.ENDED)
     turn.save(row)
     credit.over(turn, row)
     turn.unwake(f"expire/{row.agreement_id}", f"idle/{row.agreement_id}")
@@ -122,7 +105,7 @@ def never_made(turn: Turn, row: ProviderAgreementRow) -> None:
 def vacate_if_done(turn: Turn, agreement_id: str) -> None:
     """Free the capacity of an agreement that is over and whose processes are gone."""
     row = turn.agreement(agreement_id)
-    if row is not None and row.state in (TERMINATING, ENDED) and not turn.alive(row):
+    if row is not None and row.state in (DealState.TERMINATING, DealState.ENDED) and not turn.alive(row):
         turn.vacate(agreement_id)
 
 
@@ -137,28 +120,28 @@ def create_activity(turn: Turn, event: EventArrived) -> None:
     activity_id, row = event.subject, turn.agreement(event.related)
     if turn.activity(activity_id) is not None:
         return
-    if row is not None and row.state == APPROVING:  # the requestor was faster than the answer to our approval
+    if row is not None and row.state == DealState.APPROVING:  # the requestor was faster than the answer to our approval
         approved(turn, row)
         row = turn.agreement(event.related)
-    if row is None or row.state != APPROVED or len(row.activities) >= MAX_ACTIVITIES:
+    if row is None or row.state != DealState.APPROVED or len(row.activities) >= MAX_ACTIVITIES:
         turn.rest(CloseActivity(activity_id, "creation failed", "no agreement in force that allows it"))
         return
-    others = [one for one in turn.activities(row) if one.state in (WAITING, *ALIVE)]
-    if any(one.state not in (WAITING, STOPPING) for one in others) or len(others) > MAX_WAITING:
+    others = [one for one in turn.activities(row) if one.state in (UnitState.WAITING, *ALIVE)]
+    if any(one.state not in (UnitState.WAITING, UnitState.STOPPING) for one in others) or len(others) > MAX_WAITING:
         turn.rest(CloseActivity(activity_id, "creation failed", "Only single Activity allowed"))
         return
     row = replace(row, activities=(*row.activities, activity_id))
     turn.save(row)
     places.used(turn, row)
     turn.unwake(f"idle/{row.agreement_id}")
-    activity = ProviderActivityRow(activity_id, row.agreement_id, WAITING, turn.now, billed_at=turn.now)
+    activity = ProviderActivityRow(activity_id, row.agreement_id, UnitState.WAITING, turn.now, billed_at=turn.now)
     turn.save(activity)
     if not others:
         _start(turn, row, activity)
 
 
 def _start(turn: Turn, row: ProviderAgreementRow, activity: ProviderActivityRow) -> None:
-    activity = replace(activity, state=STARTING, billed_at=turn.now, counted_at=turn.now)
+    activity = replace(activity, state=UnitState.STARTING, billed_at=turn.now, counted_at=turn.now)
     turn.save(activity)
     credit.watch(turn, row.requestor)
     start_unit(turn, row, activity)
@@ -190,9 +173,9 @@ def stop_activity(turn: Turn, activity: ProviderActivityRow) -> None:
             turn.save(replace(activity, destroyed=True))
             _gone(turn, replace(activity, destroyed=True), "destroyed", "")
         case "Starting":  # its process is stopped as soon as it is known
-            turn.save(replace(activity, state=STOPPING, destroyed=True))
+            turn.save(replace(activity, state=UnitState.STOPPING, destroyed=True))
         case "Running":
-            turn.save(replace(activity, state=STOPPING, destroyed=True))
+            turn.save(replace(activity, state=UnitState.STOPPING, destroyed=True))
             turn.processes(StopUnit(activity.activity_id, activity.pid, activity.started_ticks))
 
 
@@ -211,14 +194,14 @@ def unit_running(turn: Turn, message: UnitRunning) -> None:
     if activity is None:
         turn.processes(StopUnit(message.activity_id, message.pid, message.started_ticks))
         return
-    if activity.state not in (STARTING, STOPPING):
+    if activity.state not in (UnitState.STARTING, UnitState.STOPPING):
         return
     activity = replace(activity, pid=message.pid, started_ticks=message.started_ticks)
-    if activity.state == STOPPING:
+    if activity.state == UnitState.STOPPING:
         turn.save(activity)
         turn.processes(StopUnit(activity.activity_id, activity.pid, activity.started_ticks))
     else:
-        turn.save(replace(activity, state=RUNNING))
+        turn.save(replace(activity, state=UnitState.RUNNING))
 
 
 def unit_exited(turn: Turn, message: UnitExited) -> None:
@@ -240,19 +223,19 @@ def unit_exited(turn: Turn, message: UnitExited) -> None:
 
 def _gone(turn: Turn, activity: ProviderActivityRow, why: str, text: str) -> None:
     """No process of this activity is there (any more): report it, bill it, go on with the agreement."""
-    turn.save(replace(activity, state=EXITED, reason=why, error_message=text[:1000]))
+    turn.save(replace(activity, state=UnitState.EXITED, reason=why, error_message=text[:1000]))
     turn.unwake(f"note/{activity.activity_id}")
     turn.rest(CloseActivity(activity.activity_id, why, text[:1000]))
     row = turn.agreement(activity.agreement_id)
     assert row is not None, "an activity's agreement is kept as long as the activity"
     vacate_if_done(turn, row.agreement_id)
-    if row.state != APPROVED:
+    if row.state != DealState.APPROVED:
         return
-    waiting = [one for one in turn.activities(row) if one.state == WAITING]
+    waiting = [one for one in turn.activities(row) if one.state == UnitState.WAITING]
     if turn.alive(row):
         return
     if not row.multi_activity:
-        end_agreement(turn, row, SUCCESS)
+        end_agreement(turn, row, EndCode.SUCCESS)
     elif waiting:
         _start(turn, row, waiting[0])
     else:
@@ -264,21 +247,21 @@ def credit_due(turn: Turn, message: CreditDue) -> None:
     """Unpaid work may have reached a requestor's credit: then its agreements end."""
     rows, why = credit.exhausted(turn, message.requestor)
     for row in rows:
-        end_agreement(turn, row, CREDIT, why)
+        end_agreement(turn, row, EndCode.CREDIT, why)
 
 
 def idle_due(turn: Turn, message: IdleDue) -> None:
     row = turn.agreement(message.agreement_id)
-    if row is None or any(one.state in (WAITING, *ALIVE) for one in turn.activities(row)):
+    if row is None or any(one.state in (UnitState.WAITING, *ALIVE) for one in turn.activities(row)):
         return
-    if row.state == APPROVED:
+    if row.state == DealState.APPROVED:
         places.unused(turn, row)
-    end_agreement(turn, row, NO_ACTIVITY)
+    end_agreement(turn, row, EndCode.NO_ACTIVITY)
 
 
 def expiration_due(turn: Turn, message: ExpirationDue) -> None:
     if (row := turn.agreement(message.agreement_id)) is not None:
-        end_agreement(turn, row, EXPIRED)
+        end_agreement(turn, row, EndCode.EXPIRED)
 
 
 # -- events of the feed `agreements`
@@ -289,13 +272,13 @@ def agreement_event(turn: Turn, event: EventArrived) -> None:
         return
     match event.kind:
         case "AgreementTerminatedEvent":
-            ended(turn, row, event.related or "Requestor", event.text)
-        case "AgreementApprovedEvent" if row.state == APPROVING:
+            ended(turn, row, event.related or Role.REQUESTOR, event.text)
+        case "AgreementApprovedEvent" if row.state == DealState.APPROVING:
             approved(turn, row)
-        case "AgreementRejectedEvent" | "AgreementCancelledEvent" if row.state == APPROVING:
+        case "AgreementRejectedEvent" | "AgreementCancelledEvent" if row.state == DealState.APPROVING:
             turn.refuse(row.requestor, row.preset, f"agreement {event.kind[9:18].lower()}: {event.text}"[:300], final=False)
             never_made(turn, row)
 
 
 def all_closed(turn: Turn, row: ProviderAgreementRow) -> bool:
-    return all(one.state == CLOSED for one in turn.activities(row))
+    return all(one.state == UnitState.CLOSED for one in turn.activities(row))

@@ -17,37 +17,16 @@ from decimal import Decimal
 from msgspec.structs import replace
 
 from actors.provider import credit
-from actors.provider.agreements import (
-    DEADLINE,
-    NOT_ISSUED,
-    NOT_PAID,
-    NOTE_CANCELLED,
-    NOTE_REJECTED,
-    UNREACHABLE,
-    all_closed,
-    end_agreement,
-    next_note_at,
-)
+from actors.provider.agreements import all_closed, end_agreement, next_note_at
 from actors.provider.rows import (
-    ACCEPTED,
-    APPROVED,
-    BILLING,
-    CANCELLED,
-    CLOSED,
-    ENDED,
-    EXITED,
-    FAILED,
-    ISSUING,
-    REJECTED,
-    RUNNING,
-    SENDING,
-    SENT,
-    SETTLED,
-    STARTING,
+    BillState,
+    DealState,
     DocumentRow,
+    EndCode,
     NoteRow,
     ProviderActivityRow,
     ProviderAgreementRow,
+    UnitState,
 )
 from actors.provider.turn import DAY_S, Turn
 from protocol.amounts import cost, sum_of
@@ -71,17 +50,23 @@ from protocol.provider import (
     UsageRead,
     WriteInvoice,
 )
+from protocol.states import DocumentStatus
 
 FINAL_NOTE_S = 7 * DAY_S  # how long the last note of an activity is offered to a requestor that is away
 SENDING_S = 60.0  # beyond the time to accept: as long as a note may be on its way while its receipt is awaited
 ACCEPT, PAY = "accept", "pay"
-BILLED_BY_INTERVAL = (STARTING, RUNNING)
-_STATUS = {"ACCEPTED": ACCEPTED, "SETTLED": SETTLED, "REJECTED": REJECTED, "CANCELLED": CANCELLED}
+BILLED_BY_INTERVAL = (UnitState.STARTING, UnitState.RUNNING)
+_STATUS: dict[str, BillState] = {
+    DocumentStatus.ACCEPTED: BillState.ACCEPTED,
+    DocumentStatus.SETTLED: BillState.SETTLED,
+    DocumentStatus.REJECTED: BillState.REJECTED,
+    DocumentStatus.CANCELLED: BillState.CANCELLED,
+}
 _EVENT = {
-    "AcceptedEvent": ACCEPTED,
-    "SettledEvent": SETTLED,
-    "RejectedEvent": REJECTED,
-    "CancelledEvent": CANCELLED,
+    "AcceptedEvent": BillState.ACCEPTED,
+    "SettledEvent": BillState.SETTLED,
+    "RejectedEvent": BillState.REJECTED,
+    "CancelledEvent": BillState.CANCELLED,
 }
 
 
@@ -93,7 +78,7 @@ def note_due(turn: Turn, message: NoteDue) -> None:
     if activity is None or row is None or activity.state not in BILLED_BY_INTERVAL:
         return
     if turn.now - activity.billed_at > row.interval_s + max(_accept_s(turn, row), SENDING_S):
-        end_agreement(turn, row, NOT_ISSUED)  # whatever the cause: work that is not billed is work for nothing
+        end_agreement(turn, row, EndCode.NOT_ISSUED)  # whatever the cause: work that is not billed is work for nothing
         return
     credit.prove(turn, row)
     turn.wake(f"note/{activity.activity_id}", next_note_at(turn, row), message)
@@ -119,11 +104,11 @@ def usage_read(turn: Turn, message: UsageRead) -> None:
 def activity_closed(turn: Turn, message: ActivityClosed) -> None:
     """The activity's last usage is known: make its last debit note (after the one that is being issued, if any)."""
     activity = turn.activity(message.activity_id)
-    if activity is None or activity.state != EXITED:
+    if activity is None or activity.state != UnitState.EXITED:
         return
     row = _agreement(turn, activity)
     usage = _merged(row, activity, message.usage or ()) or activity.usage or _merged(row, activity, ()) or ()
-    activity = replace(activity, state=BILLING, usage=usage)
+    activity = replace(activity, state=UnitState.BILLING, usage=usage)
     if activity.issuing:
         turn.save(activity)
     else:
@@ -154,7 +139,9 @@ def _make_note(turn: Turn, row: ProviderAgreementRow, activity: ProviderActivity
         due_at = turn.now + row.payment_timeout_s
         turn.save(replace(row, payable_at=turn.now))
     number = activity.notes + 1
-    note = NoteRow(activity.activity_id, number, amount, activity.usage, due_at, ISSUING, activity.last_note_id, final=final)
+    note = NoteRow(
+        activity.activity_id, number, amount, activity.usage, due_at, BillState.ISSUING, activity.last_note_id, final=final
+    )
     turn.save(note)
     turn.save(replace(activity, amount=amount, notes=number, issuing=True, counted_at=turn.now))
     credit.watch(turn, row.requestor)
@@ -173,13 +160,13 @@ def note_issued(turn: Turn, message: NoteIssued) -> None:
     They are not counted from the receipt: who accepts before it acknowledges, or never does, owes all the same.
     """
     note, activity = turn.note(message.activity_id, message.number), turn.activity(message.activity_id)
-    if note is None or activity is None or note.state != ISSUING:
+    if note is None or activity is None or note.state != BillState.ISSUING:
         return
     row = _agreement(turn, activity)
     if message.error:
-        turn.save(replace(note, state=FAILED))
+        turn.save(replace(note, state=BillState.FAILED))
     else:
-        note = replace(note, state=SENDING, note_id=message.note_id, issued_at=turn.now)
+        note = replace(note, state=BillState.SENDING, note_id=message.note_id, issued_at=turn.now)
         activity = replace(activity, last_note_id=message.note_id, billed_at=turn.now)
         turn.save(note)
         turn.put(f"document/{note.note_id}", DocumentRow(note.activity_id, note.number))
@@ -188,13 +175,13 @@ def note_issued(turn: Turn, message: NoteIssued) -> None:
             _arm(turn, note, ACCEPT, turn.now + row.accept_timeout_s + SENDING_S)
         if note.due_at is not None:
             _arm(turn, note, PAY, note.due_at)
-    activity = replace(activity, issuing=False, state=CLOSED if note.final else activity.state)
+    activity = replace(activity, issuing=False, state=UnitState.CLOSED if note.final else activity.state)
     turn.save(activity)
     if message.error:
-        end_agreement(turn, row, NOT_ISSUED)
+        end_agreement(turn, row, EndCode.NOT_ISSUED)
     if note.final:
         bill_if_done(turn, row.agreement_id)
-    elif activity.state == BILLING:
+    elif activity.state == UnitState.BILLING:
         _make_note(turn, row, activity, final=True)
 
 
@@ -206,17 +193,17 @@ def send_note(turn: Turn, row: ProviderAgreementRow, note: NoteRow) -> None:
 def note_sent(turn: Turn, message: NoteSent) -> None:
     """The requestor has a note, and its time to accept it. Or it cannot be reached: no more work for it."""
     note, activity = turn.note(message.activity_id, message.number), turn.activity(message.activity_id)
-    if note is None or activity is None or note.state != SENDING:
+    if note is None or activity is None or note.state != BillState.SENDING:
         return
     row = _agreement(turn, activity)
     if not message.sent:
-        turn.save(replace(note, state=FAILED))
+        turn.save(replace(note, state=BillState.FAILED))
         if message.most:
             _correct(turn, row, activity, note, message.most)
         else:
-            end_agreement(turn, row, UNREACHABLE)
+            end_agreement(turn, row, EndCode.UNREACHABLE)
         return
-    turn.save(replace(note, state=SENT))
+    turn.save(replace(note, state=BillState.SENT))
     if row.accept_timeout_s is not None:
         _arm(turn, note, ACCEPT, turn.now + row.accept_timeout_s)
 
@@ -224,11 +211,18 @@ def note_sent(turn: Turn, message: NoteSent) -> None:
 def _correct(turn: Turn, row: ProviderAgreementRow, activity: ProviderActivityRow, note: NoteRow, most: str) -> None:
     """Ask once for the highest amount that the requestor's node would take; two clocks may differ a little."""
     if note.corrected or note.number != activity.notes or Decimal(most) >= Decimal(note.amount):
-        end_agreement(turn, row, NOTE_REJECTED)
+        end_agreement(turn, row, EndCode.NOTE_REJECTED)
         return
     number = activity.notes + 1
     again = replace(
-        note, number=number, amount=most, state=ISSUING, previous_id=note.note_id, note_id="", issued_at=0.0, corrected=True
+        note,
+        number=number,
+        amount=most,
+        state=BillState.ISSUING,
+        previous_id=note.note_id,
+        note_id="",
+        issued_at=0.0,
+        corrected=True,
     )
     turn.save(again)
     turn.save(replace(activity, amount=most, notes=number, issuing=True))
@@ -246,9 +240,13 @@ def _deadline_key(note: NoteRow, deadline: str) -> str:
 def deadline_due(turn: Turn, message: DeadlineDue) -> None:
     """A deadline has come: ask the node before anything is done about it, events may be late."""
     note, activity = turn.note(message.activity_id, message.number), turn.activity(message.activity_id)
-    if note is None or activity is None or _agreement(turn, activity).state != APPROVED:
+    if note is None or activity is None or _agreement(turn, activity).state != DealState.APPROVED:
         return
-    if note.state in ((SENDING, SENT) if message.deadline == ACCEPT else (SENDING, SENT, ACCEPTED)):
+    if note.state in (
+        (BillState.SENDING, BillState.SENT)
+        if message.deadline == ACCEPT
+        else (BillState.SENDING, BillState.SENT, BillState.ACCEPTED)
+    ):
         turn.rest(ReadNote(note.activity_id, note.number, note.note_id, message.deadline))
 
 
@@ -260,26 +258,26 @@ def note_read(turn: Turn, message: NoteRead) -> None:
     row = _agreement(turn, activity)
     state = _STATUS.get(message.status, note.state)
     _note_state(turn, note, state)
-    if message.deadline == ACCEPT and state not in (ACCEPTED, SETTLED):
-        end_agreement(turn, row, DEADLINE)
-    elif message.deadline == PAY and state != SETTLED and not _is_dust(turn, note, state):
-        end_agreement(turn, row, NOT_PAID)
+    if message.deadline == ACCEPT and state not in (BillState.ACCEPTED, BillState.SETTLED):
+        end_agreement(turn, row, EndCode.DEADLINE)
+    elif message.deadline == PAY and state != BillState.SETTLED and not _is_dust(turn, note, state):
+        end_agreement(turn, row, EndCode.NOT_PAID)
 
 
 def _is_dust(turn: Turn, note: NoteRow, state: str) -> bool:
     """Return whether so little is unpaid that a transfer is not worth its gas: an accepted note of it is good enough."""
     activity = turn.activity(note.activity_id)
     paid = Decimal(activity.paid if activity else "0")
-    return state == ACCEPTED and Decimal(note.amount) - paid < Decimal(LEAST_PAYMENT_GLM)
+    return state == BillState.ACCEPTED and Decimal(note.amount) - paid < Decimal(LEAST_PAYMENT_GLM)
 
 
 def _note_state(turn: Turn, note: NoteRow, state: str) -> None:
-    if note.state != SETTLED and state != note.state:
+    if note.state != BillState.SETTLED and state != note.state:
         turn.save(replace(note, state=state))
         turn.unwake(_deadline_key(note, ACCEPT))
-        if state != ACCEPTED:
+        if state != BillState.ACCEPTED:
             turn.unwake(_deadline_key(note, PAY))
-        if state == SETTLED and (activity := turn.activity(note.activity_id)) is not None:
+        if state == BillState.SETTLED and (activity := turn.activity(note.activity_id)) is not None:
             credit.settled(turn, _agreement(turn, activity), activity, note.amount)
 
 
@@ -287,11 +285,11 @@ def _note_state(turn: Turn, note: NoteRow, state: str) -> None:
 def bill_if_done(turn: Turn, agreement_id: str) -> None:
     """Issue the invoice of an agreement that is over as soon as every activity has its last note. Zero is billed too."""
     row = turn.agreement(agreement_id)
-    if row is None or row.state != ENDED or row.invoice or not all_closed(turn, row):
+    if row is None or row.state != DealState.ENDED or row.invoice or not all_closed(turn, row):
         return
     due_s = turn.config.invoice_due_s if row.payment_timeout_s is None else row.payment_timeout_s
     amount = sum_of([one.amount for one in turn.activities(row)])
-    row = replace(row, invoice=ISSUING, amount=amount, invoice_due_at=turn.now + due_s)
+    row = replace(row, invoice=BillState.ISSUING, amount=amount, invoice_due_at=turn.now + due_s)
     turn.save(row)
     issue_invoice(turn, row)
 
@@ -307,26 +305,26 @@ def issue_invoice(turn: Turn, row: ProviderAgreementRow) -> None:
 
 def invoice_issued(turn: Turn, message: InvoiceIssued) -> None:
     row = turn.agreement(message.agreement_id)
-    if row is None or row.invoice != ISSUING:
+    if row is None or row.invoice != BillState.ISSUING:
         return
     if message.error:
-        _billed(turn, row, FAILED)
+        _billed(turn, row, BillState.FAILED)
         return
-    turn.save(replace(row, invoice=SENDING, invoice_id=message.invoice_id))
+    turn.save(replace(row, invoice=BillState.SENDING, invoice_id=message.invoice_id))
     turn.put(f"document/{message.invoice_id}", DocumentRow(row.agreement_id, 0))
     turn.rest(SendInvoice(row.agreement_id, message.invoice_id))
 
 
 def invoice_sent(turn: Turn, message: InvoiceSent) -> None:
     row = turn.agreement(message.agreement_id)
-    if row is None or row.invoice != SENDING:
+    if row is None or row.invoice != BillState.SENDING:
         return
     if message.most and not row.refused_id and Decimal(message.most) < Decimal(row.amount):
-        row = replace(row, invoice=ISSUING, amount=message.most, refused_id=row.invoice_id)
+        row = replace(row, invoice=BillState.ISSUING, amount=message.most, refused_id=row.invoice_id)
         turn.save(row)
         issue_invoice(turn, row)
         return
-    _billed(turn, row, FAILED if message.error else SENT)
+    _billed(turn, row, BillState.FAILED if message.error else BillState.SENT)
 
 
 def _billed(turn: Turn, row: ProviderAgreementRow, state: str) -> None:
@@ -344,19 +342,19 @@ def document_event(turn: Turn, event: EventArrived) -> None:
         return
     if document.number == 0:
         row = turn.agreement(document.owner)
-        if row is not None and row.invoice != SETTLED:
+        if row is not None and row.invoice != BillState.SETTLED:
             turn.save(replace(row, invoice=state))
-            if state == SETTLED:
+            if state == BillState.SETTLED:
                 credit.settled(turn, row, None, row.amount)
         return
     note, activity = turn.note(document.owner, document.number), turn.activity(document.owner)
     if note is None or activity is None:
         return
     _note_state(turn, note, state)
-    if state == REJECTED:
-        end_agreement(turn, _agreement(turn, activity), NOTE_REJECTED)
-    elif state == CANCELLED:
-        end_agreement(turn, _agreement(turn, activity), NOTE_CANCELLED)
+    if state == BillState.REJECTED:
+        end_agreement(turn, _agreement(turn, activity), EndCode.NOTE_REJECTED)
+    elif state == BillState.CANCELLED:
+        end_agreement(turn, _agreement(turn, activity), EndCode.NOTE_CANCELLED)
 
 
 def forget(turn: Turn, message: ForgetDue) -> None:

@@ -20,17 +20,15 @@ from msgspec.structs import replace
 
 from actors.provider.rows import (
     ALIVE,
-    APPROVED,
-    APPROVING,
-    BILLING,
-    EXITED,
-    SETTLED,
+    BillState,
+    DealState,
     DebtRow,
     FundsRow,
     PayerRow,
     ProviderActivityRow,
     ProviderAgreementRow,
     StrangerRow,
+    UnitState,
 )
 from actors.provider.rules import (
     ACCEPT_TIMEOUT,
@@ -152,13 +150,13 @@ def debt_of(turn: Turn, row: ProviderAgreementRow) -> Decimal:
     worked, paid = Decimal(0), Decimal(0)
     for activity in turn.activities(row):
         amount = Decimal(activity.amount)
-        if activity.state in (*ALIVE, EXITED, BILLING):
+        if activity.state in (*ALIVE, UnitState.EXITED, UnitState.BILLING):
             start = Decimal(repr(row.coeffs[-1])) if row.coeffs else Decimal(0)
             unbilled_s = max(0.0, turn.now - activity.counted_at)
             amount = max(amount, start) + Decimal(repr(row.rate * unbilled_s))
         worked += amount
         paid += Decimal(activity.paid)
-    if row.invoice == SETTLED:
+    if row.invoice == BillState.SETTLED:
         return Decimal(0)
     return max(Decimal(0), worked - paid)
 
@@ -187,7 +185,7 @@ def has_paid(turn: Turn, requestor: str) -> bool:
 
 
 def is_live(row: ProviderAgreementRow) -> bool:
-    return row.state in (APPROVING, APPROVED)
+    return row.state in (DealState.APPROVING, DealState.APPROVED)
 
 
 def credit_situation(turn: Turn, requestor: str) -> Credit:
@@ -305,7 +303,7 @@ def funds_known(turn: Turn, message: FundsKnown) -> None:
 
 def prove(turn: Turn, row: ProviderAgreementRow) -> None:
     """Ask again for a payer whose account nobody could tell."""
-    if row.unproven and row.state == APPROVED:
+    if row.unproven and row.state == DealState.APPROVED:
         ask_funds(turn, row.requestor, row.platform)
 
 
@@ -352,7 +350,7 @@ def exhausted(turn: Turn, requestor: str) -> tuple[list[ProviderAgreementRow], s
     """Return the agreements that end because a requestor's debt has reached its credit, and why; else look again later."""
     credit = credit_situation(turn, requestor)
     limit = limit_of(turn, credit)
-    live = [row for _, row in _debts(turn, requestor) if row.state == APPROVED]
+    live = [row for _, row in _debts(turn, requestor) if row.state == DealState.APPROVED]
     if not live or credit.debt < limit:
         watch(turn, requestor)
         return [], ""

@@ -24,22 +24,17 @@ from actors.kernel.machine import Meta, Reply, Rows
 from actors.provider import agreements, billing, credit, negotiation, offers
 from actors.provider.rows import (
     ALIVE,
-    APPROVED,
-    APPROVING,
-    ENDED,
-    EXITED,
-    ISSUING,
-    SENDING,
-    STARTING,
-    TERMINATING,
-    WAITING,
     AgentRow,
+    BillState,
     CapacityRow,
     CursorRow,
+    DealState,
+    EndCode,
     ProviderActivityRow,
     ProviderAgreementRow,
     ProviderRow,
     ServedRow,
+    UnitState,
 )
 from actors.provider.turn import ProviderConfig, Turn
 from protocol.provider import (
@@ -131,23 +126,23 @@ def _task_ended(turn: Turn, message: TaskEnded) -> None:
 
 def _resume_agreement(turn: Turn, row: ProviderAgreementRow) -> None:
     """Do again whatever was under way for an agreement when the last run of the agent ended."""
-    if row.state == APPROVING:
+    if row.state == DealState.APPROVING:
         negotiation.ask_approval(turn, row)
-    elif row.state == TERMINATING:
+    elif row.state == DealState.TERMINATING:
         agreements.terminate(turn, row)
     for activity in turn.activities(row):
         _resume_activity(turn, row, activity)
-    busy = any(one.state in (WAITING, *ALIVE) for one in turn.activities(row))
-    if row.state == APPROVED and not busy:
+    busy = any(one.state in (UnitState.WAITING, *ALIVE) for one in turn.activities(row))
+    if row.state == DealState.APPROVED and not busy:
         agreements.rest_idle(turn, row)  # the requestor may have asked meanwhile
-    if row.invoice == ISSUING:
+    if row.invoice == BillState.ISSUING:
         billing.issue_invoice(turn, row)
-    elif row.invoice == SENDING:
+    elif row.invoice == BillState.SENDING:
         turn.rest(SendInvoice(row.agreement_id, row.invoice_id))
 
 
 def _resume_activity(turn: Turn, row: ProviderAgreementRow, activity: ProviderActivityRow) -> None:
-    if activity.state == STARTING:
+    if activity.state == UnitState.STARTING:
         agreements.start_unit(turn, row, activity)
     elif activity.state in ALIVE:
         activity = replace(activity, billed_at=turn.now)  # that nobody billed it meanwhile was our own fault
@@ -157,12 +152,12 @@ def _resume_activity(turn: Turn, row: ProviderAgreementRow, activity: ProviderAc
             turn.processes(HoldUnit(activity.activity_id, activity.agreement_id, True))
         if activity.destroyed and activity.pid:
             turn.processes(StopUnit(activity.activity_id, activity.pid, activity.started_ticks))
-    elif activity.state == EXITED:
+    elif activity.state == UnitState.EXITED:
         turn.rest(CloseActivity(activity.activity_id, activity.reason, activity.error_message))
     for _, note in list(turn.prefix(f"note/{activity.activity_id}/")):
-        if note.state == ISSUING:
+        if note.state == BillState.ISSUING:
             billing.issue_note(turn, row, note)
-        elif note.state == SENDING:
+        elif note.state == BillState.SENDING:
             billing.send_note(turn, row, note)
 
 
@@ -185,7 +180,7 @@ def _stop(turn: Turn, message: StopAgent) -> None:
     for key in (*active, *[key for key in turn.left_out if key.startswith("active/")]):
         row = turn.sound(f"agreement/{key.removeprefix('active/')}")
         if row is not None:
-            turn.spare(partial(agreements.end_agreement, turn, row, agreements.SHUTDOWN))
+            turn.spare(partial(agreements.end_agreement, turn, row, EndCode.SHUTDOWN))
 
 
 # -- events of the node's feeds
@@ -208,7 +203,7 @@ def _event(turn: Turn, event: EventArrived) -> None:
 
 def _termination_ended(turn: Turn, message: TerminationEnded) -> None:
     row = turn.agreement(message.agreement_id)
-    if row is not None and row.state in (TERMINATING, ENDED):
+    if row is not None and row.state in (DealState.TERMINATING, DealState.ENDED):
         agreements.ended(turn, row)
         billing.bill_if_done(turn, message.agreement_id)
 

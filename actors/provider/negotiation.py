@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from actors.kernel.crowd import Occupant, by_crowd
 from actors.provider import agreements, credit, places
 from actors.provider.agreements import approved
-from actors.provider.rows import APPROVING, ProviderAgreementRow, ProviderOfferRow, RejectedRow
+from actors.provider.rows import DealState, ProviderAgreementRow, ProviderOfferRow, RejectedRow
 from actors.provider.rules import (
     ACCEPT_TIMEOUT,
     COEFFS,
@@ -210,7 +210,7 @@ def _row(
         runtime=str(offer.get("golem.runtime.name", "")),
         requestor=requestor,
         document=message.agreement,
-        state=APPROVING,
+        state=DealState.APPROVING,
         platform=str(demand.get(PLATFORM)),
         interval_agreed=whole_number(offer.get(INTERVAL)) is not None,
         at=turn.now,
@@ -227,7 +227,7 @@ def _row(
 def approval_ended(turn: Turn, message: ApprovalEnded) -> None:
     """The requestor has committed the agreement, or it came to nothing."""
     row = turn.agreement(message.agreement_id)
-    if row is None or row.state != APPROVING:
+    if row is None or row.state != DealState.APPROVING:
         return
     if message.approved:
         approved(turn, row)

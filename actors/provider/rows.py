@@ -11,24 +11,66 @@ it is for).
 from __future__ import annotations
 
 from decimal import Context, Decimal
+from enum import StrEnum
 
 from protocol.provider import Capacity, Kept
 from protocol.types import WEI_DIGITS, Message
 
-# of an agreement
-APPROVING, APPROVED, TERMINATING, ENDED = "Approving", "Approved", "Terminating", "Ended"
-# of an activity
-WAITING, STARTING, RUNNING, STOPPING, EXITED, BILLING, CLOSED = (
-    "Waiting", "Starting", "Running", "Stopping", "Exited", "Billing", "Closed",
-)  # fmt: skip
-ALIVE = (STARTING, RUNNING, STOPPING)
-# of a debit note or invoice
-ISSUING, SENDING, SENT, ACCEPTED, SETTLED, REJECTED, CANCELLED, FAILED = (
-    "Issuing", "Sending", "Sent", "Accepted", "Settled", "Rejected", "Cancelled", "Failed",
-)  # fmt: skip
-
 _EXACT = Context(prec=400)
 _WEI = Decimal(1).scaleb(-WEI_DIGITS)
+
+
+class DealState(StrEnum):
+    """Of an agreement, as the agent sees it."""
+
+    APPROVING = "Approving"
+    APPROVED = "Approved"
+    TERMINATING = "Terminating"
+    ENDED = "Ended"
+
+
+class EndCode(StrEnum):
+    """Why the agent ended an agreement."""
+
+    SUCCESS = "Success"
+    EXPIRED = "Expired"
+    NO_ACTIVITY = "NoActivity"
+    SHUTDOWN = "Shutdown"
+    DEADLINE = "DebitNotesDeadline"
+    NOT_PAID = "DebitNoteNotPaid"
+    NOTE_REJECTED = "DebitNoteRejected"
+    NOTE_CANCELLED = "DebitNoteCancelled"
+    CREDIT = "CreditExhausted"
+    NOT_ISSUED = "DebitNoteNotIssued"
+    UNREACHABLE = "RequestorUnreachable"
+
+
+class UnitState(StrEnum):
+    """Of an activity and its process."""
+
+    WAITING = "Waiting"
+    STARTING = "Starting"
+    RUNNING = "Running"
+    STOPPING = "Stopping"
+    EXITED = "Exited"
+    BILLING = "Billing"
+    CLOSED = "Closed"
+
+
+class BillState(StrEnum):
+    """Of a debit note or an invoice, as the agent sees it."""
+
+    ISSUING = "Issuing"
+    SENDING = "Sending"
+    SENT = "Sent"
+    ACCEPTED = "Accepted"
+    SETTLED = "Settled"
+    REJECTED = "Rejected"
+    CANCELLED = "Cancelled"
+    FAILED = "Failed"
+
+
+ALIVE = (UnitState.STARTING, UnitState.RUNNING, UnitState.STOPPING)
 
 
 class AgentRow(Message, frozen=True):
@@ -99,7 +141,7 @@ class ProviderAgreementRow(Message, frozen=True, tag="AgreementRow"):
     runtime: str
     requestor: str
     document: str
-    state: str
+    state: DealState
     at: float
     expires_at: float
     multi_activity: bool
@@ -144,7 +186,7 @@ class ProviderActivityRow(Message, frozen=True, tag="ActivityRow"):
 
     activity_id: str
     agreement_id: str
-    state: str
+    state: UnitState
     created_at: float
     pid: int = 0
     started_ticks: int = 0
@@ -170,7 +212,7 @@ class NoteRow(Message, frozen=True):
     amount: str
     usage: tuple[float, ...]
     due_at: float | None
-    state: str
+    state: BillState
     previous_id: str = ""
     note_id: str = ""
     issued_at: float = 0.0

@@ -27,19 +27,14 @@ from actors.kernel.draft import Declined, Draft
 from actors.kernel.grammar import EDGE, ITSELF, On, Table, TableMachine
 from actors.kernel.machine import Meta, Rows
 from actors.wallet.rows import (
-    BATCHED,
-    CONFIRMED,
-    FAILED,
-    GIVEN_UP,
-    PAID,
-    QUEUED,
-    SENDING,
-    Batches,
-    Cycle,
+    BatchesRow,
+    CycleRow,
+    OrderState,
     PayBatchRow,
+    PayBatchState,
     Payee,
-    PayOrder,
-    Queued,
+    PayOrderRow,
+    QueuedRow,
     WalletRow,
 )
 from protocol.amounts import total_of
@@ -84,16 +79,16 @@ class WalletDraft(Draft):
 # -- orders and cycles
 def _pay_out(draft: WalletDraft, order: PayOut) -> None:
     key = f"order/{order.order_id}"
-    if draft.row(PayOrder, key) is not None:
+    if draft.row(PayOrderRow, key) is not None:
         return
     assert Decimal(order.amount) > 0, order
-    row = PayOrder(
+    row = PayOrderRow(
         order_id=order.order_id,
         platform=order.platform,
         payer=order.payer,
         payee=order.payee,
         amount=order.amount,
-        state=QUEUED,
+        state=OrderState.QUEUED,
         queued_at=draft.now,
     )
     _queue(draft, row)
@@ -102,22 +97,22 @@ def _pay_out(draft: WalletDraft, order: PayOut) -> None:
         _schedule(draft, order.platform, draft.now + SOON_S)
 
 
-def _is_much(draft: WalletDraft, order: PayOrder) -> bool:
+def _is_much(draft: WalletDraft, order: PayOrderRow) -> bool:
     """Return whether a payee is owed so much that it would not work on for long: it is paid before the cycle."""
     queue = islice(draft.readable(f"queue/{order.platform}/{order.payer}/"), MAX_RUN_ORDERS)
     rows = (draft.sound(f"order/{one.order_id}") for _, one in queue)
-    theirs = (row.amount for row in rows if isinstance(row, PayOrder) and row.payee == order.payee)
+    theirs = (row.amount for row in rows if isinstance(row, PayOrderRow) and row.payee == order.payee)
     return total_of(theirs) >= Decimal(SOON_GLM)
 
 
-def _queue(draft: WalletDraft, row: PayOrder) -> None:
+def _queue(draft: WalletDraft, row: PayOrderRow) -> None:
     draft.put(f"order/{row.order_id}", row)
-    draft.put(f"queue/{row.platform}/{row.payer}/{row.order_id}", Queued(row.order_id))
+    draft.put(f"queue/{row.platform}/{row.payer}/{row.order_id}", QueuedRow(row.order_id))
 
 
-def _cycle(draft: WalletDraft, platform: str) -> Cycle:
-    row = draft.row(Cycle, f"cycle/{platform}")
-    return row or Cycle(platform, draft.interval_s(platform), 0.0)
+def _cycle(draft: WalletDraft, platform: str) -> CycleRow:
+    row = draft.row(CycleRow, f"cycle/{platform}")
+    return row or CycleRow(platform, draft.interval_s(platform), 0.0)
 
 
 def _schedule(draft: WalletDraft, platform: str, at: float | None = None) -> float:
@@ -145,8 +140,8 @@ def _set_cycle(draft: WalletDraft, command: SetCycle) -> None:
 
 def _run_cycle(draft: WalletDraft, command: RunCycle) -> None:
     for _, row in list(draft.prefix("order/")):
-        if row.platform == command.platform and row.state == GIVEN_UP:
-            _queue(draft, replace(row, state=QUEUED, tries=0))
+        if row.platform == command.platform and row.state == OrderState.GIVEN_UP:
+            _queue(draft, replace(row, state=OrderState.QUEUED, tries=0))
     draft.reply(CycleSet(command.platform, _schedule(draft, command.platform, draft.now)))
 
 
@@ -156,7 +151,7 @@ def _cycle_due(draft: WalletDraft, timer: CycleDue) -> None:
     queue = list(islice(draft.readable(f"queue/{timer.platform}/"), MAX_RUN_ORDERS + 1))
     more = len(queue) > MAX_RUN_ORDERS
     queued = _waiting(draft, queue[:MAX_RUN_ORDERS])
-    by_payer: dict[str, list[PayOrder]] = {}
+    by_payer: dict[str, list[PayOrderRow]] = {}
     for row in sorted(queued, key=lambda row: (row.queued_at, row.order_id)):
         by_payer.setdefault(row.payer, []).append(row)
     for payer, orders in by_payer.items():
@@ -167,12 +162,12 @@ def _cycle_due(draft: WalletDraft, timer: CycleDue) -> None:
         _schedule(draft, timer.platform, draft.now + 1.0 if more else None)
 
 
-def _waiting(draft: WalletDraft, queue: list[tuple[str, Queued]]) -> list[PayOrder]:
+def _waiting(draft: WalletDraft, queue: list[tuple[str, QueuedRow]]) -> list[PayOrderRow]:
     """Return the orders of a piece of the queue. One that cannot be read waits alone, and its document says why."""
-    found: list[PayOrder] = []
+    found: list[PayOrderRow] = []
     for key, queued in queue:
         row = draft.sound(f"order/{queued.order_id}")
-        if isinstance(row, PayOrder):
+        if isinstance(row, PayOrderRow):
             found.append(row)
         elif not queued.told:
             draft.put(key, replace(queued, told=True))
@@ -182,9 +177,9 @@ def _waiting(draft: WalletDraft, queue: list[tuple[str, Queued]]) -> list[PayOrd
 
 
 # -- batches
-def _send_batch(draft: WalletDraft, platform: str, payer: str, payees: list[list[PayOrder]]) -> None:
+def _send_batch(draft: WalletDraft, platform: str, payer: str, payees: list[list[PayOrderRow]]) -> None:
     counter = f"batches/{platform}/{payer}"
-    number = (draft.row(Batches, counter) or Batches(0)).count
+    number = (draft.row(BatchesRow, counter) or BatchesRow(0)).count
     order_ids = [order.order_id for orders in payees for order in orders]
     batch_id = digest("batch", platform, payer, str(number), *order_ids)[:32]  # unlike any of a journal that was lost
     assert draft.row(PayBatchRow, f"batch/{batch_id}") is None, f"number {number} of {payer} is used twice"
@@ -201,28 +196,28 @@ def _send_batch(draft: WalletDraft, platform: str, payer: str, payees: list[list
             )
             for orders in payees
         ),
-        state=SENDING,
+        state=PayBatchState.SENDING,
         created_at=draft.now,
     )
-    draft.put(counter, Batches(number + 1))
+    draft.put(counter, BatchesRow(number + 1))
     draft.put(f"batch/{batch_id}", batch)
     for order in (order for orders in payees for order in orders):
-        assert order.state == QUEUED, order
-        draft.put(f"order/{order.order_id}", replace(order, state=BATCHED, batch_id=batch_id, reason=""))
+        assert order.state == OrderState.QUEUED, order
+        draft.put(f"order/{order.order_id}", replace(order, state=OrderState.BATCHED, batch_id=batch_id, reason=""))
         draft.put(f"queue/{platform}/{payer}/{order.order_id}", None)
     draft.send("chain", _transfer(batch))
 
 
 def _transfer_sent(draft: WalletDraft, fact: TransferSent) -> None:
     batch = _batch(draft, fact.batch_id)
-    if batch and batch.state == SENDING and batch.tx_hash != fact.tx_hash:
+    if batch and batch.state == PayBatchState.SENDING and batch.tx_hash != fact.tx_hash:
         reason = f"transaction {fact.tx_hash} sent; waiting for its confirmation"
         _explain(draft, replace(batch, tx_hash=fact.tx_hash), reason)
 
 
 def _transfer_delayed(draft: WalletDraft, fact: TransferDelayed) -> None:
     batch = _batch(draft, fact.batch_id)
-    if batch and batch.state == SENDING and batch.reason != fact.reason:
+    if batch and batch.state == PayBatchState.SENDING and batch.reason != fact.reason:
         _explain(draft, batch, fact.reason)
 
 
@@ -233,33 +228,33 @@ def _explain(draft: WalletDraft, batch: PayBatchRow, reason: str) -> None:
         draft.send("ledger", PayOutDelayed(order_ids, reason))
 
 
-def _orders(draft: WalletDraft, batch: PayBatchRow, payee: Payee) -> list[PayOrder]:
+def _orders(draft: WalletDraft, batch: PayBatchRow, payee: Payee) -> list[PayOrderRow]:
     """Return the orders that a batch pays a payee for; those that this journal has forgotten are not among them."""
     found = []
     for order_id in payee.order_ids:
-        order = draft.row(PayOrder, f"order/{order_id}")
-        assert batch.recalled or (order and (order.state, order.batch_id) == (BATCHED, batch.batch_id)), order_id
-        if order is not None and (order.state, order.batch_id) == (BATCHED, batch.batch_id):
+        order = draft.row(PayOrderRow, f"order/{order_id}")
+        assert batch.recalled or (order and (order.state, order.batch_id) == (OrderState.BATCHED, batch.batch_id)), order_id
+        if order is not None and (order.state, order.batch_id) == (OrderState.BATCHED, batch.batch_id):
             found.append(order)
     return found
 
 
 def _transfer_mined(draft: WalletDraft, fact: TransferMined) -> None:
     reason = f"transaction {fact.tx_hash} is in block {fact.block}; waiting until that is final"
-    if (batch := _batch(draft, fact.batch_id)) and batch.state == SENDING and batch.reason != reason:
+    if (batch := _batch(draft, fact.batch_id)) and batch.state == PayBatchState.SENDING and batch.reason != reason:
         _explain(draft, replace(batch, tx_hash=fact.tx_hash), reason)
 
 
 def _transfer_confirmed(draft: WalletDraft, fact: TransferConfirmed) -> None:
     batch = _batch(draft, fact.batch_id)
-    if batch is None or (batch.state == CONFIRMED and not batch.recalled):
+    if batch is None or (batch.state == PayBatchState.CONFIRMED and not batch.recalled):
         return
-    assert batch.state != FAILED, f"batch {batch.batch_id} was final as failed, and now is confirmed"
+    assert batch.state != PayBatchState.FAILED, f"batch {batch.batch_id} was final as failed, and now is confirmed"
     draft.put(
         f"batch/{batch.batch_id}",
         replace(
             batch,
-            state=CONFIRMED,
+            state=PayBatchState.CONFIRMED,
             tx_hash=fact.tx_hash,
             reason="",
             block=fact.block,
@@ -270,7 +265,7 @@ def _transfer_confirmed(draft: WalletDraft, fact: TransferConfirmed) -> None:
     for payee in batch.payees:
         orders = _orders(draft, batch, payee)
         for order in orders:
-            draft.put(f"order/{order.order_id}", replace(order, state=PAID, reason=""))
+            draft.put(f"order/{order.order_id}", replace(order, state=OrderState.PAID, reason=""))
         if orders:
             paid = amount_text(total_of(order.amount for order in orders))
             order_ids = tuple(order.order_id for order in orders)
@@ -280,14 +275,16 @@ def _transfer_confirmed(draft: WalletDraft, fact: TransferConfirmed) -> None:
 def _orders_known(draft: WalletDraft, fact: OrdersKnown) -> None:
     """The chain port has orders of a batch in others: this journal is older. Hear what became of them there."""
     batch = _batch(draft, fact.batch_id)
-    if batch is None or batch.state != SENDING:
+    if batch is None or batch.state != PayBatchState.SENDING:
         return
     reason = "some of its orders are in other batches of a time that this node's journal has forgotten"
-    draft.put(f"batch/{batch.batch_id}", replace(batch, state=FAILED, reason=reason))
+    draft.put(f"batch/{batch.batch_id}", replace(batch, state=PayBatchState.FAILED, reason=reason))
     known_in: dict[str, str] = {}
     for known in fact.batches:
         row = draft.row(PayBatchRow, f"batch/{known.batch_id}") or _recalled(batch, known, draft.now)
-        state = CONFIRMED if row.state == CONFIRMED else SENDING  # one that failed here has not failed there
+        state = (
+            PayBatchState.CONFIRMED if row.state == PayBatchState.CONFIRMED else PayBatchState.SENDING
+        )  # one that failed here has not failed there
         draft.put(f"batch/{known.batch_id}", replace(row, recalled=True, state=state))
         draft.send("chain", _transfer(row))  # it is there; its end is told again
         known_in |= {order_id: known.batch_id for orders in known.orders for order_id in orders}
@@ -295,21 +292,23 @@ def _orders_known(draft: WalletDraft, fact: OrdersKnown) -> None:
         if order.order_id in known_in:
             draft.put(f"order/{order.order_id}", replace(order, batch_id=known_in[order.order_id]))
         else:
-            _queue(draft, replace(order, state=QUEUED))
+            _queue(draft, replace(order, state=OrderState.QUEUED))
             _schedule(draft, batch.platform)
 
 
 def _recalled(like: PayBatchRow, known: KnownBatch, now: float) -> PayBatchRow:
     payees = tuple(Payee(*payee, orders) for payee, orders in zip(known.payees, known.orders, strict=True))
-    return PayBatchRow(known.batch_id, like.platform, like.payer, 0, payees, SENDING, now)  # its number is not known any more
+    return PayBatchRow(
+        known.batch_id, like.platform, like.payer, 0, payees, PayBatchState.SENDING, now
+    )  # its number is not known any more
 
 
 def _transfer_failed(draft: WalletDraft, fact: TransferFailed) -> None:
     batch = _batch(draft, fact.batch_id)
-    if batch is None or batch.state == FAILED:
+    if batch is None or batch.state == PayBatchState.FAILED:
         return
-    assert batch.state == SENDING, f"batch {batch.batch_id} was final as confirmed, and now has failed"
-    draft.put(f"batch/{batch.batch_id}", replace(batch, state=FAILED, reason=fact.reason))
+    assert batch.state == PayBatchState.SENDING, f"batch {batch.batch_id} was final as confirmed, and now has failed"
+    draft.put(f"batch/{batch.batch_id}", replace(batch, state=PayBatchState.FAILED, reason=fact.reason))
     given_up: list[str] = []
     queued: list[str] = []
     for order in (order for payee in batch.payees for order in _orders(draft, batch, payee)):
@@ -317,10 +316,10 @@ def _transfer_failed(draft: WalletDraft, fact: TransferFailed) -> None:
         at_fault = not fact.refused or order.payee in fact.refused
         order = replace(order, tries=order.tries + at_fault, reason=fact.reason)
         if order.tries < MAX_TRIES:
-            _queue(draft, replace(order, state=QUEUED))
+            _queue(draft, replace(order, state=OrderState.QUEUED))
             queued.append(order_id)
         else:
-            draft.put(f"order/{order_id}", replace(order, state=GIVEN_UP))
+            draft.put(f"order/{order_id}", replace(order, state=OrderState.GIVEN_UP))
             given_up.append(order_id)
     if queued:
         draft.send("ledger", PayOutDelayed(tuple(queued), f"a transfer failed, to be repeated: {fact.reason}"))
@@ -336,7 +335,7 @@ def _undelivered(draft: WalletDraft, fact: Undelivered) -> None:
     if isinstance(message, Transfer):
         batch = _batch(draft, message.batch_id)
         reason = f"{fact.to.rpartition('/')[2]} did not take the transfer, which is asked for again: {fact.reason}"
-        if batch and batch.state == SENDING and batch.reason != reason:
+        if batch and batch.state == PayBatchState.SENDING and batch.reason != reason:
             _explain(draft, batch, reason)
     draft.send(fact.to, message)
 
@@ -344,7 +343,7 @@ def _undelivered(draft: WalletDraft, fact: Undelivered) -> None:
 def _resume(draft: WalletDraft, command: ResumePayments) -> None:
     """The chain port repeats its last word on what it knows, and takes on what it does not."""
     for _, batch in draft.readable("batch/"):
-        if batch.state == SENDING:
+        if batch.state == PayBatchState.SENDING:
             draft.send("chain", _transfer(batch))
     for _, cycle in draft.readable("cycle/"):
         if cycle.next_at is not None:
@@ -365,15 +364,15 @@ def _transfer(batch: PayBatchRow) -> Transfer:
     return Transfer(batch.batch_id, batch.platform, batch.payer, payees, orders)
 
 
-def _batches(orders: list[PayOrder], minimum: Decimal, max_payees: int) -> Iterator[list[list[PayOrder]]]:
+def _batches(orders: list[PayOrderRow], minimum: Decimal, max_payees: int) -> Iterator[list[list[PayOrderRow]]]:
     """Yield lists of payees, each a list of its orders: bounded numbers of payees and orders, every order once.
 
     A payee who made a batch fail gets one of his own: one whom no token can be sent to must not sink the others.
     """
-    by_payee: dict[str, list[PayOrder]] = {}
+    by_payee: dict[str, list[PayOrderRow]] = {}
     for order in orders:
         by_payee.setdefault(order.payee, []).append(order)
-    batch: list[list[PayOrder]] = []
+    batch: list[list[PayOrderRow]] = []
     size = 0
     for theirs in by_payee.values():
         if total_of(order.amount for order in theirs) < minimum:

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
+
 from protocol.types import Message
 
-QUEUED, BATCHED, PAID, GIVEN_UP = "QUEUED", "BATCHED", "PAID", "GIVEN_UP"
-SENDING, CONFIRMED, FAILED = "SENDING", "CONFIRMED", "FAILED"
+
+class OrderState(StrEnum):
+    """Of an order of the ledger."""
+
+    QUEUED = "QUEUED"
+    BATCHED = "BATCHED"
+    PAID = "PAID"
+    GIVEN_UP = "GIVEN_UP"
 
 
-class PayOrder(Message, frozen=True):
+class PayBatchState(StrEnum):
+    """Of a transfer to several payees."""
+
+    SENDING = "SENDING"
+    CONFIRMED = "CONFIRMED"
+    FAILED = "FAILED"
+
+
+class PayOrderRow(Message, frozen=True, tag="PayOrder"):
     """One order of the ledger. `batch_id` is the last batch it was in."""
 
     order_id: str
@@ -16,7 +32,7 @@ class PayOrder(Message, frozen=True):
     payer: str
     payee: str
     amount: str
-    state: str
+    state: OrderState
     queued_at: float
     batch_id: str = ""
     tries: int = 0
@@ -39,7 +55,7 @@ class PayBatchRow(Message, frozen=True, tag="Batch"):
     payer: str
     number: int  # of the payer's batches on this platform
     payees: tuple[Payee, ...]
-    state: str
+    state: PayBatchState
     created_at: float
     tx_hash: str = ""
     reason: str = ""
@@ -49,20 +65,20 @@ class PayBatchRow(Message, frozen=True, tag="Batch"):
     recalled: bool = False  # by the chain port: this journal may not know all its orders
 
 
-class Batches(Message, frozen=True):
+class BatchesRow(Message, frozen=True, tag="Batches"):
     """How many batches a payer has had on a platform: no two have one id, though they pay the same orders."""
 
     count: int
 
 
-class Queued(Message, frozen=True):
+class QueuedRow(Message, frozen=True, tag="Queued"):
     """An order that waits for a batch. `told`: its row is damaged, and that was said."""
 
     order_id: str
     told: bool = False
 
 
-class Cycle(Message, frozen=True):
+class CycleRow(Message, frozen=True, tag="Cycle"):
     """When a platform's orders are gathered. `next_at` None: with the first order that comes, one interval later."""
 
     platform: str
@@ -72,4 +88,4 @@ class Cycle(Message, frozen=True):
     last_at: float | None = None
 
 
-WalletRow = PayOrder | PayBatchRow | Batches | Queued | Cycle
+WalletRow = PayOrderRow | PayBatchRow | BatchesRow | QueuedRow | CycleRow

@@ -8,7 +8,7 @@ from typing import Any
 from golem.chain.engine import Engine
 from golem.chain.evidence import Story, Unclear
 from golem.chain.lost import named
-from golem.chain.rows import Attempt, ChainBatchRow, TxRow
+from golem.chain.rows import Attempt, ChainBatchRow, TransferState, TxRow
 from golem.chain.rpc import Receipt
 from golem.chain.verify import shortfall
 from protocol.types import amount_text, from_wei, timestamp_text
@@ -59,7 +59,7 @@ async def decide(engine: Engine, batch_id: str, tx_hash: str | None, *, unseen: 
         tx = next(iter(txs), None)
         if twice := [newer for _, newer in engine.store.doubled() if newer.batch_id == batch_id]:
             words = _known(engine, twice[0], tx_hash)
-        elif row.state == "queued":
+        elif row.state == TransferState.QUEUED:
             words = _unsigned(engine, row, tx_hash, unseen)
         elif tx is None or tx.id not in engine.unclear:
             state = tx.state if tx else row.state
@@ -125,7 +125,7 @@ async def _unpaid(engine: Engine, tx: TxRow) -> str:
         raise ValueError(f"nonce {tx.nonce} is free: the transaction of payment {tx.batch_id} is sent again by itself")
     if shows := [*await _shown(engine, tx), *await engine.evidence.moved(engine.payment(tx))]:
         raise ValueError(f"payment {tx.batch_id} would be paid twice: {_told_by(shows)}. {_leave_out(engine)}")
-    engine.end(tx, "nonce_lost", "a person decided that it paid nothing")
+    engine.end(tx, TransferState.NONCE_LOST, "a person decided that it paid nothing")
     return f"payment {tx.batch_id} counts as not paid, and is paid anew"
 
 
@@ -144,7 +144,7 @@ async def _paid(engine: Engine, tx: TxRow, tx_hash: str, unseen: bool) -> str:
         await _check_final(engine, found[0][1])
         engine.store.mark_mined(tx.id, found[0][1].block, found[0][1].block_hash, tx_hash)
         names = ", ".join(name for name, _ in found)
-        engine.end(tx, "confirmed", f"a person decided that {tx_hash} paid it, shown by {names}")
+        engine.end(tx, TransferState.CONFIRMED, f"a person decided that {tx_hash} paid it, shown by {names}")
         return f"payment {batch_id} counts as paid by {tx_hash}, in block {found[0][1].block}"
     if not unseen:
         blind = [Story(witness.name, "does not know it") for witness, _ in answers]
@@ -156,7 +156,7 @@ async def _paid(engine: Engine, tx: TxRow, tx_hash: str, unseen: bool) -> str:
             f"{engine.address}, add --unseen"
         )
     engine.store.mark_mined(tx.id, 0, "", tx_hash)
-    engine.end(tx, "confirmed", f"a person decided that {tx_hash} paid it, which no RPC shows")
+    engine.end(tx, TransferState.CONFIRMED, f"a person decided that {tx_hash} paid it, which no RPC shows")
     return f"payment {batch_id} counts as paid by {tx_hash}, which no RPC shows"
 
 

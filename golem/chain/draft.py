@@ -8,7 +8,7 @@ from golem.chain import token
 from golem.chain.evidence import Story, Unclear, View, newest
 from golem.chain.networks import Network
 from golem.chain.problem import Problem
-from golem.chain.rows import Attempt, TransferBatch, TxRow
+from golem.chain.rows import Attempt, TransferBatch, TransferState, TxKind, TxRow
 from golem.chain.rpc import Receipt, Rpc, RpcError
 from golem.chain.signer import Key, Signed, Transaction, sign
 from golem.chain.store import FILL_GAS, Store
@@ -66,7 +66,7 @@ class Drafts:
     async def payment(self, batch: TransferBatch, views: Sequence[View]) -> int:
         """That of a batch; if it needs an allowance first, that of the approval, and `Wait`."""
         multi = self._network.multi_transfer
-        reserved = sum(tx.total_wei for tx in self._store.open() if tx.state != "mined")
+        reserved = sum(tx.total_wei for tx in self._store.open() if tx.state != TransferState.MINED)
         missing = batch.total_wei + reserved
         missing -= await token.tokens(self._rpc, self._network, self.address, enough_wei=missing)
         if missing > 0:
@@ -74,13 +74,13 @@ class Drafts:
             raise Wait(Problem("InsufficientToken", text, self.address, needed_wei=missing))
         if len(batch.payees) == 1 or multi is None:
             ((payee, amount_wei),) = batch.payees
-            return await self.call("pay", self._network.token, token.transfer_call(payee, amount_wei), views, batch)
+            return await self.call(TxKind.PAY, self._network.token, token.transfer_call(payee, amount_wei), views, batch)
         if await token.allowance(self._rpc, self._network, self.address, multi) < batch.total_wei + reserved:
             wait = Problem("TxStuck", "the multi-transfer contract is being approved", self.address)
-            if any(tx.kind == "approve" for tx in self._store.open()):
+            if any(tx.kind == TxKind.APPROVE for tx in self._store.open()):
                 raise Wait(wait, first=0)
-            raise Wait(wait, first=await self.call("approve", self._network.token, token.approve_call(multi), views))
-        return await self.call("pay", multi, token.packed_call(batch.payees), views, batch)
+            raise Wait(wait, first=await self.call(TxKind.APPROVE, self._network.token, token.approve_call(multi), views))
+        return await self.call(TxKind.PAY, multi, token.packed_call(batch.payees), views, batch)
 
     async def refused(self, batch: TransferBatch) -> dict[str, str]:
         """Payees to whom the token moves nothing, and its words. Empty when a transfer to ourselves fails as well: then it
@@ -100,7 +100,7 @@ class Drafts:
         return ""
 
     async def call(
-        self, kind: str, recipient: str, call: bytes, views: Sequence[View], batch: TransferBatch | None = None,
+        self, kind: TxKind, recipient: str, call: bytes, views: Sequence[View], batch: TransferBatch | None = None,
         nonce: int | None = None,
     ) -> int:  # fmt: skip
         """Nonce, fees, gas, signature, disk. `Wait` when it cannot be paid for now."""
@@ -108,14 +108,14 @@ class Drafts:
         priority_fee, max_fee = self._fees(views)
         gas = await self._gas(recipient, call, payees)
         nonce = self._free_nonce(views) if nonce is None else nonce
-        if kind == "pay":
+        if kind == TxKind.PAY:
             await self._check_owed(batch.batch_id if batch else "", recipient, call)
         signed = self._sign(nonce, gas, max_fee, priority_fee, recipient, call)
         await self._afford(gas * max_fee, signed)
         self._checkpoint("signed")
         total_wei = batch.total_wei if batch else 0
         batch_id = batch.batch_id if batch else ""
-        tx = TxRow(0, nonce, kind, batch_id, recipient, call, gas, total_wei, "signed", 0, "", "", 0, 0)
+        tx = TxRow(0, nonce, kind, batch_id, recipient, call, gas, total_wei, TransferState.SIGNED, 0, "", "", 0, 0)
         oldest = min(view.head.number for view in views)  # whichever RPC is right, it is in no earlier block
         attempt = Attempt(signed.hash, 0, signed.raw, max_fee, priority_fee, self._clock(), oldest, 0)
         tx_id = self._store.add_tx(tx, attempt)
@@ -151,7 +151,7 @@ class Drafts:
         self._check_same(tx, last)
         if last.empty:
             return self._empty(tx.nonce, max_fee, priority_fee)
-        if tx.kind == "pay":
+        if tx.kind == TxKind.PAY:
             await self._check_owed(tx.batch_id, tx.recipient, tx.data)
         return self._sign(tx.nonce, tx.gas, max_fee, priority_fee, tx.recipient, tx.data)
 
@@ -212,7 +212,7 @@ class Drafts:
         if self._network.fee_model == "op":
             cost_wei += await token.l1_fee(self._rpc, signed.raw) * 5 // 4  # it may rise until the block
         for tx in self._store.open():
-            if tx.state != "mined":
+            if tx.state != TransferState.MINED:
                 cost_wei += tx.gas * self._store.attempts(tx.id)[0].max_fee
         missing = cost_wei - await token.coins(self._rpc, self.address, enough_wei=cost_wei)
         if missing > 0:

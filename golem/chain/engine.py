@@ -37,7 +37,7 @@ from golem.chain.networks import Network
 from golem.chain.news import News
 from golem.chain.problem import Problem
 from golem.chain.queue import Queue
-from golem.chain.rows import TransferBatch, TxRow
+from golem.chain.rows import TransferBatch, TransferState, TxKind, TxRow
 from golem.chain.rpc import Receipt, Rpc, RpcError
 from golem.chain.schema import OwnDisk
 from golem.chain.sender import Sender
@@ -297,7 +297,7 @@ class Engine:
         nonce, looks = self._gap
         self._gap = (count, looks + 1 if nonce == count else 1)
         if self._gap[1] >= PATIENT_LOOKS and not self.store.has_nonce(count):
-            tx_id = await self.drafts.call("fill", self.address, b"", views, nonce=count)
+            tx_id = await self.drafts.call(TxKind.FILL, self.address, b"", views, nonce=count)
             await self._sender.broadcast(self.store.tx(tx_id), self.store.attempts(tx_id)[0], [])
 
     async def _mined(self, tx: TxRow, shown: Sequence[Shown]) -> None:
@@ -306,7 +306,7 @@ class Engine:
             told = "success" if each.receipt.succeeded else "failure"
             text = f"receipt of {each.receipt.hash}, {told}, in block {each.receipt.block} {each.receipt.block_hash}"
             self.store.note(tx.id, each.view.name, text, self._clock())
-        if tx.state != "mined" or (tx.block_hash, tx.winner) != (receipt.block_hash, receipt.hash):
+        if tx.state != TransferState.MINED or (tx.block_hash, tx.winner) != (receipt.block_hash, receipt.hash):
             self.store.mark_mined(tx.id, receipt.block, receipt.block_hash, receipt.hash)
             await self._news.tell(tx, TransferMined(tx.batch_id, receipt.hash, receipt.block))
             self._checkpoint("mined")
@@ -328,14 +328,14 @@ class Engine:
             # a token that says yes and moves nothing is no payment; nor is it a proof that nothing was moved
             if missing := shortfall(receipt, self.network, self.address, self.payees(tx)):
                 raise Unclear([Story(view.name, missing)])
-            self.end(tx, "confirmed", "", receipt.gas_used, receipt.fee_wei)
+            self.end(tx, TransferState.CONFIRMED, "", receipt.gas_used, receipt.fee_wei)
             return
-        if tx.kind == "pay":
+        if tx.kind == TxKind.PAY:
             if self.evidence.is_young(receipt.block, view.head):
                 await self._news.young(tx, f"transaction {receipt.hash} failed", receipt.block)
                 return
             await self.evidence.unpaid(self.payment(tx), receipt.block, receipt.block_hash)
-        self.end(tx, "failed", await self.drafts.cause(tx, receipt), receipt.gas_used, receipt.fee_wei)
+        self.end(tx, TransferState.FAILED, await self.drafts.cause(tx, receipt), receipt.gas_used, receipt.fee_wei)
 
     def _empties(self, tx: TxRow) -> set[str]:
         return {attempt.hash for attempt in self.store.attempts(tx.id) if attempt.empty}
@@ -344,11 +344,11 @@ class Engine:
         """An empty transaction took the nonce of one that must not pay. What others were told to be paid by it was paid by
         an older one."""
         row, payer = self.store.batch(tx.batch_id), self.lost.paid_by(tx.batch_id, tx.id)
-        if row and row.state == "confirmed" and payer:
+        if row and row.state == TransferState.CONFIRMED and payer:
             self.store.mark_mined(tx.id, payer.block, payer.block_hash, payer.winner)
-            self.end(tx, "confirmed", f"paid by {payer.winner}", receipt.gas_used, receipt.fee_wei)
+            self.end(tx, TransferState.CONFIRMED, f"paid by {payer.winner}", receipt.gas_used, receipt.fee_wei)
         else:
-            self.end(tx, "nonce_lost", f"the empty {receipt.hash} took its nonce", receipt.gas_used, receipt.fee_wei)
+            self.end(tx, TransferState.NONCE_LOST, f"the empty {receipt.hash} took its nonce", receipt.gas_used, receipt.fee_wei)
 
     def now(self) -> float:
         """Seconds of the epoch."""
@@ -356,7 +356,7 @@ class Engine:
 
     def payees(self, tx: TxRow) -> tuple[tuple[str, int], ...]:
         """Whom a payment owes how many wei; nobody for what is none."""
-        row = self.store.batch(tx.batch_id) if tx.kind == "pay" else None
+        row = self.store.batch(tx.batch_id) if tx.kind == TxKind.PAY else None
         return row.batch.payees if row else ()
 
     def payment(self, tx: TxRow) -> Payment:
@@ -366,7 +366,7 @@ class Engine:
         since = min(attempt.head for attempt in attempts)
         return Payment(tx.nonce, tx.recipient, tx.data, payees, self.store.hashes(tx), since)
 
-    def end(self, tx: TxRow, state: str, reason: str, gas_used: int = 0, fee_wei: int = 0) -> None:
+    def end(self, tx: TxRow, state: TransferState, reason: str, gas_used: int = 0, fee_wei: int = 0) -> None:
         """A transaction is final. `turn` is held."""
         self._young = True
         self.store.note(tx.id, "this node", f"{state}{': ' if reason else ''}{reason}", self._clock())
@@ -374,14 +374,14 @@ class Engine:
 
     async def _nonce_taken(self, tx: TxRow, views: Sequence[View]) -> None:
         """The nonce is used, and no RPC shows a receipt of ours. That proves nothing: what used it has to be found."""
-        if tx.kind != "pay":
+        if tx.kind != TxKind.PAY:
             await self._moneyless_taken(tx, views)
             return
         payment = self.payment(tx)
         use = await self.evidence.user(payment)
         self.store.note(tx.id, use.view.name, f"block {use.block} {use.block_hash} holds {use.tx.hash}", self._clock())
         if use.tx.hash in payment.hashes or use.tx.pays(tx.recipient, tx.data):
-            if (tx.state, tx.block_hash, tx.winner) != ("mined", use.block_hash, use.tx.hash):
+            if (tx.state, tx.block_hash, tx.winner) != (TransferState.MINED, use.block_hash, use.tx.hash):
                 self.store.mark_mined(tx.id, use.block, use.block_hash, use.tx.hash)
             raise Unclear([Story(use.view.name, f"block {use.block} holds our {use.tx.hash}, and no RPC shows its receipt")])
         if self.evidence.is_young(use.block, use.view.head):
@@ -389,12 +389,12 @@ class Engine:
         elif self._again(f"taken {tx.id}"):
             self.store.mark_taken(tx.id, use.block, use.block_hash)
             reason = f"another transaction of {self.address}, {use.tx.hash} in block {use.block}, took nonce {tx.nonce}"
-            self.end(tx, "nonce_lost", reason)
+            self.end(tx, TransferState.NONCE_LOST, reason)
 
     async def _moneyless_taken(self, tx: TxRow, views: Sequence[View]) -> None:
         """An approval, test money or an empty transaction: a mistake costs a fee."""
         if self._again(f"taken {tx.id}", await self.evidence.used(views, tx.nonce)):
-            self.end(tx, "nonce_lost", f"another transaction of {self.address} took nonce {tx.nonce}")
+            self.end(tx, TransferState.NONCE_LOST, f"another transaction of {self.address} took nonce {tx.nonce}")
 
     # -- what waits for a person
 
@@ -415,7 +415,7 @@ class Engine:
 
     # -- test money
 
-    async def send_call(self, kind: str, recipient: str, call: bytes) -> int:
+    async def send_call(self, kind: TxKind, recipient: str, call: bytes) -> int:
         """Sign and send a call that pays nobody; its row's id. RpcError, `Wait` or `Unclear` say why not."""
         async with self.turn:
             await self._check_chain([])

@@ -9,6 +9,7 @@ import trio
 from golem.chain import token
 from golem.chain.draft import Wait
 from golem.chain.evidence import Unclear
+from golem.chain.rows import TransferState, TxKind
 from golem.chain.rpc import RpcError
 
 if TYPE_CHECKING:
@@ -41,15 +42,15 @@ async def fund(engine: Engine) -> token.Balances:
 
 async def _mint(engine: Engine, contract: str) -> None:
     try:
-        tx_id = await engine.send_call("mint", contract, token.CREATE)
+        tx_id = await engine.send_call(TxKind.MINT, contract, token.CREATE)
     except (Wait, Unclear) as wait:
         if "Cannot acquire more funds" in str(wait):
             return  # it holds plenty
         raise FundError(f"no test tokens: {wait}") from wait
     with trio.move_on_after(FUND_S):
-        while (tx := engine.store.tx(tx_id)).state in ("signed", "sent"):
+        while (tx := engine.store.tx(tx_id)).state in (TransferState.SIGNED, TransferState.SENT):
             await trio.sleep(engine.network.poll_s / 3)
-        if tx.state in ("mined", "confirmed"):
+        if tx.state in (TransferState.MINED, TransferState.CONFIRMED):
             return
         raise FundError(f"create() did not succeed: {tx.state}")
     raise FundError(f"create() was not mined within {FUND_S:.0f} s")

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from golem.chain.evidence import TOLD, Evidence, Story, Unclear, View, newest
 from golem.chain.networks import Network
 from golem.chain.problem import Problem
-from golem.chain.rows import TxRow
+from golem.chain.rows import TransferState, TxKind, TxRow
 from golem.chain.store import Store
 from protocol.types import amount_text, from_wei
 
@@ -63,7 +63,7 @@ class Lost:
     def reopen(self, lost: Sequence[TxRow], since: int) -> None:
         """What had paid is on its way again, what had not must not be."""
         for tx in reversed(lost):
-            self._store.reopen(tx.id, tx.kind == "pay" and tx.state != "confirmed", since)
+            self._store.reopen(tx.id, tx.kind == TxKind.PAY and tx.state != TransferState.CONFIRMED, since)
             self._store.note(tx.id, "this node", "the chain lost its block", self._clock())
 
     # -- what must not pay
@@ -82,7 +82,7 @@ class Lost:
     def give_way(self, tx: TxRow) -> bool:
         """Before it is sent: False for what has to wait. One whose orders were paid after all becomes an empty transaction.
         `Unclear` where that leaves some unpaid."""
-        if tx.kind != "pay" or tx.void:
+        if tx.kind != TxKind.PAY or tx.void:
             return True
         if self.waits_for(tx):
             return False
@@ -106,13 +106,13 @@ class Lost:
 
     def problem(self, unnoticed: bool) -> list[Problem]:
         """What is on its way again, and what a person has to know of it."""
-        again = [tx for tx in self._store.open() if tx.reopened and tx.state != "mined"]
+        again = [tx for tx in self._store.open() if tx.reopened and tx.state != TransferState.MINED]
         if not again and not unnoticed:
             return []
         text = "the chain has lost blocks that were final"
         if unnoticed and not again:
             return [Problem("TxStuck", f"{text}: it is looked again, before anything new is sent, what is gone", self._address)]
-        paying = [tx for tx in again if tx.kind == "pay" and not tx.void]
+        paying = [tx for tx in again if tx.kind == TxKind.PAY and not tx.void]
         void = [tx for tx in again if tx.void]
         if paying:
             debts = [f"{tx.batch_id} ({self._debts(tx)})" for tx in paying]

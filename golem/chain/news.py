@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 
 from golem.chain.networks import Network
-from golem.chain.rows import ChainBatchRow, TxRow
+from golem.chain.rows import ChainBatchRow, TransferState, TxRow
 from golem.chain.schema import StoreDamaged
 from golem.chain.store import Store
 from protocol.types import amount_text, from_wei
@@ -53,7 +53,7 @@ class News:
 
     def _ending(self, row: ChainBatchRow) -> TransferNews:
         batch_id = row.batch.batch_id
-        if row.state in ("failed", "nonce_lost"):
+        if row.state in (TransferState.FAILED, TransferState.NONCE_LOST):
             return TransferFailed(batch_id, row.reason, row.refused)
         tx = self._store.tx_of_batch(batch_id)
         if tx is None:

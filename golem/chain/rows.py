@@ -5,9 +5,32 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from enum import StrEnum
 from typing import Any
 
 from golem.chain.schema import StoreDamaged, typed
+
+
+class TransferState(StrEnum):
+    """How far a batch is, or a transaction that pays one."""
+
+    QUEUED = "queued"  # a batch that has no transaction
+    ASSIGNED = "assigned"  # a batch that has one
+    SIGNED = "signed"  # a transaction, from here on
+    SENT = "sent"
+    MINED = "mined"
+    CONFIRMED = "confirmed"  # both
+    FAILED = "failed"
+    NONCE_LOST = "nonce_lost"  # another transaction took the nonce
+
+
+class TxKind(StrEnum):
+    """What a transaction is for."""
+
+    PAY = "pay"
+    APPROVE = "approve"
+    MINT = "mint"
+    FILL = "fill"  # it uses up a nonce
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,27 +51,27 @@ class TransferBatch:
 
 @dataclass(frozen=True, slots=True)
 class ChainBatchRow:
-    """A batch and how far it is: queued, assigned (to a transaction), confirmed, failed or nonce_lost."""
+    """A batch and how far it is."""
 
     batch: TransferBatch
-    state: str
+    state: TransferState
     reason: str
     refused: tuple[str, ...] = ()  # payees to whom the token moves nothing
 
 
 @dataclass(frozen=True, slots=True)
 class TxRow:
-    """One nonce: signed, sent, mined, then confirmed, failed or nonce_lost. `kind`: pay, approve, mint or fill."""
+    """One nonce."""
 
     id: int
     nonce: int
-    kind: str
+    kind: TxKind
     batch_id: str
     recipient: str
     data: bytes
     gas: int
     total_wei: int
-    state: str
+    state: TransferState
     block: int
     block_hash: str
     winner: str
@@ -101,11 +124,26 @@ def _wei(what: str, text: str) -> int:
     return int(text)
 
 
+def _state(what: str, text: str) -> TransferState:
+    try:
+        return TransferState(text)
+    except ValueError:
+        raise StoreDamaged(f"{what} in chain.db cannot be read: {text[:40]!r} is no state") from None
+
+
+def _kind(what: str, text: str) -> TxKind:
+    try:
+        return TxKind(text)
+    except ValueError:
+        raise StoreDamaged(f"{what} in chain.db cannot be read: {text[:40]!r} is no kind") from None
+
+
 def tx_of(row: tuple[object, ...]) -> TxRow:
     """Raises `StoreDamaged`."""
     typed(what := f"transaction {row[0]}", row, _TX_KINDS, _TX_NAMES)
     values = list(row)
     values[7], values[13] = _wei(what, str(values[7])), _wei(what, str(values[13]))
+    values[2], values[8] = _kind(what, str(values[2])), _state(what, str(values[8]))
     values[14:] = map(bool, values[14:])
     return TxRow(*values)  # type: ignore[arg-type]
 
@@ -125,4 +163,4 @@ def batch_of(row: Sequence[Any]) -> ChainBatchRow:
         found = tuple((str(payee), int(wei)) for payee, wei in json.loads(payees))
     except (ValueError, TypeError):
         raise StoreDamaged(f"{what} in chain.db cannot be read: its payees are {payees[:60]!r}") from None
-    return ChainBatchRow(TransferBatch(batch_id, found), state, reason, tuple(refused.split()))
+    return ChainBatchRow(TransferBatch(batch_id, found), _state(what, state), reason, tuple(refused.split()))

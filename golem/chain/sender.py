@@ -10,7 +10,7 @@ from golem.chain.lost import Lost
 from golem.chain.networks import Network
 from golem.chain.news import News
 from golem.chain.problem import Problem
-from golem.chain.rows import Attempt, TxRow
+from golem.chain.rows import Attempt, TransferState, TxRow
 from golem.chain.rpc import Head, Rpc, RpcError
 from golem.chain.store import Store
 from protocol.wallet import TransferSent
@@ -41,7 +41,7 @@ class Sender:
 
     async def push(self, tx: TxRow, views: Sequence[View], is_next: bool, problems: list[Problem]) -> None:
         """Not in a block: make sure that the network has it, and that it pays enough."""
-        if tx.state == "mined":
+        if tx.state == TransferState.MINED:
             self._store.mark_sent(tx.id)  # reorganised away
         if not self._lost.give_way(tx):
             await self._news.stuck(tx.batch_id, MAY_COME)
@@ -53,7 +53,7 @@ class Sender:
         too_cheap = head.base_fee + attempt.priority_fee > attempt.max_fee
         if not await self._rpc.knows(attempt.hash):
             too_cheap = await self.broadcast(tx, attempt, problems) or too_cheap
-        elif tx.state == "signed":
+        elif tx.state == TransferState.SIGNED:
             self._store.mark_sent(tx.id)
         old = self._clock() - attempt.created > self._network.stuck_s
         if is_next and old and (too_cheap or head.number - attempt.head >= STUCK_BLOCKS):
@@ -77,7 +77,7 @@ class Sender:
                 problems.append(Problem("TxStuck", f"nonce {tx.nonce} refused: {error}", self._address))
                 return False  # else all say that the nonce is used: look for the receipt, at the next step
         self._checkpoint("sent")
-        if tx.state == "signed" or attempt.sends == 0:
+        if tx.state == TransferState.SIGNED or attempt.sends == 0:
             self._store.mark_sent(tx.id)
             await self._news.tell(tx, TransferSent(tx.batch_id, attempt.hash))
         return False

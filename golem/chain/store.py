@@ -13,10 +13,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from golem.chain.rows import TX_COLUMNS, Attempt, ChainBatchRow, Seen, TransferBatch, TxRow, attempt_of, batch_of, tx_of
+from golem.chain.rows import (
+    TX_COLUMNS,
+    Attempt,
+    ChainBatchRow,
+    Seen,
+    TransferBatch,
+    TransferState,
+    TxKind,
+    TxRow,
+    attempt_of,
+    batch_of,
+    tx_of,
+)
 from golem.chain.schema import StoreDamaged, connect
 
-OPEN = ("signed", "sent", "mined")
+OPEN = (TransferState.SIGNED, TransferState.SENT, TransferState.MINED)
+_OPEN = "('" + "','".join(OPEN) + "')"
 MAX_NONCE = 2**63 - 1
 FILL_GAS = 21_000
 MAX_SEEN = 200  # remarks of one teller kept on a transaction
@@ -30,13 +43,13 @@ class OrdersTaken(Exception):
         self.batches = batches
 
 
-def _batch_ends(tx: TxRow, state: str, before: str) -> str | None:
+def _batch_ends(tx: TxRow, state: TransferState, before: TransferState) -> TransferState | None:
     """How a batch stands that was `before` when one of its transactions has ended; None: as it did."""
     if not tx.void:
-        return "queued" if tx.reopened and state != "confirmed" else state
-    if state == "confirmed":
+        return TransferState.QUEUED if tx.reopened and state != TransferState.CONFIRMED else state
+    if state == TransferState.CONFIRMED:
         return state
-    return state if before == "assigned" and not tx.reopened else None  # else another one is to pay it, or has
+    return state if before == TransferState.ASSIGNED and not tx.reopened else None  # else another one is to pay it, or has
 
 
 class Store:
@@ -76,7 +89,7 @@ class Store:
             self._sql.execute("update tx set account=? where account=?", (f"{self.account}@{old}", self.account))
             self._sql.execute("update tx set account=? where account=?", (self.account, f"{self.account}@{genesis}"))
             self._sql.execute(
-                f"update batch set state=coalesce((select case when tx.state in {OPEN} then 'assigned' else tx.state end"
+                f"update batch set state=coalesce((select case when tx.state in {_OPEN} then 'assigned' else tx.state end"
                 " from tx where tx.account=batch.account and tx.batch=batch.id order by tx.id desc limit 1), 'queued')"
                 " where account=? and announced=0",
                 (self.account,),
@@ -168,7 +181,7 @@ class Store:
     def open(self) -> list[TxRow]:
         """Transactions that are not final, in nonce order."""
         rows = self._sql.execute(
-            f"select {TX_COLUMNS} from tx where account=? and state in {OPEN} order by nonce", (self.account,)
+            f"select {TX_COLUMNS} from tx where account=? and state in {_OPEN} order by nonce", (self.account,)
         )
         return [tx_of(row) for row in rows]
 
@@ -190,14 +203,14 @@ class Store:
     def final(self, before: int | None = None) -> TxRow | None:
         """The final transaction with the highest nonce, or the highest before one."""
         row = self._sql.execute(
-            f"select {TX_COLUMNS} from tx where account=? and nonce<? and state not in {OPEN} order by nonce desc limit 1",
+            f"select {TX_COLUMNS} from tx where account=? and nonce<? and state not in {_OPEN} order by nonce desc limit 1",
             (self.account, MAX_NONCE if before is None else before),
         ).fetchone()
         return tx_of(row) if row else None
 
     def last_block(self) -> int:
         """The newest block that holds what is final; far below all others where none does."""
-        row = self._sql.execute(f"select max(block) from tx where account=? and state not in {OPEN}", (self.account,)).fetchone()
+        row = self._sql.execute(f"select max(block) from tx where account=? and state not in {_OPEN}", (self.account,)).fetchone()
         return -MAX_NONCE if row[0] is None else int(row[0])
 
     def rivals(self, batch_id: str, tx_id: int = 0) -> list[TxRow]:
@@ -207,8 +220,8 @@ class Store:
             " on theirs.account=ours.account and theirs.id=ours.id where ours.account=? and ours.batch=?"
         )
         batches = [str(row[0]) for row in self._sql.execute(query, (batch_id, self.account, batch_id)).fetchall()]
-        txs = [tx for each in batches for tx in self.txs_of_batch(each) if tx.id != tx_id and tx.kind == "pay"]
-        return [tx for tx in txs if (tx.void and tx.state in OPEN) or (not tx.void and tx.state == "confirmed")]
+        txs = [tx for each in batches for tx in self.txs_of_batch(each) if tx.id != tx_id and tx.kind == TxKind.PAY]
+        return [tx for tx in txs if (tx.void and tx.state in OPEN) or (not tx.void and tx.state == TransferState.CONFIRMED)]
 
     def orders(self, batch_id: str) -> set[str]:
         """The orders that a batch pays; none where the wallet named none."""
@@ -328,7 +341,7 @@ class Store:
         """A person said that it is to pay, or may have paid, whatever an older one paid."""
         self._sql.execute("update tx set sure=1 where id=?", (tx_id,))
 
-    def finish(self, tx: TxRow, state: str, reason: str = "", gas_used: int = 0, fee_wei: int = 0) -> None:
+    def finish(self, tx: TxRow, state: TransferState, reason: str = "", gas_used: int = 0, fee_wei: int = 0) -> None:
         """Final: the transaction and its batch together. A batch that was told to be paid is never told to have failed:
         it is queued again here, under its id. One that was told to have failed, and paid, says so when it is asked for."""
         with self._transaction():
@@ -338,9 +351,9 @@ class Store:
             if ends is not None:
                 self._sql.execute(
                     "update batch set state=?, reason=?, announced=announced*? where account=? and id=?",
-                    (ends, reason, ends != "queued", self.account, tx.batch_id),
+                    (ends, reason, ends != TransferState.QUEUED, self.account, tx.batch_id),
                 )
-            if state == "confirmed" and self._is_own(tx.id):
+            if state == TransferState.CONFIRMED and self._is_own(tx.id):
                 self._sql.execute("update tx set void=0 where id=?", (tx.id,))
 
     def _is_own(self, tx_id: int) -> bool:

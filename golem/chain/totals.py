@@ -6,9 +6,9 @@ from collections import defaultdict
 from decimal import Decimal
 from typing import Any
 
-from actors.ledger.rows import PAYEE, PAYER, HasPrefix, LedgerAgreementRow, reserved
+from actors.ledger.rows import HasPrefix, LedgerAgreementRow, reserved
 from protocol.amounts import total_of
-from protocol.ledger import INVOICE
+from protocol.states import DocumentKind, Party
 from protocol.types import amount_text
 
 
@@ -20,7 +20,7 @@ def totals(rows: HasPrefix, platform: str) -> dict[str, Any]:
     billed: dict[str, Decimal] = defaultdict(Decimal)
     for _, activity in rows.prefix("activity/"):
         billed[activity.agreement_id] += Decimal(activity.due)
-    invoices = {row.document_id: Decimal(row.amount) for _, row in rows.prefix(f"{INVOICE}/")}
+    invoices = {row.document_id: Decimal(row.amount) for _, row in rows.prefix(f"{DocumentKind.INVOICE}/")}
     agreements = [row for _, row in rows.prefix("agreement/") if row.platform == platform]
 
     def stages(role: str) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def totals(rows: HasPrefix, platform: str) -> dict[str, Any]:
             "confirmed": _sum([_paid(row) for row in ours]),
         }
 
-    return {"reserved": amount_text(reserved(rows, platform)), "outgoing": stages(PAYER), "incoming": stages(PAYEE)}
+    return {"reserved": amount_text(reserved(rows, platform)), "outgoing": stages(Party.PAYER), "incoming": stages(Party.PAYEE)}
 
 
 def _paid(agreement: LedgerAgreementRow) -> Decimal:

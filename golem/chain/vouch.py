@@ -15,7 +15,7 @@ import trio
 from actors.kernel.records import RowDamaged
 from actors.kernel.system import System
 from actors.ledger import machine as ledger
-from actors.wallet.rows import BATCHED, PAID, PayBatchRow, PayOrder
+from actors.wallet.rows import OrderState, PayBatchRow, PayOrderRow
 from golem.chain.networks import Network, Networks
 from protocol.types import amount, to_wei
 
@@ -55,9 +55,9 @@ async def _objection(system: System, networks: Networks, network: Network, batch
         for order_id in payee.order_ids:
             await trio.lowlevel.checkpoint()
             order = wallet.get(f"order/{order_id}")
-            if not isinstance(order, PayOrder) or (order.batch_id, order.payee) != (batch_id, payee.payee):
+            if not isinstance(order, PayOrderRow) or (order.batch_id, order.payee) != (batch_id, payee.payee):
                 return f"order {order_id} is not one of batch {batch_id}"
-            if order.state not in (BATCHED, PAID):
+            if order.state not in (OrderState.BATCHED, OrderState.PAID):
                 return f"order {order_id} of batch {batch_id} is {order.state.lower()}"
             if reason := _unlike_ordered(system, order):
                 return reason
@@ -67,10 +67,10 @@ async def _objection(system: System, networks: Networks, network: Network, batch
     return ""
 
 
-def _unlike_ordered(system: System, order: PayOrder) -> str:
+def _unlike_ordered(system: System, order: PayOrderRow) -> str:
     rows: Any = system.rows("ledger")
     found = rows.get(f"order/{order.order_id}")
-    if not isinstance(found, ledger.Order):
+    if not isinstance(found, ledger.OrderRow):
         return f"the ledger has no order {order.order_id}"
     ours = order.platform, order.payer, order.payee, order.amount
     if ours != (found.platform, found.payer_addr, found.payee_addr, found.amount):

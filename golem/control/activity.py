@@ -15,6 +15,7 @@ from golem.control.command import COMMANDS, command
 from golem.exeunit.terms import flat
 from golem.net import RemoteError, Unreachable
 from protocol.amounts import cost
+from protocol.states import ActivityState, Role
 from protocol.types import timestamp_text
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def _form(node: Node, row: ActivityRow) -> dict[str, Any]:
     counters = names if len(names) == len(usage) else [str(number) for number in range(len(usage))]
     return {
         "id": row.activity_id, "role": row.role, "state": row.state, "runtime": agreement.exe_unit if agreement else "",
-        "agreementId": row.agreement_id, "peer": row.provider if row.role == "Requestor" else row.requestor,
+        "agreementId": row.agreement_id, "peer": row.provider if row.role == Role.REQUESTOR else row.requestor,
         "created": timestamp_text(row.created_at), "age_s": round(max(0.0, node.clock() - row.created_at), 1),
         "usage": dict(zip(counters, usage, strict=True)), "cost": price, "reason": row.reason, "error": row.error_message,
     }  # fmt: skip
@@ -104,7 +105,7 @@ async def activity_show(node: Node, args: dict[str, Any]) -> Any:
         batches.append({"id": batch.batch_id, "begun": begun, "commands": batch.size,
                         "results": batch.have, "finished": batch.finished, "failed": _failure(node, batch)})  # fmt: skip
     running = None
-    if not row.ended and row.state != "New":
+    if not row.ended and row.state != ActivityState.NEW:
         try:
             running = await _ask_unit(node, row, LIVE_TIMEOUT_S, "running")
         except (Unreachable, RemoteError, msgspec.DecodeError):
@@ -127,7 +128,7 @@ async def activity_watch(node: Node, args: dict[str, Any]) -> Any:
     row = _named(node, args)
     events: list[_Event] = []
     problem = None
-    if not row.ended and row.state != "New":
+    if not row.ended and row.state != ActivityState.NEW:
         wait_s = min(float(args.get("wait_s", 0.0)), 20.0)
         try:
             answer = await _ask_unit(node, row, wait_s + WATCH_MARGIN_S, "watch", int(args["after"]), wait_s)

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from actors.ledger.rows import PAYEE, PaymentRow
+from actors.ledger.rows import PaymentRow
 from golem.control.command import command
 from golem.node.paid import lost_of, payments_of
 from golem.node.payout import payout_of, write_payout
-from protocol.ledger import DEBIT_NOTE, INVOICE
+from protocol.states import DocumentKind, Party
 from protocol.types import timestamp_text
 
 if TYPE_CHECKING:
@@ -35,15 +35,15 @@ async def payment_trace(node: Node, args: dict[str, Any]) -> Any:
     node's own, and payments made to it."""
     wanted = str(args["id"])
     wallet = node.system.rows("wallet")
-    names = [wanted, f"{INVOICE}:{wanted}", f"{DEBIT_NOTE}:{wanted}"]
+    names = [wanted, f"{DocumentKind.INVOICE}:{wanted}", f"{DocumentKind.DEBIT_NOTE}:{wanted}"]
     orders = [row for name in names if (row := wallet.get(f"order/{name}")) is not None]
     known, _ = node.system.listed("wallet", "batch/")
     batches = [row for _, row in known if _concerns(row, wanted, {order.order_id for order in orders})]
     ledger = node.system.rows("ledger")
-    document = ledger.get(f"{INVOICE}/{wanted}") or ledger.get(f"{DEBIT_NOTE}/{wanted}")
+    document = ledger.get(f"{DocumentKind.INVOICE}/{wanted}") or ledger.get(f"{DocumentKind.DEBIT_NOTE}/{wanted}")
     claims = [row for _, row in node.system.listed("ledger", "payment/")[0]]
     claims = payments_of(node, document.agreement_id, claims) if document is not None else claims
-    claims = [row for row in claims if row.role == PAYEE and (document or wanted in (row.payment_id, row.tx_hash))]
+    claims = [row for row in claims if row.role == Party.PAYEE and (document or wanted in (row.payment_id, row.tx_hash))]
     if not orders and not batches and not claims:
         raise ValueError(f"no debt of this node is known as {wanted[:80]}: name an invoice, debit note, order or batch")
     documents = {order.order_id: ledger.get(f"order/{order.order_id}") for order in orders}

@@ -13,8 +13,8 @@ import trio
 
 from golem.control.command import command
 from golem.node.market_forms import subscription_form
-from protocol.ledger import DEBIT_NOTE, INVOICE
 from protocol.market import Subscription, read_subscription
+from protocol.states import DocumentKind
 from protocol.terms import compile_constraint
 from protocol.types import timestamp_text
 
@@ -62,14 +62,19 @@ def _known(node: Node, kind: str) -> list[str]:
         case "agreement":
             return keys("negotiation", kind)
         case "bill":
-            return keys("ledger", "agreement", DEBIT_NOTE, INVOICE)
+            return keys("ledger", "agreement", DocumentKind.DEBIT_NOTE, DocumentKind.INVOICE)
         case "payment":
             return keys("wallet", "batch") + keys("ledger", "payment")
         case "debt":
             orders = keys("wallet", "order")
             hashes = [row.tx_hash for _, row in node.system.listed("wallet", "batch/")[0] if row.tx_hash]
             hashes += [row.tx_hash for _, row in node.system.listed("ledger", "payment/")[0]]
-            known = orders + keys("wallet", "batch") + keys("ledger", "payment", DEBIT_NOTE, INVOICE) + hashes
+            known = (
+                orders
+                + keys("wallet", "batch")
+                + keys("ledger", "payment", DocumentKind.DEBIT_NOTE, DocumentKind.INVOICE)
+                + hashes
+            )
             return list(dict.fromkeys([*(one.partition(":")[2] or one for one in orders), *known]))
     raise LookupError(f"ids of what? Not of {kind!r}")
 
@@ -83,7 +88,7 @@ async def whole(node: Node, args: dict[str, Any]) -> Any:
 @command
 async def market_list(node: Node, args: dict[str, Any]) -> Any:
     """Offers or demands that are alive: this node's own, and offers of others as far as they are known here."""
-    kind = "demand" if args["kind"] == "demand" else "offer"
+    kind = DocumentKind.DEMAND if args["kind"] == DocumentKind.DEMAND else DocumentKind.OFFER
     test = compile_constraint(args.get("constraints") or "()")
     now = node.clock()
     found = []
@@ -126,7 +131,7 @@ def _prices(properties: Mapping[str, Any]) -> dict[str, Any]:
 @command
 async def market_show(node: Node, args: dict[str, Any]) -> Any:
     """One offer or demand, whole."""
-    kind = "demand" if args["kind"] == "demand" else "offer"
+    kind = DocumentKind.DEMAND if args["kind"] == DocumentKind.DEMAND else DocumentKind.OFFER
     wanted = whole_id(str(args["id"]), _known(node, kind))
     row = node.system.rows("market").get(f"{kind}/{wanted}")
     if row is None:

@@ -12,7 +12,7 @@ from protocol.ledger import ReleaseAllocation
 from protocol.types import amount_text, from_wei, timestamp_text
 
 if TYPE_CHECKING:
-    from actors.ledger.machine import Allocation
+    from actors.ledger.machine import AllocationRow
     from golem.node.node import Node
 
 
@@ -85,7 +85,7 @@ async def payment_release_allocations(node: Node, args: dict[str, Any]) -> Any:
     return [render_hold(row) for row in found.values()]
 
 
-def _named(name: str, live: list[Allocation]) -> Allocation:
+def _named(name: str, live: list[AllocationRow]) -> AllocationRow:
     found = [row for row in live if name and row.allocation_id.startswith(name)]
     if len(found) != 1:
         raise LookupError(

@@ -31,6 +31,7 @@ from golem.interaction.wire import (
     check_window,
 )
 from golem.net.types import RemoteError, Unreachable
+from protocol.states import ActivityState
 
 log = logging.getLogger("golem.exeunit")
 
@@ -91,7 +92,7 @@ class UnitInteractions:
             scope.cancel()
 
     def _check_open(self) -> None:
-        if self._ended is not None or self._state() == "Terminated":
+        if self._ended is not None or self._state() == ActivityState.TERMINATED:
             raise InteractionFault("gone", self._ended or "the activity has ended")
         if len(self._open) >= MAX_STREAMS:
             raise InteractionFault("busy", f"the activity has {MAX_STREAMS} open shells and connections already")
@@ -102,7 +103,7 @@ class UnitInteractions:
             raise InteractionFault("unsupported", f"runtime {self._runtime.name} has no {what}")
         if kind not in self._allowed:
             raise InteractionFault("forbidden", f"the provider does not allow {_NAMES[kind]}")
-        if (state := self._state()) != "Ready":
+        if (state := self._state()) != ActivityState.READY:
             raise InteractionFault("conflict", f"the activity is not started: it is {state.lower()}, deploy and start it first")
 
     async def _serve(self, token: str, scope: trio.CancelScope) -> None:

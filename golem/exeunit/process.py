@@ -46,6 +46,7 @@ from golem.interaction.wire import BACK
 from golem.net.types import RemoteError, Unreachable
 from protocol.codec import decode_batch
 from protocol.exeunit import ShutDown, UnitStarted, UsageMeasured
+from protocol.states import ActivityEnd, ActivityState
 
 log = logging.getLogger("golem.exeunit")
 
@@ -56,8 +57,8 @@ STOP_S = 2.0  # for the runtime to stop, and again for the last report to leave:
 EXPIRY_MARGIN_S = 60.0  # the agent ends an expired agreement; this is for when it is gone
 CACHE_BYTES = 20 << 30
 IMAGE_BYTES = 8 << 30
-DESTROYED, LIMIT, EXPIRED, LOST = "destroyed", "Usage limit exceeded", "Agreement expired", "Runtime lost"
-DISK = "Disk full"
+
+
 MAX_CALL_BYTES = 4096
 JOURNAL = "unit.db"
 LEAST_JOURNAL_BYTES = 64 << 20  # where less storage was sold, an honest script's results still have their place
@@ -134,7 +135,7 @@ class Unit:
         )  # fmt: skip
         self._nursery: trio.Nursery | None = None
         self._ending = trio.Event()
-        self._reason: tuple[str, str | None] = (DESTROYED, None)
+        self._reason: tuple[str, str | None] = (ActivityEnd.DESTROYED, None)
 
     # -- the bus
     async def _nearness(self) -> str:
@@ -200,14 +201,14 @@ class Unit:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             self.port.attach(
-                nursery, lambda sends: self.system.post(self.port.name, sends), lambda text: self.end(LOST, text),
-                lost=self._state() != "New",
+                nursery, lambda sends: self.system.post(self.port.name, sends), lambda text: self.end(ActivityEnd.LOST, text),
+                lost=self._state() != ActivityState.NEW,
             )  # fmt: skip
             nursery.start_soon(self._watch_signals)
             nursery.start_soon(self.client.run)
             await nursery.start(self.system.run)
             await self.system.ask(self.name, UnitStarted(secrets.token_hex(8)))
-            if self._state() == "Terminated":
+            if self._state() == ActivityState.TERMINATED:
                 await self._flush()
                 nursery.cancel_scope.cancel()
                 return 1
@@ -215,7 +216,7 @@ class Unit:
             await self._ending.wait()
             told = await self._end()
             nursery.cancel_scope.cancel()
-        return 0 if told and self._reason[0] == DESTROYED else 1
+        return 0 if told and self._reason[0] == ActivityEnd.DESTROYED else 1
 
     def end(self, reason: str, error_message: str | None = None) -> None:
         """Have the activity end; the first reason counts."""
@@ -233,7 +234,7 @@ class Unit:
 
     def _state(self) -> str:
         row: UnitRow | None = self.system.rows(self.name).get("unit")
-        return row.state if row else "New"
+        return row.state if row else ActivityState.NEW
 
     async def _end(self) -> bool:
         self._disk.release()  # what is still to be written has its room
@@ -258,7 +259,7 @@ class Unit:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             async for number in signals:
                 log.info("%s: ending", signal.Signals(number).name)
-                self.end(DESTROYED)
+                self.end(ActivityEnd.DESTROYED)
 
     async def _watch_limits(self) -> None:
         reported_at = trio.current_time()
@@ -271,15 +272,15 @@ class Unit:
                     await self.system.ask(self.name, UsageMeasured(self.port.usage()))
             used = self.port.runtime_usage()
             if used.gib > limits.mem_gib + MEM_OVERHEAD_GIB:
-                self.end(LIMIT, f"memory: {used.gib:.3f} GiB used of {limits.mem_gib:g}")
+                self.end(ActivityEnd.LIMIT, f"memory: {used.gib:.3f} GiB used of {limits.mem_gib:g}")
             if used.storage_gib > limits.storage_gib:
-                self.end(LIMIT, f"storage: {used.storage_gib:.3f} GiB used of {limits.storage_gib:g}")
+                self.end(ActivityEnd.LIMIT, f"storage: {used.storage_gib:.3f} GiB used of {limits.storage_gib:g}")
             if (journal_bytes := self._journal_bytes()) > max(limits.storage_bytes, LEAST_JOURNAL_BYTES):
-                self.end(LIMIT, f"storage: {journal_bytes >> 20} MiB of messages that the requestor does not take")
+                self.end(ActivityEnd.LIMIT, f"storage: {journal_bytes >> 20} MiB of messages that the requestor does not take")
             if self.terms.expires_at is not None and time.time() > self.terms.expires_at + EXPIRY_MARGIN_S:
-                self.end(EXPIRED)
+                self.end(ActivityEnd.EXPIRED)
             if (problem := self._disk.look()) is not None:
-                self.end(DISK, problem)
+                self.end(ActivityEnd.DISK, problem)
 
 
 def _first(group: BaseExceptionGroup[Any]) -> BaseException:

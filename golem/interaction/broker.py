@@ -39,6 +39,7 @@ from golem.interaction.wire import (
     check_window,
 )
 from golem.net.types import RemoteError, Unreachable
+from protocol.states import Role
 
 log = logging.getLogger("golem.interaction.broker")
 
@@ -128,7 +129,7 @@ class Interactions:
 
     async def _join(self, sender: str, activity_id: str, near: Channel) -> None:
         row = self._row_of(activity_id[:64])
-        if row is None or row.role != "Provider" or row.requestor != sender:
+        if row is None or row.role != Role.PROVIDER or row.requestor != sender:
             raise InteractionFault("forbidden", "not an activity of this requestor")
         if row.ended:
             raise InteractionFault("gone", ENDED)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from decimal import Decimal
 from typing import Any
 
-from actors.ledger.machine import Allocation, owed, remaining, reserved, total_of
+from actors.ledger.machine import AllocationRow, owed, remaining, reserved, total_of
 from actors.ledger.rows import HasPrefix
 from golem.chain.networks import Network, Networks
 from protocol.types import amount_text, timestamp_text
@@ -33,13 +33,13 @@ def owed_on(rows: HasPrefix, platforms: list[str]) -> Decimal:
     return total_of(owed(rows, platform) for platform in platforms)
 
 
-def allocations_on(rows: HasPrefix, platforms: list[str]) -> list[Allocation]:
+def allocations_on(rows: HasPrefix, platforms: list[str]) -> list[AllocationRow]:
     """Return the live allocations that hold something on these platforms, the largest first."""
     live = [row for _, row in rows.prefix("allocation/") if row.platform in platforms and remaining(row) > 0]
     return sorted(live, key=lambda row: (-remaining(row), row.created_at))
 
 
-def render_hold(row: Allocation) -> dict[str, Any]:
+def render_hold(row: AllocationRow) -> dict[str, Any]:
     """Return what an allocation holds, for people: how much, since when, made by which agent (its app-key's name)."""
     return {
         "allocationId": row.allocation_id, "agent": row.agent or None, "amount": amount_text(remaining(row)),
@@ -47,7 +47,7 @@ def render_hold(row: Allocation) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def words(found: list[Allocation]) -> str:
+def words(found: list[AllocationRow]) -> str:
     """Return in a clause which allocations hold the money; "" where none does."""
     parts = [
         f"{amount_text(remaining(row))} by {row.allocation_id}{f' of {row.agent}' if row.agent else ''} on {row.platform}"

@@ -7,11 +7,10 @@ from typing import Any
 
 from actors.kernel.machine import Rows
 from actors.kernel.records import Event
-from actors.negotiation.rows import AgreementRow, Proposal, state_at
+from actors.negotiation.rows import AgreementRow, ProposalRow, state_at
 from protocol.codec import Decoder
 from protocol.market import SubscriptionEnded, read_subscription
 from protocol.negotiation import (
-    REQUESTOR,
     AgreementApprovedEvent,
     AgreementCancelledEvent,
     AgreementEvent,
@@ -25,6 +24,7 @@ from protocol.negotiation import (
 )
 from protocol.properties import flatten
 from protocol.signing import Document
+from protocol.states import DocumentKind, ProposalState, Role
 from protocol.types import timestamp_text
 
 decode_subscription_event = Decoder[SubscriptionEvents](SubscriptionEvents)
@@ -34,7 +34,7 @@ decode_agreement_event = Decoder[AgreementEvents](AgreementEvents)
 def subscription_form(document: Document) -> dict[str, Any]:
     """Return an Offer or Demand."""
     content = read_subscription(document.body)
-    id_name, owner_name = ("offerId", "providerId") if document.kind == "offer" else ("demandId", "requestorId")
+    id_name, owner_name = ("offerId", "providerId") if document.kind == DocumentKind.OFFER else ("demandId", "requestorId")
     return {
         "properties": content.properties,
         "constraints": content.constraints,
@@ -44,7 +44,7 @@ def subscription_form(document: Document) -> dict[str, Any]:
     }
 
 
-def proposal_form(proposal: Proposal) -> dict[str, Any]:
+def proposal_form(proposal: ProposalRow) -> dict[str, Any]:
     """Return a Proposal; its ids carry the letter of our role."""
     prefix = proposal.role[0]
     form = {
@@ -57,14 +57,14 @@ def proposal_form(proposal: Proposal) -> dict[str, Any]:
     }
     if proposal.previous_id:
         form["prevProposalId"] = f"{prefix}-{proposal.previous_id}"
-    if proposal.origin and proposal.role != REQUESTOR:
+    if proposal.origin and proposal.role != Role.REQUESTOR:
         form["origin"] = proposal.origin  # ours: by it the provider's agent tells a crowd from many
     return form
 
 
-def is_unanswered(proposal: Proposal, now: float) -> bool:
+def is_unanswered(proposal: ProposalRow, now: float) -> bool:
     """Return whether a proposal is the other side's, and waits for our answer."""
-    theirs = proposal.issuer == proposal.counterpart and proposal.state in ("Initial", "Draft")
+    theirs = proposal.issuer == proposal.counterpart and proposal.state in (ProposalState.INITIAL, ProposalState.DRAFT)
     return theirs and not proposal.answer_id and not proposal.agreement_id and proposal.expires > now
 
 
@@ -150,7 +150,7 @@ def agreement_summary(agreement: AgreementRow, now: float) -> dict[str, Any]:
         "id": agreement.agreement_id,
         "timestamp": timestamp_text(agreement.created),
         "approvedDate": None if approved is None else timestamp_text(approved),
-        "role": "Requestor" if agreement.role == REQUESTOR else "Provider",
+        "role": Role.REQUESTOR if agreement.role == Role.REQUESTOR else Role.PROVIDER,
         "state": state_at(agreement, now),
         "peerId": agreement.counterpart,
         "runtime": _runtime(agreement),

@@ -8,6 +8,7 @@ from typing import Any
 from actors.kernel.machine import Meta, Send
 from protocol.ledger import PaymentBody, PaymentSigned, SignPayment, decode_body
 from protocol.signing import Document
+from protocol.states import DocumentKind
 from protocol.types import Violation, address
 
 
@@ -27,4 +28,4 @@ class SignerPort:
             raise Violation(f"{meta.sender} wants a signature, and is not the ledger")
         if decode_body(PaymentBody, message.body).payer_id != self._node_id:
             raise Violation("this node signs its own payments only")
-        return [Send("ledger", PaymentSigned(message.payment_id, self._sign("payment", message.body)))]
+        return [Send("ledger", PaymentSigned(message.payment_id, self._sign(DocumentKind.PAYMENT, message.body)))]

@@ -27,7 +27,7 @@ from actors.kernel.journal import Journal
 from actors.kernel.machine import ActorFailed, LinkDown
 from actors.kernel.system import System
 from actors.provider.machine import Provider
-from actors.provider.rows import ALIVE, WAITING
+from actors.provider.rows import ALIVE, UnitState
 from actors.provider.turn import ProviderConfig
 from golem.base.ports import may_hear_keys, of_others
 from golem.config import DEFAULT_API_URL, parse_api_url
@@ -41,6 +41,7 @@ from golem.provider.processes import Processes
 from golem.provider.settings import JOURNAL, LOCK, Settings, SettingsError, read_json
 from golem.provider.status import write_status
 from protocol.provider import AgentStarted, AgreementArrived, SessionNamed, StopAgent
+from protocol.states import AgreementState, Role
 from protocol.types import Violation
 
 log = logging.getLogger("golem.provider")
@@ -126,12 +127,12 @@ async def _take_back_offers(system: System, client: NodeClient, name: str) -> No
 
 async def _pick_up_agreements(system: System, client: NodeClient) -> None:
     """Show the machine agreements that wait for approval: their event was read by a run that did not live to act."""
-    waiting = await client.call("GET", f"{MARKET}/agreements", params={"state": "Pending"}) or ()
-    for one in [one for one in waiting if one.get("role") == "Provider"][:MAX_PICKED_UP]:
+    waiting = await client.call("GET", f"{MARKET}/agreements", params={"state": AgreementState.PENDING}) or ()
+    for one in [one for one in waiting if one.get("role") == Role.PROVIDER][:MAX_PICKED_UP]:
         agreement = await client.call("GET", f"{MARKET}/agreements/{part(one['id'])}")
         offer_id = agreement["offer"]["offerId"]
         offers = {row.offer_id: row.preset for _, row in system.listed("provider", "offer/")[0]}
-        if offer_id in offers and agreement["state"] == "Pending":
+        if offer_id in offers and agreement["state"] == AgreementState.PENDING:
             await system.ask("provider", AgreementArrived(offers[offer_id], offer_id, json.dumps(agreement)))
 
 
@@ -171,7 +172,9 @@ def open_business(system: System) -> str:
 def expected_units(system: System) -> list[str]:
     """Return the activities whose process is there, or will be looked for or started."""
     rows, damaged = system.listed("provider", "activity/")
-    return [row.activity_id for _, row in rows if row.state in (WAITING, *ALIVE)] + [key.partition("/")[2] for key in damaged]
+    return [row.activity_id for _, row in rows if row.state in (UnitState.WAITING, *ALIVE)] + [
+        key.partition("/")[2] for key in damaged
+    ]
 
 
 # -- the node

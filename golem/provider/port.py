@@ -59,6 +59,7 @@ from protocol.provider import (
     WriteInvoice,
     task_key,
 )
+from protocol.states import AgreementState, DocumentStatus
 from protocol.types import Message, amount_text, timestamp_text
 from protocol.types import amount as parse_amount
 
@@ -221,17 +222,17 @@ class RestPort:
         why = ""
         try:
             await self._client.call("POST", f"{path}/approve", params=params, timeout_s=message.timeout_s + MARGIN_S)
-            state = "Approved"
+            state: str = AgreementState.APPROVED
         except (NodeApiError, NodeAway) as error:
             why = str(error)
             state = await self._state(path)
-        if state == "Pending":  # nobody waits for it that long: no, then, unless it is approved meanwhile
+        if state == AgreementState.PENDING:  # nobody waits for it that long: no, then, unless it is approved meanwhile
             with suppress(NodeApiError, NodeAway):
                 await self._client.call("POST", f"{path}/reject", body={"message": f"The approval failed: {why}"})
-        while state == "Pending":
+        while state == AgreementState.PENDING:
             state = await self._state(path)
             await trio.sleep(APPROVAL_LOOK_S)
-        approved = state == "Approved"
+        approved = state == AgreementState.APPROVED
         log.info("agreement %s is %s", message.agreement_id[:12], "approved" if approved else f"not approved: {why}")
         return ApprovalEnded(message.agreement_id, approved, why)
 
@@ -261,7 +262,7 @@ class RestPort:
     # -- activities
     async def _close_activity(self, message: CloseActivity) -> Message:
         path = f"{ACTIVITY}/activity/{part(message.activity_id)}"
-        state: dict[str, Any] = {"state": ["Terminated", None], "reason": message.reason}
+        state: dict[str, Any] = {"state": [AgreementState.TERMINATED, None], "reason": message.reason}
         if message.error_message:
             state["errorMessage"] = message.error_message
         log.info("activity %s ended: %s", message.activity_id[:8], f"{message.reason} {message.error_message}".strip())
@@ -323,7 +324,7 @@ class RestPort:
                 params = {"afterTimestamp": timestamp_text(since - MARGIN_S), "maxItems": LISTED}
                 listed = await self._client.call("GET", f"{PAYMENT}/{path}", params=params)
                 for one in listed if isinstance(listed, list) else ():
-                    if same(one) and one.get("status") != "CANCELLED":
+                    if same(one) and one.get("status") != DocumentStatus.CANCELLED:
                         return one
             look_first = True  # an answer may get lost
             return await self._client.call("POST", f"{PAYMENT}/{path}", body=body)

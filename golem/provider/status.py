@@ -12,7 +12,7 @@ from typing import Any
 import trio
 
 from actors.kernel.system import System
-from actors.provider.rows import ACCEPTED, SENDING, SENT, SETTLED
+from actors.provider.rows import BillState
 from golem.provider.settings import LOCK, STATUS, Settings, SettingsError, read_json, write_json
 from protocol.types import timestamp_text
 
@@ -42,15 +42,19 @@ def status_of(
     )
     refusals = system.sound("provider", "refusals")
     # an invoice stands for all notes of its agreement, whether they were accepted or not
-    invoiced = {row.agreement_id for row in agreements if row.invoice in (SENDING, SENT, ACCEPTED, SETTLED)}
+    invoiced = {
+        row.agreement_id
+        for row in agreements
+        if row.invoice in (BillState.SENDING, BillState.SENT, BillState.ACCEPTED, BillState.SETTLED)
+    }
     unpaid = [
         {"document": note.note_id, "kind": "debit note", "agreement": _agreement_of(activities, note.activity_id),
          "amount": note.amount, "state": note.state}
         for note in notes
-        if note.state in (SENDING, SENT) and _agreement_of(activities, note.activity_id) not in invoiced
+        if note.state in (BillState.SENDING, BillState.SENT) and _agreement_of(activities, note.activity_id) not in invoiced
     ] + [
         {"document": row.invoice_id, "kind": "invoice", "agreement": row.agreement_id, "amount": row.amount, "state": row.invoice}
-        for row in agreements if row.invoice in (SENDING, SENT, ACCEPTED)
+        for row in agreements if row.invoice in (BillState.SENDING, BillState.SENT, BillState.ACCEPTED)
     ]  # fmt: skip
     return {
         "name": settings.name, "nodeId": node_id, "subnet": settings.subnet, "pid": os.getpid(),

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from quart import Blueprint, Response, request
 
-from actors.activity import moves
 from actors.activity.rows import ActivityAgreementRow, ActivityRow, BatchRow, ResultRow, batch_key, result_key
 from golem.net.types import NetError
 from golem.rest.activity_stream import monitor, stream_events
@@ -32,7 +31,6 @@ from golem.rest.edge import (
     until,
 )
 from protocol.activity import (
-    STATES,
     ActivityEvent,
     CreateActivity,
     DestroyActivity,
@@ -40,6 +38,7 @@ from protocol.activity import (
     StateReported,
 )
 from protocol.codec import Decoder
+from protocol.states import ActivityEnd, ActivityState, Role
 from protocol.types import timestamp_text
 
 if TYPE_CHECKING:
@@ -51,6 +50,7 @@ FRESH_USAGE_S = 1.0
 MAX_EVENTS = 100
 PAGE = 200
 UNREACHABLE = "GSB error: Bad request: endpoint address not found"  # SDKs look for these words, and try again
+STATES = tuple(ActivityState)
 EVENT_STREAM = "text/event-stream"
 _AGREEMENT_ID = re.compile(r"(?:[RP]-)?([0-9a-f]{64})\Z")
 _event = Decoder[ActivityEvent](ActivityEvent)
@@ -80,7 +80,7 @@ def find(node: Node, activity_id: str, role: str | None = None) -> ActivityRow:
 
 def find_batch(node: Node, activity_id: str, batch_id: str) -> BatchRow:
     """Return a batch's row. Raises `ApiError`."""
-    find(node, activity_id, "Requestor")
+    find(node, activity_id, Role.REQUESTOR)
     row: BatchRow | None = node.system.rows("activity").get(batch_key(activity_id, batch_id[:64]))
     if row is None:
         raise ApiError(404, f"Not found: batch_id = {batch_id[:64]}")
@@ -110,7 +110,7 @@ def _lifecycle(api: Blueprint, node: Node) -> None:
 
         def probe() -> ActivityRow | None:
             row = find(node, activity_id)
-            return row if row.state != "New" else None
+            return row if row.state != ActivityState.NEW else None
 
         row = await until(node, [f"activity/{activity_id}"], probe, timeout_s)
         if row is None:
@@ -118,7 +118,7 @@ def _lifecycle(api: Blueprint, node: Node) -> None:
             raise ApiError(408, "Timeout")
         if row.ended:
             why = ": ".join(text for text in (row.reason, row.error_message) if text)
-            if row.reason == moves.UNREACHABLE:
+            if row.reason == ActivityEnd.UNREACHABLE:
                 raise ApiError(500, f"{UNREACHABLE} ({why})")
             raise ApiError(500, f"Activity {activity_id} was abruptly terminated: {why}")
         return respond_json({"activityId": activity_id} if as_object else activity_id)
@@ -126,7 +126,7 @@ def _lifecycle(api: Blueprint, node: Node) -> None:
     @api.delete("/activity/<activity_id>")
     async def destroy(activity_id: str) -> Response:
         timeout_s = query_float("timeout", DEFAULT_TIMEOUT_S)
-        find(node, activity_id, "Requestor")
+        find(node, activity_id, Role.REQUESTOR)
         await ask(node, "activity", DestroyActivity(activity_id))
 
         def probe() -> bool | None:
@@ -142,7 +142,7 @@ def _scripts(api: Blueprint, node: Node) -> None:
     @api.post("/activity/<activity_id>/exec")
     async def execute(activity_id: str) -> Response:
         script = member(await object_body(), "text", str)
-        find(node, activity_id, "Requestor")
+        find(node, activity_id, Role.REQUESTOR)
         batch_id = node.new_id()
         try:
             await ask(node, "activity", Exec(batch_id, activity_id, script))
@@ -176,7 +176,7 @@ def _scripts(api: Blueprint, node: Node) -> None:
 
     @api.get("/activity/<activity_id>/command")
     async def running(activity_id: str) -> Response:
-        row = not_gone(find(node, activity_id, "Requestor"))
+        row = not_gone(find(node, activity_id, Role.REQUESTOR))
         try:
             text = await live(node, row, "running")
         except NetError as error:
@@ -242,7 +242,7 @@ def _reads(api: Blueprint, node: Node) -> None:
     async def usage(activity_id: str) -> Response:
         row = find(node, activity_id)
         values, at = row.usage, row.usage_at or row.created_at
-        if not row.ended and row.state != "New" and node.clock() - at > FRESH_USAGE_S:
+        if not row.ended and row.state != ActivityState.NEW and node.clock() - at > FRESH_USAGE_S:
             values, at = await _live_usage(node, row) or (values, at)
         shown: dict[str, Any] = {"timestamp": int(at)}
         if values is not None:
@@ -303,11 +303,11 @@ def _provider(api: Blueprint, node: Node) -> None:
         pair = member(body, "state", list)
         if not 1 <= len(pair) <= 2 or pair[0] not in STATES or (len(pair) == 2 and pair[1] not in (None, *STATES)):
             raise ApiError(400, f"field `state`: expected a pair of {', '.join(STATES)} or null")
-        find(node, activity_id, "Provider")
+        find(node, activity_id, Role.PROVIDER)
         reported = StateReported(
             activity_id,
-            pair[0],
-            pair[1] if len(pair) == 2 else None,
+            ActivityState(pair[0]),
+            None if pair[1:] in ([], [None]) else ActivityState(pair[1]),
             member(body, "reason", str, None),
             member(body, "errorMessage", str, None),
             at=node.clock(),

@@ -20,6 +20,7 @@ from quart import Response
 from actors.activity.rows import ActivityRow, BatchRow, ResultRow, batch_key, result_key
 from golem.net.types import NetError
 from golem.rest.edge import until
+from protocol.states import Role
 from protocol.types import timestamp_text
 
 if TYPE_CHECKING:
@@ -176,7 +177,7 @@ async def _monitor(node: Node) -> AsyncIterator[str]:
         rows = node.system.rows("activity")
         shown = []
         for _, row in node.system.listed("activity", "activity/")[0]:
-            if row.role != "Provider" or row.ended:
+            if row.role != Role.PROVIDER or row.ended:
                 continue
             agreement = rows.get(f"agreement/{row.agreement_id}")
             entry = {

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 from quart import Blueprint, Response
 
-from actors.negotiation.rows import APPROVED, CANCELLED, EXPIRED, PROPOSAL, REJECTED, TERMINATED, AgreementRow, state_at
+from actors.negotiation.rows import AgreementRow, state_at
 from golem.node.market_forms import agreement_event_form, agreement_form, agreement_summary, decode_agreement_event
 from golem.rest.edge import (
     ApiError,
@@ -30,8 +30,6 @@ from protocol.market import canonical
 from protocol.negotiation import (
     MAX_REASON_BYTES,
     MAX_SESSION_CHARS,
-    PROVIDER,
-    REQUESTOR,
     AgreementTerminatedEvent,
     ApproveAgreement,
     CancelAgreement,
@@ -40,6 +38,7 @@ from protocol.negotiation import (
     RejectAgreement,
     TerminateAgreement,
 )
+from protocol.states import AgreementState, DocumentKind, Role
 from protocol.types import timestamp
 
 if TYPE_CHECKING:
@@ -48,10 +47,24 @@ if TYPE_CHECKING:
 DEFAULT_TIMEOUT_S = 5.0
 PAGE = 200
 NEWS_S, NEWS_STEP_S = 2.0, 0.005  # an approval's way to the other actors of this node takes a commit or two
-STATES = ("Proposal", "Pending", "Cancelled", "Rejected", "Approved", "Expired", "Terminated")
+STATES = (
+    AgreementState.PROPOSAL,
+    AgreementState.PENDING,
+    AgreementState.CANCELLED,
+    AgreementState.REJECTED,
+    AgreementState.APPROVED,
+    AgreementState.EXPIRED,
+    AgreementState.TERMINATED,
+)
 AGREEMENT_ID = re.compile(r"(?:[RP]-)?([0-9a-f]{64})\Z")
 PROVIDERS_PROPOSAL = re.compile(r"R-([0-9a-f]{64})\Z")
-DECIDED = (APPROVED, REJECTED, CANCELLED, EXPIRED, TERMINATED)
+DECIDED = (
+    AgreementState.APPROVED,
+    AgreementState.REJECTED,
+    AgreementState.CANCELLED,
+    AgreementState.EXPIRED,
+    AgreementState.TERMINATED,
+)
 SINCE_EVER = timestamp("2016-11-11T15:12:00Z")
 
 
@@ -127,7 +140,7 @@ def _reading(api: Blueprint, node: Node) -> None:
     @api.get("/agreements/<wanted>/terminate/reason")
     async def terminate_reason(wanted: str) -> Response:
         agreement = find(node, wanted)
-        if agreement.state != TERMINATED or agreement.ended_at is None:
+        if agreement.state != AgreementState.TERMINATED or agreement.ended_at is None:
             raise ApiError(400, f"Agreement [{agreement.agreement_id}] is not terminated.")
         event = AgreementTerminatedEvent(agreement.agreement_id, agreement.app_session_id, agreement.terminator, agreement.reason)
         return respond_json(agreement_event_form(agreement.ended_at, event))
@@ -151,28 +164,28 @@ def _requestor(api: Blueprint, node: Node) -> None:
 
     @api.post("/agreements/<wanted>/confirm")
     async def confirm(wanted: str) -> Response:
-        session, agreement = session_id(), find(node, wanted, REQUESTOR)
-        document = node.identity.sign("agreement", agreement.body)
+        session, agreement = session_id(), find(node, wanted, Role.REQUESTOR)
+        document = node.identity.sign(DocumentKind.AGREEMENT, agreement.body)
         await ask(node, "negotiation", ConfirmAgreement(agreement.agreement_id, document, session))
         return no_content()
 
     @api.post("/agreements/<wanted>/wait")
     async def wait(wanted: str) -> Response:
         timeout_s, agreement = query_float("timeout", DEFAULT_TIMEOUT_S), find(node, wanted)
-        if state_at(agreement, node.clock()) == PROPOSAL:
+        if state_at(agreement, node.clock()) == AgreementState.PROPOSAL:
             raise ApiError(400, f"Agreement [{agreement.agreement_id}] is not confirmed yet: there is nothing to wait for.")
         state = await _decision(node, agreement.agreement_id, timeout_s)
         if state is None:
             raise ApiError(408, f"Agreement [{agreement.agreement_id}] was not decided within {timeout_s:g} seconds.")
-        if state == TERMINATED:
+        if state == AgreementState.TERMINATED:
             raise ApiError(400, f"Agreement [{agreement.agreement_id}] is terminated.")
-        if state != APPROVED:
+        if state != AgreementState.APPROVED:
             raise ApiError(410, state)
         return no_content()
 
     @api.post("/agreements/<wanted>/cancel")
     async def cancel(wanted: str) -> Response:
-        agreement, reason = find(node, wanted, REQUESTOR), reason_json(await json_body(default=None))
+        agreement, reason = find(node, wanted, Role.REQUESTOR), reason_json(await json_body(default=None))
         await ask(node, "negotiation", CancelAgreement(agreement.agreement_id, reason))
         return empty()
 
@@ -182,11 +195,11 @@ async def _decision(node: Node, wanted_id: str, timeout_s: float) -> str | None:
 
     def probe() -> str | None:
         agreement = node.system.rows("negotiation").get(f"agreement/{wanted_id}")
-        state = state_at(agreement, node.clock()) if agreement else EXPIRED
+        state = state_at(agreement, node.clock()) if agreement else AgreementState.EXPIRED
         return state if state in DECIDED else None
 
     state = await until(node, [f"agreement/{wanted_id}"], probe, timeout_s)
-    if state == APPROVED:
+    if state == AgreementState.APPROVED:
         with trio.move_on_after(NEWS_S):  # who hears of success goes on at once: activities must know of the agreement
             while f"agreement/{wanted_id}" not in node.system.rows("activity"):
                 await trio.sleep(NEWS_STEP_S)
@@ -198,22 +211,25 @@ def _provider(api: Blueprint, node: Node) -> None:
     @api.post("/agreements/<wanted>/approve")
     async def approve(wanted: str) -> Response:
         session, timeout_s = session_id(), query_float("timeout", DEFAULT_TIMEOUT_S)
-        agreement = find(node, wanted, PROVIDER)
-        if agreement.state == CANCELLED:
-            raise ApiError(410, CANCELLED)
-        document = node.identity.sign("approval", agreement.body)
+        agreement = find(node, wanted, Role.PROVIDER)
+        if agreement.state == AgreementState.CANCELLED:
+            raise ApiError(410, AgreementState.CANCELLED)
+        document = node.identity.sign(DocumentKind.APPROVAL, agreement.body)
         await ask(node, "negotiation", ApproveAgreement(agreement.agreement_id, document, session))
         state = await _decision(node, agreement.agreement_id, timeout_s)
         if state is None:
             text = f"the requestor did not commit to agreement [{agreement.agreement_id}] within {timeout_s:g} seconds"
             raise ApiError(500, f"Protocol timeout: {text}.")
-        if state not in (APPROVED, TERMINATED):  # a commit may be followed by a termination before we look
+        if state not in (
+            AgreementState.APPROVED,
+            AgreementState.TERMINATED,
+        ):  # a commit may be followed by a termination before we look
             raise ApiError(410, state)
         return no_content()
 
     @api.post("/agreements/<wanted>/reject")
     async def reject(wanted: str) -> Response:
-        agreement, reason = find(node, wanted, PROVIDER), reason_json(await json_body(default=None))
+        agreement, reason = find(node, wanted, Role.PROVIDER), reason_json(await json_body(default=None))
         await ask(node, "negotiation", RejectAgreement(agreement.agreement_id, reason))
         return empty()
 

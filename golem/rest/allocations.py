@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 from quart import Blueprint, Response, request
 
-from actors.ledger.machine import Allocation, decorations, minus, paid_since, remaining, total_of
+from actors.ledger.machine import AllocationRow, decorations, minus, paid_since, remaining, total_of
 from golem.chain.networks import DRIVER, Network, parse_platform
 from golem.chain.rpc import RpcError
 from golem.node.holds import MAX_SHOWN, allocations_on, owed_on, platforms_of, render_hold, reserved_on, words
@@ -118,7 +118,7 @@ async def local_chain(node: Node) -> str | None:
         raise _problem(503, "chain-unknown", f"it is not known which dev chain this is: {error}") from None
 
 
-def render(row: Allocation) -> dict[str, Any]:
+def render(row: AllocationRow) -> dict[str, Any]:
     """Return an allocation in the form of the API."""
     extend = {} if row.extend_timeout_s is None else {"extendTimeout": int(row.extend_timeout_s)}
     return {
@@ -137,8 +137,8 @@ def render(row: Allocation) -> dict[str, Any]:
     }
 
 
-def _live(node: Node, allocation_id: str) -> Allocation:
-    row: Allocation | None = node.system.rows("ledger").get(f"allocation/{allocation_id}")
+def _live(node: Node, allocation_id: str) -> AllocationRow:
+    row: AllocationRow | None = node.system.rows("ledger").get(f"allocation/{allocation_id}")
     if row is None or row.released_at is not None:
         raise ApiError(404, None)
     return row

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 from quart import Blueprint, Response
 
 from actors.ledger.ceiling import age_s, calculation, most_for_agreement
-from actors.ledger.machine import PaymentDocument
-from actors.ledger.rows import ACCEPTED, RECEIVED, SETTLED
+from actors.ledger.machine import PaymentDocumentRow
 from golem.rest.edge import ApiError, respond_json
-from protocol.ledger import DEBIT_NOTE, DebitNoteBody, decode_body
+from protocol.ledger import DebitNoteBody, decode_body
+from protocol.states import DocumentKind, DocumentStatus
 from protocol.types import amount_text, timestamp_text
 
 if TYPE_CHECKING:
@@ -35,16 +35,21 @@ def routes(api: Blueprint, node: Node) -> None:
         return respond_json({**found, **calculated(rows, agreement_id, document, node.clock())})
 
 
-def waiting(rows: Any, document: PaymentDocument) -> str:
+def waiting(rows: Any, document: PaymentDocumentRow) -> str:
     """What a document waits for, in words: a note that nobody accepted is paid with the invoice, and keeps its status."""
     agreement = rows.get(f"agreement/{document.agreement_id}")
     invoice = rows.get(f"invoice/{agreement.invoice_id}") if agreement is not None else None
-    if document.kind != DEBIT_NOTE or document.status != RECEIVED or invoice is None or invoice.status not in (ACCEPTED, SETTLED):
+    if (
+        document.kind != DocumentKind.DEBIT_NOTE
+        or document.status != DocumentStatus.RECEIVED
+        or invoice is None
+        or invoice.status not in (DocumentStatus.ACCEPTED, DocumentStatus.SETTLED)
+    ):
         return str(document.waiting)
     return f"nothing: its amount is part of invoice {invoice.document_id}, which is {invoice.status}; not paid by itself"
 
 
-def calculated(rows: Any, agreement_id: str, document: PaymentDocument | None, now: float) -> dict[str, Any]:
+def calculated(rows: Any, agreement_id: str, document: PaymentDocumentRow | None, now: float) -> dict[str, Any]:
     """Return what price, activities and time of an agreement explain by now; nothing where no prices are known."""
     refused = rows.get(f"refused/{agreement_id}")
     found: dict[str, Any] = {

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import trio
 from quart import Blueprint, Response
 
-from actors.market.rows import OfferRefusal, Stats
-from actors.negotiation.rows import Proposal, state_at
+from actors.market.rows import OfferRefusal, StatsRow
+from actors.negotiation.rows import ProposalRow, state_at
 from golem.rest.edge import ApiError, query_text, respond_json
 from protocol.market import SUBSCRIPTION_ID, Subscription, read_subscription
 from protocol.negotiation import reason_text
+from protocol.states import ProposalState
 from protocol.terms import Reason, explain
 from protocol.types import timestamp_text
 
@@ -88,7 +89,7 @@ def _missing_offer(node: Node, offer_id: str) -> str:
         return f"offer {offer_id} of {ended.owner} is over: {ended.reason} at {timestamp_text(ended.at)}"
     if asked := rows.get(f"asked/{offer_id}"):
         return f"offer {offer_id} was announced by {asked.node}, which has not sent it yet"
-    stats = rows.get("stats") or Stats()
+    stats = rows.get("stats") or StatsRow()
     for refusal in reversed(stats.refused):
         if refusal.offer_id == offer_id:
             return f"offer {offer_id} came and was not kept: {refusal.reason}"
@@ -106,7 +107,7 @@ def _reason_text(reason: str) -> str:
 async def _answers(node: Node, demand_id: str) -> list[dict[str, Any]]:
     """Return where the negotiation with each matching offer stands, and what its provider said, the newest first."""
     rows = node.system.rows("negotiation")
-    last: dict[str, Proposal] = {}
+    last: dict[str, ProposalRow] = {}
     for number, (key, _) in enumerate(rows.prefix(f"of/{demand_id}/")):
         if number % PART == 0:
             await trio.lowlevel.checkpoint()
@@ -117,12 +118,13 @@ async def _answers(node: Node, demand_id: str) -> list[dict[str, Any]]:
     return [_answer(node, proposal) for proposal in newest]
 
 
-def _answer(node: Node, proposal: Proposal) -> dict[str, Any]:
+def _answer(node: Node, proposal: ProposalRow) -> dict[str, Any]:
     agreement = node.system.rows("negotiation").get(f"agreement/{proposal.agreement_id}") if proposal.agreement_id else None
-    state, reason = proposal.state, proposal.reason
+    state: str = proposal.state
+    reason = proposal.reason
     if agreement is not None:
         state, reason = f"Agreement {state_at(agreement, node.clock())}", agreement.reason
-    elif state == "Rejected":
+    elif state == ProposalState.REJECTED:
         state = f"Rejected by {'the provider' if proposal.issuer == node.node_id else 'this node'}"
     elif not reason:
         waits = "the provider" if proposal.issuer == node.node_id else "the agent of this node"
@@ -156,7 +158,7 @@ async def _overview(node: Node, demand_id: str, demand: Subscription) -> dict[st
                     clauses[clause] = clauses.get(clause, 0) + 1
             nearest.append((len(reasons), offer.subscription_id, reasons, offer.owner))
         nearest = heapq.nsmallest(NEAREST, nearest, key=lambda one: one[:2])
-    stats = node.system.rows("market").get("stats") or Stats()
+    stats = node.system.rows("market").get("stats") or StatsRow()
     frequent = sorted(clauses.items(), key=lambda item: (-item[1], item[0]))[:NEAREST]
     return {
         "demandId": demand_id,

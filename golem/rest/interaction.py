@@ -33,6 +33,7 @@ from golem.interaction.wire import InteractionFault, OpenTerminal
 from golem.rest.activity import UNREACHABLE, find
 from golem.rest.edge import ApiError
 from golem.rest.sockets import close_websocket
+from protocol.states import Role
 
 if TYPE_CHECKING:
     from golem.node.node import Node
@@ -57,7 +58,7 @@ def blueprint(node: Node) -> Blueprint:
 
     @api.websocket("/activity/<activity_id>/shell")
     async def shell(activity_id: str) -> None:
-        row = find(node, activity_id, "Requestor")
+        row = find(node, activity_id, Role.REQUESTOR)
         try:
             request, flow = _request(), _flag("flow", "0")
             terminal = await node.interactions.open_terminal(row, request)

@@ -29,6 +29,7 @@ from golem.rest.edge import (
 from protocol.market import SUBSCRIPTION_ID, PublishDemand, PublishOffer, Withdraw, subscription_body
 from protocol.negotiation import CounterProposal, RejectProposal
 from protocol.properties import TermsError, flatten
+from protocol.states import DocumentKind
 
 if TYPE_CHECKING:
     from golem.node.node import Node
@@ -41,7 +42,7 @@ PROPOSAL_ID = re.compile(r"(R|P)-([0-9a-f]{64})\Z")
 def blueprint(node: Node) -> Blueprint:
     """Return the market API of `node`."""
     api = Blueprint("market", __name__, url_prefix="/market-api/v1")
-    for kind in ("offer", "demand"):
+    for kind in (DocumentKind.OFFER, DocumentKind.DEMAND):
         _subscriptions(api, node, kind)
         _events(api, node, kind)
         _proposals(api, node, kind)
@@ -74,7 +75,7 @@ async def terms_body() -> tuple[dict[str, Any], str]:
 def _alive(node: Node, kind: str, wanted_id: str) -> bool:
     """Return whether an offer or demand of ours is on the market."""
     row = node.system.rows("market").get(f"{kind}/{wanted_id}")
-    return row is not None and row.expires > node.clock() and (kind == "demand" or row.owner == node.node_id)
+    return row is not None and row.expires > node.clock() and (kind == DocumentKind.DEMAND or row.owner == node.node_id)
 
 
 def _subscriptions(api: Blueprint, node: Node, kind: str) -> None:
@@ -85,12 +86,12 @@ def _subscriptions(api: Blueprint, node: Node, kind: str) -> None:
             node.new_id(), node.node_id, properties, constraints, now, now + node.config.subscription_ttl_s
         )
         document = node.identity.sign(kind, body)
-        await ask(node, "market", PublishOffer(document) if kind == "offer" else PublishDemand(document))
+        await ask(node, "market", PublishOffer(document) if kind == DocumentKind.OFFER else PublishDemand(document))
         return created(new_id)
 
     async def own() -> Response:
         now = node.clock()
-        if kind == "offer":
+        if kind == DocumentKind.OFFER:
             known = node.system.rows("market").get("own")
             found = [row for offer_id in (known.offers if known else ()) for row in listed(node, "market", f"offer/{offer_id}")]
         else:
@@ -100,7 +101,9 @@ def _subscriptions(api: Blueprint, node: Node, kind: str) -> None:
     async def withdraw(wanted: str) -> Response:
         wanted_id = subscription_id(wanted)
         rows = node.system.rows("market")
-        if (kind == "demand") != (f"demand/{wanted_id}" in rows) or (kind == "demand" and not _alive(node, kind, wanted_id)):
+        if (kind == DocumentKind.DEMAND) != (f"demand/{wanted_id}" in rows) or (
+            kind == DocumentKind.DEMAND and not _alive(node, kind, wanted_id)
+        ):
             raise ApiError(404, f"{kind.capitalize()} [{wanted_id}] not found.")
         await ask(node, "market", Withdraw(wanted_id))
         return no_content()
@@ -138,7 +141,7 @@ def _events(api: Blueprint, node: Node, kind: str) -> None:
 
 # -- proposals
 def _proposals(api: Blueprint, node: Node, kind: str) -> None:
-    role = "R" if kind == "demand" else "P"
+    role = "R" if kind == DocumentKind.DEMAND else "P"
 
     def parse(wanted: str, proposal: str) -> tuple[str, str]:
         wanted_id = subscription_id(wanted)

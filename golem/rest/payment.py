@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 from quart import Blueprint, Response
 
-from actors.wallet.rows import Cycle
+from actors.wallet.rows import CycleRow
 from golem.chain.networks import DRIVER
 from golem.chain.rpc import RpcError
 from golem.rest import allocations, calculation, payment_documents, payment_lists
@@ -150,16 +150,16 @@ def render_event(node: Node, event: PaymentEvent, at: float) -> dict[str, Any] |
 
 
 def _cycles(api: Blueprint, node: Node) -> None:
-    def cycle_of(platform: str) -> Cycle:
+    def cycle_of(platform: str) -> CycleRow:
         from golem.chain.cycles import cycles_of
 
         paces = cycles_of(node.config, node.chain)
         if platform not in paces:
             raise ApiError(404, f"payment platform {platform[:80]!r} is not served")
-        row: Cycle | None = node.system.rows("wallet").get(f"cycle/{platform}")
-        return row or Cycle(platform, paces[platform], 0.0)
+        row: CycleRow | None = node.system.rows("wallet").get(f"cycle/{platform}")
+        return row or CycleRow(platform, paces[platform], 0.0)
 
-    def render(cycle: Cycle) -> dict[str, Any]:
+    def render(cycle: CycleRow) -> dict[str, Any]:
         next_at = cycle.next_at if cycle.next_at is not None else node.clock() + cycle.interval_s
         return {
             "nodeId": node.node_id,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from quart import Blueprint, Response, request
 
 from actors.ledger.audit import body_of
-from actors.ledger.machine import LedgerAgreementRow, PaymentDocument, acceptance_of
+from actors.ledger.machine import LedgerAgreementRow, PaymentDocumentRow, acceptance_of
 from golem.node.paid import lost_of, payments_of
 from golem.rest.calculation import waiting
 from golem.rest.edge import (
@@ -58,22 +58,23 @@ from protocol.ledger import (
     encode_body,
     json_form,
 )
+from protocol.states import DocumentKind, DocumentStatus, Party
 from protocol.types import amount_text, timestamp, timestamp_text
 
 if TYPE_CHECKING:
     from golem.node.node import Node
 
 ACK_TIMEOUT_S = 15.0
-EVENTS = {
-    "RECEIVED": "ReceivedEvent",
-    "ACCEPTED": "AcceptedEvent",
-    "REJECTED": "RejectedEvent",
-    "CANCELLED": "CancelledEvent",
-    "SETTLED": "SettledEvent",
+EVENTS: dict[str, str] = {
+    DocumentStatus.RECEIVED: "ReceivedEvent",
+    DocumentStatus.ACCEPTED: "AcceptedEvent",
+    DocumentStatus.REJECTED: "RejectedEvent",
+    DocumentStatus.CANCELLED: "CancelledEvent",
+    DocumentStatus.SETTLED: "SettledEvent",
 }
 FILTERS = {*EVENTS, "PAYMENT_EVENT", "PAYMENT_OK"}
-DEFAULTS = {"payer": "RECEIVED,CANCELLED", "payee": "ACCEPTED,REJECTED,SETTLED,CANCELLED"}
-HEADERS = {"payer": "X-Requestor-Events", "payee": "X-Provider-Events"}
+DEFAULTS: dict[str, str] = {Party.PAYER: "RECEIVED,CANCELLED", Party.PAYEE: "ACCEPTED,REJECTED,SETTLED,CANCELLED"}
+HEADERS: dict[str, str] = {Party.PAYER: "X-Requestor-Events", Party.PAYEE: "X-Provider-Events"}
 _event = Decoder[DocumentEvent](DocumentEvent)
 
 
@@ -88,8 +89,8 @@ class DocumentNames:
     feed: str
 
 
-NOTE = DocumentNames("debit-note", "debitNotes", "debitNoteId", "DebitNote", "debit-notes")
-INVOICE = DocumentNames("invoice", "invoices", "invoiceId", "Invoice", "invoices")
+NOTE = DocumentNames(DocumentKind.DEBIT_NOTE, "debitNotes", "debitNoteId", "DebitNote", "debit-notes")
+INVOICE = DocumentNames(DocumentKind.INVOICE, "invoices", "invoiceId", "Invoice", "invoices")
 
 
 def routes(api: Blueprint, node: Node) -> None:
@@ -140,19 +141,19 @@ def _moving(api: Blueprint, node: Node, kind: DocumentNames) -> None:
     async def send(document_id: str) -> Response:
         timeout_s = query_float("timeout", ACK_TIMEOUT_S)
         row = _document(node, kind, document_id)
-        if row.role != "payee":
+        if row.role != Party.PAYEE:
             raise ApiError(400, f"only the issuer of a {kind.kind} sends it")
         signed = node.identity.sign(kind.kind, row.body)
         await ask(node, "ledger", SendDocument(kind.kind, document_id, signed, max(timeout_s, 0.1)))
 
-        def answered() -> PaymentDocument | None:
+        def answered() -> PaymentDocumentRow | None:
             now = _document(node, kind, document_id)
-            return now if now.status != "ISSUED" or now.refused else None
+            return now if now.status != DocumentStatus.ISSUED or now.refused else None
 
         done = await until(node, [kind.feed], answered, timeout_s)
         if done is None:
             raise ApiError(504, f"no receipt from {_agreement(node, row).peer} within {timeout_s:g} s")
-        if done.refused and done.status == "ISSUED":
+        if done.refused and done.status == DocumentStatus.ISSUED:
             raise ApiError(400, done.waiting, {"highestAmount": done.most} if done.most else None)
         return null()
 
@@ -162,7 +163,7 @@ def _moving(api: Blueprint, node: Node, kind: DocumentNames) -> None:
         accepted = body_amount(body, "totalAmountAccepted")
         allocation_id = member(body, "allocationId", str)
         row = _document(node, kind, document_id)
-        signed = node.identity.sign("acceptance", acceptance_of(row))
+        signed = node.identity.sign(DocumentKind.ACCEPTANCE, acceptance_of(row))
         command = AcceptDocument(kind.kind, document_id, amount_text(accepted), allocation_id, signed)
         await ask(node, "ledger", command, statuses={"forbidden": 400})
         return null()
@@ -215,12 +216,12 @@ def _invoices_only(api: Blueprint, node: Node) -> None:
 
         def ended() -> str | None:
             status = _document(node, INVOICE, invoice_id).status
-            return status if status not in ("ISSUED", "RECEIVED") else None
+            return status if status not in (DocumentStatus.ISSUED, DocumentStatus.RECEIVED) else None
 
         status = await until(node, [INVOICE.feed], ended, timeout_s)
         if status is None:
             raise ApiError(504, f"no answer from {_agreement(node, row).peer} within {timeout_s:g} s")
-        if status in ("ACCEPTED", "SETTLED"):
+        if status in (DocumentStatus.ACCEPTED, DocumentStatus.SETTLED):
             raise ApiError(409, f"the invoice is {status.lower()} already")
         return null()
 
@@ -267,16 +268,16 @@ def _usage(body: dict[str, Any]) -> tuple[int | float, ...] | None:
     return tuple(x if isinstance(x, int) and abs(x) < 2**63 else float(x) for x in usage)  # messages hold 64 bits
 
 
-def render(row: PaymentDocument) -> dict[str, Any]:
+def render(row: PaymentDocumentRow) -> dict[str, Any]:
     """Return a debit note or an invoice in the form of the API."""
     return _form(*_with_body(row))
 
 
-def _with_body(row: PaymentDocument) -> tuple[PaymentDocument, DebitNoteBody | InvoiceBody]:
+def _with_body(row: PaymentDocumentRow) -> tuple[PaymentDocumentRow, DebitNoteBody | InvoiceBody]:
     return row, body_of(row)
 
 
-def _form(row: PaymentDocument, body: DebitNoteBody | InvoiceBody) -> dict[str, Any]:
+def _form(row: PaymentDocumentRow, body: DebitNoteBody | InvoiceBody) -> dict[str, Any]:
     form = json_form(body)
     for name in ("timestamp", "paymentDueDate"):
         if name in form:
@@ -284,7 +285,7 @@ def _form(row: PaymentDocument, body: DebitNoteBody | InvoiceBody) -> dict[str, 
     return {**form, "status": row.status}
 
 
-def explained(node: Node, kind: DocumentNames, row: PaymentDocument) -> dict[str, Any]:
+def explained(node: Node, kind: DocumentNames, row: PaymentDocumentRow) -> dict[str, Any]:
     """Return where a document stands and, in words, what it waits for."""
     agreement = _agreement(node, row)
     order = node.system.rows("ledger").get(f"order/{row.kind}:{row.document_id}")
@@ -310,7 +311,7 @@ def explained(node: Node, kind: DocumentNames, row: PaymentDocument) -> dict[str
 def event_form(kind: DocumentNames, event: DocumentEvent, at: float) -> dict[str, Any]:
     """Return an event of a debit note or an invoice in the form of the API. Raises `Violation` for a damaged one."""
     rejection = {}
-    if event.what == "REJECTED" and event.detail:
+    if event.what == DocumentStatus.REJECTED and event.detail:
         rejection = {"rejection": json_form(decode_body(RejectionBody, event.detail.encode()))}
     return {
         kind.id_field: event.document_id,
@@ -331,14 +332,14 @@ def _wanted() -> dict[str, set[str]]:
     return wanted
 
 
-def _document(node: Node, kind: DocumentNames, document_id: str) -> PaymentDocument:
-    row: PaymentDocument | None = node.system.rows("ledger").get(f"{kind.kind}/{document_id}")
+def _document(node: Node, kind: DocumentNames, document_id: str) -> PaymentDocumentRow:
+    row: PaymentDocumentRow | None = node.system.rows("ledger").get(f"{kind.kind}/{document_id}")
     if row is None:
         raise ApiError(404, None)
     return row
 
 
-def _agreement(node: Node, row: PaymentDocument) -> LedgerAgreementRow:
+def _agreement(node: Node, row: PaymentDocumentRow) -> LedgerAgreementRow:
     agreement: LedgerAgreementRow = node.system.rows("ledger")[f"agreement/{row.agreement_id}"]
     return agreement
 

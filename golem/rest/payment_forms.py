@@ -7,7 +7,7 @@ from collections.abc import Callable
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
-from actors.ledger.machine import Order, PaymentRow
+from actors.ledger.machine import OrderRow, PaymentRow
 from golem.rest.edge import ApiError, member, object_body
 from protocol.ledger import PaymentBody, decode_body, json_form
 from protocol.types import Violation, amount, timestamp, timestamp_text
@@ -90,7 +90,7 @@ def render_payment(node: Node, row: PaymentRow, at: float | None = None) -> dict
     rows = node.system.rows("ledger")
     sources: dict[tuple[str, str], str] = {}
     for order_id in row.order_ids:
-        order: Order = rows[f"order/{order_id}"]
+        order: OrderRow = rows[f"order/{order_id}"]
         kind, own_id = ("activityId", order.activity_id) if order.activity_id else ("agreementId", order.agreement_id)
         sources[kind, own_id] = order.allocation_id
     for parts, kind in (("agreementPayments", "agreementId"), ("activityPayments", "activityId")):

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from quart import Blueprint, Response
 
-from actors.ledger.machine import LedgerActivityRow, LedgerAgreementRow, Order
+from actors.ledger.machine import LedgerActivityRow, LedgerAgreementRow, OrderRow
 from actors.wallet.rows import PayBatchRow
 from golem.rest.edge import ApiError, listed, query_int, respond_json
 from golem.rest.payment_forms import MAX_ITEMS
+from protocol.states import Party
 from protocol.types import timestamp_text
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def routes(api: Blueprint, node: Node) -> None:
 def _agreement(row: LedgerAgreementRow) -> dict[str, Any]:
     return {
         "id": row.agreement_id,
-        "role": "P" if row.role == "payee" else "R",
+        "role": "P" if row.role == Party.PAYEE else "R",
         "peerId": row.peer,
         "payeeAddr": row.payee_addr,
         "payerAddr": row.payer_addr,
@@ -105,7 +106,7 @@ def _activity(row: LedgerActivityRow) -> dict[str, Any]:
     }
 
 
-def _order(row: Order) -> dict[str, Any]:
+def _order(row: OrderRow) -> dict[str, Any]:
     return {
         "documentId": row.document_id,
         "documentType": row.kind,

@@ -37,6 +37,7 @@ from golem.rest.interaction import api_error
 from golem.rest.proxy_rules import Header, Target, cross_origin, forwarded, has_key, header, is_from_browser, key_of, returned
 from golem.rest.proxy_socket import relay_websocket
 from golem.rest.proxy_tickets import Tickets, opens_page, with_ticket
+from protocol.states import Role
 
 if TYPE_CHECKING:
     from golem.node.node import Node
@@ -103,7 +104,7 @@ class Proxy:
         if isinstance(who, Response):
             return who
         more += cross_origin(headers, {*self._node.config.allow_origins, *who.allow_origins})
-        row = find(self._node, activity_id, "Requestor")
+        row = find(self._node, activity_id, Role.REQUESTOR)
         if token and app_key is None and scope["type"] == "http" and opens_page(headers):
             more.append((b"referrer-policy", b"no-referrer"))
             here = with_ticket(match[0], query, self._tickets.issue(activity_id, token))

@@ -28,6 +28,7 @@ from golem.rest.edge import (
 )
 from protocol.codec import Decoder
 from protocol.market import CloseScan, OfferSeen, OpenScan, ScanEnded, TouchScan
+from protocol.states import DocumentKind
 from protocol.terms import compile_constraint
 from protocol.types import node_id
 
@@ -46,8 +47,8 @@ def register(api: Blueprint, node: Node) -> None:
     @api.post("/scan")
     async def begin() -> Response:
         body = await object_body()
-        kind = member(body, "type", str, "offer")
-        if kind not in ("offer", "demand"):
+        kind = member(body, "type", str, DocumentKind.OFFER)
+        if kind not in (DocumentKind.OFFER, DocumentKind.DEMAND):
             raise ApiError(400, f"field `type`: expected offer or demand, not {kind[:40]!r}")
         timeout_s = member(body, "timeout", (int, float), DEFAULT_SCAN_S)
         if not 0 < timeout_s < 1e9:

@@ -11,15 +11,7 @@ import pytest
 from worlds.playbook import START, Nodes, Playbook, playbook
 
 from actors.activity.machine import Activity
-from actors.activity.moves import (
-    GIVE_UP_S,
-    INACTIVITY_S,
-    KEEP_AGREEMENT_S,
-    KEEP_S,
-    REPORT_S,
-    UNREACHABLE,
-    UNRESPONSIVE_S,
-)
+from actors.activity.moves import GIVE_UP_S, INACTIVITY_S, KEEP_AGREEMENT_S, KEEP_S, REPORT_S, UNRESPONSIVE_S
 from actors.activity.provider import MAX_HELD, MAX_HELD_PER_NODE
 from actors.activity.requestor import MAX_UNFINISHED
 from actors.activity.rows import batch_key, result_key
@@ -46,6 +38,7 @@ from protocol.activity import (
 from protocol.codec import encode
 from protocol.exeunit import CommandFinished, Execute, RunBatch, ShutDown, UnitStarted
 from protocol.negotiation import AgreementApproved, AgreementEnded
+from protocol.states import ActivityEnd
 from protocol.types import Refused, Undelivered, Violation
 
 R, P, X = "0x" + "1" * 40, "0x" + "2" * 40, "0x" + "3" * 40
@@ -214,7 +207,7 @@ def test_a_provider_that_cannot_be_reached_ends_the_activity() -> None:
         play.sends.clear()
         play.tell(Undelivered(f"{P}/activity", encode(lost), "no route"), f"{R}/activity")
         row = play.rows[f"activity/{ACTIVITY}"]
-        assert (row.state, row.reason, row.error_message) == ("Terminated", UNREACHABLE, "no route")
+        assert (row.state, row.reason, row.error_message) == ("Terminated", ActivityEnd.UNREACHABLE, "no route")
         assert play.rows[batch_key(ACTIVITY, BATCH)].finished
         told = [] if isinstance(lost, DestroyRequested) else [DestroyRequested(ACTIVITY)]
         assert play.sent(f"{P}/activity") == told
@@ -375,7 +368,7 @@ def test_the_requestor_notices_that_nothing_is_heard_any_more() -> None:
     play.at(GIVE_UP_S - INACTIVITY_S - REPORT_S)
     row = play.rows[f"activity/{ACTIVITY}"]
     assert (row.state, row.reason, row.error_message) == (
-        "Terminated", UNREACHABLE, "nothing was heard of the exe-unit for 300 s",
+        "Terminated", ActivityEnd.UNREACHABLE, "nothing was heard of the exe-unit for 300 s",
     )  # fmt: skip
     assert not row.is_gone
     last = play.rows[result_key(BATCH, 0)]
@@ -426,19 +419,19 @@ def test_who_says_that_an_exe_unit_is_silent_does_not_keep_it_alive() -> None:
     for _ in range(40):
         play.at(9)
         play.tell(StateChanged(ACTIVITY, "Unresponsive", error_message="wait", at=play.now), P)
-    assert state(play) == ("Terminated", None, UNREACHABLE)
+    assert state(play) == ("Terminated", None, ActivityEnd.UNREACHABLE)
 
 
 def test_an_agent_that_lets_go_of_an_activity_that_is_gone_does_not_wait() -> None:
     play = running(requestor())
     play.at(71)
     play.ask(DestroyActivity(ACTIVITY))
-    assert state(play) == ("Terminated", None, UNREACHABLE)
+    assert state(play) == ("Terminated", None, ActivityEnd.UNREACHABLE)
     assert play.sent(f"{P}/activity")[-1] == DestroyRequested(ACTIVITY)
     play = running(requestor())
     play.ask(DestroyActivity(ACTIVITY))  # it is silent only then
     play.at(71)
-    assert state(play) == ("Terminated", None, UNREACHABLE)
+    assert state(play) == ("Terminated", None, ActivityEnd.UNREACHABLE)
 
 
 def test_an_agent_that_calls_its_own_activity_unresponsive_is_no_trap() -> None:

@@ -16,6 +16,7 @@ import types
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import StrEnum
 from functools import cache
 from typing import Any
 
@@ -26,11 +27,11 @@ from worlds.playbook import START, TableRows
 from worlds.whole_life import Life, demand_of, live, offer_of
 
 from actors.kernel.machine import DropFeed, Emit, Machine, Meta, Send, Step
-from actors.ledger.rows import PaymentDocument, PaymentRow
+from actors.ledger.rows import PaymentDocumentRow, PaymentRow
 from actors.market.rows import OfferRow
 from actors.negotiation import room
 from actors.negotiation.proposals import MAX_OPENED_PER_NODE
-from actors.negotiation.rows import AgreementRow, Proposal
+from actors.negotiation.rows import AgreementRow, ProposalRow
 from golem.node.market_forms import agreement_event_form, agreement_form, agreement_summary, proposal_form, subscription_form
 from golem.rest import payment_documents
 from protocol.codec import MAX_ADDRESS_CHARS, MAX_BODY_BYTES, Decoder, encode
@@ -167,6 +168,8 @@ class Maker:
             return rng.choice(FLOATS)
         if kind is str:
             return rng.choice(TEXTS) if rng.random() < 0.4 else rng.choice(words().texts)
+        if issubclass(kind, StrEnum):
+            return rng.choice((*kind, *kind, *TEXTS))
         if kind is bytes:
             return rng.choice(BYTES) if rng.random() < 0.4 else rng.choice(words().raw)
         if kind is Document:
@@ -339,11 +342,11 @@ def check_shown(step: Step, now: float) -> None:
 def forms(row: Any, now: float) -> list[Any]:
     """Return what REST says of a row."""
     match row:
-        case PaymentDocument():
+        case PaymentDocumentRow():
             return [payment_documents.render(row)]
         case PaymentRow():
             return [json_form(decode_body(PaymentBody, row.body))]
-        case Proposal():
+        case ProposalRow():
             return [proposal_form(row)]
         case AgreementRow():
             return [agreement_form(row, now), *([agreement_summary(row, now)] if row.body else [])]

@@ -11,11 +11,11 @@ import pytest
 from worlds.money import KEYS, PLATFORM, Done, Node, World
 
 from actors.ledger.machine import (
-    Allocation,
+    AllocationRow,
     LedgerActivityRow,
     LedgerAgreementRow,
     PaymentRow,
-    TxClaims,
+    TxClaimsRow,
     acceptance_of,
     decorations,
     owed,
@@ -68,9 +68,9 @@ def events(node: Node, feed: str) -> list[tuple[str, str]]:
     return [(event.document_id, event.what) for event in node.feeds[feed] if isinstance(event, DocumentEvent)]
 
 
-def allocation(node: Node, allocation_id: str = "al") -> Allocation:
+def allocation(node: Node, allocation_id: str = "al") -> AllocationRow:
     row = node.rows["ledger"][f"allocation/{allocation_id}"]
-    assert isinstance(row, Allocation)
+    assert isinstance(row, AllocationRow)
     return row
 
 
@@ -126,8 +126,8 @@ def test_an_allocation_cannot_shrink_below_what_is_spent() -> None:
 
 
 def test_decorations_of_one_and_of_two_allocations() -> None:
-    def row(platform: str, owner: str) -> Allocation:
-        return Allocation("x", owner, platform, "1", "0", 0, 0, 0)
+    def row(platform: str, owner: str) -> AllocationRow:
+        return AllocationRow("x", owner, platform, "1", "0", 0, 0, 0)
 
     one = decorations([row("P1", "X1")])
     assert one["constraints"] == ["(golem.com.payment.platform.P1.address=*)", "(golem.com.payment.protocol.version>1)"]
@@ -437,7 +437,7 @@ def test_two_claims_at_once_on_one_transaction_get_it_once() -> None:
     world.run()
     states = [payee.rows["ledger"][f"payment/{payment_id}"].state for payment_id in ("p1", "p2")]
     assert states == ["VERIFIED", "REFUSED"]
-    assert payee.rows["ledger"][f"tx/{tx_hash}/{payer.id}/{payee.id}"] == TxClaims((("p1", "1"),))
+    assert payee.rows["ledger"][f"tx/{tx_hash}/{payer.id}/{payee.id}"] == TxClaimsRow((("p1", "1"),))
     assert payee.rows["ledger"]["agreement/a1"].paid == "1"
 
 

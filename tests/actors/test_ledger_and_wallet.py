@@ -8,7 +8,7 @@ from decimal import Decimal
 import pytest
 from worlds.money import Done, Node, World
 
-from actors.ledger.machine import LedgerAgreementRow, Order, PaymentDocument, PaymentRow, total_of
+from actors.ledger.machine import LedgerAgreementRow, OrderRow, PaymentDocumentRow, PaymentRow, total_of
 from protocol.ledger import CancelInvoice, RejectInvoice, ReleaseAllocation
 from protocol.types import Refused
 from protocol.wallet import RunCycle
@@ -30,14 +30,14 @@ def check_settled(world: World) -> None:
         paid[payer, payee] = total_of((paid.get((payer, payee), Decimal(0)), amount))
     owed: dict[tuple[str, str], Decimal] = {}
     for node in world.nodes:
-        for order in node.all(Order, "order/"):
+        for order in node.all(OrderRow, "order/"):
             pair = (order.payer_addr, order.payee_addr)
             owed[pair] = total_of((owed.get(pair, Decimal(0)), order.amount))
         for agreement in node.all(LedgerAgreementRow, "agreement/"):
             other = world.by_id[agreement.peer].rows["ledger"][f"agreement/{agreement.agreement_id}"]
             assert agreement.accepted == agreement.paid == other.accepted == other.paid
         for kind in ("debit-note", "invoice"):
-            for row in node.all(PaymentDocument, f"{kind}/"):
+            for row in node.all(PaymentDocumentRow, f"{kind}/"):
                 assert row.status != "ACCEPTED", row
         for payment in node.all(PaymentRow, "payment/"):
             assert payment.state in ("ACKNOWLEDGED", "VERIFIED"), payment
@@ -94,8 +94,8 @@ class Life:
         else:
             world.ask(payer, ReleaseAllocation(allocation))
 
-    def _any(self, node: Node, agreement_id: str) -> PaymentDocument | None:
-        rows = [*node.all(PaymentDocument, "debit-note/"), *node.all(PaymentDocument, "invoice/")]
+    def _any(self, node: Node, agreement_id: str) -> PaymentDocumentRow | None:
+        rows = [*node.all(PaymentDocumentRow, "debit-note/"), *node.all(PaymentDocumentRow, "invoice/")]
         rows = [row for row in rows if row.agreement_id == agreement_id]
         return self.rng.choice(rows) if rows else None
 
@@ -115,7 +115,7 @@ def test_what_is_accepted_is_paid_exactly_once(part: int) -> None:
         except Exception:
             print(f"seed {seed}")
             raise
-        settled += sum(row.status == "SETTLED" for row in life.payer.all(PaymentDocument, "debit-note/"))
+        settled += sum(row.status == "SETTLED" for row in life.payer.all(PaymentDocumentRow, "debit-note/"))
     assert settled > 50, "the lives are too dull to prove anything"
 
 

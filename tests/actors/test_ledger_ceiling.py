@@ -12,19 +12,10 @@ from worlds.money import PLATFORM, Done, Node, World
 from actors.ledger import documents as _ledger_documents
 from actors.ledger import payer as _ledger_payer
 from actors.ledger.ceiling import COEFFS, COST_CAP, VECTOR
-from actors.ledger.rows import RefusedDocuments
+from actors.ledger.rows import RefusedDocumentsRow
 from protocol.activity import ActivityKnown, ActivityOver
-from protocol.ledger import (
-    DEBIT_NOTE,
-    INVOICE,
-    ClockSeen,
-    DebitNoteBody,
-    DocumentReceived,
-    DocumentRefused,
-    DocumentSent,
-    InvoiceBody,
-    encode_body,
-)
+from protocol.ledger import ClockSeen, DebitNoteBody, DocumentReceived, DocumentRefused, DocumentSent, InvoiceBody, encode_body
+from protocol.states import DocumentKind
 from protocol.types import Violation, amount_text, timestamp_text
 
 DURATION, CPU = "golem.usage.duration_sec", "golem.usage.cpu_sec"
@@ -58,7 +49,7 @@ class Deal:
             debit_note_id=f"n{self.count}", activity_id=activity, total_amount_due=str(total), usage_counter_vector=usage,
             **{**self.common(), **changes},
         )  # fmt: skip
-        return self.sent(DEBIT_NOTE, body, f"n{self.count}")
+        return self.sent(DocumentKind.DEBIT_NOTE, body, f"n{self.count}")
 
     def invoice(self, total: str | Decimal, activities: tuple[str, ...] = ("act",)) -> Any:
         self.count += 1
@@ -66,7 +57,7 @@ class Deal:
         body = InvoiceBody(
             invoice_id=f"i{self.count}", activity_ids=activities, amount=str(total), payment_due_date=due, **self.common()
         )
-        return self.sent(INVOICE, body, f"i{self.count}")
+        return self.sent(DocumentKind.INVOICE, body, f"i{self.count}")
 
     def common(self) -> dict[str, Any]:
         return {
@@ -105,7 +96,7 @@ def test_the_whole_allocation_for_no_work_is_refused_with_the_highest_amount() -
     assert "0.015" in answer.reason
     assert taken(deal.note(answer.most, (3.0, 1.0)))
     refused = deal.payer.rows["ledger"]["refused/a1"]
-    assert isinstance(refused, RefusedDocuments)
+    assert isinstance(refused, RefusedDocumentsRow)
     assert [(one.document_id, one.amount) for one in refused.documents] == [("n1", "999")]
 
 
@@ -194,7 +185,7 @@ def test_an_invoice_over_all_activities_and_a_second_one() -> None:
     again = deal.invoice(answer.most)
     assert isinstance(again, DocumentRefused)
     assert "has an invoice already" in again.reason
-    assert taken(deal.sent(INVOICE, *_again(deal, "i2"))), "a repeat of the same one is acknowledged"
+    assert taken(deal.sent(DocumentKind.INVOICE, *_again(deal, "i2"))), "a repeat of the same one is acknowledged"
 
 
 def _again(deal: Deal, document_id: str) -> tuple[Any, str]:

@@ -402,7 +402,7 @@ def test_ten_thousand_offers(requestor: Playbook) -> None:
         requestor.rows[f"offer/{offer_id}"] = OfferRow(document, PROVIDER_ID, START + 3600, number + 1)
         if number % 4 >= 1:
             expected.add(offer_id)
-    requestor.rows["stats"] = market.Stats(offers=10_000, last_offer=key_count)
+    requestor.rows["stats"] = market.StatsRow(offers=10_000, last_offer=key_count)
     started = time.perf_counter()
     requestor.ask(PublishDemand(demand(START)[1]))
     at_once = time.perf_counter() - started

@@ -14,7 +14,7 @@ from worlds.playbook import START, Nodes, Playbook, playbook
 from actors.negotiation import moves as agreement_moves
 from actors.negotiation import proposals, room
 from actors.negotiation.machine import Negotiation
-from actors.negotiation.rows import AgreementRow, Proposal, state_at
+from actors.negotiation.rows import AgreementRow, ProposalRow, state_at
 from golem.node.market_forms import agreement_form
 from protocol.market import Matched, Rematch, SubscriptionEnded, SubscriptionOpened
 from protocol.negotiation import (
@@ -136,9 +136,9 @@ def pair() -> Pair:
     return Pair()
 
 
-def proposal(play: Playbook, proposal_id: str) -> Proposal:
+def proposal(play: Playbook, proposal_id: str) -> ProposalRow:
     row = play.rows[f"proposal/{proposal_id}"]
-    assert isinstance(row, Proposal)
+    assert isinstance(row, ProposalRow)
     return row
 
 

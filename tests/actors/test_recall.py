@@ -9,7 +9,7 @@ import pytest
 from msgspec.structs import replace
 from worlds.money import PLATFORM, Done, Node, World
 
-from actors.ledger.machine import LedgerAgreementRow, Order, PaymentRow, acceptance_of, total_of
+from actors.ledger.machine import LedgerAgreementRow, OrderRow, PaymentRow, acceptance_of, total_of
 from protocol.ledger import AgreementPayment, PaymentBody, PaymentSent, Recall, Recalled, decode_body, encode_body
 from protocol.types import MAX_CLOCK_SKEW_S, PeerLost, Violation
 from protocol.wallet import RunCycle, TransferConfirmed, TransferFailed, TransferMined, TransferSent
@@ -69,7 +69,7 @@ def test_a_payer_that_forgot_its_acceptance_pays_it(world: World) -> None:
     world.restore(payer, backup)
     world.run()
     assert (status(payer), status(payee), paid(world)) == ("SETTLED", "SETTLED", 10)
-    assert [row.allocation_id for row in payer.all(Order, "order/")] == [""]
+    assert [row.allocation_id for row in payer.all(OrderRow, "order/")] == [""]
     assert not world.violations
 
 
@@ -84,7 +84,7 @@ def test_an_acceptance_without_an_allocation_is_owed_all_the_same(world: World) 
     world.restore(payer, backup)
     world.run()
     assert paid(world) == 300
-    assert [row.allocation_id for row in payer.all(Order, "order/")] == [""]
+    assert [row.allocation_id for row in payer.all(OrderRow, "order/")] == [""]
 
 
 def test_notes_paid_and_forgotten_are_not_paid_with_the_invoice(world: World) -> None:

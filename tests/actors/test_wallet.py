@@ -8,7 +8,7 @@ import pytest
 from worlds.money import PLATFORM, Node, World
 
 from actors.wallet.machine import MAX_TRIES
-from actors.wallet.rows import PayBatchRow, PayOrder
+from actors.wallet.rows import PayBatchRow, PayOrderRow
 from protocol.codec import Decoder
 from protocol.types import Refused, Violation
 from protocol.wallet import (
@@ -63,9 +63,9 @@ class Desk:
         link.clear()
         return facts
 
-    def order(self, order_id: str) -> PayOrder:
+    def order(self, order_id: str) -> PayOrderRow:
         row = self.node.rows["wallet"][f"order/{order_id}"]
-        assert isinstance(row, PayOrder)
+        assert isinstance(row, PayOrderRow)
         return row
 
 

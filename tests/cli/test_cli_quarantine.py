@@ -10,7 +10,7 @@ import pytest
 import trio
 from cli.test_cli import golem, run_json, run_text, until
 
-from actors.wallet.rows import Cycle
+from actors.wallet.rows import CycleRow
 from golem.lab.localnet import LocalNet, LocalNode
 from protocol.codec import encode
 from protocol.negotiation import AgreementApproved
@@ -36,7 +36,7 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalNode]:
             db.execute("insert into outbox values (?,?,1,9e9,'tracepoison',?)", (*link, poison))
             db.execute("insert into sent (actor, recipient, seq, epoch) values (?,?,1,'e')", link)
             db.execute("insert into mark values (?,?,'1-aa',1)", link)
-            row = encode(Cycle(PLATFORM, 1.0, 0.0, 1.0))
+            row = encode(CycleRow(PLATFORM, 1.0, 0.0, 1.0))
             db.execute("replace into row (actor, key, body) values ('wallet',?,?)", (KEY, row[:-2]))
             db.execute("replace into timer values ('wallet',?,1.0,'t',?)", (KEY, encode(CycleDue(PLATFORM))))
         node.process.start()

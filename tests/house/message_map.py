@@ -37,17 +37,24 @@ def first_sentence(message: type) -> str:
     return sentence.replace("|", "\\|").replace("<", "&lt;")
 
 
-def actors() -> Iterator[tuple[str, dict[type, str]]]:
-    """Yield (name, who says what) of all actors with a vocabulary of their own."""
+def machines() -> tuple[Any, ...]:
+    """Return the classes of all machines."""
     sys.path.insert(0, str(ROOT))
     from actors.activity.machine import Activity
     from actors.exeunit import ExeUnit
-    from actors.kernel.grammar import Looked, On
     from actors.ledger.machine import Ledger
     from actors.market.machine import Market
     from actors.negotiation.machine import Negotiation
     from actors.provider.machine import Provider
     from actors.wallet.machine import Wallet
+
+    return Market, Negotiation, Activity, ExeUnit, Ledger, Wallet, Provider
+
+
+def actors() -> Iterator[tuple[str, dict[type, str]]]:
+    """Yield (name, who says what) of all actors with a vocabulary of their own."""
+    sys.path.insert(0, str(ROOT))
+    from actors.kernel.grammar import Looked, On
     from golem.chain.port import Chain
     from golem.node.signer import SignerPort
 
@@ -56,7 +63,7 @@ def actors() -> Iterator[tuple[str, dict[type, str]]]:
             return "the kernel"
         return on.source.who if isinstance(on.source, Looked) else on.source
 
-    for machine in (Market, Negotiation, Activity, ExeUnit, Ledger, Wallet, Provider):
+    for machine in machines():
         name = getattr(machine, "name", "exeunit")
         yield name, {message: source(on) for message, on in machine.table.entries.items()}
     yield "chain", dict.fromkeys(members(Chain.local), "wallet, ledger")

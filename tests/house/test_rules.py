@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from house.message_map import machines, members
 
 ROOT = Path(__file__).resolve().parents[2]
 LOOSE = {"__init__.py", "config.py", "daemon.py", "private_files.py"}
@@ -81,6 +82,12 @@ def test_a_public_class_name_means_one_thing() -> None:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 places[node.name].append(name)
     assert not {name: where for name, where in places.items() if len(where) > 1}
+
+
+def test_rows_end_in_row() -> None:
+    rows = {row.__name__ for machine in machines() for row in members(machine.rows)}
+    assert rows
+    assert not sorted(name for name in rows if not name.endswith("Row"))
 
 
 def test_imports_run_in_no_circle() -> None:

@@ -21,8 +21,9 @@ from worlds.support import tell, trio_test
 from actors.kernel.machine import Send
 from golem.files.on_disk import FileSink, FileSource
 from golem.node.node import Node
-from protocol.activity import STATES, CommandResult, StateReported
+from protocol.activity import CommandResult, StateReported
 from protocol.negotiation import AgreementApproved
+from protocol.states import ActivityState
 
 HELLO = Path(__file__).resolve().parents[2] / "examples" / "hello" / "hello.wasm"
 AGREEMENT = "e" * 64
@@ -317,7 +318,7 @@ async def test_polling_with_results_that_come_later(tmp_path: Path) -> None:
         async def initialized() -> None:
             await until(lambda: w.p.node.system.feeds.read("activities"))
             [(key, _)] = w.p.node.system.rows("activity").prefix("activity/")
-            for state in STATES[1:4]:
+            for state in tuple(ActivityState)[1:4]:
                 await w.p.node.system.ask("activity", StateReported(key.partition("/")[2], state))
 
         w.nursery.start_soon(initialized)

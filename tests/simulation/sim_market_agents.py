@@ -16,9 +16,9 @@ from worlds.money import PLATFORM
 from actors.activity.rows import ActivityRow, BatchRow
 from actors.kernel.machine import ActorFailed, AskTimeout, Busy
 from actors.kernel.records import JournalError, RowDamaged
-from actors.ledger.machine import Allocation, PaymentDocument, acceptance_of
-from actors.negotiation.rows import OPEN, AgreementRow, Proposal, lapsed
-from actors.wallet.rows import PayOrder
+from actors.ledger.machine import AllocationRow, PaymentDocumentRow, acceptance_of
+from actors.negotiation.rows import OPEN, AgreementRow, ProposalRow, lapsed
+from actors.wallet.rows import PayOrderRow
 from protocol.activity import CreateActivity, DestroyActivity, Exec
 from protocol.exeunit import ShutDown
 from protocol.ledger import (
@@ -111,16 +111,16 @@ class Agent:
 
     async def negotiate(self) -> None:
         """Answer the other side's open proposals with our own terms, or with a no."""
-        for proposal in self.rows("negotiation", "proposal/", Proposal):
+        for proposal in self.rows("negotiation", "proposal/", ProposalRow):
             open_ = proposal.state in ("Initial", "Draft") and not proposal.answer_id and not proposal.agreement_id
             if proposal.issuer == self.name or not open_ or proposal.expires <= self.now():
                 continue
             await self.answer(proposal)
 
-    async def answer(self, proposal: Proposal) -> None:
+    async def answer(self, proposal: ProposalRow) -> None:
         raise AssertionError
 
-    async def counter(self, proposal: Proposal) -> None:
+    async def counter(self, proposal: ProposalRow) -> None:
         body = json.loads(self.published[proposal.own_subscription].body)
         properties = json.dumps(body["properties"], separators=(",", ":"))
         command = CounterProposal(proposal.own_subscription, proposal.proposal_id, properties, body["constraints"])
@@ -140,13 +140,13 @@ class RequestorAgent(Agent):
         for agreement in self.rows("negotiation", "agreement/", AgreementRow):
             await self.carry_on(agreement)
         for kind in ("debit-note", "invoice"):
-            for row in self.rows("ledger", f"{kind}/", PaymentDocument):
+            for row in self.rows("ledger", f"{kind}/", PaymentDocumentRow):
                 if row.status == "RECEIVED":
                     await self.judge(row)
-        if self.world.closing and any(order.state == "GIVEN_UP" for order in self.rows("wallet", "order/", PayOrder)):
+        if self.world.closing and any(order.state == "GIVEN_UP" for order in self.rows("wallet", "order/", PayOrderRow)):
             await self.ask("wallet", RunCycle(PLATFORM))
 
-    async def answer(self, proposal: Proposal) -> None:
+    async def answer(self, proposal: ProposalRow) -> None:
         agreements = list(self.rows("negotiation", "agreement/", AgreementRow))
         if len(agreements) >= MAX_AGREEMENTS:
             return
@@ -197,7 +197,7 @@ class RequestorAgent(Agent):
             await self.ask("activity", DestroyActivity(activity_id))
         return False
 
-    async def judge(self, row: PaymentDocument) -> None:
+    async def judge(self, row: PaymentDocumentRow) -> None:
         """Accept, reject or leave a document."""
         if row.kind == "debit-note" and not self.decide(f"note {row.document_id}", 0.7):
             return
@@ -206,7 +206,7 @@ class RequestorAgent(Agent):
             await self.ask("ledger", RejectInvoice(row.document_id, rejection))
             return
         allocation_id = f"allocation-{self.allocations}"
-        if not any(one.allocation_id == allocation_id for one in self.rows("ledger", "allocation/", Allocation)):
+        if not any(one.allocation_id == allocation_id for one in self.rows("ledger", "allocation/", AllocationRow)):
             await self.ask("ledger", CreateAllocation(allocation_id, self.name, PLATFORM, "4", None))
         acceptance = self.sign("acceptance", acceptance_of(row))
         command = AcceptDocument(row.kind, row.document_id, row.amount, allocation_id, acceptance)
@@ -231,7 +231,7 @@ class ProviderAgent(Agent):
             if agreement.state in ("Approved", "Terminated"):
                 await self.bill(agreement)
 
-    async def answer(self, proposal: Proposal) -> None:
+    async def answer(self, proposal: ProposalRow) -> None:
         if proposal.state != "Draft":
             return
         if self.decide(f"no {proposal.proposal_id}", 0.1):
@@ -262,7 +262,7 @@ class ProviderAgent(Agent):
         running = agreement.state == "Approved"
         activities = [row for row in self.rows("activity", "activity/", ActivityRow) if row.agreement_id == agreement_id]
         for row in activities:
-            notes = [n for n in self.rows("ledger", "debit-note/", PaymentDocument) if n.activity_id == row.activity_id]
+            notes = [n for n in self.rows("ledger", "debit-note/", PaymentDocumentRow) if n.activity_id == row.activity_id]
             if running and not row.ended and len(notes) < 4 and self.decide(f"{row.activity_id} {self.now() // 10}", 0.3):
                 number = len(notes) + 1
                 command = IssueDebitNote(f"note-{row.activity_id}-{number}", row.activity_id, f"{0.1 * number:.1f}", (1.0, 2.5))
@@ -271,7 +271,7 @@ class ProviderAgent(Agent):
             for note in notes:
                 await self.send(note)
         invoice_id = f"invoice-{agreement_id}"
-        invoice: PaymentDocument | None = self.system.rows("ledger").get(f"invoice/{invoice_id}")
+        invoice: PaymentDocumentRow | None = self.system.rows("ledger").get(f"invoice/{invoice_id}")
         if invoice is not None:
             await self.send(invoice)
             if invoice.status in ("ISSUED", "RECEIVED") and self.decide(f"cancel {invoice_id}", 0.1):
@@ -280,7 +280,7 @@ class ProviderAgent(Agent):
             ids = tuple(row.activity_id for row in activities)
             await self.ask("ledger", IssueInvoice(invoice_id, agreement_id, ids, f"{total + 0.5:.1f}", self.now() + 60))
 
-    async def send(self, row: PaymentDocument) -> None:
+    async def send(self, row: PaymentDocumentRow) -> None:
         """Send a document until there is a receipt."""
         waiting = row.waiting == "sent; no receipt yet"
         if row.status == "ISSUED" and not waiting and not row.waiting.startswith("cancelling"):

@@ -11,13 +11,13 @@ from sim_world import Broken
 from actors.activity.machine import Activity
 from actors.activity.rows import ActivityRow, BatchRow, ResultRow
 from actors.kernel.records import unsealed
-from actors.ledger.machine import Allocation, Ledger, Order, PaymentDocument, PaymentRow, total_of
+from actors.ledger.machine import AllocationRow, Ledger, OrderRow, PaymentDocumentRow, PaymentRow, total_of
 from actors.ledger.machine import LedgerAgreementRow as Terms
 from actors.market.machine import Market
 from actors.negotiation.machine import Negotiation
 from actors.negotiation.rows import AgreementRow
 from actors.wallet.machine import Wallet
-from actors.wallet.rows import PayOrder
+from actors.wallet.rows import PayOrderRow
 from protocol.codec import Decoder
 
 if TYPE_CHECKING:
@@ -42,8 +42,8 @@ def agreements(host: MarketHost) -> dict[str, AgreementRow]:
     return {row.agreement_id: row for row in rows(host, "negotiation", "agreement/", AgreementRow)}
 
 
-def documents(host: MarketHost, role: str) -> dict[tuple[str, str], PaymentDocument]:
-    found = (*rows(host, "ledger", "debit-note/", PaymentDocument), *rows(host, "ledger", "invoice/", PaymentDocument))
+def documents(host: MarketHost, role: str) -> dict[tuple[str, str], PaymentDocumentRow]:
+    found = (*rows(host, "ledger", "debit-note/", PaymentDocumentRow), *rows(host, "ledger", "invoice/", PaymentDocumentRow))
     return {(row.kind, row.document_id): row for row in found if row.role == role}
 
 
@@ -61,8 +61,8 @@ def check_always(world: MarketWorld) -> None:
     for host in world.hosts.values():
         if not ready(host):
             continue  # before its first start
-        orders = list(rows(host, "ledger", "order/", Order))
-        for allocation in rows(host, "ledger", "allocation/", Allocation):
+        orders = list(rows(host, "ledger", "order/", OrderRow))
+        for allocation in rows(host, "ledger", "allocation/", AllocationRow):
             spent = total_of(order.amount for order in orders if order.allocation_id == allocation.allocation_id)
             if not spent == Decimal(allocation.spent) <= Decimal(allocation.total):
                 raise Broken(f"allocation {allocation} has orders of {spent}")
@@ -102,7 +102,7 @@ def unsettled(world: MarketWorld) -> list[str]:
         for payment in rows(host, "ledger", "payment/", PaymentRow):
             if payment.state not in ("ACKNOWLEDGED", "VERIFIED"):
                 waits.append(f"{short}: {payment.role}'s payment {payment.payment_id[:8]} is {payment.state}: {payment.reason}")
-        unpaid = [order for order in rows(host, "wallet", "order/", PayOrder) if order.state != "PAID"]
+        unpaid = [order for order in rows(host, "wallet", "order/", PayOrderRow) if order.state != "PAID"]
         waits += [f"{short}: order {order.order_id} is {order.state}" for order in unpaid]
     providers = [agent.host for agent in world.providers]
     for provider in providers:

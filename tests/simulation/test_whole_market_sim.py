@@ -30,7 +30,7 @@ from actors.negotiation import agreements
 from actors.negotiation.machine import Negotiation
 from actors.wallet import machine as wallet
 from actors.wallet.machine import Wallet
-from actors.wallet.rows import CONFIRMED
+from actors.wallet.rows import PayBatchState
 from protocol.activity import DestroyExpired
 from protocol.ledger import VerifyAgain
 from protocol.negotiation import AgreementClosed, AgreementTerminated
@@ -106,7 +106,7 @@ def confirmed_twice(handler: Any) -> Any:
 
     def mutant(draft: Any, fact: Any) -> None:
         batch = draft.get(f"batch/{fact.batch_id}")
-        if batch.state == CONFIRMED:
+        if batch.state == PayBatchState.CONFIRMED:
             for payee in batch.payees:
                 for order_id in payee.order_ids:
                     wallet._queue(draft, replace(draft.get(f"order/{order_id}"), state="QUEUED"))

@@ -16,11 +16,11 @@ from typing import Any
 
 from actors.kernel.machine import Emit, Meta, Reply, Send, Wake
 from actors.ledger.machine import (
-    Allocation,
+    AllocationRow,
     Ledger,
     LedgerAgreementRow,
-    Order,
-    PaymentDocument,
+    OrderRow,
+    PaymentDocumentRow,
     acceptance_of,
     objection,
     total_of,
@@ -312,8 +312,8 @@ class World:
     # -- what must hold after every step
     def check(self) -> None:
         for node in self.nodes:
-            orders = node.all(Order, "order/")
-            for allocation in node.all(Allocation, "allocation/"):
+            orders = node.all(OrderRow, "order/")
+            for allocation in node.all(AllocationRow, "allocation/"):
                 spent = total_of(o.amount for o in orders if o.allocation_id == allocation.allocation_id)
                 assert spent == Decimal(allocation.spent) <= Decimal(allocation.total), allocation
             for agreement in node.all(LedgerAgreementRow, "agreement/"):
@@ -329,7 +329,7 @@ class World:
 
     def _agreed(self, node: Node, agreement_id: str) -> Decimal:
         """What the accepted documents of an agreement come to: the highest invoice, else the highest note per activity."""
-        rows = [*node.all(PaymentDocument, "debit-note/"), *node.all(PaymentDocument, "invoice/")]
+        rows = [*node.all(PaymentDocumentRow, "debit-note/"), *node.all(PaymentDocumentRow, "invoice/")]
         rows = [r for r in rows if r.agreement_id == agreement_id and r.status in ("ACCEPTED", "SETTLED")]
         invoices = [Decimal(row.amount) for row in rows if row.kind == "invoice"]
         notes: dict[str, Decimal] = {}
@@ -383,9 +383,9 @@ class World:
         acceptance = node.sign("acceptance", body)
         return self.ask(node, AcceptDocument(kind, document_id, amount, allocation_id, acceptance))
 
-    def document(self, node: Node, kind: str, document_id: str) -> PaymentDocument:
+    def document(self, node: Node, kind: str, document_id: str) -> PaymentDocumentRow:
         row = node.rows["ledger"][f"{kind}/{document_id}"]
-        assert isinstance(row, PaymentDocument)
+        assert isinstance(row, PaymentDocumentRow)
         return row
 
 

@@ -20,7 +20,7 @@ from actors.kernel.machine import Machine
 from actors.ledger.machine import Ledger, acceptance_of
 from actors.market.machine import Market
 from actors.negotiation.machine import Negotiation
-from actors.negotiation.rows import Proposal
+from actors.negotiation.rows import ProposalRow
 from actors.wallet.machine import Wallet
 from protocol.activity import CreateActivity, DestroyActivity, Exec
 from protocol.exeunit import CommandFinished, Execute, ShutDown, UnitStarted
@@ -162,7 +162,7 @@ def trade(life: Life, requestor: str, provider: str, number: int = 0) -> None:
     initial = next(
         row.proposal_id
         for row in r.rows.values()
-        if isinstance(row, Proposal) and (row.demand_id, row.offer_id, row.state) == (demand_id, offer_id, "Initial")
+        if isinstance(row, ProposalRow) and (row.demand_id, row.offer_id, row.state) == (demand_id, offer_id, "Initial")
     )
     first = life.ask(requestor, "negotiation", counter_of(demand_id, initial, demand_document)).id
     second = life.ask(provider, "negotiation", counter_of(offer_id, first, offer_document)).id
