@@ -15,7 +15,7 @@ import secrets
 import socket
 import time
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,7 @@ import trio
 from actors.activity.machine import Activity
 from actors.kernel.grammar import EDGE
 from actors.kernel.journal import Journal
-from actors.kernel.machine import Send
+from actors.kernel.machine import JournalWaits, Send
 from actors.kernel.system import System
 from actors.ledger.machine import Ledger
 from actors.market.machine import Market
@@ -61,6 +61,7 @@ from golem.node.nearness import serve_nearness
 from golem.node.node import Node
 from golem.node.owner import settle_journal
 from golem.node.payout import GIVEN_KEY, OLD_KEY, read_payout, warn
+from golem.node.reserve import Reserve
 from golem.node.signer import SignerPort
 from golem.private_files import write_private
 from protocol.ledger import Recall
@@ -90,10 +91,13 @@ async def open_node(config: Config, ask_password: AskPassword | None = None) -> 
             raise ConfigError(str(error)) from None
         app_keys = open_app_keys(config, identity)
         await trio.to_thread.run_sync(settle_journal, config.data_dir, identity.node_id)
+        reserve = Reserve(config.data_dir)
         older = compare_generations(config.data_dir)
         new_journal = "" if (config.data_dir / "node.db").exists() else known_key
         journal = Journal(str(config.data_dir / "node.db"), lambda: secrets.token_hex(8))
         stack.callback(journal.close)
+        journal.outlast()
+        journal.make_room = reserve.spend
         try:
             network = await stack.enter_async_context(open_network(identity.secret(), net_config))
         except ValueError as error:
@@ -134,6 +138,7 @@ async def open_node(config: Config, ask_password: AskPassword | None = None) -> 
         await come_back(system, config, older)
         await nursery.start(registry.run)
         nursery.start_soon(forget_events, system, config)
+        nursery.start_soon(reserve.keep, journal)
         nursery.start_soon(watch_clock, system)
         nursery.start_soon(node.services.run, node.stopping)
         router.attach(system.deliver)
@@ -194,11 +199,12 @@ async def forget_events(system: System, config: Config) -> None:
     Rows have timers of their own, events and links have not.
     """
     while True:
-        deleted = await system.journal.prune(system.now() - config.event_store_days * DAY_S)
-        if deleted:
-            log.info("deleted %d events older than %g days", deleted, config.event_store_days)
-        await system.forget_links()
-        await system.journal.give_back()
+        with suppress(JournalWaits):  # on a disk that takes nothing: it is done the next time
+            deleted = await system.journal.prune(system.now() - config.event_store_days * DAY_S)
+            if deleted:
+                log.info("deleted %d events older than %g days", deleted, config.event_store_days)
+            await system.forget_links()
+            await system.journal.give_back()
         await trio.sleep(config.cleanup_interval_s)
 
 

@@ -82,7 +82,7 @@ class Alarms:
             expired = [one for one in overdue if not self._system.is_broken(name, one[0])]  # it is about to be numbered anew
             if keys or expired:
                 commit = Commit(name, expired=expired, timers=dict.fromkeys(keys))
-                await journal.commit(commit)
+                await journal.commit(commit, patient=True)
                 self._system.released(name, commit, [])
                 self._changed.set()
 
