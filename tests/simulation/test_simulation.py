@@ -76,7 +76,7 @@ def test_the_faults_happen() -> None:
     assert sum(world.crashes for world in worlds) > 50
     reached = sum((world.reached for world in worlds), Counter())
     often = (
-        "whim", "failed alarm", "told", "disk full", "damaged row", "clock step", "ack: all", "ack: gap", "ack: busy",
+        "whim", "failed alarm", "told", "disk full", "disk outlasted", "damaged row", "clock step", "ack: all", "ack: gap", "ack: busy",
         "Lower", "tiny bounds", "copied disk", "big message", "landed in a step",
     )  # fmt: skip
     assert min(reached[state] for state in often) > 5, reached
