@@ -91,13 +91,9 @@ async def open_node(config: Config, ask_password: AskPassword | None = None) -> 
             raise ConfigError(str(error)) from None
         app_keys = open_app_keys(config, identity)
         await trio.to_thread.run_sync(settle_journal, config.data_dir, identity.node_id)
-        reserve = Reserve(config.data_dir)
         older = compare_generations(config.data_dir)
         new_journal = "" if (config.data_dir / "node.db").exists() else known_key
-        journal = Journal(str(config.data_dir / "node.db"), lambda: secrets.token_hex(8))
-        stack.callback(journal.close)
-        journal.outlast()
-        journal.make_room = reserve.spend
+        journal, reserve = open_journal(config, stack)
         try:
             network = await stack.enter_async_context(open_network(identity.secret(), net_config))
         except ValueError as error:
@@ -180,6 +176,16 @@ def take_data_dir(config: Config, stack: AsyncExitStack) -> None:
         raise ConfigError(str(error)) from None
     if config.profile == "local" and not config.chain_url:
         make_folder(config.chain_dir, "chain")
+
+
+def open_journal(config: Config, stack: AsyncExitStack) -> tuple[Journal, Reserve]:
+    """Open the journal until the stack unwinds, and the reserve for when its disk is full. Raises `JournalError`."""
+    reserve = Reserve(config.data_dir)
+    journal = Journal(str(config.data_dir / "node.db"), lambda: secrets.token_hex(8))
+    stack.callback(journal.close)
+    journal.outlast()
+    journal.make_room = reserve.spend
+    return journal, reserve
 
 
 async def come_back(system: System, config: Config, older: str) -> None:
