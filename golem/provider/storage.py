@@ -18,7 +18,7 @@ from pathlib import Path
 import trio
 
 from golem.exeunit.storage import SPARE_BYTES
-from golem.exeunit.transfer.packages import MIN_FREE_BYTES, evictable_bytes
+from golem.exeunit.transfer.cached import MIN_FREE_BYTES, evictable_bytes
 from golem.exeunit.usage import measure_tree
 from golem.provider.hardware import GIB, MIN_STORAGE_GIB
 from golem.provider.units import find_unit

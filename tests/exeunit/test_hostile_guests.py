@@ -27,7 +27,7 @@ from worlds.support import trio_test
 
 from golem.exeunit.runtime import Deployment, DeployOptions, ExitStatus, Limits, Runtime, RuntimeFault, Side, VolumeRequest
 from golem.exeunit.runtimes import make_runtime
-from golem.exeunit.runtimes.vm.container import capability_mask
+from golem.exeunit.runtimes.vm.container import PROCESSES, capability_mask
 from golem.exeunit.transfer.transfers import TransferError, TransferPolicy, Transfers
 from golem.lab.engine import LocalEngine
 
@@ -40,7 +40,7 @@ LIMITS = Limits(cpu_threads=1, mem_gib=128 / 1024, storage_gib=64 / 1024, run_ti
 # Not among them: EFAULT, EINVAL and what else says that the kernel had begun to listen.
 REFUSALS = {
     "EPERM", "EACCES", "EROFS", "ENOENT", "ENOSYS", "ENODATA", "ENETUNREACH", "EADDRNOTAVAIL", "ECONNREFUSED",
-    "EAFNOSUPPORT", "SIGSYS", "alive", "few", "lo",
+    "EAFNOSUPPORT", "EPROTONOSUPPORT", "SIGSYS", "alive", "few", "lo",
 }  # fmt: skip
 
 
@@ -145,6 +145,11 @@ def test_attack_is_refused(attacked: dict[str, Any], attack: str) -> None:
     assert attacked["attacks"][attack] in REFUSALS
 
 
+def test_audit_is_not_there_rather_than_forbidden(attacked: dict[str, Any]) -> None:
+    """useradd and groupadd end where it is forbidden, and so does every package that brings a user."""
+    assert attacked["attacks"]["socket audit"] == "EPROTONOSUPPORT"
+
+
 def test_guest_has_rights_over_its_own_ids_alone(attacked: dict[str, Any]) -> None:
     status = attacked["status"]
     own = capability_mask(1) if attacked["remapped"] else 0
@@ -241,6 +246,18 @@ def test_fork_bomb(engine: LocalEngine, package: Path, monkeypatch: pytest.Monke
         assert time.monotonic() - began < patience(5), "all of them die at once"
 
     trio.run(body)
+
+
+@trio_test
+async def test_a_command_that_meets_the_process_limit_says_so(engine: LocalEngine, package: Path) -> None:
+    async with open_guest(engine, package) as guest:
+        script = "i=0; while [ $i -lt 600 ]; do sleep 1000 & i=$((i+1)); done; wait"
+        status, output = await guest.run("/bin/sh", "-c", script)
+        assert not status.ok
+        assert status.reason == f"process limit of {PROCESSES} reached", output[-300:]
+    async with open_guest(engine, package) as guest:
+        status, _ = await guest.run("/bin/false")
+        assert (status.code, status.reason) == (1, None)
 
 
 @pytest.mark.parametrize("where", ["command", "service"])

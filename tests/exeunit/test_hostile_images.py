@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import hashlib
 import io
@@ -141,7 +142,19 @@ ROOTFS: dict[str, tuple[bytes, str]] = {
     "gzip-cut": (gzip.compress(LAYER)[:-20], "damaged|ends too early"),
     "gzip-damaged": (gzip.compress(LAYER)[:30] + b"\xff" * 30, "is damaged"),
     "gzip-twice": (gzip.compress(gzip.compress(bytes(range(256)) * 9)), "not a tar file|ends too early"),
-    "xz": (lzma.compress(LAYER), "compressed with xz; gzip, zstd and none are known"),
+    "lz4": (b"\x04\x22\x4d\x18" + LAYER, "compressed with lz4; gzip, zstd, xz, bzip2 and none are known"),
+    "xz-bomb": (lzma.compress(tar(entry("z", ZEROS))), "a compression bomb: "),
+    "xz-cut": (lzma.compress(LAYER)[:60], "damaged|ends too early"),
+    "xz-damaged": (lzma.compress(LAYER)[:30] + b"\xff" * 30, "is damaged"),
+    "xz-twice": (lzma.compress(lzma.compress(bytes(range(256)) * 9)), "not a tar file|ends too early"),
+    "xz-window": (
+        lzma.compress(LAYER, filters=[{"id": lzma.FILTER_LZMA2, "dict_size": 1 << 30}]),
+        "is damaged: Memory usage limit",
+    ),
+    "bzip2-bomb": (bz2.compress(tar(entry("z", ZEROS))), "a compression bomb: "),
+    "bzip2-cut": (bz2.compress(LAYER)[:-20], "damaged|ends too early"),
+    "bzip2-damaged": (bz2.compress(LAYER)[:30] + b"\xff" * 90, "is damaged"),
+    "bzip2-empty": (b"BZh9", "damaged|ends too early"),
     "size": (tar(entry("z", bytes(65 << 20))), "unpacks to more than 67108864 bytes"),
 }
 

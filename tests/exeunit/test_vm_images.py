@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import hashlib
 import json
+import lzma
 import os
 import tarfile
 from collections.abc import Callable
@@ -188,8 +190,25 @@ def legacy_with_linked_layer(layers: list[bytes]) -> bytes:
             2,
         ),
         (gzip.compress(foreign.oci_layout(LAYERS)), "OCI_ARCHIVE", 2),
+        (lzma.compress(foreign.docker_archive(LAYERS)), "DOCKER_ARCHIVE", 2),
+        (bz2.compress(foreign.docker_archive(LAYERS)), "DOCKER_ARCHIVE", 2),
+        (foreign.oci_layout(LAYERS, packed=lzma.compress), "OCI_ARCHIVE", 2),
+        (foreign.oci_layout(LAYERS, packed=bz2.compress), "OCI_ARCHIVE", 2),
     ],
-    ids=["docker", "docker-gzip", "docker-linked", "oci", "oci-zstd", "oci-plain-nested", "oci-platforms", "oci-gzip"],
+    ids=[
+        "docker",
+        "docker-gzip",
+        "docker-linked",
+        "oci",
+        "oci-zstd",
+        "oci-plain-nested",
+        "oci-platforms",
+        "oci-gzip",
+        "docker-xz",
+        "docker-bzip2",
+        "oci-xz-layers",
+        "oci-bzip2-layers",
+    ],
 )
 def test_layers_stay_layers(tmp_path: Path, data: bytes, format: str, count: int) -> None:
     (tmp_path / "x").write_bytes(data)
@@ -210,6 +229,22 @@ def test_a_compressed_layer_may_be_several_gzip_members_with_padding(tmp_path: P
 
     _, layers = foreign.convert(foreign.oci_layout(LAYERS, packed=pigz), "OCI_ARCHIVE", tmp_path)
     assert len(layers) == 2
+
+
+@pytest.mark.parametrize("pack", [lzma.compress, bz2.compress, gzip.compress])
+def test_a_compressed_root_file_system_is_one(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
+    """As `tar cJf` and `tar cjf` make them; several streams with padding between them are one (pxz, pbzip2)."""
+    rootfs = foreign.tar(entry("bin/a", b"content" * 1000), entry("etc/x", bytes(300_000)))
+    (tmp_path / "x").write_bytes(data := pack(rootfs[:5000]) + pack(rootfs[5000:]) + bytes(64))
+    assert detect_format(tmp_path / "x") is ImageFormat.ROOTFS_ARCHIVE
+    _, (layer,) = foreign.convert(data, "ROOTFS_ARCHIVE", tmp_path)
+    assert (layer["bin/a"][1], layer["etc/x"][1]) == (b"content" * 1000, bytes(300_000))
+
+
+@pytest.mark.parametrize("data", [lzma.compress(b"x" * 4096), bz2.compress(b"x" * 4096), b"BZh9", b"\xfd7zXZ\0", b"\x1f\x8b"])
+def test_what_is_packed_and_no_archive_is_nothing(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "x").write_bytes(data)
+    assert detect_format(tmp_path / "x") is None
 
 
 def test_configuration_keeps_what_concerns_a_command(tmp_path: Path) -> None:

@@ -14,9 +14,7 @@ Neighbours: `transfer` (the download), `runtimes.base` (which formats a runtime 
 
 from __future__ import annotations
 
-import errno
 import fcntl
-import gzip
 import hashlib
 import json
 import math
@@ -25,7 +23,6 @@ import re
 import secrets
 import shutil
 import time
-import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -37,21 +34,24 @@ import trio
 
 from golem.base.reserve import give_back
 from golem.exeunit.runtime import ImageFormat
+from golem.exeunit.transfer.cached import MIN_FREE_BYTES, evictable_bytes, lock_now
 from golem.exeunit.transfer.spool import Progress, TransferError
 from golem.exeunit.transfer.transfers import Digest, Location, Notice, Transfers, parse_location
+from golem.exeunit.unpack.inflate import BZIP2_MAGIC, CHUNK_BYTES, GZIP_MAGIC, XZ_MAGIC, BadImage, Part, Ratio, inflated
 
 CACHE_HIT = "Deployed image from cache"
 DOWNLOAD_POLL_S = 0.2
 MAX_SCANNED_MEMBERS = 200_000
 MAX_INFLATED_BYTES = 2 << 30
+MAX_SLOWLY_INFLATED_BYTES = 256 << 20  # by xz and bzip2
 TAR_BLOCK_BYTES = 512
 CHECKED_FOR_S = 24 * 3600.0
 HASHED_AT_ONCE_BYTES = 64 << 20
-MIN_FREE_BYTES = 1 << 30  # of the disk, left free by the cache
 NOTE = "user.golem.checked"
 SOURCE = "user.golem.source"  # of a part file: which URL fills it
 WAIT_S = 5.0  # for a download of others that does not go on
 _PART_OF_ARCHIVE = re.compile(r"blobs/sha(256|512)/|[0-9a-f]{64}/(layer\.tar|json|VERSION)\Z|oci-layout\Z")
+PACKED = GZIP_MAGIC, XZ_MAGIC, BZIP2_MAGIC
 _ARCHIVE_MARKS = {"manifest.json": ImageFormat.DOCKER_ARCHIVE, "index.json": ImageFormat.OCI_ARCHIVE}
 
 
@@ -189,7 +189,7 @@ class ImageStore:
         while True:
             descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             try:
-                if _lock_now(descriptor, part):
+                if lock_now(descriptor, part):
                     held = self._hold(name)
                     if held is not None:  # the other one finished meanwhile
                         part.unlink()
@@ -312,24 +312,11 @@ class ImageStore:
             except FileNotFoundError:
                 continue
             try:
-                if _lock_now(descriptor, path):
+                if lock_now(descriptor, path):
                     path.unlink()
                     total -= size
             finally:
                 os.close(descriptor)
-
-
-def evictable_bytes(directory: Path) -> int:
-    """Return how much a cache holds that nobody uses: it makes room when somebody needs it."""
-    total = 0
-    for path in directory.glob("sha3-*"):
-        with suppress(OSError):  # another exe-unit evicts as well
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-            try:
-                total += os.fstat(descriptor).st_blocks * 512 if _lock_now(descriptor, path) else 0
-            finally:
-                os.close(descriptor)
-    return total
 
 
 def _source_of(descriptor: int) -> bytes:
@@ -338,20 +325,6 @@ def _source_of(descriptor: int) -> bytes:
         return os.getxattr(descriptor, SOURCE)
     except OSError:
         return b""
-
-
-def _lock_now(descriptor: int, path: Path) -> bool:
-    """Whether an exclusive lock could be had, and the file still has its name."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EAGAIN, errno.EACCES):
-            return False
-        raise
-    try:
-        return path.stat().st_ino == os.fstat(descriptor).st_ino
-    except FileNotFoundError:
-        return False
 
 
 @dataclass(frozen=True)
@@ -431,16 +404,33 @@ def detect_format(path: Path) -> ImageFormat | None:
         if head[:4] == b"PK\x03\x04":
             return ImageFormat.WASI_PACKAGE
         file.seek(0)
-        if head[:2] == b"\x1f\x8b":
+        if head.startswith(PACKED):
+            most = MAX_INFLATED_BYTES if head.startswith(GZIP_MAGIC) else MAX_SLOWLY_INFLATED_BYTES
             try:
-                with gzip.open(file) as inner:
-                    return _detect_tar(inner, MAX_INFLATED_BYTES)  # type: ignore[arg-type]
-            except (OSError, EOFError, zlib.error):
+                return _detect_tar(_Forwards(file.fileno(), most), most)
+            except BadImage:
                 return None
         return _detect_tar(file, None)
 
 
-def _detect_tar(file: BinaryIO, max_bytes: int | None) -> ImageFormat | None:
+class _Forwards:
+    """A compressed file, to be read from its beginning on."""
+
+    def __init__(self, descriptor: int, most_bytes: int) -> None:
+        part = Part(descriptor, 0, os.fstat(descriptor).st_size)
+        self._source, self._at = inflated(part, "the package", Ratio(1, most_bytes + CHUNK_BYTES)), 0
+
+    def read(self, size: int) -> bytes:
+        chunk = self._source.read(size)
+        self._at += len(chunk)
+        return chunk
+
+    def seek(self, position: int) -> None:
+        while self._at < position and self.read(min(CHUNK_BYTES, position - self._at)):
+            pass
+
+
+def _detect_tar(file: BinaryIO | _Forwards, max_bytes: int | None) -> ImageFormat | None:
     """Walk the headers of a tar; `max_bytes` bounds what is read of a compressed one."""
     names: set[str] = set()
     position = 0

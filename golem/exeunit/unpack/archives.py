@@ -21,7 +21,17 @@ from typing import Any
 from golem.exeunit.runtimes.vm.accounts import Accounts
 from golem.exeunit.unpack.blobs import Blob, Blobs, docker_manifest, hash_of, hex_of, oci_manifest
 from golem.exeunit.unpack.config import check_platform, image_config, read_json, text_of
-from golem.exeunit.unpack.inflate import CHUNK_BYTES, GZIP_MAGIC, BadImage, ByteSource, Part, Ratio, inflated
+from golem.exeunit.unpack.inflate import (
+    BZIP2_MAGIC,
+    CHUNK_BYTES,
+    GZIP_MAGIC,
+    XZ_MAGIC,
+    BadImage,
+    ByteSource,
+    Part,
+    Ratio,
+    inflated,
+)
 from golem.exeunit.unpack.squashfs import Squashfs, read_metadata
 from golem.exeunit.unpack.tarball import BLOCK_BYTES, Kind, Member, Names, TarReader, TarWriter, header, shown, write_all
 
@@ -230,12 +240,12 @@ def convert_gvmi(package: Package, output: ArchiveOutput) -> None:
 
 
 def convert_blobs(package: Package, output: ArchiveOutput) -> None:
-    """Convert a Docker archive or an OCI layout, itself plain or gzip. Errors: BadImage.
+    """Convert a Docker archive or an OCI layout, itself plain or compressed. Errors: BadImage.
 
     New Engines save both in one; then it is read as a Docker archive.
     """
     descriptor, size, limits, begun = package.descriptor, package.size, package.limits, 0.0
-    if os.pread(descriptor, len(GZIP_MAGIC), 0) == GZIP_MAGIC:
+    if os.pread(descriptor, len(XZ_MAGIC), 0).startswith((GZIP_MAGIC, XZ_MAGIC, BZIP2_MAGIC)):
         begun = 0.5
         descriptor, size = package.inflated_to, _inflate(package, begun)
     blobs = Blobs(descriptor, size)

@@ -1,4 +1,4 @@
-"""Compressed streams of strangers, inflated within bounds: gzip, zstd and plain, told apart by content.
+"""Compressed streams of strangers, inflated within bounds: gzip, zstd, xz, bzip2 and plain, told apart by content.
 
 Runs in the sandboxed child of `images`; nothing here imports more than it must. Neighbours: `tarball`, `archives`.
 """
@@ -12,7 +12,9 @@ from typing import Any, Protocol, cast
 
 CHUNK_BYTES = 1 << 20
 GZIP_MAGIC, ZSTD_MAGIC = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
-_OTHER_MAGICS = {b"\xfd7zXZ\0": "xz", b"BZh": "bzip2", b"\x04\x22\x4d\x18": "lz4"}
+XZ_MAGIC, BZIP2_MAGIC = b"\xfd7zXZ\0", b"BZh"
+_OTHER_MAGICS = {b"\x04\x22\x4d\x18": "lz4"}
+_MAX_XZ_BYTES = 128 << 20  # of memory: `xz -9` asks for 65 MiB
 _GZIP_FORMAT = 31
 _MAX_ZSTD_WINDOW_BYTES = 128 << 20
 
@@ -152,6 +154,55 @@ class _Unzstd(_Inflated):
             raise self._damaged(error) from None
 
 
+class _Blocks(_Inflated):
+    """What xz or bzip2 have packed; a file may be several streams, one after the other."""
+
+    def __init__(self, source: ByteSource, what: str, ratio: Ratio, name: str) -> None:
+        super().__init__(source, what, ratio)
+        self._name, self._input, self._ended = name, b"", False
+        self._begin()
+
+    def _begin(self) -> None:
+        if self._name == "xz":
+            import lzma
+
+            self._plan: Any = lzma.LZMADecompressor(lzma.FORMAT_XZ, _MAX_XZ_BYTES)
+            self._errors: tuple[type[Exception], ...] = lzma.LZMAError, EOFError
+        else:
+            import bz2
+
+            self._plan, self._errors = bz2.BZ2Decompressor(), (OSError, ValueError, EOFError)
+
+    def _next(self, most: int) -> bytes:
+        while not self._ended:
+            if self._plan.eof and not self._new_stream():
+                break
+            if self._plan.needs_input and not self._input:
+                self._input = self._take(CHUNK_BYTES // 16)
+                if not self._input:
+                    raise self._damaged(f"the {self._name} data ends too early")
+            given, self._input = self._input, b""
+            try:
+                chunk = bytes(self._plan.decompress(given, most))
+            except self._errors as error:
+                raise self._damaged(error) from None
+            if chunk:
+                return chunk
+        return b""
+
+    def _new_stream(self) -> bool:
+        """Begin the next stream; zeros behind the last are padding."""
+        self._input = self._plan.unused_data.lstrip(b"\0")
+        while not self._input:
+            taken = self._take(CHUNK_BYTES // 16)
+            if not taken:
+                self._ended = True
+                return False
+            self._input = taken.lstrip(b"\0")
+        self._begin()
+        return True
+
+
 class _Unread:
     """A source whose first bytes have been looked at."""
 
@@ -166,7 +217,7 @@ class _Unread:
 
 
 def inflated(source: ByteSource, what: str, ratio: Ratio) -> ByteSource:
-    """Return the plain stream of a source that is plain, gzip or zstd. `what` names it in messages.
+    """Return the plain stream of a source that is plain, gzip, zstd, xz or bzip2. `what` names it in messages.
 
     Errors: BadImage when it is compressed in another way; reading raises it when the stream is damaged or a bomb.
     """
@@ -176,7 +227,10 @@ def inflated(source: ByteSource, what: str, ratio: Ratio) -> ByteSource:
         return _Gunzipped(whole, what, ratio)
     if head.startswith(ZSTD_MAGIC):
         return _Unzstd(whole, what, ratio)
+    for magic, name in ((XZ_MAGIC, "xz"), (BZIP2_MAGIC, "bzip2")):
+        if head.startswith(magic):
+            return _Blocks(whole, what, ratio, name)
     for magic, name in _OTHER_MAGICS.items():
         if head.startswith(magic):
-            raise BadImage(f"{what} is compressed with {name}; gzip, zstd and none are known here")
+            raise BadImage(f"{what} is compressed with {name}; gzip, zstd, xz, bzip2 and none are known here")
     return whole

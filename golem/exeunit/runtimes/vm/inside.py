@@ -30,6 +30,7 @@ class Inside:
     pipes: LeftPipes | None
     _pidfd: int
     _oom_file: Path | None  # where the kernel counts what it killed for want of memory
+    _forks_file: Path | None  # and how often there were to be more processes than may be
 
     def running(self) -> frozenset[Process]:
         """Return the processes that run now; none where they are out of reach."""
@@ -45,11 +46,11 @@ class Inside:
 
     def oom_kills(self) -> int:
         """Return how many of its processes the kernel has killed for want of memory."""
-        with suppress(OSError, ValueError):
-            for line in self._oom_file.read_text().splitlines() if self._oom_file is not None else ():
-                if line.startswith("oom_kill "):
-                    return int(line.split()[1])
-        return 0
+        return _count(self._oom_file, "oom_kill")
+
+    def refused_forks(self) -> int:
+        """Return how often a process was not made since there were as many as may be."""
+        return _count(self._forks_file, "max")
 
     def kill(self) -> None:
         """Kill the first process, and so all of them, whatever its Engine does."""
@@ -64,6 +65,14 @@ class Inside:
                 held.close()
 
 
+def _count(file: Path | None, name: str) -> int:
+    with suppress(OSError, ValueError):
+        for line in file.read_text().splitlines() if file is not None else ():
+            if line.startswith(f"{name} "):
+                return int(line.split()[1])
+    return 0
+
+
 def look_inside(pid: int) -> Inside:
     """Raises OSError or MeterError when the process is gone, or this machine is not the Engine's.
 
@@ -73,10 +82,11 @@ def look_inside(pid: int) -> Inside:
     network: GuestNetwork | None = None
     try:
         oom = group_file(pid, "memory", ("memory.oom_control",), ("memory.events",))
+        forks = group_file(pid, "pids", ("pids.events",), ("pids.events",))
         if os.geteuid() != 0:
-            return Inside(pid, None, None, None, pidfd, oom)
+            return Inside(pid, None, None, None, pidfd, oom, forks)
         network = GuestNetwork(pid)
-        return Inside(pid, ContainerProcesses(pid), network, LeftPipes(pid), pidfd, oom)
+        return Inside(pid, ContainerProcesses(pid), network, LeftPipes(pid), pidfd, oom, forks)
     except BaseException:
         os.close(pidfd)
         if network is not None:

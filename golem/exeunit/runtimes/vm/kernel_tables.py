@@ -14,6 +14,7 @@ import ctypes
 import logging
 import os
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import trio
@@ -27,6 +28,7 @@ CORE_PATTERN = Path("/proc/sys/kernel/core_pattern")
 MACHINE = Path("/proc/sys/fs/inotify")
 USERS = 1 << 16  # ids that are remapped for a container, as a rule
 PTYS = 64
+TMPFS = "size=64k", "nr_inodes=1k"
 INOTIFY = {"max_inotify_instances": 32, "max_inotify_watches": 8192}
 SOCKETS_SHARE = 4  # of the memory, for buffers of sockets
 TOOL_TIMEOUT_S = 10.0
@@ -67,6 +69,7 @@ async def bound(init_pid: int, root_id: int, mem_bytes: int) -> None:
     if sockets is not None:
         sockets.write_text(str(mem_bytes // SOCKETS_SHARE))
     await trio.to_thread.run_sync(_bound_ptys, init_pid)
+    await trio.to_thread.run_sync(_bound_tmpfs, init_pid)
     if has_inotify(root_id):
         await _bound_inotify(init_pid)
 
@@ -81,14 +84,39 @@ def _bound_ptys(init_pid: int) -> None:
     try:
         if options is None or f"{os.major(dev := os.fstat(place).st_dev)}:{os.minor(dev)}" != options[0]:
             raise OSError("the container's /dev/pts is none of its own")
-        context = _call(_FSPICK, place, b"", _PICK_EMPTY_PATH | _PICK_CLOEXEC)
+        kept = [option for option in options[1].split(",") if option.partition("=")[0] in ("gid", "mode", "ptmxmode")]
+        _reconfigure(place, (*kept, f"max={PTYS}"))
     finally:
         os.close(place)
+
+
+def _bound_tmpfs(init_pid: int) -> None:
+    """Give an end to places in memory that an Engine mounts without one (those of control groups)."""
+    for line in Path(f"/proc/{init_pid}/mountinfo").read_text().splitlines():
+        head, _, tail = line.partition(" - ")
+        words = tail.split()
+        options = words[2].split(",")
+        if words[0] != "tmpfs" or "rw" not in options or any(option.startswith("size=") for option in options):
+            continue
+        root = os.open(f"/proc/{init_pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            place = open_in_root(root, head.split()[4], os.O_PATH | os.O_DIRECTORY)
+        finally:
+            os.close(root)
+        try:
+            if f"{os.major(dev := os.fstat(place).st_dev)}:{os.minor(dev)}" == head.split()[2]:
+                _reconfigure(place, TMPFS)
+        finally:
+            os.close(place)
+
+
+def _reconfigure(place: int, options: Sequence[str]) -> None:
+    """Set options of the file system that is mounted at an open folder. Raises OSError."""
+    context = _call(_FSPICK, place, b"", _PICK_EMPTY_PATH | _PICK_CLOEXEC)
     try:
-        for option in (*options[1].split(","), f"max={PTYS}"):
+        for option in options:
             key, _, value = option.partition("=")
-            if key in ("gid", "mode", "ptmxmode", "max"):
-                _call(_FSCONFIG, context, _SET_STRING, key.encode(), value.encode(), 0)
+            _call(_FSCONFIG, context, _SET_STRING, key.encode(), value.encode(), 0)
         _call(_FSCONFIG, context, _RECONFIGURE, None, None, 0)
     finally:
         os.close(context)
@@ -109,7 +137,7 @@ def _call(number: int, *arguments: int | bytes | None) -> int:
     words = [ctypes.c_long(word) if isinstance(word, int) else ctypes.c_char_p(word) for word in arguments]
     result = int(_libc.syscall(ctypes.c_long(number), *words))
     if result < 0:
-        raise OSError(ctypes.get_errno(), f"the container's /dev/pts cannot be bounded: {os.strerror(ctypes.get_errno())}")
+        raise OSError(ctypes.get_errno(), f"a mount of the container cannot be bounded: {os.strerror(ctypes.get_errno())}")
     return result
 
 

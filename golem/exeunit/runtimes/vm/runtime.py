@@ -49,6 +49,7 @@ from golem.exeunit.runtimes.vm.asked import command_of, path_of, tcp_ports, volu
 from golem.exeunit.runtimes.vm.client import EngineClient
 from golem.exeunit.runtimes.vm.container import (
     ARGUMENTS,
+    PROCESSES,
     Plan,
     clear_away,
     container_config,
@@ -260,7 +261,7 @@ class VmRuntime:
         assert deployed.image is not None
         argv = command_of(deployed.image, entry_point, args)
         check_command(argv, env or {})
-        before, ooms = inside.running(), inside.oom_kills()
+        before, ooms, forks = inside.running(), inside.oom_kills(), inside.refused_forks()
 
         def left() -> None:
             if inside.pipes is not None:
@@ -296,6 +297,8 @@ class VmRuntime:
                 raise RuntimeFault(death)
             if inside.oom_kills() > ooms:
                 return ExitStatus(status.code, f"memory limit of {deployed.options.limits.mem_gib:g} GiB reached")
+        if not status.ok and status.reason is None and inside.refused_forks() > forks:
+            return ExitStatus(status.code, f"process limit of {PROCESSES} reached")
         return status
 
     def _passed_on(self, argv: list[str], env: Mapping[str, str]) -> tuple[Path | None, list[str]]:

@@ -62,12 +62,12 @@ _SOCKETS = """
 _INOTIFY = ["inotify_init", "inotify_init1"]
 _NO_AIO = ["io_setup", "io_submit", "io_getevents", "io_pgetevents", "io_cancel", "io_destroy"]  # one table for the machine
 
-_EPERM, _EMFILE, _ENOSYS = 1, 24, 38
+_EPERM, _EMFILE, _ENOSYS, _EPROTONOSUPPORT = 1, 24, 38, 93
 _AF_UNIX, _AF_INET, _AF_INET6, _AF_NETLINK = 1, 2, 10, 16
 _SOCK_TYPES = 1, 2, 3  # stream, datagram, raw (which asks for a capability; ping with NET_RAW)
 _SOCK_TYPE_MASK = 0xF  # the rest of the argument are flags
 _IP_PROTOCOLS = 0, 1, 6, 17, 58, 255  # default, ICMP, TCP, UDP, ICMPv6, raw: all others are modules loaded on demand
-_NETLINK_ROUTE = 0  # what getifaddrs() asks
+_NETLINK_ROUTE, _NETLINK_AUDIT = 0, 9  # the first is what getifaddrs() asks
 _NEW_NAMESPACES = 0x7E020000  # the CLONE_NEW* flags of clone(2)
 _S_IFMT = 0xF000
 _NO_DEVICES = 0, 0x1000, 0x8000, 0xC000  # regular file (two ways), FIFO, socket
@@ -93,6 +93,13 @@ def profile(inotify: bool = True) -> str:
             *_conditions(),
             _allow(_INOTIFY) if inotify else {"names": _INOTIFY, "action": "SCMP_ACT_ERRNO", "errnoRet": _EMFILE},
             {"names": _NO_AIO, "action": "SCMP_ACT_ERRNO", "errnoRet": _ENOSYS},
+            # useradd and groupadd give up where audit is forbidden to them, and go on where the kernel has none.
+            {
+                "names": ["socket"],
+                "action": "SCMP_ACT_ERRNO",
+                "errnoRet": _EPROTONOSUPPORT,
+                "args": [_equal(0, _AF_NETLINK), _equal(2, _NETLINK_AUDIT)],
+            },
             # C libraries turn to clone(2), whose flags can be seen here, when they are told that there is no clone3.
             {"names": ["clone3"], "action": "SCMP_ACT_ERRNO", "errnoRet": _ENOSYS},
         ],
