@@ -22,6 +22,8 @@ from typing import Any
 import trio
 
 from actors.activity.machine import Activity
+from actors.creations import Creations
+from actors.kernel.clock import Steady
 from actors.kernel.grammar import EDGE
 from actors.kernel.journal import Journal
 from actors.kernel.machine import JournalWaits, Send
@@ -31,6 +33,7 @@ from actors.market.machine import Market
 from actors.negotiation.machine import Negotiation
 from actors.wallet.machine import Wallet
 from golem.base import open_files
+from golem.base.boot import boot_id, boot_time
 from golem.base.clock import watch_clock
 from golem.bus.router import Router
 from golem.bus.server import Bus
@@ -102,11 +105,11 @@ async def open_node(config: Config, ask_password: AskPassword | None = None) -> 
         router = Router(identity.node_id, network, bus)
         gossip = MarketGossip(network)
         system = System(
-            identity.node_id, journal, router, clock=time.time, new_trace=lambda: secrets.token_hex(6),
-            jitter=partial(random.uniform, 0.8, 1.2), publish=gossip.publish, origin=network.origin,
-            step_log=step_log(config.data_dir),
+            identity.node_id, journal, router, clock=time.time, steady=Steady(boot_time, boot_id()),
+            new_trace=lambda: secrets.token_hex(6), jitter=partial(random.uniform, 0.8, 1.2), publish=gossip.publish,
+            origin=network.origin, step_log=step_log(config.data_dir),
         )  # fmt: skip
-        for machine in (Market, Negotiation, Ledger):
+        for machine in (Market, Negotiation, Ledger, Creations):
             system.add(machine(identity.node_id))
         system.add(Activity(identity.node_id, config.unresponsive_s, config.inactivity_s))
         try:

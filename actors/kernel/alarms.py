@@ -6,18 +6,25 @@ growing pauses, and people are shown it. Each actor gets a page at a time, so th
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import trio
 
 from actors.kernel.host import Host
+from actors.kernel.machine import JournalWaits
 from actors.kernel.mail import DeadlinePassed, TimerDue
 from actors.kernel.reading import ALARMS_AT_ONCE
-from actors.kernel.records import Commit
+from actors.kernel.records import Commit, Fresh
+
+log = logging.getLogger("golem.kernel")
 
 CLOCK_LOOK_S = 1.0  # how long an alarm may wait that found no room
+FOLLOW_S = 1.0
+MARK_S, MARK_EVERY_S = 0.1, 10.0  # how far the journal's word on the clock may be off
 CLOCK_SLEEP_S = 60.0  # a clock that was set, or a machine that slept, is noticed this late at most
 FIRST_PAUSE_S, LAST_PAUSE_S = 1.0, 300.0  # before an alarm that failed comes again
 KEPT_FAILING = 256
@@ -45,12 +52,17 @@ class Alarms:
         self._more: set[str] = set()  # actors whose page was full
         self._failing: dict[tuple[str, str], Failing] = {}
         self._refusals: dict[tuple[str, str], tuple[int, float]] = {}  # link -> how often lately, and when last
+        self._fresh_timers: set[tuple[str, str]] = set()  # set by a clock that may yet prove wrong: (actor, key)
+        self._fresh_sends: set[tuple[str, str, int]] = set()  # likewise: (actor, recipient, number)
 
     async def run(self) -> None:
         """Bring due timers and passed deadlines to their actors."""
         system, journal = self._system, self._system.journal
         while True:
             self._changed = trio.Event()
+            if system.clock.holds:
+                await self._changed.wait()
+                continue
             self._next = journal.next_alarm()
             wait_s = math.inf if self._next is None else self._next - system.now()
             if wait_s > 0:
@@ -88,11 +100,60 @@ class Alarms:
 
     def committed(self, commit: Commit) -> None:
         """Look at the clock again if a commit has an alarm that is due before the next look."""
+        if not self._system.clock.is_settled:
+            self._fresh_timers.update((commit.actor, key) for key in commit.timers)
+            self._fresh_sends.update((commit.actor, recipient, posted.seq) for recipient, posted in commit.outbox)
         times = [posted.deadline for _, posted in commit.outbox]
         if commit.timers:
             times += [timer.at for timer in commit.timers.values() if timer]
         if times and (self._next is None or min(times) < self._next):
             self._changed.set()
+
+    # -- a clock that was set
+    def _moved(self, step: float) -> None:
+        """Take a step over: what the journal holds has moved with it."""
+        self._system.clock.take(step)
+        self._failing = {key: replace(one, again=one.again + step) for key, one in self._failing.items()}
+        self._refusals = {link: (times, told_at + step) for link, (times, told_at) in self._refusals.items()}
+        self._look()
+
+    async def follow_clock(self) -> None:
+        """Follow the wall clock, for ever: its steps move timers and deadlines, in memory and on disk."""
+        clock, journal = self._system.clock, self._system.journal
+        if not clock.is_steady:
+            return
+        kept = clock.mark()
+        journal.clock_text = kept.text()  # with the first transaction
+        while True:
+            held = clock.holds
+            if (step := clock.look()) is not None:
+                log.warning("the clock of this machine was set by %+.1f s: timers and deadlines move with it", step)
+                fresh = None if clock.is_settled else Fresh(tuple(self._fresh_timers), tuple(self._fresh_sends))
+                await self._move(step, fresh)
+            if clock.is_settled:
+                self._fresh_timers.clear()
+                self._fresh_sends.clear()
+            if held and not clock.holds:
+                self._look()
+            mark = clock.mark()
+            moved = abs(mark.offset - kept.offset) > MARK_S or mark.last - kept.last > MARK_EVERY_S
+            if moved or mark.is_settled != kept.is_settled:
+                journal.clock_text, kept = mark.text(), mark  # with the next transaction
+            await trio.sleep(FOLLOW_S)
+
+    async def _move(self, step: float, fresh: Fresh | None) -> None:
+        """Move timers and deadlines on disk; where that takes nothing just now, they wait as all does."""
+        clock, journal = self._system.clock, self._system.journal
+        while True:
+            try:
+                return await journal.move(step, fresh, clock.mark(step).text(), partial(self._moved, step))
+            except JournalWaits:
+                await trio.sleep(FOLLOW_S)
+
+    def _look(self) -> None:
+        """Look at the clock again."""
+        self._next = None
+        self._changed.set()
 
     def taken(self, actor: str) -> None:
         """An actor is through with its alarms: it gets the next page at once."""

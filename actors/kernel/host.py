@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from actors.kernel.answers import Answers
+from actors.kernel.clock import MachineClock
 from actors.kernel.feed import Feeds
 from actors.kernel.journal import Journal
 from actors.kernel.machine import Meta, Publish, Send, Step, Transport
@@ -52,6 +53,8 @@ class Host(Protocol):
 
     @property
     def alarms(self) -> AlarmBoard: ...
+
+    clock: MachineClock
 
     def now(self) -> float: ...
 

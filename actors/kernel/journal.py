@@ -19,7 +19,7 @@ import trio
 
 from actors.kernel.machine import JournalWaits
 from actors.kernel.reading import JournalReader, Look
-from actors.kernel.records import Commit, JournalClosed, JournalError
+from actors.kernel.records import Commit, Fresh, JournalClosed, JournalError
 from actors.kernel.tables import Acks, Writer, bring_up, open_file
 
 log = logging.getLogger("golem.kernel")
@@ -98,6 +98,12 @@ class Journal(JournalReader):
         self.epoch: str = self._reader.execute(read, ("epoch",)).fetchone()[0]
         self.boot: str = self._reader.execute(read, ("boot",)).fetchone()[0]  # names this start: see `lineage.py`
         self._tables = Writer(self._writer, self.boot)
+        self.clock_text: str | None = None  # what is to be remembered of the clock, with the next transaction
+
+    def clock_mark(self) -> str | None:
+        """Return what was remembered of the machine's clock (see `clock.py`)."""
+        found = self._reader.execute("select value from meta where key='clock'").fetchone()
+        return found[0] if found else None
 
     def outlast(self) -> None:
         """From here on a disk that takes nothing is waited for (see above)."""
@@ -243,12 +249,12 @@ class Journal(JournalReader):
     def _write(self, commits: list[Commit], acks: Acks) -> None:
         try:
             try:
-                self._tables.write(commits, acks)
+                self._tables.write(commits, acks, self.clock_text)
             except sqlite3.OperationalError as error:
                 # nothing of a transaction that met a full disk is there: SQLite has rolled it back, or we have
                 if error.sqlite_errorcode not in FULL or self.make_room is None or not self.make_room():
                     raise
-                self._tables.write(commits, acks)
+                self._tables.write(commits, acks, self.clock_text)
         except sqlite3.Error as error:
             raise self._failure(error) from error
         self.commits += 1
@@ -258,6 +264,28 @@ class Journal(JournalReader):
         words, code = f"cannot write the journal: {error}", getattr(error, "sqlite_errorcode", 0)
         passes = code in FULL or code & 0xFF in PASSING or code == sqlite3.SQLITE_IOERR_WRITE
         return JournalWaits(words) if self.lasting and passes else JournalError(words)
+
+    async def move(self, step: float, fresh: Fresh | None, clock: str, then: Callable[[], None]) -> None:
+        """Move timers and deadlines (all, or only those that are `fresh`) by `step` seconds, those under way as well.
+
+        `clock` is remembered with it; `then` is called before anything else is written. Raises `JournalError`, `JournalWaits`.
+        """
+
+        def moved() -> None:
+            self._tables.move(step, fresh, clock)
+
+        async with self._limiter:
+            try:
+                if self._threads:
+                    await trio.to_thread.run_sync(moved, limiter=trio.CapacityLimiter(1))
+                else:
+                    moved()
+            except sqlite3.Error as error:
+                raise self._failure(error) from error
+            for waiting in self._queue:
+                waiting.commit.move(step)
+            self.clock_text = clock
+            then()
 
     async def prune(self, before: float) -> int:
         """Delete feed events older than `before`, between commits; return how many. Raises `JournalError`."""

@@ -74,6 +74,13 @@ class Timer(msgspec.Struct, frozen=True, gc=False):
     body: bytes
 
 
+class Fresh(msgspec.Struct, frozen=True):
+    """Timers (actor, key) and messages of the outbox (actor, recipient, number) that were set lately."""
+
+    timers: tuple[tuple[str, str], ...]
+    sends: tuple[tuple[str, str, int], ...]
+
+
 class Event(msgspec.Struct, frozen=True, gc=False):
     """An entry of a feed. `seq` counts from 1; `at` (seconds since the epoch) rises strictly inside a feed."""
 
@@ -115,6 +122,12 @@ class Commit(msgspec.Struct, eq=False):
     released: list[int] = msgspec.field(default_factory=list)  # numbers of messages that left the quarantine
     relinked: list[Relink | Lower] = msgspec.field(default_factory=list)
     at: float = 0.0  # by the journal's clock, when it is written
+
+    def move(self, step: float) -> None:
+        """Move timers and deadlines by `step` seconds: the clock was set before they are written."""
+        self.timers = {key: timer and msgspec.structs.replace(timer, at=timer.at + step) for key, timer in self.timers.items()}
+        self.outbox = [(to, msgspec.structs.replace(posted, deadline=posted.deadline + step)) for to, posted in self.outbox]
+        self.deferred = [(to, seq, deadline + step) for to, seq, deadline in self.deferred]
 
     def __bool__(self) -> bool:
         return bool(

@@ -17,6 +17,7 @@ import trio
 from actors.kernel.actor import Actor
 from actors.kernel.alarms import Alarms
 from actors.kernel.answers import Answers
+from actors.kernel.clock import MachineClock, Steady, read_mark
 from actors.kernel.complaints import Complaints, Violators
 from actors.kernel.courier import Courier
 from actors.kernel.damage import DamagedRows
@@ -61,8 +62,8 @@ KEPT_OLDER = 64  # peers that spoke from older or copied journals
 class System:
     """All actors of one process.
 
-    `clock` gives seconds since the epoch, `new_trace` short unique ids, `jitter` factors around 1 for back-offs,
-    `origin` the network address by which a node has its session;
+    `clock` gives seconds since the epoch, `steady` goes on evenly (`clock.py`), `new_trace` short unique ids, `jitter` factors
+    around 1 for back-offs, `origin` the network address by which a node has its session;
     `crash_point` lets a simulation stop the process between any two moments that matter.
     """
 
@@ -73,6 +74,7 @@ class System:
         transport: Transport,
         *,
         clock: Callable[[], float],
+        steady: Steady | None = None,
         new_trace: Callable[[], str],
         jitter: Callable[[], float] = lambda: 1.0,
         publish: PublishHook = lambda topic, message: None,
@@ -81,12 +83,10 @@ class System:
         crash_point: Callable[[str, str], None] = lambda actor, moment: None,
     ) -> None:
         self.node, self.journal, self.transport = node, journal, transport
-        self.new_trace, self.jitter, self.crash_point = new_trace, jitter, crash_point
-        self.origin = origin
-        self.feeds = Feeds(journal)
+        self.new_trace, self.jitter, self.crash_point, self.origin = new_trace, jitter, crash_point, origin
+        self.feeds, self.clock = Feeds(journal), MachineClock(clock, steady, read_mark(journal.clock_mark()))
         journal.clock = self.now
-        self._clock, self._publish, self._step_log = clock, publish, step_log
-        self._last_now = 0.0
+        self._publish, self._step_log = publish, step_log
         self._sent: dict[tuple[str, str], int] = {}  # by ports and edges, not on disk yet; actors count their own
         self._taking: dict[tuple[str, str], int] = {}  # (node, actor) -> frames being taken
         self._taking_bytes = 0
@@ -124,6 +124,7 @@ class System:
     async def run(self, *, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
         """Run until cancelled. Raises `NodeFailed` when an actor keeps crashing, `JournalError` when the disk fails."""
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.alarms.follow_clock)
             nursery.start_soon(self.journal.run)
             for actor in self._actors.values():
                 nursery.start_soon(self._supervise, actor)
@@ -145,9 +146,8 @@ class System:
 
     # -- edges
     def now(self) -> float:
-        """Return the time in seconds since the epoch; it never goes back, and names whole microseconds."""
-        self._last_now = max(self._last_now, round(self._clock(), 6))
-        return self._last_now
+        """Return the time in seconds since the epoch; it goes back with steps of the machine's clock alone (see `clock.py`)."""
+        return self.clock.now()
 
     def rows(self, actor: str) -> RowView:
         """Return the committed rows of an actor, for reading at once (not across an await)."""
@@ -303,7 +303,7 @@ class System:
 
     def troubles(self) -> list[tuple[str, str, str]]:
         """Return (actor, recipient, why) of links that do not move."""
-        return sorted((*link, courier.trouble) for link, courier in self._couriers.items() if courier.trouble)
+        return sorted((*link, one.trouble) for link, one in self._couriers.items() if one.trouble)
 
     # -- what actors and couriers report
     def released(self, actor: str, commit: Commit, published: Sequence[Publish]) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 
 from actors.kernel.lineage import Relink, start_number
 from actors.kernel.machine import MAX_DEADLINE_S
-from actors.kernel.records import Commit, JournalError, sealed
+from actors.kernel.records import Commit, Fresh, JournalError, sealed
 
 MIGRATIONS = (
     """
@@ -142,12 +142,35 @@ class Writer:
         self.numbering = boot  # the epoch of links that begin
         self._forgettings = 0
         self._marked: set[tuple[str, str]] = set()  # links that have a mark of this start
+        self._clock: str | None = None  # what was written of it last
 
-    def write(self, commits: list[Commit], acks: Acks) -> None:
-        """Write one transaction. Raises `sqlite3.Error`; then nothing of it is there."""
+    def move(self, step: float, fresh: Fresh | None, clock: str) -> None:
+        """Move timers and deadlines by `step` seconds: all, or those named; and remember the clock. Raises `sqlite3.Error`."""
         db = self._db
         db.execute("begin immediate")
         try:
+            if fresh is None:
+                db.execute("update timer set at=at+?", (step,))
+                db.execute("update outbox set deadline=deadline+?", (step,))
+            else:
+                update = "update timer set at=at+? where actor=? and key=?"
+                self._each(update, [(step, *timer) for timer in fresh.timers])
+                update = "update outbox set deadline=deadline+? where actor=? and recipient=? and seq=?"
+                self._each(update, [(step, *send) for send in fresh.sends])
+            db.execute("replace into meta values ('clock', ?)", (clock,))
+            db.execute("commit")
+        except BaseException:
+            if db.in_transaction:
+                db.execute("rollback")
+            raise
+
+    def write(self, commits: list[Commit], acks: Acks, clock: str | None = None) -> None:
+        """Write one transaction, and what is to be remembered of the clock. `sqlite3.Error`: nothing of it is there."""
+        db = self._db
+        db.execute("begin immediate")
+        try:
+            if clock is not None and clock != self._clock:
+                db.execute("replace into meta values ('clock', ?)", (clock,))
             for link, (epoch, seq) in acks.items():  # before the commits, which may take what they say back
                 known = "update sent set acked=max(acked, ?) where actor=? and recipient=? and epoch=?"
                 if db.execute(known, (seq, *link, epoch)).rowcount:  # else the link has begun a new numbering since
@@ -155,6 +178,7 @@ class Writer:
             for commit in commits:
                 self._apply(commit)
             db.execute("commit")
+            self._clock = clock
         except BaseException:
             self._marked.clear()
             if db.in_transaction:

@@ -43,6 +43,7 @@ MESSAGES = {
     EndCode.UNREACHABLE: "The requestor cannot be reached.",
 }
 FIRST_NOTE_S = 30.0  # of a stranger, where the demand names no interval
+READ_FIRST_S = 10.0  # after a start of the agent, for what its node has to tell
 MAX_ACTIVITIES = 1000  # of one agreement
 MAX_WAITING = 4  # activities of one agreement that wait for the process before them to go
 
@@ -60,7 +61,19 @@ def approved(turn: Turn, row: ProviderAgreementRow) -> None:
 
 def rest_idle(turn: Turn, row: ProviderAgreementRow) -> None:
     """Count the time without an activity from now on."""
-    turn.wake(f"idle/{row.agreement_id}", turn.now + turn.config.idle_s, IdleDue(row.agreement_id))
+    row = replace(row, idle_until=turn.now + turn.config.idle_s)
+    turn.save(row)
+    turn.wake(f"idle/{row.agreement_id}", row.idle_until, IdleDue(row.agreement_id))
+
+
+def rest_idle_again(turn: Turn, row: ProviderAgreementRow) -> None:
+    """Go on counting it after a start of the agent: the requestor may have asked meanwhile, and that is read first.
+
+    Starts do not begin it anew, and who starts again and again gives nobody a moment each time.
+    """
+    over_s = turn.now - row.idle_until
+    at = row.idle_until if over_s > turn.config.idle_s else max(row.idle_until, turn.now + READ_FIRST_S)
+    turn.wake(f"idle/{row.agreement_id}", at, IdleDue(row.agreement_id))
 
 
 def end_agreement(turn: Turn, row: ProviderAgreementRow, code: EndCode, why: str = "") -> None:

@@ -134,7 +134,7 @@ def _resume_agreement(turn: Turn, row: ProviderAgreementRow) -> None:
         _resume_activity(turn, row, activity)
     busy = any(one.state in (UnitState.WAITING, *ALIVE) for one in turn.activities(row))
     if row.state == DealState.APPROVED and not busy:
-        agreements.rest_idle(turn, row)  # the requestor may have asked meanwhile
+        agreements.rest_idle_again(turn, row)
     if row.invoice == BillState.ISSUING:
         billing.issue_invoice(turn, row)
     elif row.invoice == BillState.SENDING:

@@ -166,6 +166,7 @@ class ProviderAgreementRow(Message, frozen=True, tag="AgreementRow"):
     needed: str = "0"  # what the payer must have for more than the least credit; `unproven`: the credit that waits for it
     unproven: str = ""
     refused_id: str = ""  # an invoice that the requestor's node refused; it is corrected once
+    idle_until: float = 0.0  # where it has no activity: then it ends
 
 
 class CapacityRow(Message, frozen=True):

@@ -7,37 +7,24 @@ look like one for time that never passed.
 from __future__ import annotations
 
 import logging
-import time
-from pathlib import Path
 
 import trio
 
 from actors.kernel.machine import Send
 from actors.kernel.system import System
+from golem.base.boot import boot_id, boot_time
 from protocol.ledger import ClockSeen
 
 log = logging.getLogger("golem.node")
 
 LOOK_S = 1.0
 STEP_S = 2.0  # within the margin of the ledger, which is 5 s
-BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-
-
-def boot_time() -> float:
-    """Return the seconds since the machine's start, the time asleep included."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
-
-
-def boot_id() -> str:
-    """Return what names this start of the machine."""
-    return BOOT_ID.read_text().strip()
 
 
 async def watch_clock(system: System) -> None:
     """Tell the ledger of the clocks now, and whenever the wall clock was set.
 
-    The system's time never goes back: where the wall clock is set back it stands still until the clock has caught up, so
-    this tells a little more every moment.
+    The system's time follows a step of the wall clock seconds later (`actors/kernel/clock.py`).
     """
     name, ahead = boot_id(), None
     while True:

@@ -24,10 +24,12 @@ import msgspec
 import trio
 
 from actors.exeunit import ExeUnit, UnitRow
+from actors.kernel.clock import Steady
 from actors.kernel.journal import Journal
 from actors.kernel.machine import AskTimeout, Busy
 from actors.kernel.records import JournalError
 from actors.kernel.system import System
+from golem.base.boot import boot_id, boot_time
 from golem.bus.client import BusClient
 from golem.exeunit.disk import DiskWatch
 from golem.exeunit.interaction import UnitInteractions, allowed_interactions
@@ -116,7 +118,8 @@ class Unit:
             settings.bus, self.name, "exeunit", on_mail=self._deliver, on_call=self._answer, on_connect=self._hurry
         )
         self.system = System(
-            terms.provider, journal, self.client, clock=time.time, new_trace=lambda: secrets.token_hex(6),
+            terms.provider, journal, self.client, clock=time.time, steady=Steady(boot_time, boot_id()),
+            new_trace=lambda: secrets.token_hex(6),
             jitter=lambda: random.uniform(0.8, 1.2),
         )  # fmt: skip
         transfers = Transfers(

@@ -23,12 +23,14 @@ from typing import Any
 import msgspec
 import trio
 
+from actors.kernel.clock import Steady
 from actors.kernel.journal import Journal
 from actors.kernel.machine import ActorFailed, LinkDown
 from actors.kernel.system import System
 from actors.provider.machine import Provider
 from actors.provider.rows import ALIVE, UnitState
 from actors.provider.turn import ProviderConfig
+from golem.base.boot import boot_id, boot_time
 from golem.base.ports import may_hear_keys, of_others
 from golem.config import DEFAULT_API_URL, parse_api_url
 from golem.private_files import check_ours, make_private
@@ -70,7 +72,8 @@ async def run_agent(settings: Settings) -> None:
         journal = Journal(str(settings.data_dir / JOURNAL), lambda: secrets.token_hex(8))
         stack.callback(journal.close)
         system = System(
-            "agent", journal, NoTransport(), clock=time.time, new_trace=lambda: secrets.token_hex(6),
+            "agent", journal, NoTransport(), clock=time.time, steady=Steady(boot_time, boot_id()),
+            new_trace=lambda: secrets.token_hex(6),
             jitter=partial(random.uniform, 0.8, 1.2),
         )  # fmt: skip
         system.add(Provider("agent", ProviderConfig(instance, offering.terms, settings.idle_s, settings.approve_timeout_s)))

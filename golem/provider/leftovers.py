@@ -20,6 +20,7 @@ from golem.provider.units import find_unit
 log = logging.getLogger("golem.provider")
 
 SWEEP_S = 30.0
+FIRST_PAUSE_S, LAST_PAUSE_S = 5.0, 300.0  # before a runtime that could not is asked again
 MAX_LINES = 200
 KEPT_LOGS = 100
 
@@ -47,8 +48,9 @@ class Leftovers:
             await self.remove(path)
             log.info("removed the working directory of activity %s, which an earlier run left", path.name[:8])
 
-    async def sweep(self, runtimes: Iterable[str]) -> None:
-        """Have runtimes remove what dead exe-units left on this machine."""
+    async def sweep(self, runtimes: Iterable[str]) -> bool:
+        """Have runtimes remove what dead exe-units left on this machine; return whether they could."""
+        able = True
         async with self._one:
             for runtime in runtimes:
                 flags = ("--work-root", str(self._work))
@@ -57,19 +59,30 @@ class Leftovers:
                     log.info("left over (%s): %s", runtime, line[:500])
                 if problem is not None:
                     log.debug("looking for what %s left over: %s", runtime, problem)
+                    able = False
+        return able
 
     async def clean(self, activity_id: str, runtime: str | None, code: int | None) -> None:
         """Remove the working directory of an activity whose exe-unit has ended with `code` (None: nobody saw it), and old logs.
 
-        Where it still has mounts there, the runtimes come first: the marks by which they know them are in the directory.
+        Where it did not end well, or still has mounts there, the runtimes come first: the marks by which they know them are
+        in the directory. What they need may be away (an Engine that is restarted): they are asked again until it is back.
         """
         folders = list(self._work.glob(f"*/{activity_id}"))
-        unseen = code is None and runtime is None
-        if folders and (unseen or await trio.to_thread.run_sync(_mounted, folders)):
-            await self.sweep([runtime] if runtime is not None else self._runtimes())
+        runtimes, able = [runtime] if runtime is not None else self._runtimes(), True
+        if folders and (code != 0 or await trio.to_thread.run_sync(_mounted, folders)):
+            able = await self.sweep(runtimes)
         for folder in folders:
             await self.remove(folder)
         await trio.to_thread.run_sync(self._remove_logs)
+        pause_s = FIRST_PAUSE_S
+        while not able and runtime is not None:
+            await trio.sleep(pause_s)
+            pause_s = min(2 * pause_s, LAST_PAUSE_S)
+            able = await self.sweep(runtimes)
+            for folder in folders:
+                if able and folder.exists():
+                    await self.remove(folder)
 
     def _remove_logs(self) -> None:
         logs = sorted((self._work.parent / "logs").glob("*.log"), key=lambda path: path.stat().st_mtime)

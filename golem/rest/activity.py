@@ -30,6 +30,7 @@ from golem.rest.edge import (
     respond_json,
     until,
 )
+from golem.rest.repeatable import fresh_id, repeatable, undone_if_unheard
 from protocol.activity import (
     ActivityEvent,
     CreateActivity,
@@ -97,6 +98,7 @@ def not_gone(row: ActivityRow) -> ActivityRow:
 # -- create and destroy
 def _lifecycle(api: Blueprint, node: Node) -> None:
     @api.post("/activity")
+    @repeatable(node)
     async def create() -> Response:
         body = await json_body()
         timeout_s = query_float("timeout", DEFAULT_TIMEOUT_S)
@@ -105,13 +107,14 @@ def _lifecycle(api: Blueprint, node: Node) -> None:
         match = _AGREEMENT_ID.match(named) if isinstance(named, str) else None
         if match is None:
             raise ApiError(400, f"expected an agreement id, got {str(named)[:120]!r}")
-        activity_id = node.new_id()
-        await ask(node, "activity", CreateActivity(activity_id, match[1], timeout_s))
+        activity_id = fresh_id(node)
 
         def probe() -> ActivityRow | None:
             row = find(node, activity_id)
             return row if row.state != ActivityState.NEW else None
 
+        undone_if_unheard("activity", DestroyActivity(activity_id), always=True)
+        await ask(node, "activity", CreateActivity(activity_id, match[1], timeout_s))
         row = await until(node, [f"activity/{activity_id}"], probe, timeout_s)
         if row is None:
             await ask(node, "activity", DestroyActivity(activity_id))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from decimal import ROUND_CEILING, Decimal
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +25,7 @@ from golem.rest.edge import (
     respond_json,
 )
 from golem.rest.payment_forms import MAX_ITEMS, body_amount, body_time, exact_body
+from golem.rest.repeatable import fresh_uuid, repeatable, undone_if_unheard
 from protocol.ledger import AmendAllocation, CreateAllocation, ReleaseAllocation
 from protocol.types import amount_text, from_wei, timestamp_text
 
@@ -43,6 +43,7 @@ def routes(api: Blueprint, node: Node) -> None:
     one_at_a_time = trio.Lock()  # between the look at the balance and the ledger's word, also on twin platforms
 
     @api.post("/allocations")
+    @repeatable(node)
     async def create() -> Response:
         body = await exact_body()
         platform = _platform(node, body)
@@ -54,7 +55,7 @@ def routes(api: Blueprint, node: Node) -> None:
         if extend is not None and not 0 <= extend <= MAX_EXTEND_S:
             raise ApiError(400, "field `extendTimeout`: expected seconds, up to ten years")
         row = _served(node, platform, address)
-        allocation_id = str(uuid.uuid4())
+        allocation_id = fresh_uuid(node)
         timeout_at = body_time(body, "timeout")
         extend_s = None if extend is None else float(extend)
         async with one_at_a_time:
@@ -62,6 +63,7 @@ def routes(api: Blueprint, node: Node) -> None:
             command = CreateAllocation(
                 allocation_id, address, platform, amount_text(total), balance, timeout_at, extend_s, caller().name
             )
+            undone_if_unheard("ledger", ReleaseAllocation(allocation_id))
             await _ask(node, command, row, address, total, balance, body)
         return created(render(_live(node, allocation_id)) | known)
 
@@ -99,6 +101,10 @@ def routes(api: Blueprint, node: Node) -> None:
         await ask(node, "ledger", ReleaseAllocation(allocation_id))
         return null()
 
+    _decorations(api, node)
+
+
+def _decorations(api: Blueprint, node: Node) -> None:
     @api.get("/demandDecorations")
     async def demand_decorations() -> Response:
         ids = [each for text in request.args.getlist("allocationIds") for each in text.split(",") if each]

@@ -16,6 +16,7 @@ from actors.kernel.records import RowDamaged
 from golem.base.hosts import is_of_this_machine
 from golem.config import VERSION
 from golem.rest.edge import BODY_LIMIT, ApiError, Caller, caller, respond_json
+from golem.rest.repeatable import Unheard
 from golem.rest.revocation import Revocable, key_in
 from protocol.types import timestamp_text
 
@@ -44,7 +45,7 @@ def create_app(node: Node) -> QuartTrio:
 
     for module in (market, activity, interaction, payment, gsb, net, identity, registry):
         app.register_blueprint(module.blueprint(node))
-    inner = Proxy(node, app.asgi_app, partial(admit, node))
+    inner = Proxy(node, Unheard(node, app.asgi_app), partial(admit, node))
     app.asgi_app = Revocable(node.app_keys, inner)  # type: ignore[method-assign,assignment]
     return app
 

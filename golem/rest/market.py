@@ -7,6 +7,7 @@ import re
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+import trio
 from quart import Blueprint, Response
 
 from golem.node.market_forms import is_unanswered, proposal_form, subscription_event_form, subscription_form
@@ -26,6 +27,7 @@ from golem.rest.edge import (
     respond_json,
     until,
 )
+from golem.rest.repeatable import creation_time, fresh_id, repeatable, undone_if_unheard
 from protocol.market import SUBSCRIPTION_ID, PublishDemand, PublishOffer, Withdraw, subscription_body
 from protocol.negotiation import CounterProposal, RejectProposal
 from protocol.properties import TermsError, flatten
@@ -79,13 +81,15 @@ def _alive(node: Node, kind: str, wanted_id: str) -> bool:
 
 
 def _subscriptions(api: Blueprint, node: Node, kind: str) -> None:
+    @repeatable(node)
     async def publish() -> Response:
         properties, constraints = await terms_body()
-        now = round(node.clock(), 6)
+        now = round(creation_time(node), 6)
         new_id, body = subscription_body(
-            node.new_id(), node.node_id, properties, constraints, now, now + node.config.subscription_ttl_s
+            fresh_id(node), node.node_id, properties, constraints, now, now + node.config.subscription_ttl_s
         )
         document = node.identity.sign(kind, body)
+        undone_if_unheard("market", Withdraw(new_id))
         await ask(node, "market", PublishOffer(document) if kind == DocumentKind.OFFER else PublishDemand(document))
         return created(new_id)
 
@@ -119,7 +123,7 @@ def _events(api: Blueprint, node: Node, kind: str) -> None:
         wanted_id = subscription_id(wanted)
         limit = query_int("maxEvents", node.config.max_events_default, 1, node.config.max_events)
         timeout_s = query_float("timeout", DEFAULT_TIMEOUT_S)
-        feed, deadline = f"{kind}/{wanted_id}", node.clock() + timeout_s
+        feed, deadline = f"{kind}/{wanted_id}", trio.current_time() + timeout_s
 
         def probe() -> str | None:
             if not _alive(node, kind, wanted_id):
@@ -127,7 +131,7 @@ def _events(api: Blueprint, node: Node, kind: str) -> None:
             return "news" if node.system.feeds.read(feed, 0, 1) else None
 
         while True:
-            found = await until(node, [feed], probe, deadline - node.clock())
+            found = await until(node, [feed], probe, deadline - trio.current_time())
             if found == "gone":
                 raise ApiError(404, f"Subscription [{wanted_id}] not found: it was never there, unsubscribed or has expired.")
             taken = await node.system.feeds.take(feed, limit) if found else []

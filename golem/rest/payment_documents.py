@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import ROUND_FLOOR, Decimal
@@ -38,6 +37,7 @@ from golem.rest.payment_forms import (
     render_payment,
     scan,
 )
+from golem.rest.repeatable import fresh_uuid, repeatable
 from protocol.codec import Decoder
 from protocol.ledger import (
     MAX_COUNTER,
@@ -174,11 +174,12 @@ def _moving(api: Blueprint, node: Node, kind: DocumentNames) -> None:
 
 def _issuing(api: Blueprint, node: Node) -> None:
     @api.post("/debitNotes")
+    @repeatable(node)
     async def issue_debit_note() -> Response:
         body = await exact_body()
         usage = _usage(body)
         command = IssueDebitNote(
-            str(uuid.uuid4()),
+            fresh_uuid(node),
             member(body, "activityId", str),
             amount_text(body_amount(body, "totalAmountDue", ROUND_FLOOR)),
             usage,
@@ -188,6 +189,7 @@ def _issuing(api: Blueprint, node: Node) -> None:
         return created(render(_document(node, NOTE, command.debit_note_id)))
 
     @api.post("/invoices")
+    @repeatable(node)
     async def issue_invoice() -> Response:
         body = await exact_body()
         activities = member(body, "activityIds", list, [])
@@ -197,7 +199,7 @@ def _issuing(api: Blueprint, node: Node) -> None:
         if due_at is None:
             raise ApiError(400, "missing field `paymentDueDate`")
         command = IssueInvoice(
-            str(uuid.uuid4()),
+            fresh_uuid(node),
             member(body, "agreementId", str),
             tuple(activities),
             amount_text(body_amount(body, "amount", ROUND_FLOOR)),

@@ -7,6 +7,7 @@ import json
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
+import trio
 from quart import Blueprint, Response, request
 
 from actors.kernel.machine import AskTimeout, Busy
@@ -70,12 +71,12 @@ def register(api: Blueprint, node: Node) -> None:
             response.headers["Cache-Control"] = "no-cache"
             return response
         timeout_s, limit = query_float("timeout", 5.0), query_int("maxEvents", MAX_EVENTS, 1, MAX_EVENTS)
-        deadline = node.clock() + timeout_s
+        deadline = trio.current_time() + timeout_s
         while True:
-            found, ended = await _next(node, scan_id, deadline - node.clock(), limit)
+            found, ended = await _next(node, scan_id, deadline - trio.current_time(), limit)
             if ended:
                 raise ApiError(404, f"Scan [{scan_id}] was closed.")
-            if found or node.clock() >= deadline or node.system.feeds.closed:
+            if found or trio.current_time() >= deadline or node.system.feeds.closed:
                 return respond_json(found)
 
     @api.delete("/scan/<scan_id>", endpoint="close_scan")

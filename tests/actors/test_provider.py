@@ -527,6 +527,28 @@ def test_an_idle_agreement_is_ended() -> None:
     assert len(agent.rest(WriteInvoice)) == 1
 
 
+@pytest.mark.parametrize("every_s", [3, 20, 60])
+def test_an_agent_that_starts_again_and_again_does_not_begin_the_idle_time_anew(every_s: int) -> None:
+    agent = Agent().begin().approved()
+    begun = agent.play.now
+    agent.play.at(every_s)
+    while not agent.rest(EndAgreement) and agent.play.now < begun + 1000:
+        agent.crash()
+        agent.play.at(every_s)
+    assert 90 <= agent.play.now - begun <= 180 + 2 * every_s
+
+
+def test_what_a_requestor_asked_while_the_agent_was_away_is_read_before_the_agreement_is_idle() -> None:
+    agent = Agent().begin().approved()
+    agent.play.now += 100  # nobody was there to end it
+    agent.crash()
+    agent.play.at(1)
+    assert agent.state() == "Approved"
+    agent.started()
+    agent.play.at(100)
+    assert agent.state() == "Approved"
+
+
 def test_room_is_free_when_the_last_process_is_gone() -> None:
     agent = Agent().begin().approved().started()
     agent.play.at(1001)  # expired: terminated, but the exe-unit is still there
@@ -866,9 +888,9 @@ def test_timers_wait_until_the_agent_has_taken_up_its_work() -> None:
     agent.play.at(95)
     assert agent.state() == "Approved", "the requestor may have asked for an activity while the agent was away"
     agent.play.ask(AgentStarted("prov-other", (SPEC,)))
-    agent.play.at(50)
+    agent.play.at(9)
     assert agent.state() == "Approved"
-    agent.play.at(50)
+    agent.play.at(2)
     assert agent.state() == "Terminating"
 
 

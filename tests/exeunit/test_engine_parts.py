@@ -1,4 +1,4 @@
-"""The parts that bound and measure a container: the seccomp profile as data, storage with a hard size, meters."""
+"""The parts that bound, measure and watch a container: the seccomp profile as data, storage with a hard size, meters."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from typing import Any
 
 import pytest
 import trio
-from worlds.support import trio_test
+import trio.lowlevel
+from worlds.support import mock_trio_test, trio_test
 
-from golem.exeunit.runtime import GIB, RuntimeFault
+from golem.exeunit.runtime import GIB, Limits, RuntimeFault
+from golem.exeunit.runtimes.vm.admin import EngineGone
 from golem.exeunit.runtimes.vm.meter import Layer, Meter, MeterError, upper_dir, upper_dir_of
 from golem.exeunit.runtimes.vm.seccomp_profile import profile
+from golem.exeunit.runtimes.vm.watch import ENGINE_GONE, Watch
 from golem.exeunit.storage import Storage, open_storage
 
 MIB = 1 << 20
@@ -329,3 +332,54 @@ def test_upper_dir_of_a_running_container(tmp_path: Path) -> None:
     (tmp_path / "7" / "mountinfo").write_text("22 1 254:0 / / rw - ext4 /dev/vda rw\n")
     assert upper_dir_of(7, tmp_path) is None
     assert upper_dir_of(8, tmp_path) is None
+
+
+# -- the life of a container ------------------------------------------------------------------------------------------
+
+
+class AwayEngine:
+    """An Engine that does not answer for a while; its containers live. `hangs`: it takes calls, or refuses them at once."""
+
+    def __init__(self, away_s: float, hangs: bool) -> None:
+        self.back_at, self.hangs = trio.current_time() + away_s, hangs
+
+    async def ping(self) -> None:
+        if trio.current_time() < self.back_at:
+            if self.hangs:
+                await trio.sleep_until(self.back_at)
+            else:
+                await trio.lowlevel.checkpoint()
+                raise EngineGone("connection refused")
+
+    async def inspect(self, container: str) -> dict[str, Any]:
+        await self.ping()
+        return {"State": {"Running": True}}
+
+    async def wait_exit(self, container: str) -> int:
+        await self.ping()
+        await trio.sleep_forever()
+        raise AssertionError
+
+
+@pytest.mark.parametrize("hangs", [True, False])
+@pytest.mark.parametrize("away_s", [6.0, 29.0, 50.0])
+@mock_trio_test
+async def test_an_engine_that_is_away_for_less_than_half_a_minute_ends_nothing(away_s: float, hangs: bool) -> None:
+    watch = Watch(AwayEngine(away_s, hangs), "container", Limits())  # type: ignore[arg-type]
+    told: list[str] = []
+
+    async def fail_a_command() -> None:
+        told.append(str(await watch.explain(EngineGone("the Engine broke off"))))
+
+    started_s, found = trio.current_time(), ""
+    with trio.move_on_after(120):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fail_a_command)
+            found = await watch.failure()
+            took_s = trio.current_time() - started_s
+    if away_s > 30:
+        assert found == ENGINE_GONE
+        assert took_s < 37
+        assert told == [ENGINE_GONE]
+    else:
+        assert (found, told) == ("", ["the Engine broke off"])

@@ -364,7 +364,7 @@ def test_an_engine_that_stops_is_told_and_nothing_runs_on(package: Path, sign: s
 
         async with open_guest(engine, package) as guest:
             pid = guest.runtime._inside.pid  # type: ignore[union-attr]
-            with within(10):
+            with within(40):
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(command, guest)
                     await trio.sleep(0.3)

@@ -41,6 +41,7 @@ def machines() -> tuple[Any, ...]:
     """Return the classes of all machines."""
     sys.path.insert(0, str(ROOT))
     from actors.activity.machine import Activity
+    from actors.creations import Creations
     from actors.exeunit import ExeUnit
     from actors.ledger.machine import Ledger
     from actors.market.machine import Market
@@ -48,7 +49,7 @@ def machines() -> tuple[Any, ...]:
     from actors.provider.machine import Provider
     from actors.wallet.machine import Wallet
 
-    return Market, Negotiation, Activity, ExeUnit, Ledger, Wallet, Provider
+    return Market, Negotiation, Activity, ExeUnit, Ledger, Wallet, Provider, Creations
 
 
 def actors() -> Iterator[tuple[str, dict[type, str]]]:

@@ -385,6 +385,24 @@ async def test_work_of_a_finished_activity_is_removed(tmp_path: Path) -> None:
 
 
 @trio_test
+async def test_what_an_engine_that_was_away_keeps_is_removed_when_it_is_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = [("the Docker Engine does not answer", ""), ("the Docker Engine does not answer", ""), (None, "removed container x")]
+
+    async def exe_unit(*_: Any) -> tuple[str | None, str]:
+        await trio.lowlevel.checkpoint()
+        return asked.pop(0)
+
+    monkeypatch.setattr("golem.provider.leftovers.exe_unit", exe_unit)
+    monkeypatch.setattr("golem.provider.leftovers.FIRST_PAUSE_S", 0.01)
+    (tmp_path / "exe-unit" / "work" / "a1" / "x1").mkdir(parents=True)
+    with within(5):
+        await Leftovers(tmp_path, ExeUnits, lambda: ("vm",)).clean("x1", "vm", 1)
+    assert asked == []
+
+
+@trio_test
 async def test_what_an_earlier_run_left_is_removed_and_nothing_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     process = exe_unit_like(False)  # the exe-unit of ACTIVITY lives on
     try:

@@ -1,6 +1,6 @@
 """Whether a container still lives, and why not: the Engine is asked to tell of its end, and looked after itself.
 
-An Engine may die, hang or be restarted under a container. One that is away for longer than a few seconds is given up;
+An Engine may die, hang or be restarted under a container. One that is away for longer than half a minute is given up;
 one that comes back says what has become of the container. The first reason found is the one that everybody is told.
 Neighbours: `client`; `golem.exeunit.runtimes.vm.runtime`.
 """
@@ -18,8 +18,8 @@ from golem.exeunit.runtimes.vm.client import EngineClient
 from golem.exeunit.runtimes.vm.inside import Inside
 
 PING_S, PING_TIMEOUT_S = 1.0, 5.0
-AWAY_S = 3.0
-LOOK_S = 4.0
+AWAY_S = 30.0  # as long as everybody is silent at most who is still to be waited for
+LOOK_S, ENDING_S, RETRY_S = 4.0, 3.0, 0.3
 ENGINE_GONE = "the provider's Docker Engine has stopped or does not answer"
 
 
@@ -53,22 +53,27 @@ class Watch:
                     await self._client.wait_exit(self._name)
                     pause_s = 0.01
                 except RuntimeFault:  # if that is the Engine: `_engine_died` decides whether it is gone for good
-                    pause_s = AWAY_S / 10
+                    pause_s = RETRY_S
                 await trio.sleep(pause_s)
         return text
 
     async def _engine_died(self) -> str:
         seen_s = trio.current_time()
         while trio.current_time() - seen_s <= AWAY_S:
-            try:
-                with trio.fail_after(PING_TIMEOUT_S):
-                    await self._client.ping()
-            except (RuntimeFault, trio.TooSlowError):
-                await trio.sleep(PING_S / 4)
-            else:
+            if await self._answers():
                 seen_s = trio.current_time()
                 await trio.sleep(PING_S)
+            else:
+                await trio.sleep(PING_S / 4)
         return ENGINE_GONE
+
+    async def _answers(self) -> bool:
+        try:
+            with trio.fail_after(PING_TIMEOUT_S):
+                await self._client.ping()
+        except (RuntimeFault, trio.TooSlowError):
+            return False
+        return True
 
     async def diagnose(self, inside: Inside | None = None) -> str | None:
         """Return why the container has died; None while it lives, or the Engine does not say.
@@ -76,7 +81,7 @@ class Watch:
         `inside`: wait for the Engine to say it, if the container is on its way out.
         """
         if inside is not None and inside.is_ending():
-            with trio.move_on_after(AWAY_S):
+            with trio.move_on_after(ENDING_S):
                 while await self.diagnose() is None:
                     await trio.sleep(0.02)
         elif self.death is None:
@@ -91,9 +96,14 @@ class Watch:
         return self.death
 
     async def explain(self, fault: RuntimeFault) -> RuntimeFault:
-        """Return what to tell somebody whom the Engine failed with `fault`."""
+        """Return what to tell somebody whom the Engine failed with `fault`; one that is away has its time to come back."""
         if await self.diagnose() is None and isinstance(fault, EngineGone):
-            self.death = ENGINE_GONE
+            with trio.move_on_after(AWAY_S):
+                while self.death is None and not await self._answers():
+                    await trio.sleep(PING_S / 4)
+                if await self.diagnose() is None:
+                    return fault
+            self.death = self.death or ENGINE_GONE
         return RuntimeFault(self.death) if self.death is not None else fault
 
 
