@@ -23,7 +23,7 @@ from protocol.states import AgreementState, DocumentKind, Role
 from protocol.types import Message, PeerLost, node_of
 
 OVER = reason_text("The agreement is over.")
-TOLD_BACK_S = 60 * 24 * 3600.0  # as in `recall`
+TOLD_BACK_S = 60 * 24 * 3600.0  # as in `actors/ledger/recall.py`
 
 
 def tell_again(draft: Draft, message: PeerLost) -> None:

@@ -16,6 +16,7 @@ COMMANDS: dict[str, Command] = {}
 
 
 def command(function: Command) -> Command:
-    """Register `function` under its name."""
+    """Register `function` under its name, which no other has."""
+    assert function.__name__ not in COMMANDS, f"two commands are called {function.__name__}"
     COMMANDS[function.__name__] = function
     return function

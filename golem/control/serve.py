@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Awaitable, Callable
+from importlib import import_module
+from pkgutil import iter_modules
 from typing import TYPE_CHECKING
 
+import golem.control
 from actors.kernel.machine import Busy
 from actors.kernel.records import RowDamaged
 from golem.bus.server import BusPeer
 from golem.chain.rpc import RpcError
-from golem.control import activity, debts, image, net, node, payment, quarantine  # noqa: F401 - they register
 from golem.control.command import COMMANDS, Command
 from golem.net import NetError, RemoteError
 from golem.node.backup import BackupError
@@ -23,10 +25,8 @@ if TYPE_CHECKING:
 
 def serve_commands(served: Node) -> None:
     """Answer the command line on the node's bus."""
-    import golem.control.activity  # they register their own
-    import golem.control.debts
-    import golem.control.market
-    import golem.control.quarantine  # noqa: F401
+    for module in iter_modules(golem.control.__path__):  # they register their own
+        import_module(f"golem.control.{module.name}")
 
     def handler(run: Command) -> Callable[[BusPeer, bytes], Awaitable[bytes]]:
         async def answer(client: BusPeer, payload: bytes) -> bytes:

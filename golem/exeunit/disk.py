@@ -2,7 +2,7 @@
 
 Others write to the same disk. A journal that cannot be written ends the process without a word, so some of the disk is
 set aside from the start: when a write finds no room the reserve is given up for it, and the activity ends in good order.
-Neighbours: `process.py` looks here each second; the journal asks for the reserve; `engine/storage.py` reserves what
+Neighbours: `process.py` looks here each second; the journal asks for the reserve; `storage.py` reserves what
 guests write, which therefore does not depend on this.
 """
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import trio
 
+from golem.exeunit.places import hidden
 from golem.exeunit.runtime import ExitStatus, Interaction, Runtime, RuntimeFault, Side, Terminal, check_arguments
 from golem.interaction.wire import (
     DATA_BYTES,
@@ -79,7 +80,7 @@ class UnitInteractions:
         try:
             self._check_open()
         except InteractionFault as fault:
-            return ["error", fault.code, str(fault)]
+            return ["error", fault.code, hidden(str(fault))]
         scope = trio.CancelScope()
         self._open.add(scope)
         nursery.start_soon(self._serve, token, scope)
@@ -290,7 +291,7 @@ class _Session:
 async def _tell(channel: Channel, fault: InteractionFault) -> None:
     """Send a fault to the requestor, if it still listens."""
     with suppress(InteractionFault):
-        await channel.write("error", fault.code, str(fault)[:2000], timeout_s=FAREWELL_S)
+        await channel.write("error", fault.code, hidden(str(fault))[:2000], timeout_s=FAREWELL_S)
         await channel.finish(FAREWELL_S)
 
 

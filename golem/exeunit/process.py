@@ -34,6 +34,7 @@ from golem.bus.client import BusClient
 from golem.exeunit.disk import DiskWatch
 from golem.exeunit.interaction import UnitInteractions, allowed_interactions
 from golem.exeunit.live import LiveLog
+from golem.exeunit.places import remember
 from golem.exeunit.runtime import Runtime
 from golem.exeunit.runtimes import make_runtime
 from golem.exeunit.terms import AgreedTerms, read_terms
@@ -63,6 +64,7 @@ IMAGE_BYTES = 8 << 30
 
 MAX_CALL_BYTES = 4096
 JOURNAL = "unit.db"
+SOCKETS = Path("/var/run/docker.sock"), Path(os.environ.get("DOCKER_HOST", "").removeprefix("unix://") or "/run/docker.sock")
 LEAST_JOURNAL_BYTES = 64 << 20  # where less storage was sold, an honest script's results still have their place
 NEARNESS = "unit:nearness"  # see golem/node/nearness.py
 
@@ -111,6 +113,7 @@ class Unit:
         self.settings, self.terms = settings, terms
         self.name = f"exeunit:{settings.activity_id}"
         self.live = LiveLog()
+        remember(settings.work_dir, settings.work_dir.parent, settings.cache_dir, settings.cache_dir.parent, *SOCKETS)
         self._journal = journal
         self._disk = DiskWatch(settings.work_dir)
         journal.make_room = self._disk.make_room

@@ -1,8 +1,8 @@
 """The port between an exe-unit and the thing that runs its commands.
 
-A runtime is one module here with one class that implements `Runtime`; nothing else of the exe-unit knows which one it
-is. An instance serves one activity: deploy, start, any number of runs, stop, and perhaps all of it again; `usage` goes
-on counting through that. Neighbours:
+A runtime is one package in `runtimes/` (which says how to add one) with one class that implements `Runtime`; nothing else
+of the exe-unit knows which one it is. An instance serves one activity: deploy, start, any number of runs, stop, and perhaps
+all of it again; `usage` goes on counting through that. Neighbours:
 `golem.exeunit.transfer.packages` brings the image file, `golem.exeunit.transfer.transfers` moves files in and out of a
 deployment's volumes, `golem.exeunit.usage` adds up what `usage` tells.
 """

@@ -21,6 +21,7 @@ import trio
 from actors.kernel.machine import Meta, Send
 from golem.exeunit.capture import Collector, Output, fit_sides
 from golem.exeunit.live import LiveLog
+from golem.exeunit.places import hidden
 from golem.exeunit.runtime import (
     GIB,
     Deployment,
@@ -186,6 +187,7 @@ class RuntimePort:
                     self._running = None
         if scope.cancelled_caught:
             text = self._why_stopped
+        text = text and hidden(text)
         self.tell(message, {"finished": {"return_code": 0 if ok else code or 1, "message": text}})
         finished = CommandFinished(
             message.batch_id, message.index, ok, outputs["stdout"], outputs["stderr"], text and text[:MAX_TEXT],
@@ -283,7 +285,7 @@ class RuntimePort:
         with scope:
             text = await self._runtime.failure()
             log.error("the runtime died: %s", text)
-            self._on_failure(text)
+            self._on_failure(hidden(text))
 
     async def _run(self, message: Execute, run: Run, outputs: dict[Side, Output | None]) -> tuple[str | None, int]:
         capture = run.capture or Capture()
@@ -353,7 +355,7 @@ class _Progress:
 
     def notice(self, text: str) -> None:
         """Something worth saying."""
-        self._tell(text)
+        self._tell(hidden(text))
 
     def _tell(self, text: str | None) -> None:
         event = {"step": [0, 1], "message": text, "progress": list(self._last), "unit": "Bytes"}

@@ -79,10 +79,10 @@ class FileSource:
         try:
             descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
         except OSError as error:
-            raise FileFault("ReadError", f"cannot read {self.path}: {error.strerror}") from None
+            raise FileFault("ReadError", f"cannot read {self.path.name}: {error.strerror}") from None
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
-            raise FileFault("ReadError", f"not a regular file: {self.path}")
+            raise FileFault("ReadError", f"not a regular file: {self.path.name}")
         return descriptor
 
     async def size(self) -> int:
@@ -99,7 +99,7 @@ class FileSource:
             data = os.pread(descriptor, size, offset)
             status = os.fstat(descriptor)
         except OSError as error:
-            raise FileFault("ReadError", f"cannot read {self.path}: {error.strerror}") from None
+            raise FileFault("ReadError", f"cannot read {self.path.name}: {error.strerror}") from None
         finally:
             os.close(descriptor)
         self._check(status)
@@ -107,7 +107,7 @@ class FileSource:
 
     def _check(self, status: os.stat_result) -> None:
         if identity_of(status) != self._identity:
-            raise FileFault("ReadError", f"{self.path} changed after it was published")
+            raise FileFault("ReadError", f"{self.path.name} changed after it was published")
 
 
 @dataclass(frozen=True)
@@ -152,9 +152,9 @@ class FileSink:
         try:
             self._reserved = size if reserve(self._descriptor, size, SPARE_BYTES) else 0
         except NoRoom as error:
-            raise FileFault("WriteError", f"cannot write {self.path}: {error}") from None
+            raise FileFault("WriteError", f"cannot write {self.path.name}: {error}") from None
         except OSError as error:
-            raise FileFault("WriteError", f"cannot write {self.path}: {error.strerror}") from None
+            raise FileFault("WriteError", f"cannot write {self.path.name}: {error.strerror}") from None
 
     async def begin(self) -> None:
         self._close()
@@ -164,7 +164,7 @@ class FileSink:
         try:
             return os.open(self._part, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | flags, 0o666)
         except OSError as error:
-            raise FileFault("WriteError", f"cannot write {self.path}: {error.strerror}") from None
+            raise FileFault("WriteError", f"cannot write {self.path.name}: {error.strerror}") from None
 
     async def left(self) -> tuple[int, Any] | None:
         """Take up what an earlier process left: its size and the hash object that has read it, or None."""
@@ -201,9 +201,9 @@ class FileSink:
                 written = os.pwrite(self._descriptor, view, offset)
                 view, offset = view[written:], offset + written
         except NoRoom as error:
-            raise FileFault("WriteError", f"cannot write {self.path}: {error}") from None
+            raise FileFault("WriteError", f"cannot write {self.path.name}: {error}") from None
         except OSError as error:
-            raise FileFault("WriteError", f"cannot write {self.path}: {error.strerror}") from None
+            raise FileFault("WriteError", f"cannot write {self.path.name}: {error.strerror}") from None
 
     async def finish(self, digest: str) -> None:
         with suppress(OSError):  # a file system without extended attributes: then a later node knows less
@@ -213,7 +213,7 @@ class FileSink:
         try:
             os.replace(self._part, self.path)
         except OSError as error:
-            raise FileFault("WriteError", f"cannot write {self.path}: {error.strerror}") from None
+            raise FileFault("WriteError", f"cannot write {self.path.name}: {error.strerror}") from None
 
     def release(self) -> None:
         """Free what is set aside for bytes that do not come for now."""

@@ -2,7 +2,7 @@
 
 At the requestor's: `open_terminal` and `connect`. At the provider's: who asks must be the activity's requestor; the
 exe-unit is asked by a live call to dial back, with a token that counts once, and the two streams are joined. What may be
-asked of it the exe-unit says. Neighbours: `interaction_wire.py` says what goes over the streams.
+asked of it the exe-unit says. Neighbours: `wire.py` says what goes over the streams.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ UNFUNDED = 402  # on the way from the ledger to the answer, which is a 400 with 
 MAX_EXTEND_S = 10 * 366 * 24 * 3600.0
 
 
-def routes(api: Blueprint, node: Node) -> None:
+def register(api: Blueprint, node: Node) -> None:
     """Add the endpoints about allocations."""
     one_at_a_time = trio.Lock()  # between the look at the balance and the ledger's word, also on twin platforms
 
@@ -171,10 +171,11 @@ def _assembled(node: Node, given: dict[str, Any]) -> str:
     parts = {name: given.get(name) for name in ("driver", "network", "token")}
     if any(part is not None and not isinstance(part, str) for part in parts.values()):
         raise _problem(400, "bad-platform", "field `paymentPlatform`: driver, network and token are texts")
+    rows = node.chain.networks.rows
     network = parts["network"] or TOKEN_NETWORK.get(parts["token"] or "tglm")
     if network is None:
         raise _problem(400, "bad-platform", f"no network is known for the token {str(parts['token'])[:40]!r}")
-    token = parts["token"] or ("glm" if network in ("mainnet", "polygon") else "tglm")
+    token = parts["token"] or (rows[network].symbol.lower() if network in rows else "tglm")
     return f"{parts['driver'] or DRIVER}-{network}-{token}"
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from golem.node.node import Node
 
 
-def routes(api: Blueprint, node: Node) -> None:
+def register(api: Blueprint, node: Node) -> None:
     """Add the endpoint that explains a debit note, an invoice or an agreement by its id."""
 
     @api.get("/explain/<wanted>")

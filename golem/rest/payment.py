@@ -49,10 +49,10 @@ def blueprint(node: Node) -> Blueprint:
     _accounts(api, node)
     _payments(api, node)
     _cycles(api, node)
-    allocations.routes(api, node)
-    payment_documents.routes(api, node)
-    calculation.routes(api, node)
-    payment_lists.routes(api, node)
+    allocations.register(api, node)
+    payment_documents.register(api, node)
+    calculation.register(api, node)
+    payment_lists.register(api, node)
     return api
 
 

@@ -93,7 +93,7 @@ NOTE = DocumentNames(DocumentKind.DEBIT_NOTE, "debitNotes", "debitNoteId", "Debi
 INVOICE = DocumentNames(DocumentKind.INVOICE, "invoices", "invoiceId", "Invoice", "invoices")
 
 
-def routes(api: Blueprint, node: Node) -> None:
+def register(api: Blueprint, node: Node) -> None:
     """Add the endpoints about documents."""
     for kind in (NOTE, INVOICE):
         _reading(api, node, kind)

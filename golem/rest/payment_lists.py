@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from golem.node.node import Node
 
 
-def routes(api: Blueprint, node: Node) -> None:
+def register(api: Blueprint, node: Node) -> None:
     """Add the endpoints that only show."""
 
     def rows(actor: str, prefix: str) -> list[Any]:

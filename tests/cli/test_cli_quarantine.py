@@ -10,6 +10,7 @@ import pytest
 import trio
 from cli.test_cli import golem, run_json, run_text, until
 
+from actors.kernel.records import sealed
 from actors.wallet.rows import CycleRow
 from golem.lab.localnet import LocalNet, LocalNode
 from protocol.codec import encode
@@ -31,9 +32,9 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalNode]:
         trio.run(node.process.stop)
         with sqlite3.connect(node.data_dir / "node.db") as db:
             peer = "0x" + 40 * "1"
-            poison = encode(AgreementApproved("no-such-deal", "Provider", peer, node.node_id, "spoilt", "{}", 1.0, None))
+            poison = AgreementApproved("no-such-deal", "Provider", peer, node.node_id, "spoilt", "{}", 1.0, None)
             link = ("negotiation", f"{node.node_id}/ledger")
-            db.execute("insert into outbox values (?,?,1,9e9,'tracepoison',?)", (*link, poison))
+            db.execute("insert into outbox values (?,?,1,9e9,'tracepoison',?)", (*link, sealed(*link, encode(poison))))
             db.execute("insert into sent (actor, recipient, seq, epoch) values (?,?,1,'e')", link)
             db.execute("insert into mark values (?,?,'1-aa',1)", link)
             row = encode(CycleRow(PLATFORM, 1.0, 0.0, 1.0))

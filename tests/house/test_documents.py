@@ -84,3 +84,17 @@ def test_targets_exist() -> None:
 
 def test_the_message_map_is_true() -> None:
     assert written()[1] == message_map(), "write it anew: tests/house/message_map.py --write"
+
+
+def test_files_that_docstrings_name_are_there() -> None:
+    """By their path in the repository, or beside the file that names them."""
+    lost = []
+    for room in ("golem", "actors", "protocol", "tests", "benchmarks"):
+        for path in (ROOT / room).rglob("*.py"):
+            named = re.findall(r"`([\w/]+\.py)`", path.read_text())
+            lost += [
+                f"{path.relative_to(ROOT)}: {name}"
+                for name in named
+                if not any((at / name).exists() for at in (ROOT, path.parent))
+            ]
+    assert not lost

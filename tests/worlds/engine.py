@@ -1,6 +1,6 @@
 """A real Docker Engine for tests, one a test session, and images for it that come from no registry.
 
-Use the fixtures `engine` (user ids remapped) and `plain_engine` of `conftest.py`; both skip with the reason where no
+Use the fixtures `engine` (user ids remapped) and `plain_engine` of `tests/conftest.py`; both skip with the reason where no
 Engine can be started. Images are root file systems as tar files, made from what this machine has.
 """
 

@@ -1,7 +1,8 @@
 """Runtimes: what an activity may be run in. Each is one package with one class that implements `runtime.Runtime`.
 
-To add one, write the package and name it in `_RUNTIMES`. Modules are imported when asked for: a node without Docker need
-not have its client, and the children of `wasm` import this package for every command.
+To add one, write the package, name it in `_RUNTIMES`, and give it prices in `golem/provider/presets.py`. Modules are
+imported when asked for: a node without Docker need not have its client, and the children of `wasm` import this package
+for every command.
 A runtime that is a program of its own needs no module: a descriptor file names it
 (`golem.exeunit.runtimes.plugin.descriptors`), and `plugin.runtime` speaks to it.
 """

@@ -4,7 +4,7 @@
       "description": "...", "extra-args": ["--cap-handoff", "--runtime-arg=X"], "properties": {},
       "config": {"counters": {"golem.usage.duration_sec": {"name": "duration", "description": "Duration", "price": true}}}}]
 
-`runtime-path` is relative to the file and speaks the interface of `runtimes/external.py`. The supervisor `exe-unit` is
+`runtime-path` is relative to the file and speaks the interface of `runtime.py`. The supervisor `exe-unit` is
 this package; programs of others in its place are not started: limits, metering and the node's bus are the supervisor's.
 A descriptor names a program that runs with the provider's rights, so a file that anybody may write is refused, and so
 is whatever in it is not of the form above: a misspelt key must not be silently without effect.

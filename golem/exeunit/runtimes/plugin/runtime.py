@@ -9,7 +9,7 @@ The program is started for each step, with arguments in this order:
     test                status 0 if it works on this machine (likewise)
     deploy --           JSON on stdout: {"valid": {"Ok": ""}, "vols": [{"name": <directory in W>, "path": <guest path>}],
                         "startMode": "empty" or "blocking"}; `valid` may be {"Err": why}
-    start -- ARGS       "empty": once, status 0; "blocking": a service that speaks `runtime_api` on stdin and stdout
+    start -- ARGS       "empty": once, status 0; "blocking": a service that speaks `api` on stdin and stdout
     run --entrypoint BIN -- ARGS      ("empty") one command: its output and status are the program's
 
 Limits are on the command line only with the descriptor's `--cap-handoff`; they hold in any case: what the program and all
@@ -18,7 +18,7 @@ ends when it is too much. `F` is an empty file where the agreement names no task
 variables that the requestor sets are not put into it (the loader of the program would heed them) but stand in
 GOLEM_RUNTIME_ENV as a JSON object, for programs that know it.
 Variables of one command do not reach a service: its protocol has no place for them.
-Neighbours: `process_tree` (starting, metering, killing), `service` and `runtime_api` (what "blocking" speaks).
+Neighbours: `process_tree` (starting, metering, killing), `service` and `api` (what "blocking" speaks).
 """
 
 from __future__ import annotations

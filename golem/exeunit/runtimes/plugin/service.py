@@ -1,6 +1,6 @@
 """A runtime that is up from start to stop and runs commands inside itself: the exe-unit's end of its protocol.
 
-The program's stdin and stdout carry `runtime_api` messages, its stderr goes to the exe-unit's log. A service that ends by
+The program's stdin and stdout carry messages of `api`, its stderr goes to the exe-unit's log. A service that ends by
 itself, or says what the protocol does not have, is lost, and what waits for it fails with the reason.
 Neighbour: `external`, which starts it and kills it.
 """
