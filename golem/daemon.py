@@ -254,6 +254,7 @@ async def run_node(config: Config, ask_password: AskPassword | None = None, read
     async with AsyncExitStack() as stack:
         stack.callback(sock.close)
         node = await stack.enter_async_context(open_node(config, ask_password))
+        trio.lowlevel.add_instrument(node.loop)
         nursery = await stack.enter_async_context(trio.open_nursery())
         rest_ended = await nursery.start(_rest_until_stopped, node, sock)
         status = {"pid": os.getpid(), "nodeId": node.node_id, "apiUrl": node.api_url, "bus": str(config.bus_path),

@@ -111,11 +111,18 @@ def _is_deep(value: Any) -> bool:
 
 
 def _path_of(value: Any, is_wrong: Callable[[Any], bool]) -> str | None:
-    """Return where the first value that is wrong stands, `a.b.0`; None if there is none."""
-    waiting: list[tuple[str, Any]] = [("", value)]
-    while waiting:
-        path, one = waiting.pop()
-        if is_wrong(one):
-            return path.encode(errors="replace").decode()[:200] or "."
-        waiting.extend((f"{path}.{name[:80]}" if path else name[:80], member) for name, member in reversed(list(_members(one))))
+    """Return where the first value that is wrong stands, `a.b.0`; None if there is none. Nothing behind it is looked at."""
+    if is_wrong(value):
+        return "."
+    trail = [("", _members(value))]
+    while trail:
+        for name, member in trail[-1][1]:
+            if is_wrong(member):
+                path = ".".join(one[:80] for one in (*(above for above, _ in trail[1:]), name))
+                return path.encode(errors="replace").decode()[:200] or "."
+            if isinstance(member, dict | list):
+                trail.append((name, _members(member)))
+                break
+        else:
+            trail.pop()
     return None

@@ -9,6 +9,7 @@ import trio
 
 from actors.activity.rows import ActivityRow
 from actors.kernel.system import System
+from golem.base.loop_watch import LoopWatch
 from golem.bus.router import Router
 from golem.bus.server import Bus
 from golem.chain.port import Chain
@@ -37,6 +38,7 @@ class Node:
         self.name = identity.node_id[:10]
         self.payout: Payout | None = None  # where it is paid, if not at its own address
         self.started_at = time.time()
+        self.loop = LoopWatch()
         self.api_url = ""
         self.stopping = trio.Event()
 
@@ -84,6 +86,8 @@ class Node:
             ("golem_damaged_rows", "gauge", len(self.system.damaged())),
             ("golem_failing_timers", "gauge", len(self.system.alarms.failing())),
             ("golem_protocol_violations", "gauge", len(self.system.violations)),
+            ("golem_loop_long_steps_total", "counter", self.loop.long),
+            ("golem_loop_longest_step_seconds", "gauge", round(self.loop.longest_s, 4)),
             ("golem_uptime_seconds", "gauge", round(time.time() - self.started_at, 1)),
         ]
         return "".join(f"# TYPE {name} {kind}\n{name} {value}\n" for name, kind, value in lines)
