@@ -15,7 +15,7 @@ import secrets
 import socket
 import time
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,7 @@ from actors.creations import Creations
 from actors.kernel.clock import Steady
 from actors.kernel.grammar import EDGE
 from actors.kernel.journal import Journal
-from actors.kernel.machine import Send
+from actors.kernel.machine import JournalWaits, Send
 from actors.kernel.system import System
 from actors.ledger.machine import Ledger
 from actors.market.machine import Market
@@ -45,7 +45,17 @@ from golem.files.server import FileServer
 from golem.images.store import IMAGES, Registry
 from golem.net import NetConfig, check_network, open_network
 from golem.node.app_keys import AUTOCONF, AppKeys
-from golem.node.backup import CHAIN, JOURNAL, bind_generations, compare_generations, hold_payments, peers_asked, restored_at
+from golem.node.backup import (
+    CHAIN,
+    JOURNAL,
+    BackupError,
+    bind_generations,
+    compare_generations,
+    hold_payments,
+    peers_asked,
+    refuse_half,
+    restored_at,
+)
 from golem.node.data_dir import lock_data_dir, make_folder, step_log
 from golem.node.gossip import MarketGossip
 from golem.node.identity import APP_KEYS, KEYSTORE, PLAIN_KEY, AskPassword, Identity, open_identity
@@ -53,7 +63,9 @@ from golem.node.listen import bind_api, notify_systemd
 from golem.node.metrics import Metrics
 from golem.node.nearness import serve_nearness
 from golem.node.node import Node
+from golem.node.owner import settle_journal
 from golem.node.payout import GIVEN_KEY, OLD_KEY, read_payout, warn
+from golem.node.reserve import Reserve
 from golem.node.signer import SignerPort
 from golem.private_files import write_private
 from protocol.ledger import Recall
@@ -72,9 +84,7 @@ async def open_node(config: Config, ask_password: AskPassword | None = None) -> 
     Raises `ConfigError`, `IdentityError`, `JournalError`.
     """
     async with AsyncExitStack() as stack:
-        lock_data_dir(config.data_dir, stack)
-        if config.profile == "local" and not config.chain_url:
-            make_folder(config.chain_dir, "chain")
+        take_data_dir(config, stack)
         net_config = network_of(config)
         known_key = key_before(config)
         identity = await trio.to_thread.run_sync(open_identity, config, ask_password)
@@ -83,10 +93,10 @@ async def open_node(config: Config, ask_password: AskPassword | None = None) -> 
         except ValueError as error:
             raise ConfigError(str(error)) from None
         app_keys = open_app_keys(config, identity)
+        await trio.to_thread.run_sync(settle_journal, config.data_dir, identity.node_id)
         older = compare_generations(config.data_dir)
         new_journal = "" if (config.data_dir / "node.db").exists() else known_key
-        journal = Journal(str(config.data_dir / "node.db"), lambda: secrets.token_hex(8))
-        stack.callback(journal.close)
+        journal, reserve = open_journal(config, stack)
         try:
             network = await stack.enter_async_context(open_network(identity.secret(), net_config))
         except ValueError as error:
@@ -105,9 +115,9 @@ async def open_node(config: Config, ask_password: AskPassword | None = None) -> 
         system.add(Activity(identity.node_id, config.unresponsive_s, config.inactivity_s))
         try:
             if older == CHAIN:
-                hold_payments(config.data_dir, "chain.db is older than node.db")
+                hold_payments(config.data_dir, "chain.db is older than node.db, or was lost")
             chain = await stack.enter_async_context(open_chain(config, identity, system))
-            bind_generations(config.data_dir, journal.boot)
+            bind_generations(config.data_dir, journal.boot, identity.node_id)
         except ValueError as error:
             raise ConfigError(str(error)) from None
         least = format(config.least_payment_glm, ".18f")
@@ -128,6 +138,7 @@ async def open_node(config: Config, ask_password: AskPassword | None = None) -> 
         await come_back(system, config, older)
         await nursery.start(registry.run)
         nursery.start_soon(forget_events, system, config)
+        nursery.start_soon(reserve.keep, journal)
         nursery.start_soon(watch_clock, system)
         nursery.start_soon(node.services.run, node.stopping)
         router.attach(system.deliver)
@@ -166,6 +177,27 @@ def open_app_keys(config: Config, identity: Identity) -> AppKeys:
     return app_keys
 
 
+def take_data_dir(config: Config, stack: AsyncExitStack) -> None:
+    """Hold the lock of the data directory until the stack unwinds; no half of a restore is started on. Raises `ConfigError`."""
+    lock_data_dir(config.data_dir, stack)
+    try:
+        refuse_half(config.data_dir)
+    except BackupError as error:
+        raise ConfigError(str(error)) from None
+    if config.profile == "local" and not config.chain_url:
+        make_folder(config.chain_dir, "chain")
+
+
+def open_journal(config: Config, stack: AsyncExitStack) -> tuple[Journal, Reserve]:
+    """Open the journal until the stack unwinds, and the reserve for when its disk is full. Raises `JournalError`."""
+    reserve = Reserve(config.data_dir)
+    journal = Journal(str(config.data_dir / "node.db"), lambda: secrets.token_hex(8))
+    stack.callback(journal.close)
+    journal.outlast()
+    journal.make_room = reserve.spend
+    return journal, reserve
+
+
 async def come_back(system: System, config: Config, older: str) -> None:
     """After a restore: ask the peers what was signed since. `older` names the file that is older than the other."""
     if older:
@@ -183,11 +215,12 @@ async def forget_events(system: System, config: Config) -> None:
     Rows have timers of their own, events and links have not.
     """
     while True:
-        deleted = await system.journal.prune(system.now() - config.event_store_days * DAY_S)
-        if deleted:
-            log.info("deleted %d events older than %g days", deleted, config.event_store_days)
-        await system.forget_links()
-        await system.journal.give_back()
+        with suppress(JournalWaits):  # on a disk that takes nothing: it is done the next time
+            deleted = await system.journal.prune(system.now() - config.event_store_days * DAY_S)
+            if deleted:
+                log.info("deleted %d events older than %g days", deleted, config.event_store_days)
+            await system.forget_links()
+            await system.journal.give_back()
         await trio.sleep(config.cleanup_interval_s)
 
 

@@ -25,6 +25,7 @@ from actors.kernel.machine import (
     DropFeed,
     Effect,
     Emit,
+    JournalWaits,
     Machine,
     Meta,
     Publish,
@@ -108,6 +109,8 @@ class Actor(Mailbox):
     async def run(self) -> None:
         """Serve the mailbox. A message that crashes the machine stops its link alone; whatever else fails is raised."""
         while True:
+            if self.system.journal.trouble:  # nothing is decided that could not be kept
+                await self.system.journal.well()
             if not self._backlog and not self._alarms:
                 self._backlog.append(await self._mailbox.receive())
             while len(self._backlog) < BATCH:
@@ -121,6 +124,10 @@ class Actor(Mailbox):
                 for deliveries in by_rank(self._backlog, self.system.node, self._cut_short):
                     self._take_some(deliveries, batch)
                 await self._finish(batch)
+            except JournalWaits as error:  # everything is again as before the batch: what is committed is all that there is
+                self._abandon(batch, error)
+                self.forget()
+                continue
             except Exception as error:
                 self._abandon(batch, error)
                 raise
@@ -466,12 +473,14 @@ class Actor(Mailbox):
         """Nothing of the batch is committed: say so to everybody who waits for it."""
         self.rows.changed = {}
         for link in batch.links:
-            link.note = "crash"
+            link.note = "busy" if isinstance(error, JournalWaits) else "crash"
             with suppress(RowDamaged):
                 link.stand(self.system.journal.position(self.name, link.sender))
             self.answer(link)
         for ask in batch.asks:
-            ask.error = ask.error or ActorFailed(f"{self.name} failed (trace {ask.trace}): {type(error).__name__}")
+            failed = ActorFailed(f"{self.name} failed (trace {ask.trace}): {type(error).__name__}")
+            ask.error = ask.error or (error if isinstance(error, JournalWaits) else failed)
+            ask.reply = None
             ask.done.set()
         for release in batch.releases:
             release.error = release.error or error

@@ -15,6 +15,7 @@ from functools import partial
 import trio
 
 from actors.kernel.host import Host
+from actors.kernel.machine import JournalWaits
 from actors.kernel.mail import DeadlinePassed, TimerDue
 from actors.kernel.reading import ALARMS_AT_ONCE
 from actors.kernel.records import Commit, Fresh
@@ -93,7 +94,7 @@ class Alarms:
             expired = [one for one in overdue if not self._system.is_broken(name, one[0])]  # it is about to be numbered anew
             if keys or expired:
                 commit = Commit(name, expired=expired, timers=dict.fromkeys(keys))
-                await journal.commit(commit)
+                await journal.commit(commit, patient=True)
                 self._system.released(name, commit, [])
                 self._changed.set()
 
@@ -128,7 +129,7 @@ class Alarms:
             if (step := clock.look()) is not None:
                 log.warning("the clock of this machine was set by %+.1f s: timers and deadlines move with it", step)
                 fresh = None if clock.is_settled else Fresh(tuple(self._fresh_timers), tuple(self._fresh_sends))
-                await journal.move(step, fresh, clock.mark(step).text(), partial(self._moved, step))
+                await self._move(step, fresh)
             if clock.is_settled:
                 self._fresh_timers.clear()
                 self._fresh_sends.clear()
@@ -139,6 +140,15 @@ class Alarms:
             if moved or mark.is_settled != kept.is_settled:
                 journal.clock_text, kept = mark.text(), mark  # with the next transaction
             await trio.sleep(FOLLOW_S)
+
+    async def _move(self, step: float, fresh: Fresh | None) -> None:
+        """Move timers and deadlines on disk; where that takes nothing just now, they wait as all does."""
+        clock, journal = self._system.clock, self._system.journal
+        while True:
+            try:
+                return await journal.move(step, fresh, clock.mark(step).text(), partial(self._moved, step))
+            except JournalWaits:
+                await trio.sleep(FOLLOW_S)
 
     def _look(self) -> None:
         """Look at the clock again."""

@@ -7,6 +7,7 @@ in `tables.py`, reading in `reading.py`, what is written and read in `records.py
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable
@@ -16,21 +17,28 @@ from typing import Any, TypeVar
 
 import trio
 
+from actors.kernel.machine import JournalWaits
 from actors.kernel.reading import JournalReader, Look
 from actors.kernel.records import Commit, Fresh, JournalClosed, JournalError
 from actors.kernel.tables import Acks, Writer, bring_up, open_file
 
+log = logging.getLogger("golem.kernel")
+
 MERGED_COMMITS = 256  # commits in one transaction
 ACK_FLUSH_S = 0.05  # how long acknowledgements wait for a commit to go with: losing them costs a repetition, no more
+PASSING = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)  # primary codes: another process holds the file
+FIRST_PROBE_S, LAST_PROBE_S = 0.1, 2.0  # between looks whether the disk takes something again
 FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE)  # of the disk: the file, or the index of its log
 T = TypeVar("T")
 
 
 @dataclass(slots=True, eq=False)
 class Waiting:
-    """A commit in the queue; `written` tells how it ended once `done` is set."""
+    """A commit in the queue; `written` tells how it ended once `done` is set. A `patient` one waits for the disk."""
 
     commit: Commit
+    patient: bool = False
+    refused: JournalWaits | None = None
     done: trio.Event = field(default_factory=trio.Event)
     written: bool = False
 
@@ -41,9 +49,14 @@ class Journal(JournalReader):
     `path=":memory:"` or `threads=False` writes inline on one connection (simulation); otherwise a worker thread writes
     on a connection of its own, so that an fsync never stops the event loop. `make_room`, where
     it is set, is called (in any thread) when the disk is full; if it returns True the transaction is tried once more.
+
+    While the disk takes nothing, and this is `lasting`: a transaction that could not be written is not there. The commits in it
+    are refused with `JournalWaits`, and who asked for them takes back in memory what it had decided; patient ones (of ports,
+    whose work is done in the world already) stay in the queue. Reads go on.
     """
 
     make_room: Callable[[], bool] | None = None
+    lasting = False  # the process outlasts a disk that takes nothing for a while
     ack_flush_s = ACK_FLUSH_S
     clock: Callable[[], float] = staticmethod(time.time)  # seconds since the epoch: when a link was last used
 
@@ -78,6 +91,8 @@ class Journal(JournalReader):
         self.ended = False  # `run` is over: nothing is written any more
         self._acks = {}
         self._acks_under_way = {}
+        self.trouble = ""  # why nothing can be written, for people
+        self._is_well = trio.Event()
         self._relinks = 0
         self.commits = 0  # transactions so far, for benchmarks and metrics
         read = "select value from meta where key=?"
@@ -90,6 +105,11 @@ class Journal(JournalReader):
         """Return what was remembered of the machine's clock (see `clock.py`)."""
         found = self._reader.execute("select value from meta where key='clock'").fetchone()
         return found[0] if found else None
+
+    def outlast(self) -> None:
+        """From here on a disk that takes nothing is waited for (see above)."""
+        self.lasting = True
+        self._writer.execute("pragma busy_timeout=1000")  # ms: whoever waits for an answer is told soon why there is none
 
     def close(self) -> None:
         """Close the file. Everything committed is on disk."""
@@ -110,14 +130,20 @@ class Journal(JournalReader):
         self._acks[link] = (epoch, max(seq, before[1]) if before and before[0] == epoch else seq)
         self._wake.set()
 
-    async def commit(self, commit: Commit) -> None:
-        """Return when `commit` is on disk. Raises `JournalError`; then it may or may not be, and the process ends.
+    async def commit(self, commit: Commit, *, patient: bool = False) -> None:
+        """Return when `commit` is on disk.
+
+        Raises `JournalWaits` where the disk takes nothing just now: then nothing of it is there. A patient one waits instead.
+        Raises `JournalError`; then it may or may not be there, and the process ends.
 
         Cancellation does not part a caller from a commit that is under way: what follows a commit follows it surely,
         unless the whole process ends.
         """
         commit.at = self.clock()
-        waiting = Waiting(commit)
+        waiting = Waiting(commit, patient)
+        if self.trouble and not patient:
+            await trio.lowlevel.checkpoint()
+            raise JournalWaits(self.trouble)
         if not self.ended:
             self._queue.append(waiting)
             self._wake.set()
@@ -129,9 +155,18 @@ class Journal(JournalReader):
                     raise
             with trio.CancelScope(shield=True):
                 await waiting.done.wait()
+        if waiting.refused is not None:
+            raise waiting.refused
         if not waiting.written:
             await trio.lowlevel.checkpoint()  # whoever belongs to the ending process is cancelled here
             raise JournalClosed("the journal is closed")
+
+    async def well(self) -> None:
+        """Return when the disk takes something again, or did all the time."""
+        if self.trouble:
+            await self._is_well.wait()
+        else:
+            await trio.lowlevel.checkpoint()
 
     async def run(self) -> None:
         """Serve commits, all that are ready in one transaction. Runs as long as the process' actors do."""
@@ -150,7 +185,13 @@ class Journal(JournalReader):
                     batch, self._queue = self._queue[:MERGED_COMMITS], self._queue[MERGED_COMMITS:]
                     self._acks_under_way, self._acks = self._acks, {}
                     begun = trio.current_time()
-                    await self._store([waiting.commit for waiting in batch], self._acks_under_way)
+                    try:
+                        await self._store([waiting.commit for waiting in batch], self._acks_under_way)
+                    except JournalWaits as error:
+                        self._take_back(batch, error)
+                        batch = []
+                        await self._outlast()
+                        continue
                     self.on_commit(trio.current_time() - begun)
                     self._acks_under_way = {}
                     for waiting in batch:
@@ -159,8 +200,40 @@ class Journal(JournalReader):
         finally:
             self.ended = True
             self._looks = False
+            self._is_well.set()
             for waiting in (*batch, *self._queue):
                 waiting.done.set()
+
+    def _take_back(self, batch: list[Waiting], error: JournalWaits) -> None:
+        """A transaction could not be written: refuse its commits, but those that are patient. Acknowledgements wait."""
+        self.trouble, self._is_well = str(error), trio.Event()
+        log.error("%s; what is to be written waits, or is refused, until it goes on", error)
+        self._queue = batch + self._queue
+        for link, (epoch, seq) in self._acks_under_way.items():
+            later = self._acks.setdefault(link, (epoch, seq))
+            if later[0] == epoch:
+                self._acks[link] = epoch, max(later[1], seq)
+        self._acks_under_way = {}
+        for waiting in self._queue:
+            if not waiting.patient:
+                waiting.refused = JournalWaits(self.trouble)
+                waiting.done.set()
+        self._queue = [waiting for waiting in self._queue if waiting.patient]
+
+    async def _outlast(self) -> None:
+        """Wait until the disk takes something again."""
+        pause_s = FIRST_PROBE_S
+        while self.trouble:
+            await trio.sleep(pause_s)
+            pause_s = min(pause_s * 2, LAST_PROBE_S)
+            try:
+                await self._tidy(self._tables.probe)
+            except JournalWaits as error:
+                self.trouble = str(error)
+            else:
+                self.trouble = ""
+        log.warning("the journal can be written again")
+        self._is_well.set()
 
     @asynccontextmanager
     async def stopped(self) -> AsyncIterator[None]:
@@ -186,13 +259,19 @@ class Journal(JournalReader):
                     raise
                 self._tables.write(commits, acks, self.clock_text)
         except sqlite3.Error as error:
-            raise JournalError(f"cannot write the journal: {error}") from error
+            raise self._failure(error) from error
         self.commits += 1
+
+    def _failure(self, error: sqlite3.Error) -> Exception:
+        """Return what is raised for an error of a write whose transaction is rolled back."""
+        words, code = f"cannot write the journal: {error}", getattr(error, "sqlite_errorcode", 0)
+        passes = code in FULL or code & 0xFF in PASSING or code == sqlite3.SQLITE_IOERR_WRITE
+        return JournalWaits(words) if self.lasting and passes else JournalError(words)
 
     async def move(self, step: float, fresh: Fresh | None, clock: str, then: Callable[[], None]) -> None:
         """Move timers and deadlines (all, or only those that are `fresh`) by `step` seconds, those under way as well.
 
-        `clock` is remembered with it; `then` is called before anything else is written. Raises `JournalError`.
+        `clock` is remembered with it; `then` is called before anything else is written. Raises `JournalError`, `JournalWaits`.
         """
 
         def moved() -> None:
@@ -205,7 +284,7 @@ class Journal(JournalReader):
                 else:
                     moved()
             except sqlite3.Error as error:
-                raise JournalError(f"cannot write the journal: {error}") from error
+                raise self._failure(error) from error
             for waiting in self._queue:
                 waiting.commit.move(step)
             self.clock_text = clock
@@ -244,4 +323,4 @@ class Journal(JournalReader):
             await trio.lowlevel.checkpoint()
             return work(*args)
         except sqlite3.Error as error:
-            raise JournalError(f"cannot write the journal: {error}") from error
+            raise self._failure(error) from error

@@ -204,6 +204,10 @@ class Busy(Exception):
     """The actor's mailbox is full: try again later (REST says 503)."""
 
 
+class JournalWaits(Busy):
+    """The journal's disk takes nothing just now (full, or locked by another process): nothing of it was done, or kept."""
+
+
 class AskTimeout(Exception):
     """No reply before the deadline; the message may still be handled."""
 

@@ -149,6 +149,6 @@ class PortActor(Mailbox):
 
     async def _commit(self, commit: Commit) -> None:
         self.system.crash_point(self.name, "before commit")
-        await self.system.journal.commit(commit)
+        await self.system.journal.commit(commit, patient=True)
         self.system.crash_point(self.name, "after commit")
         self.system.released(self.name, commit, [])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import trio
@@ -19,6 +20,7 @@ from actors.kernel.answers import Answers
 from actors.kernel.clock import MachineClock, Steady, read_mark
 from actors.kernel.complaints import Complaints, Violators
 from actors.kernel.courier import Courier
+from actors.kernel.damage import DamagedRows
 from actors.kernel.feed import Feeds
 from actors.kernel.journal import Journal
 from actors.kernel.lineage import FORK, Marks
@@ -26,6 +28,7 @@ from actors.kernel.machine import (
     MAX_DEADLINE_S,
     AskTimeout,
     Busy,
+    JournalWaits,
     Machine,
     Meta,
     Port,
@@ -49,7 +52,6 @@ log = logging.getLogger("golem.kernel")
 
 PEER_FRAMES = 16  # frames of one node that wait for one actor
 TAKEN_BYTES = 64 << 20  # of frames that wait, all in all
-KEPT_DAMAGED = 256  # rows that are named
 KEPT_HEARD = 65536  # links
 LINGERING = 256  # couriers with nothing to do
 KEPT_OLDER = 64  # peers that spoke from older or copied journals
@@ -100,7 +102,7 @@ class System:
         self.counts: Counter[str] = Counter()  # violations, crashes, and restarts by actor, since the start
         self._complaints, self.violators = Complaints(), Violators()
         self.went_back: OrderedDict[str, tuple[float, str]] = OrderedDict()  # peers that remember otherwise: when, and what
-        self._damaged: dict[tuple[str, str], RowDamaged] = {}  # (actor, key) -> why
+        self._damaged = DamagedRows()
 
     # -- wiring
     def add(self, machine: Machine, capacity: int = CAPACITY) -> None:
@@ -113,8 +115,7 @@ class System:
 
     def machine(self, name: str) -> Actor | None:
         """Return the actor of a machine of this process; None where it is a port, or nothing (any more)."""
-        found = self._actors.get(name)
-        return found if isinstance(found, Actor) else None
+        return found if isinstance(found := self._actors.get(name), Actor) else None
 
     def has_actor(self, address: str) -> bool:
         """Return whether `address` is an actor of this process."""
@@ -127,7 +128,8 @@ class System:
             nursery.start_soon(self.journal.run)
             for actor in self._actors.values():
                 nursery.start_soon(supervise, actor, self.counts)
-            await self.forget_links()  # before anything is sent: a link that was silent for long begins anew
+            with suppress(JournalWaits):
+                await self.forget_links()  # before anything is sent: a link that was silent for long begins anew
             nursery.start_soon(self.alarms.run)
             self._new_links.update(self.journal.links())
             task_status.started()
@@ -176,10 +178,12 @@ class System:
     async def ask(self, actor: str, message: Message, timeout_s: float = 10.0, trace: str | None = None) -> Message | None:
         """Give `message` to an actor of this process and return its reply, after what it changed is on disk.
 
-        Raises `Busy` (mailbox full), `AskTimeout` (the message may still be handled), `ActorFailed` (our bug) and
-        `Violation` (the machine would not have such a message at all).
+        Raises `Busy` (mailbox full, or `JournalWaits`), `AskTimeout` (the message may still be handled), `ActorFailed` (our
+        bug) and `Violation` (the machine would not have such a message at all).
         """
         found = self._actors[actor]
+        if self.journal.trouble:
+            raise JournalWaits(self.journal.trouble)
         ask = Ask(message, self._trace(trace))
         found.offer(ask)
         with trio.move_on_after(timeout_s):
@@ -195,10 +199,13 @@ class System:
 
     async def post(self, sender: str, sends: Sequence[Send], trace: str | None = None) -> None:
         """Send durably from the address of a port (or of an edge that must not wait): news that answers nothing."""
-        commit = Commit(sender)
-        self.fill(commit, sends, self._trace(trace))
-        await self.journal.commit(commit)
-        self.released(sender, commit, [])
+        self.fill(commit := Commit(sender), sends, self._trace(trace))
+        await self._write(commit)
+
+    async def _write(self, commit: Commit) -> None:
+        """Write what nobody can take back; it waits for a disk that takes nothing."""
+        await self.journal.commit(commit, patient=True)
+        self.released(commit.actor, commit, [])
 
     def fill(self, commit: Commit, sends: Sequence[Send], trace: str) -> None:
         """Number messages of a port and put them into a commit."""
@@ -236,7 +243,11 @@ class System:
         if node_of(first.sender) != self.node and not actor.takes_peers:  # here, where it leaves no row behind
             raise Violation(f"{actor.name} takes no mail from other nodes")
         link, quota = LinkBatch(batch), (node_of(peer), actor.name)
-        crowded = self._taking.get(quota, 0) >= PEER_FRAMES or self._taking_bytes + len(frame) > TAKEN_BYTES
+        crowded = (
+            bool(self.journal.trouble)
+            or self._taking.get(quota, 0) >= PEER_FRAMES
+            or self._taking_bytes + len(frame) > TAKEN_BYTES
+        )
         if crowded or self.answers.is_full(quota[0]) or self._is_violator(quota[0]):
             return await self._busy(actor.name, link)
         try:
@@ -368,21 +379,14 @@ class System:
 
     def log_damaged(self, actor: str, meta: Meta, error: RowDamaged) -> None:
         """A row cannot be read: whatever needs it waits. Each row is logged once."""
-        if (error.actor, error.key) not in self._damaged and len(self._damaged) < KEPT_DAMAGED:
-            self._damaged[error.actor, error.key] = error
+        if self._damaged.is_news(error):
             log.error("%s; what needs it waits (a message from %s, trace %s)", error, meta.sender, meta.trace)
         if self._step_log:
             self._step_log(Line(meta.now, meta.trace, actor, meta.sender, "", (str(error)[:300],), "damaged"))
 
     def damaged(self) -> list[tuple[str, str, str]]:
         """Return (actor, key, why) of rows that something needed and that still cannot be read."""
-        for row, known in list(self._damaged.items()):
-            try:
-                known.again(self.journal) if known.again else self.rows(row[0]).get(row[1])
-                del self._damaged[row]
-            except RowDamaged as error:
-                self._damaged[row] = error
-        return sorted((*row, error.reason) for row, error in self._damaged.items())
+        return self._damaged.still(lambda row: row.again(self.journal) if row.again else self.rows(row.actor).get(row.key))
 
     def quarantined(self) -> list[SetAside]:
         """Return the messages that crashed their actor and were set aside, without their bodies."""
@@ -440,9 +444,7 @@ class System:
         if isinstance(found := self._actors.get(actor), Actor):
             found.offer_alarm(broken)
             return
-        commit = Commit(actor, relinked=[broken.mend])
-        await self.journal.commit(commit)
-        self.released(actor, commit, [])
+        await self._write(Commit(actor, relinked=[broken.mend]))
 
     async def message_lost(self, damage: MessageDamaged, epoch: str) -> None:
         """A message of the outbox cannot be read: it is given up, its sender is told, and the link goes on behind it."""
@@ -453,9 +455,7 @@ class System:
                 found.offer_alarm(alarm)
             return
         self.log_broken(damage.actor, lost)
-        commit = Commit(damage.actor, expired=[(damage.recipient, damage.seq)])
-        await self.journal.commit(commit)
-        self.released(damage.actor, commit, [])
+        await self._write(Commit(damage.actor, expired=[(damage.recipient, damage.seq)]))
 
     def is_broken(self, actor: str, recipient: str) -> bool:
         """Return whether a link waits for a new numbering."""

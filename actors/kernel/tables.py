@@ -185,6 +185,18 @@ class Writer:
                 db.execute("rollback")
             raise
 
+    def probe(self) -> None:
+        """See whether the disk takes a transaction. Raises `sqlite3.Error`."""
+        db = self._db
+        db.execute("begin immediate")
+        try:
+            db.execute("replace into meta values ('probe', hex(randomblob(8)))")
+            db.execute("commit")
+        except BaseException:
+            if db.in_transaction:
+                db.execute("rollback")
+            raise
+
     def prune(self, before: float) -> tuple[int, bool]:
         """Delete some feed events older than `before`; return how many, and whether there may be more.
 

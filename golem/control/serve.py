@@ -10,6 +10,7 @@ from pkgutil import iter_modules
 from typing import TYPE_CHECKING
 
 import golem.control
+from actors.kernel.machine import Busy
 from actors.kernel.records import RowDamaged
 from golem.bus.server import BusPeer
 from golem.chain.rpc import RpcError
@@ -33,7 +34,7 @@ def serve_commands(served: Node) -> None:
                 return json.dumps(await run(served, json.loads(payload))).encode()
             except (BackupError, IdentityError, NetError, RpcError, RowDamaged, ValueError) as error:
                 raise RemoteError(str(error)) from None
-            except (sqlite3.Error, OSError) as error:  # a full disk, for one: no bug of ours
+            except (sqlite3.Error, OSError, Busy) as error:  # a full disk, for one: no bug of ours
                 raise RemoteError(f"the node could not do it: {error}") from None
             except LookupError as error:
                 raise RemoteError(str(error.args[0] if error.args else error)) from None  # its text would be quoted

@@ -20,16 +20,23 @@ import sqlite3
 import tarfile
 import tempfile
 import time
+from collections.abc import Container
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from actors.kernel.tables import MIGRATIONS
+from golem.chain.schema import SCHEMA_NUMBER, connect
 from golem.config import VERSION
-from golem.node.identity import APP_KEYS, KEYSTORE, PLAIN_KEY, stored_node_id
+from golem.node.app_keys import AppKeys
+from golem.node.identity import APP_KEYS, KEYSTORE, PLAIN_KEY, IdentityError, stored_node_id
 from golem.node.payout import PAYOUT
-from protocol.types import timestamp_text
+from golem.private_files import write_private
+from protocol.types import Violation, timestamp, timestamp_text
 
 FORMAT = 1
+KEYS = (KEYSTORE, PLAIN_KEY)
+HALF = "restore-under-way"
 JOURNAL, CHAIN, ABOUT = "node.db", "chain.db", "backup.json"
 DATABASES = (JOURNAL, CHAIN)
 FILES = (KEYSTORE, PLAIN_KEY, APP_KEYS, "networks.json", PAYOUT)
@@ -114,24 +121,51 @@ def _sync_folder(path: Path) -> None:
 def restore(data_dir: Path, path: Path) -> dict[str, Any]:
     """Put a backup into a data directory that no node uses; what is there is kept in a folder beside it.
 
-    A directory with the key of another node is left alone.
+    A directory with the key of another node is left alone. A key that the backup does not hold stays where it is.
     Returns what the backup says of itself, and `kept`, the folder's name. Raises `BackupError`, and then changes nothing.
     """
     try:
+        if not path.is_file():
+            raise BackupError(f"{path} is no file")
         with tempfile.TemporaryDirectory(prefix=".restore.", dir=data_dir) as folder:
             about = _unpack(path, Path(folder))
-            there, comes = stored_node_id(data_dir), stored_node_id(Path(folder))
+            there, comes = stored_node_id(data_dir), _check_owner(Path(folder), path, about)
             if there and comes and there != comes:
                 whose = f"{data_dir} is of the node {there}, and {path} of {comes}"
                 raise BackupError(f"{whose}: restore into another directory (golem --data-dir DIR restore ...)")
             _mark(Path(folder), about)
-            kept = _keep(data_dir)
+            write_private(data_dir / HALF, path.name + "\n")  # a node that found half of a restore would make a new key
+            kept = _keep(data_dir, about["files"])
             for name in about["files"]:
                 os.replace(Path(folder) / name, data_dir / name)
             _sync_folder(data_dir)
+            (data_dir / HALF).unlink()
     except (OSError, sqlite3.Error, tarfile.TarError) as error:
         raise BackupError(f"cannot restore {path}: {error}") from None
     return about | {"kept": kept}
+
+
+def refuse_half(data_dir: Path) -> None:
+    """Raise `BackupError` where a restore was cut short."""
+    if (data_dir / HALF).exists():
+        kept = f"what was there before is in {data_dir}/before-restore-*"
+        raise BackupError(f"a restore into {data_dir} was cut short: run golem restore again with the same file ({kept})")
+
+
+def _check_owner(folder: Path, path: Path, about: dict[str, Any]) -> str:
+    """Return whose backup it is, "" where that is not known: what says so must agree. Raises `BackupError`."""
+    holds_key = any((folder / name).exists() for name in KEYS)
+    owner = stored_node_id(folder)
+    if holds_key and not owner:
+        raise BackupError(f"{path} is damaged: the key in it cannot be read")
+    said = str(about["nodeId"])
+    if owner and said.startswith("0x") and said != owner:
+        raise BackupError(f"{path} is damaged: it says that it is of {said}, and its key is that of {owner}")
+    try:
+        AppKeys(folder / APP_KEYS)
+    except IdentityError as error:
+        raise BackupError(f"{path} is damaged: {error}") from None
+    return owner or (said if said.startswith("0x") else "")
 
 
 def _unpack(path: Path, folder: Path) -> dict[str, Any]:
@@ -152,30 +186,44 @@ def _unpack(path: Path, folder: Path) -> dict[str, Any]:
     for name, digest in about["files"].items():
         if not (folder / name).exists() or _digest(folder / name) != digest:
             raise BackupError(f"{path} is damaged: {name} is not what was written")
-    for name in DATABASES:
-        if name in about["files"]:
-            with closing(sqlite3.connect(folder / name)) as db:
-                (found,) = db.execute("pragma quick_check(1)").fetchone()
-            if found != "ok":
-                raise BackupError(f"{path} is damaged: {name}: {found}")
+    for name, newest in ((JOURNAL, len(MIGRATIONS)), (CHAIN, SCHEMA_NUMBER)):
+        _check_database(folder / name, newest, path)
     return about
+
+
+def _check_database(file: Path, newest: int, path: Path) -> None:
+    with closing(sqlite3.connect(file)) as db:
+        (found,) = db.execute("pragma quick_check(1)").fetchone()
+        (number,) = db.execute("pragma user_version").fetchone()
+        strange = db.execute("select name from sqlite_master where type in ('trigger', 'view')").fetchone()
+    if strange:
+        found = f"{strange[0]!r} is none of its tables"
+    if found != "ok":
+        raise BackupError(f"{path} is damaged: {file.name}: {found}")
+    if number != newest and (file.name == CHAIN or number > newest):
+        raise BackupError(
+            f"{path} was made by another version: {file.name} has schema {number}, this version ({VERSION}) works with {newest}: "
+            "restore it with the version that made it, and bring that up then"
+        )
 
 
 def _about(raw: bytes, path: Path) -> dict[str, Any]:
     try:
         about: dict[str, Any] = json.loads(raw)
         files, known = about["files"], {*DATABASES, *FILES}
-        good = about["format"] == FORMAT and JOURNAL in files and known >= set(files)
-    except (ValueError, KeyError, TypeError):
+        good = about["format"] == FORMAT and known >= set(files) >= set(DATABASES) and timestamp(about["at"]) > 0
+        good = good and all(isinstance(digest, str) for digest in files.values()) and isinstance(about["nodeId"], str)
+    except (ValueError, KeyError, TypeError, AttributeError, Violation, RecursionError):
         good = False
     if not good:
         raise BackupError(f"{path} is no backup that this version ({VERSION}) can read")
     return about
 
 
-def _keep(data_dir: Path) -> str:
-    """Put what is there aside; return the folder's name, "" where nothing was there."""
-    found = [name for name in (*DATABASES, *FILES) if (data_dir / name).exists()]
+def _keep(data_dir: Path, comes: Container[str]) -> str:
+    """Put what is there aside, but a key in whose place none comes; return the folder's name, "" where nothing was there."""
+    stays = () if any(name in comes for name in KEYS) else KEYS
+    found = [name for name in (*DATABASES, *FILES) if name not in stays and (data_dir / name).exists()]
     if not found:
         return ""
     folder = Path(tempfile.mkdtemp(prefix=f"before-restore-{time.strftime('%Y%m%d-%H%M%S')}-", dir=data_dir))
@@ -195,7 +243,7 @@ def _mark(folder: Path, about: dict[str, Any]) -> None:
 
 def hold_payments(data_dir: Path, reason: str) -> None:
     """Have no payment signed, on any account, until it is known that none was made since."""
-    with closing(sqlite3.connect(data_dir / CHAIN, isolation_level=None)) as db:
+    with closing(connect(data_dir / CHAIN)) as db:
         db.execute("delete from hold")
         db.execute("insert into hold values ('*', ?)", (reason,))
 
@@ -205,16 +253,18 @@ def compare_generations(data_dir: Path) -> str:
 
     Each start of the node writes its name into both: first into the chain port's file, then, as `bound`, into the journal.
     """
-    if not all((data_dir / name).exists() for name in DATABASES):
+    if not (data_dir / JOURNAL).exists():
         return ""
     with closing(sqlite3.connect(data_dir / JOURNAL)) as db:
         try:
-            meta = dict(db.execute("select key, value from meta where key in ('boot', 'bound')").fetchall())
+            meta = dict(db.execute("select key, value from meta where key in ('boot', 'bound', 'node')").fetchall())
         except sqlite3.OperationalError:  # not one of ours yet
             return ""
+    if not (data_dir / CHAIN).exists():
+        return CHAIN if "bound" in meta else ""  # it was there, and is lost
     with closing(sqlite3.connect(data_dir / CHAIN)) as db:
         try:
-            found = db.execute("select boot from generation").fetchone()
+            found = db.execute("select boot from generation where one=?", (_slot(meta.get("node", "")),)).fetchone()
         except sqlite3.OperationalError:
             return ""
     if found is None or "bound" not in meta or found[0] in (meta["bound"], meta["boot"]):
@@ -222,12 +272,21 @@ def compare_generations(data_dir: Path) -> str:
     return CHAIN if _number(str(found[0])) < _number(str(meta["bound"])) else JOURNAL
 
 
-def bind_generations(data_dir: Path, boot: str) -> None:
-    """Write the name of this start into both files."""
+def bind_generations(data_dir: Path, boot: str, node_id: str = "") -> None:
+    """Write the name of this start into both files, and whose journal it is."""
     with closing(sqlite3.connect(data_dir / CHAIN, isolation_level=None, timeout=10)) as db:
-        db.execute("replace into generation values (1, ?)", (boot,))
+        db.execute("replace into generation values (?, ?)", (_slot(node_id), boot))
     with closing(sqlite3.connect(data_dir / JOURNAL, isolation_level=None, timeout=10)) as db:
+        db.execute("begin immediate")
         db.execute("replace into meta values ('bound', ?)", (boot,))
+        if node_id:
+            db.execute("replace into meta values ('node', ?)", (node_id,))
+        db.execute("commit")
+
+
+def _slot(node_id: str) -> int:
+    """Return where the generation of a node's journal stands in `chain.db`, which serves the journals of all its keys."""
+    return int(node_id[2:14], 16) if node_id else 1
 
 
 def restored_at(data_dir: Path) -> str:

@@ -69,6 +69,31 @@ def parse_key(text: str) -> bytes:
     return key
 
 
+def plain_text(key: bytes) -> str:
+    """Return what the file of an unencrypted key holds: the key, and whose it is, so that a flipped bit is no other node."""
+    return f"{key.hex()} {node_id_of(key)}\n"
+
+
+def plain_key(path: Path, *, complete: bool = False) -> bytes:
+    """Return the key of such a file. One of an older version names no node: `complete` writes it there.
+
+    Raises `IdentityError`.
+    """
+    words = read_secret(path).split()
+    try:
+        key = parse_key(words[0] if words else "")
+    except IdentityError as error:
+        raise IdentityError(f"cannot use {path}: {error}") from None
+    if len(words) > 2 or (len(words) == 2 and words[1].lower() != node_id_of(key)):
+        raise IdentityError(
+            f"{path} is damaged: the key in it is that of {node_id_of(key)}, and it is said to be that of {words[1][:60]}"
+            " (golem restore puts a backup back)"
+        )
+    if len(words) == 1 and complete:
+        write_private(path, plain_text(key))
+    return key
+
+
 def open_identity(config: Config, ask_password: AskPassword | None = None) -> Identity:
     """Return the node's identity, making one at the first start.
 
@@ -88,16 +113,16 @@ def open_identity(config: Config, ask_password: AskPassword | None = None) -> Id
     if is_there(plain) and (config.password or config.password_file):
         return _encrypted(config, plain, keystore)
     if is_there(plain):
-        text = read_secret(plain)
-        try:
-            return Identity(parse_key(text), encrypted=False)
-        except IdentityError as error:
-            raise IdentityError(f"cannot use {plain}: {error}") from None
+        return Identity(plain_key(plain, complete=True), encrypted=False)
     if is_there(keystore):
-        return Identity(_decrypt(keystore, _password(config, ask_password, twice=False)), encrypted=True)
+        key = _decrypt(keystore, _password(config, ask_password, twice=False))
+        if (said := stored_node_id(config.data_dir)) and said != node_id_of(key):
+            holds = f"it is said to hold the key of {said}, and holds that of {node_id_of(key)}"
+            raise IdentityError(f"{keystore} is damaged: {holds}")
+        return Identity(key, encrypted=True)
     if config.plain_key:
         key = secrets.token_bytes(32)
-        write_private(plain, key.hex() + "\n")
+        write_private(plain, plain_text(key))
         return Identity(key, encrypted=False)
     password = _password(config, ask_password, twice=True)
     key = secrets.token_bytes(32)
@@ -109,10 +134,7 @@ def _encrypted(config: Config, plain: Path, keystore: Path) -> Identity:
     """Encrypt a plain key with the password that is given now; nobody gives one to have it ignored."""
     if config.plain_key:
         raise IdentityError("a password and --plain-key contradict each other: name one of them")
-    try:
-        key = parse_key(read_secret(plain))
-    except IdentityError as error:
-        raise IdentityError(f"cannot use {plain}: {error}") from None
+    key = plain_key(plain)
     if is_there(keystore):  # from an attempt that was cut short, or of another key
         if _decrypt(keystore, _password(config, None, twice=False)) != key:
             raise IdentityError(f"{plain} and {keystore} hold two keys: remove the one that is not this node's")
@@ -126,7 +148,7 @@ def stored_node_id(data_dir: Path) -> str:
     """Return whose key a data directory holds, as far as that can be read without a password; "" where it cannot."""
     try:
         if is_there(data_dir / PLAIN_KEY):
-            return Identity(parse_key(read_secret(data_dir / PLAIN_KEY)), encrypted=False).node_id
+            return node_id_of(plain_key(data_dir / PLAIN_KEY))
         return "0x" + str(read_json(data_dir / KEYSTORE)["address"]).lower().removeprefix("0x")
     except (IdentityError, ValueError, KeyError, TypeError):
         return ""

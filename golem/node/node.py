@@ -60,6 +60,8 @@ class Node:
 
     def health_problem(self) -> str | None:
         """Return what is wrong with this node, `None` if nothing is."""
+        if self.system.journal.trouble:
+            return self.system.journal.trouble
         if not self.network.is_up:
             return "the peer-to-peer host is not running (yet)"
         return self.chain.fault() or self.chain.death() or self._debt()

@@ -11,6 +11,7 @@ from quart import Request, Response, Websocket, g, has_websocket_context, reques
 from quart_trio import QuartTrio
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
+from actors.kernel.machine import Busy
 from actors.kernel.records import RowDamaged
 from golem.base.hosts import is_of_this_machine
 from golem.config import VERSION
@@ -148,6 +149,10 @@ def _errors(app: QuartTrio) -> None:
     async def damaged(error: RowDamaged) -> Response:
         log.error("%s (trace %s)", error, g.trace)
         return ApiError(500, f"{error} (trace {g.trace}; see `golem status`)").response()
+
+    @app.errorhandler(Busy)
+    async def busy(error: Busy) -> Response:
+        return ApiError(503, f"busy, try again later: {error}").response()
 
     @app.errorhandler(Exception)
     async def our_bug(error: Exception) -> Response:

@@ -9,12 +9,14 @@ import re
 import select
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import termios
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -523,9 +525,7 @@ def test_killed_and_started_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.root
-def test_a_full_disk_ends_the_node(tmp_path: Path) -> None:
-    import httpx
-
+def test_a_full_disk_does_not_end_the_node(tmp_path: Path) -> None:
     disk = tmp_path / "node"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m,mode=0700", "tmpfs", str(disk)]
@@ -535,26 +535,75 @@ def test_a_full_disk_ends_the_node(tmp_path: Path) -> None:
     try:
         process = started(tmp_path, "--plain-key", YAGNA_AUTOCONF_APPKEY="a-key-of-mine")
         try:
-            url = json.loads((disk / "node.json").read_text())["apiUrl"]
-            with (disk / "fill").open("wb", buffering=0) as fill, suppress(OSError):
-                while True:
-                    fill.write(bytes(1024))
-            node = LocalNode("full", disk, "", None)  # type: ignore[arg-type]
-            if "No space left on device" not in golem(node, "app-key", "create", "one").stderr:
-                process.wait(patience(10))  # it had something to write itself, and has ended over that
-            demand = {"properties": {"text": "x" * 50_000}, "constraints": "()"}
-            key = {"Authorization": "Bearer a-key-of-mine"}
-            with suppress(httpx.HTTPError):  # the node ends over one of these
-                for _ in range(20):
-                    httpx.post(f"{url}/market-api/v1/demands", json=demand, headers=key, timeout=patience(5))
-            text = process.communicate(timeout=patience(10))[1]
+            text = _live_through(disk, process, partial(_fill_up, disk), (disk / "fill").unlink, "database or disk is full")
         finally:
             process.kill()
-        assert process.returncode == 1
-        assert text.splitlines()[-1] == "Error: cannot write the journal: database or disk is full"
         assert "Traceback" not in text
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=False)
+
+
+@pytest.mark.parametrize("name", ["node.db", "chain.db"])
+def test_a_locked_database_does_not_end_the_node(tmp_path: Path, name: str) -> None:
+    process = started(tmp_path, "--plain-key", YAGNA_AUTOCONF_APPKEY="a-key-of-mine")
+    other = sqlite3.connect(tmp_path / "node" / name, isolation_level=None)
+    try:
+        words = "database is locked" if name == "node.db" else ""
+        text = _live_through(
+            tmp_path / "node", process, partial(other.execute, "begin exclusive"), partial(other.execute, "rollback"), words
+        )
+    finally:
+        process.kill()
+        other.close()
+    assert "Traceback" not in text
+
+
+def _fill_up(disk: Path) -> None:
+    with (disk / "fill").open("wb", buffering=0) as fill, suppress(OSError):
+        while True:
+            fill.write(bytes(1024))
+
+
+def _live_through(data_dir: Path, process: Any, begin: Any, end: Any, words: str) -> str:
+    """Let a node live through a disk that takes nothing (for these words, if any); return what it said on stderr."""
+    import httpx
+
+    found = json.loads((data_dir / "node.json").read_text())
+    key = {"Authorization": "Bearer a-key-of-mine"}
+    with httpx.Client(base_url=found["apiUrl"], headers=key, timeout=patience(30)) as client:
+
+        def publish(number: int) -> httpx.Response:
+            text = {"n": number, "text": "x" * 20_000}
+            return client.post("/market-api/v1/demands", json={"properties": text, "constraints": "()"})
+
+        def demands() -> int:
+            return len(client.get("/market-api/v1/demands").raise_for_status().json())
+
+        assert publish(0).status_code == 201
+        begin()
+        taken, answer = 1, publish(1)
+        while words and answer.status_code == 201:  # what the disk had set aside is used up first
+            taken, answer = taken + 1, publish(taken + 1)
+        if words:
+            assert answer.status_code == 503, answer.text
+            assert words in answer.json()["message"]
+            for number in range(5):
+                assert publish(100 + number).status_code == 503
+            assert words in client.get("/healthcheck").json()["detail"]
+            assert demands() == taken, "reads go on, and nothing is there that was refused"
+        else:
+            taken += 1
+        assert process.poll() is None
+        end()
+        until = time.monotonic() + patience(30)
+        while publish(200).status_code != 201:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        assert demands() == taken + 1
+    process.send_signal(signal.SIGTERM)
+    text: str = process.communicate(timeout=patience(20))[1]
+    assert process.returncode == 0, text
+    return text
 
 
 def test_a_node_is_light_to_import() -> None:

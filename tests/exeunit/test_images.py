@@ -18,6 +18,7 @@ from worlds.patience import patience, within
 from worlds.support import trio_test
 
 from golem.exeunit.runtime import ImageFormat
+from golem.exeunit.runtimes.wasm.cache import CompiledCache
 from golem.exeunit.transfer.packages import CACHE_HIT, MIN_FREE_BYTES, NOTE, ImageStore, detect_format
 from golem.exeunit.transfer.spool import Spool
 from golem.exeunit.transfer.transfers import TransferError, TransferPolicy, Transfers
@@ -414,7 +415,6 @@ async def test_a_damaged_file_is_found_out_and_fetched_anew(tmp_path: Path) -> N
     assert not await obtain()
     assert notices == ["The cached image is damaged: getting it anew"]
     change(cached, cached.stat().st_mtime_ns)  # behind everybody's back
-    now[0] += 25 * 3600
     assert not await obtain()
     cached.write_bytes(wat.TRAP)  # a new time and the right content
     assert await obtain()
@@ -432,6 +432,35 @@ async def test_a_checked_file_is_not_hashed_at_every_deploy(tmp_path: Path, monk
         pytest.skip("the file system of temporary files has no extended attributes")
     monkeypatch.setattr("golem.exeunit.transfer.packages._hash_some", None)
     assert (await images.obtain(reference, ALL)).cached
+
+
+def test_no_flipped_bit_of_a_compiled_module_is_run(tmp_path: Path) -> None:
+    cache = CompiledCache(tmp_path, "engine-1", 1 << 20)
+    code = bytes(range(256)) * 40
+    key = cache.key(io.BytesIO(wat.TRAP))
+
+    def keep() -> Path:
+        with cache.new_file() as file:
+            file.write(code)
+            cache.keep(key, file)
+        (path,) = tmp_path.glob("*.cwasm")
+        return path
+
+    assert cache.open(key) is None
+    for bit in (0, 7, 40_961, 8 * len(code) - 1):
+        path = keep()
+        status = path.stat()
+        found = cache.open(key)
+        assert found is not None
+        assert os.read(found, len(code) + 1) == code, "read from its start"
+        os.close(found)
+        flipped = bytearray(code)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.chmod(0o600)
+        path.write_bytes(flipped)
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+        assert cache.open(key) is None
+        assert not list(tmp_path.glob("*.cwasm"))
 
 
 @pytest.mark.root

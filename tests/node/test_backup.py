@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -9,6 +10,7 @@ import sqlite3
 import stat
 import tarfile
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from worlds.support import trio_test
 from golem.chain.rows import TransferBatch
 from golem.chain.store import OrdersTaken, Store
 from golem.cli import main
+from golem.config import ConfigError
 from golem.node import backup
 from golem.node.backup import BackupError, bind_generations, compare_generations, restore, write_backup
 from golem.node.identity import Identity, save_encrypted
@@ -217,7 +220,7 @@ async def test_either_file_put_back_alone_is_noticed(tmp_path: Path) -> None:
     assert held() == ""  # no order is paid twice: nothing has to wait
     put_back("chain.db", old["chain.db"])
     await live(expect="chain.db")
-    assert held() == "chain.db is older than node.db"
+    assert held() == "chain.db is older than node.db, or was lost"
     await live(expect="")
     for name, content in old.items():  # both together
         put_back(name, content)
@@ -280,3 +283,107 @@ async def test_a_running_node_is_backed_up_and_not_restored_into(tmp_path: Path)
         assert "another node runs" in back.output
         held = await trio.to_thread.run_sync(golem, "payment", "resume")
         assert "Nothing was held back" in held.output
+
+
+def rebuilt(path: Path, target: Path, change: Any) -> Path:
+    """Write an archive anew: `change(about, contents)` may change what it says and holds; checksums are right after it."""
+    with tarfile.open(path) as tar:
+        contents = {entry.name: tar.extractfile(entry).read() for entry in tar}  # type: ignore[union-attr]
+    about = json.loads(contents.pop("backup.json"))
+    change(about, contents)
+    if isinstance(about.get("files"), dict):
+        about["files"] = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    with tarfile.open(target, "w") as tar:
+        for name, content in {"backup.json": json.dumps(about).encode(), **contents}.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    return target
+
+
+def with_database(contents: dict[str, bytes], name: str, script: str, folder: Path) -> None:
+    (file := folder / "changed.db").write_bytes(contents[name])
+    with closing(sqlite3.connect(file)) as db:
+        db.executescript(script)
+    contents[name] = file.read_bytes()
+    file.unlink()
+
+
+def renumbered(name: str, number: int, folder: Path, about: dict[str, Any], contents: dict[str, bytes]) -> None:
+    with_database(contents, name, f"pragma user_version={number}", folder)
+
+
+@trio_test
+async def test_an_archive_that_is_none_of_this_version_is_refused_with_the_reason(tmp_path: Path) -> None:
+    path = await taken(tmp_path)
+    data_dir = tmp_path / "node"
+    before = {name: (data_dir / name).read_bytes() for name in ("node.db", "chain.db", "identity.key", "app-keys.json")}
+
+    def refuses(words: str, change: Any) -> None:
+        with pytest.raises(BackupError, match=words):
+            restore(data_dir, rebuilt(path, tmp_path / "bad.tar", change))
+
+    refuses("no backup that this version", lambda about, contents: about.pop("at"))
+    refuses("no backup that this version", lambda about, contents: about.update(at="\x1b[31m"))
+    refuses("no backup that this version", lambda about, contents: about.update(files=["node.db"]))
+    refuses("no backup that this version", lambda about, contents: about.update(nodeId=7))
+    refuses("no backup that this version", lambda about, contents: contents.pop("chain.db"))  # payments would be made again
+    refuses("it says that it is of 0x1111", lambda about, contents: about.update(nodeId="0x" + "11" * 20))
+    refuses("the key in it cannot be read", lambda about, contents: contents.update({"identity.key": b"zz"}))
+    refuses("cannot use the app-keys", lambda about, contents: contents.update({"app-keys.json": b"zz"}))
+    for name, number in (("node.db", 99), ("chain.db", 99), ("chain.db", 3)):
+        refuses(f"made by another version: {name} has schema {number}", partial(renumbered, name, number, tmp_path))
+    trap = "create trigger trap after insert on row begin delete from row; end"
+    refuses("'trap' is none of its tables", lambda about, contents: with_database(contents, "node.db", trap, tmp_path))
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(BackupError, match="is no file"):
+        restore(data_dir, tmp_path / "fifo")
+    assert {name: (data_dir / name).read_bytes() for name in before} == before
+
+
+@trio_test
+async def test_a_key_that_the_backup_does_not_hold_stays(tmp_path: Path) -> None:
+    path = await taken(tmp_path)
+    keyless = rebuilt(path, tmp_path / "keyless.tar", lambda about, contents: contents.pop("identity.key"))
+    key = (tmp_path / "node" / "identity.key").read_text()
+    restore(tmp_path / "node", keyless)
+    assert (tmp_path / "node" / "identity.key").read_text() == key
+    async with node_in_test(tmp_path) as node:
+        assert allocations(node) == ["before"]
+    other = tmp_path / "other"
+    other.mkdir(mode=0o700)
+    write_private(other / "identity.key", (bytes(31) + b"\x05").hex())
+    with pytest.raises(BackupError, match="restore into another directory"):
+        restore(other, keyless)
+
+
+@trio_test
+async def test_a_restore_that_was_cut_short_is_no_new_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = await taken(tmp_path)
+
+    def cut(data_dir: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(backup, "_sync_folder", cut)
+        with pytest.raises(KeyboardInterrupt):
+            restore(tmp_path / "node", path)
+    (tmp_path / "node" / "identity.key").unlink()  # it had not come so far
+    with pytest.raises(ConfigError, match="was cut short: run golem restore again"):
+        async with node_in_test(tmp_path):
+            pass
+    assert not (tmp_path / "node" / "identity.key").exists()
+    restore(tmp_path / "node", path)
+    async with node_in_test(tmp_path) as node:
+        assert allocations(node) == ["before"]
+
+
+@trio_test
+async def test_a_lost_chain_file_has_payments_wait(tmp_path: Path) -> None:
+    async with node_in_test(tmp_path):
+        pass
+    for end in ("", "-wal", "-shm"):
+        (tmp_path / "node" / f"chain.db{end}").unlink(missing_ok=True)
+    async with node_in_test(tmp_path) as node:
+        with closing(Store(node.config.data_dir / "chain.db", "chain/account")) as store:
+            assert store.held() == "chain.db is older than node.db, or was lost"

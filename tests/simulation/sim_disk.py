@@ -13,6 +13,8 @@ import tempfile
 from typing import TYPE_CHECKING, Any
 
 from actors.kernel.journal import Journal
+from actors.kernel.lineage import start_number
+from actors.kernel.machine import JournalWaits
 from actors.kernel.records import Commit, JournalError
 from actors.kernel.tables import Acks
 
@@ -75,7 +77,7 @@ class SimJournal(Journal):
     _under_way: tuple[list[Commit], Acks] | None = None
     _failed: JournalError | None = None
 
-    async def commit(self, commit: Commit) -> None:
+    async def commit(self, commit: Commit, *, patient: bool = False) -> None:
         from sim_world import Broken
 
         host = self.host
@@ -85,7 +87,7 @@ class SimJournal(Journal):
         for mend in commit.relinked:
             host.acked.pop((commit.actor, mend.recipient), None)
             host.world.reached[type(mend).__name__] += 1
-        await super().commit(commit)
+        await super().commit(commit, patient=patient)
 
     async def _store(self, commits: list[Commit], acks: Acks) -> None:
         world = self.host.world
@@ -93,6 +95,9 @@ class SimJournal(Journal):
         world.may_crash()
         if world.chance(world.faults.disk_errors):
             world.reached["disk full"] += 1
+            if start_number(self.boot) % 2:  # every other start outlasts it; the others end, and start again
+                world.reached["disk outlasted"] += 1
+                raise JournalWaits("cannot write the journal: database or disk is full")
             raise DiskFails("cannot write the journal: database or disk is full")
         self._under_way, self._failed = (commits, acks), None
         try:

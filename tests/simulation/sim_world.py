@@ -13,6 +13,7 @@ import random
 import sqlite3
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import combinations, count
 from typing import Any
@@ -375,7 +376,8 @@ class Host:
             await system.feeds.wait("jobs", 0, 60)
             self.client.unsure_takes += 1  # a crash in here may lose what it deleted: the taker died with the node
             with trio.move_on_after(self.world.rng.choice((0.01, 5))):
-                self.client.taken += [e.body for e in await system.feeds.take("jobs", 2)]
+                with suppress(Busy):  # a disk that takes nothing hands nothing out: it comes again
+                    self.client.taken += [e.body for e in await system.feeds.take("jobs", 2)]
             self.client.unsure_takes -= not system.journal.ended
             await trio.sleep(1)
 

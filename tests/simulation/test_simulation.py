@@ -77,7 +77,7 @@ def test_the_faults_happen() -> None:
     reached = sum((world.reached for world in worlds), Counter())
     often = (
         "whim", "failed alarm", "told", "disk full", "damaged row", "clock step", "ack: all", "ack: gap", "ack: busy",
-        "Lower", "tiny bounds", "copied disk", "big message", "landed in a step",
+        "disk outlasted", "Lower", "tiny bounds", "copied disk", "big message", "landed in a step",
     )  # fmt: skip
     assert min(reached[state] for state in often) > 5, reached
     assert min(reached[state] for state in ("read error", "Relink", "ack: retired epoch", "ack: fork", "runs twice")) > 0, reached

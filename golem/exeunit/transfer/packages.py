@@ -7,8 +7,8 @@ exclusive one on the part file; eviction takes the least recently used images (b
 that nobody holds.
 
 A file's size, modification time and inode are noted when its digest is found right, in an extended attribute, together
-with its format. While they are the same, a file is hashed again once a day and not at every deploy; where there are no
-such attributes it is at every deploy.
+with its format and a checksum that costs little. While they are the same, only that is compared at a deploy, so that no flipped
+bit is run; the digest itself once a day, and where there are no such attributes at every deploy.
 Neighbours: `transfer` (the download), `runtimes.base` (which formats a runtime takes).
 """
 
@@ -23,6 +23,7 @@ import re
 import secrets
 import shutil
 import time
+import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -127,7 +128,7 @@ class ImageStore:
         try:
             found = await trio.to_thread.run_sync(detect_format, path) or ImageFormat.OTHER
             if _read_note(lock) is None:
-                _write_note(lock, self._clock(), found)
+                _write_note(lock, self._clock(), found, await _checksum(lock))
             if found not in formats:
                 wanted = ", ".join(sorted(item.value for item in formats))
                 what = found.value if found is not ImageFormat.OTHER else "of an unknown format"
@@ -160,10 +161,11 @@ class ImageStore:
         try:
             note = _read_note(descriptor)
             if note is not None and abs(self._clock() - note.at_s) < CHECKED_FOR_S:
-                return descriptor
-            if await _has_digest(descriptor, digest):
+                if await _checksum(descriptor) == note.checksum:
+                    return descriptor
+            elif await _has_digest(descriptor, digest):
                 if note is not None:
-                    _write_note(descriptor, self._clock(), note.format)
+                    _write_note(descriptor, self._clock(), note.format, await _checksum(descriptor))
                 return descriptor
         except BaseException:
             os.close(descriptor)
@@ -332,6 +334,7 @@ class _Note:
 
     at_s: float
     format: ImageFormat
+    checksum: int
 
 
 def _read_note(descriptor: int) -> _Note | None:
@@ -340,15 +343,16 @@ def _read_note(descriptor: int) -> _Note | None:
     try:
         note = json.loads(os.getxattr(descriptor, NOTE))
         if note["file"] == [status.st_size, status.st_mtime_ns, status.st_ino]:
-            return _Note(float(note["at_s"]), ImageFormat[note["format"]])
+            return _Note(float(note["at_s"]), ImageFormat[note["format"]], int(note["checksum"]))
     except (OSError, ValueError, KeyError, TypeError):
         pass
     return None
 
 
-def _write_note(descriptor: int, at_s: float, format: ImageFormat) -> None:
+def _write_note(descriptor: int, at_s: float, format: ImageFormat, checksum: int) -> None:
     status = os.fstat(descriptor)
-    note = {"file": [status.st_size, status.st_mtime_ns, status.st_ino], "at_s": at_s, "format": format.name}
+    file = [status.st_size, status.st_mtime_ns, status.st_ino]
+    note = {"file": file, "at_s": at_s, "format": format.name, "checksum": checksum}
     with suppress(OSError):  # a file system without extended attributes
         os.setxattr(descriptor, NOTE, json.dumps(note).encode())
 
@@ -359,6 +363,24 @@ async def _has_digest(descriptor: int, digest: Digest) -> bool:
     while done := await trio.to_thread.run_sync(_hash_some, descriptor, offset, found):
         offset += done
     return found.hexdigest() == digest.hex
+
+
+async def _checksum(descriptor: int) -> int:
+    """Return the CRC-32 of a file; between parts of it the question can be cancelled."""
+    found, offset = 0, 0
+    while True:
+        done, found = await trio.to_thread.run_sync(_sum_some, descriptor, offset, found)
+        if not done:
+            return found
+        offset += done
+
+
+def _sum_some(descriptor: int, offset: int, found: int) -> tuple[int, int]:
+    done = 0
+    while done < HASHED_AT_ONCE_BYTES and (chunk := os.pread(descriptor, 1 << 20, offset + done)):
+        found = zlib.crc32(chunk, found)
+        done += len(chunk)
+    return done, found
 
 
 def _hash_some(descriptor: int, offset: int, found: hashlib._Hash) -> int:

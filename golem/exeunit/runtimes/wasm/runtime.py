@@ -219,12 +219,12 @@ class WasmRuntime:
         if module.read(8) != CORE_MODULE:
             raise RuntimeFault("an entry point is not a WebAssembly core module")
         key = self._cache.key(module)
-        found = self._cache.open(key)
+        found = await trio.to_thread.run_sync(self._cache.open, key)
         if found is not None:
             return found
         with self._cache.new_file() as target:
             await self._compile(module, target)
-            self._cache.keep(key, target)
+            await trio.to_thread.run_sync(self._cache.keep, key, target)
             return os.open(target.name, os.O_RDONLY | os.O_CLOEXEC)
 
     async def _compile(self, module: BinaryIO, target: BinaryIO) -> None:
