@@ -13,6 +13,7 @@ import trio
 log = logging.getLogger("golem.chain")
 
 FIRST_PAUSE_S, LAST_PAUSE_S = 0.5, 30.0
+BUSY_MS = 50  # the event loop waits no longer for a lock; whoever works on the file waits it out (see `OwnDisk`)
 SCHEMA_NUMBER = 7  # with each change of the tables one more
 SCHEMA = """
 create table batch(
@@ -56,6 +57,7 @@ def connect(path: Path | str) -> sqlite3.Connection:
         sql.execute("pragma journal_mode=wal")
         sql.execute("pragma synchronous=full")
         _bring_up(sql, path)
+        sql.execute(f"pragma busy_timeout={BUSY_MS}")
     except sqlite3.DatabaseError as error:
         raise ValueError(f"cannot open {path}: {error}") from None
     return sql

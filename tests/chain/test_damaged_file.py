@@ -118,7 +118,7 @@ def test_a_damaged_batch_holds_up_no_other_and_is_named(tmp_path: Path) -> None:
 async def test_a_locked_file_is_waited_for_and_said(tmp_path: Path) -> None:
     lived(path := tmp_path / "chain.db")
     engine = engine_on(path)
-    engine.store._sql.execute("pragma busy_timeout=20")
+    assert engine.store._sql.execute("pragma busy_timeout").fetchone() == (50,), "the event loop waits no longer"
     other = sqlite3.connect(path, isolation_level=None)
     other.execute("update tx set state='confirmed'")
     other.execute("update batch set state='confirmed', announced=0 where id='first'")  # news that the engine is to note as told
