@@ -692,6 +692,55 @@ async def test_planted_traps_are_not_stepped_into(tmp_path: Path, path: str) -> 
     assert sorted(item.name for item in outside.iterdir()) == ["f"]
 
 
+LINKS = {  # below a volume that the guest knows as /golem -> where it leads
+    "beside": "f",
+    "deep/up": "../f",
+    "chain": "beside",
+    "whole": "/golem/f",
+    "whole-chain": "/golem/whole",
+    "by-dir": "deep/again/f",
+    "deep/again": "..",
+}
+
+
+@pytest.mark.parametrize("path", LINKS)
+@trio_test
+async def test_links_that_stay_in_the_volume_are_followed(tmp_path: Path, path: str) -> None:
+    place = Place(tmp_path)
+    (tmp_path / "out/deep").mkdir()
+    (tmp_path / "out/f").write_bytes(CONTENT)
+    for name, target in LINKS.items():
+        (tmp_path / "out" / name).symlink_to(target)
+    if path == "deep/again":
+        await place.move(_put(place, b"x"), "container:/golem/deep/again/deep/new/g")
+        assert (tmp_path / "out/deep/new/g").read_bytes() == b"x"
+    else:
+        await place.move(f"container:/golem/{path}", "gftp://0x1/b")
+        assert place.gftp.files["gftp://0x1/b"] == CONTENT
+
+
+@pytest.mark.parametrize(("target", "words"), [
+    ("/golem/loop", "leads out"),
+    ("loop", "lead nowhere"),
+    ("/golem/../etc/passwd", "leads out"),
+    ("/golem/deep/../../../etc/passwd", "leads out"),
+    ("/golem", "leads out"),
+    ("/golems/f", "leads out"),
+    ("/proc/self/root/etc/passwd", "leads out"),
+    ("missing", "No such file"),
+    ("/golem/missing", "No such file"),
+    (".", "not a regular file"),
+])  # fmt: skip
+@trio_test
+async def test_links_that_lead_nowhere_or_out_are_told(tmp_path: Path, target: str, words: str) -> None:
+    place = Place(tmp_path)
+    (tmp_path / "out/deep").mkdir()
+    (tmp_path / "out/loop").symlink_to(target)
+    with pytest.raises(TransferError, match=words):
+        await place.move("container:/golem/loop", "gftp://0x1/b")
+    assert place.gftp.files == {}
+
+
 @trio_test
 async def test_directory_in_the_way(tmp_path: Path) -> None:
     place = Place(tmp_path)

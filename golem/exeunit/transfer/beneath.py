@@ -1,8 +1,9 @@
 """Opening files in directories that a guest can write, without being led out of them or left hanging.
 
 A guest can plant symlinks (and, in containers, device nodes and FIFOs) under any name. Every path here is resolved by
-`openat2` with RESOLVE_BENEATH, NO_SYMLINKS, NO_MAGICLINKS and NO_XDEV, and only regular files are opened. New files are
-written beside their place and take it by rename. Neighbour: `transfer`.
+`openat2` with RESOLVE_BENEATH, NO_MAGICLINKS and NO_XDEV: links are followed as long as they stay inside, which the kernel
+sees to at each step. Only regular files are opened. New files are written beside their place and take it by rename, which
+replaces a link. Neighbour: `transfers`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from pathlib import Path
 from types import TracebackType
 
 _NR_OPENAT2 = 437  # on every architecture
-_RESOLVE = 0x08 | 0x04 | 0x02 | 0x01  # BENEATH, NO_SYMLINKS, NO_MAGICLINKS, NO_XDEV
+_RESOLVE = 0x08 | 0x02 | 0x01  # BENEATH, NO_MAGICLINKS, NO_XDEV
+MAX_ABSOLUTE_LINKS = 8  # one behind the other
+MAX_RACES = 64  # the kernel asks to look again when a directory was moved meanwhile
 _IN_ROOT = 0x10 | 0x02  # IN_ROOT, NO_MAGICLINKS
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -25,13 +28,17 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def open_beneath(root_fd: int, path: str, flags: int, mode: int = 0) -> int:
     """Descriptor of `path` below an open directory.
 
-    Errors: OSError; ELOOP is told as a symlink in the way, EXDEV as leading out of the volume.
+    Errors: OSError; ELOOP is told as links in a circle, EXDEV as leading out of the volume.
     """
-    try:
-        return _openat2(root_fd, path, flags | os.O_NOFOLLOW, mode, _RESOLVE)
-    except OSError as error:
-        texts = {errno.ELOOP: "a symbolic link is in the way", errno.EXDEV: "the path leads out of the volume"}
-        raise OSError(error.errno, texts.get(error.errno or 0, str(error.strerror))) from None
+    for _ in range(MAX_RACES):
+        try:
+            return _openat2(root_fd, path, flags, mode, _RESOLVE)
+        except BlockingIOError:  # EAGAIN
+            continue
+        except OSError as error:
+            texts = {errno.ELOOP: "its symbolic links lead nowhere", errno.EXDEV: "the path leads out of the volume"}
+            raise OSError(error.errno, texts.get(error.errno or 0, str(error.strerror))) from None
+    raise OSError(errno.EAGAIN, "its directories are being moved")
 
 
 def open_in_root(root_fd: int, path: str, flags: int) -> int:
@@ -51,16 +58,40 @@ def _open_root(root: Path) -> int:
     return os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
 
 
+def _behind_link(root_fd: int, path: str, guest_root: str) -> str | None:
+    """Where the absolute link `path` leads inside the directory that the guest knows as `guest_root`; None if elsewhere."""
+    try:
+        link = open_beneath(root_fd, path, os.O_PATH | os.O_NOFOLLOW)
+        try:
+            target = os.readlink("", dir_fd=link)
+        finally:
+            os.close(link)
+    except OSError:  # no link, or one on the way is absolute
+        return None
+    prefix = guest_root.rstrip("/") + "/"
+    return target.removeprefix(prefix) if target.startswith(prefix) else None
+
+
 class OpenFile:
     """A regular file below `root`, open for reading; `with` gives its descriptor.
 
+    Links are followed that stay inside. `guest_root` is what the guest calls `root`, for links that name it.
     Errors: OSError, also when it is no regular file.
     """
 
-    def __init__(self, root: Path, path: str) -> None:
+    def __init__(self, root: Path, path: str, guest_root: str = "") -> None:
         root_fd = _open_root(root)
+        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY
         try:
-            self.descriptor = open_beneath(root_fd, path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+            for left in reversed(range(MAX_ABSOLUTE_LINKS + 1)):
+                try:
+                    self.descriptor = open_beneath(root_fd, path, flags)
+                    break
+                except OSError as error:
+                    behind = _behind_link(root_fd, path, guest_root) if error.errno == errno.EXDEV and guest_root else None
+                    if behind is None or not left:
+                        raise
+                    path = behind
         finally:
             os.close(root_fd)
         if not stat.S_ISREG(os.fstat(self.descriptor).st_mode):
@@ -100,13 +131,13 @@ class NewFile:
 
     def _make_parents(self, root_fd: int, parents: list[str]) -> int:
         current = os.dup(root_fd)
-        for name in parents:
+        for depth, name in enumerate(parents, 1):
             try:
-                try:
-                    inner = open_beneath(current, name, os.O_PATH | os.O_DIRECTORY)
+                try:  # from the root: links may lead up, and stay inside
+                    inner = open_beneath(root_fd, "/".join(parents[:depth]), os.O_PATH | os.O_DIRECTORY)
                 except FileNotFoundError:
                     os.mkdir(name, 0o700, dir_fd=current)
-                    inner = open_beneath(current, name, os.O_RDONLY | os.O_DIRECTORY)
+                    inner = open_beneath(current, name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
                     self._give(inner, 0o755)
             finally:
                 os.close(current)

@@ -302,12 +302,12 @@ class Transfers:
     def _open_in_volume(self, volumes: Sequence[Volume], container_path: str) -> beneath.OpenFile:
         volume, path = find_volume(volumes, container_path)
         try:
-            return beneath.OpenFile(volume.host_dir, path)
+            return beneath.OpenFile(volume.host_dir, path, volume.container_path)
         except OSError as error:
             raise TransferError(f"cannot read container:{container_path}: {_os_text(error)}") from None
 
     async def _copy_file(self, path: str, spool: Spool) -> None:
-        """A `file:` package: only below the provider's directories, and not through symlinks inside them."""
+        """A `file:` package: only below the provider's directories, and not through symlinks that lead out of them."""
         for root in self.policy.file_roots:
             if Path(path).is_relative_to(root):
                 try:
