@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from itertools import islice
 from typing import Any
 
@@ -25,6 +26,7 @@ from actors.kernel.alarms import Alarms
 from actors.kernel.courier import Courier
 from actors.kernel.journal import Journal
 from actors.kernel.lineage import Position, marked
+from actors.kernel.machine import JournalWaits
 from actors.kernel.mail import LinkBatch, TimerDue
 from actors.kernel.records import Commit
 from actors.kernel.system import System
@@ -293,7 +295,30 @@ def alarm_unchanged(patch: Patch) -> None:
     patch.setattr(Alarms, "committed", lambda self, commit: None)
 
 
+def keeps_what_was_refused(patch: Patch) -> None:
+    """Goes on with the rows of a batch that the disk did not take."""
+    forget = Actor.forget
+
+    def kept(self: Actor) -> None:
+        if not hasattr(self, "rows"):
+            forget(self)
+
+    patch.setattr(Actor, "forget", kept)
+
+
+def takes_refused_for_written(patch: Patch) -> None:
+    """Answers for a batch that the disk did not take."""
+    commit = Journal.commit
+
+    async def lie(self: Journal, what: Commit, **how: Any) -> None:
+        with suppress(JournalWaits):
+            await commit(self, what, **how)
+
+    patch.setattr(Journal, "commit", lie)
+
+
 MUTANTS = (
+    keeps_what_was_refused, takes_refused_for_written,
     quarantine_at_the_first_failure, whims_are_poison, sender_is_not_told, alarm_given_up, silent_notify, alarm_unchanged,
     no_dedupe, acknowledges_before_commit, inbox_not_advanced, no_gap_check, timer_stays, outbox_released_before_commit,
     epoch_ignored, retired_epoch_accepted, deadline_ignored, gives_up_what_is_acknowledged, event_without_its_step,
