@@ -29,7 +29,7 @@ def settle_journal(data_dir: Path, node_id: str) -> None:
             os.rename(ours, journal)
             log.warning("the journal of %s is back", node_id)
     except (OSError, sqlite3.Error) as error:
-        raise JournalError(f"cannot use the journal {journal}: {error}") from None
+        raise JournalError(f"cannot open the journal {journal}: {error}") from None
 
 
 def aside(data_dir: Path, node_id: str) -> Path:
