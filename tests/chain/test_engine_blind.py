@@ -407,7 +407,7 @@ async def test_a_restored_account_waits_until_every_rpc_says_that_it_has_sent_no
     Store(db, "any").close()
     with sqlite3.connect(db) as file:
         file.execute("insert into hold values ('*', 'this node was restored')")
-        row = "(account, nonce, kind, recipient, data, gas, total_wei, state) values (?, 0, 'mint', '', '', 1, '0', 'confirmed')"
+        row = "(account, nonce, kind, recipient, data, gas, total_wei, state) values (?, 0, 'mint', '', x'', 1, '0', 'confirmed')"
         file.execute(f"insert into tx{row}", (f"1337/{key.address}",))
     await wire.set(HOSTS[0], "stale-counts")
     lab.do(key, lab.network.token, token.transfer_call(payee, GLM))
@@ -432,7 +432,7 @@ async def test_a_restored_account_is_not_told_free_by_an_rpc_that_shows_the_past
     Store(db, "any").close()
     with sqlite3.connect(db) as file:
         file.execute("insert into hold values ('*', 'this node was restored')")
-        row = "(account, nonce, kind, recipient, data, gas, total_wei, state) values (?, 0, 'mint', '', '', 1, '0', 'confirmed')"
+        row = "(account, nonce, kind, recipient, data, gas, total_wei, state) values (?, 0, 'mint', '', x'', 1, '0', 'confirmed')"
         file.execute(f"insert into tx{row}", (f"1337/{key.address}",))
     await wire.set(HOSTS[0], "stale-head")
     lab.do(key, lab.network.token, token.transfer_call(payee, GLM))
