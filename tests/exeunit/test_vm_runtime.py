@@ -34,6 +34,7 @@ from golem.exeunit.runtime import (
     Terminal,
     VolumeRequest,
 )
+from golem.exeunit.runtimes.vm import watch
 from golem.exeunit.runtimes.vm.runtime import VmRuntime
 from golem.exeunit.runtimes.vm.watch import ENGINE_GONE
 from golem.files.on_disk import FileSink, FileSource
@@ -350,7 +351,11 @@ async def _die_soon(engine: LocalEngine, container: str, how: str) -> None:
 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL, signal.SIGSTOP])
-def test_an_engine_that_stops_is_told_and_nothing_runs_on(package: Path, sign: signal.Signals) -> None:
+def test_an_engine_that_stops_is_told_and_nothing_runs_on(
+    package: Path, sign: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "AWAY_S", 3.0)  # it is waited for no longer than that here
+
     async def body(engine: LocalEngine) -> None:
         process = engine._process
         assert process is not None

@@ -6,7 +6,7 @@ Import contracts (`setup.cfg`) keep the floors; here stand the rules that a lint
 from __future__ import annotations
 
 import ast
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -108,3 +108,9 @@ def test_imports_run_in_no_circle() -> None:
 @pytest.mark.parametrize("room", sorted(path.name for path in (ROOT / "golem").iterdir() if (path / "__init__.py").exists()))
 def test_a_room_says_what_it_is(room: str) -> None:
     assert ast.get_docstring(modules()[f"golem.{room}"]), f"golem/{room}/__init__.py has no docstring"
+
+
+def test_files_of_tests_have_names_of_their_own() -> None:
+    """Two of one name cannot be collected together: pytest imports them by it."""
+    counted = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, times in counted.items() if times > 1] == []
