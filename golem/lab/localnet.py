@@ -160,6 +160,7 @@ class LocalNet:
         path = f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}"
         node = LocalNode(name, data_dir, app_key, process, environment={
             "YAGNA_APPKEY": app_key, "GOLEM_DATA_DIR": str(data_dir), "PATH": path,
+            "YA_RT_STORAGE": "4",  # GiB, set aside for each activity: several providers share this machine's disk
         })  # fmt: skip
         self.nodes[name] = node
         process.start()

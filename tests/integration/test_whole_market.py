@@ -109,6 +109,7 @@ class Work:
                     except (WalkError, OSError, trio.TooSlowError, *HTTP_ERRORS) as error:
                         self.reasons.append(f"{type(error).__name__}: {error}")
                         await trio.sleep(0.5)
+                        await self.give_back(requestor)
             await self.pay_everything(requestor, allocation, since)
 
     async def patiently(self, step: Any, *arguments: Any) -> Any:
@@ -140,6 +141,14 @@ class Work:
         finally:
             with suppress(WalkError):
                 await self.patiently(requestor.call, "DELETE", f"{MARKET}/demands/{demand}")
+
+    async def give_back(self, requestor: Requestor) -> None:
+        """End what was agreed while nobody heard it: the node died between the provider's word and our answer."""
+        for found in await self.patiently(requestor.call, "GET", f"{MARKET}/agreements?state=Approved"):
+            if found["id"] not in self.invoices:
+                self.invoices[found["id"]] = ""
+                with suppress(WalkError):
+                    await self.patiently(requestor.terminate, found["id"])
 
     async def pay_everything(self, requestor: Requestor, allocation: dict[str, Any], since: str) -> None:
         """Accept the invoice of every agreement that sends one within a while."""
