@@ -294,7 +294,8 @@ class Writer:
                 link = (actor, mend.recipient)
                 db.execute("update sent set acked=? where actor=? and recipient=?", (mend.acked, *link))
                 if mend.boot:
-                    db.execute("insert or ignore into mark values (?,?,?,?)", (*link, mend.boot, mend.acked))
+                    lower = "insert into mark values (?,?,?,?) on conflict do update set first=min(first, excluded.first)"
+                    db.execute(lower, (*link, mend.boot, mend.acked))
         for name in c.dropped_feeds:
             db.execute("delete from feed where name=?", (name,))
             db.execute("delete from feed_head where name=?", (name,))

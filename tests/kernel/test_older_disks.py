@@ -234,6 +234,30 @@ async def test_a_recipient_that_went_back_is_noticed_after_the_senders_restart_t
 
 
 @mock_trio_test
+async def test_a_recipient_that_goes_back_again_and_further_is_followed() -> None:
+    """The sender learns from it which start numbered a message long ago; the second time, an earlier one of that start."""
+    cable, sender, db = Cable(), disk(), disk()
+    backups = []
+    async with node("A", sender, cable) as a, node("B", db, cable):
+        for word in ("1", "2", "3"):
+            await say(a, word)
+            await settled(a)
+            backups.append(copy_of(db))
+        await trio.sleep(1)  # acknowledgements reach the disk soon
+    async with node("A", sender, cable) as a, node("B", db, cable):
+        await say(a, "4", "5")
+        await settled(a)
+        await trio.sleep(1)
+    async with node("A", sender, cable) as a:
+        for number, backup in ((6, backups[2]), (7, backups[1]), (8, backups[0])):
+            async with node("B", backup, cable) as b:
+                await say(a, str(number))
+                await settled(a)
+                assert heard(b) == [*map(str, range(1, 10 - number)), str(number)]
+        assert a.troubles() == []
+
+
+@mock_trio_test
 async def test_a_lost_disk_is_told_as_well() -> None:
     cable, sender = Cable(), disk()
     async with node("A", sender, cable) as a:
