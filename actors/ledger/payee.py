@@ -133,6 +133,8 @@ def send_document(draft: Draft, command: SendDocument) -> None:
     row = document_of(draft, command.kind, command.document_id, Party.PAYEE)
     if row.status == DocumentStatus.CANCELLED:
         raise Declined("bad_request", f"the {row.kind} is cancelled")
+    if row.cancelling:
+        raise Declined("conflict", f"the {row.kind} is being cancelled: the payer has not answered yet")
     if row.status == DocumentStatus.ISSUED:
         if command.document.body != row.body:
             raise Declined("bad_request", "what was signed is not the document")
@@ -151,7 +153,7 @@ def cancel_invoice(draft: Draft, command: CancelInvoice) -> None:
     if row.status == DocumentStatus.ISSUED and not row.signature:
         cancelled(draft, row)
     elif row.status in (DocumentStatus.ISSUED, DocumentStatus.RECEIVED):
-        put(draft, row, waiting="cancelling: the payer has not answered yet")
+        put(draft, row, waiting="cancelling: the payer has not answered yet", cancelling=True)
         draft.send(address(agreement_of(draft, row).peer, "ledger"), InvoiceCancelRequested(row.document_id))
     draft.reply(Done())
 
@@ -237,7 +239,7 @@ def undelivered(draft: Draft, document: Document, reason: str) -> None:
     else:
         own_id = decode_body(InvoiceBody, document.body).invoice_id
     row = draft.row(PaymentDocumentRow, f"{document.kind}/{own_id}")
-    if row is not None and row.status == DocumentStatus.ISSUED:
+    if row is not None and row.status == DocumentStatus.ISSUED and not row.cancelling:
         put(draft, row, waiting=f"not delivered: {reason[:300]}")
 
 

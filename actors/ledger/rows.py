@@ -149,6 +149,7 @@ class PaymentDocumentRow(Message, frozen=True, tag="PaymentDocument"):
     rejection: str = ""
     acceptance: bytes = b""  # the payer's signature over the acceptance
     most: str = ""  # the highest amount that the payer would have taken, where it refused this one
+    cancelling: bool = False  # the payer is asked to agree: what is sent behind that question would come after its answer
 
 
 class OrderRow(Message, frozen=True, tag="Order"):

@@ -277,6 +277,21 @@ def test_a_document_that_cannot_be_delivered_stays_issued_and_says_why() -> None
     assert events(payer, "invoices") == [("i1", "RECEIVED")], "it came twice and is there once"
 
 
+def test_nothing_is_sent_behind_a_cancellation() -> None:
+    """The payer would agree to cancel what it does not have, and then receive it: it would hold an invoice that is none."""
+    world, payer, payee = agreed()
+    world.down.add(payer.id)
+    world.invoice(payee, "i1", "a1", "1")
+    world.send(payee, "invoice", "i1")
+    row = world.document(payee, "invoice", "i1")
+    world.ask(payee, CancelInvoice("i1"))
+    sent = DocumentSent(Document("invoice", row.body, row.signature))
+    world.tell(payee, Undelivered(f"{payer.id}/ledger", encode(sent), "no route"), f"{payee.id}/ledger")
+    assert world.document(payee, "invoice", "i1").waiting == "cancelling: the payer has not answered yet"
+    again = SendDocument("invoice", "i1", Document("invoice", row.body, row.signature), 15)
+    assert code(world.ask(payee, again)) == "conflict"
+
+
 def test_a_document_is_refused_by_who_does_not_know_the_agreement() -> None:
     world, payer, payee = agreed()
     payer.rows["ledger"].raw.pop("agreement/a1")

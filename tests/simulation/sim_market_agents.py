@@ -283,6 +283,6 @@ class ProviderAgent(Agent):
     async def send(self, row: PaymentDocumentRow) -> None:
         """Send a document until there is a receipt."""
         waiting = row.waiting == "sent; no receipt yet"
-        if row.status == "ISSUED" and not waiting and not row.waiting.startswith("cancelling"):
+        if row.status == "ISSUED" and not waiting and not row.cancelling:
             document = self.sign(row.kind, row.body)
             await self.ask("ledger", SendDocument(row.kind, row.document_id, document, 15.0))
