@@ -17,6 +17,7 @@ from worlds.support import trio_test
 from golem.chain import desk, pool, token
 from golem.chain.engine import MAX_PROBLEMS
 from golem.chain.rows import TransferBatch
+from golem.chain.signer import Key
 from golem.chain.store import MAX_SEEN, Store
 from golem.chain.vouch import Payees
 from protocol.wallet import TransferConfirmed, TransferDelayed, TransferFailed, TransferSent
@@ -396,6 +397,15 @@ async def test_a_payment_that_failed_is_made_anew_only_when_its_block_is_deep(la
         assert [event.batch_id for event in wallet.told(TransferFailed)] == ["b1"]
 
 
+def hold_restored(db: Path, key: Key) -> None:
+    """Make the file of an account that was restored, and knows of one transaction."""
+    Store(db, "any").close()
+    with sqlite3.connect(db) as file:
+        file.execute("insert into hold values ('*', 'this node was restored')")
+        row = "(account, nonce, kind, recipient, data, gas, total_wei, state) values (?, 0, 'mint', '', x'', 1, '0', 'confirmed')"
+        file.execute(f"insert into tx{row}", (f"1337/{key.address}",))
+
+
 @trio_test
 async def test_a_restored_account_waits_until_every_rpc_says_that_it_has_sent_nothing(
     lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -404,11 +414,7 @@ async def test_a_restored_account_waits_until_every_rpc_says_that_it_has_sent_no
     key, payee = lab.rich("restored"), address_of("restored payee")
     monkeypatch.setattr(pool, "BACKOFF_S", (0.001, 0.005))
     wire, db = Blind(lab.url, key), tmp_path / "chain.db"
-    Store(db, "any").close()
-    with sqlite3.connect(db) as file:
-        file.execute("insert into hold values ('*', 'this node was restored')")
-        row = "(account, nonce, kind, recipient, data, gas, total_wei, state) values (?, 0, 'mint', '', x'', 1, '0', 'confirmed')"
-        file.execute(f"insert into tx{row}", (f"1337/{key.address}",))
+    hold_restored(db, key)
     await wire.set(HOSTS[0], "stale-counts")
     lab.do(key, lab.network.token, token.transfer_call(payee, GLM))
     await wire.set(HOSTS[1], "down")
@@ -429,11 +435,7 @@ async def test_a_restored_account_is_not_told_free_by_an_rpc_that_shows_the_past
     """The only RPC stands still: it does not know of the payment that the backup does not know either, and comes back later."""
     key, payee = lab.rich("restored, one RPC"), address_of("restored payee, one RPC")
     wire, db = Blind(lab.url, key), tmp_path / "chain.db"
-    Store(db, "any").close()
-    with sqlite3.connect(db) as file:
-        file.execute("insert into hold values ('*', 'this node was restored')")
-        row = "(account, nonce, kind, recipient, data, gas, total_wei, state) values (?, 0, 'mint', '', x'', 1, '0', 'confirmed')"
-        file.execute(f"insert into tx{row}", (f"1337/{key.address}",))
+    hold_restored(db, key)
     await wire.set(HOSTS[0], "stale-head")
     lab.do(key, lab.network.token, token.transfer_call(payee, GLM))
     now = int(lab.call("eth_getBlockByNumber", "latest", False)["timestamp"], 16) + 1
