@@ -296,23 +296,18 @@ print(len(have))
 """
 
 
+def on_a_small_disk(tmp_path: Path, length: str, how: str) -> subprocess.CompletedProcess[str]:
+    """Run `FULL`: 40 downloads, "at once" or "in turn", of a `length` that is "told" or "unknown"."""
+    (tmp_path / "disk").mkdir()
+    line = ["unshare", "-m", sys.executable, "-c", FULL, str(Path(__file__).parents[2]), str(tmp_path / "disk"), length, how]
+    return subprocess.run(line, capture_output=True, text=True, timeout=patience(30))
+
+
 @pytest.mark.root
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("unshare") is None, reason="needs root and unshare")
 @pytest.mark.parametrize("length", ["told", "unknown"])
 def test_many_downloads_at_once_leave_what_is_to_stay_free(tmp_path: Path, length: str) -> None:
-    (tmp_path / "disk").mkdir()
-    line = [
-        "unshare",
-        "-m",
-        sys.executable,
-        "-c",
-        FULL,
-        str(Path(__file__).parents[2]),
-        str(tmp_path / "disk"),
-        length,
-        "at once",
-    ]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=patience(30))
+    done = on_a_small_disk(tmp_path, length, "at once")
     assert done.returncode == 0, done.stderr
     if length == "told":
         assert 3 <= int(done.stdout) <= 5, "48 MiB are there to be taken, 9 MiB each"
@@ -467,19 +462,7 @@ def test_no_flipped_bit_of_a_compiled_module_is_run(tmp_path: Path) -> None:
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("unshare") is None, reason="needs root and unshare")
 @pytest.mark.parametrize("length", ["told", "unknown"])
 def test_images_that_nobody_uses_make_room_for_any_number_of_others(tmp_path: Path, length: str) -> None:
-    (tmp_path / "disk").mkdir()
-    line = [
-        "unshare",
-        "-m",
-        sys.executable,
-        "-c",
-        FULL,
-        str(Path(__file__).parents[2]),
-        str(tmp_path / "disk"),
-        length,
-        "in turn",
-    ]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=patience(30))
+    done = on_a_small_disk(tmp_path, length, "in turn")
     assert (done.returncode, done.stdout) == (0, "40\n"), done.stderr
 
 
