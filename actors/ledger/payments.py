@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import binascii
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from decimal import Decimal
 
 from msgspec.structs import replace
@@ -100,8 +100,8 @@ def _record_payment(draft: Draft, fact: PaidOut, peer: str, orders: list[tuple[s
         draft.put(f"order/{order_id}", replace(order, payment_id=payment_id))
     debt = draft.row(OwedRow, f"owed/{fact.platform}") or OwedRow()
     draft.put(f"owed/{fact.platform}", OwedRow(amount_text(max(minus(debt.amount, total), Decimal(0)))))
-    _book(draft, body)
-    draft.emit("payments", _event(draft, row))  # in one step with what it settles: who hears of that looks for the payment
+    book(draft, body)
+    draft.emit("payments", event_of(draft, row))  # in one step with what it settles: who hears of that looks for the payment
     draft.send("signer", SignPayment(payment_id, raw))
 
 
@@ -153,51 +153,43 @@ def _offer_later(draft: Draft, row: PaymentRow, reason: str) -> None:
         draft.wake(f"resend/{row.payment_id}", draft.now + RESEND_FIRST_S * 6**row.tries, SendPaymentAgain(row.payment_id))
 
 
-def booked_again(draft: Draft, document: Document, body: PaymentBody) -> None:
-    """Book a payment of our own that we had forgotten; its payee, who gives it back, has verified it on chain."""
-    agreement_ids = [part.agreement_id for part in body.agreement_payments]
+def book_rest(draft: Draft, row: PaymentRow, book: Callable[[Draft, PaymentBody], None]) -> None:
+    """Book the parts of a payment whose agreements were not known before, and are now."""
+    if not row.unbooked or row.state not in (PaymentState.ACKNOWLEDGED, PaymentState.VERIFIED):
+        return
+    body = decode_body(PaymentBody, row.body)
+    known, unbooked = known_parts(draft, part_of(body, row.unbooked), row.role, row.peer)
+    if unbooked != row.unbooked:
+        draft.put(f"payment/{row.payment_id}", replace(row, unbooked=unbooked))
+        book(draft, known)
+
+
+def known_parts(draft: Draft, body: PaymentBody, role: Party, peer: str) -> tuple[PaymentBody, tuple[str, ...]]:
+    """Return a payment without the parts of what this node does not know, and what these are for."""
+
+    def is_known(agreement_id: str) -> bool:
+        row = draft.row(LedgerAgreementRow, f"agreement/{agreement_id}")
+        return row is not None and (row.role, row.peer) == (role, peer)
+
+    unknown = [part.agreement_id for part in body.agreement_payments if not is_known(part.agreement_id)]
     for part in body.activity_payments:
         activity = draft.row(LedgerActivityRow, f"activity/{part.activity_id}")
-        agreement_ids.append(activity.agreement_id if activity is not None else "")
-    agreements = [draft.row(LedgerAgreementRow, f"agreement/{agreement_id}") for agreement_id in agreement_ids]
-    if any(row is None or (row.role, row.peer) != (Party.PAYER, body.payee_id) for row in agreements):
-        return  # what it was for was forgotten as well, and cannot be paid again either
-    row = PaymentRow(
-        payment_id=body.payment_id,
-        role=Party.PAYER,
-        peer=body.payee_id,
-        state=PaymentState.ACKNOWLEDGED,
-        body=document.body,
-        signature=document.signature,
-        tx_hash=_tx_hash(body.details),
-        platform=body.payment_platform,
-        amount=body.amount,
-        recorded_at=draft.now,
+        if activity is None or not is_known(activity.agreement_id):
+            unknown.append(part.activity_id)
+    return part_of(body, [each for each in _ids(body) if each not in unknown]), tuple(unknown)
+
+
+def _ids(body: PaymentBody) -> list[str]:
+    return [part.agreement_id for part in body.agreement_payments] + [part.activity_id for part in body.activity_payments]
+
+
+def part_of(body: PaymentBody, ids: Collection[str]) -> PaymentBody:
+    """Return a payment with no more than its parts for these agreements and activities."""
+    return replace(
+        body,
+        agreement_payments=tuple(part for part in body.agreement_payments if part.agreement_id in ids),
+        activity_payments=tuple(part for part in body.activity_payments if part.activity_id in ids),
     )
-    draft.put(f"payment/{row.payment_id}", row)
-    for part in body.activity_payments:
-        _owe_what_is_paid(draft, part)
-    _book(draft, body)
-    for agreement in (
-        draft.row(LedgerAgreementRow, f"agreement/{agreement_id}") for agreement_id in dict.fromkeys(agreement_ids)
-    ):
-        if agreement is not None and Decimal(agreement.paid) > Decimal(agreement.accepted):
-            draft.put(f"agreement/{agreement.agreement_id}", replace(agreement, accepted=agreement.paid))
-    draft.emit("payments", _event(draft, row))
-
-
-def _owe_what_is_paid(draft: Draft, part: ActivityPayment) -> None:
-    """What was paid for an activity had been accepted: nothing of it is to be owed once more."""
-    activity = draft.row(LedgerActivityRow, f"activity/{part.activity_id}")
-    assert activity is not None, part
-    more = minus(total_of((activity.paid, part.amount)), activity.accepted)
-    if more > 0:
-        accepted = amount_text(total_of((activity.accepted, more)))
-        draft.put(f"activity/{part.activity_id}", replace(activity, accepted=accepted))
-        agreement = draft.row(LedgerAgreementRow, f"agreement/{activity.agreement_id}")
-        assert agreement is not None, activity
-        accepted = amount_text(total_of((agreement.accepted, more)))
-        draft.put(f"agreement/{agreement.agreement_id}", replace(agreement, accepted=accepted))
 
 
 def pay_out_delayed(draft: Draft, fact: PayOutDelayed) -> None:
@@ -218,7 +210,7 @@ def payment_sent(draft: Draft, message: PaymentSent) -> None:
         raise Violation("a payment of other parties")
     if len(body.agreement_payments) + len(body.activity_payments) > MAX_PARTS:
         raise Violation("a payment of too many parts")
-    tx_hash = _tx_hash(body.details)
+    tx_hash = tx_hash_of(body.details)
     total = _positive(body.amount)
     parts = [_positive(part.amount) for part in body.agreement_payments]
     parts += [_positive(part.amount) for part in body.activity_payments]
@@ -227,6 +219,7 @@ def payment_sent(draft: Draft, message: PaymentSent) -> None:
     row = draft.row(PaymentRow, f"payment/{body.payment_id}")
     said = (Party.PAYEE, sender, PaymentState.VERIFIED, tx_hash, amount_text(total))
     if row is not None and (row.role, row.peer, row.state, row.tx_hash, row.amount) == said:
+        book_rest(draft, row, book)
         draft.send(draft.meta.sender, PaymentAcknowledged(body.payment_id, True))  # perhaps in new words: its disk went back
         return
     known = row is not None and (row.body == document.body or row.digest == digest(document.body))
@@ -237,11 +230,14 @@ def payment_sent(draft: Draft, message: PaymentSent) -> None:
     if row is not None and row.tries > RESEND_TRIES:
         draft.send(draft.meta.sender, PaymentAcknowledged(body.payment_id, False, row.reason))
         return
-    if objection := _objection(draft, sender, body, 0 if row else len(document.body)):
+    known_body, unbooked = known_parts(draft, body, Party.PAYEE, sender)
+    if not known_body.agreement_payments and not known_body.activity_payments:
+        known_body = body  # it is for nothing that is known here: the objection says so
+    if objection := _objection(draft, sender, known_body, 0 if row else len(document.body)):
         draft.send(draft.meta.sender, PaymentAcknowledged(body.payment_id, False, objection), ANSWER_S)
         return
     if row is None:
-        _count_payment(draft, body, len(document.body))
+        _count_payment(draft, known_body, len(document.body))
         keep(draft, sender, len(document.body))
     row = PaymentRow(
         payment_id=body.payment_id,
@@ -255,6 +251,7 @@ def payment_sent(draft: Draft, message: PaymentSent) -> None:
         amount=amount_text(total),
         recorded_at=draft.now,
         tries=row.tries if row else 0,
+        unbooked=unbooked,
     )
     draft.put(f"payment/{row.payment_id}", row)
     key = _claims_key(body, tx_hash)
@@ -292,7 +289,7 @@ def _objection(draft: Draft, sender: str, body: PaymentBody, size: int) -> str:
         return f"{first.payment_bytes} bytes of payments were claimed for agreement {first.agreement_id} already"
     if full := no_room(draft, sender, size):
         return full
-    claims = draft.row(TxClaimsRow, _claims_key(body, _tx_hash(body.details)))
+    claims = draft.row(TxClaimsRow, _claims_key(body, tx_hash_of(body.details)))
     if claims is not None and len(claims.claims) >= MAX_CLAIMS:
         return f"{MAX_CLAIMS} payments were claimed of this transaction, and no more are looked at"
     return ""
@@ -325,9 +322,10 @@ def transfer_verified(draft: Draft, fact: TransferVerified) -> None:
     row = replace(row, state=PaymentState.VERIFIED, reason="", recorded_at=draft.now)
     draft.put(f"payment/{row.payment_id}", row)
     draft.wake(f"verify/{row.payment_id}", None)
-    _book(draft, decode_body(PaymentBody, row.body))
+    body = decode_body(PaymentBody, row.body)
+    book(draft, part_of(body, [each for each in _ids(body) if each not in row.unbooked]))
     draft.send(address(row.peer, "ledger"), PaymentAcknowledged(row.payment_id, True))
-    draft.emit("payments", _event(draft, row))
+    draft.emit("payments", event_of(draft, row))
 
 
 def transfer_rejected(draft: Draft, fact: TransferRejected) -> None:
@@ -381,11 +379,11 @@ def _ask(draft: Draft, row: PaymentRow) -> None:
 
 def _not_before(draft: Draft, body: PaymentBody) -> float:
     """When the youngest of the agreements that are paid was made: money that moved earlier was for something else."""
-    agreements = (draft.row(LedgerAgreementRow, f"agreement/{agreement_id}") for agreement_id in _agreements_of(draft, body))
+    agreements = (draft.row(LedgerAgreementRow, f"agreement/{agreement_id}") for agreement_id in agreements_of(draft, body))
     return max((row.approved_at for row in agreements if row is not None), default=0.0) - MAX_CLOCK_SKEW_S
 
 
-def _agreements_of(draft: Draft, body: PaymentBody) -> list[str]:
+def agreements_of(draft: Draft, body: PaymentBody) -> list[str]:
     """The agreements that a payment is for, by itself or by their activities."""
     found = [part.agreement_id for part in body.agreement_payments]
     for part in body.activity_payments:
@@ -395,7 +393,7 @@ def _agreements_of(draft: Draft, body: PaymentBody) -> list[str]:
 
 
 # -- both
-def _book(draft: Draft, body: PaymentBody) -> None:
+def book(draft: Draft, body: PaymentBody) -> None:
     """Add a payment to the sums of agreements and activities, and settle what they cover."""
     touched: list[str] = []
     for agreement_part in body.agreement_payments:
@@ -419,8 +417,8 @@ def _add_paid(draft: Draft, agreement_id: str, paid: str) -> None:
     draft.put(f"agreement/{agreement_id}", replace(agreement, paid=total))
 
 
-def _event(draft: Draft, row: PaymentRow) -> PaymentEvent:
-    agreement_ids = _agreements_of(draft, decode_body(PaymentBody, row.body))
+def event_of(draft: Draft, row: PaymentRow) -> PaymentEvent:
+    agreement_ids = agreements_of(draft, decode_body(PaymentBody, row.body))
     agreements = (draft.row(LedgerAgreementRow, f"agreement/{agreement_id}") for agreement_id in agreement_ids)
     sessions = dict.fromkeys(a.app_session_id for a in agreements if a is not None and a.app_session_id)
     return PaymentEvent(row.payment_id, row.role, row.platform, tuple(s for s in sessions if s))
@@ -437,7 +435,7 @@ def _claims_key(body: PaymentBody, tx_hash: str) -> str:
     return f"tx/{tx_hash}/{body.payer_addr}/{body.payee_addr}"
 
 
-def _tx_hash(details: str) -> str:
+def tx_hash_of(details: str) -> str:
     try:
         raw = base64.b64decode(details, validate=True)
     except (binascii.Error, ValueError) as error:

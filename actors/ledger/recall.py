@@ -15,9 +15,11 @@ from msgspec.structs import replace
 
 from actors.kernel.draft import Draft
 from actors.ledger.documents import add, agreement_of, event, owe, put, settle
+from actors.ledger.forgotten import book_forgotten, booked_again
 from actors.ledger.payer import order
-from actors.ledger.payments import booked_again
+from actors.ledger.payments import book_rest
 from actors.ledger.rows import (
+    ForgottenRow,
     InRow,
     LedgerActivityRow,
     LedgerAgreementRow,
@@ -206,8 +208,11 @@ def _payment(draft: Draft, document: Document, sender: str) -> None:
     known = draft.row(PaymentRow, f"payment/{body.payment_id}")
     if known is not None:
         if known.role == Party.PAYER and known.body == document.body and known.state in (PaymentState.SENT, PaymentState.REFUSED):
-            draft.put(f"payment/{body.payment_id}", replace(known, state=PaymentState.ACKNOWLEDGED, reason=""))
+            known = replace(known, state=PaymentState.ACKNOWLEDGED, reason="")
+            draft.put(f"payment/{body.payment_id}", known)
             draft.wake(f"resend/{body.payment_id}", None)
+        if known.role == Party.PAYER and known.body == document.body:
+            book_rest(draft, known, book_forgotten)
         return
     booked_again(draft, document, body)
 
@@ -221,6 +226,8 @@ def _own_document(draft: Draft, document: Document, sender: str) -> None:
         body = decode_body(InvoiceBody, document.body)
         own_id, activity_id, total = body.invoice_id, "", body.amount
     agreement = draft.row(LedgerAgreementRow, f"agreement/{body.agreement_id}")
+    if agreement is None and body.recipient_id == sender:
+        draft.put(f"forgotten/{document.kind}/{own_id}", ForgottenRow(body.agreement_id, sender))
     if agreement is None or (agreement.role, agreement.peer) != (Party.PAYEE, sender) or body.recipient_id != sender:
         return
     if draft.row(PaymentDocumentRow, f"{document.kind}/{own_id}") is not None:

@@ -318,11 +318,7 @@ class Chain:
 
     def release(self, network: str) -> bool:
         """Sign payments again after a restore: a person says that it is known what was paid. False if nothing was held."""
-        engine = self._engines[self.networks.by_name(network).chain]
-        held = bool(engine.store.held())
-        engine.store.release()
-        engine.wake()
-        return held
+        return self._engines[self.networks.by_name(network).chain].resume()
 
     def batch_sizes(self) -> dict[str, int]:
         """Payees that one transaction takes, by platform."""
