@@ -29,7 +29,7 @@ from pathlib import Path
 import trio
 
 from golem.chain import token
-from golem.chain.copies import Copies
+from golem.chain.copies import Copies, Told
 from golem.chain.draft import Drafts, Unowed, Wait, held_back
 from golem.chain.evidence import Evidence, Payment, Shown, Story, Unclear, View, newest
 from golem.chain.genesis import check_genesis
@@ -62,7 +62,7 @@ class Engine:
 
     Wherever several networks are one chain (see `Network.chain`), one engine must serve them all.
     `checkpoint` is called with "signed", "stored", "sent" and "mined" as these are reached: where tests let it die.
-    `vouch` has the last word before a payment is signed.
+    `vouch` has the last word before a payment is signed; `told` are transactions of payments that the ledger knows.
     """
 
     def __init__(
@@ -76,6 +76,7 @@ class Engine:
         clock: Callable[[], float] = time.time,
         checkpoint: Callable[[str], None] = lambda point: None,
         vouch: Vouch = vouch_nothing,
+        told: Told = tuple,
     ) -> None:
         self.network, self.rpc, self.key, self.address = network, rpc, key, key.address
         self.store = Store(db_path, f"{network.chain}/{key.address}")
@@ -84,7 +85,7 @@ class Engine:
         self.lost = Lost(network, self.store, self.evidence, key.address, clock)
         self._news = News(network, self.store, notify, clock)
         self._sender = Sender(network, rpc, self.store, self.drafts, self.lost, self._news, clock, checkpoint)
-        self._copies = Copies(network, self.store, self.evidence, key.address)
+        self._copies = Copies(network, self.store, self.evidence, key.address, told)
         self.queue = Queue(network, rpc, self.store, self.drafts, self.lost, self._sender, self._news, clock, self._copies)
         self._clock, self._checkpoint = clock, checkpoint
         self._disk = OwnDisk(f"payments on {network.name}")

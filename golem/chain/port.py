@@ -16,6 +16,7 @@ import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -37,7 +38,7 @@ from golem.chain.signer import Key
 from golem.chain.store import OrdersTaken
 from golem.chain.totals import totals
 from golem.chain.verify import NotYet, Rejected, verify_transfer
-from golem.chain.vouch import Vouch, voucher
+from golem.chain.vouch import Vouch, told, voucher
 from golem.chain.watch import Vigil
 from protocol.types import Message, Violation, address, amount, amount_text, from_wei, to_wei
 from protocol.wallet import (
@@ -122,7 +123,9 @@ class Chain:
             if row.chain not in self._rpcs:
                 self._rpcs[row.chain] = rpc = Rpc(row)
                 look = vouch or voucher(system, self.networks, row)
-                self._engines[row.chain] = Engine(row, rpc, key, config.data_dir / "chain.db", self._heard, vouch=look)
+                self._engines[row.chain] = Engine(
+                    row, rpc, key, config.data_dir / "chain.db", self._heard, vouch=look, told=partial(told, system)
+                )
         if not self._dev_dir:
             self._up.set()
 

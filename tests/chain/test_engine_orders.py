@@ -92,6 +92,13 @@ async def test_a_restored_file_pays_nothing_while_it_may_have_been_paid(lab: Lab
         assert problem.kind == "CantSign"
         assert "1 transactions have left its account since" in problem.detail
         assert wallet.told(TransferDelayed)
+        wallet.engine.resume()
+        for _ in range(10):
+            await wallet.engine.step()
+            lab.mine()
+        assert lab.tokens(payee) == 4 * GLM, "this payee has got something since"
+        (problem,) = wallet.engine.problems()
+        assert "may be paid by that already" in problem.detail
         wallet.engine.resume()  # a person knows that this was not paid
         await wallet.until(TransferConfirmed)
         assert lab.tokens(payee) == 7 * GLM

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,34 @@ class Books:
             assert left == 0
         return paid
 
+    async def held(self, known: Iterable[int]) -> set[int]:
+        """Deals whose payment was under way when the first node died: nobody but the chain knows that they are paid. They
+        wait, and it is said why."""
+        one, _ = self.sides
+        with within(90):
+            while True:
+                paid, left = await self.times_paid(), set()
+                for number in known:
+                    payer, payee, invoice = self.accepted[number]
+                    found = [await side.call("GET", f"{PAYMENT}/invoices/{invoice}") for side in (payer, payee)]
+                    if any(each["status"] != "SETTLED" for each in found):
+                        left.add(number)
+                problems = " ".join((await one.node.command("payment", "status"))["problems"])
+                waits = "may be paid by that already" in problems
+                if not left or (waits and all(paid[number] == 1 and self.accepted[number][0] is one for number in left)):
+                    return left
+                assert max(paid.values()) <= 1, paid
+                await trio.sleep(0.2)
+
+    def goes_on(self, side: Side) -> None:
+        """The first node is this process from now on."""
+        one, two = self.sides
+        self.sides = side, two
+        self.accepted = {
+            number: (side if payer is one else payer, side if payee is one else payee, invoice)
+            for number, (payer, payee, invoice) in self.accepted.items()
+        }
+
     async def resume(self, side: Side) -> None:
         """Once a restored node has heard its peers, do what a person does: let payments go on."""
         with within(60):
@@ -174,9 +203,9 @@ class Books:
                 await trio.sleep(0.2)
         await side.node.command("payment", "resume")
 
-    async def check(self, known: int) -> None:
-        """Nothing is paid twice. What was accepted of the first `known` deals is paid, and settled on both sides."""
-        numbers = {number for number in self.accepted if number <= known} - self.doubtful
+    async def check(self, known: Iterable[int]) -> None:
+        """Nothing is paid twice. What was accepted of the `known` deals is paid, and settled on both sides."""
+        numbers = {*known} - self.doubtful - await self.held(known)
         for number in sorted(numbers):
             payer, payee, invoice = self.accepted[number]
             await payer.settled(invoice)
@@ -189,7 +218,7 @@ class Books:
 
 async def market(net: LocalNet, cycle: str) -> Books:
     """Start two nodes with money, both of which will pay."""
-    extra = {"PAYMENT_CYCLE_DEFAULT_INTERVAL": cycle}
+    extra = {"PAYMENT_CYCLE_DEFAULT_INTERVAL": cycle, "MIN_PAYMENT_AMOUNT_GLM": "0"}
     one, two = Side(await net.start_node("one", extra=extra)), Side(await net.start_node("two", extra=extra))
     for side in (one, two):
         await side.node.command("payment", "fund")
@@ -216,8 +245,8 @@ async def test_a_node_restored_beside_the_payments_made_since_pays_nothing_twice
             nursery.start_soon(books.keep_owing, one, two)
             nursery.start_soon(books.keep_owing, two, one)
             await books.until_settled(4)
+            known = set(books.accepted)
             await one.node.command("backup", str(backup))
-            known = books.count
             await books.until_settled(8)
             nursery.cancel_scope.cancel()
         await put_back(books, backup)
@@ -239,15 +268,15 @@ async def test_orders_of_the_backup_that_were_paid_since_are_not_paid_again(tmp_
             await books.owe(payer, payee)
         for side in (one, two):
             await side.pay()
-        await books.check(5)
+        await books.check(range(1, 6))
         await put_back(books, backup)
         await books.resume(one)
         await one.pay()
-        await books.check(3)
+        await books.check(range(1, 4))
         number = await books.owe(one, two)
         await one.pay()
         await one.settled(books.accepted[number][2])
-        await books.check(3)
+        await books.check(range(1, 4))
 
 
 @pytest.mark.parametrize("dies", ["copy", "original"])
@@ -262,12 +291,12 @@ async def test_of_two_copies_one_goes_on_when_the_other_is_dead(tmp_path: Path, 
         await one.node.process.stop()
         shutil.copytree(one.node.data_dir, net.folder / "copy")
         await net.restart_node(one.node)
-        copy = Side(await net.start_node("copy", extra={"PAYMENT_CYCLE_DEFAULT_INTERVAL": "1h"}))
+        copy = Side(await net.start_node("copy", extra={"PAYMENT_CYCLE_DEFAULT_INTERVAL": "1h", "MIN_PAYMENT_AMOUNT_GLM": "0"}))
         assert copy.node.node_id == one.node.node_id
         copy.allocation = one.allocation
         for side in (one, two):
             await side.pay()
-        await books.check(3)
+        await books.check(range(1, 4))
         await copy.pay()
         if dies == "copy":
             await copy.node.process.stop(signal.SIGKILL)
@@ -275,14 +304,11 @@ async def test_of_two_copies_one_goes_on_when_the_other_is_dead(tmp_path: Path, 
         else:
             await one.node.process.stop(signal.SIGKILL)
             left = copy
-        print(await left.node.command("payment", "status"))
-        print(await left.node.command("status"))
-        print(await books.times_paid())
-        books.sides = left, two
+        books.goes_on(left)
+        await books.check(range(1, 4))  # a copy that has paid nothing hears of its peer what was paid
+        await left.node.command("payment", "resume")
         await books.owe(left, two)
         await left.pay()
         await books.owe(two, left)
         await two.pay()
-        await trio.sleep(5)
-        print(await left.node.command("payment", "status"))
-        await books.check(5)
+        await books.check(range(1, 6))
