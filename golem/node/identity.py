@@ -13,7 +13,7 @@ import secrets
 from collections.abc import Callable
 from pathlib import Path
 
-from golem.base.recursion import tame_imports
+from golem.base.imports import tame_imports
 from golem.base.settings_file import BadSettingsFile, is_there, read_json, read_text
 from golem.config import Config
 from golem.private_files import check_ours, is_open_to_others, write_private
