@@ -14,24 +14,11 @@ from worlds.playbook import Playbook, playbook
 
 from actors.provider.machine import Provider
 from actors.provider.negotiation import MAX_REJECTED
-from actors.provider.rules import (
-    ACCEPT_TIMEOUT,
-    COEFFS,
-    INTERVAL,
-    PAYMENT_TIMEOUT,
-    PLATFORM,
-    Agreed,
-    Situation,
-    Terms,
-    TurnedDown,
-    negotiate,
-    share_of,
-)
+from actors.provider.rules import PLATFORM, Agreed, Situation, Terms, TurnedDown, negotiate, share_of
 from actors.provider.turn import ProviderConfig
 from golem.exeunit.terms import read_terms
 from protocol.amounts import cost
-from protocol.ledger import LOCAL_CHAIN
-from protocol.properties import EXPIRATION
+from protocol.property_names import ACCEPT_TIMEOUT, COEFFS, EXPIRATION, INTERVAL, LOCAL_CHAIN, PAYMENT_TIMEOUT
 from protocol.provider import (
     AcceptAgreement,
     ActivityClosed,
