@@ -296,8 +296,12 @@ class Mux(MuxLine):
 
     async def _watch_loop(self) -> None:
         while True:
+            asleep = trio.current_time()
             await trio.sleep(self.timing.mux_ping_s)
-            silent_s = trio.current_time() - self.heard_at
+            now = trio.current_time()
+            # A process that was held itself (suspended, starved) has not read what came meanwhile: not the peer's silence.
+            self.heard_at = min(now, self.heard_at + now - asleep - self.timing.mux_ping_s)
+            silent_s = now - self.heard_at
             if silent_s >= self.timing.mux_dead_s:
                 raise MuxFault(f"silent for {silent_s:.0f} s")
             if self._ping_sent_at is None or silent_s >= self.timing.mux_ping_s:

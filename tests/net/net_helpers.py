@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,20 @@ from golem.net.host import Libp2pHost
 FAST = Timing(
     dial_timeout_s=15,  # both ends of a dial share this machine with all that else runs there
     dial_stagger_s=0.1,
-    open_timeout_s=2,
+    open_timeout_s=15,
     mux_ping_s=0.2,
-    mux_dead_s=1.0,
+    mux_dead_s=15,
     keepalive_s=0.3,
-    keepalive_timeout_s=0.7,
+    keepalive_timeout_s=15,
     backoff_min_s=0.1,
     backoff_max_s=0.5,
     maintenance_s=0.05,
     gossip_heartbeat_s=0.2,
     restart_min_s=0.05,
 )
+IMPATIENT = replace(
+    FAST, open_timeout_s=4, mux_dead_s=1.0, keepalive_timeout_s=0.7
+)  # for tests in which a peer is to fall silent
 KEYS = [bytes([number]) * 32 for number in range(1, 20)]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import socket
+import time
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,7 @@ from libp2p.pubsub.pb import rpc_pb2
 from libp2p.security.insecure.transport import PLAINTEXT_PROTOCOL_ID, InsecureTransport
 from libp2p.stream_muxer.exceptions import MuxedStreamError, MuxedStreamReset
 from libp2p.utils.varint import encode_varint_prefixed
-from net_helpers import FAST, KEYS, dial_stock, echo_stream, eventually, frame, hosts, is_serving, key_pair, stock_host
+from net_helpers import FAST, IMPATIENT, KEYS, dial_stock, echo_stream, eventually, frame, hosts, is_serving, key_pair, stock_host
 from worlds.patience import patience, within
 from worlds.support import trio_test
 
@@ -313,7 +314,7 @@ async def test_a_silent_connection_is_dead() -> None:
             if not cut:
                 await sink.send_all(data)
 
-    async with hosts(2) as (host, friend), trio.open_nursery() as nursery:
+    async with hosts(2, IMPATIENT) as (host, friend), trio.open_nursery() as nursery:
         port = int(host.addresses()[0].split("/")[4])
 
         async def proxy(inbound: trio.SocketStream) -> None:
@@ -331,6 +332,21 @@ async def test_a_silent_connection_is_dead() -> None:
         assert "silent" in str(conn.death)
         await eventually(lambda: host.swarm.get_total_connections() == 0, 2)
         nursery.cancel_scope.cancel()
+
+
+@trio_test
+async def test_a_process_that_was_held_itself_does_not_take_its_peer_for_dead() -> None:
+    """Held for longer than a silence may last (suspended, starved): what the peer sent meanwhile waits unread."""
+    async with hosts(2, IMPATIENT) as (host, friend):
+        host.serve_streams("/echo", echo_stream)
+        conn = await friend.dial(host.peer_id, host.addresses())
+        stream = await friend.open_stream(conn, "/echo")
+        for _ in range(2):
+            time.sleep(1.5 * IMPATIENT.mux_dead_s)  # noqa: ASYNC251  # the whole loop is held, which is the point
+            await trio.sleep(IMPATIENT.mux_ping_s * 1.5)
+            assert conn.death is None
+        await stream.write(b"alive")
+        assert await stream.read() == b"alive"
 
 
 @trio_test

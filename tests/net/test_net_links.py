@@ -11,7 +11,7 @@ import msgpack
 import pytest
 import trio
 from libp2p.stream_muxer.exceptions import MuxedStreamError
-from net_helpers import FAST, KEYS, config, echo, eventually, nodes
+from net_helpers import FAST, IMPATIENT, KEYS, config, echo, eventually, nodes
 from worlds.patience import patience, within
 from worlds.support import trio_test
 
@@ -153,7 +153,7 @@ async def test_a_false_hello_is_refused(tmp_path: Path) -> None:
 @trio_test
 async def test_a_peer_that_accepts_and_says_nothing_is_unreachable(tmp_path: Path) -> None:
     """It completes the handshakes, takes our link and never answers the hello."""
-    async with open_network(KEYS[0], config(tmp_path / "0")) as one:
+    async with open_network(KEYS[0], config(tmp_path / "0", timing=IMPATIENT)) as one:
         mute = Libp2pHost(KEYS[9], FAST)
 
         async def hold(node_id: str, stream: MuxStream) -> None:
@@ -189,7 +189,7 @@ async def test_a_peer_that_answers_with_the_record_of_another_gets_no_session(tm
 
 @trio_test
 async def test_half_named_bulk_streams_end(tmp_path: Path) -> None:
-    async with victim_and_attacker(tmp_path) as (_, _, attacker, conn):
+    async with victim_and_attacker(tmp_path, IMPATIENT) as (_, _, attacker, conn):
         for attack in (b"", b"\x05ab", b"\x00", b"\xff" * 256, b"\x01\xff"):
             stream = await attacker.open_stream(conn, BULK)
             await stream.write(attack)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from net_helpers import FAST, KEYS, config, echo, eventually, nodes
+from net_helpers import FAST, IMPATIENT, KEYS, config, echo, eventually, nodes
 from worlds.patience import patience, within
 from worlds.support import trio_test
 
@@ -326,7 +326,7 @@ def test_a_frozen_peer_is_noticed(tmp_path: Path) -> None:
     """F10: with the stock library never. Here 1 s of silence is too much; by default 20 s."""
 
     async def body() -> None:
-        async with open_network(KEYS[0], config(tmp_path / "0")) as one:
+        async with open_network(KEYS[0], config(tmp_path / "0", timing=IMPATIENT)) as one:
             with process(tmp_path / "1", 1) as (child, address):
                 node_id = await one.connect(address)
                 one.keep(node_id)
@@ -496,7 +496,7 @@ async def test_the_address_of_a_session_is_told(tmp_path: Path) -> None:
 async def test_clocks_that_differ_are_told_on_both_sides(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, dialler: int
 ) -> None:
-    async with nodes(tmp_path) as (ahead, other):
+    async with nodes(tmp_path, timing=IMPATIENT) as (ahead, other):
         sessions = ahead._sessions
         assert sessions is not None
 
