@@ -15,7 +15,7 @@ from typing import get_args
 import msgspec
 import trio
 
-from actors.kernel.batch import Batch, Decided, Turns
+from actors.kernel.batch import Batch, BatchTurns, Decided
 from actors.kernel.feed import next_head
 from actors.kernel.host import Host
 from actors.kernel.lineage import Lower, Position
@@ -77,7 +77,7 @@ class Actor(Mailbox):
         self._failing = Crashes()  # alarms, which are never given up
         self._backlog: list[Delivery] = []  # out of the mailbox, and not taken yet
         self._cut_short = ""  # the node whose turn ended with the time of a batch
-        self._turns = Turns()
+        self._turns = BatchTurns()
         self.forget()
 
     def forget(self) -> None:

@@ -40,7 +40,7 @@ class Decided(msgspec.Struct, frozen=True):
     bodies: list[bytes]
 
 
-class Turns:
+class BatchTurns:
     """Whose turn it is in a batch: alarms, then deliveries by rank; but who got none in the last batch comes first."""
 
     def __init__(self) -> None:
