@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import trio
 
-from golem.base.recursion import tame_imports
+from golem.base.imports import tame_imports
 from golem.chain.networks import Network
 from golem.chain.pool import TIMEOUT_S, Pool, RpcError
 from golem.chain.signer import checksum

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,10 @@ from golem.cli.output import table, text, value, wants_json
 from golem.config import VERSION
 
 #: What `golem status` says of things that wait: name in the answer, title, columns.
+MODULES = (
+    "run", "identity", "net", "payment", "market", "activity", "provider", "image", "chain", "quarantine", "backup", "trace",
+    "wallet", "reference",
+)  # fmt: skip
 WAITING = {
     "links": ("Messages that are not delivered yet:", ["actor", "waits for", "why"]),
     "restarts": ("Actors that crashed and were started again, since this node started:", ["actor", "times"]),
@@ -100,10 +105,8 @@ def status() -> None:
 
 def _register() -> None:
     """Commands that live in modules of their own."""
-    from golem.cli import activity, backup, chain, identity, image, market, net, payment, provider, quarantine, run, trace, wallet
-
-    for module in (run, identity, net, payment, market, activity, provider, image, chain, quarantine, backup, trace, wallet):
-        module.register(main)
+    for name in MODULES:
+        import_module(f"golem.cli.{name}").register(main)
 
 
 def _json_anywhere(command: click.Command) -> None:
@@ -119,17 +122,6 @@ def _json_anywhere(command: click.Command) -> None:
         option = click.Option(["--json"], is_flag=True, hidden=True, expose_value=False, is_eager=True, callback=ask_for_json)
         one.params.append(option)
         _json_anywhere(one)
-
-
-@main.group()
-def version() -> None:
-    """The version of this program."""
-
-
-@version.command("show")
-def version_show() -> None:
-    """Show the version."""
-    value({"current": {"version": VERSION, "name": "golem-node", "seen": True}, "pending": None})
 
 
 @main.command()

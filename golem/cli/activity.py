@@ -37,6 +37,12 @@ def activity_list(everything: bool) -> None:
     table(columns, rows, "" if rows else "No activities." if everything else "No activities run (--all shows those that ended).")
 
 
+@activity.command("status")
+def activity_status() -> None:
+    """Count the activities by state, of the last hour and in all."""
+    value(ask_node("activity_counts"))
+
+
 @activity.command("show")
 @click.argument("activity_id", metavar="ID")
 def activity_show(activity_id: str) -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+from typing import BinaryIO
+
 import click
 
 from golem.cli.client import ask_node
-from golem.cli.output import done, table, text, value, wants_json
+from golem.cli.output import done, fail, table, text, value, wants_json
+
+MOST_SIGNED = 1 << 20  # bytes of a file
 
 
 @click.group("id")
@@ -28,6 +33,30 @@ def id_list() -> None:
     one = ask_node("id_show")
     columns = ["default", "locked", "delete in progress", "alias", "address"]
     table(columns, [["X", "", "", one["alias"], one["nodeId"]]])
+
+
+@identity.command("pub-key")
+@click.argument("node_id", required=False)
+def id_pub_key(node_id: str | None) -> None:
+    """Print the public key (64 bytes, in hex)."""
+    found = ask_node("id_public_key", id=node_id)
+    text(f'"{found}"' if wants_json() else found)
+
+
+@identity.command("sign")
+@click.argument("file", type=click.File("rb"))
+@click.option("--id", "node_id", hidden=True)
+def id_sign(file: BinaryIO, node_id: str | None) -> None:
+    """Sign a file with the node's key.
+
+    What is signed is the file under the heading that Ethereum wallets put before a message (EIP-191), so that no file can
+    pass for a payment or an agreement. Wallets and libraries call this personal_sign, and check it.
+    """
+    message = file.read(MOST_SIGNED + 1)
+    if len(message) > MOST_SIGNED:
+        raise fail(f"the file is longer than {MOST_SIGNED >> 20} MiB: sign its checksum instead")
+    found = ask_node("id_sign", id=node_id, message=base64.b64encode(message).decode())
+    text(f'"{found}"' if wants_json() else found)
 
 
 @click.group("app-key")
@@ -61,7 +90,7 @@ def app_key_list(node_id: str | None, page: int, per_page: int) -> None:
 @click.option("--id", "node_id", hidden=True)
 def app_key_show(name: str, node_id: str | None) -> None:
     """Show an app-key."""
-    value(ask_node("app_key_show", name=name))
+    value(ask_node("app_key_show", name=name, id=node_id))
 
 
 @app_key.command("drop")
@@ -69,7 +98,7 @@ def app_key_show(name: str, node_id: str | None) -> None:
 @click.option("--id", "node_id", hidden=True)
 def app_key_drop(name: str, node_id: str | None) -> None:
     """Delete an app-key."""
-    ask_node("app_key_drop", name=name)
+    ask_node("app_key_drop", name=name, id=node_id)
     done(f"The app-key {name!r} is deleted: agents that have it are refused from now on.")
 
 

@@ -6,6 +6,7 @@ Registered with `golem/control/command.py`, as every `cli:` call of the bus. Nei
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 LIVE_TIMEOUT_S = 2.0
 WATCH_MARGIN_S = 5.0
 MAX_EVENT_CHARS = 1 << 20
+COUNTED_S = 3600.0  # what `golem activity status` calls recent
 VECTOR, COEFFS = "golem.com.usage.vector", "golem.com.pricing.model.linear.coeffs"
 
 
@@ -86,6 +88,16 @@ async def activity_list(node: Node, args: dict[str, Any]) -> Any:
     """All activities of this node, the newest last."""
     rows = [row for _, row in node.system.listed("activity", "activity/")[0]]
     return [_form(node, row) for row in sorted(rows, key=lambda row: row.created_at) if args.get("all") or not row.ended]
+
+
+@command
+async def activity_counts(node: Node, args: dict[str, Any]) -> Any:
+    """How many activities are in which state: all that are kept, and those in which something happened within an hour."""
+    rows: list[ActivityRow] = [row for _, row in node.system.listed("activity", "activity/")[0]]
+    at = [max(row.created_at, row.state_at, row.usage_at) for row in rows]
+    recent = [row for row, moment in zip(rows, at, strict=True) if node.clock() - moment <= COUNTED_S]
+    return {"last1h": dict(Counter(row.state.value for row in recent)), "total": dict(Counter(row.state.value for row in rows)),
+            "lastActivityTs": timestamp_text(max(at)) if at else None}  # fmt: skip
 
 
 @command

@@ -61,7 +61,10 @@ async def net_connect(node: Node, args: dict[str, Any]) -> Any:
     """Open a session with a node id or multiaddr."""
     from golem.control.market import peers, whole_id
 
-    return await node.network.connect(whole_id(args["target"], peers(node)))
+    peer = await node.network.connect(whole_id(args["target"], peers(node)))
+    if args.get("keep"):
+        node.network.keep(peer)
+    return peer
 
 
 @command
@@ -72,3 +75,24 @@ async def net_disconnect(node: Node, args: dict[str, Any]) -> Any:
     wanted = node_id(whole_id(args["id"], peers(node)))
     await node.network.disconnect(wanted)
     return wanted
+
+
+@command
+async def net_find(node: Node, args: dict[str, Any]) -> Any:
+    """Where a node was met last, by the address book; nothing is dialled."""
+    from golem.control.market import peers, whole_id
+
+    wanted = node_id(whole_id(args["id"], peers(node)))
+    known = node.network.known_addresses(wanted)
+    if not known:
+        raise LookupError(f"{wanted} was never met and nobody told of it (golem net connect {wanted} asks peers for it)")
+    seen = next((one.seen for one in node.network.sessions() if one.node_id == wanted), None)
+    return {"identities": [wanted], "endpoints": known, "seen": None if seen is None else timestamp_text(seen.timestamp()),
+            "slot": 0, "encryption": "noise"}  # fmt: skip
+
+
+@command
+async def net_neighbors(node: Node, args: dict[str, Any]) -> Any:
+    """Nodes that a session is up with, the fastest first."""
+    known = sorted(node.network.sessions(), key=lambda one: (one.rtt_ms is None, one.rtt_ms, one.node_id))
+    return [one.node_id for one in known][: max(0, int(args["most"]))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,9 +62,7 @@ async def rest_access(node: Node, args: dict[str, Any]) -> Any:
 @command
 async def id_show(node: Node, args: dict[str, Any]) -> Any:
     """The node's identity."""
-    wanted = args.get("id")
-    if wanted and wanted != node.name and node_id(wanted) != node.node_id:
-        raise LookupError(f"this node has one identity, {node.node_id}; {wanted} is not it")
+    _own(node, args.get("id"))
     return {"alias": node.name, "nodeId": node.node_id, "isLocked": False, "isDefault": True, "deleted": False,
             "encrypted": node.identity.encrypted}  # fmt: skip
 
@@ -71,6 +70,27 @@ async def id_show(node: Node, args: dict[str, Any]) -> Any:
 def _app_key(key: AppKey) -> dict[str, Any]:
     return {"name": key.name, "key": key.key, "role": key.role, "identity": key.identity, "createdDate": key.created,
             "allowOrigins": list(key.allow_origins)}  # fmt: skip
+
+
+def _own(node: Node, given: str | None) -> None:
+    """Raise `LookupError` where `given` names another identity than the node's."""
+    if given and given != node.name and node_id(given) != node.node_id:
+        raise LookupError(f"this node has one identity, {node.node_id}; {given} is not it")
+
+
+@command
+async def id_public_key(node: Node, args: dict[str, Any]) -> Any:
+    """The public key, in hex."""
+    _own(node, args.get("id"))
+    return node.identity.public_key.hex()
+
+
+@command
+async def id_sign(node: Node, args: dict[str, Any]) -> Any:
+    """Sign a message of a person (EIP-191); the signature in hex."""
+    _own(node, args.get("id"))
+    message = base64.b64decode(args["message"], validate=True)
+    return (await trio.to_thread.run_sync(node.identity.sign_message, message)).hex()
 
 
 @command
@@ -91,6 +111,7 @@ async def app_key_list(node: Node, args: dict[str, Any]) -> Any:
 @command
 async def app_key_show(node: Node, args: dict[str, Any]) -> Any:
     """One app-key."""
+    _own(node, args.get("id"))
     if found := node.app_keys.named(args["name"]):
         return _app_key(found)
     raise LookupError(f"no app-key named {args['name']!r}")
@@ -99,4 +120,5 @@ async def app_key_show(node: Node, args: dict[str, Any]) -> Any:
 @command
 async def app_key_drop(node: Node, args: dict[str, Any]) -> Any:
     """Forget an app-key."""
+    _own(node, args.get("id"))
     node.app_keys.drop(args["name"])

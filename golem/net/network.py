@@ -186,6 +186,10 @@ class PeerNetwork:
         """Node ids in the address book, the last met first."""
         return [entry.node_id for entry in self._book.recent() if entry.node_id != self.node_id]
 
+    def known_addresses(self, node_id: str) -> list[str]:
+        """Multiaddrs at which a peer may be met, the one that answered last first; empty for a peer never heard of."""
+        return self._book.addresses(node_id)
+
     # supervision
 
     async def supervise(self) -> None:

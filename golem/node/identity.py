@@ -13,7 +13,9 @@ import secrets
 from collections.abc import Callable
 from pathlib import Path
 
-from golem.base.recursion import tame_imports
+import coincurve
+
+from golem.base.imports import tame_imports
 from golem.base.settings_file import BadSettingsFile, is_there, read_json, read_text
 from golem.config import Config
 from golem.private_files import check_ours, is_open_to_others, write_private
@@ -46,6 +48,19 @@ class Identity:
     def sign(self, kind: str, body: bytes) -> Document:
         """Return `body` as a signed document of `kind` (see `protocol.signing`)."""
         return sign(self._key, kind, body)
+
+    @property
+    def public_key(self) -> bytes:
+        """Return the public key, 64 bytes (x and y)."""
+        return bytes(coincurve.PrivateKey(self._key).public_key.format(compressed=False)[1:])
+
+    def sign_message(self, message: bytes) -> bytes:
+        """Return the signature (65 bytes: r, s, v) of `message` under the heading of EIP-191, as wallets sign texts of people."""
+        tame_imports()
+        from eth_account import Account
+        from eth_account.messages import encode_defunct
+
+        return bytes(Account.sign_message(encode_defunct(message), self._key).signature)
 
     def derived(self, purpose: str) -> bytes:
         """Return a secret of this node (32 bytes) for one purpose; it is the same at each start and says nothing of the key."""

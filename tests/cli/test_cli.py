@@ -23,6 +23,9 @@ from typing import Any
 import pytest
 import trio
 from click.testing import CliRunner
+from eth_account import Account
+from eth_account.messages import encode_defunct
+from eth_keys import keys
 from worlds.patience import patience
 
 from golem.cli import main
@@ -104,6 +107,16 @@ def test_identity(alice: LocalNode) -> None:
     assert alice.node_id in run_text(alice, "id", "list")
 
 
+def test_a_file_is_signed_as_wallets_sign(alice: LocalNode, tmp_path: Path) -> None:
+    message = bytes(range(256)) * 20
+    (tmp_path / "file").write_bytes(message)
+    signature = bytes.fromhex(run_json(alice, "id", "sign", str(tmp_path / "file")))
+    assert Account.recover_message(encode_defunct(message), signature=signature).lower() == alice.node_id
+    public_key = keys.PublicKey(bytes.fromhex(run_json(alice, "id", "pub-key")))
+    assert public_key.to_address() == alice.node_id
+    assert run_text(alice, "id", "pub-key", alice.node_id).strip() == public_key.to_bytes().hex()
+
+
 def test_app_keys(alice: LocalNode) -> None:
     key = run_json(alice, "app-key", "create", "one")
     assert re.fullmatch("[0-9a-f]{32}", key)
@@ -131,6 +144,16 @@ def test_network(market: tuple[LocalNode, LocalNode]) -> None:
     assert 0 < ping["ping (tcp)"] < 5000
     assert run_json(alice, "net", "connect", bob.node_id)["identities"] == [bob.node_id]
     assert bob.node_id in run_text(alice, "net", "sessions")
+    found = run_json(alice, "net", "find", bob.node_id)
+    assert found["identities"] == [bob.node_id]
+    assert found["endpoints"][0].startswith("/ip4/")
+    assert run_json(alice, "net", "list-neighbors", "8") == [bob.node_id]
+    assert run_json(alice, "net", "list-neighbors", "0") == []
+    assert run_text(alice, "net", "list-neighbors", "8").splitlines() == [bob.node_id]
+    (one,) = run_json(alice, "net", "sockets")
+    assert list(one) == ["type", "port", "to addr", "to port", "state", "out [KiB/s]", "in [KiB/s]"]
+    assert f"/ip4/{one['to addr']}/tcp/{one['to port']}" == session["address"]
+    assert run_json(alice, "net", "connect", bob.node_id, "--keep-alive")["identities"] == [bob.node_id]
 
 
 def test_payment(alice: LocalNode) -> None:
@@ -264,7 +287,13 @@ def test_stopping_the_chain_beside_a_running_node(alice: LocalNode) -> None:
 
 
 def test_about_the_program(alice: LocalNode) -> None:
-    assert run_json(alice, "version", "show")["current"]["version"].count(".") == 2
+    for asked in ("show", "check"):
+        assert run_json(alice, "version", asked)["current"]["version"].count(".") == 2
+    assert run_json(alice, "version", "skip") is None
+    assert run_json(alice, "consent", "show") == {"consents": []}
+    assert run_text(alice, "consent", "show") == run_text(alice, "consent", "deny", "stats")
+    assert run_json(alice, "extension", "list") == []
+    assert run_json(alice, "activity", "status") == {"last1h": {}, "total": {}, "lastActivityTs": None}
     assert "complete" in run_text(alice, "complete", "bash")
     status = run_json(alice, "status")
     assert (status["nodeId"], status["apiUrl"], status["profile"]) == (alice.node_id, alice.api_url, "local")
@@ -285,6 +314,14 @@ def test_command_lists_are_not_cut() -> None:
     (("app-key", "create", "x", "--id", STRANGER), "one identity"),
     (("id", "show", STRANGER), "one identity"),
     (("id", "show", "0x12"), "not a node id"),
+    (("id", "pub-key", STRANGER), "one identity"),
+    (("id", "sign", __file__, "--id", STRANGER), "one identity"),
+    (("app-key", "drop", "nobody", "--id", STRANGER), "one identity"),
+    (("app-key", "show", "nobody", "--id", STRANGER), "one identity"),
+    (("consent", "allow", "stats"), "Nothing is sent"),
+    (("extension", "register", "x", "--path", "/bin/x"), "REST API"),
+    (("net", "find", STRANGER), "was never met"),
+    (("net", "find", "0x12"), "not a node id"),
     (("net", "ping", "0x12"), "not a node id"),
     (("net", "connect", "/ip4/1.2.3.4"), "expected /ip4/<address>/tcp/<port>/p2p/<peer id>"),
     (("net", "connect", f"/ip4/127.0.0.1/tcp/9/p2p/{PEER_ID}"), "(/ip4/127.0.0.1/tcp/9: Connection refused)"),

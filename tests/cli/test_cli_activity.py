@@ -141,6 +141,9 @@ async def test_what_there_is(tmp_path: Path) -> None:
         assert (ended.returncode, ended.stdout) == (0, f"Activity {w.activity_id} is ended.\n".encode()), ended.stderr
         assert await golem(w.r, "list", as_json=True) == []
         assert len(await golem(w.r, "list", "--all", as_json=True)) == 1
+        counts = await golem(w.r, "status", as_json=True)
+        assert counts["last1h"] == counts["total"] == {"Terminated": 1}
+        assert counts["lastActivityTs"].endswith("Z")
         refused = await golem(w.r, "exec", "1", "--", "ls")
         assert (refused.returncode, b"has ended" in refused.stderr) == (255, True)
 

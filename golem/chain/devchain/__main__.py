@@ -20,6 +20,7 @@ from pathlib import Path
 
 import trio
 
+from golem.base.imports import tame_imports
 from golem.base.printing import set_up_logs
 from golem.chain.devchain import BUSY_EXIT, INFO_NAME, LOCK_NAME, LOOPBACK, token_of
 from golem.chain.devchain.genesis import CHAIN_ID
@@ -61,6 +62,7 @@ async def gone(path: Path, descriptor: int) -> None:
 
 async def serve(options: argparse.Namespace, port_before: int, token: str, lock: int) -> int:
     # py-evm is heavy: imported only once the lock is ours
+    tame_imports()
     from golem.chain.devchain.chain import DevChain
     from golem.chain.devchain.server import Server
 
