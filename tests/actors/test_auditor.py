@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 from msgspec.structs import replace
 from worlds.books import check_books, findings, moved_by, report_of
 from worlds.money import PLATFORM, Done, Node, World
@@ -27,8 +27,6 @@ from protocol.wallet import RunCycle
 # -- whatever happens: the stateful machine has the auditor as its invariant
 class Market(RuleBasedStateMachine):
     """A payer, a payee, and one who is both, under repeats, failed transfers, and (`Forgetful`) disks that go back in time."""
-
-    forgets = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -151,9 +149,9 @@ class Forgetful(Market):
         self.world.restore(one, self.backups[one.id])
 
 
-Market.TestCase.settings = settings(max_examples=25, stateful_step_count=40, deadline=None, print_blob=True)
-Forgetful.TestCase.settings = Market.TestCase.settings
-TestMarket, TestForgetful = Market.TestCase, Forgetful.TestCase
+@pytest.mark.parametrize("market", [Market, Forgetful])
+def test_books_add_up_whatever_happens(market: type[Market]) -> None:
+    run_state_machine_as_test(market, settings=settings(max_examples=25, stateful_step_count=40, deadline=None, print_blob=True))
 
 
 # -- books that were falsified: each finding names what is wrong
