@@ -11,7 +11,8 @@ from sim_world import Broken
 
 from actors.activity.machine import Activity
 from actors.activity.rows import ActivityRow, BatchRow, ResultRow
-from actors.auditor import audit, contradictions
+from actors.auditor.audit import audit
+from actors.auditor.books import contradictions
 from actors.kernel.records import unsealed
 from actors.ledger.machine import Ledger, OrderRow, PaymentDocumentRow, PaymentRow, total_of
 from actors.ledger.machine import LedgerAgreementRow as Terms

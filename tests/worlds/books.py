@@ -7,7 +7,9 @@ from collections.abc import Iterable
 from decimal import Decimal
 from typing import TYPE_CHECKING
 
-from actors.auditor import Finding, Moved, Report, audit, contradictions
+from actors.auditor.audit import audit
+from actors.auditor.books import contradictions
+from actors.auditor.report import Finding, Moved, Report
 from protocol.amounts import total_of
 from protocol.states import Party
 

@@ -13,157 +13,42 @@ their agreements are then bounded by them, and not equal.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Container, Iterable, Mapping
 from decimal import Decimal
-from typing import Any
 
+from actors.auditor.books import OPEN, OWED, Books, name_of
+from actors.auditor.report import ZERO, Charged, Finding, Moved, Report, Sums
 from actors.ledger.audit import signed_total
 from actors.ledger.rows import (
-    AllocationRow,
     HasPrefix,
     LedgerActivityRow,
     LedgerAgreementRow,
     OrderRow,
-    OwedRow,
     PaymentDocumentRow,
     PaymentRow,
     PaymentState,
-    TxClaimsRow,
 )
-from actors.wallet.rows import OrderState, PayBatchRow, PayBatchState, PayOrderRow
+from actors.wallet.rows import OrderState, PayBatchRow, PayBatchState
 from protocol.amounts import minus, total_of
 from protocol.ledger import PaymentBody, decode_body
 from protocol.states import DocumentKind, DocumentStatus, Party
 from protocol.types import Violation, amount_text
 
-OWED = (DocumentStatus.ACCEPTED, DocumentStatus.SETTLED)
-OPEN = (DocumentStatus.ISSUED, DocumentStatus.RECEIVED)
-ZERO = Decimal(0)
-#: (transaction hash, payee) -> what the chain moved there from this node's account
-Moved = Mapping[tuple[str, str], Decimal]
 
+def audit(ledger: HasPrefix, wallet: HasPrefix, moved: Moved | None = None, known: Container[str] | None = None) -> Report:
+    """Audit one node's books. `ledger` and `wallet` are of one moment.
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """What does not add up. `subject` names a document ("invoice <id>"), an allocation, an order, a batch or a payment."""
-
-    subject: str
-    words: str
-
-
-@dataclass(slots=True)
-class Sums:
-    """What one side of the agreements of a platform comes to, in GLM. Queued and in flight are the payer's; of what a payee
-    is owed, `in_flight` is claimed to be paid and being verified, `queued` is not paid as far as it knows."""
-
-    platform: str
-    role: Party
-    documents: int = 0
-    issued: Decimal = ZERO
-    open: Decimal = ZERO
-    rejected: Decimal = ZERO
-    accepted: Decimal = ZERO
-    settled: Decimal = ZERO
-    queued: Decimal = ZERO
-    in_flight: Decimal = ZERO
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """What became of an allocation, in GLM: `paid` on chain, `reserved` for orders that are not paid yet, `free` or, once it
-    is released, given back."""
-
-    row: AllocationRow
-    paid: Decimal
-    reserved: Decimal
-    free: Decimal
-
-
-@dataclass(slots=True)
-class Report:
-    """What an audit found; the books add up where `findings` is empty."""
-
-    sums: list[Sums] = field(default_factory=list)
-    allocations: list[Held] = field(default_factory=list)
-    transfers: int = 0  # batches whose payees were held against the chain
-    findings: list[Finding] = field(default_factory=list)
-
-
-def audit(ledger: HasPrefix, wallet: HasPrefix, moved: Moved | None = None) -> Report:
-    """Audit one node's books. `ledger` and `wallet` are of one moment; `moved` is what the chain says, if anybody asked it."""
-    return _Audit(_Books(ledger, wallet), moved).report()
-
-
-def contradictions(payer: HasPrefix, payee: HasPrefix) -> list[Finding]:
-    """Hold the ledgers of two nodes against each other: what one says to owe, the other is owed.
-
-    The payer is first with each acceptance and each payment, so the payee may lag behind, and never lead. Not for nodes
-    whose disks went back in time.
+    `moved` is what the chain says, not older than they are, if anybody asked it; `known`: the batches of which it can say
+    something, all where it is None.
     """
-    found = []
-    theirs = {key: row for key, row in _documents(payee) if row.role == Party.PAYEE}
-    for key, ours in _documents(payer):
-        other = theirs.get(key)
-        if ours.role != Party.PAYER or other is None:
-            continue
-        if (other.body, other.amount) != (ours.body, ours.amount):
-            found.append(Finding(_name(ours), f"is of {ours.amount} at its payer and of {other.amount} at its payee"))
-        if _rank(other) > _rank(ours):
-            found.append(Finding(_name(ours), f"is {other.status} at its payee and {ours.status} at its payer"))
-    sums = {key: row for key, row in payee.prefix("agreement/") if row.role == Party.PAYEE}
-    for key, row in payer.prefix("agreement/"):
-        other = sums.get(key)
-        if row.role != Party.PAYER or other is None:
-            continue
-        for what in ("accepted", "paid"):
-            if Decimal(getattr(other, what)) > Decimal(getattr(row, what)):
-                words = f"its payee has {getattr(other, what)} as {what}, its payer {getattr(row, what)}"
-                found.append(Finding(f"agreement {row.agreement_id}", words))
-    return found
-
-
-def _rank(row: PaymentDocumentRow) -> int:
-    return OWED.index(row.status) + 1 if row.status in OWED else 0
-
-
-def _name(row: PaymentDocumentRow | OrderRow) -> str:
-    return f"{row.kind} {row.document_id}"
-
-
-def _documents(rows: HasPrefix) -> Iterator[tuple[str, PaymentDocumentRow]]:
-    for kind in DocumentKind.DEBIT_NOTE, DocumentKind.INVOICE:
-        for _, row in rows.prefix(f"{kind}/"):
-            yield f"{row.kind}:{row.document_id}", row
-
-
-class _Books:
-    """The rows, by what they are about."""
-
-    def __init__(self, ledger: HasPrefix, wallet: HasPrefix) -> None:
-        def named(rows: HasPrefix, prefix: str) -> dict[str, Any]:
-            return {key.removeprefix(prefix): row for key, row in rows.prefix(prefix)}
-
-        self.documents = dict(_documents(ledger))
-        self.agreements: dict[str, LedgerAgreementRow] = named(ledger, "agreement/")
-        self.activities: dict[str, LedgerActivityRow] = named(ledger, "activity/")
-        self.allocations: dict[str, AllocationRow] = named(ledger, "allocation/")
-        self.orders: dict[str, OrderRow] = named(ledger, "order/")
-        self.payments: dict[str, PaymentRow] = named(ledger, "payment/")
-        self.claims: dict[str, TxClaimsRow] = named(ledger, "tx/")
-        self.owed: dict[str, OwedRow] = named(ledger, "owed/")
-        self.open = set(named(ledger, "open/"))
-        self.ordered = set(named(ledger, "ordered/"))
-        self.pay_orders: dict[str, PayOrderRow] = named(wallet, "order/")
-        self.batches: dict[str, PayBatchRow] = named(wallet, "batch/")
-        self.queue = set(named(wallet, "queue/"))
+    return _Audit(Books(ledger, wallet), moved, known).report()
 
 
 class _Audit:
     """One audit. Each method holds one kind of rows against the others."""
 
-    def __init__(self, books: _Books, moved: Moved | None) -> None:
-        self.books, self.moved = books, moved
+    def __init__(self, books: Books, moved: Moved | None, known: Container[str] | None) -> None:
+        self.books, self.moved, self.known = books, moved, known
         self.found = Report()
         self.documents: dict[str, list[PaymentDocumentRow]] = defaultdict(list)  # by agreement
         self.notes: dict[str, list[PaymentDocumentRow]] = defaultdict(list)  # accepted ones, by activity
@@ -266,18 +151,20 @@ class _Audit:
             try:
                 signed = signed_total(row)
             except (Violation, ValueError) as error:
-                self.say(_name(row), f"cannot be read: {error}")
+                self.say(name_of(row), f"cannot be read: {error}")
                 continue
             if signed != Decimal(row.amount):
-                self.say(_name(row), f"is signed for {amount_text(signed)}, and noted with {row.amount}")
+                self.say(name_of(row), f"is signed for {amount_text(signed)}, and noted with {row.amount}")
             index = f"{row.agreement_id}/{row.kind}/{row.document_id}"
             if (row.status == DocumentStatus.ACCEPTED) != (index in waiting):
-                self.say(_name(row), f"is {row.status}, and {'is' if index in waiting else 'is not'} listed as waiting for money")
+                self.say(
+                    name_of(row), f"is {row.status}, and {'is' if index in waiting else 'is not'} listed as waiting for money"
+                )
             waiting.discard(index)
             if row.status in OWED and not row.acceptance:
-                self.say(_name(row), f"is {row.status} without the payer's signature")
+                self.say(name_of(row), f"is {row.status} without the payer's signature")
             if key in self.books.orders and (row.status not in OWED or row.role != Party.PAYER):
-                self.say(_name(row), f"is {row.status}, and its payment is ordered")
+                self.say(name_of(row), f"is {row.status}, and its payment is ordered")
             self._is_covered(row)
         for index in waiting:
             self.say(index.partition("/")[2].replace("/", " "), "is listed as waiting for money, and is not known here")
@@ -287,9 +174,9 @@ class _Audit:
         of = row.activity_id if row.kind == DocumentKind.DEBIT_NOTE else row.agreement_id
         paid, due = self.parts[of], Decimal(row.amount)
         if row.status == DocumentStatus.SETTLED and paid < due:
-            self.say(_name(row), f"is settled for {row.amount}, and payments cover {amount_text(paid)} of it")
+            self.say(name_of(row), f"is settled for {row.amount}, and payments cover {amount_text(paid)} of it")
         if row.status == DocumentStatus.ACCEPTED and paid >= due:
-            self.say(_name(row), f"is not settled, and payments of {amount_text(paid)} cover its {row.amount}")
+            self.say(name_of(row), f"is not settled, and payments of {amount_text(paid)} cover its {row.amount}")
 
     def _agreements(self) -> None:
         sums: dict[tuple[str, Party], Sums] = {}
@@ -298,7 +185,7 @@ class _Audit:
             self._agreement(row, into, self.documents.pop(agreement_id, []))
         for rows in self.documents.values():
             for document in rows:
-                self.say(_name(document), f"is of agreement {document.agreement_id}, which is not known here")
+                self.say(name_of(document), f"is of agreement {document.agreement_id}, which is not known here")
         for activity_id, activity in self.books.activities.items():
             self._activity(activity_id, activity)
         self.found.sums = [sums[key] for key in sorted(sums)]
@@ -363,7 +250,7 @@ class _Audit:
         invoiced = agreement is not None and agreement.invoice_accepted  # from then on notes are owed as a part of it
         if over > self.recalled[activity_id] or (over < 0 and not invoiced):
             told = f"{row.accepted} is noted as accepted for activity {activity_id}"
-            subject = _name(max(notes, key=lambda one: Decimal(one.amount))) if notes else f"activity {activity_id}"
+            subject = name_of(max(notes, key=lambda one: Decimal(one.amount))) if notes else f"activity {activity_id}"
             self.say(subject, f"{told}, and its accepted debit notes come to {amount_text(highest)}")
 
     # -- orders
@@ -371,11 +258,11 @@ class _Audit:
         for order_id, order in self.books.orders.items():
             document = self.books.documents.get(order_id)
             if document is None:
-                self.say(_name(order), "is ordered to be paid, and not known here")
+                self.say(name_of(order), "is ordered to be paid, and not known here")
             elif Decimal(order.amount) > Decimal(document.amount):
-                self.say(_name(order), f"is of {document.amount}, and {order.amount} is ordered for it")
+                self.say(name_of(order), f"is of {document.amount}, and {order.amount} is ordered for it")
             if f"{order.agreement_id}/{order_id}" not in self.books.ordered:
-                self.say(_name(order), "is ordered, and not listed among the orders of its agreement")
+                self.say(name_of(order), "is ordered, and not listed among the orders of its agreement")
             self._order(order_id, order)
         for order_id, payments in self.paid_by.items():
             if len(payments) > 1 or order_id not in self.books.orders:
@@ -393,28 +280,28 @@ class _Audit:
         payments, known = self.paid_by.get(order_id, []), self.books.pay_orders.get(order_id)
         paid = self.books.payments.get(order.payment_id)
         if order.payment_id and (paid is None or order.payment_id not in payments):
-            self.say(_name(order), f"is noted as paid by {order.payment_id}, which does not pay it")
+            self.say(name_of(order), f"is noted as paid by {order.payment_id}, which does not pay it")
         elif payments and not order.payment_id:
-            self.say(_name(order), f"is paid by {payments[0]}, and noted as not paid")
+            self.say(name_of(order), f"is paid by {payments[0]}, and noted as not paid")
         if known is None:
             if order.payment_id:
-                self.say(_name(order), "is noted as paid, and the wallet never had it")
+                self.say(name_of(order), "is noted as paid, and the wallet never had it")
             return
         terms = (order.platform, order.payer_addr, order.payee_addr, Decimal(order.amount))
         if terms != (known.platform, known.payer, known.payee, Decimal(known.amount)):
-            self.say(_name(order), f"is ordered with {order.amount}, and the wallet has {known.amount} to {known.payee}")
+            self.say(name_of(order), f"is ordered with {order.amount}, and the wallet has {known.amount} to {known.payee}")
         if order.payment_id and known.state != OrderState.PAID:
-            self.say(_name(order), f"is noted as paid, and the wallet has it as {known.state}")
+            self.say(name_of(order), f"is noted as paid, and the wallet has it as {known.state}")
         batch = self.books.batches.get(known.batch_id)
         queued = f"{known.platform}/{known.payer}/{order_id}" in self.books.queue
         if queued != (known.state == OrderState.QUEUED):
-            self.say(_name(order), f"is {known.state} at the wallet, and {'is' if queued else 'is not'} in its queue")
+            self.say(name_of(order), f"is {known.state} at the wallet, and {'is' if queued else 'is not'} in its queue")
         wanted = {OrderState.BATCHED: PayBatchState.SENDING, OrderState.PAID: PayBatchState.CONFIRMED}.get(known.state)
         if wanted and (batch is None or (batch.state != wanted and not batch.recalled)):
             state = batch.state if batch else "unknown"
-            self.say(_name(order), f"is {known.state} at the wallet, and its batch {known.batch_id} is {state}")
+            self.say(name_of(order), f"is {known.state} at the wallet, and its batch {known.batch_id} is {state}")
         if paid is not None and batch is not None and paid.tx_hash != batch.tx_hash:
-            self.say(_name(order), f"is paid by {paid.tx_hash}, and its batch by {batch.tx_hash or 'nothing'}")
+            self.say(name_of(order), f"is paid by {paid.tx_hash}, and its batch by {batch.tx_hash or 'nothing'}")
 
     def _owed(self) -> None:
         unpaid: dict[str, Decimal] = defaultdict(Decimal)
@@ -437,14 +324,14 @@ class _Audit:
             paid = total_of(order.amount for order in orders if order.payment_id)
             reserved = total_of(order.amount for order in orders if not order.payment_id)
             free = minus(row.total, row.spent)
-            self.found.allocations.append(Held(row, paid, reserved, free))
+            self.found.allocations.append(Charged(row, paid, reserved, free))
             if free < 0 or total_of((paid, reserved, free)) != Decimal(row.total):
-                names = ", ".join(_name(order) for order in orders[-3:]) or "nothing"
+                names = ", ".join(name_of(order) for order in orders[-3:]) or "nothing"
                 told = f"{amount_text(paid)} paid + {amount_text(reserved)} reserved + {amount_text(free)} free"
                 self.say(f"allocation {allocation_id}", f"{told} is not its total of {row.total}; charged last: {names}")
         for allocation_id, orders in charged.items():
             for order in orders if allocation_id else ():  # "": owed again after a restore, whatever is allocated
-                self.say(_name(order), f"is charged to allocation {allocation_id}, which is not known here")
+                self.say(name_of(order), f"is charged to allocation {allocation_id}, which is not known here")
 
     # -- batches and the chain
     def _batches(self) -> None:
@@ -482,7 +369,8 @@ class _Audit:
         self._strays(known)
 
     def _moved(self, batch: PayBatchRow, payee: str, amount: str, order_ids: tuple[str, ...]) -> None:
-        if self.moved is None:
+        if self.moved is None or (self.known is not None and batch.batch_id not in self.known):
+            self.found.unproved += 1
             return
         self.found.transfers += 1
         moved = self.moved.get((batch.tx_hash, payee), ZERO)
@@ -511,7 +399,7 @@ def _these(order_ids: Iterable[str]) -> str:
 def _last(owed: list[PaymentDocumentRow], row: LedgerAgreementRow) -> str:
     """Name the document that an agreement's sums were last changed for."""
     return (
-        _name(max(owed, key=lambda one: (one.changed_at, one.kind, Decimal(one.amount))))
+        name_of(max(owed, key=lambda one: (one.changed_at, one.kind, Decimal(one.amount))))
         if owed
         else f"agreement {row.agreement_id}"
     )
