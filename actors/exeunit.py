@@ -31,6 +31,7 @@ from protocol.exeunit import (
     ShutDown,
     UnitStarted,
     UsageMeasured,
+    exeunit_name,
     parse_command,
     parse_script,
 )
@@ -248,7 +249,7 @@ class ExeUnit(TableMachine):
 
     def __init__(self, activity_id: str, agreement_requestor: str, provider: str) -> None:
         super().__init__(provider)
-        self.name = f"exeunit:{activity_id}"
+        self.name = exeunit_name(activity_id)
         self.activity_id = activity_id
         self.requestor = address(agreement_requestor, "activity")
         self.provider = address(provider, "activity")

@@ -16,6 +16,7 @@ from protocol.types import Message
 
 MAX_SCRIPT_BYTES = 768 * 1024  # a script travels in one message
 MAX_COMMANDS = 1000
+EXEUNIT = "exeunit:"  # how the names of exe-units begin, as actors and on the bus
 
 Format = Literal["str", "string", "bin", "binary"]
 
@@ -257,3 +258,8 @@ class ShutDown(Message, frozen=True):
     reason: str
     error_message: str | None
     usage: list[float]
+
+
+def exeunit_name(activity_id: str) -> str:
+    """Return the name of an activity's exe-unit, as an actor of the provider's node and as a client of its bus."""
+    return EXEUNIT + activity_id

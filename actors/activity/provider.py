@@ -34,6 +34,7 @@ from protocol.activity import (
     check_id,
     check_usage,
 )
+from protocol.exeunit import exeunit_name
 from protocol.states import ActivityState, Role
 from protocol.types import Violation, actor_of, address, node_of
 
@@ -150,7 +151,7 @@ def usage_reported(draft: ActivityDraft, message: UsageReported) -> None:
 
 def _own(draft: ActivityDraft, activity_id: str) -> ActivityRow:
     """Return the row if an edge or the activity's own exe-unit says something of it. Raises `Violation`, `Declined`."""
-    if actor_of(draft.meta.sender) not in ("edge", f"exeunit:{activity_id}"):
+    if actor_of(draft.meta.sender) not in ("edge", exeunit_name(activity_id)):
         raise Violation(f"{draft.meta.sender} may not report on activity {activity_id}")
     row = draft.activity(activity_id)
     if row is None:

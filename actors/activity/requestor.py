@@ -35,7 +35,7 @@ from protocol.activity import (
     UsageChanged,
     check_usage,
 )
-from protocol.exeunit import RunBatch, ScriptError, parse_script
+from protocol.exeunit import RunBatch, ScriptError, exeunit_name, parse_script
 from protocol.states import ActivityEnd, ActivityState, Role
 from protocol.types import Violation, address
 
@@ -103,7 +103,7 @@ def run(draft: ActivityDraft, message: Exec) -> None:
     draft.put(batch_key(message.activity_id, message.batch_id), batch)
     draft.reply(Accepted(message.batch_id))
     batch_to_run = RunBatch(message.activity_id, message.batch_id, message.script)
-    draft.send(address(row.provider, f"exeunit:{row.activity_id}"), batch_to_run, REQUEST_DEADLINE_S)
+    draft.send(address(row.provider, exeunit_name(row.activity_id)), batch_to_run, REQUEST_DEADLINE_S)
 
 
 def _own(draft: ActivityDraft, activity_id: str) -> ActivityRow:
@@ -148,7 +148,7 @@ def result(draft: ActivityDraft, message: CommandResult) -> None:
     row, batch = draft.activity(message.activity_id), draft.batch(message.activity_id, message.batch_id)
     if row is None or batch is None:
         return  # long over, and forgotten
-    if row.role != Role.REQUESTOR or draft.meta.sender != address(row.provider, f"exeunit:{row.activity_id}"):
+    if row.role != Role.REQUESTOR or draft.meta.sender != address(row.provider, exeunit_name(row.activity_id)):
         raise Violation(f"{draft.meta.sender} is not the exe-unit of activity {row.activity_id}")
     if batch.finished or message.index < batch.have:
         return

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import ssl
 from collections.abc import Iterable
+
+import trio
+
+
+async def load_httpx() -> None:
+    """Import httpx in a thread, so that `import httpx` costs nothing after it: a node answers REST before it needs a client."""
+    await trio.to_thread.run_sync(importlib.import_module, "httpx")
 
 
 def trust_nobody() -> ssl.SSLContext:

@@ -18,12 +18,12 @@ from actors.kernel.machine import LinkDown
 from golem.bus.server import Bus, BusPeer
 from golem.net.types import NetRefusal, PeerStream, RemoteError, Unreachable
 from protocol.codec import MAX_FRAME_BYTES, Decoder, decode_batch, encode
+from protocol.exeunit import EXEUNIT
 from protocol.types import Violation, actor_of, node_id, node_of
 
 log = logging.getLogger("golem.bus.router")
 
 MAIL, CALL = "mail", "call"
-EXEUNIT = "exeunit:"
 UNIT_CALLS = ("gftp:", "unit:")  # what an exe-unit may ask of its own node; `cli:` calls give keys away
 MAIL_TIMEOUT_S = 10.0
 MAX_CALL_S = 60.0

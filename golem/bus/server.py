@@ -30,7 +30,6 @@ from actors.kernel.machine import LinkDown
 from golem.base.printing import sayable
 from golem.bus.wire import (
     MAX_BUS_FRAME_BYTES,
-    UNIT,
     UNIT_STREAMS,
     VERSION,
     BusError,
@@ -41,6 +40,7 @@ from golem.bus.wire import (
 )
 from golem.net.types import RemoteError, Unreachable
 from protocol.codec import Framer
+from protocol.exeunit import EXEUNIT
 from protocol.types import Violation
 
 log = logging.getLogger("golem.bus")
@@ -138,7 +138,7 @@ class Bus:
         try:
             async with stream:
                 match await first_frame(stream, framer):
-                    case ["hello", 1, str() as name, str()] if narrow and not name.startswith(UNIT):
+                    case ["hello", 1, str() as name, str()] if narrow and not name.startswith(EXEUNIT):
                         await stream.send_all(frame_of("refused", "this socket is for exe-units"))
                     case ["stream", 1, str(), str() as name] if narrow and name not in UNIT_STREAMS:
                         await stream.send_all(frame_of("refused", "this socket is for exe-units"))

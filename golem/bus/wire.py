@@ -22,7 +22,6 @@ from protocol.types import Violation
 log = logging.getLogger("golem.bus")
 
 VERSION = 1
-UNIT = "exeunit:"  # how the names of exe-units begin
 UNIT_STREAMS = ("gftp", "exeunit-back")  # files, and what a requestor has in an activity
 MAX_BUS_FRAME_BYTES = MAX_FRAME_BYTES + (1 << 16)
 MAX_IN_FLIGHT = 256  # requests of one side of a connection

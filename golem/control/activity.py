@@ -9,15 +9,14 @@ import json
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from actors.activity.rows import ActivityRow, BatchRow, ResultRow, result_key
 from golem.control.command import COMMANDS, command
 from golem.exeunit.terms import flat
 from golem.net import RemoteError, Unreachable
 from protocol.amounts import cost
+from protocol.live import AskRunning, WatchAll, WatchedEvent, decode_running, decode_watched
 from protocol.states import ActivityState, Role
-from protocol.types import timestamp_text
+from protocol.types import Violation, timestamp_text
 
 if TYPE_CHECKING:
     from golem.node.node import Node
@@ -27,14 +26,6 @@ WATCH_MARGIN_S = 5.0
 MAX_EVENT_CHARS = 1 << 20
 COUNTED_S = 3600.0  # what `golem activity status` calls recent
 VECTOR, COEFFS = "golem.com.usage.vector", "golem.com.pricing.model.linear.coeffs"
-
-
-class _Event(msgspec.Struct, frozen=True, array_like=True):
-    number: int
-    batch_id: str
-    index: int
-    at: float
-    kind: str  # JSON
 
 
 def _named(node: Node, args: dict[str, Any]) -> ActivityRow:
@@ -119,10 +110,10 @@ async def activity_show(node: Node, args: dict[str, Any]) -> Any:
     running = None
     if not row.ended and row.state != ActivityState.NEW:
         try:
-            running = await _ask_unit(node, row, LIVE_TIMEOUT_S, "running")
-        except (Unreachable, RemoteError, msgspec.DecodeError):
+            running = decode_running(await node.ask_exeunit(row, AskRunning(), LIVE_TIMEOUT_S))
+        except (Unreachable, RemoteError, Violation):
             running = None
-    return _form(node, row) | {"running": running if isinstance(running, str) else None, "batches": batches}
+    return _form(node, row) | {"running": running, "batches": batches}
 
 
 def _failure(node: Node, batch: BatchRow) -> str | None:
@@ -138,14 +129,14 @@ def _failure(node: Node, batch: BatchRow) -> str | None:
 async def activity_watch(node: Node, args: dict[str, Any]) -> Any:
     """What has happened in an activity behind event `after`, waiting `wait_s` for something; and how it is now."""
     row = _named(node, args)
-    events: list[_Event] = []
+    events: list[WatchedEvent] = []
     problem = None
     if not row.ended and row.state != ActivityState.NEW:
         wait_s = min(float(args.get("wait_s", 0.0)), 20.0)
         try:
-            answer = await _ask_unit(node, row, wait_s + WATCH_MARGIN_S, "watch", int(args["after"]), wait_s)
-            events = msgspec.convert(answer, list[_Event])
-        except (Unreachable, RemoteError, msgspec.DecodeError, msgspec.ValidationError) as error:
+            question = WatchAll(int(args["after"]), wait_s)
+            events = decode_watched(await node.ask_exeunit(row, question, wait_s + WATCH_MARGIN_S))
+        except (Unreachable, RemoteError, Violation) as error:
             problem = str(error)
     shown = [
         {"number": one.number, "batch": one.batch_id, "index": one.index, "at": one.at, "kind": _kind(one.kind)} for one in events
@@ -159,9 +150,3 @@ def _kind(text: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         kind = None
     return kind if isinstance(kind, dict) else {"stderr": "(malformed event)"}
-
-
-async def _ask_unit(node: Node, row: ActivityRow, timeout_s: float, *question: Any) -> Any:
-    """Ask an exe-unit. Raises `Unreachable`, `RemoteError`, `msgspec.DecodeError`."""
-    payload = msgspec.msgpack.encode(question)
-    return msgspec.msgpack.decode(await node.calls.call(row.provider, f"exeunit:{row.activity_id}", payload, timeout_s))

@@ -32,6 +32,7 @@ from golem.interaction.wire import (
     check_window,
 )
 from golem.net.types import RemoteError, Unreachable
+from protocol.live import Dialling, NotDialling
 from protocol.states import ActivityState
 
 log = logging.getLogger("golem.exeunit")
@@ -75,16 +76,16 @@ class UnitInteractions:
         self._open: set[trio.CancelScope] = set()
         self._ended: str | None = None  # why nothing can be opened any more
 
-    def call(self, nursery: trio.Nursery, token: str) -> list[str]:
-        """Answer the node's call to dial back: `["ok"]`, and a task of `nursery` does it, or `["error", code, text]`."""
+    def call(self, nursery: trio.Nursery, token: str) -> Dialling | NotDialling:
+        """Answer the node's call to dial back: a task of `nursery` does it, where nothing is against it."""
         try:
             self._check_open()
         except InteractionFault as fault:
-            return ["error", fault.code, hidden(str(fault))]
+            return NotDialling(fault.code, hidden(str(fault)))
         scope = trio.CancelScope()
         self._open.add(scope)
         nursery.start_soon(self._serve, token, scope)
-        return ["ok"]
+        return Dialling()
 
     def end(self, why: str) -> None:
         """End all that is open and refuse what comes, telling why."""

@@ -13,22 +13,21 @@ from typing import Any
 
 import trio
 
+from protocol.live import LiveEvent, WatchedEvent
+
 MAX_KEPT_BYTES = 16 << 20
 MAX_REPLY_BYTES = 512 << 10
 MAX_WAIT_S = 30.0
 EVENT_OVERHEAD_BYTES = 64
-
-Event = tuple[int, int, float, str]  # id, command index, seconds since the epoch, kind as JSON
-Watched = tuple[int, str, int, float, str]  # number in the activity, batch, command index, seconds, kind as JSON
 
 
 class LiveLog:
     """Events of all batches of one activity."""
 
     def __init__(self) -> None:
-        self._batches: dict[str, deque[Event]] = {}
+        self._batches: dict[str, deque[LiveEvent]] = {}
         self._next_ids: dict[str, int] = {}
-        self._order: deque[tuple[Watched, bool]] = deque()  # all of it, oldest first, and whether its batch has it too
+        self._order: deque[tuple[WatchedEvent, bool]] = deque()  # all of it, oldest first, and whether its batch has it too
         self._next_number = 0
         self._kept_bytes = 0
         self._news = trio.Event()
@@ -39,32 +38,32 @@ class LiveLog:
         if asked:
             number = self._next_ids.get(batch_id, 0)
             self._next_ids[batch_id] = number + 1
-            self._batches.setdefault(batch_id, deque()).append((number, index, at, text))
-        self._order.append(((self._next_number, batch_id, index, at, text), asked))
+            self._batches.setdefault(batch_id, deque()).append(LiveEvent(number, index, at, text))
+        self._order.append((WatchedEvent(self._next_number, batch_id, index, at, text), asked))
         self._next_number += 1
         self._kept_bytes += len(text) + EVENT_OVERHEAD_BYTES
         while self._kept_bytes > MAX_KEPT_BYTES:
             oldest, in_batch = self._order.popleft()
-            self._kept_bytes -= len(oldest[4]) + EVENT_OVERHEAD_BYTES
+            self._kept_bytes -= len(oldest.kind) + EVENT_OVERHEAD_BYTES
             if in_batch:
-                self._batches[oldest[1]].popleft()
+                self._batches[oldest.batch_id].popleft()
         self._news.set()
         self._news = trio.Event()
 
-    def read(self, batch_id: str, after: int) -> list[Event]:
+    def read(self, batch_id: str, after: int) -> list[LiveEvent]:
         """Return events with an id above `after`, at least one if there is one, else as many as fit a reply."""
-        found: list[Event] = []
+        found: list[LiveEvent] = []
         size = 0
         for event in self._batches.get(batch_id, ()):
-            if event[0] <= after:
+            if event.id <= after:
                 continue
-            size += len(event[3]) + EVENT_OVERHEAD_BYTES
+            size += len(event.kind) + EVENT_OVERHEAD_BYTES
             if found and size > MAX_REPLY_BYTES:
                 break
             found.append(event)
         return found
 
-    async def follow(self, batch_id: str, after: int, wait_s: float) -> list[Event]:
+    async def follow(self, batch_id: str, after: int, wait_s: float) -> list[LiveEvent]:
         """Return events above `after`, waiting for one at most `wait_s` (at most 30)."""
         with trio.move_on_after(min(max(wait_s, 0.0), MAX_WAIT_S)):
             while not (found := self.read(batch_id, after)):
@@ -72,7 +71,7 @@ class LiveLog:
             return found
         return self.read(batch_id, after)
 
-    async def watch(self, after: int, wait_s: float) -> list[Watched]:
+    async def watch(self, after: int, wait_s: float) -> list[WatchedEvent]:
         """Return events of all batches with a number above `after`, waiting for one at most `wait_s` (at most 30)."""
         with trio.move_on_after(min(max(wait_s, 0.0), MAX_WAIT_S)):
             while not (found := self._watched(after)):
@@ -80,12 +79,12 @@ class LiveLog:
             return found
         return self._watched(after)
 
-    def _watched(self, after: int) -> list[Watched]:
-        found: list[Watched] = []
+    def _watched(self, after: int) -> list[WatchedEvent]:
+        found: list[WatchedEvent] = []
         size = 0
         first = self._next_number - len(self._order)
         for event, _ in islice(self._order, max(after + 1 - first, 0), None):
-            size += len(event[4]) + EVENT_OVERHEAD_BYTES
+            size += len(event.kind) + EVENT_OVERHEAD_BYTES
             if found and size > MAX_REPLY_BYTES:
                 break
             found.append(event)

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import trio
 
 from actors.exeunit import ExeUnit, UnitRow
@@ -47,9 +46,21 @@ from golem.files.outgoing import OutgoingFile
 from golem.files.wire import FileFault
 from golem.interaction.wire import BACK
 from golem.net.types import RemoteError, Unreachable
-from protocol.codec import decode_batch
-from protocol.exeunit import ShutDown, UnitStarted, UsageMeasured
+from protocol.codec import decode_batch, encode
+from protocol.exeunit import ShutDown, UnitStarted, UsageMeasured, exeunit_name
+from protocol.live import (
+    Answer,
+    AskRunning,
+    AskUsage,
+    Dial,
+    FollowBatch,
+    Question,
+    UsageNow,
+    WatchAll,
+    decode_question,
+)
 from protocol.states import ActivityEnd, ActivityState
+from protocol.types import Violation
 
 log = logging.getLogger("golem.exeunit")
 
@@ -62,7 +73,6 @@ CACHE_BYTES = 20 << 30
 IMAGE_BYTES = 8 << 30
 
 
-MAX_CALL_BYTES = 4096
 JOURNAL = "unit.db"
 SOCKETS = Path("/var/run/docker.sock"), Path(os.environ.get("DOCKER_HOST", "").removeprefix("unix://") or "/run/docker.sock")
 LEAST_JOURNAL_BYTES = 64 << 20  # where less storage was sold, an honest script's results still have their place
@@ -111,7 +121,7 @@ class Unit:
 
     def __init__(self, settings: UnitSettings, terms: AgreedTerms, runtime: Runtime, journal: Journal) -> None:
         self.settings, self.terms = settings, terms
-        self.name = f"exeunit:{settings.activity_id}"
+        self.name = exeunit_name(settings.activity_id)
         self.live = LiveLog()
         remember(settings.work_dir, settings.work_dir.parent, settings.cache_dir, settings.cache_dir.parent, *SOCKETS)
         self._journal = journal
@@ -166,25 +176,24 @@ class Unit:
         if sender not in (self.terms.requestor, self.terms.provider):
             raise RemoteError("not a party of the agreement")
         try:
-            if len(payload) > MAX_CALL_BYTES:
-                raise ValueError("too long")
-            question = msgspec.msgpack.decode(payload, type=list[Any])
-        except (msgspec.DecodeError, ValueError, RecursionError):
-            raise RemoteError("malformed call") from None
+            question = decode_question(payload)
+        except Violation as error:
+            raise RemoteError(f"no such question: {error}") from None
+        return encode(await self._answer_to(question, sender))
+
+    async def _answer_to(self, question: Question, sender: str) -> Answer:
         match question:
-            case ["usage"]:
-                answer: Any = [self.port.usage(), time.time()]
-            case ["running"]:
-                answer = self.port.running()
-            case ["follow", str() as batch_id, int() as after, int() | float() as wait_s]:
-                answer = await self.live.follow(batch_id, after, float(wait_s))
-            case ["watch", int() as after, int() | float() as wait_s]:
-                answer = await self.live.watch(after, float(wait_s))
-            case ["dial", str() as token] if sender == self.terms.provider and self._nursery is not None:
-                answer = self.interactions.call(self._nursery, token)
-            case _:
-                raise RemoteError("no such question")
-        return msgspec.msgpack.encode(answer)
+            case AskUsage():
+                return UsageNow(self.port.usage(), time.time())
+            case AskRunning():
+                return self.port.running()
+            case FollowBatch(batch_id, after, wait_s):
+                return await self.live.follow(batch_id, after, wait_s)
+            case WatchAll(after, wait_s):
+                return await self.live.watch(after, wait_s)
+            case Dial(token) if sender == self.terms.provider and self._nursery is not None:
+                return self.interactions.call(self._nursery, token)
+        raise RemoteError("no such question")
 
     # -- life
     async def run(self) -> int:

@@ -19,7 +19,7 @@ import msgspec
 import trio
 
 from actors.activity.rows import ActivityRow
-from golem.bus.router import EXEUNIT, Router, splice
+from golem.bus.router import Router, splice
 from golem.interaction.wire import (
     ACK_BYTES,
     BACK,
@@ -39,7 +39,11 @@ from golem.interaction.wire import (
     check_window,
 )
 from golem.net.types import RemoteError, Unreachable
+from protocol.codec import encode
+from protocol.exeunit import exeunit_name
+from protocol.live import Dial, NotDialling, decode_dialled
 from protocol.states import Role
+from protocol.types import Violation
 
 log = logging.getLogger("golem.interaction.broker")
 
@@ -172,9 +176,8 @@ class Interactions:
 
     async def _dial(self, activity_id: str, token: str, dialling: _Dialling) -> None:
         """Ask the exe-unit to come, and wait for it."""
-        target = EXEUNIT + activity_id
         try:
-            answer = await self._router.calls.local(self._me, target, msgspec.msgpack.encode(("dial", token)), OPEN_S)
+            answer = await self._router.calls.local(self._me, exeunit_name(activity_id), encode(Dial(token)), OPEN_S)
         except RemoteError as error:
             raise InteractionFault("refused", f"the exe-unit refuses: {error}") from None
         except Unreachable as error:
@@ -216,14 +219,10 @@ class Interactions:
 def _problem(answer: bytes) -> InteractionFault | None:
     """Return what an exe-unit says against dialling back, None if it comes."""
     try:
-        match msgspec.msgpack.decode(answer):
-            case ["ok"]:
-                return None
-            case ["error", str() as code, str() as text]:
-                return InteractionFault(code, text)
-    except (msgspec.DecodeError, ValueError, RecursionError):
-        pass
-    return InteractionFault("lost", "the exe-unit answers nonsense")
+        found = decode_dialled(answer)
+    except Violation:
+        return InteractionFault("lost", "the exe-unit answers nonsense")
+    return InteractionFault(found.code, found.text) if isinstance(found, NotDialling) else None
 
 
 def _raise_error(frame: list[Any]) -> None:

@@ -23,6 +23,9 @@ from golem.node.app_keys import AppKeys
 from golem.node.identity import Identity
 from golem.node.metrics import Metrics
 from golem.node.payout import Payout
+from protocol.codec import encode
+from protocol.exeunit import exeunit_name
+from protocol.live import Question
 
 
 class Node:
@@ -53,6 +56,10 @@ class Node:
         """Return the row of an activity that this node is a party of."""
         row: ActivityRow | None = self.system.rows("activity").get(f"activity/{activity_id}")
         return row
+
+    async def ask_exeunit(self, row: ActivityRow, question: Question, timeout_s: float) -> bytes:
+        """Return what the exe-unit of an activity answers to a live question. Raises `NetError`."""
+        return await self.calls.call(row.provider, exeunit_name(row.activity_id), encode(question), timeout_s)
 
     def new_id(self) -> str:
         """Return 32 random hex digits."""

@@ -39,8 +39,9 @@ from protocol.activity import (
     StateReported,
 )
 from protocol.codec import Decoder
+from protocol.live import AskRunning, AskUsage, decode_running, decode_usage
 from protocol.states import ActivityEnd, ActivityState, Role
-from protocol.types import timestamp_text
+from protocol.types import Violation, timestamp_text
 
 if TYPE_CHECKING:
     from golem.node.node import Node
@@ -181,8 +182,8 @@ def _scripts(api: Blueprint, node: Node) -> None:
     async def running(activity_id: str) -> Response:
         row = not_gone(find(node, activity_id, Role.REQUESTOR))
         try:
-            text = await live(node, row, "running")
-        except NetError as error:
+            text = decode_running(await node.ask_exeunit(row, AskRunning(), LIVE_TIMEOUT_S))
+        except (NetError, Violation) as error:
             raise ApiError(500, f"{UNREACHABLE} ({error})") from None
         try:
             command = msgspec.json.decode(text, type=dict[str, Any]) if isinstance(text, str) else {}
@@ -257,26 +258,11 @@ def _reads(api: Blueprint, node: Node) -> None:
         return respond_json(find(node, activity_id).agreement_id)
 
 
-class _Usage(msgspec.Struct, frozen=True, array_like=True):
-    values: list[float]
-    at: float
-
-
-async def live(node: Node, row: ActivityRow, *question: Any, timeout_s: float = LIVE_TIMEOUT_S) -> Any:
-    """Ask an activity's exe-unit. Raises `NetError`."""
-    payload = msgspec.msgpack.encode(question)
-    answer = await node.calls.call(row.provider, f"exeunit:{row.activity_id}", payload, timeout_s)
-    try:
-        return msgspec.msgpack.decode(answer)
-    except (msgspec.DecodeError, ValueError, RecursionError):
-        raise NetError("the exe-unit's answer is malformed") from None
-
-
 async def _live_usage(node: Node, row: ActivityRow) -> tuple[list[float], float] | None:
     """Return the counters now; None if the exe-unit cannot be asked."""
     try:
-        usage = msgspec.convert(await live(node, row, "usage"), _Usage)
-    except (NetError, msgspec.ValidationError):
+        usage = decode_usage(await node.ask_exeunit(row, AskUsage(), LIVE_TIMEOUT_S))
+    except (NetError, Violation):
         return None
     if not 0 < usage.at < 1e11 or not all(0 <= value < 1e300 for value in usage.values):
         return None

@@ -20,8 +20,9 @@ from quart import Response
 from actors.activity.rows import ActivityRow, BatchRow, ResultRow, batch_key, result_key
 from golem.net.types import NetError
 from golem.rest.edge import until
+from protocol.live import FollowBatch, LiveEvent, decode_followed
 from protocol.states import Role
-from protocol.types import timestamp_text
+from protocol.types import Violation, timestamp_text
 
 if TYPE_CHECKING:
     from golem.node.node import Node
@@ -34,13 +35,6 @@ FOLLOW_MARGIN_S = 5.0
 AWAY_S = 2.0  # between attempts while the exe-unit cannot be reached
 MONITOR_S = 1.0
 PING = ":ping\n\n"
-
-
-class _Event(msgspec.Struct, frozen=True, array_like=True):
-    id: int
-    index: int
-    at: float
-    kind: str  # JSON
 
 
 def _sse(chunks: AsyncIterator[str]) -> Response:
@@ -109,9 +103,9 @@ class _Stream:
         batch = self._batch()
         return batch.have if batch else 0
 
-    async def _follow(self) -> list[_Event] | None:
+    async def _follow(self) -> list[LiveEvent] | None:
         """Ask the exe-unit, for as long as the node runs; None if it cannot be asked."""
-        events: list[_Event] | None = None
+        events: list[LiveEvent] | None = None
 
         async def stop() -> None:
             await self._node.stopping.wait()
@@ -123,21 +117,19 @@ class _Stream:
             nursery.cancel_scope.cancel()
         return events
 
-    async def _ask_exeunit(self) -> list[_Event] | None:
+    async def _ask_exeunit(self) -> list[LiveEvent] | None:
         batch = self._batch()
         wait_s = 0.0 if batch is not None and batch.finished else FOLLOW_S
-        question = msgspec.msgpack.encode(("follow", self._batch_id, self._after, wait_s))
-        target = f"exeunit:{self._row.activity_id}"
+        question = FollowBatch(self._batch_id, self._after, wait_s)
         try:
-            answer = await self._node.calls.call(self._row.provider, target, question, wait_s + FOLLOW_MARGIN_S)
-            return msgspec.msgpack.decode(answer, type=list[_Event])
+            return decode_followed(await self._node.ask_exeunit(self._row, question, wait_s + FOLLOW_MARGIN_S))
         except NetError as error:
             log.debug("live events of %s: %s", self._row.activity_id, error)
-        except (msgspec.DecodeError, ValueError, RecursionError):
+        except Violation:
             log.warning("the exe-unit of %s answers nonsense", self._row.activity_id)
         return None
 
-    def _render(self, event: _Event) -> str:
+    def _render(self, event: LiveEvent) -> str:
         self._after = max(self._after, event.id)
         try:
             kind = msgspec.json.decode(event.kind)

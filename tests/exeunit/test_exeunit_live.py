@@ -14,6 +14,7 @@ from golem.exeunit.live import MAX_KEPT_BYTES, MAX_REPLY_BYTES, LiveLog
 from golem.exeunit.runtime import Limits
 from golem.exeunit.terms import AgreementError, flat, read_terms
 from golem.exeunit.usage import COUNTERS
+from protocol.live import LiveEvent
 
 R, P = "0x" + "1" * 40, "0x" + "2" * 40
 
@@ -22,9 +23,9 @@ def test_ids_count_from_zero_for_each_batch() -> None:
     log = LiveLog()
     for batch in ("a", "b", "a"):
         log.add(batch, 0, 1.0, {"stdout": batch})
-    assert [event[0] for event in log.read("a", -1)] == [0, 1]
-    assert [event[0] for event in log.read("a", 0)] == [1]
-    assert [event[0] for event in log.read("b", -1)] == [0]
+    assert [event.id for event in log.read("a", -1)] == [0, 1]
+    assert [event.id for event in log.read("a", 0)] == [1]
+    assert [event.id for event in log.read("b", -1)] == [0]
     assert log.read("c", -1) == []
 
 
@@ -34,10 +35,10 @@ def test_replies_and_memory_are_bounded_and_the_oldest_goes_first() -> None:
     for number in range(1000):
         log.add("a", 0, 1.0, {"stdout": text})
         kept = log.read("a", number - 1)
-        assert [event[0] for event in kept] == [number]
+        assert [event.id for event in kept] == [number]
     first = log.read("a", -1)
-    assert 0 < sum(len(event[3]) for event in first) <= MAX_REPLY_BYTES
-    assert first[0][0] >= 1000 - MAX_KEPT_BYTES // 60_000 - 1
+    assert 0 < sum(len(event.kind) for event in first) <= MAX_REPLY_BYTES
+    assert first[0].id >= 1000 - MAX_KEPT_BYTES // 60_000 - 1
     log.add("b", 0, 1.0, {"stdout": "y" * (MAX_REPLY_BYTES * 2)})
     assert len(log.read("b", -1)) == 1, "one that is too long still gets through"
 
@@ -61,7 +62,7 @@ async def test_a_reader_waits_for_news_of_its_batch() -> None:
         await trio.sleep(1)
         assert found == []
         log.add("a", 3, 2.0, {"finished": {"return_code": 0, "message": None}})
-    assert found == [(0, 3, 2.0, '{"finished":{"return_code":0,"message":null}}')]
+    assert found == [LiveEvent(0, 3, 2.0, '{"finished":{"return_code":0,"message":null}}')]
 
 
 def agreement(demand: Any, offer: Any) -> dict[str, Any]:

@@ -539,7 +539,7 @@ async def test_results_that_nobody_takes_hold_up_the_next_command(tmp_path: Path
         await w.until(lambda: stub.runs)
         w.node.router.attach(deaf)
         with within(20):
-            while not any("are taken" in event[4] for event in await unit.live.watch(-1, 30.0)):
+            while not any("are taken" in event.kind for event in await unit.live.watch(-1, 30.0)):
                 await trio.sleep(0.01)
         assert unit.port._usage_with_journal().storage_gib > (4 << 20) / GIB
         await trio.sleep(0.5)

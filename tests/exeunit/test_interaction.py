@@ -473,16 +473,16 @@ async def test_watchers_see_all_batches_and_progress_nobody_asked_for() -> None:
     live.add("one", 0, 1.0, {"started": {}})
     live.add("one", 0, 2.0, {"progress": {}}, asked=False)
     live.add("two", 0, 3.0, {"started": {}})
-    assert [event[:2] for event in await live.watch(-1, 0)] == [(0, "one"), (1, "one"), (2, "two")]
-    assert [event[0] for event in await live.watch(1, 0)] == [2]
+    assert [(event.number, event.batch_id) for event in await live.watch(-1, 0)] == [(0, "one"), (1, "one"), (2, "two")]
+    assert [event.number for event in await live.watch(1, 0)] == [2]
     assert await live.watch(2, 0.01) == []
-    assert [event[0] for event in live.read("one", -1)] == [0]
+    assert [event.id for event in live.read("one", -1)] == [0]
     for number in range(20):
         live.add("big", number, 4.0, {"stdout": "x" * (1 << 20)}, asked=number % 2 == 0)
     first = (await live.watch(-1, 0))[0]
-    assert first[0] > 2  # the oldest went first, also from its batch
+    assert first.number > 2  # the oldest went first, also from its batch
     assert live.read("one", -1) == []
-    assert live.read("big", -1)[0][1] >= first[2]
+    assert live.read("big", -1)[0].index >= first.index
 
 
 class Scripted:

@@ -14,11 +14,10 @@ import signal
 import subprocess
 from pathlib import Path
 
-import httpx
 import trio
 
 from golem.base.children import CWD, child_environment, python_line
-from golem.base.plain_http import trust_nobody
+from golem.base.plain_http import load_httpx, trust_nobody
 
 INFO_NAME = "chain.json"
 LOCK_NAME = "chain.lock"
@@ -81,6 +80,9 @@ async def url_of(directory: Path | str) -> str | None:
         return None  # what is left of a chain that is gone: its port may be anybody's
     url = f"http://{LOOPBACK}:{info['port']}"
     call = {"jsonrpc": "2.0", "id": 1, "method": "web3_clientVersion", "params": []}
+    await load_httpx()
+    import httpx
+
     try:
         async with httpx.AsyncClient(timeout=5.0, trust_env=False, verify=trust_nobody()) as client:
             told = (await client.post(url, json=call)).json().get("result", "")
