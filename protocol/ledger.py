@@ -215,6 +215,13 @@ class IssueInvoice(Message, frozen=True):
     due_at: float
 
 
+class TakeBackDocument(Message, frozen=True):
+    """Undo an issued document that nobody heard of: as if it had never been. Nothing happens to one that was sent."""
+
+    kind: str
+    document_id: str
+
+
 class SendDocument(Message, frozen=True):
     """Send an issued document; `document` is its body signed by this node. The peer's receipt changes its status."""
 

@@ -17,7 +17,16 @@ from msgspec.structs import replace
 
 from actors.kernel.draft import Draft
 from actors.ledger.documents import explain, keep, no_room, settle
-from actors.ledger.rows import LedgerActivityRow, LedgerAgreementRow, OrderRow, OwedRow, PaymentRow, PaymentState, TxClaimsRow
+from actors.ledger.rows import (
+    LedgerActivityRow,
+    LedgerAgreementRow,
+    MadeRow,
+    OrderRow,
+    OwedRow,
+    PaymentRow,
+    PaymentState,
+    TxClaimsRow,
+)
 from protocol.amounts import minus, total_of
 from protocol.ledger import (
     ActivityPayment,
@@ -63,6 +72,8 @@ def paid_out(draft: Draft, fact: PaidOut) -> None:
 
 
 def _record_payment(draft: Draft, fact: PaidOut, peer: str, orders: list[tuple[str, OrderRow]]) -> None:
+    if _told_before(draft, fact, peer, orders):
+        return
     agreements = _sums((order.agreement_id, order.amount) for _, order in orders if not order.activity_id)
     activities = _sums((order.activity_id, order.amount) for _, order in orders if order.activity_id)
     total = amount_text(total_of(order.amount for _, order in orders))
@@ -96,13 +107,45 @@ def _record_payment(draft: Draft, fact: PaidOut, peer: str, orders: list[tuple[s
         order_ids=order_ids,
     )
     draft.put(f"payment/{payment_id}", row)
+    made(draft, fact.tx_hash, peer, fact.payee, payment_id)
+    _mark_paid(draft, payment_id, orders)
+    book(draft, body)
+    draft.emit("payments", payment_event(draft, row))  # in one step with what it settles: who hears of that looks for the payment
+    draft.send("signer", SignPayment(payment_id, raw))
+
+
+def _told_before(draft: Draft, fact: PaidOut, peer: str, orders: list[tuple[str, OrderRow]]) -> bool:
+    """After a restore the payee may have told of this transfer before the wallet does: its payment is not booked twice."""
+    for payment in payments_of(draft, fact.tx_hash, peer, fact.payee):
+        known = [draft.row(OrderRow, f"order/{order_id}") for order_id in payment.order_ids]
+        rest = minus(payment.amount, total_of(order.amount for order in known if order is not None))
+        if total_of(order.amount for _, order in orders) <= rest:
+            order_ids = (*payment.order_ids, *(order_id for order_id, _ in orders))
+            draft.put(f"payment/{payment.payment_id}", replace(payment, order_ids=order_ids))
+            _mark_paid(draft, payment.payment_id, orders)
+            return True
+    return False
+
+
+def _mark_paid(draft: Draft, payment_id: str, orders: list[tuple[str, OrderRow]]) -> None:
     for order_id, order in orders:
         draft.put(f"order/{order_id}", replace(order, payment_id=payment_id))
-    debt = draft.row(OwedRow, f"owed/{fact.platform}") or OwedRow()
-    draft.put(f"owed/{fact.platform}", OwedRow(amount_text(max(minus(debt.amount, total), Decimal(0)))))
-    _book(draft, body)
-    draft.emit("payments", _event(draft, row))  # in one step with what it settles: who hears of that looks for the payment
-    draft.send("signer", SignPayment(payment_id, raw))
+        debt = draft.row(OwedRow, f"owed/{order.platform}") or OwedRow()
+        draft.put(f"owed/{order.platform}", OwedRow(amount_text(max(minus(debt.amount, order.amount), Decimal(0)))))
+
+
+def made(draft: Draft, tx_hash: str, peer: str, payee_addr: str, payment_id: str) -> None:
+    """Note that a payment of ours tells of a transfer."""
+    key = f"made/{tx_hash}/{peer}/{payee_addr}"
+    known = draft.row(MadeRow, key) or MadeRow()
+    draft.put(key, MadeRow(tuple(dict.fromkeys((*known.payment_ids, payment_id)))))
+
+
+def payments_of(draft: Draft, tx_hash: str, peer: str, payee_addr: str) -> list[PaymentRow]:
+    """Return the payments that tell of a transfer, and count."""
+    known = draft.row(MadeRow, f"made/{tx_hash}/{peer}/{payee_addr}") or MadeRow()
+    rows = (draft.row(PaymentRow, f"payment/{payment_id}") for payment_id in known.payment_ids)
+    return [row for row in rows if row is not None and not row.instead]
 
 
 def payment_signed(draft: Draft, fact: PaymentSigned) -> None:
@@ -153,53 +196,6 @@ def _offer_later(draft: Draft, row: PaymentRow, reason: str) -> None:
         draft.wake(f"resend/{row.payment_id}", draft.now + RESEND_FIRST_S * 6**row.tries, SendPaymentAgain(row.payment_id))
 
 
-def booked_again(draft: Draft, document: Document, body: PaymentBody) -> None:
-    """Book a payment of our own that we had forgotten; its payee, who gives it back, has verified it on chain."""
-    agreement_ids = [part.agreement_id for part in body.agreement_payments]
-    for part in body.activity_payments:
-        activity = draft.row(LedgerActivityRow, f"activity/{part.activity_id}")
-        agreement_ids.append(activity.agreement_id if activity is not None else "")
-    agreements = [draft.row(LedgerAgreementRow, f"agreement/{agreement_id}") for agreement_id in agreement_ids]
-    if any(row is None or (row.role, row.peer) != (Party.PAYER, body.payee_id) for row in agreements):
-        return  # what it was for was forgotten as well, and cannot be paid again either
-    row = PaymentRow(
-        payment_id=body.payment_id,
-        role=Party.PAYER,
-        peer=body.payee_id,
-        state=PaymentState.ACKNOWLEDGED,
-        body=document.body,
-        signature=document.signature,
-        tx_hash=_tx_hash(body.details),
-        platform=body.payment_platform,
-        amount=body.amount,
-        recorded_at=draft.now,
-    )
-    draft.put(f"payment/{row.payment_id}", row)
-    for part in body.activity_payments:
-        _owe_what_is_paid(draft, part)
-    _book(draft, body)
-    for agreement in (
-        draft.row(LedgerAgreementRow, f"agreement/{agreement_id}") for agreement_id in dict.fromkeys(agreement_ids)
-    ):
-        if agreement is not None and Decimal(agreement.paid) > Decimal(agreement.accepted):
-            draft.put(f"agreement/{agreement.agreement_id}", replace(agreement, accepted=agreement.paid))
-    draft.emit("payments", _event(draft, row))
-
-
-def _owe_what_is_paid(draft: Draft, part: ActivityPayment) -> None:
-    """What was paid for an activity had been accepted: nothing of it is to be owed once more."""
-    activity = draft.row(LedgerActivityRow, f"activity/{part.activity_id}")
-    assert activity is not None, part
-    more = minus(total_of((activity.paid, part.amount)), activity.accepted)
-    if more > 0:
-        accepted = amount_text(total_of((activity.accepted, more)))
-        draft.put(f"activity/{part.activity_id}", replace(activity, accepted=accepted))
-        agreement = draft.row(LedgerAgreementRow, f"agreement/{activity.agreement_id}")
-        assert agreement is not None, activity
-        accepted = amount_text(total_of((agreement.accepted, more)))
-        draft.put(f"agreement/{agreement.agreement_id}", replace(agreement, accepted=accepted))
-
-
 def pay_out_delayed(draft: Draft, fact: PayOutDelayed) -> None:
     """Say on the documents why their money does not move."""
     for order_id in fact.order_ids:
@@ -218,7 +214,7 @@ def payment_sent(draft: Draft, message: PaymentSent) -> None:
         raise Violation("a payment of other parties")
     if len(body.agreement_payments) + len(body.activity_payments) > MAX_PARTS:
         raise Violation("a payment of too many parts")
-    tx_hash = _tx_hash(body.details)
+    tx_hash = tx_hash_of(body.details)
     total = _positive(body.amount)
     parts = [_positive(part.amount) for part in body.agreement_payments]
     parts += [_positive(part.amount) for part in body.activity_payments]
@@ -292,7 +288,7 @@ def _objection(draft: Draft, sender: str, body: PaymentBody, size: int) -> str:
         return f"{first.payment_bytes} bytes of payments were claimed for agreement {first.agreement_id} already"
     if full := no_room(draft, sender, size):
         return full
-    claims = draft.row(TxClaimsRow, _claims_key(body, _tx_hash(body.details)))
+    claims = draft.row(TxClaimsRow, _claims_key(body, tx_hash_of(body.details)))
     if claims is not None and len(claims.claims) >= MAX_CLAIMS:
         return f"{MAX_CLAIMS} payments were claimed of this transaction, and no more are looked at"
     return ""
@@ -325,9 +321,9 @@ def transfer_verified(draft: Draft, fact: TransferVerified) -> None:
     row = replace(row, state=PaymentState.VERIFIED, reason="", recorded_at=draft.now)
     draft.put(f"payment/{row.payment_id}", row)
     draft.wake(f"verify/{row.payment_id}", None)
-    _book(draft, decode_body(PaymentBody, row.body))
+    book(draft, decode_body(PaymentBody, row.body))
     draft.send(address(row.peer, "ledger"), PaymentAcknowledged(row.payment_id, True))
-    draft.emit("payments", _event(draft, row))
+    draft.emit("payments", payment_event(draft, row))
 
 
 def transfer_rejected(draft: Draft, fact: TransferRejected) -> None:
@@ -381,11 +377,11 @@ def _ask(draft: Draft, row: PaymentRow) -> None:
 
 def _not_before(draft: Draft, body: PaymentBody) -> float:
     """When the youngest of the agreements that are paid was made: money that moved earlier was for something else."""
-    agreements = (draft.row(LedgerAgreementRow, f"agreement/{agreement_id}") for agreement_id in _agreements_of(draft, body))
+    agreements = (draft.row(LedgerAgreementRow, f"agreement/{agreement_id}") for agreement_id in agreements_of(draft, body))
     return max((row.approved_at for row in agreements if row is not None), default=0.0) - MAX_CLOCK_SKEW_S
 
 
-def _agreements_of(draft: Draft, body: PaymentBody) -> list[str]:
+def agreements_of(draft: Draft, body: PaymentBody) -> list[str]:
     """The agreements that a payment is for, by itself or by their activities."""
     found = [part.agreement_id for part in body.agreement_payments]
     for part in body.activity_payments:
@@ -395,7 +391,7 @@ def _agreements_of(draft: Draft, body: PaymentBody) -> list[str]:
 
 
 # -- both
-def _book(draft: Draft, body: PaymentBody) -> None:
+def book(draft: Draft, body: PaymentBody) -> None:
     """Add a payment to the sums of agreements and activities, and settle what they cover."""
     touched: list[str] = []
     for agreement_part in body.agreement_payments:
@@ -412,15 +408,26 @@ def _book(draft: Draft, body: PaymentBody) -> None:
         settle(draft, agreement_id)
 
 
-def _add_paid(draft: Draft, agreement_id: str, paid: str) -> None:
+def take_back(draft: Draft, body: PaymentBody) -> None:
+    """Take a payment off the sums again: another one tells of the same transfer, and is booked next."""
+    for agreement_part in body.agreement_payments:
+        _add_paid(draft, agreement_part.agreement_id, minus("0", agreement_part.amount))
+    for part in body.activity_payments:
+        activity = draft.row(LedgerActivityRow, f"activity/{part.activity_id}")
+        assert activity is not None, part
+        draft.put(f"activity/{part.activity_id}", replace(activity, paid=amount_text(minus(activity.paid, part.amount))))
+        _add_paid(draft, activity.agreement_id, minus("0", part.amount))
+
+
+def _add_paid(draft: Draft, agreement_id: str, paid: str | Decimal) -> None:
     agreement = draft.row(LedgerAgreementRow, f"agreement/{agreement_id}")
     assert agreement is not None, agreement_id
     total = amount_text(total_of((agreement.paid, paid)))
     draft.put(f"agreement/{agreement_id}", replace(agreement, paid=total))
 
 
-def _event(draft: Draft, row: PaymentRow) -> PaymentEvent:
-    agreement_ids = _agreements_of(draft, decode_body(PaymentBody, row.body))
+def payment_event(draft: Draft, row: PaymentRow) -> PaymentEvent:
+    agreement_ids = agreements_of(draft, decode_body(PaymentBody, row.body))
     agreements = (draft.row(LedgerAgreementRow, f"agreement/{agreement_id}") for agreement_id in agreement_ids)
     sessions = dict.fromkeys(a.app_session_id for a in agreements if a is not None and a.app_session_id)
     return PaymentEvent(row.payment_id, row.role, row.platform, tuple(s for s in sessions if s))
@@ -437,7 +444,7 @@ def _claims_key(body: PaymentBody, tx_hash: str) -> str:
     return f"tx/{tx_hash}/{body.payer_addr}/{body.payee_addr}"
 
 
-def _tx_hash(details: str) -> str:
+def tx_hash_of(details: str) -> str:
     try:
         raw = base64.b64decode(details, validate=True)
     except (binascii.Error, ValueError) as error:

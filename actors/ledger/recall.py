@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from actors.kernel.draft import Draft
 from actors.ledger.documents import add, agreement_of, event, owe, put, settle
 from actors.ledger.payer import order
-from actors.ledger.payments import booked_again
+from actors.ledger.payments import book, made, payment_event, payments_of, take_back, tx_hash_of
 from actors.ledger.rows import (
     InRow,
     LedgerActivityRow,
@@ -32,6 +32,7 @@ from actors.ledger.rows import (
 from protocol.amounts import minus, total_of
 from protocol.ledger import (
     AcceptanceBody,
+    ActivityPayment,
     AskAgain,
     DebitNoteBody,
     DocumentAccepted,
@@ -119,7 +120,7 @@ def _tell(draft: Draft, peer: str) -> None:
         if isinstance(row, PaymentDocumentRow) and row.changed_at >= since and row.signature and not row.refused:
             _tell_document(draft, to, row)
     for payment in payments:
-        if payment.role == Party.PAYER:
+        if payment.role == Party.PAYER and not payment.instead:
             draft.send(to, PaymentSent(Document(DocumentKind.PAYMENT, payment.body, payment.signature)))
 
 
@@ -209,7 +210,80 @@ def _payment(draft: Draft, document: Document, sender: str) -> None:
             draft.put(f"payment/{body.payment_id}", replace(known, state=PaymentState.ACKNOWLEDGED, reason=""))
             draft.wake(f"resend/{body.payment_id}", None)
         return
-    booked_again(draft, document, body)
+    _booked_again(draft, document, body)
+
+
+def _booked_again(draft: Draft, document: Document, body: PaymentBody) -> None:
+    """Book a payment of our own that we had forgotten; its payee, who gives it back, has verified it on chain."""
+    agreement_ids = [part.agreement_id for part in body.agreement_payments]
+    for part in body.activity_payments:
+        activity = draft.row(LedgerActivityRow, f"activity/{part.activity_id}")
+        agreement_ids.append(activity.agreement_id if activity is not None else "")
+    agreements = [draft.row(LedgerAgreementRow, f"agreement/{agreement_id}") for agreement_id in agreement_ids]
+    if any(row is None or (row.role, row.peer) != (Party.PAYER, body.payee_id) for row in agreements):
+        return  # what it was for was forgotten as well, and cannot be paid again either
+    tx_hash = tx_hash_of(body.details)
+    others = payments_of(draft, tx_hash, body.payee_id, body.payee_addr)
+    counts = not others or total_of(other.amount for other in others) <= Decimal(body.amount)
+    row = PaymentRow(
+        payment_id=body.payment_id,
+        role=Party.PAYER,
+        peer=body.payee_id,
+        state=PaymentState.ACKNOWLEDGED,
+        body=document.body,
+        signature=document.signature,
+        tx_hash=tx_hash,
+        platform=body.payment_platform,
+        amount=body.amount,
+        recorded_at=draft.now,
+        order_ids=tuple(order_id for other in others for order_id in other.order_ids) if counts else (),
+        recalled=True,
+        instead="" if counts else others[0].payment_id,
+    )
+    draft.put(f"payment/{row.payment_id}", row)
+    made(draft, tx_hash, row.peer, body.payee_addr, row.payment_id)
+    if not counts:
+        return
+    for other in others:
+        _supersede(draft, other, row)
+    for part in body.activity_payments:
+        _owe_what_is_paid(draft, part)
+    book(draft, body)
+    for agreement in (
+        draft.row(LedgerAgreementRow, f"agreement/{agreement_id}") for agreement_id in dict.fromkeys(agreement_ids)
+    ):
+        if agreement is not None and Decimal(agreement.paid) > Decimal(agreement.accepted):
+            draft.put(f"agreement/{agreement.agreement_id}", replace(agreement, accepted=agreement.paid))
+    draft.emit("payments", payment_event(draft, row))
+
+
+def _supersede(draft: Draft, row: PaymentRow, by: PaymentRow) -> None:
+    """The wallet told of this transfer before the payee did, and of less: the payment that the payee has verified counts."""
+    take_back(draft, decode_body(PaymentBody, row.body))
+    reason = f"payment {by.payment_id}, which the payee has given back, tells of the same transfer"
+    draft.put(
+        f"payment/{row.payment_id}",
+        replace(row, state=PaymentState.ACKNOWLEDGED, reason=reason, order_ids=(), instead=by.payment_id),
+    )
+    draft.wake(f"resend/{row.payment_id}", None)
+    for order_id in row.order_ids:
+        order = draft.row(OrderRow, f"order/{order_id}")
+        assert order is not None, order_id
+        draft.put(f"order/{order_id}", replace(order, payment_id=by.payment_id))
+
+
+def _owe_what_is_paid(draft: Draft, part: ActivityPayment) -> None:
+    """What was paid for an activity had been accepted: nothing of it is to be owed once more."""
+    activity = draft.row(LedgerActivityRow, f"activity/{part.activity_id}")
+    assert activity is not None, part
+    more = minus(total_of((activity.paid, part.amount)), activity.accepted)
+    if more > 0:
+        accepted = amount_text(total_of((activity.accepted, more)))
+        draft.put(f"activity/{part.activity_id}", replace(activity, accepted=accepted))
+        agreement = draft.row(LedgerAgreementRow, f"agreement/{activity.agreement_id}")
+        assert agreement is not None, activity
+        accepted = amount_text(total_of((agreement.accepted, more)))
+        draft.put(f"agreement/{agreement.agreement_id}", replace(agreement, accepted=accepted))
 
 
 def _own_document(draft: Draft, document: Document, sender: str) -> None:

@@ -2,9 +2,10 @@
 
 Keys: `allocation/<id>`, `agreement/<id>`, `activity/<id>`, `debit-note/<id>`, `invoice/<id>`, `order/<kind>:<id>`,
 `payment/<id>`, `tx/<hash>/<payer>/<payee>` (several platforms may be one chain, so none is named), `owed/<platform>`, and the
-indexes `open/<agreement>/<kind>/<id>` of accepted documents that are not settled and `ordered/<agreement>/<kind>:<id>` of
-orders. The payer's own: `pricing/<agreement>`, `refused/<agreement>`, and `clock`. On both sides: `told/<peer>`, and
-the index `in/<agreement>/<activity>`. All amounts are decimal text in GLM.
+indexes `open/<agreement>/<kind>/<id>` of accepted documents that are not settled, `ordered/<agreement>/<kind>:<id>` of
+orders and `made/<hash>/<peer>/<payee>` of the payments that tell of a transfer. The payer's own: `pricing/<agreement>`,
+`refused/<agreement>`, and `clock`. On both sides: `told/<peer>`, and the index
+`in/<agreement>/<activity>`. All amounts are decimal text in GLM.
 """
 
 from __future__ import annotations
@@ -188,12 +189,20 @@ class PaymentRow(Message, frozen=True, tag="Payment"):
     reason: str = ""
     tries: int = 0
     digest: str = ""  # of the body where only the head of it is kept: the payment was refused for good
+    recalled: bool = False  # payer: given back by the payee after a restore; `order_ids` may not be all that it paid
+    instead: str = ""  # payer: the payment that tells of the same transfer, and counts; this one does not
 
 
 class TxClaimsRow(Message, frozen=True, tag="TxClaims"):
     """What has been claimed of one transaction for one payee, in order: (payment id, amount), verified or in question."""
 
     claims: tuple[tuple[str, str], ...]
+
+
+class MadeRow(Message, frozen=True, tag="Made"):
+    """The payer's payments that tell a payee of one transfer: more than one where its disk went back in time."""
+
+    payment_ids: tuple[str, ...] = ()
 
 
 class OpenRow(Message, frozen=True, tag="Open"):
@@ -234,6 +243,7 @@ LedgerRow = (
     | OrderRow
     | PaymentRow
     | TxClaimsRow
+    | MadeRow
     | OpenRow
     | OwedRow
     | StoredRow
@@ -270,7 +280,7 @@ def paid_since(rows: HasPrefix, platform: str, since: float) -> Decimal:
     return total_of(
         row.amount
         for _, row in rows.prefix("payment/")
-        if row.role == Party.PAYER and row.platform == platform and row.recorded_at >= since
+        if row.role == Party.PAYER and row.platform == platform and row.recorded_at >= since and not row.instead
     )
 
 
