@@ -7,37 +7,12 @@ from decimal import Decimal
 from msgspec.structs import replace
 
 from actors.kernel.draft import Draft
-from actors.ledger.payments import agreements_of, book, event_of, known_parts, tx_hash_of
-from actors.ledger.rows import LedgerActivityRow, LedgerAgreementRow, OrderRow, OwedRow, PaymentRow, PaymentState
+from actors.ledger.payments import agreements_of, book
+from actors.ledger.rows import LedgerActivityRow, LedgerAgreementRow, OrderRow, OwedRow, PaymentRow
 from protocol.amounts import minus, total_of
 from protocol.ledger import ActivityPayment, PaymentBody
-from protocol.signing import Document
-from protocol.states import Party
 from protocol.types import amount_text
 from protocol.wallet import PaidBefore
-
-
-def booked_again(draft: Draft, document: Document, body: PaymentBody) -> None:
-    """Book a payment of our own that we had forgotten; its payee, who gives it back, has verified it on chain."""
-    known, unbooked = known_parts(draft, body, Party.PAYER, body.payee_id)
-    if not known.agreement_payments and not known.activity_payments:
-        return  # what it was for was forgotten as well, and cannot be paid again either
-    row = PaymentRow(
-        payment_id=body.payment_id,
-        role=Party.PAYER,
-        peer=body.payee_id,
-        state=PaymentState.ACKNOWLEDGED,
-        body=document.body,
-        signature=document.signature,
-        tx_hash=tx_hash_of(body.details),
-        platform=body.payment_platform,
-        amount=body.amount,
-        recorded_at=draft.now,
-        unbooked=unbooked,
-    )
-    draft.put(f"payment/{row.payment_id}", row)
-    book_forgotten(draft, known)
-    draft.emit("payments", event_of(draft, row))
 
 
 def book_forgotten(draft: Draft, known: PaymentBody) -> None:
@@ -71,6 +46,9 @@ def _cover(draft: Draft, agreement: LedgerAgreementRow, payment_id: str) -> None
         draft.put(f"owed/{order.platform}", OwedRow(amount_text(max(minus(debt.amount, order.amount), Decimal(0)))))
         covered.append(order_id)
     if covered:
+        payment = draft.row(PaymentRow, f"payment/{payment_id}")
+        if payment is not None:
+            draft.put(f"payment/{payment_id}", replace(payment, order_ids=(*payment.order_ids, *covered)))
         draft.send("wallet", PaidBefore(tuple(covered)))
 
 

@@ -10,14 +10,24 @@ from __future__ import annotations
 import base64
 import binascii
 import uuid
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from decimal import Decimal
 
 from msgspec.structs import replace
 
 from actors.kernel.draft import Draft
 from actors.ledger.documents import explain, keep, no_room, settle
-from actors.ledger.rows import LedgerActivityRow, LedgerAgreementRow, OrderRow, OwedRow, PaymentRow, PaymentState, TxClaimsRow
+from actors.ledger.parts import ids_of, known_parts, part_of
+from actors.ledger.rows import (
+    LedgerActivityRow,
+    LedgerAgreementRow,
+    MadeRow,
+    OrderRow,
+    OwedRow,
+    PaymentRow,
+    PaymentState,
+    TxClaimsRow,
+)
 from protocol.amounts import minus, total_of
 from protocol.ledger import (
     ActivityPayment,
@@ -63,6 +73,8 @@ def paid_out(draft: Draft, fact: PaidOut) -> None:
 
 
 def _record_payment(draft: Draft, fact: PaidOut, peer: str, orders: list[tuple[str, OrderRow]]) -> None:
+    if _told_before(draft, fact, peer, orders):
+        return
     agreements = _sums((order.agreement_id, order.amount) for _, order in orders if not order.activity_id)
     activities = _sums((order.activity_id, order.amount) for _, order in orders if order.activity_id)
     total = amount_text(total_of(order.amount for _, order in orders))
@@ -96,13 +108,45 @@ def _record_payment(draft: Draft, fact: PaidOut, peer: str, orders: list[tuple[s
         order_ids=order_ids,
     )
     draft.put(f"payment/{payment_id}", row)
+    made(draft, fact.tx_hash, peer, fact.payee, payment_id)
+    _mark_paid(draft, payment_id, orders)
+    book(draft, body)
+    draft.emit("payments", payment_event(draft, row))  # in one step with what it settles: who hears of that looks for the payment
+    draft.send("signer", SignPayment(payment_id, raw))
+
+
+def _told_before(draft: Draft, fact: PaidOut, peer: str, orders: list[tuple[str, OrderRow]]) -> bool:
+    """After a restore the payee may have told of this transfer before the wallet does: its payment is not booked twice."""
+    for payment in payments_of(draft, fact.tx_hash, peer, fact.payee):
+        known = [draft.row(OrderRow, f"order/{order_id}") for order_id in payment.order_ids]
+        rest = minus(payment.amount, total_of(order.amount for order in known if order is not None))
+        if total_of(order.amount for _, order in orders) <= rest:
+            order_ids = (*payment.order_ids, *(order_id for order_id, _ in orders))
+            draft.put(f"payment/{payment.payment_id}", replace(payment, order_ids=order_ids))
+            _mark_paid(draft, payment.payment_id, orders)
+            return True
+    return False
+
+
+def _mark_paid(draft: Draft, payment_id: str, orders: list[tuple[str, OrderRow]]) -> None:
     for order_id, order in orders:
         draft.put(f"order/{order_id}", replace(order, payment_id=payment_id))
-    debt = draft.row(OwedRow, f"owed/{fact.platform}") or OwedRow()
-    draft.put(f"owed/{fact.platform}", OwedRow(amount_text(max(minus(debt.amount, total), Decimal(0)))))
-    book(draft, body)
-    draft.emit("payments", event_of(draft, row))  # in one step with what it settles: who hears of that looks for the payment
-    draft.send("signer", SignPayment(payment_id, raw))
+        debt = draft.row(OwedRow, f"owed/{order.platform}") or OwedRow()
+        draft.put(f"owed/{order.platform}", OwedRow(amount_text(max(minus(debt.amount, order.amount), Decimal(0)))))
+
+
+def made(draft: Draft, tx_hash: str, peer: str, payee_addr: str, payment_id: str) -> None:
+    """Note that a payment of ours tells of a transfer."""
+    key = f"made/{tx_hash}/{peer}/{payee_addr}"
+    known = draft.row(MadeRow, key) or MadeRow()
+    draft.put(key, MadeRow(tuple(dict.fromkeys((*known.payment_ids, payment_id)))))
+
+
+def payments_of(draft: Draft, tx_hash: str, peer: str, payee_addr: str) -> list[PaymentRow]:
+    """Return the payments that tell of a transfer, and count."""
+    known = draft.row(MadeRow, f"made/{tx_hash}/{peer}/{payee_addr}") or MadeRow()
+    rows = (draft.row(PaymentRow, f"payment/{payment_id}") for payment_id in known.payment_ids)
+    return [row for row in rows if row is not None and not row.instead]
 
 
 def payment_signed(draft: Draft, fact: PaymentSigned) -> None:
@@ -162,34 +206,6 @@ def book_rest(draft: Draft, row: PaymentRow, book: Callable[[Draft, PaymentBody]
     if unbooked != row.unbooked:
         draft.put(f"payment/{row.payment_id}", replace(row, unbooked=unbooked))
         book(draft, known)
-
-
-def known_parts(draft: Draft, body: PaymentBody, role: Party, peer: str) -> tuple[PaymentBody, tuple[str, ...]]:
-    """Return a payment without the parts of what this node does not know, and what these are for."""
-
-    def is_known(agreement_id: str) -> bool:
-        row = draft.row(LedgerAgreementRow, f"agreement/{agreement_id}")
-        return row is not None and (row.role, row.peer) == (role, peer)
-
-    unknown = [part.agreement_id for part in body.agreement_payments if not is_known(part.agreement_id)]
-    for part in body.activity_payments:
-        activity = draft.row(LedgerActivityRow, f"activity/{part.activity_id}")
-        if activity is None or not is_known(activity.agreement_id):
-            unknown.append(part.activity_id)
-    return part_of(body, [each for each in _ids(body) if each not in unknown]), tuple(unknown)
-
-
-def _ids(body: PaymentBody) -> list[str]:
-    return [part.agreement_id for part in body.agreement_payments] + [part.activity_id for part in body.activity_payments]
-
-
-def part_of(body: PaymentBody, ids: Collection[str]) -> PaymentBody:
-    """Return a payment with no more than its parts for these agreements and activities."""
-    return replace(
-        body,
-        agreement_payments=tuple(part for part in body.agreement_payments if part.agreement_id in ids),
-        activity_payments=tuple(part for part in body.activity_payments if part.activity_id in ids),
-    )
 
 
 def pay_out_delayed(draft: Draft, fact: PayOutDelayed) -> None:
@@ -323,9 +339,9 @@ def transfer_verified(draft: Draft, fact: TransferVerified) -> None:
     draft.put(f"payment/{row.payment_id}", row)
     draft.wake(f"verify/{row.payment_id}", None)
     body = decode_body(PaymentBody, row.body)
-    book(draft, part_of(body, [each for each in _ids(body) if each not in row.unbooked]))
+    book(draft, part_of(body, [each for each in ids_of(body) if each not in row.unbooked]))
     draft.send(address(row.peer, "ledger"), PaymentAcknowledged(row.payment_id, True))
-    draft.emit("payments", event_of(draft, row))
+    draft.emit("payments", payment_event(draft, row))
 
 
 def transfer_rejected(draft: Draft, fact: TransferRejected) -> None:
@@ -410,14 +426,25 @@ def book(draft: Draft, body: PaymentBody) -> None:
         settle(draft, agreement_id)
 
 
-def _add_paid(draft: Draft, agreement_id: str, paid: str) -> None:
+def take_back(draft: Draft, body: PaymentBody) -> None:
+    """Take a payment off the sums again: another one tells of the same transfer, and is booked next."""
+    for agreement_part in body.agreement_payments:
+        _add_paid(draft, agreement_part.agreement_id, minus("0", agreement_part.amount))
+    for part in body.activity_payments:
+        activity = draft.row(LedgerActivityRow, f"activity/{part.activity_id}")
+        assert activity is not None, part
+        draft.put(f"activity/{part.activity_id}", replace(activity, paid=amount_text(minus(activity.paid, part.amount))))
+        _add_paid(draft, activity.agreement_id, minus("0", part.amount))
+
+
+def _add_paid(draft: Draft, agreement_id: str, paid: str | Decimal) -> None:
     agreement = draft.row(LedgerAgreementRow, f"agreement/{agreement_id}")
     assert agreement is not None, agreement_id
     total = amount_text(total_of((agreement.paid, paid)))
     draft.put(f"agreement/{agreement_id}", replace(agreement, paid=total))
 
 
-def event_of(draft: Draft, row: PaymentRow) -> PaymentEvent:
+def payment_event(draft: Draft, row: PaymentRow) -> PaymentEvent:
     agreement_ids = agreements_of(draft, decode_body(PaymentBody, row.body))
     agreements = (draft.row(LedgerAgreementRow, f"agreement/{agreement_id}") for agreement_id in agreement_ids)
     sessions = dict.fromkeys(a.app_session_id for a in agreements if a is not None and a.app_session_id)

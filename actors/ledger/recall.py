@@ -15,9 +15,10 @@ from msgspec.structs import replace
 
 from actors.kernel.draft import Draft
 from actors.ledger.documents import add, agreement_of, event, owe, put, settle
-from actors.ledger.forgotten import book_forgotten, booked_again
+from actors.ledger.forgotten import book_forgotten
+from actors.ledger.parts import known_parts
 from actors.ledger.payer import order
-from actors.ledger.payments import book_rest
+from actors.ledger.payments import book_rest, made, payment_event, payments_of, take_back, tx_hash_of
 from actors.ledger.rows import (
     ForgottenRow,
     InRow,
@@ -121,7 +122,7 @@ def _tell(draft: Draft, peer: str) -> None:
         if isinstance(row, PaymentDocumentRow) and row.changed_at >= since and row.signature and not row.refused:
             _tell_document(draft, to, row)
     for payment in payments:
-        if payment.role == Party.PAYER:
+        if payment.role == Party.PAYER and not payment.instead:
             draft.send(to, PaymentSent(Document(DocumentKind.PAYMENT, payment.body, payment.signature)))
 
 
@@ -214,7 +215,56 @@ def _payment(draft: Draft, document: Document, sender: str) -> None:
         if known.role == Party.PAYER and known.body == document.body:
             book_rest(draft, known, book_forgotten)
         return
-    booked_again(draft, document, body)
+    _booked_again(draft, document, body)
+
+
+def _booked_again(draft: Draft, document: Document, body: PaymentBody) -> None:
+    """Book a payment of our own that we had forgotten; its payee, who gives it back, has verified it on chain."""
+    known, unbooked = known_parts(draft, body, Party.PAYER, body.payee_id)
+    if not known.agreement_payments and not known.activity_payments:
+        return  # what it was for was forgotten as well, and cannot be paid again either
+    tx_hash = tx_hash_of(body.details)
+    others = payments_of(draft, tx_hash, body.payee_id, body.payee_addr)
+    counts = not others or total_of(other.amount for other in others) <= Decimal(body.amount)
+    row = PaymentRow(
+        payment_id=body.payment_id,
+        role=Party.PAYER,
+        peer=body.payee_id,
+        state=PaymentState.ACKNOWLEDGED,
+        body=document.body,
+        signature=document.signature,
+        tx_hash=tx_hash,
+        platform=body.payment_platform,
+        amount=body.amount,
+        recorded_at=draft.now,
+        order_ids=tuple(order_id for other in others for order_id in other.order_ids) if counts else (),
+        recalled=True,
+        instead="" if counts else others[0].payment_id,
+        unbooked=unbooked if counts else (),
+    )
+    draft.put(f"payment/{row.payment_id}", row)
+    made(draft, tx_hash, row.peer, body.payee_addr, row.payment_id)
+    if not counts:
+        return
+    for other in others:
+        _supersede(draft, other, row)
+    book_forgotten(draft, known)
+    draft.emit("payments", payment_event(draft, row))
+
+
+def _supersede(draft: Draft, row: PaymentRow, by: PaymentRow) -> None:
+    """The wallet told of this transfer before the payee did, and of less: the payment that the payee has verified counts."""
+    take_back(draft, decode_body(PaymentBody, row.body))
+    reason = f"payment {by.payment_id}, which the payee has given back, tells of the same transfer"
+    draft.put(
+        f"payment/{row.payment_id}",
+        replace(row, state=PaymentState.ACKNOWLEDGED, reason=reason, order_ids=(), instead=by.payment_id),
+    )
+    draft.wake(f"resend/{row.payment_id}", None)
+    for order_id in row.order_ids:
+        order = draft.row(OrderRow, f"order/{order_id}")
+        assert order is not None, order_id
+        draft.put(f"order/{order_id}", replace(order, payment_id=by.payment_id))
 
 
 def _own_document(draft: Draft, document: Document, sender: str) -> None:

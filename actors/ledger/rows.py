@@ -2,9 +2,10 @@
 
 Keys: `allocation/<id>`, `agreement/<id>`, `activity/<id>`, `debit-note/<id>`, `invoice/<id>`, `order/<kind>:<id>`,
 `payment/<id>`, `tx/<hash>/<payer>/<payee>` (several platforms may be one chain, so none is named), `owed/<platform>`,
-`forgotten/<kind>/<id>`, and the indexes `open/<agreement>/<kind>/<id>` of accepted documents that are not settled and
-`ordered/<agreement>/<kind>:<id>` of orders. The payer's own: `pricing/<agreement>`, `refused/<agreement>`, and `clock`. On both
-sides: `told/<peer>`, and the index `in/<agreement>/<activity>`. All amounts are decimal text in GLM.
+`forgotten/<kind>/<id>`, and the indexes `open/<agreement>/<kind>/<id>` of accepted documents that are not settled,
+`ordered/<agreement>/<kind>:<id>` of orders and `made/<hash>/<peer>/<payee>` of the payments that tell of a transfer. The payer's
+own: `pricing/<agreement>`, `refused/<agreement>`, and `clock`. On both sides: `told/<peer>`, and the index
+`in/<agreement>/<activity>`. All amounts are decimal text in GLM.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from enum import StrEnum
 from typing import Any, Protocol
 
 from protocol.amounts import minus, total_of
-from protocol.ledger import LOCAL_CHAIN, AcceptanceBody, encode_body
+from protocol.ledger import AcceptanceBody, encode_body
+from protocol.payment_terms import address_key
+from protocol.property_names import LOCAL_CHAIN, PAYMENT_VERSION
 from protocol.states import DocumentKind, DocumentStatus, Party
 from protocol.types import Message, digest
 
@@ -188,6 +191,8 @@ class PaymentRow(Message, frozen=True, tag="Payment"):
     tries: int = 0
     digest: str = ""  # of the body where only the head of it is kept: the payment was refused for good
     unbooked: tuple[str, ...] = ()  # agreements and activities of it that this node's disk does not know (any more)
+    recalled: bool = False  # payer: given back by the payee after a restore; `order_ids` may not be all that it paid
+    instead: str = ""  # payer: the payment that tells of the same transfer, and counts; this one does not
 
 
 class ForgottenRow(Message, frozen=True, tag="Forgotten"):
@@ -201,6 +206,12 @@ class TxClaimsRow(Message, frozen=True, tag="TxClaims"):
     """What has been claimed of one transaction for one payee, in order: (payment id, amount), verified or in question."""
 
     claims: tuple[tuple[str, str], ...]
+
+
+class MadeRow(Message, frozen=True, tag="Made"):
+    """The payer's payments that tell a payee of one transfer: more than one where its disk went back in time."""
+
+    payment_ids: tuple[str, ...] = ()
 
 
 class OpenRow(Message, frozen=True, tag="Open"):
@@ -242,6 +253,7 @@ LedgerRow = (
     | PaymentRow
     | TxClaimsRow
     | ForgottenRow
+    | MadeRow
     | OpenRow
     | OwedRow
     | StoredRow
@@ -278,7 +290,7 @@ def paid_since(rows: HasPrefix, platform: str, since: float) -> Decimal:
     return total_of(
         row.amount
         for _, row in rows.prefix("payment/")
-        if row.role == Party.PAYER and row.platform == platform and row.recorded_at >= since
+        if row.role == Party.PAYER and row.platform == platform and row.recorded_at >= since and not row.instead
     )
 
 
@@ -300,19 +312,18 @@ def decorations(allocations: Sequence[AllocationRow], local_chain: str | None = 
     A single allocation gives a bare constraint: SDKs split every string at its operator and choke on a compound one.
     `local_chain` names the dev chain where the money is on one: a provider on another would never see it.
     """
-    prefix = "golem.com.payment.platform."
-    pairs = list(dict.fromkeys((f"{prefix}{a.platform}.address", a.address) for a in allocations))
+    pairs = list(dict.fromkeys((address_key(a.platform), a.address) for a in allocations))
     tests = [f"({key}=*)" for key in dict.fromkeys(key for key, _ in pairs)]
     platforms = tests[0] if len(tests) == 1 else "(|\n  " + "\n  ".join(tests) + "\n)"
     return {
         "properties": [
             *({"key": key, "value": value} for key, value in pairs),
-            {"key": "golem.com.payment.protocol.version", "value": "3"},
+            {"key": PAYMENT_VERSION, "value": "3"},
             *([{"key": LOCAL_CHAIN, "value": local_chain}] if local_chain else []),
         ],
         "constraints": [
             platforms,
-            "(golem.com.payment.protocol.version>1)",
+            f"({PAYMENT_VERSION}>1)",
             *([f"({LOCAL_CHAIN}={local_chain})"] if local_chain else []),
         ],
     }

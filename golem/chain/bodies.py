@@ -6,13 +6,13 @@ one (of a roll-up, with blobs) is read, and proves nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import coincurve
 
-from golem.chain.signer import keccak, rlp
+from golem.base.imports import tame_imports
+from golem.chain.signer import keccak
 from protocol.signing import address_of
 
 HASH_CHARS = 66  # an RPC may call anything a hash
@@ -50,6 +50,9 @@ def _read(tx: dict[str, Any]) -> BodyTx:
 
 def _signer(tx: dict[str, Any]) -> tuple[str, str] | None:
     """(hash, sender) as they follow from the fields; None where they cannot be computed."""
+    tame_imports()
+    import rlp  # type: ignore[import-untyped]  # late, as eth-account (`signer`)
+
     try:
         kind = int(tx.get("type") or "0x0", 16)
         v = int(tx.get("v", tx.get("yParity", "0x0")), 16)
@@ -61,12 +64,12 @@ def _signer(tx: dict[str, Any]) -> tuple[str, str] | None:
             parity = (v - 35) % 2 if v >= 35 else v - 27
             signed = [*fields, (v - 35) // 2, 0, 0] if v >= 35 else fields
         prefix = bytes([kind]) if kind else b""
-        digest = keccak(prefix + rlp(_encoded(signed)))
+        digest = keccak(prefix + rlp.encode(signed))
         raw = r.to_bytes(32, "big") + s.to_bytes(32, "big") + bytes([parity])
         public_key = coincurve.PublicKey.from_signature_and_message(raw, digest, hasher=None)
-        tx_hash = "0x" + keccak(prefix + rlp(_encoded([*fields, v, r, s]))).hex()
+        tx_hash = "0x" + keccak(prefix + rlp.encode([*fields, v, r, s])).hex()
         return tx_hash, address_of(public_key.format())
-    except (KeyError, ValueError, TypeError, AttributeError, OverflowError):  # coincurve raises ValueError
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError, rlp.exceptions.RLPException):
         return None
     except Exception as error:  # coincurve has exceptions of its own kind for some keys
         if type(error).__module__.startswith("coincurve"):
@@ -92,12 +95,3 @@ def _fields(tx: dict[str, Any], kind: int) -> list[Any]:
 
 def _bytes(text: str) -> bytes:
     return bytes.fromhex(text.removeprefix("0x"))
-
-
-def _encoded(items: Sequence[Any]) -> list[Any]:
-    """Numbers as the shortest big-endian bytes."""
-    return [
-        item.to_bytes((item.bit_length() + 7) // 8, "big") if isinstance(item, int)
-        else _encoded(item) if isinstance(item, list) else item
-        for item in items
-    ]  # fmt: skip

@@ -1,38 +1,25 @@
-"""Sign EIP-1559 (type 2) transactions with coincurve and a page of RLP: byte-identical to eth-account.
+"""Signs EIP-1559 (type 2) transactions, by eth-account.
 
-The usual packages for it cost a node 0.15 s of its start; the tests compare with them.
+Its import costs a third of a node's start, so it is left until something is signed: web3 has brought it along by then.
 
 Keys are raw 32-byte secrets, kept inside `Key` whose repr shows the address only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import coincurve
 from Crypto.Hash import keccak as _keccak
 
+from golem.base.imports import tame_imports
 from protocol.signing import address_of
 
 
 def keccak(data: bytes) -> bytes:
     """The 32-byte hash of Ethereum."""
     return _keccak.new(digest_bits=256, data=data).digest()
-
-
-def rlp(item: bytes | Sequence[bytes | Sequence[bytes]]) -> bytes:
-    """Recursive length prefix encoding of a byte string or a list."""
-    if isinstance(item, bytes):
-        if len(item) == 1 and item[0] < 0x80:
-            return item
-        body, short = item, 0x80
-    else:
-        body, short = b"".join(map(rlp, item)), 0xC0
-    if len(body) < 56:
-        return bytes([short + len(body)]) + body
-    length = _big_endian(len(body))
-    return bytes([short + 55 + len(length)]) + length + body
 
 
 class Key:
@@ -49,10 +36,17 @@ class Key:
     def __repr__(self) -> str:
         return f"Key({self.address})"
 
-    def sign_hash(self, digest: bytes) -> tuple[int, int, int]:
-        """(y parity, r, s) over a 32-byte digest."""
-        raw = self._key.sign_recoverable(digest, hasher=None)
-        return raw[64], int.from_bytes(raw[:32], "big"), int.from_bytes(raw[32:64], "big")
+    def sign(self, fields: dict[str, Any]) -> Signed:
+        """Sign a transaction of these fields, as `Account.sign_transaction` names them. Raises `ValueError` for what is none."""
+        tame_imports()
+        from eth_account import Account
+        from eth_utils.exceptions import ValidationError
+
+        try:
+            signed = Account.sign_transaction(fields, self._key.secret)
+        except (TypeError, ValidationError) as error:
+            raise ValueError(f"not a transaction: {str(error)[:200]}") from None
+        return Signed(bytes(signed.raw_transaction), "0x" + bytes(signed.hash).hex())
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,22 +71,23 @@ class Signed:
     hash: str
 
 
-def _big_endian(number: int) -> bytes:
-    return number.to_bytes((number.bit_length() + 7) // 8, "big")
-
-
 def sign(key: Key, tx: Transaction) -> Signed:
     """Sign `tx`. Deterministic (RFC 6979): the same key and fields give the same bytes."""
     if min(tx.nonce, tx.gas, tx.max_fee, tx.priority_fee, tx.value_wei) < 0:
         raise ValueError("a transaction field is negative")
     if tx.priority_fee > tx.max_fee:
         raise ValueError("priority fee above the maximum fee")
-    numbers = (tx.chain_id, tx.nonce, tx.priority_fee, tx.max_fee, tx.gas)
-    to = address_bytes(tx.to) if tx.to else b""
-    body: list[bytes | list[bytes]] = [*map(_big_endian, numbers), to, _big_endian(tx.value_wei), tx.data, []]
-    signature = key.sign_hash(keccak(b"\x02" + rlp(body)))
-    raw = b"\x02" + rlp([*body, *map(_big_endian, signature)])
-    return Signed(raw, "0x" + keccak(raw).hex())
+    return key.sign({
+        "type": 2,
+        "chainId": tx.chain_id,
+        "nonce": tx.nonce,
+        "gas": tx.gas,
+        "maxFeePerGas": tx.max_fee,
+        "maxPriorityFeePerGas": tx.priority_fee,
+        "to": address_bytes(tx.to) if tx.to else b"",
+        "value": tx.value_wei,
+        "data": tx.data,
+    })  # fmt: skip
 
 
 def address_bytes(address: str) -> bytes:

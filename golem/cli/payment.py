@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from typing import Any
 from urllib.parse import quote
 
@@ -99,6 +100,43 @@ def status(network: str | None, **_: Any) -> None:
             rows.append([f"{way} {stage}", f"{sums['totalAmount']} {token} in {sums['agreementsCount']} agreements"])
     rows += [["problem", problem] for problem in found["problems"]]
     table(["", ""], rows, _simulated(found))
+
+
+@payment.command("audit")
+def audit() -> None:
+    """Prove that the books add up, to the wei.
+
+    Issued = accepted + open + rejected; accepted = settled + queued + in flight; an allocation's total = paid + reserved +
+    free; and each transfer is that of settled documents. What does not add up names its document; the status is 1 then.
+    """
+    found = ask_node("payment_audit", 600)
+    if wants_json():
+        value(found)
+    else:
+        _show_audit(found)
+    if not found["addsUp"]:
+        raise click.exceptions.Exit(1)
+
+
+def _show_audit(found: dict[str, Any]) -> None:
+    names = ["issued", "accepted", "open", "rejected", "settled", "queued", "inFlight"]
+    rows = [[row["paymentPlatform"], row["role"], row["documents"], *(row[name] for name in names)] for row in found["sums"]]
+    if rows:
+        table(["platform", "as", "documents", *names[:-1], "in flight"], rows)
+    kept = [row for row in found["allocations"] if not row["released"] or Decimal(row["reserved"])]
+    if kept:
+        columns = ["total", "paid", "reserved", "free"]
+        table(["allocation", *columns], [[row["allocationId"], *(row[column] for column in columns)] for row in kept])
+    for one in found["findings"]:
+        text(f"{one['subject']}: {one['words']}")
+    if found["addsUp"]:
+        unknown = f"; {found['transfersUnknown']} more are not known to this node's chain.db" if found["transfersUnknown"] else ""
+        count = len(found["allocations"])
+        text(f"The books add up: {sum(row['documents'] for row in found['sums'])} documents, {count} allocations, "
+             f"{found['transfersCompared']} transfers compared with the chain{unknown}.")  # fmt: skip
+    else:
+        say(f"{len(found['findings'])} things do not add up. golem payment trace ID tells the story of a document; "
+            "golem backup keeps the books as they are now for whoever looks into it.")  # fmt: skip
 
 
 @payment.command("release-allocations")

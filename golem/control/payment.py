@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from golem.chain.networks import DRIVER, Network
 from golem.chain.rpc import RpcError
 from golem.control.command import command
+from golem.node.books import audit_books
 from golem.node.holds import MAX_SHOWN, allocations_on, platforms_of, render_hold, reserved_on
 from protocol.ledger import ReleaseAllocation
 from protocol.types import amount_text, from_wei, timestamp_text
@@ -61,6 +62,12 @@ def _is_said(detail: str, trouble: str) -> bool:
     """Is an endpoint's silence told by `trouble` already, which has more to say?"""
     _, silent, why = detail.partition(" has not answered ")
     return bool(silent) and why.partition(": ")[2] in trouble
+
+
+@command
+async def payment_audit(node: Node, args: dict[str, Any]) -> Any:
+    """Do the books add up?"""
+    return await audit_books(node)
 
 
 @command

@@ -8,7 +8,8 @@ from quart import Blueprint, Response
 
 from actors.ledger.machine import LedgerActivityRow, LedgerAgreementRow, OrderRow
 from actors.wallet.rows import PayBatchRow
-from golem.rest.edge import ApiError, listed, query_int, respond_json
+from golem.node.books import audit_books
+from golem.rest.edge import ApiError, caller, listed, query_int, respond_json
 from golem.rest.payment_forms import MAX_ITEMS
 from protocol.states import Party
 from protocol.types import timestamp_text
@@ -29,6 +30,11 @@ def register(api: Blueprint, node: Node) -> None:
         if row is None:
             raise ApiError(404, None)
         return row
+
+    @api.get("/audit")
+    async def audit() -> Response:
+        caller()
+        return respond_json(await audit_books(node))
 
     @api.get("/payAgreements")
     async def agreements() -> Response:

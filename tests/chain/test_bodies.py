@@ -77,3 +77,8 @@ def test_another_type_is_read_and_proves_nothing() -> None:
 def test_nonsense_in_the_signature_is_no_proof_and_no_crash(changes: dict[str, Any]) -> None:
     unread = {"gasPrice", "yParity"}  # of a transaction of this type
     assert read({**in_body(KINDS["dynamic fee"]), **changes}).proven is (changes.keys() <= unread)
+
+
+@pytest.mark.parametrize("name", ["nonce", "value", "gas"])
+def test_numbers_below_nothing_prove_nothing(name: str) -> None:
+    assert not read({**in_body(KINDS["dynamic fee"]), name: "-0x1"}).proven

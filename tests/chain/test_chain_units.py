@@ -8,6 +8,7 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
+import coincurve
 import pytest
 import rlp
 from chain_support import address_of, key_of
@@ -36,7 +37,7 @@ U64 = st.integers(0, 2**64 - 1)
     max_fee=st.integers(0, 2**80), part=st.floats(0, 1), data=st.binary(max_size=200),
     to=st.none() | st.binary(min_size=20, max_size=20),
 )  # fmt: skip
-def test_signing_gives_the_bytes_of_eth_account(
+def test_what_is_signed_is_the_bytes_that_the_standard_says(
     secret: int,
     chain_id: int,
     nonce: int,
@@ -50,14 +51,11 @@ def test_signing_gives_the_bytes_of_eth_account(
     key, priority_fee = secret.to_bytes(32, "big"), int(max_fee * part) // 2
     recipient = "0x" + to.hex() if to else None
     ours = sign(Key(key), Transaction(chain_id, nonce, gas, max_fee, priority_fee, recipient, data, value))
-    fields = {
-        "type": 2, "chainId": chain_id, "nonce": nonce, "gas": gas, "maxFeePerGas": max_fee,
-        "maxPriorityFeePerGas": priority_fee, "to": checksum(recipient) if recipient else "", "value": value,
-        "data": data,
-    }  # fmt: skip
-    theirs = Account.from_key(key).sign_transaction(fields)
-    assert ours.raw == bytes(theirs.raw_transaction)
-    assert ours.hash == "0x" + bytes(theirs.hash).hex()
+    body = [chain_id, nonce, priority_fee, max_fee, gas, to or b"", value, data, []]
+    signature = coincurve.PrivateKey(key).sign_recoverable(keccak(b"\x02" + rlp.encode(body)), hasher=None)
+    r, s = int.from_bytes(signature[:32], "big"), int.from_bytes(signature[32:64], "big")
+    raw = b"\x02" + rlp.encode([*body, signature[64], r, s])
+    assert (ours.raw, ours.hash) == (raw, "0x" + keccak(raw).hex())
 
 
 def test_keys_and_addresses() -> None:

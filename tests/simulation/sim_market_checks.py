@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +11,10 @@ from sim_world import Broken
 
 from actors.activity.machine import Activity
 from actors.activity.rows import ActivityRow, BatchRow, ResultRow
+from actors.auditor.audit import audit
+from actors.auditor.books import contradictions
 from actors.kernel.records import unsealed
-from actors.ledger.machine import AllocationRow, Ledger, OrderRow, PaymentDocumentRow, PaymentRow, total_of
+from actors.ledger.machine import Ledger, OrderRow, PaymentDocumentRow, PaymentRow, total_of
 from actors.ledger.machine import LedgerAgreementRow as Terms
 from actors.market.machine import Market
 from actors.negotiation.machine import Negotiation
@@ -30,12 +33,14 @@ OVER = ("Rejected", "Cancelled", "Expired", "Terminated")
 
 def rows(host: MarketHost, actor: str, prefix: str, kind: type) -> Iterator[Any]:
     """Yield the rows on a disk without the kernel's help."""
-    query = "select key, body from row where actor=? and substr(key, 1, ?)=? order by key"
-    for key, body in host.db.execute(query, (actor, len(prefix), prefix)).fetchall():
+    return (row for _, row in keyed(host, actor, prefix) if isinstance(row, kind))
+
+
+def keyed(host: MarketHost, actor: str, prefix: str) -> Iterator[tuple[str, Any]]:
+    query = "select key, body from row where actor=? and key>=? and key<? order by key"
+    for key, body in host.db.execute(query, (actor, prefix, prefix + "\U0010ffff")).fetchall():
         bad, good = host.world.bad_rows.get((host.name, actor, key), (b"", b""))
-        row = _decode[actor](unsealed(actor, key, good if body == bad else body))
-        if isinstance(row, kind):
-            yield row
+        yield key, _decode[actor](unsealed(actor, key, good if body == bad else body))
 
 
 def agreements(host: MarketHost) -> dict[str, AgreementRow]:
@@ -62,10 +67,6 @@ def check_always(world: MarketWorld) -> None:
         if not ready(host):
             continue  # before its first start
         orders = list(rows(host, "ledger", "order/", OrderRow))
-        for allocation in rows(host, "ledger", "allocation/", AllocationRow):
-            spent = total_of(order.amount for order in orders if order.allocation_id == allocation.allocation_id)
-            if not spent == Decimal(allocation.spent) <= Decimal(allocation.total):
-                raise Broken(f"allocation {allocation} has orders of {spent}")
         for terms in rows(host, "ledger", "agreement/", Terms):
             # a payee may hear of a payment before it hears of the acceptance: `check_end` holds its sums together
             if Decimal(terms.paid) > Decimal(terms.accepted) and terms.role == "payer":
@@ -74,6 +75,41 @@ def check_always(world: MarketWorld) -> None:
             owed = total_of(order.amount for order in orders if order.peer == other)
             if paid(world, host.name, other) > owed:
                 raise Broken(f"{host.name} paid {other} {paid(world, host.name, other)} and owes {owed}")
+    audit_all(world)
+
+
+@dataclass(frozen=True)
+class Books:
+    """An actor's rows on a disk, as the auditor reads them."""
+
+    host: MarketHost
+    actor: str
+
+    def prefix(self, prefix: str) -> Iterator[tuple[str, Any]]:
+        return keyed(self.host, self.actor, prefix)
+
+
+def audit_all(world: MarketWorld) -> None:
+    """The books of every node add up, to the wei, and those of no two contradict each other."""
+    hosts = [host for host in world.hosts.values() if ready(host)]
+    for host in hosts:
+        moved: dict[tuple[str, str], Decimal] = {}
+        for tx_hash, payer, payee, amount in world.transfers:
+            if payer == host.name:
+                moved[tx_hash, payee] = moved.get((tx_hash, payee), Decimal(0)) + amount
+        report = audit(Books(host, "ledger"), Books(host, "wallet"), moved)
+        found = [*report.findings]
+        for other in hosts:
+            if other is not host:
+                found += contradictions(Books(host, "ledger"), Books(other, "ledger"))
+        for sums in report.sums:
+            if sums.issued != total_of((sums.accepted, sums.open, sums.rejected)):
+                raise Broken(f"{host.name}: issued is not accepted + open + rejected: {sums}")
+            if sums.role == "payer" and sums.accepted != total_of((sums.settled, sums.queued, sums.in_flight)):
+                raise Broken(f"{host.name}: accepted is not settled + queued + in flight: {sums}")
+        world.reached["audit of an account in use"] += bool(report.sums)
+        if found:
+            raise Broken(f"the books of {host.name} do not add up: {found[:3]}")
 
 
 def unsettled(world: MarketWorld) -> list[str]:
