@@ -19,22 +19,9 @@ import trio
 
 from golem.bus.client import open_stream
 from golem.files.outgoing import OutgoingFile
-from golem.files.wire import (
-    BLOCK_BYTES,
-    END,
-    HASHES,
-    NOT_HERE,
-    STREAM,
-    Assembly,
-    FileFault,
-    Reader,
-    parse_url,
-    read_header,
-    send,
-    send_block,
-    send_header,
-)
+from golem.files.wire import Assembly, Reader, read_header, send, send_block, send_header
 from golem.net.types import RemoteError, Unreachable
+from protocol.gftp import BLOCK_BYTES, END, HASHES, NOT_HERE, STREAM, FileFault, parse_url
 
 log = logging.getLogger("golem.files.tool")
 

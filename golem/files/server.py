@@ -26,8 +26,9 @@ from golem.bus.server import BusPeer
 from golem.files.on_disk import MAX_UPLOAD_BYTES, FileSink, FileSource, Filled, Sink, Source
 from golem.files.outgoing import FileIdentity
 from golem.files.uploads import Upload
-from golem.files.wire import BLOCK_BYTES, BROKEN, NOT_HERE, STREAM, FileFault, Reader, read_header, send, send_header
+from golem.files.wire import BROKEN, Reader, read_header, send, send_header
 from golem.net.types import RemoteError
+from protocol.gftp import BLOCK_BYTES, NOT_HERE, STREAM, FileFault
 
 log = logging.getLogger("golem.files.server")
 

@@ -12,7 +12,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import trio
 
-from golem.files.wire import BLOCK_BYTES, Assembly, FileFault, Reader, read_header, send_header
+from golem.files.wire import Assembly, Reader, read_header, send_header
+from protocol.gftp import BLOCK_BYTES, FileFault
 
 AHEAD_BYTES = 4 << 20  # of blocks that wait for their turn, or for the disk
 MAX_STREAMS = 16  # that bring one upload
