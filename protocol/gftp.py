@@ -17,7 +17,8 @@ A block is its offset (8 bytes), its length (4 bytes, big-endian) and its bytes;
 one request after another, and a reader may send the next before it has read the answer. A stream brings no more than its
 window in a round trip, so over long ways several are used at once.
 
-Neighbours: `golem/files/wire.py` reads and writes; `server.py` and `uploads.py` beside it serve, `client.py` is the client.
+Neighbours: `golem/files/wire.py` reads and writes; `golem/files/server.py` and `golem/files/uploads.py` serve,
+`golem/files/client.py` is the client.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Both ways go over one stream, or over several where a round trip is long. A failure that may pass leaves the caller able to go
 on where it was: a download is asked for from an offset; an upload is offered again, and the other side says what it kept.
-Neighbours: `golem/files/wire.py` (the conversation), `golem/files/tool.py` and the exe-unit (the callers).
+Neighbours: `protocol/gftp.py` (the conversation), `golem/files/tool.py` and the exe-unit (the callers).
 """
 
 from __future__ import annotations
