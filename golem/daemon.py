@@ -6,6 +6,7 @@ are answered within a second. Order of stopping: REST, five seconds of grace, ev
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import logging
@@ -273,6 +274,8 @@ async def run_node(config: Config, ask_password: AskPassword | None = None, read
             notify_systemd("READY=1")
             if ready:
                 ready(node)
+            gc.collect()
+            gc.freeze()  # what is there for good: to look through all of it holds the loop for longer than anybody may
             nursery.start_soon(node.chain.connect)
             await node.stopping.wait()
         notify_systemd("STOPPING=1")

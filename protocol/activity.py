@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import msgspec
 
 from protocol.states import ActivityState
 from protocol.types import Message, Violation
@@ -22,10 +24,17 @@ BATCH_NOTE = (
     "\n[cut by the requestor's node: the output had {} bytes, and the results of a batch take "
     f"{MAX_BATCH_OUTPUT_BYTES >> 20} MiB; what follows keeps its beginning and its end only]\n"
 )
-#: Captured output on the wire: text, bytes where the capture asked for binary, None for nothing. MessagePack tells them
-#: apart, a msgspec union may not hold both: whoever takes it from a peer calls `check_output`.
+#: Captured output: text, bytes where the capture asked for binary, None for nothing. MessagePack tells them apart, a msgspec
+#: union may not hold both. A peer's is left as it came until `check_output` has looked at it: read as whatever it is, a
+#: million empty arrays would hold the event loop for a quarter of a second.
 Output = Any
+if TYPE_CHECKING:
+    RawOutput = Any
+else:
+    RawOutput = msgspec.Raw
+Usage = Annotated[list[float], msgspec.Meta(max_length=MAX_USAGE_COUNTERS)]
 _ID = re.compile(r"[0-9a-f]{32}\Z")
+_OUTPUT_STARTS = re.compile(rb"[\xa0-\xbf\xc0\xc4-\xc6\xd9-\xdb]")  # MessagePack: nil, text, bytes
 
 
 # -- to other actors of the node
@@ -75,7 +84,7 @@ class StateReported(Message, frozen=True):
     pending: ActivityState | None = None
     reason: str | None = None
     error_message: str | None = None
-    usage: list[float] | None = None  # in the order of the agreement's usage vector
+    usage: Usage | None = None  # in the order of the agreement's usage vector
     at: float = 0.0  # when it was so, by the reporter's clock
 
 
@@ -83,7 +92,7 @@ class UsageReported(Message, frozen=True):
     """exe-unit -> activity at the provider: the counters at the end of a batch."""
 
     activity_id: str
-    usage: list[float]
+    usage: Usage
     at: float
 
 
@@ -116,7 +125,7 @@ class StateChanged(Message, frozen=True):
     pending: ActivityState | None = None
     reason: str | None = None
     error_message: str | None = None
-    usage: list[float] | None = None
+    usage: Usage | None = None
     at: float = 0.0  # since when, by the exe-unit's clock
     usage_at: float = 0.0
 
@@ -125,7 +134,7 @@ class UsageChanged(Message, frozen=True):
     """activity@P -> activity@R: the counters at the end of a batch."""
 
     activity_id: str
-    usage: list[float]
+    usage: Usage
     at: float
 
 
@@ -136,8 +145,8 @@ class CommandResult(Message, frozen=True):
     batch_id: str
     index: int
     ok: bool
-    stdout: Output
-    stderr: Output
+    stdout: RawOutput
+    stderr: RawOutput
     message: str | None
     at: float
     is_last: bool  # no further result of this batch follows
@@ -227,7 +236,15 @@ def check_usage(usage: list[float]) -> list[float]:
 
 
 def check_output(output: Any) -> str | bytes | None:
-    """Return `output` if it is one. Raises `Violation`."""
+    """Return `output`, as it came or as it was made, if it is one. Raises `Violation`."""
+    if isinstance(output, msgspec.Raw):
+        first = bytes(memoryview(output)[:1])
+        if not first or not _OUTPUT_STARTS.match(first):
+            raise Violation("captured output is text or bytes")
+        try:
+            output = msgspec.msgpack.decode(output)
+        except (msgspec.DecodeError, ValueError) as error:
+            raise Violation(f"captured output cannot be read: {str(error)[:100]}") from None
     if output is None or isinstance(output, str | bytes):
         return output
     raise Violation(f"captured output is text or bytes, not {type(output).__name__}")

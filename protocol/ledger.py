@@ -15,7 +15,6 @@ from protocol.signing import Document
 from protocol.states import Party
 from protocol.types import Message, Violation, amount, timestamp
 
-LOCAL_CHAIN = "golem.com.payment.local-chain"  # in offers and demands: on which dev chain the platforms are
 MAX_USAGE_COUNTERS = 64
 MAX_ACTIVITIES = 1000  # of one invoice
 MAX_ID_CHARS = 80
@@ -214,6 +213,13 @@ class IssueInvoice(Message, frozen=True):
     activity_ids: tuple[str, ...]
     amount: str
     due_at: float
+
+
+class TakeBackDocument(Message, frozen=True):
+    """Undo an issued document that nobody heard of: as if it had never been. Nothing happens to one that was sent."""
+
+    kind: str
+    document_id: str
 
 
 class SendDocument(Message, frozen=True):

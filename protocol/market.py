@@ -12,10 +12,12 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from protocol import strict_json
-from protocol.properties import TermsError, flatten
+from protocol.properties import MAX_VALUES, TermsError, flatten
 from protocol.signing import Document, verify
 from protocol.states import DocumentKind, SubscriptionEnd
 from protocol.terms import MAX_CONSTRAINT_BYTES, MatchResult
@@ -23,9 +25,12 @@ from protocol.terms import match as match_terms
 from protocol.types import MAX_CLOCK_SKEW_S, Message, Violation, digest, node_id
 
 MAX_DOCUMENT_BYTES = 128 * 1024  # the body of one offer or demand
-REMEMBERED_BYTES = 8 * 1024  # larger documents are parsed anew each time: a stranger's must not fill our memory
+REMEMBERED_BYTES = 8 * 1024  # of larger documents only the last ones are remembered: a stranger's must not fill our memory
+REMEMBERED_LARGE = 4  # what one step reads several times
 MAX_LIFETIME_S = 2 * 3600.0  # how far ahead an offer or demand may expire
+WEIGHT_OF_VALUE = 8
 MAX_IDS = 100  # in one message between nodes
+Ids = Annotated[tuple[str, ...], msgspec.Meta(max_length=MAX_IDS)]
 SUBSCRIPTION_ID = re.compile(r"[0-9a-f]{32}-[0-9a-f]{64}\Z")
 
 
@@ -33,20 +38,20 @@ SUBSCRIPTION_ID = re.compile(r"[0-9a-f]{32}-[0-9a-f]{64}\Z")
 class OffersAnnounced(Message, frozen=True):
     """These offers live on the sender's node (gossip topic `offers`, and directly to a peer that just came up)."""
 
-    offer_ids: tuple[str, ...]
-    withdrawn_ids: tuple[str, ...] = ()
+    offer_ids: Ids
+    withdrawn_ids: Ids = ()
 
 
 class GetOffers(Message, frozen=True):
     """Please send these offers."""
 
-    offer_ids: tuple[str, ...]
+    offer_ids: Ids
 
 
 class Offers(Message, frozen=True):
     """The offers asked for, as their owners signed them; unknown ones are left out."""
 
-    documents: tuple[Document, ...]
+    documents: Annotated[tuple[Document, ...], msgspec.Meta(max_length=MAX_IDS)]
 
 
 # -- to other actors of the node
@@ -175,11 +180,10 @@ class ExpiryDue(Message, frozen=True):
 
 
 class MatchDue(Message, frozen=True):
-    """Match a demand with the next part of a large market: offers whose ids start with `shard` as `digits` hex digits."""
+    """Go on matching where a step had done enough: a demand or scan with offers, an offer with demands and scans."""
 
-    target: str  # "demand/<id>" or "scan/<id>"
-    shard: int
-    digits: int
+    target: str  # "demand/<id>", "scan/<id>" or "offer/<id>"
+    after: str  # the key of the row that was tried last
 
 
 class AskedDue(Message, frozen=True):
@@ -242,18 +246,25 @@ def _seconds(value: Any) -> float:
     return float(value)
 
 
+def weight(body: bytes) -> int:
+    """Return how much work a document is, in bytes of plain text: many small values are as much as a long text."""
+    return len(body) + WEIGHT_OF_VALUE * (body.count(b",") + body.count(b"{") + body.count(b"["))
+
+
 def read_subscription(body: bytes) -> Subscription:
     """Parse the body of an offer or demand and check all of its form, its id included. Raises `Violation`."""
-    return _remembered(body) if len(body) <= REMEMBERED_BYTES else _read_subscription(body)
+    return (_remembered if len(body) <= REMEMBERED_BYTES else _remembered_large)(body)
 
 
 def _read_subscription(body: bytes) -> Subscription:
     if len(body) > MAX_DOCUMENT_BYTES:
         raise Violation(f"a document of {len(body)} bytes is over the limit of {MAX_DOCUMENT_BYTES}")
     try:
-        value = strict_json.loads(body)
+        value = strict_json.loads(body, most=MAX_VALUES + 16)
         if not isinstance(value, dict) or list(value) != ["id", "owner", "properties", "constraints", "created", "expires"]:
             raise Violation("not an offer or demand: other keys than id, owner, properties, constraints, created, expires")
+        if not isinstance(value["properties"], dict) or flatten(value["properties"]) != value["properties"]:
+            raise Violation("the properties are not flat")
         if canonical(value) != body:
             raise Violation("the document is not canonical JSON")
         owner, constraints, subscription_id = value["owner"], value["constraints"], value["id"]
@@ -261,8 +272,6 @@ def _read_subscription(body: bytes) -> Subscription:
             raise Violation("the owner is no node id in lower case")
         if not isinstance(constraints, str) or len(constraints.encode()) > MAX_CONSTRAINT_BYTES:
             raise Violation("the constraints are no text, or too long")
-        if not isinstance(value["properties"], dict) or flatten(value["properties"]) != value["properties"]:
-            raise Violation("the properties are not flat")
         if not isinstance(subscription_id, str) or not SUBSCRIPTION_ID.match(subscription_id):
             raise Violation("the id is not 32 hex digits, `-`, 64 hex digits")
     except (ValueError, TermsError) as error:
@@ -275,6 +284,7 @@ def _read_subscription(body: bytes) -> Subscription:
 
 
 _remembered = functools.lru_cache(maxsize=2048)(_read_subscription)
+_remembered_large = functools.lru_cache(maxsize=REMEMBERED_LARGE)(_read_subscription)
 
 
 def verify_subscription(document: Document, kind: str, now: float) -> Subscription:

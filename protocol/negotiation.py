@@ -17,10 +17,11 @@ from protocol import strict_json
 from protocol.market import (
     MAX_DOCUMENT_BYTES,
     REMEMBERED_BYTES,
+    REMEMBERED_LARGE,
     SubscriptionEnded,
     canonical,
 )
-from protocol.properties import TermsError, flatten
+from protocol.properties import MAX_VALUES, TermsError, flatten
 from protocol.signing import Document
 from protocol.states import Role
 from protocol.terms import MAX_CONSTRAINT_BYTES, Reason, explain
@@ -286,14 +287,14 @@ AgreementEvents = (
 # -- content
 def read_properties(text: str) -> Mapping[str, Any]:
     """Return flat properties; the mapping is shared, do not change it. Raises `Violation`."""
-    return _remembered(text) if len(text) <= REMEMBERED_BYTES else _read_properties(text)
+    return (_remembered if len(text) <= REMEMBERED_BYTES else _remembered_large)(text)
 
 
 def _read_properties(text: str) -> Mapping[str, Any]:
     if len(text) > MAX_DOCUMENT_BYTES:
         raise Violation(f"properties of {len(text)} characters are over the limit of {MAX_DOCUMENT_BYTES}")
     try:
-        properties = strict_json.loads(text)
+        properties = strict_json.loads(text, most=MAX_VALUES)
         if not isinstance(properties, dict) or flatten(properties) != properties:
             raise Violation("the properties are not flat")
         if len(text.encode()) > MAX_DOCUMENT_BYTES or canonical(properties).decode() != text:
@@ -304,6 +305,7 @@ def _read_properties(text: str) -> Mapping[str, Any]:
 
 
 _remembered = functools.lru_cache(maxsize=1024)(_read_properties)
+_remembered_large = functools.lru_cache(maxsize=REMEMBERED_LARGE)(_read_properties)
 
 
 def check_hash(text: Any) -> str:

@@ -6,11 +6,13 @@ import json
 from collections.abc import Mapping
 from typing import Any, Final
 
+from protocol.property_names import EXPIRATION
+
 MAX_PROPERTIES: Final = 4096
 MAX_PROPERTIES_BYTES: Final = 256 * 1024
+MAX_VALUES: Final = 8192  # those of lists included: what is signed and matched takes some 10 ms at most
 MAX_KEY_DEPTH: Final = 64
 TAG: Final = "@tag"
-EXPIRATION: Final = "golem.srv.comp.expiration"
 Flat = dict[str, Any]
 
 
@@ -22,12 +24,12 @@ def flatten(properties: Mapping[str, Any]) -> Flat:
     """Properties, nested or dotted or both, as dotted keys in the order written; floats stay floats and ints ints.
 
     A segment `@tag` stands for the prefix before it, an empty object stays `{}`, lists are copied and never flattened.
-    Raises TermsError; stays within MAX_PROPERTIES, MAX_PROPERTIES_BYTES and MAX_KEY_DEPTH.
+    Raises TermsError; stays within MAX_PROPERTIES, MAX_PROPERTIES_BYTES, MAX_VALUES and MAX_KEY_DEPTH.
     """
     if not isinstance(properties, Mapping):
         raise TermsError(f"properties must be an object, not {type(properties).__name__}")
     flat: Flat = {}
-    size = 0
+    size = values = 0
     pending: list[tuple[tuple[str, ...], Any]] = [((), properties)]
     while pending:
         path, value = pending.pop()
@@ -41,6 +43,9 @@ def flatten(properties: Mapping[str, Any]) -> Flat:
             if len(pending) > MAX_PROPERTIES:
                 raise TermsError(f"more than {MAX_PROPERTIES} properties")
             continue
+        values += _values_in(value, MAX_VALUES - values)
+        if values > MAX_VALUES:
+            raise TermsError(f"more than {MAX_VALUES} values, those of lists included")
         key = ".".join(path)
         leaf, leaf_bytes = _leaf(key, value, len(path))
         if key in flat and json.dumps(flat[key]) != json.dumps(leaf):
@@ -52,6 +57,20 @@ def flatten(properties: Mapping[str, Any]) -> Flat:
         if size > MAX_PROPERTIES_BYTES:
             raise TermsError(f"properties exceed {MAX_PROPERTIES_BYTES} bytes")
     return flat
+
+
+def _values_in(value: Any, most: int) -> int:
+    """Return how many values there are in one, itself included; counting ends above `most`."""
+    count, pending = 1, [value]
+    while pending and count <= most:
+        inner = pending.pop()
+        if isinstance(inner, Mapping):
+            count += len(inner)
+            pending += [one for one in inner.values() if isinstance(one, list | tuple | Mapping)]
+        elif isinstance(inner, list | tuple):
+            count += len(inner)
+            pending += [one for one in inner if isinstance(one, list | tuple | Mapping)]
+    return count
 
 
 def _join(path: tuple[str, ...], key: str) -> tuple[str, ...]:

@@ -20,6 +20,8 @@ MAX_EXPONENT_DIGITS = 4  # of an exact fraction: what has more is no amount, and
 _ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _HALF = re.compile("[\ud800-\udfff]")
 _MARKS = (b",", b"[", b"{")
+_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"')
+RECOUNTED_BYTES = 256 * 1024  # a text up to this size may have any number of commas in its strings
 
 
 class _Wrong:
@@ -29,16 +31,16 @@ class _Wrong:
         self.text = text if len(text) <= 40 else f"{text[:20]}... of {len(text)} characters"
 
 
-def loads(data: bytes | str, *, exact: bool = False) -> Any:
+def loads(data: bytes | str, *, exact: bool = False, most: int = MAX_VALUES) -> Any:
     """Return the value of a JSON text; with `exact` fractions are `Decimal`, else `float`.
 
     Raises `ValueError`, whose text names the member, for what is no JSON (RFC 8259), for numbers that are not finite or
-    have more than 40 digits, for a key that stands twice, for half a surrogate pair, and for more than 50,000 values or
+    have more than 40 digits, for a key that stands twice, for half a surrogate pair, and for more than `most` values or
     100 levels.
     """
     raw = data.encode() if isinstance(data, str) else data
-    if (marks := sum(raw.count(mark) for mark in _MARKS)) > MAX_VALUES:
-        raise ValueError(f"more than {MAX_VALUES} values (or commas and brackets) in one text: {marks}")
+    if _is_crowded(raw, most) and (len(raw) > RECOUNTED_BYTES or _is_crowded(_STRING.sub(b"", raw), most)):
+        raise ValueError(f"more than {most} values (or commas and brackets) in one text")
     wrong: list[_Wrong] = []
 
     def noted(text: str) -> _Wrong:
@@ -65,6 +67,10 @@ def loads(data: bytes | str, *, exact: bool = False) -> Any:
     if _ESCAPED_SURROGATE.search(raw):
         _check_text(value)
     return value
+
+
+def _is_crowded(raw: bytes, most: int) -> bool:
+    return sum(raw.count(mark) for mark in _MARKS) > most
 
 
 def _decimal(text: str) -> Decimal | None:

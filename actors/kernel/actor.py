@@ -15,7 +15,7 @@ from typing import get_args
 import msgspec
 import trio
 
-from actors.kernel.batch import Batch, Decided
+from actors.kernel.batch import Batch, BatchTurns, Decided
 from actors.kernel.feed import next_head
 from actors.kernel.host import Host
 from actors.kernel.lineage import Lower, Position
@@ -77,6 +77,7 @@ class Actor(Mailbox):
         self._failing = Crashes()  # alarms, which are never given up
         self._backlog: list[Delivery] = []  # out of the mailbox, and not taken yet
         self._cut_short = ""  # the node whose turn ended with the time of a batch
+        self._turns = BatchTurns()
         self.forget()
 
     def forget(self) -> None:
@@ -120,9 +121,12 @@ class Actor(Mailbox):
                     break
             batch = Batch(Commit(self.name), trio.current_time() + BATCH_S)
             try:
-                rang = self._take_alarms(batch)
-                for deliveries in by_rank(self._backlog, self.system.node, self._cut_short):
-                    self._take_some(deliveries, batch)
+                rang = False
+                for some in self._turns.take(by_rank(self._backlog, self.system.node, self._cut_short), batch):
+                    if some:
+                        self._take_some(some, batch)
+                    else:
+                        rang = self._take_alarms(batch)
                 await self._finish(batch)
             except JournalWaits as error:  # everything is again as before the batch: what is committed is all that there is
                 self._abandon(batch, error)

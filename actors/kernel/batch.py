@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import msgspec
 import trio
 
 from actors.kernel.machine import Publish, Step
-from actors.kernel.mail import BATCH_BYTES, Ask, LinkBatch, Release
+from actors.kernel.mail import BATCH_BYTES, Ask, Delivery, LinkBatch, Release
 from actors.kernel.records import Commit
 
 
@@ -36,3 +38,22 @@ class Decided(msgspec.Struct, frozen=True):
     step: Step
     rows: dict[str, bytes | None]
     bodies: list[bytes]
+
+
+class BatchTurns:
+    """Whose turn it is in a batch: alarms, then deliveries by rank; but who got none in the last batch comes first."""
+
+    def __init__(self) -> None:
+        self._passed_over: set[int] = set()
+
+    def take(self, ranks: list[list[Delivery]], batch: Batch) -> Iterator[list[Delivery]]:
+        """Yield deliveries, an empty list for alarms, until the time of the batch is over: somebody has a turn at least."""
+        turns: list[tuple[int, list[Delivery]]] = [(0, []), *enumerate(ranks, 1)]
+        turns.sort(key=lambda turn: turn[0] not in self._passed_over)
+        self._passed_over, began = set(), False
+        for number, deliveries in turns:
+            if began and batch.over:
+                self._passed_over.add(number)
+            elif deliveries or number == 0:
+                began = True
+                yield deliveries

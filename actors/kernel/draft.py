@@ -48,10 +48,11 @@ class Draft:
         """Yield (key, row) of the keys that start with `prefix`: first the stored ones in order, then those put new."""
         return self._over(self._rows.prefix(prefix), prefix)
 
-    def readable(self, prefix: str) -> Iterator[tuple[str, Any]]:
-        """Yield as `prefix` does, without rows that are damaged; `left_out` has their keys."""
+    def readable(self, prefix: str, after: str = "") -> Iterator[tuple[str, Any]]:
+        """Yield as `prefix` does, without rows that are damaged; `left_out` has their keys. Only keys behind `after`."""
         readable = getattr(self._rows, "readable", None)  # rows that were never on a disk have no damage
-        return self._over(readable(prefix, self.left_out) if readable else self._rows.prefix(prefix), prefix)
+        stored = readable(prefix, self.left_out, after) if readable else self._rows.prefix(prefix)
+        return ((key, row) for key, row in self._over(stored, prefix) if key > after)
 
     def sound(self, key: str) -> Any:
         """Return the row, or None where there is none, or where it is damaged (then `left_out` has its key)."""

@@ -19,7 +19,7 @@ from actors.kernel.records import Event, JournalError, MessageDamaged, Posted, R
 from actors.kernel.tables import Acks
 
 ALARMS_AT_ONCE = 256  # of an actor that are due
-READ_AT_ONCE = 256  # rows of a prefix read by one query
+READ_FIRST, READ_AT_ONCE = 32, 256  # rows of a prefix read by the first query, twice as many by each further one, up to this
 ASKED_LINKS = 64  # to one node; those to the processes of activities live no longer than their journals
 EMPTY = "x''"
 BODY = "coalesce(cast(body as blob), x'')"
@@ -117,17 +117,19 @@ class JournalReader:
         found = self._one(f"select {BODY} from row where actor=? and key=?", (actor, key))
         return found[0] if found else None
 
-    def rows(self, actor: str, prefix: str) -> Iterator[tuple[str, bytes]]:
-        """Yield (key, as stored) of the actor's rows whose key starts with `prefix`, in key order."""
+    def rows(self, actor: str, prefix: str, behind: str = "") -> Iterator[tuple[str, bytes]]:
+        """Yield (key, as stored) of the actor's rows whose key starts with `prefix`, in key order; those behind a key."""
         # Read piece by piece, each to its end: a statement left open by a caller that stopped half-way would hold the
         # connection to an old snapshot, for everybody.
         query = f"select key, {BODY} from row where actor=? and key>=? and key<? order by key limit ?"
-        after, end = prefix, prefix + "\U0010ffff"
+        after, end = max(prefix, behind + "\0" if behind else ""), prefix + "\U0010ffff"
+        limit = min(READ_FIRST, READ_AT_ONCE)
         while True:
-            found = self._all(query, (actor, after, end, READ_AT_ONCE))
+            found = self._all(query, (actor, after, end, limit))
             yield from found
-            if len(found) < READ_AT_ONCE:
+            if len(found) < limit:
                 return
+            limit = min(2 * limit, READ_AT_ONCE)
             before, after = after, found[-1][0] + "\0"
             if after <= before:
                 raise RowDamaged(actor, before, "its key is no text")

@@ -64,16 +64,16 @@ class RowView:
     def prefix(self, prefix: str) -> Iterator[tuple[str, Any]]:
         return self._scan(prefix, None)
 
-    def readable(self, prefix: str, left_out: list[str]) -> Iterator[tuple[str, Any]]:
-        """Yield as `prefix` does, but leave out rows that are damaged, and note their keys."""
-        return self._scan(prefix, left_out)
+    def readable(self, prefix: str, left_out: list[str], after: str = "") -> Iterator[tuple[str, Any]]:
+        """Yield as `prefix` does, but leave out rows that are damaged, and note their keys. Only keys behind `after`."""
+        return self._scan(prefix, left_out, after)
 
-    def _scan(self, prefix: str, left_out: list[str] | None) -> Iterator[tuple[str, Any]]:
-        changed = sorted(key for key in self.changed if key.startswith(prefix))
+    def _scan(self, prefix: str, left_out: list[str] | None, after: str = "") -> Iterator[tuple[str, Any]]:
+        changed = sorted(key for key in self.changed if key.startswith(prefix) and key > after)
         at = 0
         if self._looks:
             self._journal.look()
-        for key, body in self._journal.rows(self._actor, prefix):
+        for key, body in self._journal.rows(self._actor, prefix, after):
             while at < len(changed) and changed[at] < key:
                 if (row := self.changed[changed[at]]) is not None:
                     yield changed[at], row

@@ -69,6 +69,7 @@ from protocol.ledger import (
     SendDocument,
     SendPaymentAgain,
     SignPayment,
+    TakeBackDocument,
     TellAgain,
     VerifyAgain,
 )
@@ -125,6 +126,7 @@ TABLE = Table(
     On(IssueInvoice, EDGE, payee.issue_invoice),
     On(SendDocument, EDGE, payee.send_document),
     On(CancelInvoice, EDGE, payee.cancel_invoice),
+    On(TakeBackDocument, EDGE, payee.take_back),
     On(AcceptDocument, EDGE, payer.accept),
     On(RejectInvoice, EDGE, payer.reject_invoice),
     On(DocumentSent, PEER, payer.document_sent),

@@ -40,6 +40,7 @@ from protocol.ledger import (
     IssueInvoice,
     RejectionBody,
     SendDocument,
+    TakeBackDocument,
     decode_body,
     encode_body,
 )
@@ -126,6 +127,27 @@ def issue_invoice(draft: Draft, command: IssueInvoice) -> None:
     add(draft, DocumentKind.INVOICE, command.invoice_id, Party.PAYEE, agreement, "", total, encode_body(body))
     draft.put(f"agreement/{agreement.agreement_id}", replace(agreement, invoice_id=command.invoice_id))
     draft.reply(Done())
+
+
+def take_back(draft: Draft, command: TakeBackDocument) -> None:
+    """Undo an issued document that nobody heard of, unless it was sent."""
+    draft.reply(Done())
+    key = f"{command.kind}/{command.document_id}"
+    row = draft.row(PaymentDocumentRow, key)
+    if row is None or row.role != Party.PAYEE or row.status != DocumentStatus.ISSUED or row.signature:
+        return
+    agreement = agreement_of(draft, row)
+    if row.kind == DocumentKind.INVOICE and agreement.invoice_id == row.document_id:
+        draft.put(f"agreement/{agreement.agreement_id}", replace(agreement, invoice_id=""))
+    elif row.kind == DocumentKind.DEBIT_NOTE:
+        activity = draft.row(LedgerActivityRow, f"activity/{row.activity_id}")
+        if activity is None or activity.last_debit_note_id != row.document_id:
+            return  # a later one counts on it
+        before = decode_body(DebitNoteBody, row.body).previous_debit_note_id
+        last = draft.row(PaymentDocumentRow, f"debit-note/{before}") if before else None
+        due = last.amount if last else "0"
+        draft.put(f"activity/{row.activity_id}", replace(activity, due=due, last_debit_note_id=before))
+    draft.put(key, None)
 
 
 def send_document(draft: Draft, command: SendDocument) -> None:

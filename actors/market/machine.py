@@ -23,6 +23,7 @@ from actors.kernel.draft import Declined, Draft
 from actors.kernel.grammar import EDGE, ITSELF, PEER, On, Table, TableMachine
 from actors.kernel.machine import DropFeed, Emit, Publish, Reply, Send, Wake
 from actors.market.books import count, refuse, stats_of
+from actors.market.matching import attempt, match_all, match_due, match_fresh
 from actors.market.rows import AskedRow, DemandRow, EndedRow, OfferRow, OfOwnerRow, OwnerRow, OwnRow, ScanRow, StatsRow
 from protocol.codec import Decoder
 from protocol.market import (
@@ -36,10 +37,8 @@ from protocol.market import (
     ExpiryDue,
     GetOffers,
     MatchDue,
-    Matched,
     Offers,
     OffersAnnounced,
-    OfferSeen,
     OpenScan,
     PeerUp,
     PublishDemand,
@@ -54,9 +53,9 @@ from protocol.market import (
     SubscriptionOpened,
     TouchScan,
     Withdraw,
-    matches,
     read_subscription,
     verify_subscription,
+    weight,
 )
 from protocol.signing import Document
 from protocol.states import DocumentKind, SubscriptionEnd
@@ -79,8 +78,7 @@ ROOM_AT_ONCE = 60  # offers that are forgotten together where there is no room
 MAX_SCANS = 64
 MAX_SCAN_TIMEOUT_S = 3600.0
 MAX_WITHDRAWN = 100  # told again with each announcement
-ANSWER_BYTES, ANSWERS_BYTES = 512 * 1024, 2048 * 1024  # documents in one `Offers`, and in all of one question
-AT_ONCE = 400  # offers that a new demand is tried against in one step; more are taken part by part
+ANSWER_BYTES, ANSWERS_BYTES = 128 * 1024, 2048 * 1024  # documents in one `Offers`, and in all of one question
 
 
 # -- our own offers and demands
@@ -106,7 +104,7 @@ def _publish(draft: Draft, message: PublishOffer | PublishDemand) -> None:
     if kind == DocumentKind.DEMAND:
         draft.put(f"demand/{subscription_id}", DemandRow(message.document, content.expires, stats_of(draft).last_offer))
         draft.put("own", OwnRow(own.offers, own.demands + 1, own.withdrawn))
-        _match_all(draft, f"demand/{subscription_id}")
+        match_all(draft, f"demand/{subscription_id}")
         return
     _keep(draft, message.document, content)
     draft.put("own", OwnRow((*own.offers, subscription_id), own.demands, own.withdrawn))
@@ -233,8 +231,12 @@ def _offers(draft: Draft, message: Offers) -> None:
     """Keep the offers that we asked for and that are in order; match them with our demands and scans."""
     if len(message.documents) > MAX_IDS:
         raise Violation(f"an answer has at most {MAX_IDS} offers")
-    fresh = []
-    for document in message.documents:
+    fresh, total = [], 0
+    for number, document in enumerate(message.documents):
+        total += weight(document.body)
+        if number and total > ANSWER_BYTES:
+            refuse(draft, "", f"from {node_of(draft.meta.sender)}: too many offers at a time; they are asked for again")
+            break
         try:
             content = verify_subscription(document, DocumentKind.OFFER, draft.now)
         except Violation as error:
@@ -254,8 +256,7 @@ def _offers(draft: Draft, message: Offers) -> None:
             kind, offer_id = DocumentKind.OFFER, content.subscription_id
             draft.do(Wake(f"expire/{offer_id}", content.expires, ExpiryDue(kind, offer_id)))
             fresh.append((document, content))
-    if fresh:
-        _match_fresh(draft, fresh)
+    match_fresh(draft, fresh)
 
 
 def _no_room(draft: Draft, content: Subscription) -> str:
@@ -288,7 +289,7 @@ def _keep(draft: Draft, document: Document, content: Subscription, origin: str =
         draft.put(_of_owner(content.subscription_id, row), OfOwnerRow(origin))
     count(draft, content.owner, offers=1)
     if content.owner == draft.me:
-        _match_fresh(draft, [(document, content)])  # no demand of ours, but maybe a scan
+        match_fresh(draft, [(document, content)])  # no demand of ours, but maybe a scan
 
 
 def _asked_due(draft: Draft, message: AskedDue) -> None:
@@ -307,58 +308,10 @@ def _undelivered(draft: Draft, message: Undelivered) -> None:
 
 
 # -- matching
-def _match_fresh(draft: Draft, offers: list[tuple[Document, Subscription]]) -> None:
-    for _, demand in draft.readable("demand/"):
-        for document, offer in offers:
-            _try(draft, demand, document, offer)
-    for key, scan in draft.readable("scan/"):
-        for _, offer in offers:
-            _try_scan(draft, key, scan, offer)
-
-
-def _match_all(draft: Draft, target: str) -> None:
-    """Try a new demand or scan against all known offers: at once where they are few, else part by part."""
-    known = (stats_of(draft)).offers
-    if known <= AT_ONCE:
-        _match_part(draft, target, 0, 0)
-    else:
-        digits = 1 if known <= 16 * AT_ONCE else 2
-        draft.do(Wake(f"match/{target}", draft.now, MatchDue(target, 0, digits)))
-
-
-def _match_due(draft: Draft, message: MatchDue) -> None:
-    _match_part(draft, message.target, message.shard, message.digits)
-
-
-def _match_part(draft: Draft, target: str, shard: int, digits: int) -> None:
-    row = draft.get(target)
-    if not row:
-        return
-    prefix = f"{shard:0{digits}x}" if digits else ""
-    for _, offer in draft.readable(f"offer/{prefix}"):
-        if offer.number > row.known:
-            continue  # tried when it came
-        if isinstance(row, ScanRow):
-            _try_scan(draft, target, row, read_subscription(offer.document.body))
-        else:
-            _try(draft, row, offer.document, read_subscription(offer.document.body))
-    if digits and shard + 1 < 16**digits:
-        draft.do(Wake(f"match/{target}", draft.now, MatchDue(target, shard + 1, digits)))
-
-
-def _try(draft: Draft, row: DemandRow, document: Document, offer: Subscription) -> None:
-    demand = read_subscription(row.document.body)
-    if offer.owner != draft.me and offer.expires > draft.now < row.expires and matches(demand, offer):
-        known: OfferRow | None = draft.get(f"offer/{offer.subscription_id}")
-        origin = known.origin if known else ""
-        matched = Matched(demand.subscription_id, offer.subscription_id, row.document, document, origin)
-        draft.do(Send("negotiation", matched))
-
-
 def _rematch(draft: Draft, message: Rematch) -> None:
     demand, offer = draft.get(f"demand/{message.demand_id}"), draft.get(f"offer/{message.offer_id}")
     if demand and offer:
-        _try(draft, demand, offer.document, read_subscription(offer.document.body))
+        attempt(draft, demand, offer.document, read_subscription(offer.document.body))
 
 
 # -- scans
@@ -409,12 +362,7 @@ def _open_scan(draft: Draft, message: OpenScan) -> None:
     key, until = f"scan/{scan_id}", draft.now + timeout_s
     draft.put(key, ScanRow(message.kind, message.constraints, timeout_s, message.owner, until, stats.last_offer))
     draft.do(Wake(key, until, ScanDue(scan_id)), Reply(ScanOpened(scan_id)))
-    _match_all(draft, key)
-
-
-def _try_scan(draft: Draft, key: str, scan: ScanRow, offer: Subscription) -> None:
-    if scan.kind == DocumentKind.OFFER and compile_constraint(scan.constraints).evaluate(offer.properties):
-        draft.do(Emit(key, OfferSeen(offer.subscription_id)))
+    match_all(draft, key)
 
 
 def _answer(draft: Draft, message: GetOffers) -> None:
@@ -426,15 +374,16 @@ def _answer(draft: Draft, message: GetOffers) -> None:
     for offer_id in dict.fromkeys(message.offer_ids):  # each once
         row = draft.get(f"offer/{offer_id}")
         if row and row.expires > draft.now:
-            total += len(row.document.body)
+            costs = weight(row.document.body)
+            total += costs
             if total > ANSWERS_BYTES:
                 break
-            if size + len(row.document.body) > ANSWER_BYTES:
+            if size + costs > ANSWER_BYTES:
                 part = []
                 parts.append(part)
                 size = 0
             part.append(row.document)
-            size += len(row.document.body)
+            size += costs
     draft.do(*(Send(draft.meta.sender, Offers(tuple(part)), ANSWER_DEADLINE_S) for part in parts if part))
 
 
@@ -488,7 +437,7 @@ class Market(TableMachine):
         On(ExpiryDue, ITSELF, _expired),
         On(EndedDue, ITSELF, _ended_due),
         On(AskedDue, ITSELF, _asked_due),
-        On(MatchDue, ITSELF, _match_due),
+        On(MatchDue, ITSELF, match_due),
         On(ScanDue, ITSELF, _scan_due),
         On(Undelivered, ITSELF, _undelivered),
     )

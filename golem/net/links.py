@@ -27,6 +27,7 @@ MAX_SERVICE_CHARS = 128
 MAX_IN_FLIGHT = 256  # requests of one side on a link
 MAX_QUEUED_BYTES = 32 << 20  # of frames not yet written, or of requests being handled
 WRITE_BATCH = 256 << 10
+FRAMES_IN_A_ROW = 256  # that one task reads before others get their turn
 WRITE_STALL_S = 30.0
 BROKEN = (MuxedStreamError, MuxedConnError, trio.TooSlowError)
 Handler = Callable[[str, bytes], Awaitable[bytes]]
@@ -46,6 +47,7 @@ class _Channel:
         self._outbox: deque[bytes] = deque()
         self._wake = trio.Event()
         self.queued_bytes = 0
+        self._in_a_row = 0
 
     def send(self, number: int, kind: int, service: str, payload: bytes) -> None:
         body: bytes = msgpack.packb((number, kind, service, payload))
@@ -73,6 +75,10 @@ class _Channel:
 
     async def receive(self) -> Frame:
         buffer = self._buffer
+        self._in_a_row += 1
+        if self._in_a_row >= FRAMES_IN_A_ROW:
+            self._in_a_row = 0
+            await trio.lowlevel.checkpoint()  # a peer's many small frames must not keep the others from running
         while len(buffer) < 4:
             buffer += await self._stream.read()
         size = int.from_bytes(buffer[:4], "big")

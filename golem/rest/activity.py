@@ -7,9 +7,11 @@ the exe-unit. Neighbours: `actors/activity/machine.py`; `golem/rest/activity_str
 from __future__ import annotations
 
 import re
+from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import trio
 from quart import Blueprint, Response, request
 
 from actors.activity.rows import ActivityAgreementRow, ActivityRow, BatchRow, ResultRow, batch_key, result_key
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
 
 DEFAULT_TIMEOUT_S = 5.0
 LIVE_TIMEOUT_S = 1.0
+RETRIES_S, MAX_TOLD = 20.0, 1000  # see `Patience`; batches whose agents were told
 FRESH_USAGE_S = 1.0
 MAX_EVENTS = 100
 PAGE = 200
@@ -94,6 +97,29 @@ def not_gone(row: ActivityRow) -> ActivityRow:
     if row.is_gone:
         raise ApiError(500, f"{UNREACHABLE} ({row.error_message})")
     return row
+
+
+class Patience:
+    """How long agents that ask for results are told that trying again may help (500); then it is over for them (410).
+
+    yapapi and golem-core give up after nine seconds of 500; golem-js tries a 500 again for five minutes and ends at once on 410.
+    """
+
+    def __init__(self) -> None:
+        self._since: OrderedDict[str, float] = OrderedDict()
+
+    def check(self, row: ActivityRow, batch_id: str) -> None:
+        """Raise `ApiError` where the exe-unit cannot be reached."""
+        try:
+            not_gone(row)
+        except ApiError as error:
+            since = self._since.setdefault(batch_id, trio.current_time())
+            if len(self._since) > MAX_TOLD:
+                self._since.popitem(last=False)
+            if trio.current_time() - since < RETRIES_S:
+                raise
+            raise ApiError(410, error.message) from None
+        self._since.pop(batch_id, None)
 
 
 # -- create and destroy
@@ -143,6 +169,8 @@ def _lifecycle(api: Blueprint, node: Node) -> None:
 
 # -- scripts and results
 def _scripts(api: Blueprint, node: Node) -> None:
+    patience = Patience()
+
     @api.post("/activity/<activity_id>/exec")
     async def execute(activity_id: str) -> Response:
         script = member(await object_body(), "text", str)
@@ -160,7 +188,7 @@ def _scripts(api: Blueprint, node: Node) -> None:
     async def results(activity_id: str, batch_id: str) -> Response:
         batch = find_batch(node, activity_id, batch_id)
         if not batch.finished:
-            not_gone(find(node, activity_id))
+            patience.check(find(node, activity_id), batch_id)
         if request.headers.get("Accept", "").strip() == EVENT_STREAM:
             return stream_events(node, find(node, activity_id), batch_id, request.headers.get("Last-Event-ID", ""))
         timeout_s = query_float("timeout", 0.0)
@@ -170,7 +198,7 @@ def _scripts(api: Blueprint, node: Node) -> None:
             batch = find_batch(node, activity_id, batch_id)
             if batch.finished or -1 < wanted < batch.have:
                 return batch
-            not_gone(find(node, activity_id))
+            patience.check(find(node, activity_id), batch_id)
             return None
 
         found = await until(node, [f"batch/{batch_id}", f"activity/{activity_id}"], probe, timeout_s)

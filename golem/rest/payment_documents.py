@@ -37,7 +37,7 @@ from golem.rest.payment_forms import (
     render_payment,
     scan,
 )
-from golem.rest.repeatable import fresh_uuid, repeatable
+from golem.rest.repeatable import fresh_uuid, repeatable, undone_if_unheard
 from protocol.codec import Decoder
 from protocol.ledger import (
     MAX_COUNTER,
@@ -54,6 +54,7 @@ from protocol.ledger import (
     RejectInvoice,
     RejectionBody,
     SendDocument,
+    TakeBackDocument,
     decode_body,
     encode_body,
     json_form,
@@ -185,6 +186,7 @@ def _issuing(api: Blueprint, node: Node) -> None:
             usage,
             body_time(body, "paymentDueDate"),
         )
+        undone_if_unheard("ledger", TakeBackDocument(NOTE.kind, command.debit_note_id))
         await ask(node, "ledger", command, statuses={"forbidden": 400})
         return created(render(_document(node, NOTE, command.debit_note_id)))
 
@@ -205,6 +207,7 @@ def _issuing(api: Blueprint, node: Node) -> None:
             amount_text(body_amount(body, "amount", ROUND_FLOOR)),
             due_at,
         )
+        undone_if_unheard("ledger", TakeBackDocument(INVOICE.kind, command.invoice_id))
         await ask(node, "ledger", command, statuses={"forbidden": 400})
         return created(render(_document(node, INVOICE, command.invoice_id)))
 

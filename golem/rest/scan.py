@@ -27,6 +27,7 @@ from golem.rest.edge import (
     respond_json,
     until,
 )
+from golem.rest.repeatable import undone_if_unheard
 from protocol.codec import Decoder
 from protocol.market import CloseScan, OfferSeen, OpenScan, ScanEnded, TouchScan
 from protocol.states import DocumentKind
@@ -55,7 +56,10 @@ def register(api: Blueprint, node: Node) -> None:
         if not 0 < timeout_s < 1e9:
             raise ApiError(400, "field `timeout`: expected seconds above 0")
         constraints = member(body, "constraints", str, "()") or "()"
-        reply = await ask(node, "market", OpenScan(kind, constraints, float(timeout_s), caller().identity))
+        with trio.CancelScope(shield=True):  # else nobody would know the id of what is to be taken back; it waits 10 s at most
+            reply = await ask(node, "market", OpenScan(kind, constraints, float(timeout_s), caller().identity))
+        undone_if_unheard("market", CloseScan(reply.scan_id))
+        await trio.lowlevel.checkpoint()  # here the request of a client that has left ends
         return created(reply.scan_id)
 
     @api.get("/scan/<scan_id>/events")

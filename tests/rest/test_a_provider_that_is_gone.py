@@ -15,6 +15,7 @@ from worlds.patience import within
 from worlds.support import tell, trio_test
 
 from golem.node.node import Node
+from golem.rest import activity as activity_api
 from golem.rest.activity import UNREACHABLE
 from protocol.activity import CommandResult, CreateActivity, StateChanged, UnitSilent
 from protocol.codec import Envelope, encode, encode_batch
@@ -59,7 +60,7 @@ class Requestor:
 
 
 @trio_test
-async def test_agents_are_told_that_an_exe_unit_is_gone(tmp_path: Path) -> None:
+async def test_agents_are_told_that_an_exe_unit_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with rest_in_test(tmp_path) as (node, client):
         agent = Requestor(node, client)
         await agent.begin()
@@ -86,6 +87,10 @@ async def test_agents_are_told_that_an_exe_unit_is_gone(tmp_path: Path) -> None:
             assert status == 500
             assert body["message"].startswith(UNREACHABLE), body
             assert "nothing was heard of the exe-unit for 70 s" in body["message"]
+        monkeypatch.setattr(activity_api, "RETRIES_S", 0.0)
+        status, body = await agent("GET", f"/exec/{batch}")  # golem-js would try a 500 again for five minutes
+        assert (status, body["message"].startswith(UNREACHABLE)) == (410, True)
+        monkeypatch.undo()
         assert (await agent("GET", "/agreement"))[0] == (await agent("GET", "/usage"))[0] == 200
 
         assert await agent("DELETE", "?timeout=600") == (200, None)

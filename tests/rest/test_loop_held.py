@@ -6,43 +6,20 @@ The limit is the product's, scaled by how long a fixed piece of work takes here:
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import trio
 import trio.testing
+from worlds.loop import slowness, watched
 from worlds.node_in_test import HEADERS, rest_in_test
 from worlds.patience import within
 from worlds.support import trio_test
 
-from golem.base.loop_watch import HELD_S, LoopWatch
+from golem.base.loop_watch import HELD_S
 
 MARKET, PAYMENT, ACTIVITY = "/market-api/v1", "/payment-api/v1", "/activity-api/v1"
-USUAL_S = 0.012  # what the piece of work takes on the machine that the limit was made for
-
-
-def slowness() -> float:
-    """How many times slower than that machine this one is now, at least 1."""
-    best = 9e9
-    for _ in range(3):
-        begun = time.thread_time()
-        json.dumps(json.loads("[" + ",".join(f'{{"a{n}":{n}.5}}' for n in range(15_000)) + "]"))
-        best = min(best, time.thread_time() - begun)
-    return max(1.0, best / USUAL_S)
-
-
-@contextmanager
-def watched() -> Iterator[LoopWatch]:
-    watch = LoopWatch()
-    trio.lowlevel.add_instrument(watch)
-    try:
-        yield watch
-    finally:
-        trio.lowlevel.remove_instrument(watch)
 
 
 def terms(properties: str, constraints: str = "()") -> str:
