@@ -284,7 +284,7 @@ class _Audit:
         elif payments and not order.payment_id:
             self.say(name_of(order), f"is paid by {payments[0]}, and noted as not paid")
         if known is None:
-            if order.payment_id:
+            if order.payment_id and not order.covered:
                 self.say(name_of(order), "is noted as paid, and the wallet never had it")
             return
         terms = (order.platform, order.payer_addr, order.payee_addr, Decimal(order.amount))
