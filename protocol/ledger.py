@@ -15,7 +15,6 @@ from protocol.signing import Document
 from protocol.states import Party
 from protocol.types import Message, Violation, amount, timestamp
 
-LOCAL_CHAIN = "golem.com.payment.local-chain"  # in offers and demands: on which dev chain the platforms are
 MAX_USAGE_COUNTERS = 64
 MAX_ACTIVITIES = 1000  # of one invoice
 MAX_ID_CHARS = 80

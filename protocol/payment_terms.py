@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from protocol.property_names import CHOSEN_PLATFORM, PLATFORM_ADDRESS, PLATFORM_PREFIX
 from protocol.types import Message, node_id
 
-CHOSEN_PLATFORM = "golem.com.payment.chosen-platform"
 #: Networks whose transfers cost so much that requestors pay once a day, whatever is owed; elsewhere soon (see `wallet`).
 PAID_DAILY = frozenset({"erc20-mainnet-glm"})
 DAILY_S = 25 * 3600.0  # a day, and an hour for the transfer
@@ -30,7 +30,7 @@ class PaymentTerms(Message, frozen=True):
 
 def address_key(platform: str) -> str:
     """Return the property that holds an address on a platform, in demands the payer's, in offers the payee's."""
-    return f"golem.com.payment.platform.{platform}.address"
+    return f"{PLATFORM_PREFIX}{platform}{PLATFORM_ADDRESS}"
 
 
 def payment_terms(demand: Mapping[str, Any], offer: Mapping[str, Any], requestor: str, provider: str) -> PaymentTerms:

@@ -6,12 +6,13 @@ import json
 from collections.abc import Mapping
 from typing import Any, Final
 
+from protocol.property_names import EXPIRATION
+
 MAX_PROPERTIES: Final = 4096
 MAX_PROPERTIES_BYTES: Final = 256 * 1024
 MAX_VALUES: Final = 8192  # those of lists included: what is signed and matched takes some 10 ms at most
 MAX_KEY_DEPTH: Final = 64
 TAG: Final = "@tag"
-EXPIRATION: Final = "golem.srv.comp.expiration"
 Flat = dict[str, Any]
 
 

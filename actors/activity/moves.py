@@ -35,6 +35,7 @@ from protocol.activity import (
     fit_output,
     output_size,
 )
+from protocol.property_names import RUNTIME_NAME
 from protocol.states import ActivityState, Role
 from protocol.types import address
 
@@ -209,7 +210,7 @@ def forget_batch(draft: ActivityDraft, message: BatchExpired) -> None:
 def runtime_name(offer_properties: str) -> str:
     """Return the name of the runtime in an offer's properties, "" if there is none."""
     try:
-        name = msgspec.json.decode(offer_properties, type=dict[str, Any]).get("golem.runtime.name")
+        name = msgspec.json.decode(offer_properties, type=dict[str, Any]).get(RUNTIME_NAME)
     except (msgspec.DecodeError, RecursionError):
         return ""
     return name[:100] if isinstance(name, str) else ""

@@ -21,11 +21,20 @@ from typing import Any, Protocol
 
 from actors.kernel.draft import Draft
 from actors.ledger.rows import ClockRow, LedgerActivityRow, PricingRow
+from protocol import property_names
 from protocol.amounts import total_of
 from protocol.ledger import ClockSeen
+from protocol.property_names import (
+    COEFFS,
+    COST_CAP,
+    CPU_CORES,
+    CPU_THREADS,
+    MEM_GIB,
+    STORAGE_GIB,
+    VECTOR,
+)
 from protocol.types import WEI_DIGITS, amount_text
 
-COEFFS, VECTOR, COST_CAP = "golem.com.pricing.model.linear.coeffs", "golem.com.usage.vector", "golem.activity.cost_cap"
 MARGIN, MARGIN_S = 0.001, 5.0
 MARGIN_WEI = Decimal(100).scaleb(-WEI_DIGITS)  # others may round another way
 SIZE_MARGIN = 0.01  # of memory and storage
@@ -41,7 +50,7 @@ def pricing_of(agreement_id: str, demand: Mapping[str, Any], offer: Mapping[str,
     coeffs, vector = offer.get(COEFFS), offer.get(VECTOR)
     if coeffs is None or vector is None:
         return None
-    threads = _number(offer.get("golem.inf.cpu.threads")) or _number(offer.get("golem.inf.cpu.cores")) or 1.0
+    threads = _number(offer.get(CPU_THREADS)) or _number(offer.get(CPU_CORES)) or 1.0
     fault = ""
     if not isinstance(coeffs, list) or not isinstance(vector, list) or len(coeffs) != len(vector) + 1:
         coeffs, vector, fault = [], [], "the agreement's prices do not fit its usage vector"
@@ -52,8 +61,8 @@ def pricing_of(agreement_id: str, demand: Mapping[str, Any], offer: Mapping[str,
         tuple(float(price) for price in coeffs),
         tuple(name[:100] for name in vector),
         threads,
-        _number(offer.get("golem.inf.mem.gib")),
-        _number(offer.get("golem.inf.storage.gib")),
+        _number(offer.get(MEM_GIB)),
+        _number(offer.get(STORAGE_GIB)),
         _number(demand.get(COST_CAP)),
         fault,
     )
@@ -101,13 +110,13 @@ def ceiling(pricing: PricingRow, counter: str, age: float) -> float | None:
     """Return the highest value that a counter can have after this time; None where no clock says so."""
     time_s = age * (1 + MARGIN) + MARGIN_S
     match counter.replace("-", "_"):
-        case "golem.usage.duration_sec":
+        case property_names.USAGE_DURATION:
             return time_s
-        case "golem.usage.cpu_sec":
+        case property_names.USAGE_CPU:
             return pricing.threads * time_s
-        case "golem.usage.gib" if pricing.mem_gib is not None:
+        case property_names.USAGE_MEM if pricing.mem_gib is not None:
             return pricing.mem_gib * (1 + SIZE_MARGIN)
-        case "golem.usage.storage_gib" if pricing.storage_gib is not None:
+        case property_names.USAGE_STORAGE if pricing.storage_gib is not None:
             return pricing.storage_gib * (1 + SIZE_MARGIN)
     return None
 

@@ -16,7 +16,9 @@ from enum import StrEnum
 from typing import Any, Protocol
 
 from protocol.amounts import minus, total_of
-from protocol.ledger import LOCAL_CHAIN, AcceptanceBody, encode_body
+from protocol.ledger import AcceptanceBody, encode_body
+from protocol.payment_terms import address_key
+from protocol.property_names import LOCAL_CHAIN, PAYMENT_VERSION
 from protocol.states import DocumentKind, DocumentStatus, Party
 from protocol.types import Message, digest
 
@@ -300,19 +302,18 @@ def decorations(allocations: Sequence[AllocationRow], local_chain: str | None = 
     A single allocation gives a bare constraint: SDKs split every string at its operator and choke on a compound one.
     `local_chain` names the dev chain where the money is on one: a provider on another would never see it.
     """
-    prefix = "golem.com.payment.platform."
-    pairs = list(dict.fromkeys((f"{prefix}{a.platform}.address", a.address) for a in allocations))
+    pairs = list(dict.fromkeys((address_key(a.platform), a.address) for a in allocations))
     tests = [f"({key}=*)" for key in dict.fromkeys(key for key, _ in pairs)]
     platforms = tests[0] if len(tests) == 1 else "(|\n  " + "\n  ".join(tests) + "\n)"
     return {
         "properties": [
             *({"key": key, "value": value} for key, value in pairs),
-            {"key": "golem.com.payment.protocol.version", "value": "3"},
+            {"key": PAYMENT_VERSION, "value": "3"},
             *([{"key": LOCAL_CHAIN, "value": local_chain}] if local_chain else []),
         ],
         "constraints": [
             platforms,
-            "(golem.com.payment.protocol.version>1)",
+            f"({PAYMENT_VERSION}>1)",
             *([f"({LOCAL_CHAIN}={local_chain})"] if local_chain else []),
         ],
     }

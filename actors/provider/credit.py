@@ -30,20 +30,21 @@ from actors.provider.rows import (
     StrangerRow,
     UnitState,
 )
-from actors.provider.rules import (
-    ACCEPT_TIMEOUT,
-    COEFFS,
-    INTERVAL,
-    MAX_PRICE,
-    PAYMENT_TIMEOUT,
-    VECTOR,
-    Terms,
-    TurnedDown,
-    whole_number,
-)
+from actors.provider.rules import MAX_PRICE, Terms, TurnedDown, whole_number
 from actors.provider.turn import DAY_S, Turn
-from protocol.payment_terms import CHOSEN_PLATFORM, DAILY_S, PAID_DAILY
+from protocol.payment_terms import DAILY_S, PAID_DAILY
 from protocol.properties import expiration_s
+from protocol.property_names import (
+    ACCEPT_TIMEOUT,
+    CHOSEN_PLATFORM,
+    COEFFS,
+    CPU_THREADS,
+    INTERVAL,
+    PAYMENT_TIMEOUT,
+    USAGE_CPU,
+    USAGE_DURATION,
+    VECTOR,
+)
 from protocol.provider import AskFunds, CreditDue, FundsKnown, HoldUnit
 from protocol.types import amount_text
 
@@ -55,7 +56,6 @@ LEAST_WAKE_S = 1.0
 HOLD_S = 120.0  # of work before the credit is used up, but not more than half of it
 FUNDS_S = 60.0  # what the chain said of an account counts for so long
 MAX_FUNDS = 1000  # accounts that are remembered
-CREDIT_PROPERTY = "golem.com.payment.credit"  # of an offer: what it gives a stranger on its own terms, in GLM
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,13 +88,13 @@ def rate_of(offer: Mapping[str, Any]) -> float:
     coeffs, vector = offer.get(COEFFS), offer.get(VECTOR)
     if not isinstance(coeffs, list) or not isinstance(vector, list):
         return 0.0
-    threads = whole_number(offer.get("golem.inf.cpu.threads")) or 1
+    threads = whole_number(offer.get(CPU_THREADS)) or 1
     rate = 0.0
     for counter, price in zip(vector, coeffs, strict=False):
         if isinstance(price, bool) or not isinstance(price, int | float) or not 0 <= price <= MAX_PRICE:
             continue
         name = str(counter).replace("-", "_")
-        rate += price * {"golem.usage.duration_sec": 1, "golem.usage.cpu_sec": threads}.get(name, 0)
+        rate += price * {USAGE_DURATION: 1, USAGE_CPU: threads}.get(name, 0)
     return rate
 
 

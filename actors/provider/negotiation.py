@@ -10,23 +10,19 @@ from actors.kernel.crowd import Occupant, by_crowd
 from actors.provider import agreements, credit, places
 from actors.provider.agreements import approved
 from actors.provider.rows import DealState, ProviderAgreementRow, ProviderOfferRow, RejectedRow
-from actors.provider.rules import (
-    ACCEPT_TIMEOUT,
-    COEFFS,
-    INTERVAL,
-    MAX_PRICE,
-    MULTI_ACTIVITY,
-    PAYMENT_TIMEOUT,
-    PLATFORM,
-    VECTOR,
-    Agreed,
-    TurnedDown,
-    negotiate,
-    share_of,
-    whole_number,
-)
+from actors.provider.rules import MAX_PRICE, Agreed, TurnedDown, negotiate, share_of, whole_number
 from actors.provider.turn import Turn, json_object, json_text, reason
 from protocol.properties import expiration_s
+from protocol.property_names import (
+    ACCEPT_TIMEOUT,
+    CHOSEN_PLATFORM,
+    COEFFS,
+    INTERVAL,
+    MULTI_ACTIVITY,
+    PAYMENT_TIMEOUT,
+    RUNTIME_NAME,
+    VECTOR,
+)
 from protocol.provider import (
     AcceptAgreement,
     AgreementArrived,
@@ -75,7 +71,7 @@ def _negotiate(turn: Turn, row: RejectedRow) -> Agreed | TurnedDown:
         return no_place
     demand = json_object(row.demand)
     if credit.rate_of(found.offer) > 0:
-        credit.ask_funds(turn, row.issuer, str(demand.get(PLATFORM)))
+        credit.ask_funds(turn, row.issuer, str(demand.get(CHOSEN_PLATFORM)))
     judged = credit.judge(turn, row.issuer, demand, found.offer)
     return judged if isinstance(judged, TurnedDown) else found
 
@@ -156,7 +152,7 @@ def agreement_arrived(turn: Turn, message: AgreementArrived) -> None:
         refusal = places.judge(turn, requestor)
     if refusal is None:
         if credit.rate_of(offer) > 0:
-            credit.ask_funds(turn, requestor, str(demand.get(PLATFORM)))
+            credit.ask_funds(turn, requestor, str(demand.get(CHOSEN_PLATFORM)))
         judged = credit.judge(turn, requestor, demand, offer)
         if isinstance(judged, TurnedDown):
             refusal = judged
@@ -207,11 +203,11 @@ def _row(
     return ProviderAgreementRow(
         agreement_id=str(agreement["agreementId"]),
         preset=message.preset,
-        runtime=str(offer.get("golem.runtime.name", "")),
+        runtime=str(offer.get(RUNTIME_NAME, "")),
         requestor=requestor,
         document=message.agreement,
         state=DealState.APPROVING,
-        platform=str(demand.get(PLATFORM)),
+        platform=str(demand.get(CHOSEN_PLATFORM)),
         interval_agreed=whole_number(offer.get(INTERVAL)) is not None,
         at=turn.now,
         expires_at=expiration_s(demand) or turn.now,

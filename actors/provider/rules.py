@@ -12,23 +12,28 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from protocol.ledger import LOCAL_CHAIN
-from protocol.payment_terms import CHOSEN_PLATFORM, address_key, payment_terms
-from protocol.properties import EXPIRATION, expiration_s
+from protocol.payment_terms import address_key, payment_terms
+from protocol.properties import expiration_s
+from protocol.property_names import (
+    ACCEPT_TIMEOUT,
+    CHOSEN_PLATFORM,
+    COEFFS,
+    CPU_THREADS,
+    EXPIRATION,
+    INTERVAL,
+    LOCAL_CHAIN,
+    MEM_GIB,
+    PAYLOAD,
+    PAYLOAD_CAPABILITY,
+    PAYMENT_TIMEOUT,
+    STORAGE_GIB,
+)
 from protocol.provider import Capacity
 
-MULTI_ACTIVITY = "golem.srv.caps.multi-activity"
-PLATFORM = CHOSEN_PLATFORM
-ACCEPT_TIMEOUT = "golem.com.payment.debit-notes.accept-timeout?"
-INTERVAL = "golem.com.scheme.payu.debit-note.interval-sec?"
-PAYMENT_TIMEOUT = "golem.com.scheme.payu.payment-timeout-sec?"
-COEFFS = "golem.com.pricing.model.linear.coeffs"
-VECTOR = "golem.com.usage.vector"
-PAYLOAD, PAYLOAD_CAPABILITY = "golem.srv.comp.payload", "golem.srv.caps.payload-manifest"
 RESOURCES = {
-    "cpu_threads": ("golem.inf.cpu.threads", "threads"),
-    "mem_gib": ("golem.inf.mem.gib", "GiB of memory"),
-    "storage_gib": ("golem.inf.storage.gib", "GiB of storage"),
+    "cpu_threads": (CPU_THREADS, "threads"),
+    "mem_gib": (MEM_GIB, "GiB of memory"),
+    "storage_gib": (STORAGE_GIB, "GiB of storage"),
 }
 SLACK = 1e-6  # sums of floats
 DAY_S = 24 * 3600.0
@@ -137,9 +142,9 @@ def _requestor(terms: Terms, situation: Situation, demand: Properties, ours: dic
 
 
 def _platform(terms: Terms, situation: Situation, demand: Properties, ours: dict[str, Any]) -> TurnedDown | None:
-    chosen = demand.get(PLATFORM)
+    chosen = demand.get(CHOSEN_PLATFORM)
     if not isinstance(chosen, str):
-        return TurnedDown(f"Missing required property {PLATFORM}.", False)
+        return TurnedDown(f"Missing required property {CHOSEN_PLATFORM}.", False)
     if address_key(chosen) not in ours:
         return TurnedDown(f"This provider is not paid on {chosen[:100]}.", False)
     if (chain := ours.get(LOCAL_CHAIN)) is not None and demand.get(LOCAL_CHAIN) != chain:

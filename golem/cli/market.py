@@ -12,6 +12,7 @@ import click
 
 from golem.cli.client import ask_node, get
 from golem.cli.output import say, table, text, value, wants_json
+from protocol.property_names import MEM_GIB
 
 API = "/market-api/v1"
 SHORT = 12  # digits of an id in tables for people: enough to name it again
@@ -24,7 +25,7 @@ def market() -> None:
 
 def _filters(function: Any) -> Any:
     limit = click.option("--limit", type=click.IntRange(1), default=50, show_default=True, help="At most so many, the newest.")
-    constraints = click.option("--constraints", metavar="TEXT", help="Only what satisfies these: '(golem.inf.mem.gib>=2)'.")
+    constraints = click.option("--constraints", metavar="TEXT", help=f"Only what satisfies these: '({MEM_GIB}>=2)'.")
     subnet = click.option("--subnet", help="Only of a subnet.")
     return limit(constraints(subnet(function)))
 

@@ -8,6 +8,7 @@ from urllib.parse import quote
 
 import click
 
+from golem.cli import bills
 from golem.cli.client import ask_node, get
 from golem.cli.output import done, say, table, text, value, wants_json
 
@@ -72,7 +73,10 @@ def resume(network: str | None, **_: Any) -> None:
 @click.option("--last", hidden=True)
 @click.option("--precise", is_flag=True, hidden=True)
 def status(network: str | None, **_: Any) -> None:
-    """Balance, reserved and outstanding amounts."""
+    """Balance, reserved and outstanding amounts.
+
+    What is owed and due, what is in flight (nonce, fee, confirmations), what holds payments up, and what to do about it.
+    """
     found = ask_node("payment_status", network=network)
     if wants_json():
         value(found)
@@ -94,8 +98,19 @@ def status(network: str | None, **_: Any) -> None:
     for way in ("outgoing", "incoming"):
         for stage, sums in found[way].items():
             rows.append([f"{way} {stage}", f"{sums['totalAmount']} {token} in {sums['agreementsCount']} agreements"])
+    rows += [["owed", f"{found['owed']} {token} accepted and not paid"], ["due", f"{found['due']} {token} of it past its date"]]
+    for batch in found["inFlight"]:
+        rows.append(["in flight", f"{batch['amount']} {token} to {batch['payees']} payees{_because(batch)}"])
+        rows += [["", _flight(tx)] for tx in batch["transactions"]]
     rows += [["problem", problem] for problem in found["problems"]]
+    rows += [["what to do", advice] for advice in found["advice"]]
     table(["", ""], rows, _simulated(found))
+
+
+def _flight(tx: dict[str, Any]) -> str:
+    fee = f", up to {tx['maxFeeGwei']:.3g} gwei" if tx["maxFeeGwei"] is not None else ""
+    deep = f", {tx['confirmations']} of {tx['depth']} confirmations" if tx["confirmations"] is not None else ""
+    return f"nonce {tx['nonce']}: {tx['state']}{fee}{deep}{', ' + tx['hash'] if tx['hash'] else ''}"
 
 
 @payment.command("audit")
@@ -150,6 +165,10 @@ def release_allocations(ids: tuple[str, ...], older_than: str | None) -> None:
         older_than_s = read_duration({"--older-than": older_than or ""}, "--older-than", 0.0)
     except ConfigError as error:
         raise click.UsageError(str(error)) from None
+    _release(ids, older_than_s)
+
+
+def _release(ids: tuple[str, ...], older_than_s: float) -> None:
     found = ask_node("payment_release_allocations", ids=list(ids), older_than_s=older_than_s)
     if wants_json():
         value(found)
@@ -158,6 +177,16 @@ def release_allocations(ids: tuple[str, ...], older_than: str | None) -> None:
           [[row["allocationId"], row["agent"] or "", row["amount"], row["paymentPlatform"]] for row in found])  # fmt: skip
     if not found:
         say("No allocation was released.")
+
+
+@payment.command("release")
+@click.argument("ids", nargs=-1, required=True, metavar="ID...")
+def release(ids: tuple[str, ...]) -> None:
+    """Free the money that these allocations hold.
+
+    The first characters of an id are enough. As release-allocations does, which frees all of them where none is named.
+    """
+    _release(ids, 0.0)
 
 
 @payment.command("trace")
@@ -269,4 +298,5 @@ def accounts() -> None:
 
 
 def register(main: click.Group) -> None:
+    bills.register(payment)
     main.add_command(payment)

@@ -15,6 +15,7 @@ from golem.exeunit.terms import flat
 from golem.net import RemoteError, Unreachable
 from protocol.amounts import cost
 from protocol.live import AskRunning, WatchAll, WatchedEvent, decode_running, decode_watched
+from protocol.property_names import COEFFS, VECTOR
 from protocol.states import ActivityState, Role
 from protocol.types import Violation, timestamp_text
 
@@ -25,7 +26,6 @@ LIVE_TIMEOUT_S = 2.0
 WATCH_MARGIN_S = 5.0
 MAX_EVENT_CHARS = 1 << 20
 COUNTED_S = 3600.0  # what `golem activity status` calls recent
-VECTOR, COEFFS = "golem.com.usage.vector", "golem.com.pricing.model.linear.coeffs"
 
 
 def _named(node: Node, args: dict[str, Any]) -> ActivityRow:

@@ -14,6 +14,7 @@ import trio
 from golem.control.command import command
 from golem.node.market_forms import subscription_form
 from protocol.market import Subscription, read_subscription
+from protocol.property_names import COEFFS, NODE_NAME, RUNTIME_NAME, SUBNET, VECTOR
 from protocol.states import DocumentKind
 from protocol.terms import compile_constraint
 from protocol.types import timestamp_text
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from golem.node.node import Node
 
 MOST_LISTED = 5000
-NAME, SUBNET, RUNTIME = "golem.node.id.name", "golem.node.debug.subnet", "golem.runtime.name"
-VECTOR, COEFFS = "golem.com.usage.vector", "golem.com.pricing.model.linear.coeffs"
 
 
 def whole_id(wanted: str, known: Iterable[str]) -> str:
@@ -100,7 +99,7 @@ async def market_list(node: Node, args: dict[str, Any]) -> Any:
         own = content.owner == node.node_id
         if args.get("own") not in (None, own) or not content.owner.startswith(str(args.get("owner") or "").lower()):
             continue
-        if args.get("runtime") not in (None, content.properties.get(RUNTIME)):
+        if args.get("runtime") not in (None, content.properties.get(RUNTIME_NAME)):
             continue
         if args.get("subnet") not in (None, content.properties.get(SUBNET)):
             continue
@@ -113,8 +112,8 @@ async def market_list(node: Node, args: dict[str, Any]) -> Any:
 def _line(content: Subscription, own: bool) -> dict[str, Any]:
     properties = content.properties
     return {
-        "id": content.subscription_id, "owner": content.owner, "own": own, "name": properties.get(NAME),
-        "subnet": properties.get(SUBNET), "runtime": properties.get(RUNTIME), "prices": _prices(properties),
+        "id": content.subscription_id, "owner": content.owner, "own": own, "name": properties.get(NODE_NAME),
+        "subnet": properties.get(SUBNET), "runtime": properties.get(RUNTIME_NAME), "prices": _prices(properties),
         "constraints": content.constraints, "created": timestamp_text(content.created),
         "expires": timestamp_text(content.expires),
     }  # fmt: skip

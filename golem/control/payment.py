@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from golem.chain.networks import DRIVER, Network
 from golem.chain.rpc import RpcError
 from golem.control.command import command
+from golem.node.bills import in_flight, outstanding
 from golem.node.books import audit_books
 from golem.node.holds import MAX_SHOWN, allocations_on, platforms_of, render_hold, reserved_on
 from protocol.ledger import ReleaseAllocation
@@ -49,6 +50,9 @@ async def payment_status(node: Node, args: dict[str, Any]) -> Any:
         problems.append(f"RpcError: {trouble}")
     return {
         "amount": purse.pop("amount"), "reserved": amount_text(reserved_on(ledger, alike)),
+        **outstanding(node, network.platform), "inFlight": _in_flight(node, network, head.number if head else None),
+        "advice": [_advice(kind, network, node.node_id) for kind in dict.fromkeys(problem.kind for problem in found)
+                   if kind in ("InsufficientGas", "InsufficientToken")],
         "heldBy": [render_hold(row) for row in allocations_on(ledger, alike)[:MAX_SHOWN]],
         "outgoing": totals["outgoing"], "incoming": totals["incoming"], "driver": DRIVER, "network": network.name,
         "token": network.symbol, "platform": network.platform, "simulatedBy": network.simulated_by, **chain,
@@ -56,6 +60,20 @@ async def payment_status(node: Node, args: dict[str, Any]) -> Any:
         "block_number": head.number if head else None,
         "block_datetime": timestamp_text(head.timestamp) if head else None, "address": node.node_id, "problems": problems,
     }  # fmt: skip
+
+
+def _in_flight(node: Node, network: Network, head: int | None) -> list[dict[str, Any]]:
+    found = in_flight(node, network.platform)
+    for tx in (tx for batch in found for tx in batch["transactions"]):
+        mined = tx["block"] is not None and head is not None
+        tx["confirmations"], tx["depth"] = max(head - tx["block"] + 1, 0) if mined else None, network.depth
+    return found
+
+
+def _advice(kind: str, network: Network, address: str) -> str:
+    what = network.coin if kind == "InsufficientGas" else network.symbol
+    fund = f", or golem payment fund --network {network.name}" if network.is_test else ""
+    return f"send {what} to {address} on {network.name}{fund}: payments go on by themselves, and none is made twice"
 
 
 def _is_said(detail: str, trouble: str) -> bool:

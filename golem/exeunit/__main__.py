@@ -20,12 +20,18 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from golem.base.printing import quoted, set_up_logs
+from protocol.property_names import (
+    DEPLOY_PROGRESS,
+    RUNTIME_CAPABILITIES,
+    TRANSFER_PROGRESS,
+    TRANSFER_PROTOCOLS,
+    TRANSFER_REACH,
+    VECTOR,
+)
 
 if TYPE_CHECKING:
     from golem.exeunit.runtime import Interaction, Runtime
 
-REPORTED = "golem.activity.caps.transfer.report-progress"
-CAPABILITIES = "golem.runtime.capabilities"
 MAX_LOG_BYTES = 4 << 20
 MAX_DATA_BYTES = 1 << 30  # of the exe-unit itself, threads' stacks and all; it needs about a tenth
 
@@ -80,20 +86,19 @@ def offer_template(
     """Return the part of an offer that an exe-unit of this runtime contributes; `allowed` of shell and proxy-http, and what
     transfers may `reach`."""
     from golem.exeunit.interaction import capabilities
-    from golem.exeunit.transfer.spool import REACH
     from golem.exeunit.transfer.transfers import OFFERED_PROTOCOLS
     from golem.exeunit.usage import COUNTERS
 
     properties = {
-        "golem.com.usage.vector": list(COUNTERS),
-        "golem.activity.caps.transfer.protocol": list(OFFERED_PROTOCOLS),
-        REACH: reach,
-        REPORTED: True,
-        "golem.activity.caps.deploy.report-progress": True,
+        VECTOR: list(COUNTERS),
+        TRANSFER_PROTOCOLS: list(OFFERED_PROTOCOLS),
+        TRANSFER_REACH: reach,
+        TRANSFER_PROGRESS: True,
+        DEPLOY_PROGRESS: True,
         **runtime_properties,
     }
-    if named := capabilities(properties.get(CAPABILITIES), allowed):
-        properties[CAPABILITIES] = named
+    if named := capabilities(properties.get(RUNTIME_CAPABILITIES), allowed):
+        properties[RUNTIME_CAPABILITIES] = named
     return {"properties": properties, "constraints": ""}
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from golem.exeunit.runtime import Limits
 from golem.exeunit.usage import COUNTERS
+from protocol.property_names import CPU_THREADS, EXPIRATION, MEM_GIB, STORAGE_GIB, TASK_PACKAGE, VECTOR
 from protocol.types import node_id
 
 MAX_FILE_BYTES = 4 << 20
@@ -47,18 +48,18 @@ def read_terms(path: Path) -> AgreedTerms:
         raise AgreementError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise AgreementError(f"{path} is not an agreement: {error!r}") from None
-    package = wanted.get("golem.srv.comp.task_package")
-    vector = offered.get("golem.com.usage.vector")
-    expiration = _number(wanted, "golem.srv.comp.expiration", math.inf)
+    package = wanted.get(TASK_PACKAGE)
+    vector = offered.get(VECTOR)
+    expiration = _number(wanted, EXPIRATION, math.inf)
     return AgreedTerms(
         agreement_id,
         *parties,
         task_package=package if isinstance(package, str) else None,
         usage_vector=tuple(map(str, vector)) if isinstance(vector, list) else COUNTERS,
         limits=Limits(
-            cpu_threads=max(1, int(_number(offered, "golem.inf.cpu.threads", 1))),
-            mem_gib=_number(offered, "golem.inf.mem.gib", Limits.mem_gib),
-            storage_gib=_number(offered, "golem.inf.storage.gib", Limits.storage_gib),
+            cpu_threads=max(1, int(_number(offered, CPU_THREADS, 1))),
+            mem_gib=_number(offered, MEM_GIB, Limits.mem_gib),
+            storage_gib=_number(offered, STORAGE_GIB, Limits.storage_gib),
         ),
         expires_at=expiration / 1000 if math.isfinite(expiration) else None,
     )

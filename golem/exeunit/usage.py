@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from golem.exeunit.runtime import Limits, Usage, Volume
+from protocol.property_names import USAGE_CPU, USAGE_DURATION, USAGE_MEM, USAGE_STORAGE
 
-COUNTERS = ("golem.usage.duration_sec", "golem.usage.cpu_sec", "golem.usage.gib", "golem.usage.storage_gib")
+COUNTERS = (USAGE_DURATION, USAGE_CPU, USAGE_MEM, USAGE_STORAGE)
 MAX_DEPTH = 128
 ENTRY_BYTES = 4096
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")

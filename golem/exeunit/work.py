@@ -55,6 +55,7 @@ from protocol.exeunit import (
     Terminate,
     parse_command,
 )
+from protocol.property_names import TASK_PACKAGE
 
 log = logging.getLogger("golem.exeunit")
 
@@ -278,7 +279,7 @@ class RuntimePort:
                 self._terms.task_package, self._runtime.formats, progress=progress.bytes, notice=progress.notice
             )
         if ImageFormat.NOTHING not in self._runtime.formats:
-            raise Failed("the agreement names no task package (golem.srv.comp.task_package)")
+            raise Failed(f"the agreement names no task package ({TASK_PACKAGE})")
         return None
 
     async def _watch_failure(self, scope: trio.CancelScope) -> None:

@@ -23,6 +23,7 @@ from protocol.negotiation import (
     SubscriptionEvents,
 )
 from protocol.properties import flatten
+from protocol.property_names import RUNTIME_NAME
 from protocol.signing import Document
 from protocol.states import DocumentKind, ProposalState, Role
 from protocol.types import timestamp_text
@@ -159,5 +160,5 @@ def agreement_summary(agreement: AgreementRow, now: float) -> dict[str, Any]:
 
 
 def _runtime(agreement: AgreementRow) -> str:
-    found = flatten(json.loads(agreement.body)["offer"]["properties"]).get("golem.runtime.name")
+    found = flatten(json.loads(agreement.body)["offer"]["properties"]).get(RUNTIME_NAME)
     return found if isinstance(found, str) else ""

@@ -22,6 +22,7 @@ import coincurve
 from golem.base.settings_file import read_json
 from golem.private_files import write_private
 from protocol.market import read_subscription
+from protocol.property_names import PLATFORM_ADDRESS, PLATFORM_PREFIX
 from protocol.signing import Document, address_of
 from protocol.types import Violation, node_id
 
@@ -142,5 +143,8 @@ def _addresses(document: Document) -> set[str]:
         properties = read_subscription(document.body).properties
     except (Violation, ValueError):
         return set()
-    prefix, end = "golem.com.payment.platform.", ".address"
-    return {str(value).lower() for key, value in properties.items() if key.startswith(prefix) and key.endswith(end)}
+    return {
+        str(value).lower()
+        for key, value in properties.items()
+        if key.startswith(PLATFORM_PREFIX) and key.endswith(PLATFORM_ADDRESS)
+    }

@@ -42,6 +42,7 @@ from golem.provider.port import ProposalPort, RestPort
 from golem.provider.processes import Processes
 from golem.provider.settings import JOURNAL, LOCK, Settings, SettingsError, read_json
 from golem.provider.status import write_status
+from protocol.property_names import NODE_NAME
 from protocol.provider import AgentStarted, AgreementArrived, SessionNamed, StopAgent
 from protocol.states import AgreementState, Role
 from protocol.types import Violation
@@ -122,7 +123,7 @@ async def _take_back_offers(system: System, client: NodeClient, name: str) -> No
     known = {row.offer_id for _, row in system.listed("provider", "offer/")[0]}  # that of a damaged row is published anew
     try:
         for offer in await client.call("GET", f"{MARKET}/offers") or ():
-            if offer["offerId"] not in known and offer["properties"].get("golem.node.id.name") == name:
+            if offer["offerId"] not in known and offer["properties"].get(NODE_NAME) == name:
                 await client.call("DELETE", f"{MARKET}/offers/{part(offer['offerId'])}")
     except (NodeApiError, NodeAway, KeyError, TypeError, AttributeError) as error:
         log.warning("looking for offers that were left over: %r", error)

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 
 from golem.provider.settings import SettingsError, check_keys, read_json, threads, write_json
+from protocol.property_names import CPU_ARCHITECTURE, CPU_BRAND, CPU_CAPABILITIES, CPU_CORES, CPU_MODEL, CPU_VENDOR
 
 log = logging.getLogger("golem.provider")
 
@@ -98,18 +99,18 @@ def load_profile(data_dir: Path) -> Profile:
 def cpu_properties() -> dict[str, Any]:
     """Return what an offer says of the processor."""
     found: dict[str, Any] = {
-        "golem.inf.cpu.architecture": platform.machine() or "unknown",
-        "golem.inf.cpu.cores": psutil.cpu_count(logical=False) or threads(),
+        CPU_ARCHITECTURE: platform.machine() or "unknown",
+        CPU_CORES: psutil.cpu_count(logical=False) or threads(),
     }
     info = _cpu_info()
     if "vendor_id" in info:
-        found["golem.inf.cpu.vendor"] = info["vendor_id"]
+        found[CPU_VENDOR] = info["vendor_id"]
     if "model name" in info:
-        found["golem.inf.cpu.brand"] = info["model name"]
+        found[CPU_BRAND] = info["model name"]
     if {"stepping", "cpu family", "model"} <= info.keys():
-        found["golem.inf.cpu.model"] = f"Stepping {info['stepping']} Family {info['cpu family']} Model {info['model']}"
+        found[CPU_MODEL] = f"Stepping {info['stepping']} Family {info['cpu family']} Model {info['model']}"
     if flags := info.get("flags") or info.get("Features"):
-        found["golem.inf.cpu.capabilities"] = sorted(flags.lower().split())
+        found[CPU_CAPABILITIES] = sorted(flags.lower().split())
     return found
 
 

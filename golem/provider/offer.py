@@ -6,12 +6,34 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from actors.provider.credit import CREDIT_PROPERTY, offered_credit
-from actors.provider.rules import ACCEPT_TIMEOUT, COEFFS, INTERVAL, PAYMENT_TIMEOUT, VECTOR, Terms
+from actors.provider.credit import offered_credit
+from actors.provider.rules import Terms
 from golem.provider.hardware import Profile, cpu_properties
 from golem.provider.presets import Preset
 from golem.provider.runtimes import Template
-from protocol.ledger import LOCAL_CHAIN
+from protocol.payment_terms import address_key
+from protocol.property_names import (
+    ACCEPT_TIMEOUT,
+    COEFFS,
+    CPU_CORES,
+    CPU_THREADS,
+    CREDIT,
+    EXPIRATION,
+    INTERVAL,
+    IS_PUBLIC,
+    LOCAL_CHAIN,
+    MEM_GIB,
+    MULTI_ACTIVITY,
+    NODE_NAME,
+    PAYMENT_TIMEOUT,
+    PAYMENT_VERSION,
+    PRICING_MODEL,
+    RUNTIME_NAME,
+    SCHEME,
+    STORAGE_GIB,
+    SUBNET,
+    VECTOR,
+)
 from protocol.provider import OfferSpec
 
 PROTOCOL_VERSION = 3
@@ -34,29 +56,29 @@ def offer_spec(
     properties: dict[str, Any] = {
         **template.properties,
         **cpu,
-        "golem.inf.cpu.cores": min(cpu["golem.inf.cpu.cores"], share.cpu_threads),
-        "golem.inf.cpu.threads": share.cpu_threads,
-        "golem.inf.mem.gib": share.mem_gib,
-        "golem.inf.storage.gib": share.storage_gib,
-        "golem.node.id.name": name,
-        "golem.node.debug.subnet": subnet,
-        "golem.node.net.is-public": False,
-        "golem.runtime.name": preset.runtime,
-        "golem.srv.caps.multi-activity": True,
-        "golem.com.scheme": "payu",
+        CPU_CORES: min(cpu[CPU_CORES], share.cpu_threads),
+        CPU_THREADS: share.cpu_threads,
+        MEM_GIB: share.mem_gib,
+        STORAGE_GIB: share.storage_gib,
+        NODE_NAME: name,
+        SUBNET: subnet,
+        IS_PUBLIC: False,
+        RUNTIME_NAME: preset.runtime,
+        MULTI_ACTIVITY: True,
+        SCHEME: "payu",
         INTERVAL: terms.interval_s,
         PAYMENT_TIMEOUT: terms.payment_timeout_s,
         ACCEPT_TIMEOUT: terms.accept_timeout_s,
-        "golem.com.pricing.model": "linear",
+        PRICING_MODEL: "linear",
         COEFFS: preset.prices(),
         VECTOR: preset.vector(),
-        "golem.com.payment.protocol.version": PROTOCOL_VERSION,
+        PAYMENT_VERSION: PROTOCOL_VERSION,
     }
     for account in accounts:
-        properties[f"golem.com.payment.platform.{account['platform']}.address"] = account["address"]
+        properties[address_key(account["platform"])] = account["address"]
         if isinstance(account.get("chain"), str):  # a dev chain: only who is on the same one can pay
             properties[LOCAL_CHAIN] = account["chain"]
-    properties[CREDIT_PROPERTY] = offered_credit(terms, properties, [str(account["platform"]) for account in accounts])
+    properties[CREDIT] = offered_credit(terms, properties, [str(account["platform"]) for account in accounts])
     return OfferSpec(preset.name, preset.runtime, json.dumps(properties, sort_keys=True), subnet)
 
 
@@ -77,4 +99,4 @@ def constraints(subnet: str, now: float, local_chain: str | None = None) -> str:
     A demand of another dev chain never matches. One that names none may look: without payment it gets no agreement.
     """
     chain = f"  (|({LOCAL_CHAIN}={local_chain})(!({LOCAL_CHAIN}=*)))\n" if local_chain else ""
-    return f"(&\n  (golem.srv.comp.expiration>{int(now * 1000)})\n  (golem.node.debug.subnet={subnet})\n{chain})"
+    return f"(&\n  ({EXPIRATION}>{int(now * 1000)})\n  ({SUBNET}={subnet})\n{chain})"

@@ -23,7 +23,7 @@ from actors.kernel.system import System
 from golem.provider.client import ACTIVITY, MARKET, PAYMENT, NodeApiError, NodeAway, NodeClient, part
 from golem.provider.offer import constraints
 from golem.provider.polls import ProposalCache, pick_up_proposals, watch_offer
-from protocol.ledger import LOCAL_CHAIN
+from protocol.property_names import LOCAL_CHAIN
 from protocol.provider import (
     AcceptAgreement,
     ActivityClosed,

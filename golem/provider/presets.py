@@ -15,19 +15,20 @@ from pathlib import Path
 from typing import Any
 
 from golem.provider.settings import SettingsError, check_keys, read_json, write_json
+from protocol.property_names import USAGE_CPU, USAGE_DURATION, USAGE_MEM, USAGE_STORAGE
 
 PRESETS = "presets.json"
-DEFAULT_COEFFS = {"golem.usage.cpu_sec": 0.0001, "golem.usage.duration_sec": 0.00005}  # 0.36 and 0.18 GLM an hour
+DEFAULT_COEFFS = {USAGE_CPU: 0.0001, USAGE_DURATION: 0.00005}  # 0.36 and 0.18 GLM an hour
 _HOUR_GLM = 0.025  # of a thread at work
 DEFAULTS: Mapping[str, Mapping[str, float]] = {
     "wasmtime": DEFAULT_COEFFS,
-    "vm": {"golem.usage.cpu_sec": _HOUR_GLM / 3600, "golem.usage.duration_sec": _HOUR_GLM / 3600 / 5},
+    "vm": {USAGE_CPU: _HOUR_GLM / 3600, USAGE_DURATION: _HOUR_GLM / 3600 / 5},
 }
 COUNTERS = {
-    "cpu": "golem.usage.cpu_sec",
-    "duration": "golem.usage.duration_sec",
-    "memory": "golem.usage.gib",
-    "storage": "golem.usage.storage_gib",
+    "cpu": USAGE_CPU,
+    "duration": USAGE_DURATION,
+    "memory": USAGE_MEM,
+    "storage": USAGE_STORAGE,
 }
 INIT_PRICE = "init price"
 PRESET_KEYS = ("name", "exeunit-name", "pricing-model", "initial-price", "usage-coeffs")

@@ -24,6 +24,7 @@ from golem.base.children import CWD, python_line
 from golem.exeunit.runtimes import runtime_names
 from golem.exeunit.runtimes.plugin.descriptors import Catalogue, DescriptorError, default_places, find_descriptors
 from golem.provider.units import unit_environment
+from protocol.property_names import RUNTIME_VERSION
 
 log = logging.getLogger("golem.provider")
 
@@ -32,7 +33,6 @@ START_S = 20.0  # that the agent's start waits for self-tests
 TEST_INTERVAL_S = 60.0
 RETRY_S = 5.0  # after a first failure of a runtime that worked
 DOUBT_S = 10.0  # between tests of a runtime whose exe-units end badly: its requestors can bring that about too
-VERSION = "golem.runtime.version"
 MAX_TOLD = 100
 _TOLD: set[tuple[str, str]] = set()
 NOT_TESTED = "not tested yet"
@@ -213,7 +213,7 @@ def describe(name: str, places: str | None, answer: Template | str | None, prese
     one = catalogue(places).runtimes.get(name)
     version = one.version if one else ""
     if isinstance(answer, Template):
-        version = str(answer.properties.get(VERSION, version))
+        version = str(answer.properties.get(RUNTIME_VERSION, version))
         reason = "" if presets else "no active preset sells it"
     else:
         reason = answer or ("no active preset sells it" if not presets else NOT_TESTED)

@@ -11,10 +11,10 @@ from worlds.money import PLATFORM, Done, Node, World
 
 from actors.ledger import documents as _ledger_documents
 from actors.ledger import payer as _ledger_payer
-from actors.ledger.ceiling import COEFFS, COST_CAP, VECTOR
 from actors.ledger.rows import RefusedDocumentsRow
 from protocol.activity import ActivityKnown, ActivityOver
 from protocol.ledger import ClockSeen, DebitNoteBody, DocumentReceived, DocumentRefused, DocumentSent, InvoiceBody, encode_body
+from protocol.property_names import COEFFS, COST_CAP, VECTOR
 from protocol.states import DocumentKind
 from protocol.types import Violation, amount_text, timestamp_text
 

@@ -44,7 +44,8 @@ from protocol.negotiation import (
     TerminateAgreement,
     agreement_body,
 )
-from protocol.properties import EXPIRATION, expiration_s
+from protocol.properties import expiration_s
+from protocol.property_names import EXPIRATION
 from protocol.signing import Document, sign
 from protocol.types import Done, Refused, Violation
 

@@ -14,24 +14,11 @@ from worlds.playbook import Playbook, playbook
 
 from actors.provider.machine import Provider
 from actors.provider.negotiation import MAX_REJECTED
-from actors.provider.rules import (
-    ACCEPT_TIMEOUT,
-    COEFFS,
-    INTERVAL,
-    PAYMENT_TIMEOUT,
-    PLATFORM,
-    Agreed,
-    Situation,
-    Terms,
-    TurnedDown,
-    negotiate,
-    share_of,
-)
+from actors.provider.rules import Agreed, Situation, Terms, TurnedDown, negotiate, share_of
 from actors.provider.turn import ProviderConfig
 from golem.exeunit.terms import read_terms
 from protocol.amounts import cost
-from protocol.ledger import LOCAL_CHAIN
-from protocol.properties import EXPIRATION
+from protocol.property_names import ACCEPT_TIMEOUT, CHOSEN_PLATFORM, COEFFS, EXPIRATION, INTERVAL, LOCAL_CHAIN, PAYMENT_TIMEOUT
 from protocol.provider import (
     AcceptAgreement,
     ActivityClosed,
@@ -92,7 +79,7 @@ OFFER = {
     PAYMENT_TIMEOUT: 120,
 }
 DEMAND = {
-    PLATFORM: "erc20-local-tglm",
+    CHOSEN_PLATFORM: "erc20-local-tglm",
     EXPIRATION: int((NOW + 1000) * 1000),
     ACCEPT_TIMEOUT: 240,
     INTERVAL: 120,
@@ -110,9 +97,9 @@ GONE = object()
     ("demand", "offer", "outcome"),
     [
         ({}, {}, KEEP),
-        ({PLATFORM: GONE}, {}, (REJECT, False)),
-        ({PLATFORM: "erc20-mainnet-glm"}, {}, (REJECT, False)),
-        ({PLATFORM: 7}, {}, (REJECT, False)),
+        ({CHOSEN_PLATFORM: GONE}, {}, (REJECT, False)),
+        ({CHOSEN_PLATFORM: "erc20-mainnet-glm"}, {}, (REJECT, False)),
+        ({CHOSEN_PLATFORM: 7}, {}, (REJECT, False)),
         ({PAYER: REQUESTOR}, {}, KEEP),
         ({PAYER: "0x" + "1" * 40}, {}, KEEP),
         ({PAYER: OTHER}, {}, (REJECT, True)),
@@ -208,7 +195,7 @@ def test_cost_is_exact_and_never_above_the_product() -> None:
 def test_hostile_demands_are_answered_whatever_they_hold() -> None:
     rng = random.Random(7)
     values = [None, True, -1, 0, 1, 10**400, -(10**30), 1e308, float("nan"), float("inf"), "", "x" * 9999, [], {}, [[]], [1e400]]
-    names = [PLATFORM, EXPIRATION, ACCEPT_TIMEOUT, INTERVAL, PAYMENT_TIMEOUT, COEFFS, "golem.srv.comp.payload", "x"]
+    names = [CHOSEN_PLATFORM, EXPIRATION, ACCEPT_TIMEOUT, INTERVAL, PAYMENT_TIMEOUT, COEFFS, "golem.srv.comp.payload", "x"]
     for _ in range(5000):
         demand = {**DEMAND, **{rng.choice(names): rng.choice(values) for _ in range(rng.randint(1, 4))}}
         if rng.random() < 0.2:

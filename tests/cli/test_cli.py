@@ -177,6 +177,19 @@ def test_payment(alice: LocalNode) -> None:
     assert "no real money" in run_text(alice, "payment", "driver", "list")
 
 
+def test_books(alice: LocalNode, tmp_path: Path) -> None:
+    assert "The books add up: 0 documents" in run_text(alice, "payment", "audit")
+    assert run_json(alice, "payment", "audit")["addsUp"] is True
+    for name, words in (("invoices", "No invoices."), ("debtors", "Nobody owes this node anything.")):
+        assert words in golem(alice, "payment", name).stderr
+        assert run_json(alice, "payment", name) == []
+    header = "date,kind,document,agreement,peer,direction,amount,paymentPlatform,status,due,transaction"
+    assert run_text(alice, "payment", "export", "--csv").splitlines() == [header]
+    assert "0 documents" in run_text(alice, "payment", "export", "--output", str(tmp_path / "books.csv"))
+    assert (tmp_path / "books.csv").read_text().startswith(header)
+    assert "no living allocation" in golem(alice, "payment", "release", "nope").output
+
+
 def test_market_and_trace(alice: LocalNode) -> None:
     import httpx
 

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from house.message_map import machines, members
 
+from protocol import property_names
+
 ROOT = Path(__file__).resolve().parents[2]
 LOOSE = {"__init__.py", "config.py", "daemon.py", "private_files.py"}
 MAX_MODULE_LINES, MAX_FUNCTION_LINES = 500, 70
@@ -82,6 +84,20 @@ def test_a_public_class_name_means_one_thing() -> None:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 places[node.name].append(name)
     assert not {name: where for name, where in places.items() if len(where) > 1}
+
+
+def test_a_property_is_named_once() -> None:
+    """Elsewhere it is a constant; what documentation and docstrings say is free."""
+    names = {value for name, value in vars(property_names).items() if name.isupper()} - {property_names.PLATFORM_ADDRESS}
+    assert len(names) > 30
+    again = []
+    for module, tree in modules().items():
+        documented = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documented:
+                again += [f"{module}:{node.lineno}: {name}" for name in names if name in node.value]
+    again = [found for found in again if not found.startswith("protocol.property_names:")]
+    assert not again
 
 
 def test_rows_end_in_row() -> None:

@@ -16,7 +16,7 @@ import trio
 from click.testing import CliRunner
 from worlds.support import mock_trio_test
 
-from actors.provider.rules import COEFFS, VECTOR, Terms
+from actors.provider.rules import Terms
 from golem.base.dotenv_file import _NAMES
 from golem.cli import main
 from golem.config import ConfigError, config_from
@@ -29,7 +29,7 @@ from golem.provider.offering import ACCOUNTS_S, LOOK_S, Offering
 from golem.provider.presets import Preset, load_presets, parse_price
 from golem.provider.runtimes import DOUBT_S, RETRY_S, ExeUnits, Template
 from golem.provider.settings import Rules, Settings, SettingsError, interactions, keep_interactions, names, read_json, read_rules
-from protocol.ledger import LOCAL_CHAIN
+from protocol.property_names import COEFFS, LOCAL_CHAIN, VECTOR
 from protocol.provider import Capacity, OffersChanged, RulesChanged
 from protocol.terms import compile_constraint, match
 

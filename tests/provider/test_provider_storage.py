@@ -16,7 +16,6 @@ import trio
 import trio.testing
 from worlds.support import mock_trio_test, trio_test
 
-from actors.provider.rules import VECTOR
 from golem.provider.client import NodeClient
 from golem.provider.hardware import load_profile
 from golem.provider.offering import LOOK_S, Offering
@@ -30,6 +29,7 @@ from golem.provider.storage import (
     storage_for_sale,
     taken_bytes,
 )
+from protocol.property_names import VECTOR
 from protocol.provider import Capacity, OffersChanged
 
 GIB = 1 << 30

@@ -38,9 +38,6 @@ class HashMismatch(TransferError):
     """The content is not what its hash promised."""
 
 
-REACH = "golem.activity.caps.transfer.reach"  # of an offer: "public" addresses alone, or "local" ones for who is there
-
-
 @dataclass(frozen=True)
 class TransferPolicy:
     """What the provider lets transfers do. The default reaches public addresses only."""

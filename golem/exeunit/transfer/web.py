@@ -20,8 +20,9 @@ import httpx
 import trio
 
 from golem.exeunit.transfer.nearby import is_neighbour, is_own
-from golem.exeunit.transfer.spool import BLOCK_BYTES, CHUNK_BYTES, REACH, Progress, Spool, TransferError, TransferPolicy, redacted
+from golem.exeunit.transfer.spool import BLOCK_BYTES, CHUNK_BYTES, Progress, Spool, TransferError, TransferPolicy, redacted
 from golem.files.outgoing import OutgoingFile
+from protocol.property_names import TRANSFER_REACH
 
 CONNECT_TIMEOUT_S = 15.0
 IDLE_TIMEOUT_S = 60.0
@@ -62,8 +63,9 @@ def refusal(address: str, policy: TransferPolicy) -> str | None:
 def out_of_reach(host: str, reason: str) -> str:
     """Say why a transfer is refused, and what would help."""
     return (
-        f"{host} is {reason}, which this provider does not let transfers reach: those do whose offers say {REACH}=local, for "
-        "requestors of the same machine or network; to any provider, publish the file with the node (gftp:)"
+        f"{host} is {reason}, which this provider does not let transfers reach: those do whose offers say "
+        f"{TRANSFER_REACH}=local, for requestors of the same machine or network; "
+        "to any provider, publish the file with the node (gftp:)"
     )
 
 

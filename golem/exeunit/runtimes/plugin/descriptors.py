@@ -24,13 +24,14 @@ from pathlib import Path
 from typing import Any
 
 from protocol import strict_json
+from protocol.property_names import RUNTIME_NAME, RUNTIME_VERSION, USAGE_CPU, USAGE_DURATION
 
 SEARCH = "EXE_UNIT_PATH"
 SUPERVISOR = "exe-unit"
 PATTERN = "ya-*.json"
 CAP_HANDOFF = ("--cap-handoff", "--runtime-managed-hardware")
 RUNTIME_ARG = "--runtime-arg"
-DEFAULT_PRICED = ("golem.usage.duration_sec", "golem.usage.cpu_sec")
+DEFAULT_PRICED = (USAGE_DURATION, USAGE_CPU)
 MAX_FILES = 256
 MAX_FILE_BYTES = 64 * 1024
 MAX_RUNTIMES = 32  # of one file
@@ -240,7 +241,7 @@ class _Reader:
     def _properties(self) -> Iterator[tuple[str, Any]]:
         for key, value in self._object(self._raw, "properties").items():
             full = f"golem.runtime.{key}"
-            if not _PROPERTY.match(key) or full in ("golem.runtime.name", "golem.runtime.version"):
+            if not _PROPERTY.match(key) or full in (RUNTIME_NAME, RUNTIME_VERSION):
                 raise self._error(f"properties: {key[:100]!r} is not for a descriptor to set")
             if not is_property_value(value):
                 raise self._error(f"properties: {key[:100]}: expected a text, number, truth value or a list of texts")

@@ -60,8 +60,8 @@ from golem.exeunit.runtimes.plugin.descriptors import Descriptor, is_property_va
 from golem.exeunit.runtimes.plugin.process_tree import ProgramEnd, RunningProgram, Tree, sweep_processes
 from golem.exeunit.runtimes.plugin.service import RuntimeService
 from golem.exeunit.usage import COUNTERS, measure_tree, remove_tree
+from protocol.property_names import MULTI_ACTIVITY, RUNTIME_CAPABILITIES, RUNTIME_NAME, RUNTIME_VERSION, VECTOR
 
-VECTOR = "golem.com.usage.vector"
 ENVIRONMENT = "GOLEM_RUNTIME_ENV"
 MAX_ANSWER_BYTES = 64 * 1024
 MAX_ERROR_BYTES = 2000
@@ -71,7 +71,7 @@ WATCH_S = 0.5
 LAST_WORDS_S = 1.0  # for what a program that has ended said on stderr; what it left running may hold that open
 # Properties that a program may add to an offer; prices, addresses and the like are not its business.
 _OFFERED = ("golem.runtime.", "golem.inf.", "golem.srv.caps.", "golem.activity.caps.", "golem.!exp.")
-_FIXED = ("golem.runtime.name", "golem.runtime.version", "golem.srv.caps.multi-activity")
+_FIXED = (RUNTIME_NAME, RUNTIME_VERSION, MULTI_ACTIVITY)
 
 
 @dataclass(frozen=True)
@@ -114,11 +114,11 @@ class ExternalRuntime:
     def offer_properties(self) -> dict[str, Any]:
         """Errors: RuntimeFault where the program's template cannot be used."""
         return {
-            "golem.runtime.capabilities": [],
+            RUNTIME_CAPABILITIES: [],
             **self._template(),
             **self._descriptor.properties,
-            "golem.runtime.name": self.name,
-            "golem.runtime.version": self.version,
+            RUNTIME_NAME: self.name,
+            RUNTIME_VERSION: self.version,
             VECTOR: [counter for counter in COUNTERS if counter in self._descriptor.priced],
         }
 

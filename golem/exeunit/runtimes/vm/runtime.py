@@ -68,6 +68,7 @@ from golem.exeunit.runtimes.vm.program import START_TIMEOUT_S, EngineTerminal, N
 from golem.exeunit.runtimes.vm.tally import Tally
 from golem.exeunit.runtimes.vm.watch import Watch
 from golem.exeunit.storage import FOLDER, Storage, open_storage
+from protocol.property_names import RUNTIME_CAPABILITIES, RUNTIME_NAME, RUNTIME_VERSION
 
 log = logging.getLogger("golem.exeunit")
 
@@ -128,9 +129,9 @@ class VmRuntime:
 
     def offer_properties(self) -> dict[str, Any]:
         return {
-            "golem.runtime.name": self.name,
-            "golem.runtime.version": self.version,
-            "golem.runtime.capabilities": [],  # the exe-unit adds the interactions that the provider allows
+            RUNTIME_NAME: self.name,
+            RUNTIME_VERSION: self.version,
+            RUNTIME_CAPABILITIES: [],  # the exe-unit adds the interactions that the provider allows
         }
 
     # -- life of an activity --------------------------------------------------------------------------------------

@@ -56,6 +56,7 @@ from golem.exeunit.sandbox.process import Child, ChildEnd, open_child
 from golem.exeunit.storage import FOLDER, Storage, open_storage
 from golem.exeunit.stranded import sweep_storage, told
 from golem.exeunit.usage import unlinked_bytes
+from protocol.property_names import RUNTIME_CAPABILITIES, RUNTIME_NAME, RUNTIME_VERSION
 
 MAGIC = b"\0asm"
 CORE_MODULE = MAGIC + b"\1\0\0\0"
@@ -129,9 +130,9 @@ class WasmRuntime:
 
     def offer_properties(self) -> dict[str, Any]:
         return {
-            "golem.runtime.name": self.name,
-            "golem.runtime.version": self.version,
-            "golem.runtime.capabilities": [],
+            RUNTIME_NAME: self.name,
+            RUNTIME_VERSION: self.version,
+            RUNTIME_CAPABILITIES: [],
         }
 
     # -- life of an activity --------------------------------------------------------------------------------------
