@@ -16,13 +16,14 @@ import trio
 from actors.kernel.machine import LinkDown
 from golem.base.printing import sayable
 from golem.net.types import RemoteError, Unreachable
+from protocol import gftp, interaction
 from protocol.codec import MAX_FRAME_BYTES, Framer, encode
 from protocol.types import Violation
 
 log = logging.getLogger("golem.bus")
 
 VERSION = 1
-UNIT_STREAMS = ("gftp", "exeunit-back")  # files, and what a requestor has in an activity
+UNIT_STREAMS = (gftp.STREAM, interaction.BACK)  # files, and what a requestor has in an activity
 MAX_BUS_FRAME_BYTES = MAX_FRAME_BYTES + (1 << 16)
 MAX_IN_FLIGHT = 256  # requests of one side of a connection
 OUTGOING_FRAMES = 64  # that wait to be written; then requests wait

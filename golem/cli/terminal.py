@@ -23,7 +23,7 @@ from trio_websocket import ConnectionClosed, ConnectionRejected, HandshakeError,
 
 from golem.base.printing import quoted
 from golem.cli.output import say
-from golem.interaction.wire import ACK_BYTES, WINDOW_BYTES
+from protocol.interaction import ACK_BYTES, WINDOW_BYTES
 
 READ_BYTES = 32 << 10
 MAX_MESSAGE_BYTES = 1 << 20

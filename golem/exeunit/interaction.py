@@ -2,7 +2,7 @@
 
 Every stream carries one program with live input (`Runtime.open_terminal`) or one TCP connection into the guest
 (`Runtime.connect`). A stream that ends has hung up: its program is killed. What runs here runs in the activity's own
-container and is counted and limited with it. Neighbours: `golem/interaction/wire.py` says what goes over a stream,
+container and is counted and limited with it. Neighbours: `protocol/interaction.py` says what goes over a stream,
 `golem/interaction/broker.py` is at the other ends; `process.py` knows the state of the activity.
 """
 
@@ -17,21 +17,19 @@ import trio
 
 from golem.exeunit.places import hidden
 from golem.exeunit.runtime import ExitStatus, Interaction, Runtime, RuntimeFault, Side, Terminal, check_arguments
-from golem.interaction.wire import (
+from golem.interaction.wire import FAREWELL_S, OPEN_S, Channel
+from golem.net.types import RemoteError, Unreachable
+from protocol.interaction import (
     DATA_BYTES,
-    FAREWELL_S,
-    OPEN_S,
     STDERR,
     STDOUT,
     WINDOW_BYTES,
-    Channel,
     Connect,
     InteractionFault,
     OpenTerminal,
     check_request,
     check_window,
 )
-from golem.net.types import RemoteError, Unreachable
 from protocol.live import Dialling, NotDialling
 from protocol.states import ActivityState
 

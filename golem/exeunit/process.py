@@ -43,11 +43,11 @@ from golem.exeunit.transfer.transfers import Transfers
 from golem.exeunit.work import RuntimePort
 from golem.files.client import GftpPeer
 from golem.files.outgoing import OutgoingFile
-from golem.files.wire import FileFault
-from golem.interaction.wire import BACK
 from golem.net.types import RemoteError, Unreachable
 from protocol.codec import decode_batch, encode
 from protocol.exeunit import ShutDown, UnitStarted, UsageMeasured, exeunit_name
+from protocol.gftp import FileFault
+from protocol.interaction import BACK
 from protocol.live import (
     Answer,
     AskRunning,

@@ -27,7 +27,7 @@ from wsproto.frame_protocol import CloseReason
 
 from golem.files.flexbuffers import MAX_INTEGER, FrameFault, decode, encode
 from golem.files.server import FileServer
-from golem.files.wire import FileFault
+from protocol.gftp import FileFault
 
 log = logging.getLogger("golem.files.agents")
 

@@ -2,7 +2,7 @@
 
 Both ways go over one stream, or over several where a round trip is long. A failure that may pass leaves the caller able to go
 on where it was: a download is asked for from an offset; an upload is offered again, and the other side says what it kept.
-Neighbours: `golem/files/wire.py` (the conversation), `golem/files/tool.py` and the exe-unit (the callers).
+Neighbours: `protocol/gftp.py` (the conversation), `golem/files/tool.py` and the exe-unit (the callers).
 """
 
 from __future__ import annotations
@@ -19,22 +19,9 @@ import trio
 
 from golem.bus.client import open_stream
 from golem.files.outgoing import OutgoingFile
-from golem.files.wire import (
-    BLOCK_BYTES,
-    END,
-    HASHES,
-    NOT_HERE,
-    STREAM,
-    Assembly,
-    FileFault,
-    Reader,
-    parse_url,
-    read_header,
-    send,
-    send_block,
-    send_header,
-)
+from golem.files.wire import Assembly, Reader, read_header, send, send_block, send_header
 from golem.net.types import RemoteError, Unreachable
+from protocol.gftp import BLOCK_BYTES, END, HASHES, NOT_HERE, STREAM, FileFault, parse_url
 
 log = logging.getLogger("golem.files.tool")
 

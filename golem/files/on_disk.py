@@ -20,7 +20,8 @@ import trio
 from golem.base.reserve import NoRoom, free_at, give_back, reserve
 from golem.base.reserve import check as check_room
 from golem.files.outgoing import FileIdentity, identity_of
-from golem.files.wire import BLOCK_BYTES, FileFault, part_name
+from golem.files.wire import part_name
+from protocol.gftp import BLOCK_BYTES, FileFault
 
 MAX_UPLOAD_BYTES = 1 << 40
 SPARE_BYTES = 256 << 20  # of the disk, which uploads leave free

@@ -9,7 +9,7 @@ import hashlib
 import os
 from typing import Any
 
-from golem.files.wire import BLOCK_BYTES, FileFault
+from protocol.gftp import BLOCK_BYTES, FileFault
 
 CHECKPOINT_BYTES = 64 << 20
 

@@ -1,7 +1,7 @@
 """Files that a node publishes for others (`gftp://<node>/<name>`), and slots that others upload into.
 
 Other nodes, and processes of this machine through the bus, read and write over byte streams named `gftp`; the conversation
-is in `golem/files/wire.py`, the receiving side of uploads in `golem/files/uploads.py`. What is published is a `Source` or a
+is in `protocol/gftp.py`, the receiving side of uploads in `golem/files/uploads.py`. What is published is a `Source` or a
 `Sink` (`golem/files/on_disk.py`). The `gftp` tool tells of files over the bus; they are withdrawn when its connection ends.
 Whoever knows a name may use it. That of a file is the hash of its content and a code of this node's secret over it: the
 same content has the same name, whoever fetches it can check it, and nobody can guess it who guesses the content. Names of
@@ -26,8 +26,9 @@ from golem.bus.server import BusPeer
 from golem.files.on_disk import MAX_UPLOAD_BYTES, FileSink, FileSource, Filled, Sink, Source
 from golem.files.outgoing import FileIdentity
 from golem.files.uploads import Upload
-from golem.files.wire import BLOCK_BYTES, BROKEN, NOT_HERE, STREAM, FileFault, Reader, read_header, send, send_header
+from golem.files.wire import BROKEN, Reader, read_header, send, send_header
 from golem.net.types import RemoteError
+from protocol.gftp import BLOCK_BYTES, NOT_HERE, STREAM, FileFault
 
 log = logging.getLogger("golem.files.server")
 

@@ -30,8 +30,9 @@ from golem.bus.wire import BusError
 from golem.config import VERSION, data_dir_from
 from golem.files.client import GftpPeer
 from golem.files.outgoing import FileIdentity, OutgoingFile, identity_of
-from golem.files.wire import FileFault, parse_url, part_name, sha3_of
+from golem.files.wire import part_name
 from golem.net.types import RemoteError, Unreachable
+from protocol.gftp import FileFault, parse_url, sha3_of
 
 VERSION_TEXT = f"{VERSION} (golem-node)"
 PARSE_ERROR, INVALID_REQUEST, METHOD_NOT_FOUND, INVALID_PARAMS, SERVER_ERROR = -32700, -32600, -32601, -32602, -32000

@@ -1,7 +1,7 @@
 """One upload on its way into a sink: blocks of one stream or several, put in order, hashed, checked at the end.
 
 An upload whose streams broke is kept for a while with what it has, and taken up by the next attempt of the same sender.
-Neighbours: `golem/files/server.py` finds the sink and keeps the uploads by name; `golem/files/wire.py` has the conversation.
+Neighbours: `golem/files/server.py` finds the sink and keeps the uploads by name; `protocol/gftp.py` has the conversation.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import trio
 
-from golem.files.wire import BLOCK_BYTES, Assembly, FileFault, Reader, read_header, send_header
+from golem.files.wire import Assembly, Reader, read_header, send_header
+from protocol.gftp import BLOCK_BYTES, FileFault
 
 AHEAD_BYTES = 4 << 20  # of blocks that wait for their turn, or for the disk
 MAX_STREAMS = 16  # that bring one upload

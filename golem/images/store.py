@@ -32,8 +32,8 @@ import trio
 from golem.base import settings_file
 from golem.files.on_disk import FileSource
 from golem.files.outgoing import FileIdentity, identity_of
-from golem.files.wire import FileFault
 from golem.private_files import write_private
+from protocol.gftp import FileFault
 
 log = logging.getLogger("golem.images.store")
 

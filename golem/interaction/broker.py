@@ -2,7 +2,7 @@
 
 At the requestor's: `open_terminal` and `connect`. At the provider's: who asks must be the activity's requestor; the
 exe-unit is asked by a live call to dial back, with a token that counts once, and the two streams are joined. What may be
-asked of it the exe-unit says. Neighbours: `wire.py` says what goes over the streams.
+asked of it the exe-unit says. Neighbours: `protocol/interaction.py` says what goes over the streams.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ import trio
 
 from actors.activity.rows import ActivityRow
 from golem.bus.router import Router, splice
-from golem.interaction.wire import (
+from golem.interaction.wire import FAREWELL_S, OPEN_S, Channel
+from golem.net.types import RemoteError, Unreachable
+from protocol.codec import encode
+from protocol.exeunit import exeunit_name
+from protocol.interaction import (
     ACK_BYTES,
     BACK,
     DATA_BYTES,
-    FAREWELL_S,
-    OPEN_S,
     STDERR,
     STDOUT,
     STREAM,
     WINDOW_BYTES,
-    Channel,
     Connect,
     InteractionFault,
     OpenTerminal,
@@ -38,9 +39,6 @@ from golem.interaction.wire import (
     check_request,
     check_window,
 )
-from golem.net.types import RemoteError, Unreachable
-from protocol.codec import encode
-from protocol.exeunit import exeunit_name
 from protocol.live import Dial, NotDialling, decode_dialled
 from protocol.states import Role
 from protocol.types import Violation

@@ -1,16 +1,18 @@
 """What a node counts and times, in Prometheus' words: the reference's names where it counts the same, `golem_` for what is ours.
 
 Steps of machines are looked at when they are decided; the few that a dying disk takes back are counted all the same.
+prometheus_client writes the text. It is imported when somebody first asks for it: a node that nobody watches starts without.
 """
 
 from __future__ import annotations
 
+import importlib
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from prometheus_client import CollectorRegistry, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+import trio
 
 from actors.activity.rows import ActivityRow, BatchRow
 from actors.kernel.journal import Journal
@@ -29,6 +31,9 @@ from protocol.negotiation import (
     AgreementTerminatedEvent,
 )
 from protocol.states import ActivityState, DocumentKind, DocumentStatus, Party, Role
+
+if TYPE_CHECKING:
+    from prometheus_client import Metric
 
 FAST = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 SLOW = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0, 7200.0)
@@ -71,13 +76,42 @@ BILLED: dict[str, str] = {
 PLURAL = {DocumentKind.DEBIT_NOTE: "debit_notes", DocumentKind.INVOICE: "invoices"}
 
 
+async def load_prometheus() -> None:
+    """Import prometheus_client in a thread; `Metrics.text` needs it."""
+    await trio.to_thread.run_sync(importlib.import_module, "prometheus_client.core")
+
+
+class Times:
+    """How often something took how long: a histogram, without the library that shows it."""
+
+    def __init__(self, name: str, what: str, bounds_s: tuple[float, ...]) -> None:
+        self.name, self._what, self._bounds_s = name, what, bounds_s
+        self._counts = [0] * (len(bounds_s) + 1)
+        self._sum_s = 0.0
+
+    def observe(self, seconds: float) -> None:
+        """Count one."""
+        self._counts[bisect_left(self._bounds_s, seconds)] += 1
+        self._sum_s += seconds
+
+    def metric(self) -> Metric:
+        """Return it as Prometheus knows it."""
+        from prometheus_client.core import HistogramMetricFamily
+
+        reached, buckets = 0, []
+        for bound, count in zip((*map(str, self._bounds_s), "+Inf"), self._counts, strict=True):
+            reached += count
+            buckets.append((bound, float(reached)))
+        return HistogramMetricFamily(self.name, self._what, buckets=buckets, sum_value=self._sum_s)
+
+
 class Metrics:
     """The counters and histograms of one node."""
 
     def __init__(self, journal: Journal | None = None) -> None:
         self.counts: Counter[str] = Counter()
         self.amounts: dict[tuple[str, str], float] = {}  # (name, platform) -> GLM
-        self.registry = CollectorRegistry()
+        self.times: list[Times] = []
         self._proposal = self._histogram("proposal", "From a proposal to its answer", SLOW)
         self._agreement = self._histogram("agreement", "From an agreement's creation to its approval by both", SLOW)
         self._create = self._histogram("create", "From an activity's creation to Initialized", SLOW)
@@ -87,8 +121,9 @@ class Metrics:
         if journal is not None:
             journal.on_commit = commit.observe
 
-    def _histogram(self, name: str, what: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(f"golem_{name}_seconds", f"{what}, in seconds.", buckets=buckets, registry=self.registry)
+    def _histogram(self, name: str, what: str, buckets: tuple[float, ...]) -> Times:
+        self.times.append(Times(f"golem_{name}_seconds", f"{what}, in seconds.", buckets))
+        return self.times[-1]
 
     def step(self, actor: str, now: float, tag: str, step: Step) -> None:
         """A machine has decided. `tag` names the message, `now` is in seconds since the epoch."""
@@ -158,9 +193,11 @@ class Metrics:
 
     def text(self, system: System, sessions: Sequence[Session], more: Mapping[str, float], begins: str = "") -> str:
         """Return all in Prometheus' text format, or what has a name that begins so. `more`: values by name."""
+        from prometheus_client import CollectorRegistry, generate_latest
+
         registry = CollectorRegistry()
         registry.register(_Now(self, system, sessions, more))
-        found = generate_latest(registry).decode() + generate_latest(self.registry).decode()
+        found = generate_latest(registry).decode()
         if not begins:
             return found
         named = begins.replace(".", "_").replace("-", "_")
@@ -178,6 +215,8 @@ class _Now:
         self._metrics, self._system, self._sessions, self._more = metrics, system, sessions, more
 
     def collect(self) -> Iterator[Metric]:
+        from prometheus_client.core import GaugeMetricFamily, Metric
+
         system, sessions = self._system, self._sessions
         major, minor, patch = map(int, VERSION.split("."))
         values = {
@@ -215,9 +254,12 @@ class _Now:
             waiting.add_metric([actor], length)
             restarts.add_metric([actor], count)
         yield from (waiting, restarts)
+        yield from (times.metric() for times in self._metrics.times)
 
 
 def _one(name: str, value: float, kind: str) -> Metric:
+    from prometheus_client import Metric
+
     metric = Metric(name.removesuffix("_total"), name.replace("_", " "), kind)
     metric.add_sample(name, {}, value)
     return metric

@@ -15,6 +15,7 @@ from actors.kernel.machine import Busy
 from actors.kernel.records import RowDamaged
 from golem.base.hosts import is_of_this_machine
 from golem.config import VERSION
+from golem.node.metrics import load_prometheus
 from golem.rest.edge import BODY_LIMIT, ApiError, Caller, caller, respond_json
 from golem.rest.repeatable import Unheard
 from golem.rest.revocation import Revocable, key_in
@@ -189,4 +190,5 @@ def _root(app: QuartTrio, node: Node) -> None:
     @app.get("/metrics-api/v1/filtered")
     @app.get("/metrics-api/v1/filtered/<begins>")
     async def metrics(begins: str = "") -> Response:
+        await load_prometheus()
         return Response(node.metrics_text(begins), content_type="text/plain; version=0.0.4")

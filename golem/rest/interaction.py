@@ -29,10 +29,10 @@ from quart import Blueprint, websocket
 from wsproto.frame_protocol import CloseReason
 
 from golem.interaction.broker import Exit, Output, Taken, TerminalClient
-from golem.interaction.wire import InteractionFault, OpenTerminal
 from golem.rest.activity import UNREACHABLE, find
 from golem.rest.edge import ApiError
 from golem.rest.sockets import close_websocket
+from protocol.interaction import InteractionFault, OpenTerminal
 from protocol.states import Role
 
 if TYPE_CHECKING:

@@ -30,13 +30,13 @@ import trio
 from quart import Response
 
 from golem.interaction.broker import ServiceStream
-from golem.interaction.wire import InteractionFault
 from golem.rest.activity import find
 from golem.rest.edge import ApiError, Caller
 from golem.rest.interaction import api_error
 from golem.rest.proxy_rules import Header, Target, cross_origin, forwarded, has_key, header, is_from_browser, key_of, returned
 from golem.rest.proxy_socket import relay_websocket
 from golem.rest.proxy_tickets import Tickets, opens_page, with_ticket
+from protocol.interaction import InteractionFault
 from protocol.states import Role
 
 if TYPE_CHECKING:

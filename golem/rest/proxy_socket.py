@@ -25,10 +25,10 @@ from wsproto.frame_protocol import CloseReason
 from wsproto.utilities import ProtocolError
 
 from golem.interaction.broker import ServiceStream
-from golem.interaction.wire import InteractionFault
 from golem.rest.edge import ApiError
 from golem.rest.proxy_rules import Header, Target
 from golem.rest.sockets import MAX_MESSAGE_BYTES
+from protocol.interaction import InteractionFault
 
 HANDSHAKE_S = 30.0
 _MAX_HEAD_BYTES = 64 << 10

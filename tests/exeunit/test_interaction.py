@@ -28,8 +28,9 @@ from golem.exeunit.live import LiveLog
 from golem.exeunit.runtime import Interaction
 from golem.exeunit.runtimes import make_runtime
 from golem.interaction.broker import DIALLING_EACH, Exit, Interactions, Output, Taken, TerminalClient
-from golem.interaction.wire import BACK, STREAM, WINDOW_BYTES, Channel, InteractionFault, OpenTerminal
+from golem.interaction.wire import Channel
 from protocol.codec import length_prefixed
+from protocol.interaction import BACK, STREAM, WINDOW_BYTES, InteractionFault, OpenTerminal
 
 ACTIVITY = "1" * 32
 PROVIDER, REQUESTOR = A, B

@@ -30,7 +30,7 @@ from golem.files.on_disk import FileSource
 from golem.files.outgoing import OutgoingFile
 from golem.files.server import FileServer
 from golem.files.tool import CallError, Gftp, StdioServer, _sha3_of
-from golem.files.wire import FileFault
+from protocol.gftp import FileFault
 
 
 def content(size: int) -> bytes:

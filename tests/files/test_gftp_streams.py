@@ -27,8 +27,9 @@ from golem.files.on_disk import FileSink
 from golem.files.outgoing import OutgoingFile
 from golem.files.server import FileServer
 from golem.files.tool import CallError, Gftp
-from golem.files.wire import BLOCK_BYTES, END, FileFault, Reader, read_header, send_block, send_header
+from golem.files.wire import Reader, read_header, send_block, send_header
 from golem.net.types import Unreachable
+from protocol.gftp import BLOCK_BYTES, END, FileFault
 
 SIZE = 12 * BLOCK_BYTES + 12_345
 CONTENT = random.Random(1).randbytes(SIZE)

@@ -7,13 +7,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry, Histogram
 from trio.testing import trio_test
 from worlds.money import KEYS
 from worlds.node_in_test import node_in_test
 from worlds.whole_life import live
 
 from actors.kernel.grammar import TableMachine
-from golem.node.metrics import Metrics
+from golem.node.metrics import SLOW, Metrics, Times
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> dict[str, Metrics]:
 
 
 def samples(metrics: Metrics) -> dict[str, float]:
-    return {sample.name: sample.value for family in metrics.registry.collect() for sample in family.samples}
+    return {sample.name: sample.value for times in metrics.times for sample in times.metric().samples}
 
 
 def test_a_life_is_counted_by_the_names_of_the_reference(nodes: dict[str, Metrics]) -> None:
@@ -82,3 +83,20 @@ async def test_a_node_tells_its_queues_restarts_and_commits(tmp_path: Path) -> N
         assert chosen
         assert all(line.startswith("golem_journal") for line in chosen)
         assert node.metrics_text("no.such") == ""
+
+
+def test_a_histogram_reads_as_one_of_the_library() -> None:
+    registry = CollectorRegistry()
+    theirs, ours = (
+        Histogram("golem_x_seconds", "What, in seconds.", buckets=SLOW, registry=registry),
+        Times("golem_x_seconds", "", SLOW),
+    )
+    for seconds in (0.0, 0.05, 0.0500001, 7.0, 7200.0, 1e9):
+        theirs.observe(seconds)
+        ours.observe(seconds)
+
+    def values(metric: Any) -> list[Any]:
+        return [(one.name, one.labels, one.value) for one in metric.samples if not one.name.endswith("_created")]
+
+    (theirs_metric,) = registry.collect()
+    assert sorted(map(str, values(ours.metric()))) == sorted(map(str, values(theirs_metric)))

@@ -28,8 +28,8 @@ from golem.files import agents as gsb
 from golem.files.agents import ANSWER_TIMEOUT_S, CHUNK_BYTES, IN_FLIGHT, AgentUpload, Conversation, Download
 from golem.files.client import GftpPeer
 from golem.files.flexbuffers import decode, encode
-from golem.files.wire import FileFault
 from golem.node.node import Node
+from protocol.gftp import FileFault
 
 READ, TAKE = ["GetMetadata", "GetChunk"], ["UploadChunk", "UploadFinished"]
 PROTOCOL = "gsb+flexbuffers"

@@ -23,9 +23,9 @@ from worlds.node_in_test import APP_KEY
 from worlds.patience import within
 from worlds.support import trio_test
 
-from golem.interaction.wire import OpenTerminal
 from golem.node.app_keys import AppKey
 from golem.node.node import Node
+from protocol.interaction import OpenTerminal
 
 pytestmark = pytest.mark.integration
 
