@@ -100,7 +100,12 @@ def status(network: str | None, **_: Any) -> None:
             rows.append([f"{way} {stage}", f"{sums['totalAmount']} {token} in {sums['agreementsCount']} agreements"])
     rows += [["owed", f"{found['owed']} {token} accepted and not paid"], ["due", f"{found['due']} {token} of it past its date"]]
     for batch in found["inFlight"]:
-        rows.append(["in flight", f"{batch['amount']} {token} to {batch['payees']} payees{_because(batch)}"])
+        rows.append(
+            [
+                "in flight",
+                f"{batch['amount']} {token} to {batch['payees']} payee{'s' if batch['payees'] != 1 else ''}{_because(batch)}",
+            ]
+        )
         rows += [["", _flight(tx)] for tx in batch["transactions"]]
     rows += [["problem", problem] for problem in found["problems"]]
     rows += [["what to do", advice] for advice in found["advice"]]

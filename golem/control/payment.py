@@ -66,7 +66,7 @@ def _in_flight(node: Node, network: Network, head: int | None) -> list[dict[str,
     found = in_flight(node, network.platform)
     for tx in (tx for batch in found for tx in batch["transactions"]):
         mined = tx["block"] is not None and head is not None
-        tx["confirmations"], tx["depth"] = max(head - tx["block"] + 1, 0) if mined else None, network.depth
+        tx["confirmations"], tx["depth"] = max(head - tx["block"], 0) if mined else None, network.depth
     return found
 
 

@@ -145,6 +145,17 @@ def restore(data_dir: Path, path: Path) -> dict[str, Any]:
     return about | {"kept": kept}
 
 
+def check(path: Path) -> dict[str, Any]:
+    """Unpack a backup into a folder of its own, and look at it as `restore` does. Returns what it says of itself, and `owner`,
+    "" where nothing says whose it is. Raises `BackupError`."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="golem-backup-check.") as folder:
+            about = _unpack(path, Path(folder))
+            return about | {"owner": _check_owner(Path(folder), path, about)}
+    except (OSError, sqlite3.Error, tarfile.TarError) as error:
+        raise BackupError(f"cannot read {path}: {error}") from None
+
+
 def refuse_half(data_dir: Path) -> None:
     """Raise `BackupError` where a restore was cut short."""
     if (data_dir / HALF).exists():

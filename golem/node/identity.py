@@ -130,7 +130,7 @@ def open_identity(config: Config, ask_password: AskPassword | None = None) -> Id
     if is_there(plain):
         return Identity(plain_key(plain, complete=True), encrypted=False)
     if is_there(keystore):
-        key = _decrypt(keystore, _password(config, ask_password, twice=False))
+        key = decrypt(keystore, _password(config, ask_password, twice=False))
         if (said := stored_node_id(config.data_dir)) and said != node_id_of(key):
             holds = f"it is said to hold the key of {said}, and holds that of {node_id_of(key)}"
             raise IdentityError(f"{keystore} is damaged: {holds}")
@@ -151,7 +151,7 @@ def _encrypted(config: Config, plain: Path, keystore: Path) -> Identity:
         raise IdentityError("a password and --plain-key contradict each other: name one of them")
     key = plain_key(plain)
     if is_there(keystore):  # from an attempt that was cut short, or of another key
-        if _decrypt(keystore, _password(config, None, twice=False)) != key:
+        if decrypt(keystore, _password(config, None, twice=False)) != key:
             raise IdentityError(f"{plain} and {keystore} hold two keys: remove the one that is not this node's")
     else:
         save_encrypted(keystore, key, _password(config, None, twice=True))
@@ -177,7 +177,8 @@ def save_encrypted(path: Path, key: bytes, password: str) -> None:
     write_private(path, json.dumps(eth_keyfile.create_keyfile_json(key, password.encode(), kdf="scrypt", iterations=SCRYPT_N)))
 
 
-def _decrypt(path: Path, password: str) -> bytes:
+def decrypt(path: Path, password: str) -> bytes:
+    """Return the key of a keystore file. Raises `IdentityError`."""
     tame_imports()
     import eth_keyfile
 

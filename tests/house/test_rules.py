@@ -130,3 +130,10 @@ def test_files_of_tests_have_names_of_their_own() -> None:
     """Two of one name cannot be collected together: pytest imports them by it."""
     counted = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
     assert [name for name, times in counted.items() if times > 1] == []
+
+
+def test_no_call_of_an_agent_or_a_person_waits_for_a_full_disk() -> None:
+    """`System.post` waits until the disk takes something again: who is to be answered with 503 asks instead."""
+    edges = [path for room in ("rest", "control") for path in (ROOT / "golem" / room).rglob("*.py")]
+    assert edges
+    assert not [path.name for path in edges if "system.post(" in path.read_text()]

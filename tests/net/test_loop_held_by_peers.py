@@ -194,7 +194,7 @@ HOSTILE: dict[str, Attack] = {
                    lambda _: encode(PaymentSent(payment(12_000)))),
     "recalled": of("ledger", lambda _: encode(Recalled(payment(3000))), lambda _: encode(Recalled(invoice(1000)))),
     "a frame of 64 messages": lambda peer: peer.mail("ledger", *[encode(DocumentSent(invoice(1000)))] * 64),
-    "no frame": lambda peer: peer.ask("mail", b"\xdd\x00\x00\x00\x01\x9a" + b"\x90" * (4 << 20 - 100)),
+    "no frame": lambda peer: peer.ask("mail", b"\xdd\x00\x00\x00\x01\x9a" + b"\x90" * ((4 << 20) - 100)),
     "frames of nothing": lambda peer: peer.ask("mail", b"\x91\xdd\x00\x3f\xff\x00" + b"\x90" * 4_000_000),
     "calls": lambda peer: peer.ask("call", encode(["exeunit:x", 1.0, b"x" * 4_000_000])),
     "calls of nothing": lambda peer: peer.ask("call", b"\xdd\x00\x3d\x09\x00" + b"\x90" * 4_000_000),

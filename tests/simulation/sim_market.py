@@ -9,6 +9,7 @@ blackout, in which agents wind up), the liveness phase has none; `sim_market_che
 from __future__ import annotations
 
 import logging
+import random
 import sqlite3
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,6 +27,7 @@ from worlds.whole_life import demand_of, offer_of
 
 from actors.activity.machine import Activity
 from actors.exeunit import ExeUnit
+from actors.kernel.clock import Steady
 from actors.kernel.machine import ActorFailed, AskTimeout, Busy, LinkDown, Meta, Send
 from actors.kernel.records import RowDamaged
 from actors.ledger.machine import Ledger
@@ -185,7 +187,7 @@ class MarketHost(Host):
         world, numbers = self.world, count()
         journal = self.open_journal(lambda: f"{self.name[:8]}.{self.disks}")
         system = MarketSystem(
-            self.name, journal, Wire(world, self.name), clock=lambda: EPOCH_S + trio.current_time(),
+            self.name, journal, Wire(world, self.name), clock=self.clock, steady=world.steady,
             new_trace=lambda: f"{self.name[:6]}{next(numbers)}", jitter=lambda: world.rng.uniform(0.8, 1.2),
             publish=lambda topic, message: world.gossip(self.name, message),
             crash_point=lambda actor, moment: world.may_crash(),
@@ -246,7 +248,7 @@ class UnitHost(Host):
         world, numbers = self.world, count()
         journal = self.open_journal(lambda: f"unit{self.activity_id[:8]}")
         system = MarketSystem(
-            self.provider, journal, self, clock=lambda: EPOCH_S + trio.current_time(),
+            self.provider, journal, self, clock=world.hosts[self.provider].clock, steady=world.steady,
             new_trace=lambda: f"{self.activity_id[:6]}{next(numbers)}", jitter=lambda: world.rng.uniform(0.8, 1.2),
             crash_point=lambda actor, moment: world.may_crash(),
         )  # fmt: skip
@@ -308,6 +310,9 @@ class MarketWorld(World):
         self.revert = rng.choice((0, 0.3))
         self.blackout_s = rng.choice((0, 0, 100, 1000, 4000))
         self.closing, self.pace_s = False, 10.0
+        self.clock_rng = random.Random(f"clocks {seed}")  # of its own: other faults of a seed stay as they are
+        self.clock_steps_every_s = self.clock_rng.choice((0, 0, 30))
+        self.steady = Steady(trio.current_time, "one start") if self.clock_steps_every_s else None
         self.hosts = {}
         for key in KEYS[:3]:
             host = MarketHost(self, key)
@@ -451,11 +456,14 @@ class MarketWorld(World):
             for port in ("chain", "signer", "runtime"):
                 self.nursery.start_soon(self.fail_port, port)
             self.nursery.start_soon(self.damage_rows)
+            self.nursery.start_soon(self.step_clocks)
             self.nursery.start_soon(self._observe)
             await trio.sleep(SAFETY_S)
             self.closing = True
             await self._blackout()
             self.calm, self.cut = True, set()
+            for host in self.hosts.values():
+                host.clock_s = 0.0
             end = trio.current_time() + CONVERGE_S
             while (waits := checks.unsettled(self)) and trio.current_time() < end:
                 await trio.sleep(LOOK_S)
@@ -468,6 +476,21 @@ class MarketWorld(World):
             checks.check_end(self)
             self._complain()
             self.nursery.cancel_scope.cancel()
+
+    async def step_clocks(self) -> None:
+        """Set clocks forward and back by up to an hour; every second step is taken back before it counts."""
+        rng = self.clock_rng
+        while self.clock_steps_every_s and not self.calm:
+            await trio.sleep(rng.expovariate(1 / self.clock_steps_every_s))
+            host, step_s = rng.choice(list(self.hosts.values())), rng.choice((-1, 1)) * rng.choice((5, 90, 3600))
+            taken_back_s = rng.choice((0, rng.uniform(1, 8)))
+            if self.calm:
+                return
+            host.clock_s += step_s
+            self.reached["clock step"] += 1
+            if taken_back_s:
+                await trio.sleep(taken_back_s)
+                host.clock_s = 0.0 if self.calm else host.clock_s - step_s
 
     async def _blackout(self) -> None:
         """One node is out of reach of the others for so long that messages pass their deadlines."""

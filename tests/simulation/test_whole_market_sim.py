@@ -69,6 +69,7 @@ def test_everything_happens() -> None:
     assert sum(len(world.transfers) for world in worlds) > 20
     reached = sum((world.reached for world in worlds), Counter())
     assert reached["damaged row met"] > 5, reached
+    assert reached["clock step"] > 5, reached
     assert reached["audit of an account in use"] > 500, reached
     assert sum(reached[f"port raises {type(one).__name__}"] for one in PORT_ERRORS) > 5, reached
     for world in worlds:
