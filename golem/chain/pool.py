@@ -119,7 +119,7 @@ class Pool:
             await self._http.aclose()
 
     async def _client(self) -> httpx.AsyncClient:
-        """Return the client, made when it is first needed: its library takes a fifth of a node's start."""
+        """Return the client, made when it is first needed: a node answers before it imports the library."""
         if self._http is None:
             await load_httpx()
         if self._http is None:  # still, after the wait

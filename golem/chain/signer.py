@@ -1,6 +1,6 @@
 """Signs EIP-1559 (type 2) transactions, by eth-account.
 
-Its import costs a third of a node's start, so it is left until something is signed: web3 has brought it along by then.
+Its import is left until something is signed, for the sake of a node's start: web3 has brought it along by then.
 
 Keys are raw 32-byte secrets, kept inside `Key` whose repr shows the address only.
 """
