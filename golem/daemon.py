@@ -48,6 +48,7 @@ from golem.net import NetConfig, check_network, open_network
 from golem.node.app_keys import AUTOCONF, AppKeys
 from golem.node.backup import (
     CHAIN,
+    DATABASES,
     JOURNAL,
     BackupError,
     bind_generations,
@@ -60,6 +61,7 @@ from golem.node.backup import (
 from golem.node.data_dir import lock_data_dir, make_folder, step_log
 from golem.node.gossip import MarketGossip
 from golem.node.identity import APP_KEYS, KEYSTORE, PLAIN_KEY, AskPassword, Identity, open_identity
+from golem.node.integrity import check_databases
 from golem.node.listen import bind_api, notify_systemd
 from golem.node.metrics import Metrics
 from golem.node.nearness import serve_nearness
@@ -87,6 +89,7 @@ async def open_node(config: Config, ask_password: AskPassword | None = None) -> 
     async with AsyncExitStack() as stack:
         take_data_dir(config, stack)
         net_config = network_of(config)
+        await trio.to_thread.run_sync(check_databases, config.data_dir, DATABASES)
         known_key = key_before(config)
         identity = await trio.to_thread.run_sync(open_identity, config, ask_password)
         try:

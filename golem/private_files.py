@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
@@ -33,6 +34,19 @@ def check_ours(path: Path) -> None:
     others = found.st_mode & stat.S_IWOTH or (found.st_mode & stat.S_IWGRP and found.st_gid != os.getegid())
     if others:
         raise ValueError("others may write there (chmod go-w)")
+
+
+def strangers_in(folder: Path) -> list[str]:
+    """Return the names of what stands in a folder and is somebody else's, or leads there, as user ids tell. Raises `OSError`."""
+    found = []
+    with os.scandir(folder) as entries:
+        for entry in islice(entries, MAX_FILES):
+            owners = {entry.stat(follow_symlinks=False).st_uid}
+            with suppress(FileNotFoundError):  # a link that leads nowhere is looked at by who needs the file
+                owners.add(entry.stat().st_uid)
+            if owners != {os.geteuid()}:
+                found.append(entry.name)
+    return sorted(found)
 
 
 def make_private(folder: Path) -> list[str]:

@@ -20,6 +20,12 @@ class PayOut(Message, frozen=True):
     amount: str
 
 
+class PaidBefore(Message, frozen=True):
+    """ledger -> wallet: do not pay these orders; a payment did so that this node's journal had forgotten."""
+
+    order_ids: tuple[str, ...]
+
+
 class PaidOut(Message, frozen=True):
     """wallet -> ledger: these orders are paid, final at the network's confirmation depth."""
 

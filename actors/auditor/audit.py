@@ -284,7 +284,7 @@ class _Audit:
         elif payments and not order.payment_id:
             self.say(name_of(order), f"is paid by {payments[0]}, and noted as not paid")
         if known is None:
-            if order.payment_id:
+            if order.payment_id and not order.covered:
                 self.say(name_of(order), "is noted as paid, and the wallet never had it")
             return
         terms = (order.platform, order.payer_addr, order.payee_addr, Decimal(order.amount))
@@ -297,6 +297,8 @@ class _Audit:
         if queued != (known.state == OrderState.QUEUED):
             self.say(name_of(order), f"is {known.state} at the wallet, and {'is' if queued else 'is not'} in its queue")
         wanted = {OrderState.BATCHED: PayBatchState.SENDING, OrderState.PAID: PayBatchState.CONFIRMED}.get(known.state)
+        if order.covered:  # by a transfer of a time that this node's disk has forgotten
+            return
         if wanted and (batch is None or (batch.state != wanted and not batch.recalled)):
             state = batch.state if batch else "unknown"
             self.say(name_of(order), f"is {known.state} at the wallet, and its batch {known.batch_id} is {state}")
@@ -365,6 +367,8 @@ class _Audit:
         for (tx_hash, address), amount in paid.items():
             if amount and (tx_hash, address) not in known:
                 subjects = [one for row in self.books.payments.values() if row.tx_hash == tx_hash for one in row.order_ids]
+                if all(one in self.books.orders and self.books.orders[one].covered for one in subjects):
+                    continue
                 self.say(_these(subjects), f"is noted as paid by {tx_hash}, which is the transfer of no batch of this wallet")
         self._strays(known)
 

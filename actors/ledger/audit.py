@@ -35,6 +35,8 @@ def objection(rows: Rows, me: str, order_id: str) -> str:
     order = rows.get(f"order/{order_id}")
     if not isinstance(order, OrderRow):
         return f"the ledger has no order {order_id}"
+    if order.covered:
+        return f"order {order_id} was paid before by payment {order.payment_id}, which this node's journal had forgotten"
     document = rows.get(f"{order.kind}/{order.document_id}")
     if (
         not isinstance(document, PaymentDocumentRow)

@@ -75,7 +75,7 @@ from protocol.ledger import (
 )
 from protocol.negotiation import AgreementApproved, AgreementEnded
 from protocol.types import PeerLost, Undelivered
-from protocol.wallet import PaidOut, PayOut, PayOutDelayed, TransferRejected, TransferVerified, VerifyTransfer
+from protocol.wallet import PaidBefore, PaidOut, PayOut, PayOutDelayed, TransferRejected, TransferVerified, VerifyTransfer
 
 __all__ = [
     "AllocationRow",
@@ -98,7 +98,7 @@ __all__ = [
     "total_of",
 ]
 
-RESEND = (DocumentAccepted, InvoiceRejected, InvoiceCancelRequested, PayOut, SignPayment, VerifyTransfer)
+RESEND = (DocumentAccepted, InvoiceRejected, InvoiceCancelRequested, PaidBefore, PayOut, SignPayment, VerifyTransfer)
 
 
 def _undelivered(draft: Draft, fact: Undelivered) -> None:
@@ -153,7 +153,7 @@ TABLE = Table(
     On(Undelivered, ITSELF, _undelivered),
 )
 #: What `Undelivered` may hold: ledgers say to one another what they hear, and ask the ports.
-_sent = Decoder[Any](TABLE.peer | PayOut | SignPayment | VerifyTransfer)
+_sent = Decoder[Any](TABLE.peer | PaidBefore | PayOut | SignPayment | VerifyTransfer)
 
 
 class Ledger(TableMachine):

@@ -21,7 +21,15 @@ from actors.ledger.documents import (
     rejected,
     settle,
 )
-from actors.ledger.rows import FEEDS, LedgerActivityRow, LedgerAgreementRow, OpenRow, PaymentDocumentRow, acceptance_of
+from actors.ledger.rows import (
+    FEEDS,
+    ForgottenRow,
+    LedgerActivityRow,
+    LedgerAgreementRow,
+    OpenRow,
+    PaymentDocumentRow,
+    acceptance_of,
+)
 from protocol.ledger import (
     MAX_ACTIVITIES,
     MAX_USAGE_COUNTERS,
@@ -46,7 +54,7 @@ from protocol.ledger import (
 )
 from protocol.signing import Document, verify
 from protocol.states import DocumentKind, DocumentStatus, Party
-from protocol.types import Done, Violation, address, amount, amount_text, timestamp_text
+from protocol.types import Done, Violation, address, amount, amount_text, node_of, timestamp_text
 
 
 # -- the payee's commands
@@ -184,7 +192,7 @@ def cancel_invoice(draft: Draft, command: CancelInvoice) -> None:
 def document_received(draft: Draft, message: DocumentReceived) -> None:
     """The payer has it."""
     row = _from_payer(draft, message.kind, message.document_id)
-    if row.status == DocumentStatus.ISSUED:
+    if row is not None and row.status == DocumentStatus.ISSUED:
         event(
             draft,
             put(draft, row, status=DocumentStatus.RECEIVED, waiting="waiting for the requestor to accept"),
@@ -195,7 +203,7 @@ def document_received(draft: Draft, message: DocumentReceived) -> None:
 def document_refused(draft: Draft, message: DocumentRefused) -> None:
     """The payer would not take it: it stays issued, with the reason."""
     row = _from_payer(draft, message.kind, message.document_id)
-    if row.status == DocumentStatus.ISSUED:
+    if row is not None and row.status == DocumentStatus.ISSUED:
         most = _most(message.most)
         row = put(draft, row, refused=True, most=most, waiting=f"the requestor refused it: {message.reason[:500]}")
         _take_back(draft, row)
@@ -221,6 +229,8 @@ def document_accepted(draft: Draft, message: DocumentAccepted) -> None:
     """The payer owes it."""
     body = decode_body(AcceptanceBody, message.acceptance.body)
     row = _from_payer(draft, body.kind, body.document_id)
+    if row is None:
+        return
     verify(message.acceptance, DocumentKind.ACCEPTANCE, agreement_of(draft, row).peer)
     if message.acceptance.body != acceptance_of(row):
         raise Violation(f"an acceptance of {body.document_id} that does not fit the document")
@@ -243,14 +253,14 @@ def invoice_rejected(draft: Draft, message: InvoiceRejected) -> None:
     """The payer will not pay."""
     row = _from_payer(draft, DocumentKind.INVOICE, message.invoice_id)
     decode_body(RejectionBody, message.rejection.encode(errors="replace"))
-    if row.status in (DocumentStatus.ISSUED, DocumentStatus.RECEIVED):
+    if row is not None and row.status in (DocumentStatus.ISSUED, DocumentStatus.RECEIVED):
         rejected(draft, row, message.rejection)
 
 
 def invoice_cancelled(draft: Draft, message: InvoiceCancelled) -> None:
     """The payer agrees to the withdrawal."""
     row = _from_payer(draft, DocumentKind.INVOICE, message.invoice_id)
-    if row.status in (DocumentStatus.ISSUED, DocumentStatus.RECEIVED):
+    if row is not None and row.status in (DocumentStatus.ISSUED, DocumentStatus.RECEIVED):
         cancelled(draft, row)
 
 
@@ -276,9 +286,13 @@ def _billable(draft: Draft, agreement_id: str) -> LedgerAgreementRow:
     return agreement
 
 
-def _from_payer(draft: Draft, kind: str, document_id: str) -> PaymentDocumentRow:
+def _from_payer(draft: Draft, kind: str, document_id: str) -> PaymentDocumentRow | None:
+    """Return the document that the payer speaks of, None if our disk has forgotten what it was for: then it is not at fault."""
     row = draft.row(PaymentDocumentRow, f"{kind}/{document_id}") if kind in FEEDS else None
     if row is None:
+        forgotten = draft.row(ForgottenRow, f"forgotten/{kind}/{document_id}") if kind in FEEDS else None
+        if forgotten is not None and forgotten.peer == node_of(draft.meta.sender):
+            return None
         raise Violation(f"about a {kind[:32]} that does not exist")
     check_sender(draft, row, Party.PAYEE)
     return row

@@ -10,13 +10,14 @@ from __future__ import annotations
 import base64
 import binascii
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from decimal import Decimal
 
 from msgspec.structs import replace
 
 from actors.kernel.draft import Draft
 from actors.ledger.documents import explain, keep, no_room, settle
+from actors.ledger.parts import ids_of, known_parts, part_of
 from actors.ledger.rows import (
     LedgerActivityRow,
     LedgerAgreementRow,
@@ -196,6 +197,17 @@ def _offer_later(draft: Draft, row: PaymentRow, reason: str) -> None:
         draft.wake(f"resend/{row.payment_id}", draft.now + RESEND_FIRST_S * 6**row.tries, SendPaymentAgain(row.payment_id))
 
 
+def book_rest(draft: Draft, row: PaymentRow, book: Callable[[Draft, PaymentBody], None]) -> None:
+    """Book the parts of a payment whose agreements were not known before, and are now."""
+    if not row.unbooked or row.state not in (PaymentState.ACKNOWLEDGED, PaymentState.VERIFIED):
+        return
+    body = decode_body(PaymentBody, row.body)
+    known, unbooked = known_parts(draft, part_of(body, row.unbooked), row.role, row.peer)
+    if unbooked != row.unbooked:
+        draft.put(f"payment/{row.payment_id}", replace(row, unbooked=unbooked))
+        book(draft, known)
+
+
 def pay_out_delayed(draft: Draft, fact: PayOutDelayed) -> None:
     """Say on the documents why their money does not move."""
     for order_id in fact.order_ids:
@@ -223,6 +235,7 @@ def payment_sent(draft: Draft, message: PaymentSent) -> None:
     row = draft.row(PaymentRow, f"payment/{body.payment_id}")
     said = (Party.PAYEE, sender, PaymentState.VERIFIED, tx_hash, amount_text(total))
     if row is not None and (row.role, row.peer, row.state, row.tx_hash, row.amount) == said:
+        book_rest(draft, row, book)
         draft.send(draft.meta.sender, PaymentAcknowledged(body.payment_id, True))  # perhaps in new words: its disk went back
         return
     known = row is not None and (row.body == document.body or row.digest == digest(document.body))
@@ -233,11 +246,14 @@ def payment_sent(draft: Draft, message: PaymentSent) -> None:
     if row is not None and row.tries > RESEND_TRIES:
         draft.send(draft.meta.sender, PaymentAcknowledged(body.payment_id, False, row.reason))
         return
-    if objection := _objection(draft, sender, body, 0 if row else len(document.body)):
+    known_body, unbooked = known_parts(draft, body, Party.PAYEE, sender)
+    if not known_body.agreement_payments and not known_body.activity_payments:
+        known_body = body  # it is for nothing that is known here: the objection says so
+    if objection := _objection(draft, sender, known_body, 0 if row else len(document.body)):
         draft.send(draft.meta.sender, PaymentAcknowledged(body.payment_id, False, objection), ANSWER_S)
         return
     if row is None:
-        _count_payment(draft, body, len(document.body))
+        _count_payment(draft, known_body, len(document.body))
         keep(draft, sender, len(document.body))
     row = PaymentRow(
         payment_id=body.payment_id,
@@ -251,6 +267,7 @@ def payment_sent(draft: Draft, message: PaymentSent) -> None:
         amount=amount_text(total),
         recorded_at=draft.now,
         tries=row.tries if row else 0,
+        unbooked=unbooked,
     )
     draft.put(f"payment/{row.payment_id}", row)
     key = _claims_key(body, tx_hash)
@@ -321,7 +338,8 @@ def transfer_verified(draft: Draft, fact: TransferVerified) -> None:
     row = replace(row, state=PaymentState.VERIFIED, reason="", recorded_at=draft.now)
     draft.put(f"payment/{row.payment_id}", row)
     draft.wake(f"verify/{row.payment_id}", None)
-    book(draft, decode_body(PaymentBody, row.body))
+    body = decode_body(PaymentBody, row.body)
+    book(draft, part_of(body, [each for each in ids_of(body) if each not in row.unbooked]))
     draft.send(address(row.peer, "ledger"), PaymentAcknowledged(row.payment_id, True))
     draft.emit("payments", payment_event(draft, row))
 

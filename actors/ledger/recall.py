@@ -15,9 +15,12 @@ from msgspec.structs import replace
 
 from actors.kernel.draft import Draft
 from actors.ledger.documents import add, agreement_of, event, owe, put, settle
+from actors.ledger.forgotten import book_forgotten
+from actors.ledger.parts import known_parts
 from actors.ledger.payer import order
-from actors.ledger.payments import book, made, payment_event, payments_of, take_back, tx_hash_of
+from actors.ledger.payments import book_rest, made, payment_event, payments_of, take_back, tx_hash_of
 from actors.ledger.rows import (
+    ForgottenRow,
     InRow,
     LedgerActivityRow,
     LedgerAgreementRow,
@@ -32,7 +35,6 @@ from actors.ledger.rows import (
 from protocol.amounts import minus, total_of
 from protocol.ledger import (
     AcceptanceBody,
-    ActivityPayment,
     AskAgain,
     DebitNoteBody,
     DocumentAccepted,
@@ -207,20 +209,19 @@ def _payment(draft: Draft, document: Document, sender: str) -> None:
     known = draft.row(PaymentRow, f"payment/{body.payment_id}")
     if known is not None:
         if known.role == Party.PAYER and known.body == document.body and known.state in (PaymentState.SENT, PaymentState.REFUSED):
-            draft.put(f"payment/{body.payment_id}", replace(known, state=PaymentState.ACKNOWLEDGED, reason=""))
+            known = replace(known, state=PaymentState.ACKNOWLEDGED, reason="")
+            draft.put(f"payment/{body.payment_id}", known)
             draft.wake(f"resend/{body.payment_id}", None)
+        if known.role == Party.PAYER and known.body == document.body:
+            book_rest(draft, known, book_forgotten)
         return
     _booked_again(draft, document, body)
 
 
 def _booked_again(draft: Draft, document: Document, body: PaymentBody) -> None:
     """Book a payment of our own that we had forgotten; its payee, who gives it back, has verified it on chain."""
-    agreement_ids = [part.agreement_id for part in body.agreement_payments]
-    for part in body.activity_payments:
-        activity = draft.row(LedgerActivityRow, f"activity/{part.activity_id}")
-        agreement_ids.append(activity.agreement_id if activity is not None else "")
-    agreements = [draft.row(LedgerAgreementRow, f"agreement/{agreement_id}") for agreement_id in agreement_ids]
-    if any(row is None or (row.role, row.peer) != (Party.PAYER, body.payee_id) for row in agreements):
+    known, unbooked = known_parts(draft, body, Party.PAYER, body.payee_id)
+    if not known.agreement_payments and not known.activity_payments:
         return  # what it was for was forgotten as well, and cannot be paid again either
     tx_hash = tx_hash_of(body.details)
     others = payments_of(draft, tx_hash, body.payee_id, body.payee_addr)
@@ -239,6 +240,7 @@ def _booked_again(draft: Draft, document: Document, body: PaymentBody) -> None:
         order_ids=tuple(order_id for other in others for order_id in other.order_ids) if counts else (),
         recalled=True,
         instead="" if counts else others[0].payment_id,
+        unbooked=unbooked if counts else (),
     )
     draft.put(f"payment/{row.payment_id}", row)
     made(draft, tx_hash, row.peer, body.payee_addr, row.payment_id)
@@ -246,14 +248,7 @@ def _booked_again(draft: Draft, document: Document, body: PaymentBody) -> None:
         return
     for other in others:
         _supersede(draft, other, row)
-    for part in body.activity_payments:
-        _owe_what_is_paid(draft, part)
-    book(draft, body)
-    for agreement in (
-        draft.row(LedgerAgreementRow, f"agreement/{agreement_id}") for agreement_id in dict.fromkeys(agreement_ids)
-    ):
-        if agreement is not None and Decimal(agreement.paid) > Decimal(agreement.accepted):
-            draft.put(f"agreement/{agreement.agreement_id}", replace(agreement, accepted=agreement.paid))
+    book_forgotten(draft, known)
     draft.emit("payments", payment_event(draft, row))
 
 
@@ -272,20 +267,6 @@ def _supersede(draft: Draft, row: PaymentRow, by: PaymentRow) -> None:
         draft.put(f"order/{order_id}", replace(order, payment_id=by.payment_id))
 
 
-def _owe_what_is_paid(draft: Draft, part: ActivityPayment) -> None:
-    """What was paid for an activity had been accepted: nothing of it is to be owed once more."""
-    activity = draft.row(LedgerActivityRow, f"activity/{part.activity_id}")
-    assert activity is not None, part
-    more = minus(total_of((activity.paid, part.amount)), activity.accepted)
-    if more > 0:
-        accepted = amount_text(total_of((activity.accepted, more)))
-        draft.put(f"activity/{part.activity_id}", replace(activity, accepted=accepted))
-        agreement = draft.row(LedgerAgreementRow, f"agreement/{activity.agreement_id}")
-        assert agreement is not None, activity
-        accepted = amount_text(total_of((agreement.accepted, more)))
-        draft.put(f"agreement/{agreement.agreement_id}", replace(agreement, accepted=accepted))
-
-
 def _own_document(draft: Draft, document: Document, sender: str) -> None:
     body: DebitNoteBody | InvoiceBody
     if document.kind == DocumentKind.DEBIT_NOTE:
@@ -295,6 +276,8 @@ def _own_document(draft: Draft, document: Document, sender: str) -> None:
         body = decode_body(InvoiceBody, document.body)
         own_id, activity_id, total = body.invoice_id, "", body.amount
     agreement = draft.row(LedgerAgreementRow, f"agreement/{body.agreement_id}")
+    if agreement is None and body.recipient_id == sender:
+        draft.put(f"forgotten/{document.kind}/{own_id}", ForgottenRow(body.agreement_id, sender))
     if agreement is None or (agreement.role, agreement.peer) != (Party.PAYEE, sender) or body.recipient_id != sender:
         return
     if draft.row(PaymentDocumentRow, f"{document.kind}/{own_id}") is not None:

@@ -1,10 +1,10 @@
 """Rows of the ledger and the pure readings of them that edges use too.
 
 Keys: `allocation/<id>`, `agreement/<id>`, `activity/<id>`, `debit-note/<id>`, `invoice/<id>`, `order/<kind>:<id>`,
-`payment/<id>`, `tx/<hash>/<payer>/<payee>` (several platforms may be one chain, so none is named), `owed/<platform>`, and the
-indexes `open/<agreement>/<kind>/<id>` of accepted documents that are not settled, `ordered/<agreement>/<kind>:<id>` of
-orders and `made/<hash>/<peer>/<payee>` of the payments that tell of a transfer. The payer's own: `pricing/<agreement>`,
-`refused/<agreement>`, and `clock`. On both sides: `told/<peer>`, and the index
+`payment/<id>`, `tx/<hash>/<payer>/<payee>` (several platforms may be one chain, so none is named), `owed/<platform>`,
+`forgotten/<kind>/<id>`, and the indexes `open/<agreement>/<kind>/<id>` of accepted documents that are not settled,
+`ordered/<agreement>/<kind>:<id>` of orders and `made/<hash>/<peer>/<payee>` of the payments that tell of a transfer. The payer's
+own: `pricing/<agreement>`, `refused/<agreement>`, and `clock`. On both sides: `told/<peer>`, and the index
 `in/<agreement>/<activity>`. All amounts are decimal text in GLM.
 """
 
@@ -170,6 +170,7 @@ class OrderRow(Message, frozen=True, tag="Order"):
     amount: str
     ordered_at: float
     payment_id: str = ""  # set once it is paid
+    covered: bool = False  # by a payment of a time that this node's disk had forgotten: nobody pays it again
 
 
 class PaymentRow(Message, frozen=True, tag="Payment"):
@@ -189,8 +190,16 @@ class PaymentRow(Message, frozen=True, tag="Payment"):
     reason: str = ""
     tries: int = 0
     digest: str = ""  # of the body where only the head of it is kept: the payment was refused for good
+    unbooked: tuple[str, ...] = ()  # agreements and activities of it that this node's disk does not know (any more)
     recalled: bool = False  # payer: given back by the payee after a restore; `order_ids` may not be all that it paid
     instead: str = ""  # payer: the payment that tells of the same transfer, and counts; this one does not
+
+
+class ForgottenRow(Message, frozen=True, tag="Forgotten"):
+    """A document that this node has signed, and whose agreement its disk has forgotten."""
+
+    agreement_id: str
+    peer: str
 
 
 class TxClaimsRow(Message, frozen=True, tag="TxClaims"):
@@ -243,6 +252,7 @@ LedgerRow = (
     | OrderRow
     | PaymentRow
     | TxClaimsRow
+    | ForgottenRow
     | MadeRow
     | OpenRow
     | OwedRow

@@ -46,6 +46,7 @@ from protocol.wallet import (
     CycleSet,
     KnownBatch,
     OrdersKnown,
+    PaidBefore,
     PaidOut,
     PayOut,
     PayOutDelayed,
@@ -95,6 +96,19 @@ def _pay_out(draft: WalletDraft, order: PayOut) -> None:
     at = _schedule(draft, order.platform)
     if at > draft.now + SOON_S and order.platform not in PAID_DAILY and _is_much(draft, row):
         _schedule(draft, order.platform, draft.now + SOON_S)
+
+
+def _paid_before(draft: WalletDraft, fact: PaidBefore) -> None:
+    """This journal is older than a payment: what it paid is not paid again, whether it waits or stands in a batch."""
+    reason = "paid by a payment that this node's journal had forgotten"
+    for order_id in fact.order_ids:
+        order = draft.row(PayOrderRow, f"order/{order_id}")
+        if order is None or order.state == OrderState.PAID:
+            continue
+        draft.put(f"order/{order_id}", replace(order, state=OrderState.PAID, reason=reason))
+        draft.put(f"queue/{order.platform}/{order.payer}/{order_id}", None)
+        if order.state == OrderState.BATCHED and (batch := _batch(draft, order.batch_id)):
+            draft.put(f"batch/{batch.batch_id}", replace(batch, recalled=True))
 
 
 def _is_much(draft: WalletDraft, order: PayOrderRow) -> bool:
@@ -402,6 +416,7 @@ class Wallet(TableMachine):
     rows = WalletRow
     table = Table(
         On(PayOut, "ledger", _pay_out),
+        On(PaidBefore, "ledger", _paid_before),
         On(SetCycle, EDGE, _set_cycle),
         On(RunCycle, EDGE, _run_cycle),
         On(ResumePayments, EDGE, _resume),

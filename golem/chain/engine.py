@@ -29,6 +29,7 @@ from pathlib import Path
 import trio
 
 from golem.chain import token
+from golem.chain.copies import Copies, Told
 from golem.chain.draft import Drafts, Unowed, Wait, held_back
 from golem.chain.evidence import Evidence, Payment, Shown, Story, Unclear, View, newest
 from golem.chain.genesis import check_genesis
@@ -61,7 +62,7 @@ class Engine:
 
     Wherever several networks are one chain (see `Network.chain`), one engine must serve them all.
     `checkpoint` is called with "signed", "stored", "sent" and "mined" as these are reached: where tests let it die.
-    `vouch` has the last word before a payment is signed.
+    `vouch` has the last word before a payment is signed; `told` are transactions of payments that the ledger knows.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Engine:
         clock: Callable[[], float] = time.time,
         checkpoint: Callable[[str], None] = lambda point: None,
         vouch: Vouch = vouch_nothing,
+        told: Told = tuple,
     ) -> None:
         self.network, self.rpc, self.key, self.address = network, rpc, key, key.address
         self.store = Store(db_path, f"{network.chain}/{key.address}")
@@ -83,7 +85,8 @@ class Engine:
         self.lost = Lost(network, self.store, self.evidence, key.address, clock)
         self._news = News(network, self.store, notify, clock)
         self._sender = Sender(network, rpc, self.store, self.drafts, self.lost, self._news, clock, checkpoint)
-        self.queue = Queue(network, rpc, self.store, self.drafts, self.lost, self._sender, self._news, clock)
+        self._copies = Copies(network, self.store, self.evidence, key.address, told)
+        self.queue = Queue(network, rpc, self.store, self.drafts, self.lost, self._sender, self._news, clock, self._copies)
         self._clock, self._checkpoint = clock, checkpoint
         self._disk = OwnDisk(f"payments on {network.name}")
         self.turn = trio.Lock()  # one step, or one internal transaction, at a time
@@ -152,6 +155,15 @@ class Engine:
             endpoint.genesis = ""
         self._wake.set()
 
+    def resume(self) -> bool:
+        """Sign payments again after a restore, or beside a copy: a person says that it is known what was paid. Returns whether
+        any were held."""
+        waited = self._copies.resume()
+        held = bool(self.store.held())
+        self.store.release()
+        self.wake()
+        return held or waited
+
     @property
     def disk_trouble(self) -> str:
         """What this node's own disk does to the payments; "" is healthy."""
@@ -189,6 +201,7 @@ class Engine:
             views = [view for view in await self.evidence.views() if view.witness.endpoint.genesis]
             if not views:
                 raise RpcError(f"{self.network.name}: no RPC that answers has shown yet which chain it serves", "down")
+            self._copies.look(views)
             complete = await self._review(views)
             agreed = await self._advance(views, problems, complete)
             problems += self.lost.problem(not complete)

@@ -16,6 +16,7 @@ import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -37,7 +38,7 @@ from golem.chain.signer import Key
 from golem.chain.store import OrdersTaken
 from golem.chain.totals import totals
 from golem.chain.verify import NotYet, Rejected, verify_transfer
-from golem.chain.vouch import Vouch, voucher
+from golem.chain.vouch import Vouch, told, voucher
 from golem.chain.watch import Vigil
 from protocol.types import Message, Violation, address, amount, amount_text, from_wei, to_wei
 from protocol.wallet import (
@@ -122,7 +123,9 @@ class Chain:
             if row.chain not in self._rpcs:
                 self._rpcs[row.chain] = rpc = Rpc(row)
                 look = vouch or voucher(system, self.networks, row)
-                self._engines[row.chain] = Engine(row, rpc, key, config.data_dir / "chain.db", self._heard, vouch=look)
+                self._engines[row.chain] = Engine(
+                    row, rpc, key, config.data_dir / "chain.db", self._heard, vouch=look, told=partial(told, system)
+                )
         if not self._dev_dir:
             self._up.set()
 
@@ -318,11 +321,7 @@ class Chain:
 
     def release(self, network: str) -> bool:
         """Sign payments again after a restore: a person says that it is known what was paid. False if nothing was held."""
-        engine = self._engines[self.networks.by_name(network).chain]
-        held = bool(engine.store.held())
-        engine.store.release()
-        engine.wake()
-        return held
+        return self._engines[self.networks.by_name(network).chain].resume()
 
     def batch_sizes(self) -> dict[str, int]:
         """Payees that one transaction takes, by platform."""

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import trio
 
+from golem.chain.copies import Copies, PaidElsewhere
 from golem.chain.draft import Drafts, Unowed, Wait, WouldFail
 from golem.chain.evidence import View
 from golem.chain.lost import Lost
@@ -32,7 +33,9 @@ class Queue:
         sender: Sender,
         news: News,
         clock: Callable[[], float],
+        copies: Copies,
     ) -> None:
+        self._copies = copies
         self._network, self._rpc, self._store, self._drafts, self._lost = network, rpc, store, drafts, lost
         self._sender, self._news, self._clock, self._address = sender, news, clock, drafts.address
         self._refused: dict[str, tuple[float, Problem]] = {}  # batch that the token refuses -> when to try again
@@ -47,7 +50,12 @@ class Queue:
                 problems.append(problem)
                 continue
             try:
+                await self._copies.mind(row.batch, views)
                 tx_id = await self._drafts.payment(row.batch, views)
+            except PaidElsewhere as wait:
+                problems.append(wait.problem)
+                await self._news.stuck(row.batch.batch_id, wait.problem.detail)
+                continue
             except WouldFail as wait:
                 await self._single_out(row.batch, wait, problems)
                 continue

@@ -265,6 +265,31 @@ class Store:
         sql = "select 1 from tx where account=? or account like ?"
         return self._sql.execute(sql, (self.account, f"{self.account}@%")).fetchone() is not None
 
+    def first_unknown(self, count: int) -> tuple[int, int]:
+        """Of `count` used nonces the first that no transaction of this file took, -1 if there is none, and a block that all of
+        these come after. Those before our first one, and those that a person knows of, do not count."""
+        known = self._sql.execute("select reason from hold where account=?", (f"{self.account}#known",)).fetchone()
+        since = int(known[0]) if known and str(known[0]).isdecimal() else 0
+        row = self._sql.execute(
+            "select min(nonce) from (select nonce+1 as nonce from tx where account=?1 union select nonce from tx where"
+            " account=?1 and state='nonce_lost' union select ?2) where nonce>=?2 and nonce<?3"
+            " and nonce>=(select min(nonce) from tx where account=?1)"
+            " and nonce not in (select nonce from tx where account=?1 and state!='nonce_lost')",
+            (self.account, since, count),
+        ).fetchone()
+        if row[0] is None:
+            return -1, 0
+        block, head = self._sql.execute(
+            "select max(case when nonce<?2 and state!='nonce_lost' then block end),"
+            " (select min(head) from attempt join tx on tx.id=attempt.tx where account=?1) from tx where account=?1",
+            (self.account, row[0]),
+        ).fetchone()
+        return int(row[0]), int(block or head or 0)
+
+    def accept(self, count: int) -> None:
+        """A person knows what was sent with the first `count` nonces."""
+        self._sql.execute("replace into hold values(?, ?)", (f"{self.account}#known", str(count)))
+
     def has_nonce(self, nonce: int) -> bool:
         """Was a transaction with this nonce ever made here?"""
         sql = "select 1 from tx where account=? and nonce=?"

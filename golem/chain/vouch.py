@@ -17,6 +17,7 @@ from actors.kernel.system import System
 from actors.ledger import machine as ledger
 from actors.wallet.rows import OrderState, PayBatchRow, PayOrderRow
 from golem.chain.networks import Network, Networks
+from protocol.states import Party
 from protocol.types import amount, to_wei
 
 Payees = tuple[tuple[str, int], ...]  # address and wei
@@ -26,6 +27,11 @@ Vouch = Callable[[str, Payees], Awaitable[str]]  # batch id and payees -> why th
 async def vouch_nothing(batch_id: str, payees: Payees) -> str:
     """Where nothing is known of orders: an engine by itself."""
     return ""
+
+
+def told(system: System) -> set[str]:
+    """Return the transactions of all payments that the ledger knows to have been made here, whatever this disk forgot."""
+    return {row.tx_hash for _, row in system.listed("ledger", "payment/")[0] if row.role == Party.PAYER}
 
 
 def voucher(system: System, networks: Networks, network: Network) -> Vouch:

@@ -62,9 +62,13 @@ def resume(network: str | None, **_: Any) -> None:
     """Sign payments again after a restore.
 
     A restored node holds its payments where its account has sent transactions since the backup: they may have paid what it
-    would pay now. Peers tell it what was paid; see `golem payment status` before.
+    would pay now. Peers tell it what was paid; see `golem payment status` before. So do payments wait whose payees another
+    process with this node's key may have paid.
     """
     held = ask_node("payment_resume", network=network)
+    if wants_json():
+        value(held)
+        return
     text("Payments go on." if held else "Nothing was held back.")
 
 

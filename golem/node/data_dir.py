@@ -13,7 +13,7 @@ from typing import Any
 
 from actors.kernel.trace import Line
 from golem.config import ConfigError
-from golem.private_files import check_ours, make_private
+from golem.private_files import check_ours, make_private, strangers_in
 
 log = logging.getLogger("golem.node")
 
@@ -46,9 +46,12 @@ def lock_data_dir(data_dir: Path, stack: ExitStack[Any] | AsyncExitStack) -> Non
     except OSError:
         raise ConfigError(f"another node runs on {data_dir} (choose another with golem --data-dir DIR)") from None
     try:
-        opened = make_private(data_dir)
+        opened, strange = make_private(data_dir), strangers_in(data_dir)
     except OSError as error:
         raise ConfigError(f"cannot make the data directory {data_dir} private: {error}") from None
+    if strange:
+        whose = f"{', '.join(strange[:MAX_NAMED])} in the data directory {data_dir} belongs to another user"
+        raise ConfigError(f"{whose}, whose app-keys, networks or payments would be ours (move it away, or chown it)")
     if opened:
         log.warning("the data directory %s was open to other users; closed now: %s", data_dir, ", ".join(opened[:MAX_NAMED]))
 

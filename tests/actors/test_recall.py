@@ -12,7 +12,7 @@ from worlds.money import PLATFORM, Done, Node, World
 from actors.ledger.machine import LedgerAgreementRow, OrderRow, PaymentRow, acceptance_of, total_of
 from protocol.ledger import AgreementPayment, PaymentBody, PaymentSent, Recall, Recalled, decode_body, encode_body
 from protocol.types import MAX_CLOCK_SKEW_S, PeerLost, Violation
-from protocol.wallet import RunCycle, TransferConfirmed, TransferFailed, TransferMined, TransferSent
+from protocol.wallet import RunCycle, Transfer, TransferConfirmed, TransferFailed, TransferMined, TransferSent
 
 
 @pytest.fixture
@@ -333,3 +333,56 @@ def test_a_batch_key_instead_of_an_order_key_is_found(monkeypatch: pytest.Monkey
         except AssertionError:
             return
     pytest.fail("nobody found out that orders are paid twice")
+
+
+# -- journal and chain port's file go back together, as `golem restore` puts them
+def forget_all(world: World, node: Node, backup: object, batches: dict[str, Transfer]) -> None:
+    """Put back a disk of when the chain port knew these batches; the peers tell what they know before anything is paid."""
+    world.batches = batches
+    world.restore(node, backup)
+    waiting = node.wakes
+    node.wakes = {}
+    world.run()
+    node.wakes = waiting | node.wakes
+
+
+@pytest.mark.parametrize("more", [False, True], ids=["alone", "with a forgotten agreement"])
+def test_an_order_in_the_backup_that_was_paid_since_is_not_paid_again(world: World, more: bool) -> None:
+    payer, payee = world.nodes
+    bill(world)
+    world.accept(payer, "invoice", "in", "al")
+    backup, batches = world.backup(payer), dict(world.batches)
+    if more:
+        world.agree(payer, payee, "later")
+        assert world.invoice(payee, "in2", "later", "3") == Done()
+        assert world.send(payee, "invoice", "in2") == Done()
+        while world.links[f"{payee.id}/ledger", f"{payer.id}/ledger"]:
+            world.step()
+        world.accept(payer, "invoice", "in2", "al")
+    world.run()
+    assert (status(payee), paid(world)) == ("SETTLED", 13 if more else 10)
+    forget_all(world, payer, backup, batches)
+    assert status(payer) == "SETTLED"
+    world.ask(payer, RunCycle(PLATFORM), "wallet")
+    world.run()
+    assert (status(payer), paid(world)) == ("SETTLED", 13 if more else 10)
+    assert not world.violations
+
+
+def test_a_payee_that_forgot_an_agreement_books_what_it_knows_and_blames_nobody(world: World) -> None:
+    payer, payee = world.nodes
+    bill(world)
+    backup = world.backup(payee)
+    world.agree(payer, payee, "later")
+    assert world.invoice(payee, "in2", "later", "3") == Done()
+    assert world.send(payee, "invoice", "in2") == Done()
+    while world.links[f"{payee.id}/ledger", f"{payer.id}/ledger"]:
+        world.step()
+    world.accept(payer, "invoice", "in", "al")
+    world.accept(payer, "invoice", "in2", "al")
+    world.run()
+    assert len(world.transfers) == 1
+    world.restore(payee, backup)
+    world.run()
+    assert (status(payee), status(payee, "in2")) == ("SETTLED", "unknown")
+    assert not world.violations

@@ -92,7 +92,14 @@ async def test_a_restored_file_pays_nothing_while_it_may_have_been_paid(lab: Lab
         assert problem.kind == "CantSign"
         assert "1 transactions have left its account since" in problem.detail
         assert wallet.told(TransferDelayed)
-        wallet.engine.store.release()  # a person knows that this was not paid
+        wallet.engine.resume()
+        for _ in range(10):
+            await wallet.engine.step()
+            lab.mine()
+        assert lab.tokens(payee) == 4 * GLM, "this payee has got something since"
+        (problem,) = wallet.engine.problems()
+        assert "may be paid by that already" in problem.detail
+        wallet.engine.resume()  # a person knows that this was not paid
         await wallet.until(TransferConfirmed)
         assert lab.tokens(payee) == 7 * GLM
 
@@ -109,3 +116,39 @@ async def test_a_restored_file_goes_on_where_nothing_was_sent_since(lab: Lab, tm
         await wallet.until(TransferConfirmed)
         assert wallet.engine.store.held() == ""
     assert lab.tokens(payee) == 2 * GLM
+
+
+# -- a copied file that runs as well
+def copied(db: Path, folder: Path) -> Path:
+    """Return a copy of the engine's file that nobody told of."""
+    folder.mkdir()
+    with closing(sqlite3.connect(db)) as one, closing(sqlite3.connect(folder / "chain.db")) as other:
+        one.backup(other)
+    return folder / "chain.db"
+
+
+@trio_test
+async def test_what_a_copy_of_the_file_has_paid_is_not_paid_again(lab: Lab, tmp_path: Path) -> None:
+    key, payee, other = lab.rich("copied"), address_of("copied payee"), address_of("another payee")
+    async with payer(lab, key, tmp_path / "chain.db") as wallet:
+        await wallet.pay("before", (payee, GLM))
+        await wallet.until(TransferConfirmed)
+        db = copied(tmp_path / "chain.db", tmp_path / "copy")
+        await wallet.pay("since", (payee, 3 * GLM))
+        await wallet.until(TransferConfirmed, number=2)
+    async with payer(lab, key, db) as wallet:
+        await wallet.pay("to another", (other, GLM))
+        await wallet.pay("since", (payee, 3 * GLM))  # it was ordered before the copy was made
+        await wallet.until(TransferConfirmed)
+        for _ in range(10):
+            await wallet.engine.step()
+            lab.mine()
+        assert (lab.tokens(payee), lab.tokens(other)) == (4 * GLM, GLM)
+        (problem,) = wallet.engine.problems()
+        assert problem.kind == "CantSign"
+        assert "golem payment resume" in problem.detail
+        wallet.engine.resume()  # a person knows that this was not paid
+        await wallet.until(TransferConfirmed, number=2)
+        assert lab.tokens(payee) == 7 * GLM
+        await wallet.pay("later", (payee, GLM))
+        await wallet.until(TransferConfirmed, number=3)

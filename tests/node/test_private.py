@@ -11,7 +11,7 @@ import pytest
 from worlds.node_in_test import node_in_test
 from worlds.support import trio_test
 
-from golem.config import config_from
+from golem.config import ConfigError, config_from
 from golem.node.identity import open_identity
 from golem.private_files import make_private
 
@@ -61,3 +61,23 @@ def test_a_password_file_that_others_read_is_named(tmp_path: Path, caplog: pytes
         password.chmod(allowed)
         open_identity(config_from({}, data_dir=data, password_file=password))
         assert ("other users may read the password file" in caplog.text) is told
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be another user")
+@pytest.mark.parametrize("name", ["app-keys.json", "networks.json", "node.db", "chain.db", "peers.db"])
+@trio_test
+async def test_what_another_user_has_put_into_the_directory_is_not_used(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "node"
+    folder.mkdir(mode=0o700)
+    (folder / name).touch(0o600)
+    os.chown(folder / name, 65534, 65534)
+    with pytest.raises(ConfigError, match=f"{name} in the data directory .* belongs to another user"):
+        async with node_in_test(tmp_path):
+            pass
+    assert sorted(os.listdir(folder)) == sorted({name, "lock"})
+    (folder / name).unlink()
+    (folder / name).symlink_to(tmp_path / "nowhere")
+    os.chown(folder / name, 65534, 65534, follow_symlinks=False)
+    with pytest.raises(ConfigError, match=f"{name} in the data directory .* belongs to another user"):
+        async with node_in_test(tmp_path):
+            pass
