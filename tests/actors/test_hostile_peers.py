@@ -147,6 +147,8 @@ class Maker:
     def value(self, kind: Any) -> Any:
         rng = self.rng
         origin, args = typing.get_origin(kind), typing.get_args(kind)
+        if origin is typing.Annotated:
+            return self.value(args[0])
         if origin in (typing.Union, types.UnionType):
             return self.value(rng.choice(args))
         if origin in (tuple, list):
@@ -168,13 +170,13 @@ class Maker:
             return rng.choice(FLOATS)
         if kind is str:
             return rng.choice(TEXTS) if rng.random() < 0.4 else rng.choice(words().texts)
-        if issubclass(kind, StrEnum):
+        if isinstance(kind, type) and issubclass(kind, StrEnum):
             return rng.choice((*kind, *kind, *TEXTS))
         if kind is bytes:
             return rng.choice(BYTES) if rng.random() < 0.4 else rng.choice(words().raw)
         if kind is Document:
             return self.document()
-        if kind is Any:
+        if kind in (Any, msgspec.Raw):
             extension = msgspec.msgpack.Ext(1, b"")
             return rng.choice((None, "x", "é" * 600_000, b"\0" * 999_999, [1], {"a": [b""]}, 1, 1.5, "\0", extension))
         return self.message(kind)
