@@ -31,7 +31,7 @@ async function main() {
     agreements.push(name);
     try {
       const exe = await rental.getExeUnit();
-      const done = await exe.run(commands[name], [], { maxRetries: 3 });
+      const done = await exe.run(commands[name], []);
       if (done.result !== "Ok") throw new Error(done.message);
       return { ok: true, provider: name, stdout: done.stdout, agreements };
     } catch (error) {
