@@ -81,8 +81,11 @@ DAY_S = 86400.0
 
 
 @asynccontextmanager
-async def open_node(config: Config, ask_password: AskPassword | None = None) -> AsyncIterator[Node]:
-    """Run a node's actors, bus, network and chain for the length of the block; REST is `serve_rest`.
+async def open_node(
+    config: Config, ask_password: AskPassword | None = None, meet: trio.Event | None = None
+) -> AsyncIterator[Node]:
+    """Run a node's actors, bus, network and chain for the length of the block; REST is `serve_rest`. It meets peers once `meet`
+    is set, if given.
 
     Raises `ConfigError`, `IdentityError`, `JournalError`.
     """
@@ -102,7 +105,7 @@ async def open_node(config: Config, ask_password: AskPassword | None = None) -> 
         new_journal = "" if (config.data_dir / "node.db").exists() else known_key
         journal, reserve = open_journal(config, stack)
         try:
-            network = await stack.enter_async_context(open_network(identity.secret(), net_config))
+            network = await stack.enter_async_context(open_network(identity.secret(), net_config, meet))
         except ValueError as error:
             raise ConfigError(str(error)) from None
         bus = Bus(config.bus_path, identity.node_id, config.units_path)
@@ -260,11 +263,12 @@ async def run_node(config: Config, ask_password: AskPassword | None = None, read
     open_files.raise_limit()
     os.umask(0o077)  # what a node writes is its user's alone
     sock = bind_api(config)
-    importlib.import_module("golem.rest.app")  # now, while nothing else runs: beside the import of libp2p it takes
-    importlib.import_module("hypercorn.trio")  # several times as long
+    importlib.import_module("golem.rest.app")  # now, while nothing else runs
+    importlib.import_module("hypercorn.trio")
+    meet = trio.Event()  # agents are served before libp2p is imported: the import, in a thread, takes half of the processor
     async with AsyncExitStack() as stack:
         stack.callback(sock.close)
-        node = await stack.enter_async_context(open_node(config, ask_password))
+        node = await stack.enter_async_context(open_node(config, ask_password, meet))
         trio.lowlevel.add_instrument(node.loop)
         nursery = await stack.enter_async_context(trio.open_nursery())
         rest_ended = await nursery.start(_rest_until_stopped, node, sock)
@@ -277,6 +281,7 @@ async def run_node(config: Config, ask_password: AskPassword | None = None, read
             notify_systemd("READY=1")
             if ready:
                 ready(node)
+            meet.set()
             gc.collect()
             gc.freeze()  # what is there for good: to look through all of it holds the loop for longer than anybody may
             nursery.start_soon(node.chain.connect)

@@ -192,9 +192,11 @@ class PeerNetwork:
 
     # supervision
 
-    async def supervise(self) -> None:
+    async def supervise(self, begin: trio.Event | None = None) -> None:
         """Run the host until cancelled; restart it with back-off when it crashes."""
         timing = self._config.timing
+        if begin is not None:
+            await begin.wait()
         await trio.to_thread.run_sync(_import_libp2p, abandon_on_cancel=True)
         delay_s = timing.restart_min_s
         while True:
@@ -320,14 +322,15 @@ class PeerNetwork:
 
 
 @asynccontextmanager
-async def open_network(key: bytes, config: NetConfig) -> AsyncIterator[PeerNetwork]:
-    """A network node with a 32-byte private key. ListenError when a listen address is taken or not ours."""
+async def open_network(key: bytes, config: NetConfig, begin: trio.Event | None = None) -> AsyncIterator[PeerNetwork]:
+    """A network node with a 32-byte private key, which comes up once `begin` is set, if given. ListenError when a listen
+    address is taken or not ours."""
     if len(key) != 32:
         raise ValueError(f"a private key has 32 bytes, not {len(key)}")
     network = PeerNetwork(key, config, _listen_addresses(config.listen))
     try:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(network.supervise)
+            nursery.start_soon(network.supervise, begin)
             yield network
             nursery.cancel_scope.cancel()
     finally:

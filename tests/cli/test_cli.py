@@ -469,8 +469,8 @@ def test_unusable_files(tmp_path: Path, file: str) -> None:
 @pytest.mark.parametrize(("file", "content", "expected"), [
     ("networks.json", "{", "networks.json is not JSON"),
     ("networks.json", '[{"name": "x", "chain_id": "1", "rpc_urls": [], "token": "x"}]', "networks.json, row 0"),
-    ("node.db", "no database at all", "cannot open the journal"),
-    ("chain.db", "no database at all", "chain.db: file is not a database"),
+    ("node.db", "no database at all", "node.db is damaged (file is not a database)"),
+    ("chain.db", "no database at all", "chain.db is damaged (file is not a database)"),
     ("app-keys.json", "x", "app-keys.json is not JSON"),
     ("identity.key", "zz", "identity.key: a private key is 64 hex digits"),
     ("keystore.json", "{}", "keystore.json is damaged"),
