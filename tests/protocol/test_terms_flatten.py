@@ -94,7 +94,7 @@ def nest(levels: int) -> Any:
         ({str(number): 1 for number in range(MAX_PROPERTIES + 1)}, "more than 4096 properties"),
         ({"a": {str(number): {"b": 1, "c": 1} for number in range(MAX_PROPERTIES // 2 + 1)}}, "more than 4096"),
         ({"a": "é" * (MAX_PROPERTIES_BYTES // 2)}, "bytes"),
-        ({"a": ["x" * 100] * (MAX_PROPERTIES_BYTES // 100)}, "bytes"),
+        ({"a": ["x" * 100] * (MAX_PROPERTIES_BYTES // 100 + 1)}, "bytes"),
         ({"a": [1] * 8192}, "more than 8192 values"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
