@@ -81,11 +81,8 @@ DAY_S = 86400.0
 
 
 @asynccontextmanager
-async def open_node(
-    config: Config, ask_password: AskPassword | None = None, meet: trio.Event | None = None
-) -> AsyncIterator[Node]:
-    """Run a node's actors, bus, network and chain for the length of the block; REST is `serve_rest`. It meets peers once `meet`
-    is set, if given.
+async def open_node(config: Config, ask: AskPassword | None = None, meet: trio.Event | None = None) -> AsyncIterator[Node]:
+    """Run all of a node but REST (`serve_rest`) for the length of the block. It meets peers once `meet`, if given, is set.
 
     Raises `ConfigError`, `IdentityError`, `JournalError`.
     """
@@ -94,7 +91,7 @@ async def open_node(
         net_config = network_of(config)
         await trio.to_thread.run_sync(check_databases, config.data_dir, DATABASES)
         known_key = key_before(config)
-        identity = await trio.to_thread.run_sync(open_identity, config, ask_password)
+        identity = await trio.to_thread.run_sync(open_identity, config, ask)
         try:
             payout = read_payout(config.data_dir)
         except ValueError as error:
