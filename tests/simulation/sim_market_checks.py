@@ -22,6 +22,7 @@ from actors.negotiation.rows import AgreementRow
 from actors.wallet.machine import Wallet
 from actors.wallet.rows import PayOrderRow
 from protocol.codec import Decoder
+from protocol.types import MAX_CLOCK_SKEW_S
 
 if TYPE_CHECKING:
     from sim_market import MarketHost, MarketWorld
@@ -166,7 +167,10 @@ def check_end(world: MarketWorld) -> None:
             if left is None or right is None:
                 raise Broken(f"agreement {agreement_id} is {left and left.state} here and {right and right.state} there")
             # A commit that passed its deadline is not made up for: the provider hears of the end alone, and nothing began.
-            same_time = right.approved_at in (left.approved_at, None)
+            same_time = right.approved_at in (left.approved_at, None) or (
+                # Where clocks were set, the provider may not believe the requestor's: it takes the time of its own.
+                world.clock_steps_every_s and abs(right.approved_at - (left.approved_at or 0)) > MAX_CLOCK_SKEW_S
+            )
             if (left.state, left.terminator) != (right.state, right.terminator) or not same_time:
                 raise Broken(f"agreement {agreement_id} is {left} here and {right} there")
         payer, payee = documents(requestor, "payer"), documents(provider, "payee")
