@@ -75,9 +75,9 @@ def test_a_large_database_is_looked_at_for_a_bounded_time(tmp_path: Path, monkey
         db.executemany("insert into row values (?, ?)", ((number, os.urandom(3000)) for number in range(10_000)))
         db.commit()
     with file.open("r+b") as raw:
-        raw.seek(-2 * PAGE, os.SEEK_END)
+        raw.seek(5 * PAGE)  # SQLite looks at the last rows first
         raw.write(b"\xee" * PAGE)
     assert integrity._fault(file, 3600.0)
     monkeypatch.setattr(integrity, "Timer", Impatient)
     looks = (integrity._fault(file, 0.0) for _ in range(100))  # on a busy machine the thread may come too late, now and then
-    assert "" in looks, "the look is never broken off before the end of the file, where the damage is"
+    assert "" in looks, "the look is never broken off before the first rows, where the damage is"
