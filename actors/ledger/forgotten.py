@@ -7,8 +7,8 @@ from decimal import Decimal
 from msgspec.structs import replace
 
 from actors.kernel.draft import Draft
-from actors.ledger.payments import agreements_of, book
-from actors.ledger.rows import LedgerActivityRow, LedgerAgreementRow, OrderRow, OwedRow, PaymentRow
+from actors.ledger.payments import agreements_of, book, mark_paid
+from actors.ledger.rows import LedgerActivityRow, LedgerAgreementRow, OrderRow, PaymentRow
 from protocol.amounts import minus, total_of
 from protocol.ledger import ActivityPayment, PaymentBody
 from protocol.types import amount_text
@@ -41,9 +41,7 @@ def _cover(draft: Draft, agreement: LedgerAgreementRow, payment_id: str) -> None
             continue
         over -= Decimal(order.amount)
         order_id = f"{order.kind}:{order.document_id}"
-        draft.put(f"order/{order_id}", replace(order, payment_id=payment_id, covered=True))
-        debt = draft.row(OwedRow, f"owed/{order.platform}") or OwedRow()
-        draft.put(f"owed/{order.platform}", OwedRow(amount_text(max(minus(debt.amount, order.amount), Decimal(0)))))
+        mark_paid(draft, payment_id, [(order_id, replace(order, covered=True))])
         covered.append(order_id)
     if covered:
         payment = draft.row(PaymentRow, f"payment/{payment_id}")

@@ -109,7 +109,7 @@ def _record_payment(draft: Draft, fact: PaidOut, peer: str, orders: list[tuple[s
     )
     draft.put(f"payment/{payment_id}", row)
     made(draft, fact.tx_hash, peer, fact.payee, payment_id)
-    _mark_paid(draft, payment_id, orders)
+    mark_paid(draft, payment_id, orders)
     book(draft, body)
     draft.emit("payments", payment_event(draft, row))  # in one step with what it settles: who hears of that looks for the payment
     draft.send("signer", SignPayment(payment_id, raw))
@@ -123,12 +123,13 @@ def _told_before(draft: Draft, fact: PaidOut, peer: str, orders: list[tuple[str,
         if total_of(order.amount for _, order in orders) <= rest:
             order_ids = (*payment.order_ids, *(order_id for order_id, _ in orders))
             draft.put(f"payment/{payment.payment_id}", replace(payment, order_ids=order_ids))
-            _mark_paid(draft, payment.payment_id, orders)
+            mark_paid(draft, payment.payment_id, orders)
             return True
     return False
 
 
-def _mark_paid(draft: Draft, payment_id: str, orders: list[tuple[str, OrderRow]]) -> None:
+def mark_paid(draft: Draft, payment_id: str, orders: list[tuple[str, OrderRow]]) -> None:
+    """Note which payment pays these orders: they are owed no longer."""
     for order_id, order in orders:
         draft.put(f"order/{order_id}", replace(order, payment_id=payment_id))
         debt = draft.row(OwedRow, f"owed/{order.platform}") or OwedRow()

@@ -13,6 +13,13 @@ if TYPE_CHECKING:
     from golem.node.node import Node
 
 
+def _wanted(node: Node, given: str) -> str:
+    """Return the node id that a person means. Raises `LookupError`, `ValueError`."""
+    from golem.control.market import peers, whole_id
+
+    return node_id(whole_id(given, peers(node)))
+
+
 # -- network
 @command
 async def net_status(node: Node, args: dict[str, Any]) -> Any:
@@ -44,9 +51,7 @@ async def net_sessions(node: Node, args: dict[str, Any]) -> Any:
 @command
 async def net_ping(node: Node, args: dict[str, Any]) -> Any:
     """Round-trip times, of one peer or of all with a session."""
-    from golem.control.market import peers, whole_id
-
-    targets = [node_id(whole_id(args["id"], peers(node)))] if args.get("id") else [one.node_id for one in node.network.sessions()]
+    targets = [_wanted(node, args["id"])] if args.get("id") else [one.node_id for one in node.network.sessions()]
     rows = []
     for target in targets:
         try:
@@ -70,9 +75,7 @@ async def net_connect(node: Node, args: dict[str, Any]) -> Any:
 @command
 async def net_disconnect(node: Node, args: dict[str, Any]) -> Any:
     """Close the session with a node."""
-    from golem.control.market import peers, whole_id
-
-    wanted = node_id(whole_id(args["id"], peers(node)))
+    wanted = _wanted(node, args["id"])
     await node.network.disconnect(wanted)
     return wanted
 
@@ -80,9 +83,7 @@ async def net_disconnect(node: Node, args: dict[str, Any]) -> Any:
 @command
 async def net_find(node: Node, args: dict[str, Any]) -> Any:
     """Where a node was met last, by the address book; nothing is dialled."""
-    from golem.control.market import peers, whole_id
-
-    wanted = node_id(whole_id(args["id"], peers(node)))
+    wanted = _wanted(node, args["id"])
     known = node.network.known_addresses(wanted)
     if not known:
         raise LookupError(f"{wanted} was never met and nobody told of it (golem net connect {wanted} asks peers for it)")
